@@ -19,7 +19,7 @@
         NotPrimary             the server does not train this expert; says who does
         NotAllowed             the peer's policy refuses this caller
         UnknownMethod          the peer does not answer such calls
-      TooStale                 a follower's answer is older than `max_staleness` allows
+        TooStale               an answer is older than `max_staleness` allows
       NotEnoughExperts         fewer than k_min experts answered; holds each one's error
       CheckpointError          a checkpoint could not be written or read
 
@@ -208,9 +208,10 @@ class UnknownMethod(RemoteError):
     code = "unknown_method"
 
 
-class TooStale(TesseractError):
+class TooStale(RemoteError):
     """A follower's answer lacks more of its primary's steps than `max_staleness` allows, or an unknown number."""
 
+    code = "too_stale"
     retryable = True
 
 

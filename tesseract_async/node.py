@@ -31,9 +31,9 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.nat.interfaces import address_towards, own_addresses
 from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.nat.role import WILDCARDS, ListeningAddress
+from tesseract_async.network.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
-from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import PeerAddress, ip_version, join_host_port, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied

@@ -65,7 +65,6 @@ DRIVERS = {
 }
 # Elsewhere, the files that decide.
 MUST_BE_PURE = {
-    "transport/address_scope.py",
     "transport/throttle.py",
     "transport/tls.py",
     "transport/token_bucket.py",
@@ -207,3 +206,31 @@ def test_a_bootstrap_node_starts_without_torch(name: str) -> None:
 def test_importing_the_package_is_cheap() -> None:
     code = "import sys, tesseract_async; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+# What the process has one of. All other state has an owner.
+PROCESS_WIDE = {
+    "client/autograd.py": {"_engine_thread", "_steps"},  # PyTorch's engine, whose passes bear numbers of its own
+    "client/scaling.py": {"_noted"},  # the same
+    "runtime/encoding.py": {"_threads"},  # shared by all nodes, renewed after a fork
+    "server/registry.py": {"EXPERTS", "_MARKED"},  # filled by decorators, when modules are imported
+    "server/state_files.py": {"_held"},  # some file systems' locks are a process's
+    "transport/channel.py": {"_blocks"},  # a buffer for each event loop, gone with it
+    "wire/names.py": {"_names"},  # random numbers in store, thrown away after a fork
+}
+FILLED_LATER = re.compile(r"\[\]|\{\}|(\w+\.)*(\w*[dD]ict(ionary)?|LRU|list|set|deque|local|Counter)(\[.*\])?\(.*\)")
+
+
+def global_state(path: Path) -> set[str]:
+    """Names of a module that its functions bind again, or that hold something which is there to be filled."""
+    tree = ast.parse(path.read_text())
+    names = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            names |= {ast.unparse(target)} if FILLED_LATER.fullmatch(ast.unparse(node.value)) else set()
+    return names
+
+
+def test_nodes_of_one_process_share_no_state_but_what_is_listed() -> None:
+    assert {named(path): names for path in files() if (names := global_state(path))} == PROCESS_WIDE

@@ -15,9 +15,9 @@ from contextvars import ContextVar
 
 import click
 
+from tesseract_async.endpoint.connection_limits import raise_descriptor_limit
 from tesseract_async.errors import TesseractError
 from tesseract_async.leaving import told_to_leave
-from tesseract_async.transport.admission import raise_descriptor_limit
 
 logger = logging.getLogger(__name__)
 

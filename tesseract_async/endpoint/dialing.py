@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 from tesseract_async.endpoint.bounds import EndpointSettings
 from tesseract_async.endpoint.connection import Connection
+from tesseract_async.endpoint.connection_limits import SETTLED, WaitingRoom, descriptor_limit, room_for
 from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.handshake import Handshake
 from tesseract_async.endpoint.lanes import BULK, MAIN
@@ -26,7 +27,6 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.admission import SETTLED, WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from tesseract_async.endpoint.budget import Budget, Owner, Reservation
-from tesseract_async.endpoint.core import Announced, CallState, ConnectionCore
+from tesseract_async.endpoint.core import GRACE, LEAST_RATE, Announced, CallState, ConnectionCore
 from tesseract_async.endpoint.events import CallCancelled, CallReceived, PartWanted
 from tesseract_async.endpoint.lanes import BULK, MAIN, Sending
 from tesseract_async.endpoint.quotas import Quotas
@@ -55,6 +55,8 @@ class ReceivedCall(CallState):
     """... and those of them that the caller has taken ..."""
     replied_bytes = 0
     """... and the bytes of all."""
+    waited = 0.0
+    """Seconds for which its handler could not send the next one; since `reply_since` not counted."""
 
     def __init__(self, stream: int) -> None:
         self.stream = stream
@@ -63,6 +65,18 @@ class ReceivedCall(CallState):
     def takes_part(self) -> bool:
         """True if earlier parts of the reply have left, and the caller has taken enough of them."""
         return self.sending is None and self.num_parts - self.num_taken < frames.PARTS_AHEAD
+
+    def waits_too_long(self, now: float) -> bool:
+        """Return whether the caller of a reply in parts takes none, or takes far too long over all of them."""
+        wait = 0.0 if self.takes_part else now - self.reply_since
+        is_idle = self.sending is None and wait > PATIENCE
+        return is_idle or self.waited + wait > GRACE + self.replied_bytes / LEAST_RATE
+
+    def note_wait(self, now: float) -> None:
+        """A part has left or been taken: count the wait for it."""
+        if not self.takes_part:
+            self.waited += now - self.reply_since
+        self.reply_since = now
 
 
 class IncomingCalls:
@@ -279,6 +293,7 @@ class IncomingCalls:
             self._end(call)
             return
         self.waiting.drop(call)
+        call.note_wait(self._core.now)
         call.sending = None
         self._want_part(call)
 
@@ -290,13 +305,13 @@ class IncomingCalls:
         elif flags & frames.MORE:
             if call.num_taken >= call.num_parts:
                 raise ProtocolError("a part was taken that was not sent")
+            call.note_wait(self._core.now)
             call.num_taken += 1
             self._want_part(call)
         else:
             self._core.granted(call)
 
     def _want_part(self, call: ReceivedCall) -> None:
-        call.reply_since = self._core.now
         if call.takes_part:
             self._core.events.append(PartWanted(call.stream))
 
@@ -394,11 +409,7 @@ class WaitingReplies:
 
     def overdue(self, calls: Iterable[ReceivedCall], now: float) -> list[ReceivedCall]:
         """The calls whose replies are not taken."""
-        overdue = [
-            call
-            for call in self.in_parts.values()
-            if call.sending is None and not call.takes_part and now - call.reply_since > PATIENCE
-        ]
+        overdue = [call for call in self.in_parts.values() if call.waits_too_long(now)]
         if not self.num_bytes:
             return overdue
         waiting = [(call, call.sending) for call in calls if call.reply_held is not None and call.sending]
@@ -410,6 +421,6 @@ class WaitingReplies:
         overdue += [
             call
             for call, sending in waiting
-            if now - call.reply_since > PATIENCE and (stands_still or not sending.granted)
+            if now - call.reply_since > PATIENCE and (stands_still or not sending.granted) and call not in overdue
         ]
         return overdue

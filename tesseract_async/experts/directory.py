@@ -23,9 +23,9 @@ from tesseract_async.experts.masks import Masks
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.entries import Entry
 from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.uncopied import Uncopied
 
 log = logging.getLogger(__name__)

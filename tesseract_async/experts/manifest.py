@@ -47,7 +47,7 @@ import numpy.typing as npt
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import PeerID
-from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
+from tesseract_async.network.address_scope import PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import split_host_port
 from tesseract_async.wire.heads import MAX_GRANT_BYTES
 

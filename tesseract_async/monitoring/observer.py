@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-State = dict[str, Any]
-"""As JSON holds it."""
+Picture = dict[str, Any]
+"""A swarm, or a part of it, as JSON holds it."""
 
 RATES = ("calls_per_second", "rows_per_second", "steps_per_second")
 NUM_CONTACTS_ASKED = 32
@@ -138,7 +138,7 @@ class SwarmObserver:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def state(self) -> State:
+    def state(self) -> Picture:
         """Return the picture for JSON; the dashboard's page and `tesseract top` draw it."""
         hosts = {peer_id: place for place, peer_id in enumerate(self.peers)}
         return {
@@ -296,7 +296,7 @@ class SwarmObserver:
         """Return the address by which others join: this node's seed, or this node if it has none."""
         return str(self.node.initial_peers[0]) if self.node.initial_peers else str(self.node.peer_address)
 
-    def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> State:
+    def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> Picture:
         view = self.node.directory.live(prefix, self._grids[prefix])
         return {
             "prefix": prefix,
@@ -332,7 +332,7 @@ class SwarmObserver:
             )
         return cells
 
-    def _peer_state(self, peer_id: PeerID, peer: Peer) -> State:
+    def _peer_state(self, peer_id: PeerID, peer: Peer) -> Picture:
         connections = [one for one in self.node.endpoint.connections() if one.peer_id == peer_id]
         rtts = [one.rtt for one in connections if one.rtt is not None]
         status = peer.status

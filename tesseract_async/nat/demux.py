@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from tesseract_async.endpoint.connection_limits import WaitingRoom, descriptor_limit, room_for
 from tesseract_async.errors import ProtocolError
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
-from tesseract_async.transport.admission import WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, range_of
 from tesseract_async.transport.tcp import TcpPipe, TcpTransport
 

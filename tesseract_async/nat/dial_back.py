@@ -20,8 +20,8 @@ from tesseract_async.errors import NotAllowed, Overloaded, TesseractError, descr
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.nat import preamble
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport import tcp
-from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, Pipe, ip_version, join_host_port
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from tesseract_async.nat.offers import Candidate, Description
 from tesseract_async.nat.stun_client import TurnServer
-from tesseract_async.transport.address_scope import PUBLIC, kind_of
+from tesseract_async.network.address_scope import PUBLIC, kind_of
 from tesseract_async.transport.base import range_of
 from tesseract_async.transport.throttle import Throttle
 

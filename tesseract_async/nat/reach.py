@@ -16,11 +16,11 @@ from typing import Final
 
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.nat import preamble
-from tesseract_async.nat.answering import OfferAnswerer
 from tesseract_async.nat.demux import PipeHandler, PreambleDemultiplexer
 from tesseract_async.nat.dial_back import DIAL_TIMEOUT, DialBack
 from tesseract_async.nat.hole_punching import HolePuncher
 from tesseract_async.nat.interfaces import address_towards, own_addresses
+from tesseract_async.nat.offer_answerer import OfferAnswerer
 from tesseract_async.nat.port_mapping import Gateway, PortMapper
 from tesseract_async.nat.relay import Relay, RelaySettings
 from tesseract_async.nat.rendezvous import NUM_RENDEZVOUS, RendezvousClient, RendezvousServer
@@ -38,8 +38,8 @@ from tesseract_async.nat.role import (
 )
 from tesseract_async.nat.stun_client import StunClient, TurnServer
 from tesseract_async.nat.traversal import HEAD_START, OFFER_TIMEOUT, NatTransport
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, Transport, ip_version, split_host_port
 from tesseract_async.transport.tcp import TcpTransport
 from tesseract_async.transport.throttle import Throttle

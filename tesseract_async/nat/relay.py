@@ -12,13 +12,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
+from tesseract_async.endpoint.connection_limits import descriptor_limit, room_for
 from tesseract_async.errors import Overloaded, PeerUnreachable
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport import tcp
-from tesseract_async.transport.address_scope import AddressScope
-from tesseract_async.transport.admission import descriptor_limit, room_for
 from tesseract_async.transport.base import PeerAddress, Pipe, range_of, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.token_bucket import TokenBucket

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
@@ -33,9 +33,10 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.nat.offers import field
 from tesseract_async.nat.relay import Relay
-from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, ip_version, range_of
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class RendezvousLedger:
     """The nodes that are registered at a public node, and the offers under way. The caller gives the time."""
 
     def __init__(self) -> None:
-        self._clients: OrderedDict[PeerID, _Registration] = OrderedDict()  # in the order of renewal
+        self._clients = LRU[PeerID, _Registration](MAX_CLIENTS)  # in the order of renewal
         self._shares = FairCount(MAX_OFFERS)
         self._senders: Counter[PeerID] = Counter()
         self._recipients: Counter[PeerID] = Counter()
@@ -114,7 +115,6 @@ class RendezvousLedger:
             if not self._has_room(group):
                 return False
         self._clients[peer_id] = _Registration(now + REGISTRATION_TTL, group)
-        self._clients.move_to_end(peer_id)
         return True
 
     def _has_room(self, group: str | None) -> bool:

@@ -21,13 +21,13 @@ from tesseract_async.errors import NotAllowed, PeerUnreachable, TesseractError
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.nat import offers
-from tesseract_async.nat.background import BackgroundTasks
+from tesseract_async.nat.background_tasks import BackgroundTasks
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
 from tesseract_async.nat.offers import Description, OfferAnswer, RelayBody, ReverseBody
 from tesseract_async.nat.relay import meet_at_relay
 from tesseract_async.nat.rendezvous import RendezvousClient
 from tesseract_async.nat.role import RoleMachine
-from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 from tesseract_async.transport.throttle import Throttle
 

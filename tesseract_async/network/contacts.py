@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.transport.address_scope import PUBLIC, kind_of
+from tesseract_async.network.address_scope import PUBLIC, kind_of
 
 Address = tuple[str, int]
 """A numeric IPv4 or IPv6 host, and a UDP port."""

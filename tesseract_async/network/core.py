@@ -18,6 +18,7 @@ from tesseract_async.identity import Identity, PeerID, Verifier
 from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
+from tesseract_async.network.address_scope import PUBLIC, AddressScope, kind_of
 from tesseract_async.network.contacts import (
     ID_BYTES,
     Address,
@@ -31,12 +32,11 @@ from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import ClockSkewed, WrongPeer
 from tesseract_async.network.outbox import Outbox
 from tesseract_async.network.rate_limiter import RateLimiter
-from tesseract_async.network.routing import Density, K, RoutingTable
+from tesseract_async.network.routing_table import Density, K, RoutingTable
 from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, Storage
 from tesseract_async.network.timers import Timers
-from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups in progress, with their proofs and tokens."""

@@ -34,7 +34,7 @@ from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import NodeRoleChanged
 from tesseract_async.network.outbox import FILTER_LIFETIME
 from tesseract_async.network.rate_limiter import RateLimiter
-from tesseract_async.network.routing import K
+from tesseract_async.network.routing_table import K
 from tesseract_async.network.rpcs import Call, Caller
 
 MIN_BACKOFF = 2.0

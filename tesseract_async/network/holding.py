@@ -13,7 +13,7 @@ from tesseract_async.lru import LRU
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address, Contact, address_range
 from tesseract_async.network.core import Core
-from tesseract_async.network.routing import K
+from tesseract_async.network.routing_table import K
 from tesseract_async.network.shares import Source
 from tesseract_async.network.storage import StoreOutcome
 

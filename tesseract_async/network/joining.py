@@ -18,7 +18,7 @@ from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import Isolated, Joined
 from tesseract_async.network.lookup import Lookup
 from tesseract_async.network.operations import Search, probe_density, read_contacts, refresh
-from tesseract_async.network.routing import K
+from tesseract_async.network.routing_table import K
 from tesseract_async.network.rpcs import FIRST_TIMEOUT, Call, Caller
 from tesseract_async.network.timers import Timer
 

@@ -18,6 +18,7 @@ from tesseract_async.files import write_whole
 from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import V4_BYTES, V6_BYTES
 from tesseract_async.network.driver import NetworkDriver, families
 from tesseract_async.network.entries import Entries, Entry, StoreItem, key_digest, single_view
@@ -26,7 +27,6 @@ from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, MAX_TTL
 from tesseract_async.network.values import Value, decode_value, encode_value
-from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, join_host_port
 from tesseract_async.uncopied import Uncopied
 

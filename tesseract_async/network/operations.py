@@ -14,7 +14,7 @@ from tesseract_async.network.contacts import ID_BYTES, Contact, few_per_range
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.lookup import Lookup
-from tesseract_async.network.routing import K
+from tesseract_async.network.routing_table import K
 from tesseract_async.network.rpcs import Call, Caller
 
 NUM_PATHS = 4

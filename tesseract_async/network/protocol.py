@@ -20,6 +20,7 @@ from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVers
 from tesseract_async.identity import Identity, SignedRecord, Verifier, verify
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contact, pack_address, unpack_address
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import AMPLIFICATION, MAX_DATAGRAM_BYTES, MIN_REQUEST_BYTES
@@ -30,11 +31,10 @@ from tesseract_async.network.joining import NetworkMembership, Seed
 from tesseract_async.network.operations import probe_density, refresh
 from tesseract_async.network.reading import Read
 from tesseract_async.network.replication import Replicator
-from tesseract_async.network.routing import K
+from tesseract_async.network.routing_table import K
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
 from tesseract_async.network.writing import Write
-from tesseract_async.transport.address_scope import AddressScope
 
 HOUSEKEEPING_PERIOD = 10.0
 REFRESH_PERIOD = 1800.0

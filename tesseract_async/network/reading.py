@@ -14,7 +14,7 @@ from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import ReadFinished
 from tesseract_async.network.lookup import Lookup
 from tesseract_async.network.operations import ALPHA, Region, Search
-from tesseract_async.network.routing import K
+from tesseract_async.network.routing_table import K
 from tesseract_async.network.rpcs import Call, Caller
 from tesseract_async.network.storage import MAX_ENTRIES_PER_KEY, NUM_RANGES, RANGE_SIZE, EntryID, Summary, summarize
 from tesseract_async.network.timers import Timer

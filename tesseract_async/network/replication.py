@@ -14,7 +14,7 @@ from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Contact
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import RpcReply
-from tesseract_async.network.routing import K
+from tesseract_async.network.routing_table import K
 from tesseract_async.network.rpcs import Call, Caller
 from tesseract_async.network.storage import RANGE_SIZE
 from tesseract_async.network.timers import Timer

@@ -13,7 +13,7 @@ from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import WriteFinished
 from tesseract_async.network.lookup import Lookup
 from tesseract_async.network.operations import MAX_RANGE_PER_HOLDER_SET, Region, Search
-from tesseract_async.network.routing import K
+from tesseract_async.network.routing_table import K
 from tesseract_async.network.rpcs import STALL, Call, Caller
 from tesseract_async.network.storage import StoreOutcome
 

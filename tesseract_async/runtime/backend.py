@@ -25,10 +25,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
 from tesseract_async.runtime import optimizers, randomness, states
-from tesseract_async.runtime.gradients import GatheredGradients, Gradients, are_finite
+from tesseract_async.runtime.gradients import GatheredGradients, Gradients, add_gradients, are_finite, norm_of
 from tesseract_async.runtime.module_runner import ModuleRunner, device_of, leaves_of
 from tesseract_async.runtime.norms import UsualNorms
-from tesseract_async.runtime.states import State
+from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
@@ -335,6 +335,28 @@ class ExpertBackend:
             self.num_bare = max(0, self.num_bare - 1)
         return self.version
 
+    # What `gradients` returned for the parameters is the backend's own: its owner adds, judges and scales it by these.
+
+    def add(self, left: Gradients | None, right: Gradients | None) -> Gradients | None:
+        """Return the sum of gradients of the parameters. Neither is changed."""
+        return add_gradients(left, right)
+
+    def scaled(self, gradients: Gradients, factor: float) -> Gradients:
+        """Return `factor` times gradients of the parameters, which are not changed."""
+        return [None if x is None else x * factor for x in gradients]
+
+    def norm_of(self, gradients: Gradients) -> float:
+        """Return the norm of gradients of the parameters, as `gradients.norm_of`."""
+        return norm_of(gradients)
+
+    def are_finite(self, gradients: Gradients) -> bool:
+        """Return whether gradients of the parameters hold no NaN and no infinity."""
+        return are_finite(gradients)
+
+    def weights_norm(self) -> float:
+        """Return the norm of all that the optimizer steps."""
+        return norm_of([x.detach() for x in self.parameters])
+
     def is_sound(self) -> bool:
         """Return whether everything that the optimizer steps or remembers is finite."""
         states = () if self.optimizer is None else self.optimizer.state.values()
@@ -345,7 +367,7 @@ class ExpertBackend:
 
     def _take_step(self, gradients: Gradients) -> None:
         assert self.optimizer is not None
-        optimizers.take_step(self.optimizer, self.parameters, gradients, self.settings.clip_gradient_norm)
+        self._apply(self.optimizer, gradients)
         self.version += 1
         if self.scheduler is not None:
             try:
@@ -358,6 +380,9 @@ class ExpertBackend:
                         "%s: the rate stays as it is from now on: %s raised %s", self.name, kind, describe(error)
                     )
 
+    def _apply(self, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
+        optimizers.take_step(optimizer, self.parameters, gradients, self.settings.clip_gradient_norm)
+
     def to(self, device: torch.device) -> None:
         """Move the module and the optimizer's state."""
         self.module.to(device)
@@ -366,7 +391,7 @@ class ExpertBackend:
             self.optimizer.load_state_dict(self.optimizer.state_dict())
         self._runner.forget_graphs()
 
-    def state(self) -> State:
+    def state(self) -> StateDict:
         """Return copies of everything that a checkpoint holds."""
         ids = bytearray(b"".join(self.applied))
         empty = torch.empty(0, dtype=torch.uint8)  # no tensor is made from an empty buffer
@@ -389,7 +414,7 @@ class ExpertBackend:
             "gradient_norms": self.norms.values(),
         }
 
-    def load_state(self, state: State) -> None:
+    def load_state(self, state: StateDict) -> None:
         """Continue from what `state` returned. Raises: RuntimeError, ValueError or KeyError if it does not fit.
 
         Where the optimizer's class or options differ, the log says which hold (`BackendSettings.own_options`).

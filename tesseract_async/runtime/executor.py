@@ -23,13 +23,13 @@ from typing import Final, NamedTuple
 
 import torch
 
-from tesseract_async.errors import ExpertFailed, describe
+from tesseract_async.errors import ExpertFailed, Overloaded, describe
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import RowSlice
-from tesseract_async.runtime.gradients import Gradients, add_gradients, are_finite, norm_of
+from tesseract_async.runtime.gradients import Gradients, are_finite
 from tesseract_async.runtime.norms import CHECKED_ABOVE, FAR_ABOVE, GROWTH, UNDONE_ABOVE
 from tesseract_async.runtime.staging import Columns, HostStaging, Staging, Transfer
-from tesseract_async.runtime.states import State
+from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.work import Work, WorkResult
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Executor:
         failure = ExpertFailed(f"the expert's device failed: {describe(error)}")
         attempt.downloads, attempt.outcomes = [], dict.fromkeys(attempt.works, failure)
 
-    def keep_good_state(self, backend: ExpertBackend) -> State:
+    def keep_good_state(self, backend: ExpertBackend) -> StateDict:
         """Copy the expert's state, and go back to it if a later step fails. Returns the copy."""
         started = time.monotonic()
         state = backend.state()
@@ -186,6 +186,8 @@ class Executor:
         # the traceback holds the failed attempt's tensors: let go before computing again
         error.__traceback__ = None
         attempt.results, attempt.summed = (), None
+        if isinstance(error, Overloaded):  # the expert is gone: fewer rows fare no better
+            return [], dict.fromkeys(attempt.works, error)
         if len(slices) > 1:
             middle = len(slices) // 2
             good, failed = self._again(slices[:middle])
@@ -215,28 +217,29 @@ class Executor:
 
         Raises: ExpertFailed if no step could be taken; the expert is then as it was, or at its last good state.
         """
-        summed = good[0].summed
-        for one in good[1:]:
-            summed = add_gradients(summed, one.summed)
         work, first, last = good[0].works[0], good[0].slices[0], good[-1].slices[-1]
+        backend, summed = work.backend, good[0].summed
+        for one in good[1:]:
+            summed = backend.add(summed, one.summed)
         if first.request is last.request and not (first.start == 0 and last.is_last):
             # a chunk of a split request, which has a batch of its own
-            summed = work.summed = add_gradients(work.summed, summed)
+            summed = work.summed = backend.add(work.summed, summed)
             if not last.is_last:
                 return version
         works = good[0].works if len(good) == 1 else list(dict.fromkeys(work for one in good for work in one.works))
         call_ids = [one.call_id for one in works if one.call_id is not None]
         if summed is None or len(call_ids) < len(works):
             return version
-        backend = work.backend
         if backend.optimizer is None:
             return backend.step(summed, call_ids)
-        if (len(good) > 1 or work.summed is not None) and not are_finite(summed):
+        if (len(good) > 1 or work.summed is not None) and not backend.are_finite(summed):
             raise ExpertFailed("the sum of the gradients is not finite; no step was taken")
         self._refresh_good_state(backend)
-        weights = norm_of([x.detach() for x in backend.parameters]) if not backend.norms.is_settled else math.inf
+        weights = math.inf if backend.norms.is_settled else backend.weights_norm()
         try:
             version = backend.step(summed, call_ids, peer=work.peer)
+        except Overloaded:
+            raise
         except BaseException as error:  # an optimizer may raise anything
             logger.exception("the optimizer of an expert raised; its last good state is loaded")
             raise self._reload(backend, f"the expert's optimizer raised {describe(error)}") from None
@@ -249,8 +252,7 @@ class Executor:
         limited = backend.settings.max_gradient_norm is not None
         high = CHECKED_ABOVE * usual if usual is not None and norms.is_settled else 0.0
         if limited and any([one.norm > high * len(one.slices) for one in good]):
-            grown = norm_of([x.detach() for x in backend.parameters])
-            if not backend.is_sound() or grown > GROWTH * (weights + 1):
+            if not backend.is_sound() or backend.weights_norm() > GROWTH * (weights + 1):
                 raise self._reload(backend, "this step made the expert's weights or its optimizer's moments overflow")
         settled = any([norms.observe(one.works[0].peer, one.norm / len(one.slices)) for one in good])
         if limited and settled and norms.first > UNDONE_ABOVE * (norms.usual or math.inf):
@@ -286,7 +288,7 @@ class Executor:
 class _GoodState(NamedTuple):
     """A state to go back to, and when it should be renewed (time.monotonic)."""
 
-    state: State
+    state: StateDict
     renew_at: float
 
 
@@ -361,8 +363,8 @@ def _per_row(scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _limit_norm(attempt: Attempt, summed: Gradients) -> None:
     """Scale down parameter gradients that are unusually large. Raises: ExpertFailed for those no optimizer may see."""
     backend = attempt.works[0].backend
-    norm = attempt.norm = norm_of(summed)
-    if not math.isfinite(norm) and not are_finite(summed):
+    norm = attempt.norm = backend.norm_of(summed)
+    if not math.isfinite(norm) and not backend.are_finite(summed):
         raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
     limit, usual = backend.settings.max_gradient_norm, backend.norms.usual
     if limit == "adaptive":
@@ -372,7 +374,7 @@ def _limit_norm(attempt: Attempt, summed: Gradients) -> None:
             # each may be as large as one alone
             limit, bound = FAR_ABOVE * usual * len(attempt.slices), max(bound, usual) * len(attempt.slices)
         if bound < norm <= limit:
-            attempt.summed = [None if x is None else x * (bound / norm) for x in summed]
+            attempt.summed = backend.scaled(summed, bound / norm)
     if limit is not None and norm > limit:
         raise ExpertFailed(
             f"the gradients of the expert's parameters have norm {norm:.4g}; at most {limit:.4g} is accepted"
@@ -385,8 +387,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _expert_failed(error: BaseException) -> ExpertFailed:
-    if isinstance(error, ExpertFailed):
+def _expert_failed(error: BaseException) -> ExpertFailed | Overloaded:
+    if isinstance(error, ExpertFailed | Overloaded):
         return error
     logger.warning("an expert's module raised %s", describe(error))
     return ExpertFailed(f"the expert's module raised {describe(error)}")

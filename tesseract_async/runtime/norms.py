@@ -10,9 +10,11 @@ gradients have grown is scaled down for no longer than that.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Collection, Hashable, Iterable
-from typing import Final
+from typing import Final, NamedTuple
+
+from tesseract_async.lru import LRU
 
 SCALED_ABOVE: Final = 8.0
 """Times the usual norm: larger gradients are scaled down to this. AutoClip (Seetharaman et al. 2020) clips at a
@@ -33,13 +35,17 @@ _PER_ACCOUNT: Final = 16
 _MAX_ACCOUNTS: Final = 16
 
 
+class _Account(NamedTuple):
+    norms: deque[float]
+    median: float
+
+
 class UsualNorms:
     """The norms of recent gradients of one expert's parameters."""
 
     def __init__(self, known: Iterable[float] = ()) -> None:
         """`known`: what `values` returned before a restart."""
-        self._by_account: OrderedDict[Hashable, deque[float]] = OrderedDict()
-        self._medians: dict[Hashable, float] = {}
+        self._accounts = LRU[Hashable, _Account](_MAX_ACCOUNTS)
         self._of_before = deque(known, maxlen=_PER_ACCOUNT * 2)
         self.usual: float | None = None
         """The usual norm of an account's gradients; None as long as nothing is known."""
@@ -59,8 +65,9 @@ class UsualNorms:
         usual = self.usual
         if usual is None:
             return math.inf
-        own = self._medians.get(account, 0.0) if len(self._by_account.get(account, ())) >= _NUM_HABIT else 0.0
-        return usual if own > SCALED_ABOVE * usual else SCALED_ABOVE * usual
+        own = self._accounts.get(account)
+        always = own is not None and len(own.norms) >= _NUM_HABIT and own.median > SCALED_ABOVE * usual
+        return usual if always else SCALED_ABOVE * usual
 
     def observe(self, account: Hashable, norm: float) -> bool:
         """Learn the norm of one backward's parameter gradients. Zero and infinity teach nothing.
@@ -69,16 +76,12 @@ class UsualNorms:
         """
         if not 0.0 < norm < math.inf:
             return False
-        norms = self._by_account.get(account)
-        if norms is None:
-            if len(self._by_account) == _MAX_ACCOUNTS:
-                del self._medians[self._by_account.popitem(last=False)[0]]
-            norms = self._by_account[account] = deque(maxlen=_PER_ACCOUNT)
-        self._by_account.move_to_end(account)
+        known = self._accounts.get(account)
+        norms = deque[float](maxlen=_PER_ACCOUNT) if known is None else known.norms
         norms.append(norm)
+        self._accounts[account] = _Account(norms, _lower_median(norms))
         if self.usual is None:
             self.first = norm
-        self._medians[account] = _lower_median(norms)
         if self._of_before:
             self._of_before.popleft()  # what is seen now replaces what was remembered
         was_settled = self.is_settled
@@ -87,13 +90,13 @@ class UsualNorms:
 
     def values(self) -> list[float]:
         """Return all norms that are remembered."""
-        return [*self._of_before, *(norm for norms in self._by_account.values() for norm in norms)]
+        return [*self._of_before, *(norm for account in self._accounts.values() for norm in account.norms)]
 
     def _find(self) -> None:
         if not self.is_settled:
-            num_known = len(self._of_before) + sum(map(len, self._by_account.values()))
+            num_known = len(self._of_before) + sum(len(account.norms) for account in self._accounts.values())
             self.is_settled = num_known >= NUM_FIRST
-        medians = list(self._medians.values())
+        medians = [account.median for account in self._accounts.values()]
         if self._of_before:
             medians.append(_lower_median(self._of_before))
         if medians:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
 from tesseract_async.runtime.gradients import Gradients, norm_of
-from tesseract_async.runtime.states import State, copied
+from tesseract_async.runtime.states import StateDict, copied
 
 _NOT_SAID: Final = ("fused", "foreach", "capturable", "initial_lr")
 """Options that say how a step is computed, not its result, and the rate that a schedule began with."""
@@ -171,7 +171,7 @@ def restore(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | None,
-    state: State,
+    state: StateDict,
     own: Collection[str],
 ) -> list[str]:
     """Let both go on from a checkpoint's ``optimizer``, ``scheduler`` and ``kinds``. Returns sentences for the log.
@@ -221,7 +221,7 @@ def restore(
     return list(dict.fromkeys(said))
 
 
-def _check_memory(optimizer: torch.optim.Optimizer, saved: State) -> None:
+def _check_memory(optimizer: torch.optim.Optimizer, saved: StateDict) -> None:
     """Raises: ValueError for moments that do not fit; kernels take their shapes for granted."""
     sizes = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved["param_groups"])]
     if sizes[0] != sizes[1]:
@@ -245,7 +245,7 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _restore_scheduler(
-    scheduler: LRScheduler | None, saved: State | None, theirs: str | None, own: Collection[str], said: list[str]
+    scheduler: LRScheduler | None, saved: StateDict | None, theirs: str | None, own: Collection[str], said: list[str]
 ) -> bool:
     """Restore the schedule, and return whether the checkpoint's goes on."""
     mine = _kind(scheduler)

@@ -36,7 +36,7 @@ from tesseract_async.runtime.batcher import (
 from tesseract_async.runtime.executor import Attempt, Executor, Outcomes
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.staging import Staging, staging_for
-from tesseract_async.runtime.states import State
+from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.uncopied import Uncopied
 
@@ -273,7 +273,7 @@ class TesseractRuntime(Uncopied):
         """Run `function` on the device's thread between two batches, and return or raise what it does."""
         return await self._run_job(lambda _: function())
 
-    async def snapshot(self, backend: ExpertBackend) -> State:
+    async def snapshot(self, backend: ExpertBackend) -> StateDict:
         """Return a copy of the expert's state, taken between two batches. A failed step goes back to it, too."""
         return await self._run_job(lambda executor: executor.keep_good_state(backend))
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-State = dict[str, Any]
+StateDict = dict[str, Any]
 """The state of an expert: nested dicts and lists of CPU tensors and plain values, as a checkpoint holds them."""
 
 JOURNAL_LENGTH: Final = 65536

@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError, describe
-from tesseract_async.runtime.states import JOURNAL_LENGTH, SAFETENSORS
+from tesseract_async.runtime.states import JOURNAL_LENGTH, SAFETENSORS, StateDict
 from tesseract_async.wire.compression import flat_of
 
 if TYPE_CHECKING:
     from tesseract_async.runtime.backend import ExpertBackend
 
-State = dict[str, Any]
-"""A result of `ExpertBackend.state`: nested dicts and lists of CPU tensors and plain values."""
 
 FORMAT_VERSION: Final = 1
 MAX_HEADER_VALUES: Final = 1 << 20
@@ -62,7 +60,7 @@ def encode(state: Mapping[str, object]) -> list[bytes | memoryview]:
     return [len(head).to_bytes(8, "little"), head, *pieces]
 
 
-def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> State:
+def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> StateDict:
     """Return what `encode` was given. Takes untrusted bytes; `max_values` bounds what the header of a stranger's makes.
 
     Raises: CheckpointError for anything damaged or foreign.
@@ -109,7 +107,7 @@ def largest_state(backend: ExpertBackend) -> int:
     return 6 * num_bytes + 32 * JOURNAL_LENGTH + (4096 * len(tensors)) + (1 << 20)
 
 
-def difference(uid: str, backend: ExpertBackend, state: State) -> str | None:
+def difference(uid: str, backend: ExpertBackend, state: StateDict) -> str | None:
     """Describe the first thing in which a state's weights do not fit this expert; None if they fit."""
     mine, theirs = backend.module.state_dict(), state["module"]
     for name in sorted(mine.keys() | theirs.keys()):
@@ -120,7 +118,7 @@ def difference(uid: str, backend: ExpertBackend, state: State) -> str | None:
     return None
 
 
-def check_state(uid: str, data: bytes, *, weights_only: bool = False) -> State:
+def check_state(uid: str, data: bytes, *, weights_only: bool = False) -> StateDict:
     """Return the state in a stranger's file: checked for its form, not for its worth. Raises: ProtocolError."""
     try:
         state = decode(data, max_values=MAX_HEADER_VALUES)

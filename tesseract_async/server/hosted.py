@@ -9,7 +9,7 @@ from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
-from tesseract_async.server.checkpoint import State
+from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.state_files import CheckpointStore
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class HostedState:
         self.saved: tuple[int, int] | None = None
         """How far the newest checkpoint is: the backend's `progress` then."""
 
-    async def snapshot(self) -> State:
+    async def snapshot(self) -> StateDict:
         """Return a copy of the state, taken between two batches."""
         return await self.runtime.snapshot(self.backend)
 
@@ -92,7 +92,7 @@ class HostedState:
         self.saved = state["version"], state["num_accumulated"]
         return True
 
-    async def take(self, state: State, *, aside: bool = False) -> None:
+    async def take(self, state: StateDict, *, aside: bool = False) -> None:
         """Continue from a state that comes from elsewhere.
 
         Steps beyond `shared_version`, and with `aside` any, are not in there: the state with them is written down
@@ -105,7 +105,7 @@ class HostedState:
         await self.install(state)
         self.shared_version = self.backend.version
 
-    async def install(self, state: State) -> None:
+    async def install(self, state: StateDict) -> None:
         """Continue from `state`, between two batches.
 
         Raises: CheckpointError if it does not fit; nothing changes then.

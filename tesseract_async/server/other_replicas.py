@@ -26,9 +26,10 @@ from tesseract_async.experts.manifest import MAGIC, split_uid
 from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
-from tesseract_async.server.checkpoint import State, check_state, difference, largest_state
+from tesseract_async.network.address_scope import is_near
+from tesseract_async.runtime.states import StateDict
+from tesseract_async.server.checkpoint import check_state, difference, largest_state
 from tesseract_async.server.state_transfer import MAX_COPIES_BYTES, MAX_STATE_BYTES, fetch_file
-from tesseract_async.transport.address_scope import is_near
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -203,8 +204,8 @@ async def fetch_fitting(
     seal: Seal | None = None,
     min_version: int = 0,
     timeout: float,
-    aside: Callable[[Callable[[], State]], Awaitable[State]] | None = None,
-) -> tuple[bytes, State] | None:
+    aside: Callable[[Callable[[], StateDict]], Awaitable[StateDict]] | None = None,
+) -> tuple[bytes, StateDict] | None:
     """Return the file of an expert's state, and the state in it; None before `min_version`.
 
     The file is no longer than one of this expert can be. With a `seal` it is the sealed one. `aside` runs the checks,
@@ -220,7 +221,7 @@ async def fetch_fitting(
     if file is None:
         return None
 
-    def check() -> State:
+    def check() -> StateDict:
         if seal is not None and (len(file) != seal.size or root_of(file) != root):
             raise ProtocolError(f"{uid}: not the file that was sealed")
         return check_state(uid, file)

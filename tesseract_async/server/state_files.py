@@ -24,7 +24,8 @@ from urllib.parse import quote, unquote
 from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.merkle import root_of
 from tesseract_async.files import write_whole
-from tesseract_async.server.checkpoint import State, decode, encode
+from tesseract_async.runtime.states import StateDict
+from tesseract_async.server.checkpoint import decode, encode
 
 try:
     import fcntl
@@ -112,7 +113,7 @@ class CheckpointStore:
             raise CheckpointError(f"{target} could not be written: {describe(error)}") from error
         return target
 
-    def load(self, uid: str) -> State | None:
+    def load(self, uid: str) -> StateDict | None:
         """Return the newest state that is whole; None where there is no checkpoint. Damaged files are renamed, loudly.
 
         Raises: CheckpointError if files exist but none can be read.

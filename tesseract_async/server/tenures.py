@@ -39,7 +39,7 @@ from tesseract_async.experts.tenure_words import (
 )
 from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
-from tesseract_async.server.checkpoint import State as ExpertState
+from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import check_state, encode
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
@@ -352,7 +352,7 @@ class Tenures:
         Raises: ProtocolError, CheckpointError and as the call; then nothing has changed.
         """
         hosted, seal, aside = expert.hosted, command.seal, self._server.call_aside
-        found: tuple[bytes, ExpertState] | None = None
+        found: tuple[bytes, StateDict] | None = None
         if source == self._node.peer_id:
             if (data := await self._read(expert.uid, seal)) is not None:
                 found = data, await aside(partial(check_state, expert.uid, data))

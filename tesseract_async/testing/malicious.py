@@ -8,7 +8,7 @@ from typing import ClassVar
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address, Contact, pack_contacts
 from tesseract_async.network.protocol import NetworkProtocol
-from tesseract_async.network.routing import K
+from tesseract_async.network.routing_table import K
 from tesseract_async.network.storage import NUM_RANGES, StoreOutcome
 
 

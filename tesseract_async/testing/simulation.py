@@ -18,14 +18,14 @@ import msgpack
 
 from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.metrics import Metrics
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
-from tesseract_async.network.routing import ID_BITS, K
+from tesseract_async.network.routing_table import ID_BITS, K
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.values import Value
 from tesseract_async.testing.clock import VirtualClock
-from tesseract_async.transport.address_scope import AddressScope
 
 Latency = Callable[[Address, Address, random.Random], float]
 """One-way delay in seconds of one datagram from one address to another."""

@@ -19,6 +19,7 @@ from tesseract_async.errors import (
     ProtocolError,
     RemoteError,
     SchemaMismatch,
+    TooStale,
     UnknownMethod,
     UnsupportedVersion,
     text_of,
@@ -44,7 +45,7 @@ _ERRORS: dict[str, type[RemoteError]] = {
     kind.code: kind
     for kind in (
         *(ExpertNotFound, SchemaMismatch, Overloaded, ExpertFailed),
-        *(InputsForgotten, NotPrimary, NotAllowed, UnknownMethod, RemoteError),
+        *(InputsForgotten, NotPrimary, NotAllowed, UnknownMethod, TooStale, RemoteError),
     )
 }
 
@@ -109,7 +110,11 @@ def decode_reply(value: Value) -> tuple[Value, RemoteError | None]:
         return value[1], None
     if type(value) is not list or len(value) != 4 or value[0] != 1:
         raise ProtocolError("a reply's head is neither a result nor an error")
-    _, code, sentence, details = value
+    return None, decode_error(*value[1:])
+
+
+def decode_error(code: Value, sentence: Value, details: Value) -> RemoteError:
+    """Return an error in its class by `code`. Untrusted. Raises: ProtocolError."""
     if type(code) is not str or type(sentence) is not str or type(details) is not dict:
         raise ProtocolError("a reply holds a malformed error")
     kind, sentence = _ERRORS.get(code, RemoteError), sentence[:MAX_SENTENCE_LENGTH]
@@ -117,13 +122,13 @@ def decode_reply(value: Value) -> tuple[Value, RemoteError | None]:
         after = details.get("retry_after", 0.0)
         after = float(after) if type(after) in (int, float) and 0 <= after <= 3600 else 0.0
         if kind is Overloaded:
-            return None, Overloaded(sentence, retry_after=after)
+            return Overloaded(sentence, retry_after=after)
         primary = details.get("primary")
         known = type(primary) is bytes and len(primary) == 32
-        return None, NotPrimary(sentence, primary=primary if known else None, retry_after=after)
+        return NotPrimary(sentence, primary=primary if known else None, retry_after=after)
     error = kind(sentence)
     error.details = {key: item for key, item in details.items() if type(key) is str}
-    return None, error
+    return error
 
 
 _HELLO = struct.Struct(">4sH")

@@ -240,6 +240,22 @@ def test_a_caller_that_takes_nothing_for_long_loses_the_rest() -> None:
         assert isinstance(stream.ended, CallFailed) and isinstance(stream.ended.error, Overloaded) and clean(pair)
 
 
+def test_a_caller_that_takes_a_part_now_and_then_holds_its_handler_no_longer_than_their_bytes_allow() -> None:
+    for size, longest in ((10, 3 * 29.0), (70_000, 10 * 29.0)):  # a minute, and 17 s for each of the larger ones
+        pair = Pair()
+        stream = Stream(pair, [size] * 1000)
+        for _ in range(5):
+            turn(pair, {stream.stream: stream})
+        while stream.ended is None and pair.now < 1000.0:
+            pair.now += 29.0
+            pair.server.machine.handle_timer(pair.now, late=0.0)
+            turn(pair, {stream.stream: stream})
+            stream.take()
+            turn(pair, {stream.stream: stream})
+        assert pair.now == longest and stream.callee_ended, "the handler is cancelled"
+        assert isinstance(stream.ended, CallFailed) and isinstance(stream.ended.error, Overloaded) and clean(pair)
+
+
 def test_the_deadline_ends_a_reply_in_parts_at_both_ends() -> None:
     pair = Pair()
     stream = Stream(pair, [MIB] * 20)

@@ -23,7 +23,7 @@ from tesseract_async.experts.manifest import (
     shard_key,
     split_uid,
 )
-from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.network.address_scope import AddressScope
 from tests.experts.fake_network import peer
 
 ADDRESSES = ["198.51.100.7:31337"]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgpack
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +21,9 @@ from tesseract_async.errors import ConnectionLost, NotAllowed, ProtocolError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.tls import TlsMachine
-from tesseract_async.wire import compression, frames, heads, messages, tensors
+from tesseract_async.wire import apply, compression, frames, heads, messages, tensors
 from tesseract_async.wire.heads import Hello, RequestHead
+from tests.wire.test_apply import sample as apply_sample
 
 SETTINGS = Bounds(max_message=2**22, max_calls=50, max_replies=2**18)
 HELLO = Hello(bytes(16), False, bytes(32), 50, 2**20, 2**22, features=heads.FEATURES)
@@ -202,6 +204,33 @@ def fuzz_messages(pick: random.Random) -> None:
     messages.decode(kind, body if pick.random() < 0.9 else value(pick))
 
 
+APPLY = apply_sample(backward=True)
+APPLY_BODY, APPLY_BUFFERS = apply.encode_request(APPLY)
+PART = apply.ApplyPart(
+    np.array([0, 2]), np.ones(2, np.int64), np.ones(2, np.int64), [(1, NotAllowed("no"))], [], np.ones(4, np.float32)
+)
+PART_BODY, PART_BUFFERS = apply.encode_part(PART, backward=True)
+
+
+def fuzz_apply(pick: random.Random) -> None:
+    """Fields and buffers of a request, or of a part of its reply, are mutated or replaced."""
+    is_part = pick.random() < 0.5
+    body, buffers = (PART_BODY, PART_BUFFERS) if is_part else (APPLY_BODY, APPLY_BUFFERS)
+    body = list(body)
+    for place in pick.sample(range(len(body)), pick.choice((0, 1, 1, 2))):
+        old = body[place]
+        body[place] = mutate(pick, old) if isinstance(old, bytes) and pick.random() < 0.7 else value(pick)
+    received = [memoryview(mutate(pick, bytes(one)) if pick.random() < 0.2 else bytes(one)) for one in buffers]
+    del received[: pick.random() < 0.05]
+    anything = body if pick.random() < 0.95 else value(pick)
+    if is_part:
+        apply.decode_part(anything, received, APPLY)
+    else:
+        request, _ = apply.decode_request(anything, received)
+        places = np.arange(len(request.ids))
+        assert 0 <= request.rows_of(places).max() < request.num_rows
+
+
 def fuzz_tensors(pick: random.Random) -> None:
     dtype = pick.choice([*tensors.DTYPES, "float128", 5])
     shape = pick.choice(([2, 3], [], [0, 5], [2**39, 0, 2**39], [2**39] * 3, [-1], [1] * 15, "xx", value(pick)))
@@ -239,6 +268,7 @@ TARGETS: dict[str, tuple[Callable[[random.Random], None], int, int]] = {
     "heads": (fuzz_heads, 3000, 200_000),
     "hello": (fuzz_hello, 3000, 150_000),
     "messages": (fuzz_messages, 3000, 100_000),
+    "apply": (fuzz_apply, 3000, 100_000),
     "tensors": (fuzz_tensors, 3000, 100_000),
     "schema": (fuzz_schema, 3000, 100_000),
     "tls": (fuzz_tls, 50, 5_000),

@@ -14,8 +14,8 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
 from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.dial_back import DIAL_BACK, MAX_DIALS_PER_MINUTE, DialBack
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport import tcp
-from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress
 from tests.loopback import needs_ipv6_loopback
 

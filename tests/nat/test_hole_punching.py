@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tesseract_async.nat.hole_punching import MAX_TRIED, plausible
 from tesseract_async.nat.offers import Candidate, Description
-from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.network.address_scope import AddressScope
 
 
 def description(*hosts: str) -> Description:

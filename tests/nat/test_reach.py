@@ -19,8 +19,8 @@ from tesseract_async.nat.port_mapping import PortTaken
 from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.nat.role import ListeningAddress, Reachability
 from tesseract_async.nat.webrtc import pipe as webrtc
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.node import TesseractNode
-from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.tcp import TcpTransport
 from tests.nat.test_port_mapping import Router

@@ -29,7 +29,7 @@ from tesseract_async.nat.rendezvous import (
     RendezvousLedger,
     RendezvousServer,
 )
-from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.tcp import TcpTransport
 

@@ -13,15 +13,15 @@ from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers, preamble
-from tesseract_async.nat.answering import MAX_NEGOTIATIONS, OfferAnswerer
 from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.hole_punching import HolePuncher
+from tesseract_async.nat.offer_answerer import MAX_NEGOTIATIONS, OfferAnswerer
 from tesseract_async.nat.relay import Relay, RelaySettings
 from tesseract_async.nat.rendezvous import RendezvousClient
 from tesseract_async.nat.role import RoleMachine
 from tesseract_async.nat.traversal import NatTransport
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport import tcp
-from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 from tests.transport.pipes import bound_socket
 

@@ -11,6 +11,7 @@ from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contact, pack_address, pack_contacts
 from tesseract_async.network.core import MAX_REQUEST_RATE
 from tesseract_async.network.dial_back import MAX_ERRANDS
@@ -22,7 +23,6 @@ from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
 from tesseract_async.network.writing import SHORTEST_WAIT
 from tesseract_async.testing import LyingProtocol, SimulatedNetwork
-from tesseract_async.transport.address_scope import AddressScope
 
 A, B, STRANGER = ("10.0.0.1", 4000), ("10.0.0.2", 4000), ("10.0.0.9", 4000)
 WALL = 1_700_000_000.0

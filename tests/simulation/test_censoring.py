@@ -10,7 +10,7 @@ import pytest
 
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Contact
-from tesseract_async.network.routing import common_prefix
+from tesseract_async.network.routing_table import common_prefix
 from tesseract_async.testing import LyingProtocol, SimulatedNetwork, SimulatedNode
 from tesseract_async.testing.simulation import SimulatedIdentity
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Final
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.errors import NotAllowed, Overloaded, ProtocolError
 from tesseract_async.nat import offers, preamble
-from tesseract_async.nat.background import BackgroundTasks
+from tesseract_async.nat.background_tasks import BackgroundTasks
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
 from tesseract_async.nat.offers import Description, Offer, OfferGuard, RelayBody, ReverseBody
 from tesseract_async.nat.relay import meet_at_relay
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport import tcp
-from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.transport.throttle import Throttle
 

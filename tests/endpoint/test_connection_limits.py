@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tesseract_async.transport.admission import WaitingRoom, descriptor_limit, room_for
+from tesseract_async.endpoint.connection_limits import WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import range_of
 
 

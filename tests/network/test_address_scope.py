@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
+from tesseract_async.network.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 
 PUBLIC_HOSTS = ["8.8.8.8", "1.1.1.1", "100.63.0.1", "172.32.0.1", "2606:4700::1111", "2a00:1450::1"]
 WRAPPED_PUBLIC = ["2002:808:808::1", "64:ff9b::808:808", "::ffff:8.8.8.8"]

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.network.contacts import Contact
-from tesseract_async.network.routing import QUESTIONABLE_AFTER, RoutingTable, common_prefix
+from tesseract_async.network.routing_table import QUESTIONABLE_AFTER, RoutingTable, common_prefix
 
 MIDPOINT = 1 << 255
 OWN = 0x5A << 248
