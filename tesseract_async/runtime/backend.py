@@ -25,7 +25,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
 from tesseract_async.runtime import optimizers, randomness, states
-from tesseract_async.runtime.gradients import GatheredGradients, Gradients, add_gradients, are_finite, norm_of
+from tesseract_async.runtime.gradients import (
+    GatheredGradients,
+    Gradients,
+    add_gradients,
+    are_finite,
+    norm_of,
+    weight_gradients,
+    weighted,
+)
 from tesseract_async.runtime.module_runner import ModuleRunner, device_of, leaves_of
 from tesseract_async.runtime.norms import UsualNorms
 from tesseract_async.runtime.states import StateDict
@@ -284,9 +292,11 @@ class ExpertBackend:
         *,
         training: bool = False,
         seed: int | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[Gradients, Gradients]:
         """Recompute the outputs and backpropagate. Returns the gradients of the inputs and of `parameters`.
 
+        `weights` ([rows], float32) multiply the output gradients; their own gradients then follow those of the inputs.
         Changes nothing, but calls `prepare` the first time. Raises what the module raises.
         """
         if self.optimizer is None:
@@ -296,7 +306,7 @@ class ExpertBackend:
         outputs = self._runner.run(leaves, training=training, seed=seed, gradients=True)
         roots: list[torch.Tensor] = []
         seeds: list[torch.Tensor] = []
-        for output, gradient in zip(outputs, output_gradients, strict=True):
+        for output, gradient in zip(outputs, weighted(output_gradients, weights), strict=True):
             if gradient is not None and output.requires_grad:
                 if gradient.shape != output.shape or gradient.is_complex() != output.is_complex():
                     raise ValueError(f"a gradient of {gradient.shape} for an output of {output.shape}")
@@ -312,7 +322,10 @@ class ExpertBackend:
                 found = _backpropagate(roots, seeds, wanted)
         remaining = iter(found)
         gradients = [next(remaining) if one.requires_grad else None for one in sources]
-        return gradients[: len(leaves)], gradients[len(leaves) :]
+        of_inputs = gradients[: len(leaves)]
+        if weights is not None:
+            of_inputs.append(weight_gradients(outputs, output_gradients, weights))
+        return of_inputs, gradients[len(leaves) :]
 
     def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
         """Take these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).

@@ -26,7 +26,7 @@ import torch
 from tesseract_async.errors import ExpertFailed, Overloaded, describe
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import RowSlice
-from tesseract_async.runtime.gradients import Gradients, are_finite
+from tesseract_async.runtime.gradients import Gradients, are_finite, per_row
 from tesseract_async.runtime.norms import CHECKED_ABOVE, FAR_ABOVE, GROWTH, UNDONE_ABOVE
 from tesseract_async.runtime.staging import Columns, HostStaging, Staging, Transfer
 from tesseract_async.runtime.states import StateDict
@@ -81,7 +81,7 @@ class Executor:
         """Gather the slices' rows and start copying them to the device."""
         attempt = Attempt(slices, [one.request for one in slices], halved)  # type: ignore[misc]
         try:
-            attempt.upload = self.staging.upload(_columns(attempt))
+            attempt.upload = self.staging.upload(_columns(slices, attempt.works))
         except BaseException as error:  # it fails its own batch
             attempt.error = error
         return attempt
@@ -109,13 +109,16 @@ class Executor:
                 if shared:
                     _check_alone(work)
                 return
+            weights = None if work.weights is None else staged.pop()
             gradients: Gradients = staged[num_inputs:]
             if backend.settings.max_staleness is not None or backend.settings.staleness_damping:
                 gradients = _damp(attempt, gradients)
-            attempt.results, attempt.summed = backend.gradients(inputs, gradients, training=work.training, seed=seed)
+            attempt.results, attempt.summed = backend.gradients(
+                inputs, gradients, training=work.training, seed=seed, weights=weights
+            )
             if shared:
                 _check_alone(work)
-            if not are_finite(gradients):
+            if not are_finite([*gradients, weights]):
                 raise ExpertFailed("the gradients that came with this call are not finite; no step was taken")
             if work.call_id is not None and attempt.summed:
                 _limit_norm(attempt, attempt.summed)
@@ -138,7 +141,7 @@ class Executor:
             for one in good:
                 results = one.results
                 if one.scales is not None:  # callers get their gradients undamped: damping concerns the step
-                    results = [None if x is None else x / _per_row(one.scales, x) for x in results]
+                    results = [None if x is None else x / per_row(one.scales, x) for x in results]
                 attempt.downloads.append((one.slices, one.works, self.staging.download(results), version))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             self._lose(attempt, error)
@@ -292,28 +295,37 @@ class _GoodState(NamedTuple):
     renew_at: float
 
 
-def _columns(attempt: Attempt) -> Columns:
-    """Return the rows of each slice, tensor by tensor: inputs, then output gradients."""
-    slices, works, work = attempt.slices, attempt.works, attempt.works[0]
-    if len(slices) == 1 and slices[0].start == 0 and slices[0].is_last:
-        return [None if x is None else (x,) for x in (*work.inputs, *(work.output_gradients or ()))]
-    columns: list[list[torch.Tensor] | None] = []
-    for index in range(len(work.inputs)):
-        columns.append([by.inputs[index][one.start : one.stop] for one, by in zip(slices, works, strict=True)])
-    if work.output_gradients is None:
-        return columns
-    for index, spec in enumerate(work.backend.output_specs):
-        rows: list[torch.Tensor] = []
-        present = False
-        for one, by in zip(slices, works, strict=True):
-            gradient = (by.output_gradients or ())[index]
-            present = present or gradient is not None
-            if gradient is None:  # next to others that are present, an absent gradient is zero
+def _columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
+    """Return the rows of each slice, tensor by tensor: inputs, then output gradients, then weights."""
+    first = works[0]
+    given = [[*by.inputs, *(by.output_gradients or ())] for by in works]
+    columns: list[Sequence[torch.Tensor] | None] = []
+    weights = [] if first.weights is None else [_cut(by.weights, one) for one, by in zip(slices, works, strict=True)]
+    if first.rows is not None and all(by.inputs is first.inputs and by.rows is not None for by in works):
+        # of one block: every row is copied once, to where it is computed
+        parts = [_cut(by.rows, one) for one, by in zip(slices, works, strict=True)]
+        index = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if all(by.output_gradients is first.output_gradients for by in works):
+            columns = [None if x is None else (x.index_select(0, index),) for x in given[0]]
+            return [*columns, weights] if weights else columns
+    specs = (*first.backend.input_specs, *(first.backend.output_specs if first.output_gradients is not None else ()))
+    for column, spec in zip(zip(*given, strict=True), specs, strict=True):
+        if all(x is None for x in column):
+            columns.append(None)
+            continue
+        rows = []
+        for x, one, by in zip(column, slices, works, strict=True):
+            if x is None:  # next to others that are present, an absent gradient is zero
                 rows.append(torch.zeros(one.stop - one.start, *spec.shape, dtype=spec.dtype))
             else:
-                rows.append(gradient[one.start : one.stop])
-        columns.append(rows if present else None)
-    return columns
+                rows.append(_cut(x, one) if by.rows is None else x.index_select(0, _cut(by.rows, one)))
+        columns.append(rows)
+    return [*columns, weights] if weights else columns
+
+
+def _cut(x: torch.Tensor | None, one: RowSlice) -> torch.Tensor:
+    assert x is not None
+    return x if one.start == 0 and one.is_last else x[one.start : one.stop]
 
 
 class _DrawsAlone(Exception):
@@ -351,13 +363,7 @@ def _damp(attempt: Attempt, gradients: Gradients) -> Gradients:
     scales = (1.0 + torch.tensor(ages, dtype=torch.float32)) ** -settings.staleness_damping
     present = next((x for x in gradients if x is not None), None)
     attempt.scales = scales.repeat_interleave(counts).to("cpu" if present is None else present.device)
-    return [None if x is None else x * _per_row(attempt.scales, x) for x in gradients]
-
-
-def _per_row(scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the rows' scales in a shape and dtype that `x` is multiplied with."""
-    real = x.real.dtype if x.is_complex() else x.dtype
-    return scales.to(x.device, real).view(-1, *(1 for _ in x.shape[1:]))
+    return [None if x is None else x * per_row(attempt.scales, x) for x in gradients]
 
 
 def _limit_norm(attempt: Attempt, summed: Gradients) -> None:

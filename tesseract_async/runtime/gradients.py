@@ -20,6 +20,27 @@ _CHUNK: Final = 1 << 15
 """Elements at a time: the few copies that sorting needs then stay in a processor's cache, four times as fast."""
 
 
+def per_row(scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the rows' scales in a shape and dtype that `x` is multiplied with."""
+    real = x.real.dtype if x.is_complex() else x.dtype
+    return scales.to(x.device, real).view(-1, *(1 for _ in x.shape[1:]))
+
+
+def weighted(gradients: Gradients, weights: torch.Tensor | None) -> Gradients:
+    """Return gradients of which each row is multiplied by its weight, if there are weights."""
+    return gradients if weights is None else [None if x is None else x * per_row(weights, x) for x in gradients]
+
+
+def weight_gradients(outputs: Sequence[torch.Tensor], gradients: Gradients, weights: torch.Tensor) -> torch.Tensor:
+    """Return the gradients of the rows' weights, each the product of its row's outputs and their gradients."""
+    total = torch.zeros_like(weights)
+    for output, gradient in zip(outputs, gradients, strict=True):
+        if gradient is not None:
+            products = output.detach() * gradient.conj()
+            total += (products.real if products.is_complex() else products).flatten(1).sum(1, dtype=total.dtype)
+    return total
+
+
 def norm_of(tensors: Gradients) -> float:
     """Return the Euclidean norm over all elements: not finite if one is not, or if its square overflows its type."""
     plain = [x if x.dtype in _PLAIN and x.layout is torch.strided else _for_norm(x) for x in tensors if x is not None]

@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, Queue
@@ -99,6 +99,7 @@ class TesseractRuntime(Uncopied):
         self._bell: Queue[None] = Queue()
         self._posted: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._delivers = False  # True if the loop was woken for what is posted
+        self._num_gathering = 0
         self._closing = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -212,8 +213,14 @@ class TesseractRuntime(Uncopied):
         deadline: float | None = None,
         priority: int = 0,
         peer: Hashable = None,
+        rows: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        num_bytes: int | None = None,
     ) -> Work:
         """Queue a forward, or a backward if there are gradients; its `Work.answer` will be done when it ends.
+
+        - `rows`, `weights`: see `Work`; the caller has checked that they fit.
+        - `num_bytes`: what counts as its memory, if that is not the tensors given: a share of a block.
 
         The tensors must not change until then. Raises: Overloaded.
         """
@@ -226,15 +233,15 @@ class TesseractRuntime(Uncopied):
                 f"({self.settings.stall_timeout:g} s): {self.device} is slow, or hangs; ask another replica",
                 retry_after=self.settings.stall_timeout,
             )
-        num_rows = inputs[0].shape[0]
-        num_bytes = sum([x.nbytes for x in inputs])
+        num_rows = inputs[0].shape[0] if rows is None else rows.shape[0]
         # requests that step alone, and split ones, whose chunks are summed for one step
         alone = backend.is_stochastic(training)
+        if num_bytes is None:
+            num_bytes = sum([x.nbytes for x in (*inputs, *(output_gradients or ())) if x is not None])
         if output_gradients is not None:
-            num_bytes += sum([x.nbytes for x in output_gradients if x is not None])
             alone = alone or num_rows > backend.max_batch_size or not backend.merges_backward
         # a backward that takes no step must not share a batch with one that does
-        kind = (backend, output_gradients is not None, training, call_id is not None)
+        kind = (backend, output_gradients is not None, training, call_id is not None, weights is not None)
         work = Work(
             self._queues.get(kind) or self._add_queue(kind),
             num_rows,
@@ -246,7 +253,9 @@ class TesseractRuntime(Uncopied):
             alone,
             backend=backend,
             inputs=inputs,
+            rows=rows,
             output_gradients=output_gradients,
+            weights=weights,
             training=training,
             seed=seed,
             call_id=call_id,
@@ -259,6 +268,17 @@ class TesseractRuntime(Uncopied):
             self._batcher.add(work, now)
             self._wake_thread()
         return work
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Wake the thread at the end of the block only, so that what is queued in it can be computed together."""
+        self._num_gathering += 1
+        try:
+            yield
+        finally:
+            self._num_gathering -= 1
+            with self._lock:
+                self._wake_thread()
 
     def withdraw(self, work: Work) -> bool:
         """Drop work whose result is not needed. Returns False if all of it is being computed, or was."""
@@ -320,12 +340,12 @@ class TesseractRuntime(Uncopied):
 
     def _wake_thread(self) -> None:
         """Wake the thread if it is idle. Call it under the lock."""
-        if self._is_idle:
+        if self._is_idle and not self._num_gathering:
             self._is_idle = False
             self._bell.put(None)
 
-    def _add_queue(self, kind: tuple[ExpertBackend, bool, bool, bool]) -> BatchQueue:
-        backend, is_backward, _, _ = kind
+    def _add_queue(self, kind: tuple[ExpertBackend, bool, bool, bool, bool]) -> BatchQueue:
+        backend, is_backward, *_ = kind
         queue = self._queues[kind] = self._batcher.add_queue(
             kind,
             max_batch_size=backend.max_batch_size,
@@ -465,6 +485,7 @@ def _forget(work: Work) -> None:
     """Free the tensors, unless the thread still needs them: the batcher's queues may keep the request for a while."""
     if not work.alive and not work.num_running:
         work.inputs, work.output_gradients, work.summed = (), None, None
+        work.rows = work.weights = None
         work.results.clear()
 
 

@@ -28,8 +28,14 @@ class Work(QueuedRequest):
 
     backend: ExpertBackend
     inputs: Sequence[torch.Tensor]
+    rows: torch.Tensor | None
+    """The rows of `inputs` and `output_gradients` that are this request's: [num_rows], int64. They are then a block
+    that several requests share. None: all of them, in order."""
     output_gradients: Gradients | None
     """None for a forward."""
+    weights: torch.Tensor | None
+    """What each row's output gradients are multiplied by: [num_rows], float32. The results then end with the weights'
+    own gradients."""
     training: bool
     seed: int
     call_id: bytes | None

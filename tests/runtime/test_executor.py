@@ -42,15 +42,19 @@ def work_of(
     seed: int = 0,
     forward_version: int | None = None,
     peer: object = None,
+    rows: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Work:
     return Work(
         QUEUE,
-        len(x),
+        len(x) if rows is None else len(rows),
         0,
         peer,
         backend=backend,
         inputs=[x],
+        rows=None if rows is None else torch.tensor(rows),
         output_gradients=None if gradient is None else [gradient],
+        weights=None if weights is None else torch.tensor(weights),
         training=training,
         seed=seed,
         call_id=call_id,
@@ -98,6 +102,33 @@ class Fragile(nn.Module):
             raise self.error
         result: torch.Tensor = self.linear(x)
         return result
+
+
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_rows_of_a_block_and_their_weights_equal_requests_of_their_own(damping: float) -> None:
+    backend, plain = (make_backend(staleness_damping=damping) for _ in range(2))
+    backend.version = plain.version = 3
+    block, gradient = torch.randn(6, 4), torch.randn(6, 3)
+    rows, weights = [5, 1, 1, 2], [0.5, -2.0, 0.0, 1.0]
+    work = work_of(backend, block, gradient, rows=rows, weights=weights, forward_version=2)
+    # a slice that ends early and another request of the same block: summed, and stepped once
+    other = work_of(backend, block, gradient, rows=[0], weights=[3.0], forward_version=2, call_id=b"d" * 16)
+    weighted = gradient[rows] * torch.tensor(weights)[:, None]
+    one = work_of(plain, block[rows], weighted, forward_version=2)
+    two = work_of(plain, block[:1], gradient[:1] * 3.0, forward_version=2, call_id=b"d" * 16)
+    found = compute(Executor(), [whole(work), whole(other)])
+    asked = compute(Executor(), [whole(one), whole(two)])
+    outputs = compute(Executor(), [whole(work_of(make_backend(), block, rows=rows))])
+    (output,) = outputs.values()
+    assert isinstance(output, WorkResult) and output.tensors[0] is not None
+    for mine, theirs in ((work, one), (other, two)):
+        of_inputs, of_weights = answer_of(found, mine).tensors
+        torch.testing.assert_close(of_inputs, answer_of(asked, theirs).tensors[0])
+        assert of_weights is not None and len(of_weights) == mine.num_rows
+        if mine is work:
+            torch.testing.assert_close(of_weights, (output.tensors[0] * gradient[rows]).sum(1))
+    torch.testing.assert_close(backend.module.state_dict(), plain.module.state_dict())
+    assert list(backend.applied) == list(plain.applied)
 
 
 def test_a_bad_request_is_found_by_halving_and_the_others_share_one_step() -> None:
