@@ -5,7 +5,8 @@ A machine for each direction. Each is told what happened and when (`start`, `ans
 and whether the pass `is_over`. Times are points on the caller's clock, in seconds.
 
 An `ExpertCall` describes what one expert is asked; `grouping` puts together what one server is. `StrictForward` is for
-those who want all answers or an error. Suffixes of names: R rows, K experts wanted, N experts, T experts tried, L lines.
+those who want all answers or an error. Suffixes of names: R rows, K experts wanted, N experts, T experts tried, L lines
+(pairs of a row and an expert).
 """
 
 from __future__ import annotations
@@ -142,13 +143,6 @@ class CallsUnderWay:
     def late(self) -> list[ExpertCall]:
         """The calls given up that took longer than is usual."""
         return [call for call in self.given_up if call.is_slow]
-
-    def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and expert of every line of the answers put one under the other, in their order. On the CPU."""
-        sizes = [len(call.rows) for call in self.answers]
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *(call.rows for call in self.answers)])
-        experts = np.repeat(np.array([call.expert for call in self.answers], dtype=np.int64), sizes)
-        return torch.from_numpy(rows), torch.from_numpy(experts)
 
     def _decide(self, now: float) -> None:
         raise NotImplementedError
@@ -448,8 +442,6 @@ class BackwardDispatch(CallsUnderWay):
         self._needed_R: Indices = needed
         self.forward_calls: dict[ExpertCall, ExpertCall] = {}
         """By gradient call, the call whose answer it differentiates."""
-        self.forward_lines: dict[ExpertCall, slice] = {}
-        """By gradient call, the lines of that answer in `ForwardDispatch.lines`."""
 
     @property
     def _num_short(self) -> int:
@@ -464,11 +456,9 @@ class BackwardDispatch(CallsUnderWay):
     def start(self, now: float) -> None:
         """See `CallsUnderWay.start`."""
         super().start(now)
-        num_lines = 0
         for answer in self._forward.answers:
             call = ExpertCall(answer.expert, answer.uid, answer.rows, now)
             self.forward_calls[call] = answer
-            self.forward_lines[call] = slice(num_lines, num_lines := num_lines + len(answer.rows))
             self._send(call)
         self._num_first = len(self._fresh)
 

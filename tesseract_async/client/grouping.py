@@ -114,8 +114,6 @@ class Grouping:
         keys are equal may travel in one message. `hedge_after`: seconds after which another replica is asked, too.
         With `is_strict`, experts are looked up anew in forward, too."""
         self.calls = calls
-        self.strange: list[tuple[ExpertReplica, SchemaMismatch]] = []
-        """Replicas that refused what another replica of the same expert answered."""
         self._rank, self._key, self._hedge_after = rank, key, hedge_after
         self._takes_any = calls.direction == "forward"
         self._looks_up = is_strict or not self._takes_any
@@ -126,6 +124,20 @@ class Grouping:
         """When these are to be looked up."""
         self._open: dict[Request, None] = {}
         self._cancel: list[Request] = []
+        self._strange: list[tuple[ExpertReplica, SchemaMismatch]] = []
+
+    def rivals(self, request: Request) -> list[ExpertReplica]:
+        """Return the replicas asked in a backward, and others that say that they are the primary of such an expert."""
+        if self._takes_any:
+            return []
+        known = (self._searches[call].known for call in request.open)
+        others = (one for replicas in known for one in replicas if one.primary and one.peer != request.peer)
+        return [*request.open.values(), *others]
+
+    def take_strange(self) -> list[tuple[ExpertReplica, SchemaMismatch]]:
+        """Return, once, the replicas that refused what another one of the same expert answered, and how."""
+        strange, self._strange = self._strange, []
+        return strange
 
     def timer_at(self) -> float:
         """Return when to ask `step` next if nothing happens before. Each event may change it."""
@@ -174,7 +186,7 @@ class Grouping:
             search.requests.remove(request)
             if counts:
                 self._give_up(call, search)
-                self.strange += search.strange
+                self._strange += search.strange
                 self.calls.answered(call, now)
             else:
                 search.left.insert(0, replica)
@@ -213,12 +225,17 @@ class Grouping:
     def _group(self, now: float) -> list[Request]:
         due, self._due = self._due, {}
         groups: dict[Hashable, list[tuple[ExpertCall, ExpertReplica]]] = {}
+        named: set[tuple[Hashable, int]] = set()
         for call in due:
             if (search := self._searches.get(call)) is None:
                 continue
             if search.left:
                 replica = search.left.pop(0)
-                groups.setdefault(self._key(call, replica), []).append((call, replica))
+                key = self._key(call, replica)
+                if (key, call.expert) in named:  # it was asked about other rows, too
+                    key = key, call
+                named.add((key, call.expert))
+                groups.setdefault(key, []).append((call, replica))
             elif not search.requests and call not in self._pausing:
                 self._exhausted(call, search, now)
         requests = []
