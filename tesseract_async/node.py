@@ -39,7 +39,7 @@ from tesseract_async.transport.base import PeerAddress, ip_version, join_host_po
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.apply import APPLY
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE, uid_of
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -461,12 +461,12 @@ class TesseractNode(Uncopied):
         """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler.
 
         It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
-        Nothing is sent to a peer that may not host the expert that `body` names, by this node's policy and the run that
-        it takes part in: that raises PeerUnreachable.
+        Nothing is sent to a peer that may not host the expert that `body` begins with, by this node's policy and the
+        run that it takes part in: that raises PeerUnreachable.
         Raises: RuntimeError on another event loop than the node's.
         """
-        uid = body.get("uid") if isinstance(body, dict) else None
-        self._check_callee(peer, method, [uid] if isinstance(uid, str) else [])
+        uid = uid_of(body)
+        self._check_callee(peer, method, [] if uid is None else [uid])
         if peer.peer_id != self.peer_id:
             return await self.endpoint.call(
                 peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
@@ -531,7 +531,7 @@ class TesseractNode(Uncopied):
 
     def _check_caller(self, call: IncomingCall, uid: str) -> None:
         """Raises: NotAllowed for a caller without the method's role in the run of `uid`."""
-        role = None if call.method == STATE and call.body.get("weights_only") is True else _ROLES.get(call.method)
+        role = None if call.method == STATE and call.body[1:2] == [True] else _ROLES.get(call.method)
         if not self.trust.may_ask(call.peer_id, role, uid):
             self.metrics.count("endpoint_calls_refused", action=role or "call")
             needed = "is no member of" if role is None else f"may not {role} in"

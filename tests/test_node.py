@@ -22,7 +22,7 @@ pytestmark = pytest.mark.both_loops
 
 
 async def echo(call: IncomingCall) -> Message:
-    return Message({"uid": call.body["uid"], "from": bytes(call.peer_id)}, call.buffers)
+    return Message({"uid": call.body[0], "from": bytes(call.peer_id)}, call.buffers)
 
 
 async def test_udp_and_tcp_share_the_port_and_the_default_host_is_loopback() -> None:
@@ -115,30 +115,30 @@ async def test_calls_reach_the_expert_of_their_uid_here_and_from_afar() -> None:
             host.host_expert("e.1", dict.fromkeys(EXPERT_METHODS, echo))
         for caller in (host, guest):
             data = bytearray(b"payload")
-            reply = await caller.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, [data], timeout=30)
+            reply = await caller.call_expert(host.peer_address, FORWARD, ["e.1"], [data], timeout=30)
             assert reply.body == {"uid": "e.1", "from": bytes(caller.peer_id)}
             data[:] = b"changed"
             assert bytes(reply.buffers[0]) == b"payload"
             with pytest.raises(errors.ExpertNotFound, match=r"e\.2"):
-                await caller.call_expert(host.peer_address, INFO, {"uid": "e.2"}, timeout=30)
+                await caller.call_expert(host.peer_address, INFO, ["e.2"], timeout=30)
             with pytest.raises(errors.ExpertNotFound):
-                await caller.call_expert(host.peer_address, INFO, ["no", "map"], timeout=30)
+                await caller.call_expert(host.peer_address, INFO, {"no": "list"}, timeout=30)
             with pytest.raises(errors.UnknownMethod, match="expert.nothing"):
-                await caller.call_expert(host.peer_address, "expert.nothing", {"uid": "e.1"}, timeout=30)
+                await caller.call_expert(host.peer_address, "expert.nothing", ["e.1"], timeout=30)
             with pytest.raises(ValueError, match="priority"):  # also on the way to itself
-                await caller.call_expert(host.peer_address, INFO, {"uid": "e.1"}, timeout=30, priority=1000)
+                await caller.call_expert(host.peer_address, INFO, ["e.1"], timeout=30, priority=1000)
         host.unhost_expert("e.1")
         with pytest.raises(errors.ExpertNotFound):
-            await guest.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, timeout=30)
+            await guest.call_expert(host.peer_address, FORWARD, ["e.1"], timeout=30)
 
 
 async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -> None:
     started, cancelled = asyncio.Event(), asyncio.Event()
 
     async def handler(call: IncomingCall) -> Message:
-        if call.body["how"] == "fail":
+        if call.body[1] == "fail":
             raise KeyError("lost")
-        if call.body["how"] == "refuse":
+        if call.body[1] == "refuse":
             raise errors.Overloaded("full", retry_after=1.5)
         started.set()
         try:
@@ -153,7 +153,7 @@ async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -
         for caller in (host, guest):
 
             async def call(how: str, timeout: float = 30, caller: ta.TesseractNode = caller) -> Message:
-                return await caller.call_expert(host.peer_address, FORWARD, {"uid": "e.1", "how": how}, timeout=timeout)
+                return await caller.call_expert(host.peer_address, FORWARD, ["e.1", how], timeout=timeout)
 
             with pytest.raises(errors.RemoteError, match="lost"):
                 await call("fail")
@@ -185,7 +185,7 @@ async def test_handing_an_expert_over_is_for_those_who_may_store() -> None:
         host.host_expert("ffn.0", dict.fromkeys(EXPERT_METHODS, echo))
 
         async def ask(node: ta.TesseractNode, method: str) -> Message:
-            return await node.call_expert(host.peer_address, method, {"uid": "ffn.0"}, timeout=30.0)
+            return await node.call_expert(host.peer_address, method, ["ffn.0"], timeout=30.0)
 
         for node, allowed, refused, action in (
             (serving, TAKE_OVER, BACKWARD, "train"),

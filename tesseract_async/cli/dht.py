@@ -20,8 +20,8 @@ from tesseract_async.monitoring import StatusService
 async def command(*, node: NodeOptions, policy: Policy | None) -> int:
     """Run a bootstrap node: a first address for others to join by.
 
-    It stores and routes what others publish, and hosts no experts. Prints one line of JSON with its address on
-    standard output, and ends with Ctrl-C.
+    It stores and routes what others publish, and hosts no experts. Ends with Ctrl-C. To a program or a file
+    it prints one line of JSON with its address.
     """
     async with node.make(policy=policy) as running, StatusService(running):
         for line in describe_policy(running.policy):

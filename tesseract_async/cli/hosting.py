@@ -321,6 +321,7 @@ async def _save_on_demand(server: TesseractServer) -> None:
                 click.echo(f"Error: {error}", err=True)
                 say("not saved", reason=str(error))
             else:
+                click.echo(f"{counted(num_saved, 'expert')} saved", err=True)
                 say("saved", num_experts=num_saved, versions=_versions(server))
     finally:
         loop.remove_signal_handler(signal.SIGUSR1)
@@ -350,4 +351,4 @@ def _versions(server: TesseractServer) -> dict[str, int]:
 async def _report(server: TesseractServer, period: float | None) -> None:
     while period is not None:
         await asyncio.sleep(period)
-        say("report", versions=_versions(server))
+        say("report", on_terminal=True, versions=_versions(server))

@@ -173,6 +173,7 @@ async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], ow
             click.echo("with a delegate go the peers that it let in, and what it revoked no longer counts", err=True)
         await acting.revoke(members, invites)
         run = acting.authority.run.full_name
+    click.echo(f"{counted(len(members) + len(invites), 'peer')} may take no more part in {run}", err=True)
     say("revoked", run=run, peers=list(map(str, members)), invites=list(map(str, invites)))
     return 0
 
@@ -195,6 +196,8 @@ async def appoint(*, experts: ExpertPattern, member: PeerID | str, seal: bytes |
         authority = acting.authority
         if primary is not None and not authority.may(primary, "host", next(iter(experts)), now=time.time()):
             click.echo(f"{member} may not host them yet: it becomes primary once it has a grant", err=True)
+    who = "chosen by their servers" if primary is None else str(primary)
+    click.echo(f"the primary of {experts} in {authority.run.full_name} is {who} from now on", err=True)
     say("appointed", run=authority.run.full_name, experts=str(experts), peer=str(member), serial=signed.serial)
     return 0
 
@@ -219,6 +222,7 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
     if as_json:
         say(
             "status",
+            on_terminal=True,
             run=authority.run.full_name,
             mode=authority.mode,
             live=len(live),

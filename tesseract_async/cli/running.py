@@ -172,9 +172,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return asyncio.new_event_loop
 
 
-def say(event: str, **facts: object) -> None:
-    """Print one line of JSON on standard output, for programs. People read standard error."""
-    print(json.dumps({"event": event, **facts}), flush=True)
+def say(event: str, /, on_terminal: object = False, **facts: object) -> None:
+    """Print one line of JSON on standard output, for programs: on a terminal only if it was asked for (`on_terminal`).
+
+    People read standard error.
+    """
+    if on_terminal or not sys.stdout.isatty():
+        print(json.dumps({"event": event, **facts}), flush=True)
 
 
 class JsonLines(logging.Formatter):

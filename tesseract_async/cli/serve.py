@@ -36,7 +36,7 @@ async def command(
 
     Say what to host by --experts, by --run and --num-experts, or in a file (--config; see examples/volunteer.toml).
 
-    Prints one line of JSON on standard output once the experts can be found. Ctrl-C leaves cleanly: experts that
+    To a program or a file it prints one line of JSON once the experts can be found. Ctrl-C leaves cleanly: experts that
     other servers have copies of are handed over to them, running work is finished, the experts are withdrawn from the
     network, and their weights are saved. SIGUSR1 saves them at once.
     """

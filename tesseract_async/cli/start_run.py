@@ -105,7 +105,7 @@ async def create(
 ) -> int:
     """Start a training run: sign the description of all its experts.
 
-    Volunteers then join by the run's name alone. Prints the full name, NAME@PEER_ID, in one line of JSON. Then stays
+    Volunteers then join by the run's name alone. Prints the full name, NAME@PEER_ID. Then stays
     until Ctrl-C, keeps the description known and renews grants before they end; servers that take part keep it known,
     too. The run belongs to the key in --identity: keep that file, and a copy (tesseract run backup-key). To let others
     take part, see tesseract run grant.

@@ -1,4 +1,4 @@
-"""The handlers of a node's calls: by method, or by the method and the uid that the call's body names. No I/O."""
+"""The handlers of a node's calls: by method, or by method and the uid that the call's body begins with. No I/O."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tesseract_async.admission import Action
 from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod
 from tesseract_async.identity import PeerID
+from tesseract_async.wire.messages import uid_of
 from tesseract_async.wire.packed import Value
 
 
@@ -112,8 +113,8 @@ class CallTable:
         if (handler := self._by_method.get(method)) is not None:
             return handler
         self.action_of(method)
-        uid = call.body.get("uid") if isinstance(call.body, dict) else None
-        handlers = self._by_uid.get(uid) if isinstance(uid, str) else None
+        uid = uid_of(call.body)
+        handlers = None if uid is None else self._by_uid.get(uid)
         if uid is None or handlers is None:
             raise ExpertNotFound(f"node {self._name} does not host the expert {str(uid)[:80]}")
         self._check(call, uid)

@@ -332,7 +332,7 @@ class Reach:
             self._server.stop()
         if not any(":" not in host for host in self.reachability.open_hosts):
             self._client.start()  # a public node's too, if it has IPv6 only: peers without need a go-between
-        if found.became_client:
+        if found.became_client and self._puncher.enabled:
             # importing aiortc takes a while, better now than when somebody waits
             self._answerer.tasks.spawn(self._puncher.load())
         if found.is_news:
@@ -345,6 +345,18 @@ class Reach:
         self._on_change()
 
     async def _run_check(self, check: CheckDue) -> None:
+        try:
+            found = await self._observe(check)
+        except Exception:
+            logger.exception("a check of how others reach this node failed; the next one follows")
+            found = Observation({})
+        udp = {"public": True, "client": False}.get(self._network.role)
+        self.role.checked(replace(found, udp=udp), self._now())
+        if self._is_declared_public and found.dialed:
+            self._metrics.set("reachable_by_tcp", float(not self.role.doubt))
+        self._cycle()
+
+    async def _observe(self, check: CheckDue) -> Observation:
         contacts = self._network.public_contacts(NUM_CONTACTS)
         self._rng.shuffle(contacts)
         connected = {info.peer_id for info in self._endpoint.connections()}
@@ -352,21 +364,16 @@ class Reach:
         contacts.sort(key=lambda peer: peer.peer_id in connected)
         dialing = self._dial_back.check_all(contacts, check.ports)
         if not check.stun:
-            found = Observation(await dialing)
-        elif 6 not in self._address.versions:
+            return Observation(await dialing)
+        if 6 not in self._address.versions:
             dialed, (nat, seen_host) = await asyncio.gather(dialing, self._stun.look())
-            found = Observation(dialed, nat, seen_host)
-        else:  # helpers by IPv6 have named the IPv4 addresses at which they answer STUN
-            dialed, (nat, seen_host) = await dialing, await self._stun.look()
-            if nat == "unknown" and check.ports and self._own_v4() is not None:
-                await self._dial_back.learn(contacts, port=self._address.port)  # they may all have IPv6 alone
-                nat, seen_host = await self._stun.look()
-            found = Observation(dialed, nat, seen_host)
-        udp = {"public": True, "client": False}.get(self._network.role)
-        self.role.checked(replace(found, udp=udp), self._now())
-        if self._is_declared_public and found.dialed:
-            self._metrics.set("reachable_by_tcp", float(not self.role.doubt))
-        self._cycle()
+            return Observation(dialed, nat, seen_host)
+        # helpers by IPv6 have named the IPv4 addresses at which they answer STUN
+        dialed, (nat, seen_host) = await dialing, await self._stun.look()
+        if nat == "unknown" and check.ports and self._own_v4() is not None:
+            await self._dial_back.learn(contacts, port=self._address.port)  # they may all have IPv6 alone
+            nat, seen_host = await self._stun.look()
+        return Observation(dialed, nat, seen_host)
 
     async def _answer(self, offer: bytes, origin: str) -> bytes:
         return await self._answerer.answer(offer, origin=origin, relays=self.rendezvous)

@@ -14,6 +14,7 @@ Everything else stays as it is, and is reported: two primaries are for people to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -213,18 +214,11 @@ class BareNames:
 
     async def look(self) -> None:
         """Settle all roles, and pull the states that are due. Raises: as `read`."""
-        settings = self._settings
-        await self.read(self._experts)
-        now = self._elapsed()
-        if now - self._read_at > settings.lease + settings.check_every:
-            # it was suspended, or cut off: another may have taken over meanwhile
-            for one in self._experts.values():
-                one.primary_since, one.version_then = now, None
-        if now - self._looked_at > settings.lease + settings.check_every:
+        await self._beat()
+        if self._elapsed() - self._looked_at > self._settings.lease + self._settings.check_every:
             self._heard.clear()  # by then a look that is slow itself, for others' silence, has not stood still
-        self._read_at = now
         gate = asyncio.Semaphore(NUM_AT_ONCE)
-        look = _Look(self._node, settings.call_timeout / 5)
+        look = _Look(self._node, self._settings.call_timeout / 5)
 
         async def settle(one: _Memory) -> None:
             async with gate:
@@ -233,6 +227,7 @@ class BareNames:
                 except (TesseractError, TimeoutError) as error:
                     logger.warning("replica of %s: %s", one.hosted.uid, describe(error))
 
+        beating = asyncio.create_task(self._go_on_beating())
         try:
             async with asyncio.TaskGroup() as group:
                 for one in self._experts.values():
@@ -240,7 +235,28 @@ class BareNames:
                         group.create_task(settle(one))
         finally:
             look.close()
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
         self._looked_at = self._elapsed()
+
+    async def _beat(self) -> None:
+        """Read who is there, and notice if this server was suspended or cut off since: another may have taken over.
+
+        Raises: as `read`.
+        """
+        await self.read(self._experts)
+        now = self._elapsed()
+        if now - self._read_at > self._settings.lease + self._settings.check_every:
+            for one in self._experts.values():
+                one.primary_since, one.version_then = now, None
+        self._read_at = now
+
+    async def _go_on_beating(self) -> None:
+        """Pulling states takes longer than a lease on a slow line: that is not standing still."""
+        while True:
+            await asyncio.sleep(self._settings.check_every)
+            with contextlib.suppress(TesseractError, TimeoutError):  # cut off: the next one that succeeds notices
+                await self._beat()
 
     async def _settle(self, one: _Memory, look: _Look) -> None:
         uid, is_primary, version = one.hosted.uid, one.hosted.is_primary, one.hosted.backend.version

@@ -1,8 +1,9 @@
 """Messages between clients and servers about experts: the bodies of the ``expert.*`` calls.
 
 Each message is a named tuple (one is made for every call, and a frozen dataclass takes 2 to 4 us); `encode` gives the
-msgpack body, `decode` reads an untrusted body and raises only `ProtocolError`. Tensors travel next to the body
-(`tensors` holds their metas, see `wire.tensors`).
+msgpack body, a list of its fields, `decode` reads an untrusted body and raises only `ProtocolError`. Requests begin
+with the expert's uid, by which they find its handler. Tensors travel next to the body (`tensors` holds their metas, see
+`wire.tensors`).
 
 - ``expert.info``: `InfoRequest` -> `ExpertInfo`
 - ``expert.forward``: `ForwardRequest` + inputs -> `ForwardReply` + outputs
@@ -14,7 +15,7 @@ msgpack body, `decode` reads an untrusted body and raises only `ProtocolError`. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from tesseract_async.errors import ProtocolError
@@ -199,47 +200,57 @@ Body = TypeVar(
 _CHECKS: dict[str, Callable[[Value], bool]] = {
     "str": lambda value: type(value) is str and len(value) <= MAX_UID_LENGTH,
     "int": lambda value: type(value) is int and 0 <= value < 2**63,
-    "bool": lambda value: type(value) is bool,
     "bytes": lambda value: type(value) is bytes and len(value) == 16,
     "bytes | None": lambda value: value is None or (type(value) is bytes and len(value) == 16),
-    "list[Value]": lambda value: type(value) is list,
     "list[Value] | dict[str, Value]": lambda value: (
         type(value) is list or (type(value) is dict and all(type(key) is str for key in value))
     ),
     "dict[str, Value]": lambda value: type(value) is dict and all(type(key) is str for key in value),
 }
+_SUFFICIENT: dict[str, type] = {"bool": bool, "list[Value]": list}
+"""Types that alone prove a value right."""
+
+
+def _refuse(value: Value) -> bool:
+    return False  # not of the sufficient type
 
 
 _MISSING: Final = object()
-_SUFFICIENT: dict[str, type] = {"bool": bool, "list[Value]": list}
-"""Types that alone prove a value right, which is cheaper than a check."""
-_FIELDS: dict[type, list[tuple[str, Value, type | None, Callable[[Value], bool]]]] = {
-    # name, default, sufficient type, check; the annotations are strings here, kept as forward references
+_Field = tuple[str, Value, type | None, Callable[[Value], bool]]
+"""Name, default, sufficient type, check."""
+_FIELDS: dict[type, list[_Field]] = {
+    # the annotations are strings here, kept as forward references
     kind: [
-        (name, kind._field_defaults.get(name, _MISSING), _SUFFICIENT.get(of), _CHECKS[of])
+        (name, kind._field_defaults.get(name, _MISSING), _SUFFICIENT.get(of), _CHECKS.get(of, _refuse))
         for name, of in ((name, annotation.__forward_arg__) for name, annotation in kind.__annotations__.items())
     ]
     for kind in Body.__constraints__
 }
 
 
-def encode(message: Body) -> dict[str, Value]:
-    """The message as a msgpack map from field names to values."""
-    return message._asdict()
+def encode(message: Body) -> list[Value]:
+    """The message as a msgpack list of its fields."""
+    return list(message)
 
 
 def decode(kind: type[Body], body: Value) -> Body:
-    """Read an untrusted body as `kind`. Unknown fields are ignored, and fields with a default may be missing, so that
-    later versions may add some.
+    """Read an untrusted body as `kind`. Later versions may add fields at the end: unknown ones are ignored, and those
+    with a default may be missing.
 
     Raises: ProtocolError for a missing field or a value of the wrong type.
     """
-    if type(body) is not dict:
-        raise ProtocolError(f"{kind.__name__}: the body is not a map")
-    values: list[Value] = []
-    for name, default, sufficient, check in _FIELDS[kind]:
-        value = body.get(name, default)
+    fields: Sequence[_Field] = _FIELDS[kind]
+    if type(body) is not list:
+        raise ProtocolError(f"{kind.__name__}: the body is not a list")
+    if len(body) < len(fields):
+        body = [*body, *[field[1] for field in fields[len(body) :]]]
+    for (name, _, sufficient, check), value in zip(fields, body, strict=False):
         if type(value) is not sufficient and not check(value):
             raise ProtocolError(f"{kind.__name__}: {name} is missing or malformed")
-        values.append(value)
-    return kind(*values)
+    return kind._make(body[: len(fields)])
+
+
+def uid_of(body: Value) -> str | None:
+    """Return the uid that the untrusted body of an ``expert.*`` request begins with, if it does."""
+    uid = body[0] if type(body) is list and body else None
+    return uid if type(uid) is str else None

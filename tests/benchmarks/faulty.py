@@ -30,7 +30,7 @@ class FaultyNode(ta.TesseractNode):
     async def call_expert(self, peer: Any, method: str, body: Any = None, *args: Any, **options: Any) -> Message:
         if method in (FORWARD, BACKWARD):
             self.num_calls += 1
-            seconds = self.fate(method, body["uid"])
+            seconds = self.fate(method, body[0])
             if seconds is None:
                 raise ExpertFailed("the script says so")
             if seconds == float("inf"):

@@ -27,7 +27,7 @@ class CountingNode(ta.TesseractNode):
 
     async def call_expert(self, peer: Any, method: str, body: Any = None, *args: Any, **options: Any) -> Any:
         if method == FORWARD:
-            self.forwards[body["uid"]] += 1
+            self.forwards[body[0]] += 1
         return await super().call_expert(peer, method, body, *args, **options)
 
 

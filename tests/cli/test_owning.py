@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async.cli.main import main
+from tesseract_async.cli.running import say
 from tesseract_async.errors import NotAllowed
 from tesseract_async.identity import Identity
 from tests.cli.processes import event, finish, tesseract
@@ -25,6 +28,19 @@ X = torch.ones(3, 4)
 def last_json(out: str) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     return facts
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_json_only_if_it_was_asked_for() -> None:
+    for out, lines in ((io.StringIO(), 2), (Terminal(), 1)):
+        with contextlib.redirect_stdout(out):
+            say("ready", address="here")
+            say("report", on_terminal=True, versions={})
+        assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == ["ready", "report"][-lines:]
 
 
 def invoke(*arguments: str) -> tuple[int, str, str]:

@@ -45,6 +45,13 @@ def seeded(seed: int) -> Iterator[None]:
         generator.set_state(state)
 
 
+REQUESTS: dict[str, Any] = {
+    messages.INFO: messages.InfoRequest,
+    messages.FORWARD: messages.ForwardRequest,
+    messages.BACKWARD: messages.BackwardRequest,
+}
+
+
 @dataclass(frozen=True)
 class Reply:
     body: Any = None
@@ -277,15 +284,16 @@ class FakeNode(Uncopied):
         idempotent: bool = False,
         priority: int = 0,
     ) -> Reply:
-        uid = body["uid"]
-        num_rows = body["tensors"][0][1][0] if body.get("tensors") else 0
+        request = messages.decode(REQUESTS[method], body)
+        uid, tensors = request.uid, getattr(request, "tensors", None)
+        num_rows = tensors[0][1][0] if tensors else 0
         received = [memoryview(bytearray(buffer)) for buffer in buffers]
-        asked = Asked(method, uid, peer, timeout, num_rows, priority, body)
-        reply, answers = await self._serve(asked, lambda hosted: self._answer(hosted, uid, method, body, received))
+        asked = Asked(method, uid, peer, timeout, num_rows, priority, request)
+        reply, answers = await self._serve(asked, lambda hosted: self._answer(hosted, request, received))
         out = [memoryview(bytearray(buffer)) for buffer in answers]
         if self.tamper is not None:
             reply, out = self.tamper(method, reply, out)
-        return Reply(reply, out)
+        return Reply(list(reply) if isinstance(reply, tuple) else reply, out)
 
     async def _serve(self, asked: Asked, answer: Callable[[Hosted], Any]) -> Any:
         """What `answer` gives for the expert, after what the script says."""
@@ -381,16 +389,16 @@ class FakeNode(Uncopied):
         metas, buffers = pack_tensors(sums)
         versions, epochs = np.array([answer[2] for answer in answers.values()], dtype=np.int64), np.zeros_like(places)
         part = ApplyPart(places, versions, epochs, failures, metas, of_weights, name)
-        body, numbers = encode_part(part, backward=request.backward)
-        reply, out = through_msgpack(body), [memoryview(bytearray(buffer)) for buffer in (*numbers, *buffers)]
-        return Reply(*(self.tamper(APPLY, reply, out) if self.tamper is not None else (reply, out)))
+        out = [memoryview(bytearray(buffer)) for buffer in buffers]
+        if self.tamper is not None:
+            part, out = self.tamper(APPLY, part, out)
+        reply, numbers = encode_part(part, backward=request.backward)
+        return Reply(through_msgpack(reply), [*(memoryview(bytearray(buffer)) for buffer in numbers), *out])
 
-    def _answer(
-        self, hosted: Hosted, uid: str, method: str, body: Any, buffers: list[memoryview]
-    ) -> tuple[Any, list[memoryview]]:
-        if method == messages.INFO:
+    def _answer(self, hosted: Hosted, request: Any, buffers: list[memoryview]) -> tuple[Any, list[memoryview]]:
+        if isinstance(request, messages.InfoRequest):
             info = messages.ExpertInfo(
-                uid=uid,
+                uid=request.uid,
                 args_schema=encode_schema(hosted.args_schema),
                 kwargs_schema=encode_schema(hosted.kwargs_schema),
                 outputs_schema=encode_schema(hosted.outputs_schema),
@@ -398,17 +406,15 @@ class FakeNode(Uncopied):
                 version=hosted.version,
                 codecs=CodecPolicy(inputs=("none",), outputs=("none",), gradients=("none",)).encode(),
             )
-            return messages.encode(info), []
-        if method == messages.FORWARD:
-            request = messages.decode(messages.ForwardRequest, body)
+            return info, []
+        if isinstance(request, messages.ForwardRequest):
             inputs = unpack_tensors(request.tensors, buffers)
             metas, answers = pack_tensors(self._forward(hosted, inputs, request.training, request.seed))
             name = None
             if self.keeps_inputs and request.keep_inputs:
                 name = os.urandom(16)
                 self.kept[name] = inputs
-            return messages.encode(messages.ForwardReply(metas, hosted.version, name)), answers
-        request = messages.decode(messages.BackwardRequest, body)
+            return messages.ForwardReply(metas, hosted.version, name), answers
         tensors = unpack_tensors(request.tensors, buffers)
         if request.inputs_cached is not None:
             if request.inputs_cached not in self.kept:
@@ -418,7 +424,7 @@ class FakeNode(Uncopied):
         inputs, given = tensors[:num_inputs], tensors[num_inputs:]
         gradients, _ = self._backward(hosted, inputs, given, request.training, request.seed)
         metas, answers = pack_tensors(gradients)
-        return messages.encode(messages.BackwardReply(metas, hosted.version)), answers
+        return messages.BackwardReply(metas, hosted.version), answers
 
     def _forward(self, hosted: Hosted, inputs: list[Any], training: bool, seed: int) -> list[torch.Tensor]:
         hosted.module.train(training)

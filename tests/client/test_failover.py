@@ -85,7 +85,7 @@ async def test_backward_goes_to_the_next_primary_under_the_same_call_id(node: Fa
     node.fault = fault
     await backward(y.sum())
     assert peers_asked(node, BACKWARD) == ["leaving", "heir", "heir"]
-    assert len({asked.body["call_id"] for asked in node.calls if asked.method == BACKWARD}) == 1
+    assert len({asked.body.call_id for asked in node.calls if asked.method == BACKWARD}) == 1
     assert hosted.version == 1 and x.grad is not None
 
 
@@ -102,7 +102,7 @@ async def test_a_follower_that_names_the_primary_is_believed_about_known_servers
     node.fault = fault
     await backward(y.sum())
     assert peers_asked(node, BACKWARD) == ["follower", "follower", "primary"]
-    assert len({asked.body["call_id"] for asked in node.calls if asked.method == BACKWARD}) == 1
+    assert len({asked.body.call_id for asked in node.calls if asked.method == BACKWARD}) == 1
     assert hosted.version == 1 and x.grad is not None and not node.directory.failed
 
 
@@ -115,12 +115,12 @@ async def test_inputs_that_the_server_keeps_do_not_travel_again(node: FakeNode, 
     if forgotten:
         node.kept.clear()
     await backward(y.sum())
-    sent = [asked.body["num_inputs"] for asked in node.calls if asked.method == BACKWARD]
+    sent = [asked.body.num_inputs for asked in node.calls if asked.method == BACKWARD]
     assert sent == ([0, 1] if forgotten else [0])
     torch.testing.assert_close(x.grad, node.hosted["ffn.0"].module.weight.detach().sum(0).expand(2, 8))  # type: ignore
     with torch.no_grad():
         await RemoteExpert(node, "ffn.0")(x)
-    assert not node.calls[-1].body["keep_inputs"]
+    assert not node.calls[-1].body.keep_inputs
 
 
 async def test_all_replicas_gone(node: FakeNode) -> None:

@@ -394,7 +394,7 @@ async def test_chosen_experts_are_in_the_gates_mode_and_have_its_options(node: F
     [[chosen, *_]] = await gate.choose(x[:1])
     assert before.training and chosen.uid == before.uid, "those chosen before stay as they were"
     await chosen(x)
-    assert node.calls[-1].body["training"] is False and node.calls[-1].priority == 1
+    assert node.calls[-1].body.training is False and node.calls[-1].priority == 1
     assert (await gate.choose(x[:1]))[0][0] is chosen, "in one mode, a uid is one object"
     assert not chosen.with_options(timeout=1.0).training
     chosen.train()

@@ -29,8 +29,8 @@ def answer_at(node: FakeNode, epoch: int, version: int | None = None, *, to: str
     """From now on replies (only those to `to`, if given) say that they are from this epoch."""
 
     def tamper(method: str, body: Any, buffers: Any) -> Any:
-        if "version" in body and (to is None or method == to):
-            body = {**body, "epoch": epoch, "version": body["version"] if version is None else version}
+        if hasattr(body, "epoch") and (to is None or method == to):
+            body = body._replace(epoch=epoch, version=body.version if version is None else version)
         return body, buffers
 
     node.tamper = tamper
@@ -56,12 +56,12 @@ async def test_gradients_of_an_older_epoch_are_asked_again_of_another_server_und
     def tamper(method: str, body: Any, buffers: Any) -> Any:
         if method == "expert.backward":
             peers.append(node.calls[-1].peer)
-            body = {**body, "epoch": 4 if len(peers) == 1 else 5}
+            body = body._replace(epoch=4 if len(peers) == 1 else 5)
         return body, buffers
 
     node.tamper = tamper
     await backward(y.sum())
-    asked = [one.body["call_id"] for one in node.calls if one.method == "expert.backward"]
+    asked = [one.body.call_id for one in node.calls if one.method == "expert.backward"]
     assert x.grad is not None and len(asked) == 2 and len(set(asked)) == 1
 
 

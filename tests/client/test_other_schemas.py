@@ -37,14 +37,14 @@ class TwoModels(FakeNode):
         if peer != WRONG:
             return await super().call_expert(peer, method, body, *args, **kwargs)
         if method == messages.INFO:
-            right, self.hosted[body["uid"]] = self.hosted[body["uid"]], self.wrong
+            right, self.hosted[body[0]] = self.hosted[body[0]], self.wrong
             try:
                 return await super().call_expert(peer, method, body, *args, **kwargs)
             finally:
-                self.hosted[body["uid"]] = right
+                self.hosted[body[0]] = right
         self.num_wrong += 1
         await asyncio.sleep(0)
-        raise SchemaMismatch(f"expert {body['uid']} takes (float32[rows, 32]); got something else")
+        raise SchemaMismatch(f"expert {body[0]} takes (float32[rows, 32]); got something else")
 
 
 def host(node: TwoModels, uid: str, order: tuple[tuple[str, bool], ...], lr: float | None = 0.1) -> Hosted:

@@ -239,15 +239,15 @@ async def test_another_replica_answers_for_a_dead_one(node: FakeNode) -> None:
 
 def change_meta(index: int, value: Any) -> Any:
     def tamper(method: str, body: Any, buffers: Any) -> Any:
-        if "tensors" in body:
-            body["tensors"][0][index] = value
+        if hasattr(body, "tensors"):
+            body.tensors[0][index] = value
         return body, buffers
 
     return tamper
 
 
 def drop_tensor(method: str, body: Any, buffers: Any) -> Any:
-    return ({**body, "tensors": []}, []) if "tensors" in body else (body, buffers)
+    return (body._replace(tensors=[]), []) if hasattr(body, "tensors") else (body, buffers)
 
 
 def cut_buffer(method: str, body: Any, buffers: Any) -> Any:
@@ -255,7 +255,7 @@ def cut_buffer(method: str, body: Any, buffers: Any) -> Any:
 
 
 def absent(method: str, body: Any, buffers: Any) -> Any:
-    return ({**body, "tensors": [None]}, []) if "tensors" in body else (body, buffers)
+    return (body._replace(tensors=[None]), []) if hasattr(body, "tensors") else (body, buffers)
 
 
 TAMPERS = {
@@ -267,8 +267,8 @@ TAMPERS = {
     "codec": change_meta(2, "rot13"),
     "none": drop_tensor,
     "cut": cut_buffer,
-    "not a map": lambda method, body, buffers: ([], buffers),
-    "no version": lambda method, body, buffers: ({k: v for k, v in body.items() if k != "version"}, buffers),
+    "not a list": lambda method, body, buffers: ({}, buffers),
+    "no version": lambda method, body, buffers: (list(body)[:1], buffers),
 }
 
 
@@ -303,7 +303,7 @@ async def test_nonsense_is_not_unpacked_where_that_takes_more_memory(
     def bomb(method: str, body: Any, buffers: Any) -> Any:
         count = meta[1][0] * meta[1][1]
         buffer = memoryview(bytes(compression.encoded_bytes(count, torch.float64, "uint8")))
-        return {**body, "tensors": [meta, meta]}, [buffer, buffer]
+        return body._replace(tensors=[meta, meta]), [buffer, buffer]
 
     node.host("ffn.0.0", nn.Linear(8, 8))
     expert = RemoteExpert(node, "ffn.0.0")

@@ -24,7 +24,7 @@ class Behind(FakeNode):
 
     async def call_expert(self, peer: Any, method: str, body: Any = None, *args: Any, **kwargs: Any) -> Any:
         reply = await super().call_expert(peer, method, body, *args, **kwargs)
-        reply.body["version"] = VERSIONS[peer]
+        reply.body[-2 if method == INFO else 1] = VERSIONS[peer]
         return reply
 
 
@@ -73,7 +73,7 @@ async def test_gates_and_eval_say_it_too() -> None:
     assert await versions(gate.eval()) == {98}, "what the gate was made with"
     expert = RemoteExpert(node, "ffn.0.0").eval(max_staleness=0)
     await expert.with_options(priority=1)(torch.ones(1, 8))
-    assert node.calls[-1].peer == "primary" and node.calls[-1].body["training"] is False
+    assert node.calls[-1].peer == "primary" and node.calls[-1].body.training is False
 
 
 @in_made_up_time

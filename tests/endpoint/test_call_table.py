@@ -31,21 +31,21 @@ def test_a_call_goes_to_the_handler_of_its_uid_and_method() -> None:
     table.add("status", two)
     handlers: dict[str, CallHandler] = {"expert.a": one}
     table.host("e.1", handlers)
-    assert table.find(call("expert.a", {"uid": "e.1"})) is one and table.find(call("status", {"uid": "e.1"})) is two
+    assert table.find(call("expert.a", ["e.1"])) is one and table.find(call("status", ["e.1"])) is two
     with pytest.raises(UnknownMethod, match=r"e\.1 at node does not answer expert\.b"):
-        table.find(call("expert.b", {"uid": "e.1"}))
+        table.find(call("expert.b", ["e.1"]))
     handlers["expert.b"] = two
-    assert table.find(call("expert.b", {"uid": "e.1"})) is two and table.action_of("expert.b") == "train"
+    assert table.find(call("expert.b", ["e.1"])) is two and table.action_of("expert.b") == "train"
     assert list(table.uids) == ["e.1"]
 
 
 def test_what_is_not_there_is_named() -> None:
     table = CallTable("node", uid_methods={"expert.a": "call"})
-    for body in (None, ["uid"], {"uid": 7}, {"uid": "e.1"}, {"uid": ["e.1"]}):
+    for body in (None, [], [7], ["e.1"], [["e.1"]], {"uid": "e.1"}):
         with pytest.raises(ExpertNotFound):
             table.find(call("expert.a", body))
     with pytest.raises(UnknownMethod, match="no such method at node: other"):
-        table.find(call("other", {"uid": "e.1"}))
+        table.find(call("other", ["e.1"]))
 
 
 def test_taken_names_are_refused_until_they_are_free() -> None:
@@ -62,7 +62,7 @@ def test_taken_names_are_refused_until_they_are_free() -> None:
     table.unhost("e.1")
     table.add("status", two, action="host")
     table.host("e.1", {"expert.a": two})
-    assert table.action_of("status") == "host" and table.find(call("expert.a", {"uid": "e.1"})) is two
+    assert table.action_of("status") == "host" and table.find(call("expert.a", ["e.1"])) is two
 
 
 def test_callers_of_a_uid_are_checked_before_it_is_told_what_it_answers() -> None:
@@ -73,5 +73,5 @@ def test_callers_of_a_uid_are_checked_before_it_is_told_what_it_answers() -> Non
     table.host("e.1", {})
     table.add("status", one)
     with pytest.raises(NotAllowed, match=r"not e\.1"):
-        table.find(call("expert.a", {"uid": "e.1"}))
+        table.find(call("expert.a", ["e.1"]))
     assert table.find(call("status")) is one

@@ -100,6 +100,21 @@ async def test_others_are_told_what_helpers_found() -> None:
             assert "takes full part" in reach.report()[0]
 
 
+async def test_a_check_that_fails_unexpectedly_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Network):
+        def public_contacts(self, count: int) -> list[PeerAddress]:
+            if not caplog.records:
+                raise RuntimeError("broken")
+            return super().public_contacts(count)
+
+    async with helpers(2) as made:
+        network = Broken(*(peer for _, peer in made))
+        settings = ReachSettings(on_loopback=True, watch_period=0.01)
+        async with reaching(network, settings=settings) as (reach, _, told), asyncio.timeout(30):
+            await told.get()
+            assert "broken" in str(caplog.records[0].exc_info) and reach.reachability.role == "public"
+
+
 async def test_strangers_are_asked_first() -> None:
     """They see this node as any stranger would."""
     async with helpers(3) as made:
@@ -164,7 +179,10 @@ asyncio.run(main())
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-async def test_a_client_node_imports_aiortc_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("punch_holes", [True, False])
+async def test_a_client_node_imports_aiortc_in_a_thread_if_it_punches_holes(
+    punch_holes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     imported: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -174,9 +192,14 @@ async def test_a_client_node_imports_aiortc_in_a_thread(monkeypatch: pytest.Monk
 
     monkeypatch.delitem(sys.modules, "tesseract_async.nat.webrtc.association", raising=False)
     monkeypatch.setattr(webrtc.importlib, "import_module", note)
-    async with reaching(Network(), settings=ReachSettings(on_loopback=True, client=True)):
-        async with asyncio.timeout(30):
+    settings = ReachSettings(on_loopback=True, client=True, punch_holes=punch_holes)
+    async with reaching(Network(), settings=settings) as (reach, _, _), asyncio.timeout(30):
+        if punch_holes:
             assert await imported.get() == ("tesseract_async.nat.webrtc.association", False)
+        else:
+            while reach.reachability.role != "client":  # noqa: ASYNC110 (nobody is told)
+                await asyncio.sleep(0.01)
+    assert imported.empty(), "closing waits for what was begun"
 
 
 async def test_a_node_that_is_said_to_be_public_is_believed_at_once() -> None:

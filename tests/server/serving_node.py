@@ -89,12 +89,12 @@ class ServingNode:
         return await self.table.find(call)(call)
 
     async def call_expert(self, peer: Any, method: str, body: Any, *, timeout: float, idempotent: bool) -> Message:
-        return await self.call(body["uid"], method, body, timeout=timeout)
+        return await self.call(body[0], method, body, timeout=timeout)
 
     async def forward(self, uid: str, *inputs: torch.Tensor | None, **changes: Any) -> tuple[list[Any], int]:
         metas, _ = wire.pack_tensors(inputs)
         request = messages.ForwardRequest(uid=uid, tensors=metas, training=False, seed=0, reply_codec="none")
-        reply = await self.call(uid, messages.FORWARD, messages.encode(request) | changes, inputs)
+        reply = await self.call(uid, messages.FORWARD, list(request._replace(**changes)), inputs)
         body = messages.decode(messages.ForwardReply, reply.body)
         return wire.unpack_tensors(body.tensors, reply.buffers), body.version
 
@@ -113,6 +113,6 @@ class ServingNode:
             version=0,
             reply_codec="none",
         )
-        reply = await self.call(uid, messages.BACKWARD, messages.encode(request) | changes, together)
+        reply = await self.call(uid, messages.BACKWARD, list(request._replace(**changes)), together)
         body = messages.decode(messages.BackwardReply, reply.body)
         return wire.unpack_tensors(body.tensors, reply.buffers), body.version

@@ -57,7 +57,7 @@ class Swarm:
 
     async def answer(self, call: IncomingCall) -> Message:
         self.num_calls += 1
-        uid = call.body["uid"]
+        uid = call.body[0]
         return await self.source.answer(self.hosted(uid), call)
 
     def train(self, uid: str) -> None:

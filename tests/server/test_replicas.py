@@ -71,14 +71,15 @@ async def volunteer(
     policy: ta.Policy | None = None,
     checkpoints: Path | None = None,
     reuse: float = 0.0,
+    follows: Sequence[str] = (),
 ) -> AsyncIterator[Volunteer]:
     async with ta.TesseractNode(initial_peers=peers, identity=identity, policy=policy) as node:
         await node.network.wait_joined(30.0)
-        backends = {UID: make_backend(seed, module)}
+        backends = {UID: make_backend(seed, module)} | {uid: make_backend() for uid in follows}
         server = ta.TesseractServer(
             node,
             backends,
-            followers=[UID] if follow else [],
+            followers=[UID, *follows] if follow else follows,
             publisher_settings=PUBLISHER,
             checkpoint_dir=checkpoints,
         )
@@ -96,7 +97,7 @@ async def forward(node: ta.TesseractNode, at: Volunteer) -> torch.Tensor:
     reply = await node.call_expert(
         at.node.peer_address, messages.FORWARD, messages.encode(request), buffers, timeout=30.0
     )
-    (y,) = wire.unpack_tensors(reply.body["tensors"], reply.buffers)
+    (y,) = wire.unpack_tensors(reply.body[0], reply.buffers)
     assert y is not None
     return y
 
@@ -113,9 +114,9 @@ async def backward(node: ta.TesseractNode, at: Volunteer, call_id: bytes | None 
         version=0,
         reply_codec="none",
     )
-    body = messages.encode(request) | more
+    body = messages.encode(request._replace(**more))
     reply = await node.call_expert(at.node.peer_address, messages.BACKWARD, body, buffers, timeout=30.0)
-    return int(reply.body["version"])
+    return int(reply.body[1])
 
 
 def kept_in(directory: Path) -> list[str]:
@@ -215,6 +216,44 @@ async def test_one_that_stood_still_follows_who_took_over_and_keeps_its_own_step
         await first.keeper.look()
         assert not first.leads and equal(first, second)
         assert kept_in(tmp_path) == ["000000000001.aside"]
+
+
+@pytest.mark.parametrize("is_cut_off", [False, True])
+async def test_pulling_a_state_for_longer_than_a_lease_is_not_standing_still(
+    is_cut_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A primary that follows others for another expert stays primary, unless it was cut off meanwhile."""
+    quick = dataclasses.replace(BY_HAND, check_every=0.01)
+    async with (
+        volunteer(settings=quick, follows=["ffn.1"]) as one,
+        volunteer([one.node.address], follow=True, follows=["ffn.1"]) as rival,
+    ):
+        await backward(rival.node, one)
+        for uid in (UID, "ffn.1"):
+            await rival.server.set_primary(uid, True)
+        call, read = one.node.call_expert, one.node.network.get_entries
+        has_read = asyncio.Event()
+
+        async def reading(key: Any) -> Any:
+            found = await read(key)
+            has_read.set()
+            return found
+
+        async def slow(peer: Any, method: str, *rest: Any, **more: Any) -> Any:
+            for _ in range(5 if method == messages.STATE else 0):
+                one.skipped += 300.0 if is_cut_off else 20.0
+                for _ in range(2):  # the second one has begun after the clock went on
+                    has_read.clear()
+                    await has_read.wait()
+            return await call(peer, method, *rest, **more)
+
+        monkeypatch.setattr(one.node.network, "get_entries", reading)
+        monkeypatch.setattr(one.node, "call_expert", slow)
+        one.keeper.bare.forget("ffn.1")
+        async with asyncio.timeout(30):
+            await one.keeper.look()
+            await one.keeper.look()
+        assert one.leads is not is_cut_off and one.node.metrics.total("states_pulled") > 0
 
 
 async def test_waiting_for_the_state_of_one_that_is_gone_puts_off_no_takeover(monkeypatch: pytest.MonkeyPatch) -> None:

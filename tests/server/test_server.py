@@ -77,7 +77,7 @@ async def test_it_declares_its_experts_and_withdraws_them(node: ServingNode) -> 
 
 
 async def test_info_tells_the_schemas(node: ServingNode, server: TesseractServer) -> None:
-    reply = await node.call("ffn.0", messages.INFO, {"uid": "ffn.0"})
+    reply = await node.call("ffn.0", messages.INFO, ["ffn.0"])
     info = messages.decode(messages.ExpertInfo, reply.body)
     assert wire.decode_schema(info.args_schema) == (TensorSpec((8,)),)
     assert wire.decode_schema(info.outputs_schema) == TensorSpec((4,))
@@ -178,7 +178,7 @@ async def test_malformed_calls_are_refused(node: ServingNode, server: TesseractS
     with pytest.raises(SchemaMismatch, match="codec 'zip' is not known here; accepted: none"):
         await node.forward("ffn.0", x, reply_codec="zip")
     with pytest.raises(UnknownMethod):
-        await node.call("ffn.0", "expert.dance", {"uid": "ffn.0"})
+        await node.call("ffn.0", "expert.dance", ["ffn.0"])
     await node.forward("ffn.0", x)
 
 
@@ -492,7 +492,7 @@ async def test_kept_inputs_need_not_be_sent_again(node: ServingNode, server: Tes
         await node.backward("ffn.0", [], [gradient], inputs_cached=names[0])
     with pytest.raises(SchemaMismatch):
         await node.backward("ffn.0", [], [torch.randn(2, 4)], inputs_cached=names[1])
-    reply = await node.call("ffn.0", messages.FORWARD, messages.encode(request) | {"keep_inputs": False}, [x])
+    reply = await node.call("ffn.0", messages.FORWARD, messages.encode(request._replace(keep_inputs=False)), [x])
     assert messages.decode(messages.ForwardReply, reply.body).inputs_cached is None
 
 
@@ -645,7 +645,7 @@ async def test_further_methods_can_be_answered(node: ServingNode, server: Tesser
         return Message([hosted.uid, hosted.backend.version])
 
     server.handle("expert.age", handler)
-    assert (await node.call("ffn.0", "expert.age", {"uid": "ffn.0"})).body == ["ffn.0", 0]
+    assert (await node.call("ffn.0", "expert.age", ["ffn.0"])).body == ["ffn.0", 0]
 
 
 async def test_work_whose_deadline_passed_is_refused_unseen(node: ServingNode, server: TesseractServer) -> None:
@@ -680,7 +680,7 @@ async def test_an_expert_says_which_codecs_it_takes_and_refuses_others(node: Ser
         nn.Linear(8, 4), args_schema=(TensorSpec((8,)),), settings=BackendSettings(codecs=codecs), max_batch_size=16
     )
     async with TesseractServer(node, {"ffn.0": backend}):  # type: ignore[arg-type]
-        info = messages.decode(messages.ExpertInfo, (await node.call("ffn.0", messages.INFO, {"uid": "ffn.0"})).body)
+        info = messages.decode(messages.ExpertInfo, (await node.call("ffn.0", messages.INFO, ["ffn.0"])).body)
         assert CodecPolicy.decode(info.codecs) == codecs
         x, gradient = torch.zeros(2, 8), torch.zeros(2, 4)
         half, _ = wire.pack_tensors([x], "bf16")

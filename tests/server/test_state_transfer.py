@@ -217,6 +217,10 @@ async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
     full.source.close()
 
 
+def changed(reply: Message, **change: Any) -> Message:
+    return Message(list(messages.StateReply(*reply.body)._replace(**change)), reply.buffers)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -229,7 +233,7 @@ async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
     ],
 )
 async def test_a_lying_server_is_found_out(node: StateNode, change: dict[str, Any], sentence: str) -> None:
-    node.after = lambda reply: Message({**reply.body, **change}, reply.buffers)
+    node.after = lambda reply: changed(reply, **change)
     with pytest.raises(ProtocolError, match=sentence):
         await node.fetch()
 
@@ -340,7 +344,7 @@ async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: Sta
         train(node.backend)
     limit = largest_state(node.backend)
     assert len(b"".join(checkpoint.encode(node.backend.state()))) < limit < 8 << 20
-    node.after = lambda reply: Message({**reply.body, "size": limit + 1}, reply.buffers)
+    node.after = lambda reply: changed(reply, size=limit + 1)
     with pytest.raises(ProtocolError, match="at most"):
         await fetch_file(node, NOBODY, "ffn.0", max_bytes=limit)  # type: ignore[arg-type]
 

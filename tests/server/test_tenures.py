@@ -195,7 +195,7 @@ async def test_an_expert_that_another_has_meanwhile_is_not_handed_over() -> None
 
         async def and_another_leads(peer: PeerAddress, method: str, body: Any, **more: Any) -> Message:
             reply = await call(peer, method, body, **more)
-            if body.get("kind") == "prepare":
+            if body[1] == "prepare":
                 first.tenure.state = State.ASIDE
             return reply
 
@@ -255,7 +255,7 @@ async def test_a_stranger_cannot_ask_who_leads_nor_take_part() -> None:
     async with host(HOSTS[0], []) as first, ta.TesseractNode(initial_peers=[first.node.address]) as stranger:
         state = first.tenure.state, first.tenure.epoch
         for kind in ("beat", "vote", "prepare", "take_over", "x" * 200):
-            body = {"uid": UID, "kind": kind, "epoch": 2**40, "records": [b"", b"", b""]}
+            body = [UID, kind, 2**40, [b"", b"", b""]]
             try:
                 await stranger.call_expert(first.node.peer_address, "expert.tenure", body, timeout=10.0)
             except (NotAllowed, RemoteError):
