@@ -176,8 +176,8 @@ class Pass:
                 self.experience.learn(calls, loop.time() - started)
             finally:
                 await cancel_all(self._tasks)
-        if (error := calls.shortage()) is not None:
-            raise error
+                del self._grouping  # what it was given are methods of this object: a cycle full of tensors
+        self._raise(calls.shortage())
 
     def _start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -196,8 +196,15 @@ class Pass:
             async with asyncio.timeout_at(until):
                 await self._news.wait()
         self._news.clear()
-        if self._failure is not None:
-            raise self._failure
+        self._raise(self._failure)
+
+    @staticmethod
+    def _raise(error: BaseException | None) -> None:
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # else its frames hold the error that holds them: a cycle full of tensors
 
     async def _carry(self, request: Request) -> None:
         """Send one message and take in its reply."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.settings import CallOptions, MixtureSettings
-from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten, RemoteError
+from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten, RemoteError, TooStale
 from tesseract_async.metrics import Metrics
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages, packed
@@ -207,6 +207,8 @@ class Hosted:
     num_rows: int = 0
 
 
+Answer = tuple[list[Any], torch.Tensor, int]
+"""An expert's weighted answer or gradients, the gradients of its weights, and its version."""
 Fault = Callable[[str, str, int], Awaitable[None]]
 
 
@@ -237,6 +239,8 @@ class FakeNode(Uncopied):
         self.calls: list[Asked] = []
         self.keeps_inputs = False
         self.kept: dict[bytes, list[Any]] = {}
+        self.version_of: Callable[[Asked, Hosted], int] = lambda asked, hosted: hosted.version
+        """The version that a reply claims."""
         self.messages: list[tuple[Any, ApplyRequest]] = []
         """By peer, what was asked by `expert.apply`."""
         self.num_cancelled = 0
@@ -252,14 +256,14 @@ class FakeNode(Uncopied):
         outputs_schema: Any = None,
         kwargs_schema: dict[str, Any] | None = None,
         lr: float | None = None,
-        peers: Sequence[str] = (),
+        peers: Sequence[str] | None = None,
     ) -> Hosted:
         """At `peers`, the primary first; by default at a peer of its own."""
         args_schema = args_schema or (TensorSpec((8,)),)
         optimizer = torch.optim.SGD(module.parameters(), lr) if lr is not None else None
         hosted = Hosted(module, args_schema, kwargs_schema or {}, outputs_schema or args_schema[0], optimizer)
         self.hosted[uid] = hosted
-        for i, peer in enumerate(peers or (f"the peer of {uid}",)):
+        for i, peer in enumerate([f"the peer of {uid}"] if peers is None else peers):
             self.directory.add(uid, peer, primary=i == 0)
         return hosted
 
@@ -289,13 +293,13 @@ class FakeNode(Uncopied):
         num_rows = tensors[0][1][0] if tensors else 0
         received = [memoryview(bytearray(buffer)) for buffer in buffers]
         asked = Asked(method, uid, peer, timeout, num_rows, priority, request)
-        reply, answers = await self._serve(asked, lambda hosted: self._answer(hosted, request, received))
+        reply, answers = await self.serve(asked, lambda hosted: self._answer(hosted, asked, received))
         out = [memoryview(bytearray(buffer)) for buffer in answers]
         if self.tamper is not None:
             reply, out = self.tamper(method, reply, out)
         return Reply(list(reply) if isinstance(reply, tuple) else reply, out)
 
-    async def _serve(self, asked: Asked, answer: Callable[[Hosted], Any]) -> Any:
+    async def serve(self, asked: Asked, answer: Callable[[Hosted], Any]) -> Any:
         """What `answer` gives for the expert, after what the script says."""
         method, uid = asked.method, asked.uid
         self.calls.append(asked)
@@ -335,25 +339,28 @@ class FakeNode(Uncopied):
         if request.kept is not None:
             inputs = self.kept.get(request.kept, [])
 
-        def answer(hosted: Hosted, rows: torch.Tensor, weights: torch.Tensor) -> tuple[list[Any], torch.Tensor, int]:
+        def answer(hosted: Hosted, asked: Asked, place: int, rows: torch.Tensor, weights: torch.Tensor) -> Answer:
             if request.kept is not None and not inputs:
                 raise InputsForgotten("they are gone")
             taken = [x.index_select(0, rows).clone() for x in inputs if x is not None]
             if not request.backward:
-                version, outputs = hosted.version, self._forward(hosted, taken, request.training, request.seed)
-                return [scaled(y, weights) for y in outputs], torch.empty(0), version
+                version = self.version_of(asked, hosted)
+                if version < request.versions[place]:
+                    raise TooStale(f"version {version} is too old")
+                outputs = self._forward(hosted, taken, request.training, request.seed)
+                return [scaled(y, weights) for y in outputs], torch.empty(0, device="cpu"), version
             given = [None if g is None else g.index_select(0, rows) for g in gradients]
             weighted = [None if g is None else scaled(g, weights) for g in given]
             grads, outputs = self._backward(hosted, taken, weighted, request.training, request.seed)
             of_weights = [(g * y).flatten(1).sum(1) for g, y in zip(given, outputs, strict=True) if g is not None]
-            return grads, torch.stack(of_weights).sum(0), hosted.version
+            return grads, torch.stack(of_weights).sum(0), self.version_of(asked, hosted)
 
-        async def ask(place: int, uid: str) -> tuple[list[Any], torch.Tensor, int] | RemoteError:
+        async def ask(place: int, uid: str) -> Answer | RemoteError:
             pairs = slice(*request.offsets[place : place + 2].tolist())
             rows, weights = (torch.from_numpy(x[pairs].copy()) for x in (request.rows, request.weights))
             asked = Asked(method, uid, peer, timeout, len(rows), priority, request)
             try:
-                return await self._serve(asked, lambda hosted: answer(hosted, rows, weights))
+                return await self.serve(asked, lambda hosted: answer(hosted, asked, place, rows, weights))
             except RemoteError as error:
                 return error
 
@@ -381,7 +388,7 @@ class FakeNode(Uncopied):
             for place, x in zip(answers, column, strict=True):
                 if x is not None:
                     x = x if x.is_complex() else x.to(torch.promote_types(x.dtype, torch.float32))
-                    total = torch.zeros(len(rows_of), *x.shape[1:], dtype=x.dtype) if total is None else total
+                    total = x.new_zeros(len(rows_of), *x.shape[1:]) if total is None else total
                     rows = request.rows[slice(*request.offsets[place : place + 2].tolist())]
                     total.index_add_(0, torch.from_numpy(np.searchsorted(rows_of, rows)), x)
             sums.append(total)
@@ -395,7 +402,8 @@ class FakeNode(Uncopied):
         reply, numbers = encode_part(part, backward=request.backward)
         return Reply(through_msgpack(reply), [*(memoryview(bytearray(buffer)) for buffer in numbers), *out])
 
-    def _answer(self, hosted: Hosted, request: Any, buffers: list[memoryview]) -> tuple[Any, list[memoryview]]:
+    def _answer(self, hosted: Hosted, asked: Asked, buffers: list[memoryview]) -> tuple[Any, list[memoryview]]:
+        request = asked.body
         if isinstance(request, messages.InfoRequest):
             info = messages.ExpertInfo(
                 uid=request.uid,
@@ -403,7 +411,7 @@ class FakeNode(Uncopied):
                 kwargs_schema=encode_schema(hosted.kwargs_schema),
                 outputs_schema=encode_schema(hosted.outputs_schema),
                 max_batch_size=1024,
-                version=hosted.version,
+                version=self.version_of(asked, hosted),
                 codecs=CodecPolicy(inputs=("none",), outputs=("none",), gradients=("none",)).encode(),
             )
             return info, []
@@ -414,7 +422,7 @@ class FakeNode(Uncopied):
             if self.keeps_inputs and request.keep_inputs:
                 name = os.urandom(16)
                 self.kept[name] = inputs
-            return messages.ForwardReply(metas, hosted.version, name), answers
+            return messages.ForwardReply(metas, self.version_of(asked, hosted), name), answers
         tensors = unpack_tensors(request.tensors, buffers)
         if request.inputs_cached is not None:
             if request.inputs_cached not in self.kept:
@@ -424,7 +432,7 @@ class FakeNode(Uncopied):
         inputs, given = tensors[:num_inputs], tensors[num_inputs:]
         gradients, _ = self._backward(hosted, inputs, given, request.training, request.seed)
         metas, answers = pack_tensors(gradients)
-        return messages.BackwardReply(metas, hosted.version), answers
+        return messages.BackwardReply(metas, self.version_of(asked, hosted)), answers
 
     def _forward(self, hosted: Hosted, inputs: list[Any], training: bool, seed: int) -> list[torch.Tensor]:
         hosted.module.train(training)
