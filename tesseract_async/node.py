@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.call_table import CallHandler, CallTable, in_one
+from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
-from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, describe
+from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Role
@@ -171,6 +171,8 @@ class TesseractNode(Uncopied):
         self._watch_for_twin: asyncio.Task[None] | None = None
         self._started: _Started | None = None
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
+        self._table.add(APPLY, self._apply)
+        self._apply_handlers: list[CallHandler] = []
         self._keepers: list[RunKeeper] = []
         self._at_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
@@ -447,6 +449,25 @@ class TesseractNode(Uncopied):
         """End `host_expert`; later calls are answered with ExpertNotFound."""
         self._table.unhost(uid)
 
+    def host_together(self, handler: CallHandler) -> Callable[[], None]:
+        """Answer ``expert.apply``, which is for many of this node's experts, by `handler`: it asks `find_expert` for
+        each. Of several handlers, which all do the same, the first one answers. Returns a function that ends this."""
+        self._apply_handlers.append(handler)
+        return lambda: self._apply_handlers.remove(handler)
+
+    def find_expert(self, call: IncomingCall, uid: str) -> CallHandler:
+        """Return the handler that `host_expert` was given for ``expert.apply``.
+
+        `call` is from whom, and how, the expert is asked in it: by ``expert.forward`` or ``expert.backward``.
+        Raises: ExpertNotFound, NotAllowed, UnknownMethod.
+        """
+        return self._table.find_for(call, uid, APPLY)
+
+    def _apply(self, call: IncomingCall) -> Answer:
+        if not self._apply_handlers:
+            raise UnknownMethod(f"node {self.peer_id.short} hosts no experts")
+        return self._apply_handlers[0](call)
+
     async def call_expert(
         self,
         peer: PeerAddress,
@@ -530,7 +551,12 @@ class TesseractNode(Uncopied):
         )
 
     def _check_caller(self, call: IncomingCall, uid: str) -> None:
-        """Raises: NotAllowed for a caller without the method's role in the run of `uid`."""
+        """Raises: NotAllowed for a caller without the method's role in the run of `uid`, or its action's permission."""
+        action = EXPERT_METHODS[call.method]
+        if call.peer_id != self.peer_id and not self.trust.policy.allows(call.peer_id, action):
+            # asked by its method alone, unless the call is for many
+            self.metrics.count("endpoint_calls_refused", action=action)
+            raise NotAllowed(f"{self.peer_id.short} does not let {call.peer_id.short} {action}: ask its owner")
         role = None if call.method == STATE and call.body[1:2] == [True] else _ROLES.get(call.method)
         if not self.trust.may_ask(call.peer_id, role, uid):
             self.metrics.count("endpoint_calls_refused", action=role or "call")

@@ -113,7 +113,10 @@ class CallTable:
         if (handler := self._by_method.get(method)) is not None:
             return handler
         self.action_of(method)
-        uid = uid_of(call.body)
+        return self.find_for(call, uid_of(call.body), method)
+
+    def find_for(self, call: IncomingCall, uid: str | None, method: str) -> CallHandler:
+        """The handler that a uid has for `method`, if a call like this one may reach it. Raises: as `find`."""
         handlers = None if uid is None else self._by_uid.get(uid)
         if uid is None or handlers is None:
             raise ExpertNotFound(f"node {self._name} does not host the expert {str(uid)[:80]}")

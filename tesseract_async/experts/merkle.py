@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 LEAF_BYTES: Final = 1 << 20
@@ -10,18 +11,46 @@ NUM_PROBES: Final = 16
 PROBE_BYTES: Final = 4096
 
 
-def root_of(data: bytes | bytearray | memoryview) -> bytes:
-    """Return the 32 bytes that name a file: the root over its 1 MiB leaves. A GB takes about 0.6 s of a core.
+def leaf_of(data: bytes | bytearray | memoryview) -> bytes:
+    """Return the hash of one leaf: `LEAF_BYTES` of a file, or its last bytes."""
+    return _hash(b"\0", data)
+
+
+def leaves_of(parts: Iterable[bytes | bytearray | memoryview]) -> list[bytes]:
+    """Return the hashes of the leaves of a file that comes in parts of any length. A GB takes about 0.6 s of a core."""
+    leaves, leaf, room = list[bytes](), hashlib.sha256(b"\0"), LEAF_BYTES
+    for part in parts:
+        view = memoryview(part).cast("B")
+        while len(view):
+            if not room:
+                leaves.append(leaf.digest())
+                leaf, room = hashlib.sha256(b"\0"), LEAF_BYTES
+            leaf.update(view[:room])
+            view, room = view[room:], room - min(room, len(view))
+    return [*leaves, leaf.digest()]
+
+
+def num_leaves(size: int) -> int:
+    """Return how many leaves a file of so many bytes has: at least one."""
+    return max(1, -(-size // LEAF_BYTES))
+
+
+def root_from(leaves: Sequence[bytes], size: int) -> bytes:
+    """Return the 32 bytes that name a file, from the hashes of its leaves and its size.
 
     Leaves, inner nodes and the whole are hashed under different first bytes, and the whole with its size, so that no
     file passes for part of another. The tree is that of RFC 6962.
     """
-    view = memoryview(data).cast("B")
-    level = [_hash(b"\0", view[at : at + LEAF_BYTES]) for at in range(0, max(1, len(view)), LEAF_BYTES)]
+    level = list(leaves)
     while len(level) > 1:
         pairs = [_hash(b"\1", left + right) for left, right in zip(level[::2], level[1::2], strict=False)]
         level = pairs + level[len(pairs) * 2 :]
-    return _hash(b"\2", len(view).to_bytes(8, "big") + level[0])
+    return _hash(b"\2", size.to_bytes(8, "big") + level[0])
+
+
+def root_of(data: bytes | bytearray | memoryview) -> bytes:
+    """Return the 32 bytes that name a file: `root_from` of its leaves."""
+    return root_from(leaves_of([data]), len(memoryview(data).cast("B")))
 
 
 def possession(data: bytes | bytearray | memoryview, nonce: bytes) -> bytes:
@@ -38,7 +67,7 @@ def possession(data: bytes | bytearray | memoryview, nonce: bytes) -> bytes:
     return proof.digest()
 
 
-def _hash(kind: bytes, data: bytes | memoryview) -> bytes:
+def _hash(kind: bytes, data: bytes | bytearray | memoryview) -> bytes:
     found = hashlib.sha256(kind)
     found.update(data)
     return found.digest()

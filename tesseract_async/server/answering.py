@@ -18,10 +18,12 @@ import torch
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     InputsForgotten,
+    NotPrimary,
     Overloaded,
     ProtocolError,
     RemoteError,
     SchemaMismatch,
+    describe,
     shortened,
     text_of,
 )
@@ -32,7 +34,7 @@ from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
-from tesseract_async.server.hosted import HostedState
+from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.memory import CallerMemory, CallKey, ExpectedBackwards
 from tesseract_async.transport.base import range_of
 from tesseract_async.wire import messages
@@ -47,8 +49,8 @@ _STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1
 
 
 @dataclass(slots=True)
-class _Backward:
-    """A backward under way, and how many callers wait for it."""
+class BackwardUnderWay:
+    """A backward that is queued or computed, and how many callers wait for it."""
 
     work: Work
     runtime: TesseractRuntime
@@ -56,6 +58,18 @@ class _Backward:
     """The version after it was applied the first time; None if this is the first time."""
     owner: Hashable
     num_waiting: int = 0
+
+    def leave(self) -> None:
+        """A caller that counted itself as waiting does not wait any more. Nobody waits: it is not computed, unless that
+        has begun; then its step stands, and a caller that asks again gets its answer."""
+        self.num_waiting -= 1
+        if not self.num_waiting and not self.work.answer.done():
+            self.runtime.withdraw(self.work)
+
+    def result(self) -> WorkResult:
+        """Return its answer, once it is there. Raises what went wrong."""
+        answer: WorkResult = self.work.answer.result()
+        return answer if self.version is None else WorkResult(answer.tensors, self.version)
 
 
 class ExpertCalls:
@@ -68,21 +82,23 @@ class ExpertCalls:
         metrics: Metrics,
         knows: Callable[[PeerID], bool],
         is_gone: Callable[[PeerID], bool],
+        succession: Callable[[], Succession],
     ) -> None:
         """`knows`: whether a caller is listed or granted something, and so has a share of its own, wherever it comes
-        from. `is_gone`: whether it has no connection to this node any more.
+        from. `is_gone`: whether it has no connection to this node any more. `succession`: who is primary, now.
         """
         self.refuse_forwards: Overloaded | None = None
         """Raised to forwards while the server pauses or leaves."""
-        self._memory, self._metrics, self._knows, self._is_gone = memory, metrics, knows, is_gone
-        self._backwards: dict[CallKey, _Backward] = {}
+        self.memory = memory
+        self._metrics, self._knows, self._is_gone, self._succession = metrics, knows, is_gone, succession
+        self._backwards: dict[CallKey, BackwardUnderWay] = {}
         self._expected = ExpectedBackwards()
         self._num_active = 0
         self._quiet = asyncio.Event()
 
     async def info(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.info``. Raises only RemoteErrors, for the caller to see."""
-        with self._answering(call):
+        with self.answering(call):
             messages.decode(messages.InfoRequest, call.body)
             backend = hosted.backend
             info = messages.ExpertInfo(
@@ -98,16 +114,14 @@ class ExpertCalls:
 
     async def forward(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.forward``. Raises only RemoteErrors, for the caller to see."""
-        with self._answering(call):
+        with self.answering(call):
             uid, backend = hosted.uid, hosted.backend
             request, call.body = messages.decode(messages.ForwardRequest, call.body), None
-            if self.refuse_forwards is not None:
-                raise self.refuse_forwards
             codec = request.reply_codec
-            backend.settings.codecs.check("outputs", codec, expert=uid)
-            _check_growth(uid, request.tensors, backend.inputs_schema, backend.input_specs)
+            self.check_forward(hosted, codec)
+            check_growth(uid, request.tensors, backend.inputs_schema, backend.input_specs)
             tensors = await unpack(request.tensors, call.buffers)
-            _check_codecs(uid, backend, "inputs", request.tensors, tensors)
+            check_codecs(uid, backend, "inputs", request.tensors, tensors)
             inputs = check_inputs(uid, backend, tensors)
             versions = [x._version for x in inputs]
             if inputs[0].shape[0] == 0:
@@ -120,8 +134,8 @@ class ExpertCalls:
                     training=request.training,
                     seed=request.seed,
                     deadline=call.deadline,
-                    priority=_priority(call),
-                    peer=self._owner(call),
+                    priority=priority_of(call),
+                    peer=self.owner(call),
                 )
             # where a module wrote them, the backward brings them again
             keeps = request.keep_inputs and versions == [x._version for x in inputs]
@@ -132,43 +146,67 @@ class ExpertCalls:
 
     async def backward(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
-        with self._answering(call):
+        with self.answering(call):
+            await self.check_leads(hosted)
             uid, backend = hosted.uid, hosted.backend
             request, call.body = messages.decode(messages.BackwardRequest, call.body), None
-            codec = request.reply_codec
+            codec, num_inputs = request.reply_codec, request.num_inputs
             backend.settings.codecs.check("gradients", codec, expert=uid)
             key = (uid, journal_key(call.peer_id, request.call_id))
-            answer = self._memory.answers.get(key)
-            if answer is None:
-                specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
-                _check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
+            begun = self.begun_backward(key)
+            if begun is None:
+                specs = [*(backend.input_specs if num_inputs else ()), *backend.output_specs]
+                check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
                 tensors = await unpack(request.tensors, call.buffers)
-                answer = self._memory.answers.get(key)  # the same call may have been answered meanwhile
-            if answer is None:
-                begun = self._backwards.get(key) or self._begin_backward(key, hosted, call, request, tensors)
-                answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
+                begun = self.begun_backward(key)  # the same call may have come meanwhile
+            if begun is None:
+                check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
+                check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
+                inputs = check_inputs(uid, backend, self.inputs_of(uid, request.inputs_cached, tensors[:num_inputs]))
+                gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
+                if inputs[0].shape[0] == 0:
+                    zeros = [torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None for x in inputs]
+                    begun = WorkResult(zeros, backend.version)
+                else:
+                    begun = self.begin_backward(
+                        key,
+                        hosted,
+                        call,
+                        inputs,
+                        gradients,
+                        call_id=request.call_id,
+                        training=request.training,
+                        seed=request.seed,
+                        forward_version=request.version,
+                    )
+            answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
+            self.check_led(hosted)
             if request.inputs_cached is not None:
-                self._memory.inputs.pop(request.inputs_cached)
-            self._expected.came(request.inputs_cached, uid, call.peer_id, asyncio.get_running_loop().time())
-            self._metrics.observe(
-                "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=_STALENESS_BUCKETS
-            )
+                self.memory.inputs.pop(request.inputs_cached)
+            self.backward_ended(hosted, call, request.inputs_cached, answer, request.version)
             metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
             reply = messages.BackwardReply(metas, answer.version, hosted.epoch)
             return Message(messages.encode(reply), tuple(buffers))
 
     @contextlib.contextmanager
-    def _answering(self, call: IncomingCall) -> Iterator[None]:
-        self._num_active += 1
+    def answering(self, call: IncomingCall) -> Iterator[None]:
+        """A call is under way, which ends in an answer or a RemoteError."""
+        self.entered()
         try:
             yield
-        except ProtocolError as error:
-            raise RemoteError(f"malformed {call.method}: {error}") from None
-        except TimeoutError as error:
-            raise Overloaded(str(error), retry_after=0.0) from None
+        except (ProtocolError, TimeoutError) as error:
+            raise told_of(error, call.method) from None
         finally:
-            self._num_active -= 1
-            self._quiet.set()
+            self.left()
+
+    def entered(self) -> None:
+        """A call is under way, which `wait_quiet` waits for until it has `left`."""
+        self._num_active += 1
+
+    def left(self) -> None:
+        """See `entered`."""
+        self._num_active -= 1
+        self._quiet.set()
 
     async def wait_backwards(self, uid: str) -> None:
         """Return once no backward of this expert is under way any more; new ones are the caller's business."""
@@ -191,77 +229,134 @@ class ExpertCalls:
                 async with asyncio.timeout(None if due is None else min(due - now, _LOOK_PERIOD)):
                     await self._quiet.wait()
 
-    def _begin_backward(
+    # ------------------------------------------------------------------------------------------------ one expert's
+
+    def check_forward(self, hosted: HostedState, reply_codec: str) -> None:
+        """Raises: Overloaded while the server rests; SchemaMismatch for a codec that is not for the outputs."""
+        if self.refuse_forwards is not None:
+            raise self.refuse_forwards
+        hosted.backend.settings.codecs.check("outputs", reply_codec, expert=hosted.uid)
+
+    def leads(self, hosted: HostedState) -> bool:
+        """Return whether this server may step the expert at this moment."""
+        return hosted.is_primary and self._succession().may_step(hosted.uid)
+
+    async def check_leads(self, hosted: HostedState) -> None:
+        """Raises: NotPrimary, which says who is, if this server does not train the expert."""
+        if not self.leads(hosted):
+            primary, retry_after = await self._succession().find_primary(hosted.uid)
+            if not self.leads(hosted):
+                raise NotPrimary(f"this server only follows {hosted.uid}", primary=primary, retry_after=retry_after)
+
+    def check_led(self, hosted: HostedState) -> None:
+        """Ask once more, before a step is told of. Raises: NotPrimary."""
+        if not self._succession().may_step(hosted.uid):
+            # its lease ended meanwhile: the next primary knows the call's id, if the step is in what it goes on from
+            raise NotPrimary(f"this server no longer trains {hosted.uid}", retry_after=1.0)
+
+    def inputs_of(
+        self, uid: str, kept: bytes | None, tensors: Sequence[torch.Tensor | None]
+    ) -> Sequence[torch.Tensor | None]:
+        """Return a backward's inputs: those that came with it, or its forward's. Raises: InputsForgotten."""
+        if kept is None:
+            return tensors
+        inputs = self.memory.inputs.get(kept)
+        if inputs is None:
+            raise InputsForgotten(f"the inputs of this backward of {uid} are no longer kept; send them again")
+        return inputs  # of another expert, maybe
+
+    def begun_backward(self, key: CallKey) -> BackwardUnderWay | WorkResult | None:
+        """Return what has become of a backward that came before: its answer, as long as it is remembered."""
+        return self.memory.answers.get(key) or self._backwards.get(key)
+
+    def begin_backward(
         self,
         key: CallKey,
         hosted: HostedState,
         call: IncomingCall,
-        request: messages.BackwardRequest,
-        tensors: Sequence[torch.Tensor | None],
-    ) -> _Backward | WorkResult:
-        """Queue a backward, unless there is nothing to compute."""
-        uid, backend, num_inputs = hosted.uid, hosted.backend, request.num_inputs
-        _check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
-        _check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
-        if request.inputs_cached is None:
-            inputs = check_inputs(uid, backend, tensors[:num_inputs])
-        else:
-            kept = self._memory.inputs.get(request.inputs_cached)
-            if kept is None:
-                raise InputsForgotten(f"the inputs of this backward of {uid} are no longer kept; send them again")
-            inputs = check_inputs(uid, backend, kept)  # the id may be another expert's
-        gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
-        if inputs[0].shape[0] == 0:
-            zeros = [torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None for x in inputs]
-            return WorkResult(zeros, backend.version)
-        version, owner = backend.led_to(key[1], request.call_id), self._owner(call)
+        inputs: Sequence[torch.Tensor],
+        gradients: Gradients,
+        *,
+        call_id: bytes,
+        training: bool,
+        seed: int,
+        forward_version: int,
+        rows: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        num_bytes: int | None = None,
+    ) -> BackwardUnderWay:
+        """Queue a backward (see `TesseractRuntime.submit`). Raises: Overloaded."""
+        backend = hosted.backend
+        version, owner = backend.led_to(key[1], call_id), self.owner(call)
         work = hosted.runtime.submit(
             backend,
             inputs,
             gradients,
-            training=request.training,
-            seed=request.seed,
+            training=training,
+            seed=seed,
             # applied before, and its gradients were forgotten: compute them again, but take no step
             call_id=key[1] if version is None else None,
-            forward_version=request.version if version is None else None,
+            forward_version=forward_version if version is None else None,
             deadline=call.deadline,
-            priority=_priority(call),
+            priority=priority_of(call),
             peer=owner,
+            rows=rows,
+            weights=weights,
+            num_bytes=num_bytes,
         )
-        backward = self._backwards[key] = _Backward(work, hosted.runtime, version, owner)
+        backward = self._backwards[key] = BackwardUnderWay(work, hosted.runtime, version, owner)
         work.answer.add_done_callback(lambda _: self._end_backward(key))
         return backward
 
-    async def _share(self, backward: _Backward) -> WorkResult:
+    def backward_ended(
+        self, hosted: HostedState, call: IncomingCall, name: bytes | None, answer: WorkResult, forward_version: int
+    ) -> None:
+        """Take note of the answer to a backward of the forward `name`."""
+        self._expected.came(name, hosted.uid, call.peer_id, asyncio.get_running_loop().time())
+        self._metrics.observe(
+            "expert_staleness_steps", max(0, answer.version - 1 - forward_version), bounds=_STALENESS_BUCKETS
+        )
+
+    async def _share(self, backward: BackwardUnderWay) -> WorkResult:
         """Wait for a backward together with all callers that asked for it."""
         backward.num_waiting += 1
         try:
-            answer: WorkResult = await asyncio.shield(backward.work.answer)
+            await asyncio.shield(backward.work.answer)
         finally:
-            backward.num_waiting -= 1
-            if not backward.num_waiting and not backward.work.answer.done():
-                # once it runs its step stands, and a caller that asks again gets its answer
-                backward.runtime.withdraw(backward.work)
-        return answer if backward.version is None else WorkResult(answer.tensors, backward.version)
+            backward.leave()
+        return backward.result()
 
     def _end_backward(self, key: CallKey) -> None:
         backward = self._backwards.pop(key)
         answer = backward.work.answer
         if not answer.cancelled() and answer.exception() is None:
-            result: WorkResult = answer.result()
-            version = result.version if backward.version is None else backward.version
-            self._memory.keep_answer(key, WorkResult(result.tensors, version), backward.owner)
+            self.memory.keep_answer(key, backward.result(), backward.owner)
 
-    def _owner(self, call: IncomingCall) -> Hashable:
+    def owner(self, call: IncomingCall) -> Hashable:
         """Return whose share of memory and device time this takes: a known peer's, else an address range's, else (where
         addresses tell nothing) the peer's."""
         return call.peer_id if self._knows(call.peer_id) else range_of(call.origin) or call.peer_id
 
-    def _keep(self, hosted: HostedState, inputs: list[torch.Tensor], call: IncomingCall) -> bytes | None:
-        name = new_name()
+    def expect_backward(self, name: bytes, hosted: HostedState, call: IncomingCall) -> None:
+        """Take note of an answered forward, `name`, that a backward will follow."""
         if hosted.is_primary:
             self._expected.expect(name, hosted.uid, call.peer_id, asyncio.get_running_loop().time())
-        return name if self._memory.keep_inputs(name, inputs, self._owner(call)) else None
+
+    def _keep(self, hosted: HostedState, inputs: list[torch.Tensor], call: IncomingCall) -> bytes | None:
+        name = new_name()
+        self.expect_backward(name, hosted, call)
+        return name if self.memory.keep_inputs(name, inputs, self.owner(call)) else None
+
+
+def told_of(error: BaseException, method: str) -> RemoteError:
+    """Return what a caller is told of an error."""
+    if isinstance(error, RemoteError):
+        return error
+    if isinstance(error, ProtocolError):
+        return RemoteError(f"malformed {method}: {error}")
+    if isinstance(error, TimeoutError):
+        return Overloaded(str(error), retry_after=0.0)
+    return RemoteError(f"{method} failed: {describe(error)}")
 
 
 def journal_key(trainer: PeerID, call_id: bytes) -> bytes:
@@ -302,12 +397,12 @@ def _mismatch(what: str, schema: wire.Schema, tensors: Sequence[torch.Tensor | N
     return SchemaMismatch(f"{what} takes {takes}; got {got}")
 
 
-def _priority(call: IncomingCall) -> int:
+def priority_of(call: IncomingCall) -> int:
     """Return the call's priority within the few classes that a stranger may make the batcher keep."""
     return max(messages.LOWEST_PRIORITY, min(call.priority, messages.HIGHEST_PRIORITY))
 
 
-def _check_codecs(
+def check_codecs(
     uid: str, backend: ExpertBackend, what: str, metas: Sequence[wire.Meta], tensors: Sequence[torch.Tensor | None]
 ) -> None:
     """Check that these tensors may come in these codecs. Raises: SchemaMismatch."""
@@ -319,7 +414,7 @@ def _check_codecs(
             policy.check(what, meta[2], expert=uid)
 
 
-def _check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, specs: Sequence[wire.TensorSpec]) -> None:
+def check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, specs: Sequence[wire.TensorSpec]) -> None:
     """Refuse what would take more memory, unpacked, than what fits. Raises: SchemaMismatch."""
     if not wire.may_unpack(metas, specs):
         got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`

@@ -118,7 +118,7 @@ def difference(uid: str, backend: ExpertBackend, state: StateDict) -> str | None
     return None
 
 
-def check_state(uid: str, data: bytes, *, weights_only: bool = False) -> StateDict:
+def check_state(uid: str, data: bytes | memoryview, *, weights_only: bool = False) -> StateDict:
     """Return the state in a stranger's file: checked for its form, not for its worth. Raises: ProtocolError."""
     try:
         state = decode(data, max_values=MAX_HEADER_VALUES)

@@ -33,8 +33,8 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.run import RUNS, RunManifest, SignedRun
 from tesseract_async.files import write_whole
 from tesseract_async.server.checkpoint import check_state
+from tesseract_async.server.fetching import fetch_state
 from tesseract_async.server.run_experts import build_run_module
-from tesseract_async.server.state_transfer import fetch_file
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
@@ -95,7 +95,7 @@ async def export_experts(
             error: BaseException = ProtocolError(f"nobody hosts {uid}")
             for replica in servers:
                 try:
-                    file = await fetch_file(
+                    file = await fetch_state(
                         node,
                         replica.peer,
                         uid,

@@ -58,6 +58,11 @@ class HostedState:
         self.saved: tuple[int, int] | None = None
         """How far the newest checkpoint is: the backend's `progress` then."""
 
+    @property
+    def version(self) -> int:
+        """Optimizer steps taken."""
+        return self.backend.version
+
     async def snapshot(self) -> StateDict:
         """Return a copy of the state, taken between two batches."""
         return await self.runtime.snapshot(self.backend)

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from tesseract_async.errors import (
@@ -23,13 +24,12 @@ from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import ExpertReplica, rank_replicas
 from tesseract_async.experts.manifest import MAGIC, split_uid
-from tesseract_async.experts.merkle import root_of
-from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.network.address_scope import is_near
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import check_state, difference, largest_state
-from tesseract_async.server.state_transfer import MAX_COPIES_BYTES, MAX_STATE_BYTES, fetch_file
+from tesseract_async.server.fetching import MAX_STATE_BYTES, fetch_state
+from tesseract_async.server.state_transfer import MAX_COPIES_BYTES
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -201,35 +201,36 @@ async def fetch_fitting(
     uid: str,
     backend: ExpertBackend,
     *,
-    seal: Seal | None = None,
     min_version: int = 0,
     timeout: float,
     aside: Callable[[Callable[[], StateDict]], Awaitable[StateDict]] | None = None,
 ) -> tuple[bytes, StateDict] | None:
-    """Return the file of an expert's state, and the state in it; None before `min_version`.
+    """Return the file of an expert's newest state at a server, and the state in it; None before `min_version`.
 
-    The file is no longer than one of this expert can be. With a `seal` it is the sealed one. `aside` runs the checks,
-    here by default.
-
-    Raises: CheckpointError if the weights are not this expert's; ProtocolError for what is no state, or not the sealed
-    one; what the call raises.
+    `aside` runs the checks, here by default. Raises: as `check_fitting`, and what the call raises.
     """
-    limit, root = min(MAX_STATE_BYTES, largest_state(backend)), None if seal is None else seal.root
-    if seal is not None and seal.size > limit:
-        raise ProtocolError(f"{uid}: a state of {seal.size} bytes; at most {limit} are fetched")
-    file = await fetch_file(node, peer, uid, root=root, min_version=min_version, max_bytes=limit, timeout=timeout)
+    limit = longest_state(backend)
+    file = await fetch_state(node, peer, uid, min_version=min_version, max_bytes=limit, timeout=timeout)
     if file is None:
         return None
+    check = partial(check_fitting, uid, backend, file)
+    return file, check() if aside is None else await aside(check)
 
-    def check() -> StateDict:
-        if seal is not None and (len(file) != seal.size or root_of(file) != root):
-            raise ProtocolError(f"{uid}: not the file that was sealed")
-        return check_state(uid, file)
 
-    state = check() if aside is None else await aside(check)
+def longest_state(backend: ExpertBackend) -> int:
+    """Return the bytes of the longest file that is fetched as a state of this expert."""
+    return min(MAX_STATE_BYTES, largest_state(backend))
+
+
+def check_fitting(uid: str, backend: ExpertBackend, file: bytes | memoryview) -> StateDict:
+    """Return the state in a stranger's file.
+
+    Raises: CheckpointError if the weights are not this expert's; ProtocolError for what is no state.
+    """
+    state = check_state(uid, file)
     if (wrong := difference(uid, backend, state)) is not None:
         raise CheckpointError(wrong)
-    return file, state
+    return state
 
 
 async def adopt_states(

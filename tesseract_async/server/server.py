@@ -15,16 +15,18 @@ import torch
 
 from tesseract_async.endpoint.call_table import CallHandler
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import CheckpointError, NotPrimary, Overloaded, TesseractError, describe
+from tesseract_async.errors import CheckpointError, Overloaded, TesseractError, describe
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.answering import ExpertCalls
+from tesseract_async.server.applying import Applying, ExpertShares
 from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.memory import CallerMemory, trim_heap
 from tesseract_async.server.state_files import CheckpointStore, FolderLock
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
+from tesseract_async.wire.apply import APPLY
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
@@ -125,11 +127,15 @@ class TesseractServer(Uncopied):
             metrics=node.metrics,
             knows=node.trust.knows,
             is_gone=lambda peer: not node.is_connected(peer),
+            succession=lambda: self.succession,
         )
-        self._handlers: dict[str, dict[str, CallHandler]] = {uid: {} for uid in experts}
+        self._handlers: dict[str, dict[str, CallHandler]] = {
+            uid: {APPLY: ExpertShares(self.calls, one)} for uid, one in self.hosted.items()
+        }
         self.handle(messages.INFO, self.calls.info)
         self.handle(messages.FORWARD, self.calls.forward)
-        self.handle(messages.BACKWARD, self._step)
+        self.handle(messages.BACKWARD, self.calls.backward)
+        self._end_applying: Callable[[], None] = lambda: None
         self._lock = None if directory is None else FolderLock(directory)
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] = lambda: None
@@ -175,6 +181,7 @@ class TesseractServer(Uncopied):
             for uid in self.experts:
                 self.node.host_expert(uid, self._handlers[uid])
                 hosted.append(uid)
+            self._end_applying = self.node.host_together(Applying(self.calls, self.node.find_expert).answer)
             await self.node.wait_reachable()
             peer = self.node.peer_address
             self._unwatch = self.node.watch_address(lambda: self._spawn(self._update_addresses()))
@@ -191,6 +198,7 @@ class TesseractServer(Uncopied):
         except BaseException:  # cancelled, too: nothing half started stays
             self._closed = True
             await self._stop_tasks()
+            self._end_applying()
             for uid in hosted:
                 self.node.unhost_expert(uid)
             if self._publisher is not None:
@@ -265,6 +273,7 @@ class TesseractServer(Uncopied):
         except TimeoutError:
             logger.warning("the network does not answer: this server's experts will expire there")
         finally:
+            self._end_applying()
             for uid in self.experts:
                 self.node.unhost_expert(uid)
             self._memory.close()
@@ -362,18 +371,6 @@ class TesseractServer(Uncopied):
             except CheckpointError as error:
                 logger.error("%s", error)
                 self.node.metrics.count("checkpoints_failed")
-
-    async def _step(self, hosted: HostedState, call: IncomingCall) -> Message:
-        uid, succession = hosted.uid, self.succession
-        if not (hosted.is_primary and succession.may_step(uid)):
-            primary, retry_after = await succession.find_primary(uid)
-            if not (hosted.is_primary and succession.may_step(uid)):
-                raise NotPrimary(f"this server only follows {uid}", primary=primary, retry_after=retry_after)
-        answer = await self.calls.backward(hosted, call)
-        if not succession.may_step(uid):
-            # its lease ended meanwhile: the next primary knows the call's id, if the step is in what it goes on from
-            raise NotPrimary(f"this server no longer trains {uid}", retry_after=1.0)
-        return answer
 
 
 def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:

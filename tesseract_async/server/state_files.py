@@ -10,20 +10,22 @@ import contextlib
 import errno
 import itertools
 import logging
+import mmap
 import os
 import re
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 from urllib.parse import quote, unquote
 
 from tesseract_async.errors import CheckpointError, describe
-from tesseract_async.experts.merkle import root_of
-from tesseract_async.files import write_whole
+from tesseract_async.experts.merkle import LEAF_BYTES, leaves_of, root_from
+from tesseract_async.files import sync_folder, write_whole
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import decode, encode
 
@@ -159,25 +161,40 @@ class SealedFile:
 
     root: bytes
     size: int
+    leaves: Sequence[bytes]
+    """`merkle.leaves_of` it."""
     path: Path
 
-    def read(self, offset: int = 0, num_bytes: int = -1) -> bytes:
-        """Return a piece of it, by default all. Raises: OSError."""
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Return a part of it. Raises: OSError."""
         with open(self.path, "rb") as file:
             file.seek(offset)
             return file.read(num_bytes)
 
+    def map(self) -> memoryview:
+        """Return all of it, read when it is looked at; what is changed in there stays in memory. Raises: OSError."""
+        with open(self.path, "rb") as file:  # an empty one cannot be mapped
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size else b"")
+
 
 class SealedFiles:
-    """Sealed states, ``UID/ROOT.sealed``, and what `Tenure`s must remember, ``UID/tenure``.
+    """Sealed states, ``UID/ROOT.sealed``, those on their way here, ``UID/ROOT.part``, and what `Tenure`s must remember,
+    ``UID/tenure``.
 
-    Without a directory the former are in a temporary folder, and nothing is remembered.
+    Without a directory the files are in a temporary folder, and nothing is remembered.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._files: dict[str, list[SealedFile]] = {}  # the newest last
+        self._open: set[Path] = set()  # parts being written
+
+    def _folder(self, uid: str) -> Path:
+        if self._directory is not None:
+            return expert_folder(self._directory, uid)
+        self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="tesseract-")
+        return expert_folder(Path(self._temporary.name), uid)
 
     def load(self, uid: str) -> bytes | None:
         """Find an expert's sealed files, and return what was remembered of it, if anything."""
@@ -185,7 +202,7 @@ class SealedFiles:
             return None
         folder = expert_folder(self._directory, uid)
         paths = sorted(folder.glob("*.sealed"), key=lambda path: path.stat().st_mtime)
-        self._files[uid] = [SealedFile(root_of(data := path.read_bytes()), len(data), path) for path in paths]
+        self._files[uid] = list(map(_read_sealed, paths))
         try:
             return (folder / "tenure").read_bytes()
         except OSError:
@@ -196,28 +213,74 @@ class SealedFiles:
         if self._directory is not None:
             write_whole(expert_folder(self._directory, uid) / "tenure", [stored])
 
-    def keep(self, uid: str, root: bytes, data: bytes) -> None:
-        """Keep a file, and the one before. Raises: OSError."""
-        directory = self._directory
-        if directory is None:
-            self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="tesseract-")
-            directory = Path(self._temporary.name)
-        path = expert_folder(directory, uid) / f"{root.hex()[:16]}.sealed"
-        write_whole(path, [data])
-        files = [file for file in self._files.get(uid, []) if file.root != root]
-        files.append(SealedFile(root, len(data), path))
+    def keep(self, uid: str, pieces: Collection[bytes | memoryview]) -> SealedFile:
+        """Write a file, and keep it and the one before. Raises: OSError."""
+        leaves, size = leaves_of(pieces), sum(len(one) for one in pieces)
+        root = root_from(leaves, size)
+        file = SealedFile(root, size, leaves, self._path(uid, root))
+        write_whole(file.path, pieces)
+        return self._list(uid, file)
+
+    def take_in(self, uid: str, file: SealedFile) -> SealedFile:
+        """Keep a file that has arrived whole (`open_part`), and the one before. Raises: OSError."""
+        path = self._path(uid, file.root)
+        if file.path != path:
+            os.replace(file.path, path)
+            sync_folder(path.parent)
+        return self._list(uid, replace(file, path=path))
+
+    def _path(self, uid: str, root: bytes) -> Path:
+        return self._folder(uid) / f"{root.hex()[:16]}.sealed"
+
+    def _list(self, uid: str, file: SealedFile) -> SealedFile:
+        files = [other for other in self._files.get(uid, []) if other.root != file.root]
+        files.append(file)
         for old in files[:-NUM_SEALED]:
             old.path.unlink(missing_ok=True)
         self._files[uid] = files[-NUM_SEALED:]
+        return file
 
-    def find(self, uid: str, start: bytes) -> SealedFile | None:
-        """Return the file whose root begins with these bytes."""
-        return next((file for file in self._files.get(uid, []) if file.root.startswith(start)), None)
+    @contextlib.contextmanager
+    def open_part(self, uid: str, root: bytes) -> Iterator[BinaryIO]:
+        """Open a file that arrives in pieces, maybe with some from before. Of an expert there is one besides those that
+        are open now; after an error of the disk it is removed.
+
+        Raises: OSError.
+        """
+        path = self._folder(uid) / f"{root.hex()[:16]}.part"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in set(path.parent.glob("*.part")) - self._open - {path}:
+            old.unlink(missing_ok=True)
+        self._open.add(path)
+        try:
+            path.touch()
+            with open(path, "r+b") as part:
+                yield part
+        except OSError as error:
+            if not isinstance(error, TimeoutError):
+                path.unlink(missing_ok=True)
+            raise
+        finally:
+            self._open.discard(path)
+
+    def find(self, uid: str, root: bytes) -> SealedFile | None:
+        """Return the file with this root."""
+        return next((file for file in self._files.get(uid, []) if file.root == root), None)
+
+    def newest(self, uid: str) -> SealedFile | None:
+        """Return the file that was kept last."""
+        return next(reversed(self._files.get(uid, [])), None)
 
     def close(self) -> None:
         """Remove what was temporary."""
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _read_sealed(path: Path) -> SealedFile:
+    with open(path, "rb") as file:
+        leaves, size = leaves_of(iter(partial(file.read, LEAF_BYTES), b"")), file.tell()
+    return SealedFile(root_from(leaves, size), size, leaves, path)
 
 
 class FolderLock:

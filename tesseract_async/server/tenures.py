@@ -23,7 +23,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.merkle import possession, root_of
+from tesseract_async.experts.merkle import possession
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import (
     Command,
@@ -39,12 +39,13 @@ from tesseract_async.experts.tenure_words import (
 )
 from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
-from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import check_state, encode
+from tesseract_async.server.checkpoint import encode
+from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
-    fetch_fitting,
+    check_fitting,
+    longest_state,
     owner_of,
     read_replicas,
     record_subkey,
@@ -109,6 +110,7 @@ class Tenures:
         self._authorities = authorities
         self._experts: dict[str, _Expert] = {}
         self.files = SealedFiles(server.checkpoint_dir)
+        self._fetcher = SealFetcher(self._node, self.files, timeout=call_timeout, aside=server.call_aside)
         self._addresses: dict[PeerID, PeerAddress] = {}  # of servers that were found to host one of the experts
         self._shown: dict[str, tuple[bytes, float]] = {}  # by shard key: the grant that lies there, and until when
         self._looks: set[str] = set()
@@ -220,17 +222,17 @@ class Tenures:
             held = tenure.held
             if held is None or held.blob != blob:
                 return False, b""
-            data = await self._read(expert.uid, held)
-            return True, b"" if data is None else possession(data, nonce_or_signature)
+            return True, await self._possession(expert.uid, held, nonce_or_signature)
         took = tenure.take(nonce_or_signature, *self._now())
         await self._carry_out(expert)
         if took:
             await expert.until(lambda tenure: tenure.state is State.PRIMARY, self._call_timeout)
         return took, b""
 
-    async def _read(self, uid: str, seal: Seal) -> bytes | None:
+    async def _possession(self, uid: str, seal: Seal, nonce: bytes) -> bytes:
+        """Return the proof that this server has the file; empty if it does not."""
         file = self.files.find(uid, seal.root)
-        return None if file is None else await self._server.call_aside(file.read)
+        return b"" if file is None else await self._server.call_aside(lambda: possession(file.map(), nonce))
 
     async def hand_over(self, uid: str) -> bool:
         """Give the expert to one of its successors. Returns whether one took it; it stays here otherwise."""
@@ -246,11 +248,10 @@ class Tenures:
             seal = await self._seal(expert)
             if seal is None:
                 return False
-            data = await self._read(uid, seal)
             for heir in heirs:
                 nonce = os.urandom(16)
                 reply = await self._call(uid, heir, "prepare", [nonce, seal.blob], timeout=self._call_timeout)
-                if reply is None or data is None or reply.records[1] != possession(data, nonce):
+                if reply is None or reply.records[1] != await self._possession(uid, seal, nonce):
                     logger.warning("%s could not be handed over to %s: it has not fetched the state", uid, heir.short)
                     continue
                 if tenure.state is not State.YIELDING:
@@ -336,38 +337,29 @@ class Tenures:
 
     async def _fetch(self, expert: _Expert, command: Fetch) -> None:
         found = False
-        for source in (self._node.peer_id, *command.sources):
-            try:
-                found = await self._pull(expert, command, source)
-            except (TesseractError, TimeoutError, OSError) as error:
-                logger.info("the state of %s at %s: %s", expert.uid, source.short, describe(error))
-            if found:
-                break
+        try:
+            found = await self._pull(expert, command)
+        except (TesseractError, TimeoutError, OSError) as error:
+            logger.info("the state of %s could not be fetched: %s", expert.uid, describe(error))
         expert.tenure.fetched(command, found, *self._now())
         await self._carry_out(expert)
 
-    async def _pull(self, expert: _Expert, command: Fetch, source: PeerID) -> bool:
-        """Take the sealed state from that server, maybe this one. False if it is not to be had there.
+    async def _pull(self, expert: _Expert, command: Fetch) -> bool:
+        """Take the sealed state, from this server's own files or from others. False if it is not wanted any more.
 
-        Raises: ProtocolError, CheckpointError and as the call; then nothing has changed.
+        Raises: as `SealFetcher.fetch` and `check_fitting`; then nothing has changed.
         """
-        hosted, seal, aside = expert.hosted, command.seal, self._server.call_aside
-        found: tuple[bytes, StateDict] | None = None
-        if source == self._node.peer_id:
-            if (data := await self._read(expert.uid, seal)) is not None:
-                found = data, await aside(partial(check_state, expert.uid, data))
-        elif (address := self._addresses.get(source)) is not None:
-            found = await fetch_fitting(
-                self._node, address, expert.uid, hosted.backend, seal=seal, timeout=self._call_timeout, aside=aside
-            )
-        if found is None or command.check:
-            return found is not None
+        uid, hosted, seal, aside = expert.uid, expert.hosted, command.seal, self._server.call_aside
+        sources = [address for peer in command.sources if (address := self._addresses.get(peer)) is not None]
+        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=longest_state(hosted.backend))
+        if command.check:
+            return True
+        state = await aside(lambda: check_fitting(uid, hosted.backend, file.map()))
         if expert.tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE):
             return False  # it was long on its way: this server has become the primary, or is about to
-        file, state = found
         await hosted.take(state, aside=command.aside)
         expert.progress = hosted.backend.progress
-        await aside(partial(self.files.keep, expert.uid, seal.root, file))
+        await aside(partial(self.files.take_in, uid, file))
         self._node.metrics.count("states_pulled")
         return True
 
@@ -476,13 +468,8 @@ class Tenures:
         if held is None or expert.progress != hosted.backend.progress or self.files.find(uid, held.root) is None:
             state = await hosted.snapshot()
 
-            def write() -> tuple[bytes, int]:
-                data = b"".join(encode(state))
-                root = root_of(data)
-                self.files.keep(uid, root, data)
-                return root, len(data)
-
-            root, size = await self._server.call_aside(write)
+            file = await self._server.call_aside(lambda: self.files.keep(uid, encode(state)))
+            root, size = file.root, file.size
             version = hosted.shared_version = int(state["version"])
             expert.progress = version, state["num_accumulated"]
         else:

@@ -240,7 +240,8 @@ def decode_part(
 def _told(error: RemoteError) -> tuple[str, str, float, bytes | None]:
     """Return the code of an error, its sentence, when to ask again, and who is the primary."""
     code, sentence = text_of(lambda: error.code), text_of(lambda: str(error))[:MAX_SENTENCE_LENGTH]
-    return code, sentence, error.details.get("retry_after", 0.0), error.details.get("primary")
+    primary = error.details.get("primary")
+    return code, sentence, error.details.get("retry_after", 0.0), None if primary is None else bytes(primary)
 
 
 def _failure(entry: Value, num_experts: int) -> tuple[int, RemoteError]:

@@ -28,6 +28,10 @@ STATE = "expert.state"
 TAKE_OVER = "expert.take_over"
 TENURE = "expert.tenure"
 
+Root = bytes
+"""32 bytes that name a file."""
+NO_ROOT: Final = bytes(32)
+
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -1, 1
 """Servers take no notice of what lies beyond."""
 
@@ -156,29 +160,27 @@ class TenureReply(NamedTuple):
 
 
 class StateRequest(NamedTuple):
-    """Asks for the expert's state, a piece at a time. The pieces of one file carry one digest."""
+    """Asks for a piece of the expert's state as a file. Piece 0 is the list of the other pieces' hashes, or the
+    whole of a file of one piece (`experts.pieces`)."""
 
     uid: str
     weights_only: bool
     """Without the optimizer's state and the journal: for an export."""
     min_version: int
     """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
-    digest: bytes
-    """Digest of the file that `offset` continues; 16 zero bytes for the newest one. For a sealed file (in a run) the
-    first bytes of its root."""
-    offset: int
-    """Bytes of the file that the caller has."""
+    root: Root
+    """The file, by `experts.merkle.root_of`; `NO_ROOT` for the newest."""
+    piece: int
 
 
 class StateReply(NamedTuple):
-    """With it travels the piece that begins at `offset`; nothing where `size` is 0."""
+    """With it travels the piece; nothing where `size` is 0."""
 
     version: int
-    digest: bytes
-    """The first 16 bytes of the file's SHA-256. Another one than asked for: begin again, the offset is 0."""
+    root: Root
     size: int
-    """Bytes of the whole file; 0 if the expert has not reached `min_version`."""
-    offset: int
+    """Bytes of the whole file; 0 if it is not here, or the expert has not reached `min_version`."""
+    piece: int
 
 
 Body = TypeVar(
@@ -201,6 +203,7 @@ _CHECKS: dict[str, Callable[[Value], bool]] = {
     "str": lambda value: type(value) is str and len(value) <= MAX_UID_LENGTH,
     "int": lambda value: type(value) is int and 0 <= value < 2**63,
     "bytes": lambda value: type(value) is bytes and len(value) == 16,
+    "Root": lambda value: type(value) is bytes and len(value) == 32,
     "bytes | None": lambda value: value is None or (type(value) is bytes and len(value) == 16),
     "list[Value] | dict[str, Value]": lambda value: (
         type(value) is list or (type(value) is dict and all(type(key) is str for key in value))

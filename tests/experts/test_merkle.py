@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from tesseract_async.experts.merkle import LEAF_BYTES, possession, root_of
+from tesseract_async.experts.merkle import LEAF_BYTES, leaves_of, possession, root_of
 
 SIZES = [0, 1, 4096, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1, 3 * LEAF_BYTES, 5 * LEAF_BYTES + 7]
 
@@ -25,6 +25,16 @@ def test_a_root_is_that_of_the_tree_over_the_leaves(size: int) -> None:
     data = Random(size).randbytes(size)
     leaves = [data[at : at + LEAF_BYTES] for at in range(0, size, LEAF_BYTES)] or [b""]
     assert root_of(data) == hashlib.sha256(b"\2" + size.to_bytes(8, "big") + tree(leaves)).digest()
+
+
+def test_a_file_that_comes_in_parts_has_the_same_leaves() -> None:
+    data, random = Random(3).randbytes(3 * LEAF_BYTES + 9), Random(4)
+    for _ in range(5):
+        cuts = sorted(random.sample(range(len(data)), 6)) + [LEAF_BYTES, 2 * LEAF_BYTES]
+        ends = [*sorted(cuts), len(data)]
+        parts = [data[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        assert leaves_of(parts) == leaves_of([data]) and len(leaves_of(parts)) == 4
+    assert leaves_of([]) == leaves_of([b"", b""]) == leaves_of([b""])
 
 
 def test_roots_differ_by_every_byte_and_by_length() -> None:

@@ -66,7 +66,7 @@ class Stranger:
             return work()
 
         self._source = StateSource(aside)
-        self._hosted: Any = SimpleNamespace(uid=UID, backend=self.backend, snapshot=snapshot)
+        self._hosted: Any = SimpleNamespace(uid=UID, version=version, snapshot=snapshot)
         node.host_expert(UID, dict.fromkeys(EXPERT_METHODS, self._answer))
         self._publisher = ExpertPublisher(node.network, addresses=[node.address], settings=PUBLISHER)
 

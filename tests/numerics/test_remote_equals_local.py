@@ -18,6 +18,7 @@ from tesseract_async import errors
 from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.server.server import ServerSettings
+from tesseract_async.wire import messages
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.compression import BLOCK
 
@@ -96,16 +97,21 @@ async def test_outputs_input_gradients_and_the_step_are_equal(where: str) -> Non
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
+KINDS: dict[str, tuple[Any, Any]] = {
+    messages.FORWARD: (messages.ForwardRequest, messages.ForwardReply),
+    messages.BACKWARD: (messages.BackwardRequest, messages.BackwardReply),
+}
+
+
 class Recorder(ta.TesseractNode):
     """Remembers the codecs of what travelled, by method: of the request's tensors, and the reply's."""
 
     async def call_expert(self, peer: Any, method: str, body: Any = None, *args: Any, **kwargs: Any) -> Any:
         reply = await super().call_expert(peer, method, body, *args, **kwargs)
-        if "tensors" in reply.body:
-            self.seen = {
-                **getattr(self, "seen", {}),
-                method: [[meta[2] for meta in side["tensors"] if meta] for side in (body, reply.body)],
-            }
+        if (kinds := KINDS.get(method)) is not None:
+            sides = [messages.decode(kind, side) for kind, side in zip(kinds, (body, reply.body), strict=True)]
+            codecs = [[meta[2] for meta in side.tensors if meta] for side in sides]
+            self.seen = {**getattr(self, "seen", {}), method: codecs}
         return reply
 
 

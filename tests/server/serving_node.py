@@ -19,6 +19,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
+from tesseract_async.wire.apply import APPLY
 from tests.experts.fake_network import FakeNetwork, FakeSwarm
 
 PEER = Identity.from_seed(bytes(32)).peer_id
@@ -28,7 +29,13 @@ class ServingNode:
     """The node of a server, without a network: calls arrive as from an endpoint, all from one peer."""
 
     def __init__(self) -> None:
-        self.table = CallTable("fake", uid_methods={**EXPERT_METHODS, "expert.age": "call"})
+        self.check: Callable[[IncomingCall, str], None] = lambda call, uid: None
+        """Asked before an expert is, as `TesseractNode` asks its policy."""
+        self.table = CallTable(
+            "fake",
+            uid_methods={**EXPERT_METHODS, "expert.age": "call"},
+            check=lambda call, uid: self.check(call, uid),
+        )
         self.metrics = Metrics()
         self.network = FakeNetwork(FakeSwarm(), Identity.generate().peer_id)
         self.trust = Trust()
@@ -37,6 +44,7 @@ class ServingNode:
         self.asked_for_connection = asyncio.Event()
         """Set once somebody has asked whether a peer that is not connected is."""
         self.is_closed = False
+        self.together: list[CallHandler] = []
         self.publisher_places: set[int] = set()
 
     def is_connected(self, peer_id: Any) -> bool:
@@ -74,6 +82,13 @@ class ServingNode:
     def unhost_expert(self, uid: str) -> None:
         self.table.unhost(uid)
 
+    def host_together(self, handler: CallHandler) -> Callable[[], None]:
+        self.together.append(handler)
+        return lambda: self.together.remove(handler)
+
+    def find_expert(self, call: IncomingCall, uid: str) -> CallHandler:
+        return self.table.find_for(call, uid, APPLY)
+
     async def call(self, uid: str, method: str, body: Any, tensors: Any = (), *, timeout: float = 10.0) -> Message:
         _, buffers = wire.pack_tensors(tensors)
         now = asyncio.get_running_loop().time()
@@ -88,8 +103,13 @@ class ServingNode:
         )
         return await self.table.find(call)(call)
 
-    async def call_expert(self, peer: Any, method: str, body: Any, *, timeout: float, idempotent: bool) -> Message:
+    async def call_expert(
+        self, peer: Any, method: str, body: Any, *, timeout: float, idempotent: bool, priority: int = 0
+    ) -> Message:
         return await self.call(body[0], method, body, timeout=timeout)
+
+    def path(self, peer: Any) -> tuple[float, float] | None:
+        return None
 
     async def forward(self, uid: str, *inputs: torch.Tensor | None, **changes: Any) -> tuple[list[Any], int]:
         metas, _ = wire.pack_tensors(inputs)

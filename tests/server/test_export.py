@@ -50,10 +50,10 @@ class Swarm:
         async def snapshot() -> dict[str, Any]:
             return backend.state()
 
-        return SimpleNamespace(uid=uid, backend=backend, snapshot=snapshot)
+        return SimpleNamespace(uid=uid, version=backend.version, snapshot=snapshot)
 
-    async def aside(self, work: Any) -> bytes:
-        return bytes(work())
+    async def aside(self, work: Any) -> Any:
+        return work()
 
     async def answer(self, call: IncomingCall) -> Message:
         self.num_calls += 1

@@ -125,21 +125,22 @@ def test_the_last_two_files_are_kept_and_found_again(tmp_path: Path) -> None:
     files = SealedFiles(tmp_path)
     states = [bytes([n]) * 1000 for n in range(3)]
     for data in states:
-        files.keep("ffn.0", root_of(data), data)
+        files.keep("ffn.0", [data[:7], data[7:]])
     files.remember("ffn.0", b"promised")
-    assert files.find("ffn.0", root_of(states[0])[:16]) is None
+    assert files.find("ffn.0", root_of(states[0])) is None
     for data in states[1:]:
-        found = files.find("ffn.0", root_of(data)[:16])
+        found = files.find("ffn.0", root_of(data))
         assert found is not None and found.size == 1000 and found.read(990, 100) == data[990:]
+    assert files.newest("ffn.0") == files.find("ffn.0", root_of(states[2])) and files.newest("ffn.1") is None
     again = SealedFiles(tmp_path)
     assert again.load("ffn.0") == b"promised" and again.load("ffn.1") is None
     newest = again.find("ffn.0", root_of(states[2]))
-    assert newest is not None and newest.read() == states[2] and again.find("ffn.0", bytes(32)) is None
+    assert newest is not None and newest.map() == states[2] and again.find("ffn.0", bytes(32)) is None
 
 
 def test_a_damaged_file_is_not_taken_for_the_one_that_was_sealed(tmp_path: Path) -> None:
     files = SealedFiles(tmp_path)
-    files.keep("ffn.0", root := root_of(b"state"), b"state")
+    root = files.keep("ffn.0", [b"state"]).root
     (path,) = tmp_path.rglob("*.sealed")
     path.write_bytes(b"stale")
     again = SealedFiles(tmp_path)
@@ -151,9 +152,9 @@ def test_without_a_folder_nothing_stays() -> None:
     files = SealedFiles(None)
     assert files.load("ffn.0") is None
     files.remember("ffn.0", b"promised")
-    files.keep("ffn.0", root := root_of(b"state"), b"state")
+    root = files.keep("ffn.0", [b"state"]).root
     found = files.find("ffn.0", root)
-    assert found is not None and found.path.exists() and found.read() == b"state"
+    assert found is not None and found.path.exists() and found.map() == b"state"
     files.close()
     assert not found.path.exists()
 

@@ -17,27 +17,21 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError
+from tesseract_async.experts.pieces import PIECE_BYTES
 from tesseract_async.server import checkpoint
 from tesseract_async.server.checkpoint import check_state, difference, largest_state
-from tesseract_async.server.state_files import SealedFile
-from tesseract_async.server.state_transfer import (
-    KEEP_SECONDS,
-    MIN_PIECE_BYTES,
-    NO_DIGEST,
-    NUM_RETRIES,
-    StateSource,
-    fetch_file,
-)
+from tesseract_async.server.fetching import MIN_RATE, NUM_RETRIES, fetch_state
+from tesseract_async.server.state_files import SealedFiles
+from tesseract_async.server.state_transfer import KEEP_SECONDS, SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tests.client.virtual_time import in_made_up_time
 from tests.server.serving_node import ServingNode
 
 NOBODY = PeerAddress(None, ("127.0.0.1:9",))
-PIECE = MIN_PIECE_BYTES
 
 
-def make_backend(width: int = 320) -> ta.ExpertBackend:
+def make_backend(width: int = 600) -> ta.ExpertBackend:
     torch.manual_seed(0)
     module = nn.Linear(width, width)
     return ta.ExpertBackend(
@@ -51,35 +45,33 @@ def train(backend: ta.ExpertBackend) -> None:
     backend.step(gradients, [bytes(16)])
 
 
-async def fetch_state(
-    node: Any, peer: PeerAddress, *, weights_only: bool = False, **changes: Any
-) -> dict[str, Any] | None:
-    file = await fetch_file(node, peer, "ffn.0", weights_only=weights_only, **changes)
+async def fetch(node: Any, peer: PeerAddress, *, weights_only: bool = False, **changes: Any) -> dict[str, Any] | None:
+    file = await fetch_state(node, peer, "ffn.0", weights_only=weights_only, **changes)
     return None if file is None else check_state("ffn.0", file, weights_only=weights_only)
 
 
 class StateNode(ServingNode):
     """Hosts the state of one expert; `before` may look at each request, or raise."""
 
-    def __init__(self, *, piece_bytes: int = PIECE, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, *, max_bytes: int = 1 << 30) -> None:
         super().__init__()
         self.backend = make_backend()
         self.num_snapshots = 0
         self.requests: list[messages.StateRequest] = []
         self.before: Callable[[messages.StateRequest], None] = lambda request: None
         self.after: Callable[[Message], Message] = lambda reply: reply
-        self.source = StateSource(self.aside, max_bytes=max_bytes, piece_bytes=piece_bytes)
+        self.source = StateSource(self.aside, max_bytes=max_bytes)
         self.host_expert("ffn.0", {messages.STATE: self.answer})
 
     @property
     def hosted(self) -> Any:
-        return SimpleNamespace(uid="ffn.0", backend=self.backend, snapshot=self.snapshot)
+        return SimpleNamespace(uid="ffn.0", version=self.backend.version, snapshot=self.snapshot)
 
     async def snapshot(self) -> dict[str, Any]:
         self.num_snapshots += 1
         return self.backend.state()
 
-    async def aside(self, work: Callable[[], bytes]) -> bytes:
+    async def aside(self, work: Callable[[], Any]) -> Any:
         await asyncio.sleep(0)
         return work()
 
@@ -90,7 +82,7 @@ class StateNode(ServingNode):
         return self.after(await self.source.answer(self.hosted, call))
 
     async def fetch(self, **changes: Any) -> dict[str, Any] | None:
-        return await fetch_state(self, NOBODY, **changes)
+        return await fetch(self, NOBODY, **changes)
 
 
 @pytest.fixture
@@ -101,22 +93,55 @@ def node() -> Any:
 
 
 async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Path) -> None:
-    node = StateNode()
-    (tmp_path / "file").write_bytes(b"file")
-    node.source.find_sealed = lambda uid, digest: SealedFile(bytes(32), 4, tmp_path / "file")
+    node, files = StateNode(), SealedFiles(tmp_path)
+    file = files.keep("ffn.0", [b"file"])
+    node.source.find_sealed = files.find
     for weights_only in (False, True):
-        request = messages.StateRequest("ffn.0", weights_only, 0, b"d" * 16, 0)
-        body = messages.encode(request)
-        call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, body, (), 0.0, 0)
+        request = messages.StateRequest("ffn.0", weights_only, 0, file.root, 0)
+        call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, messages.encode(request), (), 0.0, 0)
         reply = await node.source.answer(node.hosted, call)
-        assert (bytes(reply.buffers[0]) == b"file") is not weights_only
+        assert [bytes(part) for part in reply.buffers] == ([] if weights_only else [b"file"])
+
+
+async def test_whoever_only_holds_a_sealed_state_gives_its_weights(tmp_path: Path) -> None:
+    node, files = StateNode(), SealedFiles(tmp_path)
+    train(node.backend)
+    file = files.keep("ffn.0", checkpoint.encode(node.backend.state()))
+    owner = SealedState("ffn.0", 1, file, node.aside)
+
+    async def answer(call: IncomingCall) -> Message:
+        return await node.source.answer(owner, call)
+
+    node.host_expert("ffn.1", {messages.STATE: answer})
+    weights = await fetch_state(node, NOBODY, "ffn.1", weights_only=True)
+    assert weights is not None
+    state = check_state("ffn.1", weights, weights_only=True)
+    assert state["version"] == 1 and torch.equal(state["module"]["weight"], node.backend.module.weight)
+    files.keep("ffn.0", [b"what a primary that lies has sealed"])
+    owner = SealedState("ffn.0", 2, files.newest("ffn.0"), node.aside)  # type: ignore[arg-type]
+    node.source.drop("ffn.0")
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        await fetch_state(node, NOBODY, "ffn.1", weights_only=True)
+    node.source.close()
+
+
+async def test_a_piece_that_a_file_does_not_have(node: StateNode) -> None:
+    size = 3 * PIECE_BYTES + 5
+    sealed = SealedFiles(None)
+    big, small = sealed.keep("big", [bytes(size)]), sealed.keep("small", [b"s"])
+    node.source.find_sealed = lambda uid, root: {big.root: big, small.root: small}[root]
+    for root, piece in ((big.root, 5), (big.root, 2**40), (small.root, 1)):
+        request = messages.StateRequest("ffn.0", False, 0, root, piece)
+        with pytest.raises(ProtocolError, match="has no piece"):
+            await node.call("ffn.0", messages.STATE, messages.encode(request))
+    sealed.close()
 
 
 async def test_a_state_arrives_whole_and_loads(node: StateNode) -> None:
     train(node.backend)
     state = await node.fetch()
     assert state is not None
-    assert len(node.requests) > 5
+    assert len(node.requests) == 6, "a list, and the pieces of 4.1 MiB"
     assert node.num_snapshots == 1
     other = make_backend()
     other.load_state(state)
@@ -141,20 +166,22 @@ async def test_nothing_is_sent_before_the_version_is_reached(node: StateNode) ->
     assert (await node.fetch(min_version=1) or {})["version"] == 1
 
 
-async def test_a_broken_connection_goes_on_where_it_stopped(node: StateNode) -> None:
-    lost: list[int] = []
+@in_made_up_time
+async def test_a_broken_connection_goes_on_where_it_stopped() -> None:
+    node, lost = StateNode(), list[int]()
+    train(node.backend)
 
     def break_twice(request: messages.StateRequest) -> None:
-        if request.offset >= 2 * PIECE and len(lost) < 2:
-            lost.append(request.offset)
+        if request.piece == 3 and len(lost) < 2:
+            lost.append(request.piece)
             raise ConnectionLost("the server", "for the test")
 
     node.before = break_twice
     assert await node.fetch() is not None
-    offsets = [request.offset for request in node.requests]
-    assert lost == [2 * PIECE, 2 * PIECE]
-    assert offsets == [0, PIECE, *lost, *range(2 * PIECE, offsets[-1] + 1, PIECE)]
+    pieces = [request.piece for request in node.requests]
+    assert lost == [3, 3] and sorted(pieces) == sorted([*range(max(pieces) + 1), 3, 3])
     assert node.num_snapshots == 1
+    node.source.close()
 
 
 async def test_it_gives_up_after_some_broken_connections(node: StateNode) -> None:
@@ -183,12 +210,12 @@ async def test_a_copy_that_is_gone_means_beginning_again(node: StateNode) -> Non
     node.before = lose_it
     state = await node.fetch()
     assert state is not None and state["version"] == 1
-    assert [request.offset for request in node.requests[:4]] == [0, PIECE, 2 * PIECE, PIECE]
+    assert [request.piece for request in node.requests].count(0) == 2
 
 
 async def test_a_server_that_always_begins_again_is_left(node: StateNode) -> None:
     def lose_it(request: messages.StateRequest) -> None:
-        if request.offset:
+        if request.piece:
             train(node.backend)
             node.source.close()
 
@@ -225,10 +252,11 @@ def changed(reply: Message, **change: Any) -> Message:
     ("change", "sentence"),
     [
         ({"size": 10**12}, "at most"),
-        ({"offset": 7}, "does not fit"),
-        ({"size": 10}, "does not fit"),
-        ({"digest": b"x" * 16}, "does not fit"),
-        ({"digest": "x"}, "malformed"),
+        ({"piece": 7}, "another piece"),
+        ({"size": 10}, "wrong piece"),
+        ({"size": 0}, "does not fit"),
+        ({"root": b"x" * 32}, "wrong piece"),
+        ({"root": "x"}, "malformed"),
         ({"version": -1}, "malformed"),
     ],
 )
@@ -238,22 +266,25 @@ async def test_a_lying_server_is_found_out(node: StateNode, change: dict[str, An
         await node.fetch()
 
 
-async def test_a_flipped_bit_is_noticed_before_the_file_is_looked_into(node: StateNode) -> None:
+@pytest.mark.parametrize("piece", [0, 1, 2])
+async def test_a_flipped_bit_is_noticed_before_the_file_is_looked_into(node: StateNode, piece: int) -> None:
     def flip(reply: Message) -> Message:
-        piece = bytearray(reply.buffers[0])
-        piece[-1] ^= 1
-        return Message(reply.body, (memoryview(piece),))
+        data = bytearray(reply.buffers[0])
+        data[-1] ^= messages.StateReply(*reply.body).piece == piece
+        return Message(reply.body, (memoryview(data),))
 
+    train(node.backend)
     node.after = flip
-    with pytest.raises(ProtocolError, match="damaged on the way"):
+    with pytest.raises(ProtocolError, match="wrong piece"):
         await node.fetch()
 
 
-async def test_a_piece_too_many_or_empty_is_refused(node: StateNode) -> None:
-    node.after = lambda reply: Message(reply.body, (*reply.buffers, memoryview(b"more")))
-    with pytest.raises(ProtocolError, match="does not fit"):
+@pytest.mark.parametrize("part", [b"more", b""])
+async def test_pieces_of_the_wrong_length_are_refused(node: StateNode, part: bytes) -> None:
+    node.after = lambda reply: Message(reply.body, (memoryview(part),))
+    with pytest.raises(ProtocolError, match="wrong piece"):
         await node.fetch()
-    node.after = lambda reply: Message(reply.body, (memoryview(b""),))
+    node.after = lambda reply: Message(reply.body, (*reply.buffers, memoryview(part)))
     with pytest.raises(ProtocolError, match="does not fit"):
         await node.fetch()
 
@@ -306,54 +337,53 @@ def test_deep_nesting_raises_one_error_only() -> None:
 
 @pytest.mark.both_loops
 async def test_between_two_nodes() -> None:
-    fake = StateNode(piece_bytes=100_000)
+    fake = StateNode()
     async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
 
         async def answer(call: IncomingCall) -> Message:
             return await fake.source.answer(fake.hosted, call)
 
         host.host_expert("ffn.0", {messages.STATE: answer})
-        state = await fetch_state(guest, host.peer_address, timeout=30.0)
+        state = await fetch(guest, host.peer_address, timeout=30.0)
         assert state is not None and torch.equal(state["module"]["weight"], fake.backend.module.weight)  # type: ignore[arg-type]
         fake.source.close()
-    assert NO_DIGEST == bytes(16)
 
 
-async def test_a_source_that_drips_is_left(node: StateNode, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_made_up_time
+async def test_a_source_that_drips_is_left() -> None:
+    """Each piece comes in time, one after the other, but the whole later than so many bytes may take."""
+    node, turn, loop = StateNode(), asyncio.Lock(), asyncio.get_running_loop()
     train(node.backend)
-    node.after = lambda reply: Message(reply.body, (reply.buffers[0][:10],))
-    with pytest.raises(ProtocolError, match="does not fit"):
-        await node.fetch()
-    # or one whose pieces are whole, and late: the whole has a time, by its size
-    node.after = lambda reply: reply
-    loop = asyncio.get_running_loop()
-    late, now = [0.0], loop.time
-    monkeypatch.setattr(loop, "time", lambda: now() + late[0])
+    answer, begin = node.answer, loop.time()
 
-    def wait(request: messages.StateRequest) -> None:
-        late[0] += 9.0
+    async def late(call: IncomingCall) -> Message:
+        async with turn:
+            await asyncio.sleep(40.0)
+            return await answer(call)
 
-    node.before = wait
-    with pytest.raises(TimeoutError, match="too slowly"):
-        await node.fetch(timeout=10.0)
-    assert len(node.requests) < 8, "of the 19 pieces that it has"
+    node.unhost_expert("ffn.0")
+    node.host_expert("ffn.0", {messages.STATE: late})
+    with pytest.raises(TimeoutError):
+        await node.fetch(timeout=41.0)
+    assert loop.time() - begin < 41 + 41 + (5 << 20) / MIN_RATE
+    node.source.close()
 
 
 async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: StateNode) -> None:
     for _ in range(3):
         train(node.backend)
     limit = largest_state(node.backend)
-    assert len(b"".join(checkpoint.encode(node.backend.state()))) < limit < 8 << 20
+    assert len(b"".join(checkpoint.encode(node.backend.state()))) < limit < 16 << 20
     node.after = lambda reply: changed(reply, size=limit + 1)
     with pytest.raises(ProtocolError, match="at most"):
-        await fetch_file(node, NOBODY, "ffn.0", max_bytes=limit)  # type: ignore[arg-type]
+        await node.fetch(max_bytes=limit)
 
 
 def test_the_first_difference_is_said_in_a_sentence(node: StateNode) -> None:
     state = node.backend.state()
     assert difference("ffn.0", node.backend, state) is None
-    state["module"]["weight"] = torch.zeros(3, 320)
+    state["module"]["weight"] = torch.zeros(3, 600)
     said = difference("ffn.0", node.backend, state)
-    assert said == "ffn.0: its weight weight has shape [3, 320] there and shape [320, 320] here"
+    assert said == "ffn.0: its weight weight has shape [3, 600] there and shape [600, 600] here"
     del state["module"]["weight"]
     assert "has none there" in str(difference("ffn.0", node.backend, state))

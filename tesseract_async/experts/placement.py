@@ -1,0 +1,479 @@
+"""`Placement`: which experts of a run each of its members should lead, follow or hold, as a pure machine.
+
+Every member publishes its `Place` (`experts.places`), and computes from all places the same `assign`: nobody assigns
+work to others, each takes its own part. Places change slowly and are read a little late, so two members may take the
+same thing for a moment; one copy too many harms nobody, and who leads is `Tenure`'s business alone.
+
+A member that would compute an expert which it only holds needs nothing but its file; so the same rule, rendezvous
+hashing, places files for survival and successors for the next primary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+from tesseract_async.experts.manifest import join_uid
+from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.identity import PeerID
+
+MOVE_EVERY: Final = 600.0
+"""Seconds between two moves for load's sake that a server takes part in, at either end."""
+STAY: Final = 3600.0
+"""Seconds for which an expert does not go back to where it came from."""
+DROP_AFTER: Final = 600.0
+"""Seconds for which a copy must be one too many before it is given up."""
+YOUNG: Final = 3600.0
+"""Seconds after a run began in which an expert that nobody has was probably never begun."""
+NUM_LEASES_MISSED: Final = 20
+"""Leases for which an expert's state must be missing before the expert may begin anew."""
+STUCK_AFTER: Final = 60.0
+"""Seconds for a member to fetch a state, before others stop counting on it."""
+MAX_BEHIND: Final = 3
+"""Seals that a copy may be behind its primary's."""
+HOT: Final = 0.85
+"""Demand by what a server can compute: above it, the server needs relief."""
+CALM: Final = 0.5
+GAIN: Final = 0.8
+"""A move must leave its target with less than this share of the pressure that its source had."""
+WAIT_SECONDS: Final = 30.0
+"""Rows that wait are demand as if they had come within this time."""
+MAX_STEPS: Final = 8
+"""Experts that a member takes at once."""
+MAX_SCANNED: Final = 1 << 16
+"""Uids of a grid that are looked at for experts that nobody has."""
+NEVER: Final = 1e9
+
+
+class Role(IntEnum):
+    """The part of a member in an expert."""
+
+    HOLDS = 0
+    """It has the file on disk."""
+    FOLLOWS = 1
+    """It computes forwards, too."""
+    LEADS = 2
+
+
+class Part(NamedTuple):
+    """One expert at one member, by its own word."""
+
+    role: Role
+    epoch: int = 0
+    number: int = 0
+    """Epoch and number of the Seal whose file it has; 0: none yet."""
+    version: int = 0
+    """Steps in that state."""
+    rate: float = 0.0
+    """Rows computed each second, on average over half a minute."""
+    waiting: int = 0
+    """Rows that wait."""
+
+    @property
+    def has_file(self) -> bool:
+        return self.number > 0
+
+    @property
+    def age(self) -> tuple[int, int]:
+        return self.epoch, self.number
+
+    @property
+    def demand(self) -> float:
+        """Rows each second that are wanted of it."""
+        return self.rate + self.waiting / WAIT_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a member has room for, and what it has."""
+
+    peer: PeerID
+    room: int
+    """Experts that it computes at most; 0: it only holds."""
+    files: int
+    """Experts of which it has a state at most, those that it computes included."""
+    speed: float = 0.0
+    """Rows that it can compute each second."""
+    ranges: frozenset[str] = frozenset()
+    """Its address ranges; empty where addresses tell nothing."""
+    moved_ago: float = NEVER
+    """Seconds since it last took part in a move."""
+    uptime: float = 0.0
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def num_led(self) -> int:
+        return sum(part.role is Role.LEADS for part in self.parts.values())
+
+    @property
+    def num_computed(self) -> int:
+        return sum(part.role is not Role.HOLDS for part in self.parts.values())
+
+    @property
+    def can_lead(self) -> bool:
+        """True if it can lead one more: those that it only follows give way."""
+        return self.num_led < self.room
+
+    @property
+    def pressure(self) -> float:
+        """Demand by speed."""
+        demand = sum(part.demand for part in self.parts.values())
+        return demand / self.speed if self.speed > 0 else 0.0
+
+
+class Standing(NamedTuple):
+    """How an expert stands."""
+
+    leader: PeerID | None
+    followers: tuple[PeerID, ...]
+    holders: tuple[PeerID, ...]
+    version: int
+    """Steps in the newest state that more than its primary has; of its primary's, where nobody else has any."""
+    losses: int
+    """How many more members may be lost, one after the other, with the expert surviving; -1: it is lost."""
+
+    @property
+    def word(self) -> str:
+        """``lost``, ``at risk`` (the next loss is its end), ``not led``, or ``safe``."""
+        if self.losses < 0:
+            return "lost"
+        if self.losses == 0:
+            return "at risk"
+        return "safe" if self.leader is not None else "not led"
+
+
+class Survey:
+    """All places at one moment, by expert."""
+
+    def __init__(self, places: Mapping[PeerID, Place], *, stuck: frozenset[tuple[PeerID, str]] = frozenset()) -> None:
+        """`stuck`: members that say they hold an expert, but have not got its file for long."""
+        self.places = places
+        self.parts: defaultdict[str, dict[PeerID, Part]] = defaultdict(dict)
+        for peer, place in places.items():
+            for uid, part in place.parts.items():
+                if (peer, uid) not in stuck:
+                    self.parts[uid][peer] = part
+        self.alive = {
+            uid
+            for uid, parts in self.parts.items()
+            if any(one.has_file or one.role is Role.LEADS for one in parts.values())
+        }
+        """Experts of which any member has a state."""
+        self.named = set(self.parts)
+        """Experts that any member names."""
+
+    def leader(self, uid: str) -> PeerID | None:
+        """Return the member that leads it, by the highest epoch."""
+        leaders = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is Role.LEADS]
+        return max(leaders)[1] if leaders else None
+
+    def copies(self, uid: str) -> dict[PeerID, Part]:
+        """Return the other members that have it, or are about to: not those that fell far behind the primary."""
+        leader = self.leader(uid)
+        others = {peer: part for peer, part in self.parts[uid].items() if peer != leader}
+        if leader is None:
+            return others
+        newest = self.parts[uid][leader]
+        return {
+            peer: part
+            for peer, part in others.items()
+            if not part.has_file  # on its way
+            or (part.epoch == newest.epoch and part.number >= newest.number - MAX_BEHIND)
+            or (part.epoch < newest.epoch and newest.number <= MAX_BEHIND)
+            or part.epoch > newest.epoch
+        }
+
+    def standing(self, uid: str) -> Standing:
+        """Return who has it, and how safe it is."""
+        parts, leader = self.parts[uid], self.leader(uid)
+        have = {peer: part for peer, part in self.copies(uid).items() if part.has_file}
+        newest = max(have.values(), key=lambda part: part.age, default=None)
+        if newest is None and leader is not None:
+            newest = parts[leader]
+        return Standing(
+            leader,
+            tuple(sorted(peer for peer, part in parts.items() if part.role is Role.FOLLOWS)),
+            tuple(sorted(peer for peer, part in parts.items() if part.role is Role.HOLDS and part.has_file)),
+            0 if newest is None else newest.version,
+            len(have) + (leader is not None) - 1,
+        )
+
+
+class Step(NamedTuple):
+    """Something that a member should do."""
+
+    kind: str
+    """``hold`` or ``follow`` an expert that others have, or ``help`` a primary that has too much to do; ``begin`` one
+    that nobody has, or ``restart`` one whose state is lost; ``drop`` a copy; ``move`` one that it leads to `peer`."""
+    uid: str
+    peer: PeerID | None = None
+
+
+@lru_cache(maxsize=1 << 20)
+def score(peer: PeerID, uid: str) -> bytes:
+    """Return the place of a member in the order in which it takes this expert: lower comes first."""
+    return hashlib.sha256(uid.encode() + b"/" + peer).digest()[:8]
+
+
+def assign(
+    survey: Survey, *, num_copies: int, pattern: ExpertPattern, may: Callable[[PeerID, str], bool]
+) -> dict[PeerID, list[Step]]:
+    """Return what each member should take, by what all can see. `may`: whether a member may host an expert."""
+    steps: defaultdict[PeerID, list[Step]] = defaultdict(list)
+    free = {peer: place.files - len(place.parts) for peer, place in survey.places.items()}
+    room = {peer: place.room - place.num_computed for peer, place in survey.places.items()}
+    for uid in sorted(survey.alive):
+        for peer in _missing(survey, uid, num_copies, free, may):
+            free[peer] -= 1
+            computes = room[peer] > 0
+            room[peer] -= computes
+            steps[peer].append(Step("follow" if computes else "hold", uid))
+    _begin(survey, pattern, free, may, steps)
+    _relieve(survey, free, may, steps)
+    return steps
+
+
+def _missing(
+    survey: Survey, uid: str, num_copies: int, free: Mapping[PeerID, int], may: Callable[[PeerID, str], bool]
+) -> list[PeerID]:
+    """Choose the members that should get a copy: of different address ranges where there are so many, and so that two
+    at least could lead it."""
+    leader, places, copies = survey.leader(uid), survey.places, survey.copies(uid)
+    num_able = max(0, min(2, num_copies) - sum(places[peer].can_lead for peer in copies))
+    num = max(num_copies - len(copies), num_able)
+    if num <= 0:
+        return []
+    taken = set().union(*(places[peer].ranges for peer in (*copies, *([] if leader is None else [leader]))))
+    order = sorted(
+        (peer for peer in places if free[peer] > 0 and uid not in places[peer].parts and may(peer, uid)),
+        key=lambda peer: score(peer, uid),
+    )
+    chosen: list[PeerID] = []
+    for wanted, able_only, apart_only in ((num_able, True, True), (num_able, True, False), (num, False, True)):
+        for peer in order:
+            place = places[peer]
+            if len(chosen) >= wanted:
+                break
+            if peer not in chosen and (place.can_lead or not able_only) and not (apart_only and taken & place.ranges):
+                chosen.append(peer)
+                taken |= place.ranges
+    return chosen + [peer for peer in order if peer not in chosen][: num - len(chosen)]
+
+
+def _begin(
+    survey: Survey,
+    pattern: ExpertPattern,
+    free: dict[PeerID, int],
+    may: Callable[[PeerID, str], bool],
+    steps: dict[PeerID, list[Step]],
+) -> None:
+    """Share experts that nobody has out, to those with the most room."""
+    room = {peer: min(place.room - place.num_led, free[peer]) for peer, place in survey.places.items()}
+    for uid in sorted(survey.named - survey.alive):  # wanted by several at once: one of them keeps it
+        parts = survey.parts[uid]
+        for peer in parts:
+            room[peer] -= 1
+        peer = min(parts, key=lambda peer: score(peer, uid))
+        steps[peer].append(Step("begin", uid))
+    for uid in itertools.islice(unknown(survey, pattern), MAX_SCANNED):
+        able = [peer for peer, left in room.items() if left > 0]
+        if not able:
+            return
+        if some := [peer for peer in able if may(peer, uid)]:
+            peer = min(some, key=lambda peer: (-room[peer], score(peer, uid)))
+            room[peer] -= 1
+            free[peer] -= 1
+            steps[peer].append(Step("begin", uid))
+
+
+def unknown(survey: Survey, pattern: ExpertPattern) -> Iterator[str]:
+    """Iterate over the uids that no member names, in a grid of any size."""
+    for rank in range(pattern.num_uids):
+        uid = join_uid(pattern.prefix, pattern.coords_at(rank))
+        if uid not in survey.named:
+            yield uid
+
+
+def _relieve(
+    survey: Survey, free: dict[PeerID, int], may: Callable[[PeerID, str], bool], steps: dict[PeerID, list[Step]]
+) -> None:
+    """Relieve servers of which more is wanted than they can: the hottest first, each server in one move at most.
+
+    Its hottest expert goes to a server that has the state already; where none of those can take it, a helper begins
+    to take forwards, and may be its next primary. Failing both for this expert, the next one is looked at.
+    """
+    places = survey.places
+    pressure = {peer: place.pressure for peer, place in places.items()}
+    hot = sorted((peer for peer in places if pressure[peer] > HOT), key=lambda peer: (-pressure[peer], peer))
+    if not hot:
+        return
+    at_rest = {peer for peer, place in places.items() if place.moved_ago >= MOVE_EVERY}
+    # each row comes forward, to any that computes the expert, and backward, to its primary
+    backward = {uid: sum(one.demand for one in parts.values()) / 2 for uid, parts in survey.parts.items()}
+    duty = {
+        peer: sum(backward[uid] for uid, part in place.parts.items() if part.role is Role.LEADS)
+        for peer, place in places.items()
+    }
+    for source in hot:
+        parts = places[source].parts
+        mine = [uid for uid, part in parts.items() if part.role is Role.LEADS and uid in backward]
+        for uid in sorted(mine, key=lambda uid: (-parts[uid].demand, uid)):
+            computing = [one for one in survey.parts[uid].values() if one.role is not Role.HOLDS]
+            more = backward[uid] / (1 + len(computing))
+            others = [place for place in places.values() if place.peer != source and place.speed > 0]
+            heirs = [
+                ((duty[place.peer] + backward[uid]) / place.speed, place.peer)
+                for place in others
+                if place.peer in at_rest and _is_heir(place, uid) and may(place.peer, uid)
+            ]
+            if source in at_rest and heirs and min(heirs)[0] < GAIN * duty[source] / places[source].speed:
+                _, target = min(heirs)
+                steps[source].append(Step("move", uid, target))
+                at_rest -= {source, target}
+                duty[target] += backward[uid]
+                break
+            helpers = [
+                (pressure[place.peer] + more / place.speed, place.peer)
+                for place in others
+                if _can_help(place, uid, free[place.peer]) and may(place.peer, uid)
+            ]
+            is_new = any(one.role is Role.FOLLOWS and one.rate == 0 for one in computing)  # of use in a moment
+            if helpers and not is_new and min(helpers)[0] < HOT:
+                pressure[min(helpers)[1]], target = min(helpers)
+                steps[target].append(Step("help", uid))
+                break
+
+
+def _is_heir(place: Place, uid: str) -> bool:
+    part = place.parts.get(uid)
+    return part is not None and part.has_file and place.can_lead
+
+
+def _can_help(place: Place, uid: str, num_free: int) -> bool:
+    part = place.parts.get(uid)
+    has_room = num_free > 0 if part is None else part.role is Role.HOLDS
+    return has_room and place.num_computed < place.room
+
+
+class Placement:
+    """What one member does, over time. Give it all places as often as they are read."""
+
+    def __init__(
+        self,
+        me: PeerID,
+        pattern: ExpertPattern,
+        *,
+        num_copies: int,
+        lease: float,
+        created: float,
+        may_restart: bool,
+        may: Callable[[PeerID, str], bool] = lambda peer, uid: True,
+    ) -> None:
+        """`created`: when the run was, in wall-clock seconds. `may`: whether a member may host an expert."""
+        self._me, self._pattern, self._num_copies, self._may = me, pattern, num_copies, may
+        self._grace = NUM_LEASES_MISSED * lease
+        self._settle = min(5.0, lease / 6)
+        self._created, self._may_restart = created, may_restart
+        self.wishes: dict[str, float] = {}
+        """Experts that it would begin -> since when it says so: its place names them."""
+        self.lost: set[str] = set()
+        """Experts that had a state, and nobody has it."""
+        self._known: set[str] = set()  # that had a state some time
+        self._missed: dict[str, float] = {}  # of these and of those that nobody names: since when
+        self._surplus: dict[str, float] = {}
+        self._empty: dict[tuple[PeerID, str], float] = {}
+        self._came: dict[str, tuple[PeerID, float]] = {}
+
+    def came(self, uid: str, source: PeerID, now: float) -> None:
+        """This member leads the expert now, which `source` moved to it: it does not go back there soon."""
+        self._came[uid] = source, now
+
+    def survey(self, places: Mapping[PeerID, Place], now: float) -> Survey:
+        """Sort the places by expert, without what was promised long ago and never came."""
+        empty = {
+            (peer, uid): self._empty.get((peer, uid), now)
+            for peer, place in places.items()
+            for uid, part in place.parts.items()
+            if not part.has_file
+        }
+        self._empty = empty
+        stuck = {at for at, since in empty.items() if now - since > STUCK_AFTER and at[0] != self._me}
+        return Survey(places, stuck=frozenset(stuck))
+
+    def decide(self, places: Mapping[PeerID, Place], now: float, wall: float) -> list[Step]:
+        """Return what to do now. `places` has this member's own, with the `wishes` in it."""
+        survey = self.survey(places, now)
+        assigned = assign(survey, num_copies=self._num_copies, pattern=self._pattern, may=self._may)
+        return self.choose(survey, assigned.get(self._me, []), now, wall)
+
+    def choose(self, survey: Survey, assigned: Sequence[Step], now: float, wall: float) -> list[Step]:
+        """Return which of the steps that fell to it a member takes now, and which copies it gives up."""
+        self._note_states(survey, now)
+        came = {uid: peer for uid, (peer, at) in self._came.items() if now - at < STAY}
+        assigned = [step for step in assigned if step.kind != "move" or came.get(step.uid) != step.peer]
+        begins = {step.uid for step in assigned if step.kind == "begin"}
+        self.wishes = {uid: since for uid, since in self.wishes.items() if uid in begins}
+        steps = [step for step in assigned if step.kind != "begin"][:MAX_STEPS]
+        for uid in sorted(begins)[:MAX_STEPS]:
+            if not self._may_begin(survey, uid, now, wall):
+                continue
+            mine = survey.places[self._me].parts.get(uid)
+            is_here = mine is not None and uid not in self.wishes
+            since = self.wishes.setdefault(uid, now)
+            if is_here or (mine is not None and now - since >= self._settle):
+                steps.append(Step("restart" if uid in self.lost else "begin", uid))
+                del self.wishes[uid]
+        return steps + self._drops(survey, now)
+
+    def _note_states(self, survey: Survey, now: float) -> None:
+        self._known |= survey.alive
+        self.lost = self._known - survey.alive
+        self._missed = {uid: since for uid, since in self._missed.items() if uid not in survey.alive}
+        for uid in self.lost | (survey.named - survey.alive):
+            self._missed.setdefault(uid, now)
+
+    def _may_begin(self, survey: Survey, uid: str, now: float, wall: float) -> bool:
+        """Return whether an expert that nobody has was never begun, as far as one can tell, or may begin anew.
+
+        Where the run went on all the time, its members know of a state that was lost. Where everybody comes back after
+        a while, those that have the state may come later than others.
+        """
+        if uid not in self.lost:
+            if 0 <= wall - self._created < YOUNG:
+                return True
+            others = (place for peer, place in survey.places.items() if peer != self._me)
+            if any(place.uptime > self._grace and place.num_led for place in others):
+                return self._may_restart
+        return self._may_restart and now - self._missed.setdefault(uid, now) >= self._grace
+
+    def _drops(self, survey: Survey, now: float) -> list[Step]:
+        found: dict[str, float] = {}
+        for uid, part in survey.places[self._me].parts.items():
+            if part.role is Role.LEADS or not self._is_surplus(survey, uid):
+                continue
+            found[uid] = self._surplus.get(uid, now)
+        self._surplus = found
+        return [Step("drop", uid) for uid, since in found.items() if now - since >= DROP_AFTER]
+
+    def _is_surplus(self, survey: Survey, uid: str) -> bool:
+        leader = survey.leader(uid)
+        if leader is None or survey.places[leader].pressure > CALM:
+            return False
+        have = {peer: part for peer, part in survey.copies(uid).items() if part.has_file}
+        if self._me not in have:
+            return len(have) >= self._num_copies  # what it has is of no use
+        order = sorted(have, key=lambda peer: (-have[peer].role, not survey.places[peer].room, score(peer, uid)))
+        return order.index(self._me) >= self._num_copies and self._leaves_apart(survey, order)
+
+    def _leaves_apart(self, survey: Survey, order: Sequence[PeerID]) -> bool:
+        """Return whether the others lie in as many address ranges as with this member."""
+        kept = order[: self._num_copies]
+        ranges = [survey.places[peer].ranges for peer in kept]
+        mine = survey.places[self._me].ranges
+        return any(one & mine for one in ranges) or len(set().union(*ranges)) >= len(kept) or not mine

@@ -1,0 +1,358 @@
+"""Answers ``expert.apply``: one message for many experts of this node. Everything that arrives here is untrusted.
+
+The rows lie once in memory, as a block; each expert's share of the message is work of its own for its runtime, which
+gathers the rows. So quotas, refusals, staleness, the journal and the steps are those of single calls, by the same code
+(`answering.ExpertCalls`), and one expert's failure is its own. `parts.Parts` decides what is sent, and when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from tesseract_async.endpoint.call_table import Answer, CallHandler
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import RemoteError, SchemaMismatch, TooStale, UnknownMethod
+from tesseract_async.experts.manifest import join_uid
+from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.runtime.work import Work, WorkResult
+from tesseract_async.server.answering import (
+    BackwardUnderWay,
+    ExpertCalls,
+    check_codecs,
+    check_gradients,
+    check_growth,
+    check_inputs,
+    journal_key,
+    priority_of,
+    told_of,
+)
+from tesseract_async.server.hosted import HostedState
+from tesseract_async.server.parts import Parts
+from tesseract_async.wire import messages
+from tesseract_async.wire.apply import APPLY, ApplyRequest, decode_request, encode_part
+from tesseract_async.wire.names import new_name
+from tesseract_async.wire.tensors import TensorSpec
+
+FindsExpert = Callable[[IncomingCall, str], CallHandler]
+"""Finds an expert of this node for a caller, as `TesseractNode.find_expert` does. Raises RemoteErrors."""
+
+
+class Applying:
+    """Handles ``expert.apply`` at a node, for the experts of all its servers. Lives on the loop."""
+
+    def __init__(self, calls: ExpertCalls, find: FindsExpert) -> None:
+        """`calls`: of one of the servers; it keeps the blocks."""
+        self._calls, self._find = calls, find
+
+    async def answer(self, call: IncomingCall) -> AsyncGenerator[Message, None]:
+        """Yield the parts of the reply. Closing it withdraws what has not been computed.
+
+        Raises only RemoteErrors, for the caller to see: where the message as a whole cannot be understood.
+        """
+        with self._calls.answering(call):
+            request, buffers = decode_request(call.body, call.buffers)
+            call.body, call.buffers = None, ()
+            wave = Wave(request, call, self._calls)
+            try:
+                await wave.begin(self._find, buffers)
+                del buffers
+                async for part in wave.parts():
+                    yield part
+            finally:
+                wave.withdraw()
+
+
+@dataclass(slots=True, eq=False)
+class ExpertShares:
+    """One expert's handler for its share of such messages: it stands under ``expert.apply`` in the node's table."""
+
+    calls: ExpertCalls
+    hosted: HostedState
+
+    def __call__(self, call: IncomingCall) -> Answer:
+        """Not called: `Applying` finds it, and begins the share."""
+        raise UnknownMethod(f"{self.hosted.uid} is applied together with others")
+
+
+@dataclass(slots=True, eq=False)
+class _Share:
+    """One expert's part of a wave, and the work that it has become."""
+
+    expert: int
+    """Its place in the request."""
+    door: ExpertShares
+    rows: torch.Tensor
+    num_bytes: int
+    work: Work | None = None
+    backward: BackwardUnderWay | None = None
+    is_open: bool = True
+    """True until it is answered, has failed, or nobody waits for it."""
+
+
+class Wave:
+    """One such message while it is answered."""
+
+    def __init__(self, request: ApplyRequest, call: IncomingCall, calls: ExpertCalls) -> None:
+        self.request = request
+        self._call, self._calls = call, calls
+        self._loop = asyncio.get_running_loop()
+        self._gathered = Parts(request, self._loop.time())
+        self._shares: list[_Share] = []
+        self._inputs: Sequence[torch.Tensor | None] = ()
+        self._gradients: Sequence[torch.Tensor | None] = ()
+        self._weights = torch.from_numpy(request.weights)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due: asyncio.Future[None] | None = None
+
+    async def begin(self, find: FindsExpert, buffers: Sequence[memoryview]) -> None:
+        """Hand each expert's share to its runtime. Raises: ProtocolError, SchemaMismatch for a malformed block."""
+        request = self.request
+        doors = self._find_all(find)
+        if not doors:
+            return
+        first = next(iter(doors.values()))
+        specs = first.hosted.backend.input_specs if request.num_inputs else []
+        if request.backward:
+            specs = [*specs, *first.hosted.backend.output_specs]
+        check_growth(f"{APPLY} of {request.prefix}", request.tensors, tuple(specs), specs)
+        tensors = await unpack(request.tensors, buffers)
+        self._inputs = tensors[: request.num_inputs]
+        self._gradients = tensors[request.num_inputs :]
+        rows = torch.from_numpy(request.rows).long()
+        row_bytes = self._bytes_per_row(first)
+        offsets = request.offsets.tolist()
+        with contextlib.ExitStack() as gathering:
+            for runtime in {door.hosted.runtime for door in doors.values()}:
+                gathering.enter_context(runtime.gathering())
+            for expert, door in doors.items():
+                start, stop = offsets[expert], offsets[expert + 1]
+                share = _Share(expert, door, rows[start:stop], row_bytes * (stop - start))
+                self._shares.append(share)
+                self._begin(share)
+
+    def _find_all(self, find: FindsExpert) -> dict[int, ExpertShares]:
+        """Return the handlers of the experts that are here and that the caller may ask, by their places."""
+        request = self.request
+        asked = replace(self._call, method=messages.BACKWARD if request.backward else messages.FORWARD)
+        doors: dict[int, ExpertShares] = {}
+        for expert, coords in enumerate(request.experts.tolist()):
+            uid = join_uid(request.prefix, coords)
+            try:
+                door = find(asked, uid)
+            except RemoteError as error:
+                self._failed(expert, error)
+                continue
+            assert isinstance(door, ExpertShares)
+            doors[expert] = door
+        return doors
+
+    def _bytes_per_row(self, door: ExpertShares) -> int:
+        """Return what a pair counts as: its part of the block, which all share, and a row of the answer."""
+        backend, block = door.hosted.backend, (*self._inputs, *self._gradients)
+        block_bytes = sum(x.nbytes for x in block if x is not None)
+        answered: Sequence[TensorSpec] = backend.input_specs if self.request.backward else backend.output_specs
+        return -(-block_bytes // len(self.request.rows)) + sum(spec.row_bytes for spec in answered)
+
+    def _begin(self, share: _Share) -> None:
+        """Begin a share, or say why not."""
+        calls, hosted = share.door.calls, share.door.hosted
+        calls.entered()
+        try:
+            if not self.request.backward:
+                share.work = self._begin_forward(share)
+                share.work.answer.add_done_callback(partial(self._forward_ended, share))
+            elif calls.leads(hosted):
+                self._begin_backward(share)
+            else:
+                task = self._loop.create_task(self._begin_elsewhere(share))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        except RemoteError as error:
+            self._end(share, error)
+
+    def _begin_forward(self, share: _Share) -> Work:
+        request, call, hosted = self.request, self._call, share.door.hosted
+        calls, backend = share.door.calls, hosted.backend
+        calls.check_forward(hosted, request.reply_codec)
+        if backend.version < request.versions[share.expert]:
+            raise TooStale(f"{hosted.uid} is at version {backend.version} here")
+        if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in backend.output_specs):
+            raise SchemaMismatch(f"{hosted.uid} answers whole numbers, which cannot be weighted: call it alone")
+        check_codecs(hosted.uid, backend, "inputs", request.tensors, self._inputs)
+        return hosted.runtime.submit(
+            backend,
+            check_inputs(hosted.uid, backend, self._inputs),
+            training=request.training,
+            seed=request.seed,
+            deadline=call.deadline,
+            priority=priority_of(call),
+            peer=calls.owner(call),
+            rows=share.rows,
+            num_bytes=share.num_bytes,
+        )
+
+    def _begin_backward(self, share: _Share) -> None:
+        request, call, hosted = self.request, self._call, share.door.hosted
+        calls, backend, expert = share.door.calls, hosted.backend, share.expert
+        backend.settings.codecs.check("gradients", request.reply_codec, expert=hosted.uid)
+        call_id = request.ids[expert]
+        key = hosted.uid, journal_key(call.peer_id, call_id)
+        begun = calls.begun_backward(key)
+        if isinstance(begun, WorkResult):
+            self._backward_answered(share, begun)
+            return
+        if begun is None:
+            num_inputs = request.num_inputs
+            check_codecs(hosted.uid, backend, "inputs", request.tensors[:num_inputs], self._inputs)
+            check_codecs(hosted.uid, backend, "gradients", request.tensors[num_inputs:], self._gradients)
+            inputs = check_inputs(hosted.uid, backend, self._calls.inputs_of(hosted.uid, request.kept, self._inputs))
+            start = int(request.offsets[expert])
+            begun = calls.begin_backward(
+                key,
+                hosted,
+                call,
+                inputs,
+                check_gradients(hosted.uid, backend, inputs, self._gradients),
+                call_id=call_id,
+                training=request.training,
+                seed=request.seed,
+                forward_version=int(request.versions[expert]),
+                rows=share.rows,
+                weights=self._weights[start : start + len(share.rows)],
+                num_bytes=share.num_bytes,
+            )
+        begun.num_waiting += 1
+        share.backward, share.work = begun, begun.work
+        begun.work.answer.add_done_callback(partial(self._backward_ended, share))
+
+    async def _begin_elsewhere(self, share: _Share) -> None:
+        """Begin a backward of an expert that somebody else trains, should that have changed; else say who does."""
+        try:
+            await share.door.calls.check_leads(share.door.hosted)
+            self._begin_backward(share)
+        except Exception as error:  # nobody else would hear of it
+            self._end(share, told_of(error, APPLY))
+
+    # ------------------------------------------------------------------------------------------------ what it became
+
+    def _forward_ended(self, share: _Share, answer: asyncio.Future[WorkResult]) -> None:
+        if not share.is_open or answer.cancelled():
+            return
+        if (error := answer.exception()) is not None:
+            self._end(share, told_of(error, APPLY))
+            return
+        if self.request.keep:
+            share.door.calls.expect_backward(self.request.ids[share.expert], share.door.hosted, self._call)
+        self._end(share, answer.result())
+
+    def _backward_ended(self, share: _Share, answer: asyncio.Future[WorkResult]) -> None:
+        if not share.is_open or answer.cancelled():
+            return
+        assert share.backward is not None
+        share.backward.leave()
+        try:
+            self._backward_answered(share, share.backward.result())
+        except Exception as error:  # what the computation raised
+            self._end(share, told_of(error, APPLY))
+
+    def _backward_answered(self, share: _Share, answer: WorkResult) -> None:
+        """Take the answer, unless it is that of another call. Raises: RemoteError; NotPrimary."""
+        hosted, calls, expert = share.door.hosted, share.door.calls, share.expert
+        *gradients, weights = answer.tensors
+        if (
+            len(gradients) != len(hosted.backend.input_specs)
+            or weights is None
+            or any(x is not None and len(x) != len(share.rows) for x in answer.tensors)
+        ):
+            raise RemoteError(f"another backward of {hosted.uid} came under this id")
+        calls.check_led(hosted)
+        calls.backward_ended(hosted, self._call, self.request.ids[expert], answer, int(self.request.versions[expert]))
+        self._end(share, answer)
+
+    def _end(self, share: _Share, outcome: WorkResult | RemoteError) -> None:
+        """Nothing more is to come of a share."""
+        self._close(share)
+        if isinstance(outcome, RemoteError):
+            self._failed(share.expert, outcome)
+        else:
+            self._gathered.answered(share.expert, outcome, share.door.hosted.epoch)
+            self._look()
+
+    def _failed(self, expert: int, error: RemoteError) -> None:
+        self._gathered.failed(expert, error)
+        self._look()
+
+    def _close(self, share: _Share) -> None:
+        share.is_open, share.work, share.backward = False, None, None
+        share.door.calls.left()
+
+    # ------------------------------------------------------------------------------------------------ the reply
+
+    async def parts(self) -> AsyncGenerator[Message, None]:
+        """Yield the reply's parts when they are due."""
+        request, kept, num_failed = self.request, self._keep(), 0
+        while not self._gathered.is_over:
+            await self._wait_due()
+            part, sums = self._gathered.take(self._loop.time())
+            num_failed += len(part.failures)
+            metas, buffers = await pack(sums, request.reply_codec)
+            body, first = encode_part(part._replace(tensors=metas, kept=kept), backward=request.backward)
+            kept = None
+            yield Message(body, (*first, *buffers))
+        if request.kept is not None and not num_failed:
+            self._calls.memory.inputs.pop(request.kept)
+
+    def _keep(self) -> bytes | None:
+        """Keep the block of a forward, if the caller wishes and there is room. Returns its name."""
+        request = self.request
+        if request.backward or not request.keep or not any(share.is_open for share in self._shares):
+            return None
+        name, inputs = new_name(), [x for x in self._inputs if x is not None]
+        return name if self._calls.memory.keep_inputs(name, inputs, self._calls.owner(self._call)) else None
+
+    async def _wait_due(self) -> None:
+        while self._gathered.due_at() > self._loop.time():
+            self._due = self._loop.create_future()
+            self._look()
+            try:
+                await self._due
+            finally:
+                self._due = None
+                if self._timer is not None:
+                    self._timer.cancel()
+                    self._timer = None
+
+    def _look(self) -> None:
+        """Wake the reply if a part is due, or when it will be."""
+        if self._due is None or self._due.done():
+            return
+        due_at = self._gathered.due_at()
+        if due_at <= self._loop.time():
+            self._due.set_result(None)
+        elif due_at < math.inf and self._timer is None:
+            self._timer = self._loop.call_at(due_at, self._look_again)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._look()
+
+    def withdraw(self) -> None:
+        """Nobody waits for what is still under way."""
+        for task in self._tasks:
+            task.cancel()
+        for share in self._shares:
+            if share.is_open:
+                work, backward = share.work, share.backward
+                self._close(share)
+                if backward is not None:
+                    backward.leave()
+                elif work is not None:
+                    share.door.hosted.runtime.withdraw(work)

@@ -1,0 +1,274 @@
+"""Fetches experts' states in pieces: a sealed file from all who have it at once, a server's newest from that server."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import math
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from weakref import WeakValueDictionary
+
+from tesseract_async.errors import (
+    CheckpointError,
+    ConnectionLost,
+    Overloaded,
+    ProtocolError,
+    TesseractError,
+    describe,
+)
+from tesseract_async.experts.merkle import leaf_of
+from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, size_of, split_list
+from tesseract_async.experts.terms import Seal
+from tesseract_async.server.state_files import SealedFile, SealedFiles
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire import messages
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
+
+logger = logging.getLogger(__name__)
+
+MIN_RATE: Final = 32 << 10
+"""Bytes per second: a source that sends a piece more slowly is left, and so is a state that takes longer."""
+MAX_STATE_BYTES: Final = 4 << 30
+"""A longer file is not fetched."""
+NUM_RETRIES: Final = 3
+"""How often a server is asked for its newest state again, after the connection broke or the state was replaced."""
+
+Aside = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Runs work on files where it stops nobody."""
+
+
+class _NotThere(ProtocolError):
+    """The source does not have the file, or not any more."""
+
+
+class _Transfer:
+    """One file on its way into `into`, which may hold pieces already if `has_some`."""
+
+    def __init__(
+        self,
+        node: TesseractNode,
+        uid: str,
+        fetch: PieceFetch[PeerAddress],
+        into: BinaryIO,
+        *,
+        weights_only: bool = False,
+        has_some: bool = False,
+        aside: Aside,
+    ) -> None:
+        self._node, self._uid, self._weights_only, self._aside = node, uid, weights_only, aside
+        self._fetch, self._into, self._has_some = fetch, into, has_some
+        self._tasks: dict[asyncio.Task[None], Ask[PeerAddress]] = {}
+        self._error: Exception = ProtocolError(f"nobody is known to have the state of {uid}")
+
+    async def run(self, timeout: float) -> None:
+        """Fetch it. Raises: what the last source failed with; TimeoutError; OSError if `into` cannot be written."""
+        fetch, loop = self._fetch, asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout):
+                while not fetch.is_done:
+                    now = loop.time()
+                    for source in fetch.leave_silent(now):
+                        self._left(source, TimeoutError(f"{source.short} stopped sending the state of {self._uid}"))
+                    for ask in fetch.asks(now):
+                        self._tasks[loop.create_task(self._ask(ask), name="server: state")] = ask
+                    if fetch.is_hopeless:
+                        raise self._error
+                    await self._wait(fetch.wake_at(now) - now)
+        finally:
+            self._withdraw(lambda ask: True)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _wait(self, seconds: float) -> None:
+        if not self._tasks:
+            return await asyncio.sleep(seconds)
+        timeout = None if math.isinf(seconds) else seconds
+        done, _ = await asyncio.wait(self._tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            del self._tasks[task]
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error  # of the disk, which is no source's fault
+
+    def _withdraw(self, condition: Callable[[Ask[PeerAddress]], bool]) -> None:
+        for task, ask in self._tasks.items():
+            if condition(ask):
+                task.cancel()
+
+    def _left(self, source: PeerAddress, error: Exception) -> None:
+        logger.info("the state of %s is not fetched from %s any more: %s", self._uid, source.short, describe(error))
+        self._error = error
+        self._withdraw(lambda ask: ask.source == source)
+
+    async def _ask(self, ask: Ask[PeerAddress]) -> None:
+        fetch, (source, piece), loop = self._fetch, ask, asyncio.get_running_loop()
+        request = messages.StateRequest(self._uid, self._weights_only, 0, fetch.root, piece)
+        try:
+            # a queue's last piece comes after the others
+            head, data = await ask_piece(self._node, source, request, timeout=2 * fetch.silence)
+            if head.size == 0:
+                raise _NotThere(f"{source.short} does not have that state of {self._uid}")
+            if (head.root, head.size, head.piece) != (fetch.root, fetch.size, piece):
+                raise ProtocolError(f"{self._uid}: {source.short} sent another piece than was asked for")
+            await self.take(source, piece, data)
+        except (ConnectionLost, Overloaded, TimeoutError) as error:
+            fetch.failed(source, piece, describe(error), loop.time(), retry_after=getattr(error, "retry_after", 0.0))
+            if source in fetch.dropped:
+                self._left(source, error)
+        except TesseractError as error:
+            fetch.drop(source, describe(error))
+            self._left(source, error)
+
+    async def take(self, source: PeerAddress, piece: int, data: memoryview) -> None:
+        """Check a piece, and put it where it belongs. Raises: ProtocolError for a wrong one; OSError."""
+        fetch, loop = self._fetch, asyncio.get_running_loop()
+        is_list = piece == LIST and size_of(LIST, fetch.size) != fetch.size
+        leaves: list[bytes] = []
+        had: set[int] = set()
+
+        def check() -> bool:
+            if not fetch.is_right(piece, data):
+                return False
+            if is_list:
+                leaves.extend(split_list(data))
+                if self._has_some:
+                    had.update(number for number, leaf in enumerate(leaves, 1) if self._holds(number, leaf))
+            else:
+                self._into.seek(max(0, piece - 1) * PIECE_BYTES)
+                self._into.write(data)
+            return True
+
+        if not await self._aside(check):
+            raise ProtocolError(f"{self._uid}: {source.short} sent a wrong piece of its state")
+        others = fetch.arrived(source, piece, loop.time())
+        self._withdraw(others.__contains__)
+        if is_list and not fetch.leaves:
+            fetch.take_list(leaves, had)
+
+    def _holds(self, number: int, leaf: bytes) -> bool:
+        self._into.seek((number - 1) * PIECE_BYTES)
+        return leaf_of(self._into.read(size_of(number, self._fetch.size))) == leaf
+
+
+async def ask_piece(
+    node: TesseractNode, peer: PeerAddress, request: messages.StateRequest, *, timeout: float
+) -> tuple[messages.StateReply, memoryview]:
+    """Return a piece, unchecked. Raises: as `TesseractNode.call_expert`; ProtocolError for what is no answer."""
+    body = messages.encode(request)
+    # between other messages of a connection it waits
+    reply = await node.call_expert(
+        peer, messages.STATE, body, timeout=timeout, idempotent=True, priority=messages.LOWEST_PRIORITY
+    )
+    head = messages.decode(messages.StateReply, reply.body)
+    if len(reply.buffers) != (head.size > 0):
+        raise ProtocolError(f"{request.uid}: a piece of its state that does not fit")
+    return head, reply.buffers[0] if reply.buffers else memoryview(b"")
+
+
+async def fetch_state(
+    node: TesseractNode,
+    peer: PeerAddress,
+    uid: str,
+    *,
+    weights_only: bool = False,
+    min_version: int = 0,
+    max_bytes: int = MAX_STATE_BYTES,
+    timeout: float = 60.0,
+) -> bytes | None:
+    """Return the file of an expert's newest state at a server; None before `min_version`.
+
+    `timeout` is for each piece; one, and the whole, may take longer by its size at `MIN_RATE`. Raises: as
+    `TesseractNode.call_expert`; ProtocolError for too long a file, or pieces that do not fit together; TimeoutError.
+    """
+    request = messages.StateRequest(uid, weights_only, min_version, messages.NO_ROOT, LIST)
+    left = NUM_RETRIES
+    while True:
+        left -= 1
+        try:
+            head, first = await ask_piece(node, peer, request, timeout=timeout)
+        except ConnectionLost:
+            if left < 0:
+                raise
+            continue
+        if head.size == 0:
+            return None
+        if head.size > max_bytes:
+            raise ProtocolError(f"{uid}: a state of {head.size} bytes; at most {max_bytes} are fetched")
+        fetch = _plan(node, [peer], head.root, head.size, timeout)
+        into = io.BytesIO()
+        transfer = _Transfer(node, uid, fetch, into, weights_only=weights_only, aside=_here)
+        await transfer.take(peer, LIST, first)
+        try:
+            await transfer.run(timeout + head.size / MIN_RATE)
+            return into.getvalue()
+        except _NotThere:  # it has a newer copy now, and the one before is gone
+            if left < 0:
+                raise ProtocolError(f"{uid}: the server changes its state faster than it sends it") from None
+
+
+class SealFetcher:
+    """Fetches sealed files into the folder of `files`, piece by piece; interrupted, it goes on where it stopped."""
+
+    def __init__(self, node: TesseractNode, files: SealedFiles, *, timeout: float, aside: Aside) -> None:
+        """`timeout`: seconds for each piece, and longer by its size at `MIN_RATE`; `aside` runs work on files."""
+        self._node, self._files, self._timeout, self._aside = node, files, timeout, aside
+        self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+
+    async def fetch(self, uid: str, seal: Seal, sources: Iterable[PeerAddress], *, max_bytes: int) -> SealedFile:
+        """Return the file of this Seal, from here or from all `sources` at once: it has the right root.
+
+        It is not among `files` yet (`SealedFiles.take_in`). `max_bytes`: as long as a state of this expert can be.
+        Raises: ProtocolError for a longer one; CheckpointError if the disk is full; what the last source failed with.
+        """
+        if seal.size > max_bytes:
+            raise ProtocolError(f"{uid}: a state of {seal.size} bytes; at most {max_bytes} are fetched")
+        async with self._locks.setdefault(seal.root, asyncio.Lock()):
+            if (found := self._files.find(uid, seal.root)) is not None:
+                return found
+            try:
+                with self._files.open_part(uid, seal.root) as part:
+                    has_some = await self._aside(partial(_take_room, part, seal.size))
+                    fetch = _plan(self._node, sources, seal.root, seal.size, self._timeout)
+                    transfer = _Transfer(self._node, uid, fetch, part, has_some=has_some, aside=self._aside)
+                    await transfer.run(self._timeout + seal.size / MIN_RATE)
+                    await self._aside(partial(_sync, part))
+            except OSError as error:
+                if isinstance(error, TimeoutError):
+                    raise
+                raise CheckpointError(f"the state of {uid} cannot be written here: {describe(error)}") from error
+            leaves = fetch.leaves or [leaf_of(await self._aside(Path(part.name).read_bytes))]
+            return SealedFile(seal.root, seal.size, leaves, Path(part.name))
+
+
+def _plan(
+    node: TesseractNode, sources: Iterable[PeerAddress], root: bytes, size: int, timeout: float
+) -> PieceFetch[PeerAddress]:
+    fetch: PieceFetch[PeerAddress] = PieceFetch(root, size, silence=timeout + PIECE_BYTES / MIN_RATE)
+    for source in sources:
+        path = node.path(source)
+        fetch.add(source, rate=0.0 if path is None else path[1])
+    return fetch
+
+
+async def _here(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def _take_room(file: BinaryIO, size: int) -> bool:
+    """Take all its room on the disk, so that a full one is noticed at once. Returns whether it was there before."""
+    if os.fstat(file.fileno()).st_size == size:
+        return True
+    file.truncate(0)
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    return False
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

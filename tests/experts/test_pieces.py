@@ -1,0 +1,260 @@
+"""`PieceFetch` in virtual time: against the best that could be done, and against sources that lie, freeze and leave."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tesseract_async.experts.merkle import leaves_of, num_leaves, root_from, root_of
+from tesseract_async.experts.pieces import (
+    LIST,
+    MAX_UNDER_WAY,
+    PIECE_BYTES,
+    Ask,
+    PieceFetch,
+    size_of,
+    split_list,
+)
+
+MBIT = 1e6 / 8
+SILENCE = 42.0
+ROUND_TRIP = 0.05
+
+
+@dataclass
+class Place:
+    """A source: its bytes per second, and what it does besides."""
+
+    rate: float
+    freezes_at: float = float("inf")
+    """It sends nothing from then on..."""
+    thaws_at: float = float("inf")
+    """... until it goes on."""
+    lies: frozenset[int] = frozenset()
+    leaves_at: float = float("inf")
+    """Every question fails from then on."""
+    queue: list[int] = field(default_factory=list)
+    sending: int | None = None
+
+
+class Simulation:
+    """One fetch from these places, each of which sends one piece after the other."""
+
+    def __init__(self, size: int, places: Sequence[Place]) -> None:
+        self.size, self.places = size, places
+        self.fetch: PieceFetch[int] = PieceFetch(bytes(32), size, silence=SILENCE)
+        for number in range(len(places)):
+            self.fetch.add(number)
+        self.now = 0.0
+        self.num_sent = 0
+        self.under_way: set[Ask[int]] = set()
+        self.taken: list[int] = []
+        self._events: list[tuple[float, int, str, int, int]] = []
+        self._order = itertools.count()
+
+    def run(self) -> float:
+        """How long it took."""
+        fetch = self.fetch
+        while not fetch.is_done and not fetch.is_hopeless:
+            for source in fetch.leave_silent(self.now):
+                self.under_way = {ask for ask in self.under_way if ask.source != source}
+            for ask in fetch.asks(self.now):
+                assert ask not in self.under_way, "one source is not asked twice"
+                assert ask.source not in fetch.dropped
+                assert ask.piece not in self.taken, "what is here is not asked for"
+                self.under_way.add(ask)
+                self.after(ROUND_TRIP, "ask", *ask)
+            assert len(self.under_way) <= MAX_UNDER_WAY
+            wake = fetch.wake_at(self.now)
+            if self._events and self._events[0][0] <= wake:
+                self.now, _, kind, source, piece = heapq.heappop(self._events)
+                self.happen(kind, source, piece)
+            else:
+                assert wake > self.now, "it would turn in a circle"
+                assert wake < float("inf"), "it would wait forever"
+                self.now = wake
+        return self.now
+
+    def after(self, seconds: float, kind: str, source: int, piece: int) -> None:
+        heapq.heappush(self._events, (self.now + seconds, next(self._order), kind, source, piece))
+
+    def happen(self, kind: str, source: int, piece: int) -> None:
+        place, fetch = self.places[source], self.fetch
+        if kind == "ask":
+            if self.now >= place.leaves_at:
+                self.under_way.discard(Ask(source, piece))
+                fetch.failed(source, piece, "gone", self.now)
+                return
+            place.queue.append(piece)
+        else:
+            place.sending = None
+            self.num_sent += 1
+            if Ask(source, piece) in self.under_way:
+                self.under_way.discard(Ask(source, piece))
+                if piece in place.lies:
+                    fetch.drop(source, "it lied")
+                    self.under_way = {ask for ask in self.under_way if ask.source != source}
+                else:
+                    self.arrive(source, piece)
+        while place.sending is None and place.queue:
+            if Ask(source, next_one := place.queue.pop(0)) in self.under_way:
+                place.sending = next_one
+                end = self.now + size_of(next_one, self.size) / place.rate
+                if self.now <= place.freezes_at < end:
+                    end += place.thaws_at - place.freezes_at
+                if end < float("inf"):
+                    self.after(end - self.now, "sent", source, next_one)
+
+    def arrive(self, source: int, piece: int) -> None:
+        self.taken.append(piece)
+        for other in self.fetch.arrived(source, piece, self.now):
+            self.under_way.discard(other)
+        if piece == LIST and num_leaves(self.size) > 1:
+            self.fetch.take_list([bytes(32)] * num_leaves(self.size))
+
+
+def best(size: int, rates: Sequence[float]) -> float:
+    """The shortest time for the pieces after the list, by trying how many each source sends."""
+    count, per = num_leaves(size), [PIECE_BYTES / rate for rate in rates]
+
+    def least(left: int, of: Sequence[float]) -> float:
+        if len(of) == 1:
+            return left * of[0]
+        return min(max(some * of[0], least(left - some, of[1:])) for some in range(left + 1))
+
+    return least(count, per)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(2 * PIECE_BYTES, 9 * PIECE_BYTES),
+    st.lists(st.sampled_from([1.0, 2.0, 5.0, 25.0, 100.0, 1000.0]), min_size=1, max_size=3),
+)
+def test_it_takes_little_longer_than_the_best_that_could_be_done(size: int, rates: list[float]) -> None:
+    simulation = Simulation(size, [Place(rate * MBIT) for rate in rates])
+    took = simulation.run()
+    assert simulation.fetch.is_done and sorted(set(simulation.taken)) == list(range(num_leaves(size) + 1))
+    fastest = PIECE_BYTES / (max(rates) * MBIT)
+    # round trips, a piece more, and that nothing is known at first: what was asked of a slow one is asked again
+    assert took <= 1.1 * best(size, [rate * MBIT for rate in rates]) + 4 * fastest + 8 * ROUND_TRIP + 2.5
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_whatever_the_others_do_one_honest_source_is_enough(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 12 * PIECE_BYTES))
+    times, rates = st.floats(0.0, 30.0), st.floats(0.5, 200.0)
+    liars = st.frozensets(st.integers(0, 13), max_size=4)
+
+    def place() -> st.SearchStrategy[Place]:
+        return st.builds(
+            Place,
+            rates.map(lambda rate: rate * MBIT),
+            freezes_at=times | st.just(float("inf")),
+            thaws_at=st.floats(30.0, 60.0) | st.just(float("inf")),
+            lies=liars,
+            leaves_at=times | st.just(float("inf")),
+        )
+
+    places = [Place(data.draw(rates) * MBIT), *data.draw(st.lists(place(), max_size=4))]
+    simulation = Simulation(size, places)
+    took = simulation.run()
+    assert simulation.fetch.is_done
+    assert simulation.fetch.dropped.get(0) in (None, "others were faster"), "no honest one is called a liar"
+    alone = (size + 32 * 13) / places[0].rate
+    assert took <= alone + (len(places) + 1) * (SILENCE + 10)
+
+
+def throttled(num: int, *, frozen: int = 0, at: float = 0.0) -> float:
+    """Seconds for 400 MB from so many sources of 25 Mbit/s, of which some freeze."""
+    places = [Place(25 * MBIT, freezes_at=at if number < frozen else float("inf")) for number in range(num)]
+    return Simulation(400_000_000, places).run()
+
+
+def test_four_throttled_sources_are_almost_four_times_as_fast_and_a_frozen_one_costs_little() -> None:
+    one, four = throttled(1), throttled(4)
+    assert one / four >= 3.8
+    for share in (0.25, 0.5, 0.75, 0.95, 0.99):
+        assert throttled(4, frozen=1, at=share * four) - four <= 10.0
+    # of that, most is what three take longer than four; and two than four
+    assert throttled(4, frozen=2, at=four / 2) - four <= 0.5 * four + 3.0
+
+
+def test_nobody_who_sends_is_left_because_it_is_slow() -> None:
+    """It is the only one; the slowest that is waited for sends a piece in `SILENCE`."""
+    simulation = Simulation(3 * PIECE_BYTES, [Place(PIECE_BYTES / (SILENCE - 1))])
+    simulation.run()
+    assert simulation.fetch.is_done
+    slower = Simulation(3 * PIECE_BYTES, [Place(PIECE_BYTES / (SILENCE + 1))])
+    slower.run()
+    assert slower.fetch.is_hopeless and slower.fetch.dropped == {0: "it stopped sending"}
+
+
+def test_what_is_sent_twice_is_little() -> None:
+    simulation = Simulation(100 * PIECE_BYTES, [Place(rate * MBIT) for rate in (3, 25, 25, 80)])
+    simulation.run()
+    assert simulation.num_sent <= 101 + 6
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES])
+def test_pieces_are_right_or_wrong_alone(size: int) -> None:
+    data = Random(size).randbytes(size)
+    leaves = leaves_of([data])
+    fetch: PieceFetch[str] = PieceFetch(root_of(data), size, silence=SILENCE)
+    assert root_from(leaves, size) == fetch.root
+    parts = (
+        [data]
+        if len(leaves) == 1
+        else [b"".join(leaves), *(data[a : a + PIECE_BYTES] for a in range(0, size, PIECE_BYTES))]
+    )
+    for piece, part in enumerate(parts):
+        assert len(part) == size_of(piece, size) and fetch.is_right(piece, part)
+        for wrong in (part + b"\0", part[:-1], bytes(len(part)), b""):
+            assert wrong == part or not fetch.is_right(piece, wrong)
+        if piece == LIST and len(parts) > 1:
+            fetch.take_list(split_list(part))
+    if len(parts) > 2:
+        assert not fetch.is_right(1, parts[2])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 4 * PIECE_BYTES), st.integers(0, 5))
+def test_no_bytes_of_a_stranger_raise_anything(data: bytes, size: int, piece: int) -> None:
+    fetch: PieceFetch[str] = PieceFetch(bytes(32), size, silence=SILENCE)
+    fetch.take_list([bytes(32)] * num_leaves(size))
+    if piece <= num_leaves(size):
+        assert not fetch.is_right(piece, data)
+
+
+def test_pieces_that_are_here_are_not_asked_for() -> None:
+    fetch: PieceFetch[str] = PieceFetch(bytes(32), 3 * PIECE_BYTES, silence=SILENCE)
+    fetch.add("a")
+    assert fetch.asks(0.0) == [Ask("a", LIST)]
+    fetch.arrived("a", LIST, 0.1)
+    fetch.take_list([bytes(32)] * 3, {1, 3})
+    assert fetch.asks(0.1) == [Ask("a", 2)]
+    fetch.arrived("a", 2, 0.2)
+    assert fetch.is_done
+
+
+def test_a_source_that_fails_again_and_again_is_left_and_one_that_is_busy_is_asked_later() -> None:
+    fetch: PieceFetch[str] = PieceFetch(bytes(32), 1, silence=SILENCE)
+    fetch.add("a")
+    now, waits = 0.0, []
+    while not fetch.is_hopeless:
+        assert fetch.asks(now) == [Ask("a", LIST)] and fetch.asks(now) == []
+        fetch.failed("a", LIST, "no room", now, retry_after=1.5)
+        if not fetch.is_hopeless:
+            waits.append(fetch.wake_at(now) - now)
+            assert fetch.asks(now + waits[-1] - 0.01) == []
+            now += waits[-1]
+    assert waits == [1.5, 1.5, 2.0] and fetch.dropped == {"a": "no room"}
+    fetch.add("a")
+    assert fetch.is_hopeless, "once left, for this file"
