@@ -89,6 +89,8 @@ MUST_BE_PURE = {
     "server/contract.py",
     "server/parts.py",
     "client/beam_search.py",
+    "client/dispatch.py",
+    "client/grouping.py",
     "client/latency.py",
     "cli/swarm_picture.py",
 }

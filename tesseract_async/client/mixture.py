@@ -79,6 +79,8 @@ class MixtureCall:
         self.weights_R: Values = np.empty(0)
         """The last output."""
         self.answers: dict[ExpertCall, _Answer] = {}
+        self.ids: dict[ExpertCall, bytes] = {}
+        """What the servers know calls by, until their backward begins: going through a graph again is another one."""
         self._search = search
 
     @property
@@ -189,7 +191,7 @@ class _ForwardPass(Pass):
         asked = ApplyRequest(
             prefix=self.calls.candidates.prefix,
             experts=block.coords.astype(np.uint32),
-            ids=[new_name() for _ in block.calls],
+            ids=[self._call.ids.setdefault(call, new_name()) for call in block.calls],
             versions=np.array([versions.get(call, 0) for call in block.calls], dtype=np.int64),
             offsets=block.offsets,
             rows=block.numbers_P.astype(np.int32),
@@ -322,6 +324,7 @@ class _BackwardPass(Pass):
             return found
         known = self.calls.candidates.replicas_of(call.expert)
         self.experience.expect_backward(call, known, self._call.settings)
+        self._ids[call] = self._call.ids.pop(self._forward_calls[call], None) or new_name()
         return known
 
     def _kept_at(self, call: ExpertCall, replica: ExpertReplica) -> Block | None:
@@ -345,7 +348,10 @@ class _BackwardPass(Pass):
         block.weights_P = weights_P.astype(np.float32)
         inputs = [] if kept is not None else _rows_of(self._inputs, block.rows)
         rows = torch.from_numpy(block.rows)
-        gradients = [None if gradient is None else gradient.index_select(0, rows) for gradient in self._gradients]
+        gradients = [
+            None if gradient is None else gradient.index_select(0, rows).to(spec.dtype)
+            for gradient, spec in zip(self._gradients, self.schema.output_specs, strict=True)
+        ]
         codecs: str | list[str] = self.codecs.gradients
         if inputs and self.codecs.inputs != codecs:
             codecs = [self.codecs.inputs] * len(inputs) + [self.codecs.gradients] * len(gradients)
@@ -354,7 +360,7 @@ class _BackwardPass(Pass):
         asked = ApplyRequest(
             prefix=self.calls.candidates.prefix,
             experts=block.coords.astype(np.uint32),
-            ids=[self._ids.setdefault(call, new_name()) for call in block.calls],
+            ids=[self._ids[call] for call in block.calls],
             versions=np.array([answers[self._forward_calls[call]].version for call in block.calls], dtype=np.int64),
             offsets=block.offsets,
             rows=block.numbers_P.astype(np.int32),
