@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tesseract_async.network.network import TesseractNetwork as TesseractNetwork
     from tesseract_async.node import TesseractNode as TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend as ExpertBackend
+    from tesseract_async.runtime.mesh import MeshBackend as MeshBackend
     from tesseract_async.runtime.runtime import TesseractRuntime as TesseractRuntime
     from tesseract_async.server.registry import expert_builder as expert_builder
     from tesseract_async.server.server import TesseractServer as TesseractServer
@@ -53,6 +54,7 @@ _HOMES = {
     "TesseractNetwork": "network.network",
     "TesseractNode": "node",
     "ExpertBackend": "runtime.backend",
+    "MeshBackend": "runtime.mesh",
     "TesseractRuntime": "runtime.runtime",
     "TesseractServer": "server.server",
     "TensorSpec": "wire.tensors",

@@ -27,7 +27,7 @@ class Quota:
     """
 
     calls: float | None = None
-    """Calls in `period` seconds."""
+    """Calls in `period` seconds. A message for many experts counts as one, and each expert in it as one more."""
     num_bytes: float | None = None
     """Encoded bytes of requests and replies in `period` seconds. A message is taken whole: one that is larger than what
     is left makes the next one wait.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 
 def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
@@ -26,6 +28,18 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
             unfinished.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def mapped(path: Path) -> memoryview:
+    """Return a file's bytes, read when looked at; what is changed in there stays in memory. Raises: OSError."""
+    with open(path, "rb") as file:
+        return mapped_file(file)
+
+
+def mapped_file(file: IO[bytes]) -> memoryview:
+    """Return an open file's bytes, as `mapped`. Raises: OSError."""
+    empty = os.fstat(file.fileno()).st_size == 0  # which cannot be mapped
+    return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def sync_folder(folder: Path) -> None:

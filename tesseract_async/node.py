@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
-from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, UnknownMethod, describe
+from tesseract_async.errors import (
+    ExpertNotFound,
+    NotAllowed,
+    Overloaded,
+    PeerUnreachable,
+    RemoteError,
+    UnknownMethod,
+    describe,
+)
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Role
@@ -458,10 +466,14 @@ class TesseractNode(Uncopied):
     def find_expert(self, call: IncomingCall, uid: str) -> CallHandler:
         """Return the handler that `host_expert` was given for ``expert.apply``.
 
-        `call` is from whom, and how, the expert is asked in it: by ``expert.forward`` or ``expert.backward``.
-        Raises: ExpertNotFound, NotAllowed, UnknownMethod.
+        `call` is from whom, and how, the expert is asked in it: by ``expert.forward`` or ``expert.backward``. Each
+        expert counts as a call in the caller's quota.
+        Raises: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
         """
-        return self._table.find_for(call, uid, APPLY)
+        handler = self._table.find_for(call, uid, APPLY)
+        if wait := self.endpoint.quotas.add(call.peer_id, asyncio.get_running_loop().time()):
+            raise Overloaded("this peer has used up its quota here", retry_after=wait)
+        return handler
 
     def _apply(self, call: IncomingCall) -> Answer:
         if not self._apply_handlers:

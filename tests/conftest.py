@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.stem import Stem
 
+# the processes of a test run share the cores: threads of PyTorch that wait for each other there only burn time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # an example takes as long as the machine is busy: 200 ms, hypothesis' own limit, are a matter of chance
 settings.register_profile("any machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")

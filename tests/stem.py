@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -116,6 +117,14 @@ class Stem:
         self._socket.close()
         self._process.wait()
 
+    def fork(self, *argv: str, files: Sequence[int], folder: Path, environment: dict[str, str], **more: object) -> int:
+        """Does what `start` says, with these files as its own first three; to the fourth its exit status is told.
+        Its number, which is its session's, too."""
+        work = {"path": (), "module": False, "strict": False, "fresh": False} | more
+        work |= {"argv": argv, "folder": str(folder), "environment": environment}
+        socket.send_fds(self._socket, [json.dumps(work).encode()], files)
+        return int(self._socket.recv(64))
+
     async def start(
         self,
         *argv: str,
@@ -132,14 +141,12 @@ class Stem:
         `path` goes before `sys.path`. `strict`: warnings are errors. `fresh`: by a Python of its own that has
         nothing loaded yet. `merge`: standard error goes to standard output.
         """
-        work = {"argv": argv, "folder": str(folder), "environment": environment, "path": path}
-        work |= {"module": module, "strict": strict, "fresh": fresh}
         stdin, out, told = os.pipe(), os.pipe(), os.pipe()
         err = None if merge else os.pipe()
         theirs = [stdin[0], out[1], out[1] if err is None else err[1], told[1]]
+        more = {"path": path, "module": module, "strict": strict, "fresh": fresh}
         try:
-            socket.send_fds(self._socket, [json.dumps(work).encode()], theirs)
-            number = int(self._socket.recv(64))
+            number = self.fork(*argv, files=theirs, folder=folder, environment=environment, **more)
         finally:
             for descriptor in set(theirs):
                 os.close(descriptor)

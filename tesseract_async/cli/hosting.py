@@ -33,13 +33,15 @@ from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings
+from tesseract_async.server.capacity import MAX_ROOM, measure_capacity
 from tesseract_async.server.contract import VolunteerSettings, WorkPermission
 from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory, process_bytes
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
+from tesseract_async.server.placing import Placing
 from tesseract_async.server.registry import build_all, make_backend
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
-from tesseract_async.server.state_files import FolderLock, stored_uids
+from tesseract_async.server.state_files import CheckpointStore, FolderLock, stored_uids
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
@@ -47,6 +49,8 @@ from tesseract_async.transport.throttle import Throttle
 logger = logging.getLogger(__name__)
 
 FIND_ATTEMPTS: Final = 5
+SETTLE_TIMEOUT: Final = 20.0
+"""Seconds that a server waits until it has taken what its run lacks, before it says that it is ready."""
 AUTOCAST: Final = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -145,6 +149,11 @@ class Hosting:
                 tell=_tell,
             )
             await stack.enter_async_context(volunteer)
+            if self._authority is not None:
+                placing = await self._place(server, replicas, self._authority)
+                await stack.enter_async_context(placing)
+                with spinner("taking what the run lacks"):
+                    await placing.wait_settled(SETTLE_TIMEOUT)
             reason = await self._serve(server, volunteer)
             click.echo(f"leaving ({reason}): handing over, finishing, withdrawing, saving", err=True)
             # leaves time to drain, and for a farewell that is cut short where the network does not answer
@@ -155,7 +164,7 @@ class Hosting:
     async def _serve(self, server: TesseractServer, volunteer: VolunteerKeeper) -> str:
         """Serve until told to leave; return the reason."""
         address, peer_id = str(self.node.peer_address), str(self.node.peer_id)
-        uids = list(server.experts)
+        uids = sorted(server.experts)
         followed = [uid for uid in uids if not server.is_primary(uid)]
         facts: dict[str, object] = {} if self._run is None else {"run": self._run.full_name}
         facts |= {"followed": followed} if followed else {}
@@ -222,21 +231,53 @@ class Hosting:
                 "start again"
             )
 
+    async def _place(self, server: TesseractServer, replicas: ReplicaKeeper, authority: Authority) -> Placing:
+        """Return what has this server take its part in the run, by what it can."""
+        serving, uid = self.serving, next(iter(authority.run.manifest.pattern))
+        chooses = not serving.patterns
+        room = serving.num_experts if chooses else len(server.experts)
+        if self._memory is not None:
+            room = min(self._memory.num_experts, room or MAX_ROOM)
+        capacity, template = await server.call_aside(
+            partial(
+                measure_capacity,
+                partial(self._build, uid),
+                room=room,
+                hold_bytes=serving.hold_bytes,
+                folder=serving.checkpoint_dir,
+                devices=serving.devices,
+            )
+        )
+        click.echo(capacity.sentence, err=True)
+        replicas.tenures.upload_rate = self._limits.max_upload_rate
+        return Placing(server, replicas, authority, capacity, build=self._build, template=template, chooses=chooses)
+
     async def _choose(self) -> tuple[list[str], ExpertClaim | None]:
-        """Return the uids to host, and the reservation to release once they are declared."""
+        """Return the uids to host, and the reservation to release once they are declared.
+
+        In a run without patterns these are the ones that were computed here before; what else is lacking there, the
+        server takes later (`server.placing`).
+        """
+        stored = stored_uids(self.serving.checkpoint_dir)
+        if self._authority is not None and self.serving.checkpoint_dir is not None:
+            store = CheckpointStore(self.serving.checkpoint_dir)
+            stored = [uid for uid in stored if store.files(uid)]  # others were only held
+        num_experts = self.serving.num_experts
+        if num_experts is None and self._authority is not None and not self.serving.patterns:
+            num_experts = max(1, len(stored))
         found = select_experts(
             self.node.peer_id,
             self.serving.patterns,
-            num_experts=self.serving.num_experts,
+            num_experts=num_experts,
             run=None if self._run is None else self._run.manifest,
             authority=self._authority,
-            stored=stored_uids(self.serving.checkpoint_dir),
+            stored=stored,
             max_experts=None if self._memory is None else self._memory.num_experts,
             now=time.time(),
         )
         for note in found.notes:
             click.echo(note, err=True)
-        if found.pattern is None or not found.num_more:
+        if found.pattern is None or not found.num_more or (self._authority is not None and not self.serving.patterns):
             return found.uids, None
         await self._joined()
         claim = await claim_experts(

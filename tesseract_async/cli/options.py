@@ -25,6 +25,7 @@ from tesseract_async.cli.types import (
     PEER_FILE,
     PORT,
     ROWS,
+    SIZE,
     THREADS,
     TURN_SERVER,
 )
@@ -200,6 +201,13 @@ _node_group = grouped(
 )
 node_options = with_options(_node_group, log_options)
 """For commands that run a node until they are told to leave: a `NodeOptions` as the argument `node`."""
+
+hold_option = click.option(
+    "--hold",
+    "hold_bytes",
+    type=SIZE,
+    help="Keep states of other members' experts of the run on this much disk, such as '20 GB'; 0 for none.",
+)
 
 allow_file_option = click.option(
     "--allow-file", "members", type=PEER_FILE, help="Deal only with the peers in this file, one id a line."

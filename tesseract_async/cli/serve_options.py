@@ -11,6 +11,7 @@ import click
 from tesseract_async.cli.options import (
     expert_class_option,
     grouped,
+    hold_option,
     max_batch_size_option,
     optimizer_option,
     sizes_option,
@@ -29,6 +30,7 @@ class ServeOptions:
 
     patterns: Sequence[ExpertPattern]
     num_experts: int | None
+    hold_bytes: int | None
     run_name: str | None
     grant: str | None
     allowed_modules: Sequence[str]
@@ -79,8 +81,10 @@ serve_options = grouped(
     click.option(
         "--num-experts",
         type=click.IntRange(1, MAX_EXPERTS),
-        help="Host this many experts of the pattern or run, free ones first.",
+        help="Host this many experts of the pattern or run, free ones first; of a run, as many as this computer can "
+        "by default.",
     ),
+    hold_option,
     click.option(
         "--run",
         "run_name",

@@ -90,10 +90,11 @@ class Endpoint(Uncopied):
         self._features = features
         self.budgets = NodeBudgets(settings.max_receive_bytes)
         """Memory that all connections share."""
-        self._quotas = Quotas(
+        self.quotas = Quotas(
             lambda peer_id: self.policy.quota_of(peer_id),
             refused=lambda reason: self.metrics.count("endpoint_calls_over_quota", reason=reason),
         )
+        """What each peer has used of its quota."""
         self._rng = random.Random()
         self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
         self.dialer = Dialer(
@@ -357,7 +358,7 @@ class Endpoint(Uncopied):
             budgets=self.budgets,
             bounds=self._bounds,
             metrics=self.metrics,
-            quotas=self._quotas,
+            quotas=self.quotas,
             refusal=lambda: self._refusal(peer_id, "call", large=True),
         )
         if hello.grants:

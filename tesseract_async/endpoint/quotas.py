@@ -35,6 +35,12 @@ class Use:
         if quota.num_bytes is not None:
             self.num_bytes = max(0.0, self.num_bytes - share * quota.num_bytes)
 
+    def wait_for_call(self, quota: Quota) -> float:
+        """Seconds until one more call is within the quota."""
+        if quota.calls is None:
+            return 0.0
+        return max(0.0, self.calls + 1 - max(1.0, quota.calls)) * quota.period / quota.calls
+
 
 class Quotas:
     """The use of all peers of a node. `quota_of` gives the quota of one, now; `refused` hears why a call was."""
@@ -76,20 +82,31 @@ class Quotas:
         if quota.concurrent is not None and use.under_way >= quota.concurrent:
             self._refused("concurrent")
             return BUSY_RETRY
-        wait = 0.0
-        reason = ""
-        if quota.calls is not None and use.calls + 1 > max(1.0, quota.calls):
-            wait, reason = (use.calls + 1 - max(1.0, quota.calls)) * quota.period / quota.calls, "calls"
+        wait = use.wait_for_call(quota)
+        reason = "calls" if wait else ""
         if quota.num_bytes is not None and use.num_bytes >= quota.num_bytes:
             until = (use.num_bytes - quota.num_bytes) * quota.period / quota.num_bytes
             if until >= wait:
                 wait, reason = until, "bytes"
         if reason:
             self._refused(reason)
-            return min(max(wait, 0.001), 3600.0)
+            return _bounded(wait)
         use.calls += 1
         use.num_bytes += num_bytes
         use.under_way += 1
+        return 0.0
+
+    def add(self, peer_id: PeerID, now: float) -> float:
+        """A call under way asks for one more thing, which counts as another call. Seconds until that may come back, or
+        0.0 if it may go on."""
+        use, quota = self._uses.get(peer_id), self._quota_of(peer_id)
+        if use is None or quota is None:
+            return 0.0
+        use.pass_time(quota, now)
+        if wait := use.wait_for_call(quota):
+            self._refused("calls")
+            return _bounded(wait)
+        use.calls += 1
         return 0.0
 
     def charge(self, peer_id: PeerID, num_bytes: int, now: float) -> None:
@@ -104,3 +121,7 @@ class Quotas:
         use = self._uses.get(peer_id)
         if use is not None:
             use.under_way -= 1
+
+
+def _bounded(wait: float) -> float:
+    return min(max(wait, 0.001), 3600.0)

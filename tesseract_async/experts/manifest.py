@@ -167,21 +167,8 @@ class Manifest:
 
         Raises: ProtocolError where nothing is left.
         """
-        addresses: dict[str, str] = {}
-        num_public: Counter[bool] = Counter()
-        for address in scope.allowed(self.addresses):
-            host = split_host_port(address)[0]
-            if host in addresses:
-                continue
-            if (kind := kind_of(host)) is None or kind == PUBLIC:
-                num_public[":" in host] += 1
-                if num_public[":" in host] > MAX_PUBLIC_HOSTS:
-                    continue
-            addresses[host] = address
-        rendezvous = tuple(text for text in self.rendezvous if scope.allowed([text.partition("/")[0]]))
-        if not addresses and not rendezvous:
-            raise ProtocolError("a manifest whose addresses cannot be dialed from here")
-        return replace(self, addresses=tuple(addresses.values()), rendezvous=rendezvous)
+        addresses, rendezvous = addresses_within(scope, self.addresses, self.rendezvous)
+        return replace(self, addresses=addresses, rendezvous=rendezvous)
 
     def only(self, rows: npt.NDArray[np.bool_]) -> Manifest:
         """The same with these experts only. Raises: ProtocolError where nothing is left."""
@@ -200,6 +187,27 @@ class Manifest:
             if key not in seen:
                 seen.add(key)
                 yield key
+
+
+def addresses_within(
+    scope: AddressScope, addresses: Sequence[str], rendezvous: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what `Manifest.within` keeps of them. Raises: ProtocolError where nothing is left."""
+    found: dict[str, str] = {}
+    num_public: Counter[bool] = Counter()
+    for address in scope.allowed(addresses):
+        host = split_host_port(address)[0]
+        if host in found:
+            continue
+        if (kind := kind_of(host)) is None or kind == PUBLIC:
+            num_public[":" in host] += 1
+            if num_public[":" in host] > MAX_PUBLIC_HOSTS:
+                continue
+        found[host] = address
+    passing = tuple(text for text in rendezvous if scope.allowed([text.partition("/")[0]]))
+    if not found and not passing:
+        raise ProtocolError("a manifest whose addresses cannot be dialed from here")
+    return tuple(found.values()), passing
 
 
 def encode_manifest(
@@ -238,9 +246,8 @@ def encode_manifest(
     width = next(width for width in _WIDTHS if coords.max() < 256**width)
     head = b"".join(
         (
-            MAGIC + _short(prefix.encode()) + sequence.to_bytes(SEQUENCE_BYTES, "big") + _encode_tag(tag, grant),
-            *(bytes([len(addresses)]), *map(_encode_address, addresses)),
-            *(bytes([len(rendezvous)]), *map(_encode_rendezvous, rendezvous)),
+            MAGIC + _short(prefix.encode()) + sequence.to_bytes(SEQUENCE_BYTES, "big") + encode_tag(tag, grant),
+            encode_addresses(addresses, rendezvous),
             bytes([num_dims, width]),
         )
     )
@@ -264,7 +271,7 @@ def decode_manifest(value: object, *, prefix: str | None = None) -> Manifest:
     if type(value) is not bytes or len(value) > MAX_PART_BYTES or not value.startswith(MAGIC):
         raise ProtocolError(f"not a manifest of this format, of at most {MAX_PART_BYTES} bytes")
     try:
-        manifest = _decode(_Reader(value, len(MAGIC)))
+        manifest = _decode(Reader(value, len(MAGIC)))
     except (IndexError, UnicodeDecodeError, ValueError):
         raise ProtocolError("a malformed manifest") from None
     if prefix is not None and manifest.prefix != prefix:
@@ -272,7 +279,7 @@ def decode_manifest(value: object, *, prefix: str | None = None) -> Manifest:
     return manifest
 
 
-class _Reader:
+class Reader:
     """Take untrusted bytes piece by piece. Raises: ProtocolError where they are cut short."""
 
     def __init__(self, data: bytes, start: int) -> None:
@@ -299,18 +306,13 @@ class _Reader:
         return self._at == len(self._data)
 
 
-def _decode(reader: _Reader) -> Manifest:
+def _decode(reader: Reader) -> Manifest:
     prefix = reader.short().decode()
     if not is_prefix(prefix):
         raise ProtocolError("a manifest with a malformed prefix")
     sequence = reader.number(SEQUENCE_BYTES)
-    tag, grant = _decode_tag(reader)
-    if (num_addresses := reader.number()) > MAX_ADDRESSES:
-        raise ProtocolError("a manifest with too many addresses")
-    addresses = tuple(_decode_address(reader) for _ in range(num_addresses))
-    if (num_rendezvous := reader.number()) > MAX_RENDEZVOUS or not (num_addresses or num_rendezvous):
-        raise ProtocolError("a manifest with too many rendezvous nodes, or without any address")
-    rendezvous = tuple(f"{_decode_address(reader)}/{PeerID(reader.take(32))}" for _ in range(num_rendezvous))
+    tag, grant = decode_tag(reader)
+    addresses, rendezvous = decode_addresses(reader)
     num_dims, width, num_experts = reader.number(), reader.number(), reader.number(2)
     if not 0 < num_dims <= MAX_DIMS or width not in _WIDTHS or num_experts == 0:
         raise ProtocolError("a manifest without experts or dimensions")
@@ -325,12 +327,28 @@ def _decode(reader: _Reader) -> Manifest:
     return Manifest(prefix, sequence, addresses, rendezvous, coords, primary, tag, grant, epochs)
 
 
+def encode_addresses(addresses: Sequence[str], rendezvous: Sequence[str]) -> bytes:
+    """Where a peer can be dialed, and the nodes that pass on what cannot be. Raises: ValueError for a malformed one."""
+    some = bytes([len(addresses)]), *map(_encode_address, addresses)
+    return b"".join((*some, bytes([len(rendezvous)]), *map(_encode_rendezvous, rendezvous)))
+
+
+def decode_addresses(reader: Reader) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The inverse of `encode_addresses`. Raises: ProtocolError, IndexError, UnicodeDecodeError, ValueError."""
+    if (num_addresses := reader.number()) > MAX_ADDRESSES:
+        raise ProtocolError("a manifest with too many addresses")
+    addresses = tuple(_decode_address(reader) for _ in range(num_addresses))
+    if (num_rendezvous := reader.number()) > MAX_RENDEZVOUS or not (num_addresses or num_rendezvous):
+        raise ProtocolError("a manifest with too many rendezvous nodes, or without any address")
+    return addresses, tuple(f"{_decode_address(reader)}/{PeerID(reader.take(32))}" for _ in range(num_rendezvous))
+
+
 def _short(data: bytes) -> bytes:
     """At most 255 bytes, after their number."""
     return bytes([len(data)]) + data
 
 
-def _encode_tag(tag: RunTag | None, grant: bytes) -> bytes:
+def encode_tag(tag: RunTag | None, grant: bytes) -> bytes:
     if tag is None:
         return b"\0"
     if len(grant) > MAX_GRANT_BYTES:
@@ -339,7 +357,7 @@ def _encode_tag(tag: RunTag | None, grant: bytes) -> bytes:
     return kind + tag.owner + _short(tag.name.encode()) + len(grant).to_bytes(2, "big") + grant
 
 
-def _decode_tag(reader: _Reader) -> tuple[RunTag | None, bytes]:
+def decode_tag(reader: Reader) -> tuple[RunTag | None, bytes]:
     mode = MODES[reader.number()]
     if mode == "bare":
         return None, b""
@@ -375,7 +393,7 @@ def _encode_rendezvous(node: str) -> bytes:
     return _encode_address(address) + PeerID.parse(peer_id)
 
 
-def _decode_address(reader: _Reader) -> str:
+def _decode_address(reader: Reader) -> str:
     kind = reader.number()
     if kind == 0:
         host = reader.short().decode()

@@ -57,6 +57,20 @@ class Poll:
         return True
 
 
+@dataclass(slots=True)
+class Leave:
+    """What this server's own placement lets it do with the expert (`experts.placement`)."""
+
+    lead: bool = True
+    """It has room to compute it. Otherwise it votes, and holds the file, but does not stand."""
+    begin: bool = True
+    """It may begin the expert where nobody has a state."""
+    anew: bool = False
+    """Even where a state is known that nobody can show any more."""
+    passive: frozenset[PeerID] = frozenset()
+    """Peers that could not lead it, and so are no successors."""
+
+
 class Membership:
     """One server among those of an expert."""
 
@@ -67,6 +81,7 @@ class Membership:
         self.me = identity.peer_id
         self.lineage = Lineage(uid, authority)
         self.lease = authority.lease
+        self.leave = Leave()
         self.held: Seal | None = None
         """The Seal whose file is here."""
         self.hosts: Mapping[PeerID, int] = {}
@@ -146,7 +161,7 @@ class Membership:
     def is_unsealed(self, now: float) -> bool:
         """Return whether nobody knows of a Seal, nor has lately said that it is about to make one."""
         best = self.lineage.best
-        if best is None:
+        if best is None or self.leave.anew:
             return True
         gone = best.primary == self.me or now - self.heard > 2 * self.lease
         return gone and self.lineage.seal_of(best) is None
@@ -231,8 +246,14 @@ class Membership:
         """Return whether this peer may host the expert."""
         return self._authority.may(peer, "host", self.uid, now=None)
 
+    def may_succeed(self, peer: PeerID) -> bool:
+        """Return whether this peer may be named as a successor."""
+        return self.may_host(peer) and peer not in self.leave.passive
+
     def may_stand(self, kind: Kind, seal: Seal | None, wall: float) -> bool:
         """Return whether this server may begin a Term from this Seal, and nobody was appointed instead."""
+        if not self.leave.lead or (kind is Kind.GENESIS and not self.leave.begin):
+            return False
         appointment = self._authority.appointment(self.uid)
         serial = 0 if seal is None else seal.serial
         if appointment is not None and appointment.peer is not None and appointment.serial > serial:

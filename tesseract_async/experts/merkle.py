@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 LEAF_BYTES: Final = 1 << 20
 NUM_PROBES: Final = 16
@@ -53,17 +53,28 @@ def root_of(data: bytes | bytearray | memoryview) -> bytes:
     return root_from(leaves_of([data]), len(memoryview(data).cast("B")))
 
 
-def possession(data: bytes | bytearray | memoryview, nonce: bytes) -> bytes:
+class Readable(Protocol):
+    """A file that is read in parts."""
+
+    size: int
+
+    def read(self, offset: int, num_bytes: int) -> bytes | memoryview: ...
+
+
+def possession(data: bytes | bytearray | memoryview | Readable, nonce: bytes) -> bytes:
     """Return the proof that this node has a file: a hash of the 16 pieces of 4 KiB that the asker's `nonce` chooses.
 
     A node that lacks more than a few of the file's pieces cannot make it.
     """
-    view = memoryview(data).cast("B")
-    proof = hashlib.sha256(b"tesseract possession 1\0" + nonce + len(view).to_bytes(8, "big"))
+    view = memoryview(data).cast("B") if isinstance(data, bytes | bytearray | memoryview) else data
+    size = len(view) if isinstance(view, memoryview) else view.size
+    proof = hashlib.sha256(b"tesseract possession 1\0" + nonce + size.to_bytes(8, "big"))
     for number in range(NUM_PROBES):
         draw = hashlib.sha256(nonce + bytes([number])).digest()
-        start = int.from_bytes(draw[:8], "big") % max(1, len(view) - PROBE_BYTES + 1)
-        proof.update(view[start : start + PROBE_BYTES])
+        start = int.from_bytes(draw[:8], "big") % max(1, size - PROBE_BYTES + 1)
+        proof.update(
+            view[start : start + PROBE_BYTES] if isinstance(view, memoryview) else view.read(start, PROBE_BYTES)
+        )
     return proof.digest()
 
 

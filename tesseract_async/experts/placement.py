@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -274,13 +274,17 @@ def _begin(
     steps: dict[PeerID, list[Step]],
 ) -> None:
     """Share experts that nobody has out, to those with the most room."""
-    room = {peer: min(place.room - place.num_led, free[peer]) for peer, place in survey.places.items()}
-    for uid in sorted(survey.named - survey.alive):  # wanted by several at once: one of them keeps it
+    wanted: Counter[PeerID] = Counter()
+    for uid in sorted(survey.named - survey.alive):  # by several at once: one of them keeps it
         parts = survey.parts[uid]
-        for peer in parts:
-            room[peer] -= 1
-        peer = min(parts, key=lambda peer: score(peer, uid))
-        steps[peer].append(Step("begin", uid))
+        wanted.update(list(parts))
+        steps[min(parts, key=lambda peer: score(peer, uid))].append(Step("begin", uid))
+    rest = {peer: min(place.room - place.num_led - wanted[peer], free[peer]) for peer, place in survey.places.items()}
+    # what is only followed gives way where there is no other room
+    spare = {peer: place.room - place.num_computed - wanted[peer] for peer, place in survey.places.items()}
+    room = {peer: min(left, rest[peer]) for peer, left in spare.items()}
+    if max(room.values(), default=0) <= 0:
+        room = {peer: min(1, left) for peer, left in rest.items()}
     for uid in itertools.islice(unknown(survey, pattern), MAX_SCANNED):
         able = [peer for peer, left in room.items() if left > 0]
         if not able:
@@ -378,7 +382,7 @@ class Placement:
         """`created`: when the run was, in wall-clock seconds. `may`: whether a member may host an expert."""
         self._me, self._pattern, self._num_copies, self._may = me, pattern, num_copies, may
         self._grace = NUM_LEASES_MISSED * lease
-        self._settle = min(5.0, lease / 6)
+        self._settle = min(1.5, lease / 6)
         self._created, self._may_restart = created, may_restart
         self.wishes: dict[str, float] = {}
         """Experts that it would begin -> since when it says so: its place names them."""

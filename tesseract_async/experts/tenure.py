@@ -58,7 +58,7 @@ class Tenure:
         self._random = random
         self._commands: list[Command] = []
         self._member = Membership(identity, uid, authority, boot=boot, now=now, wall=wall)
-        self.lineage = self._member.lineage
+        self.lineage, self.may = self._member.lineage, self._member.leave
         self._own: OwnTerm | None = None
         self._poll: Poll | None = None
         self._settle_at: float | None = None
@@ -258,7 +258,7 @@ class Tenure:
             return None
         before = members = own.named
         if self.state is State.PRIMARY:
-            members = own.choose(now, self._lease, self._member.may_host)
+            members = own.choose(now, self._lease, self._member.may_succeed)
         own.number += 1
         seal = self._member.sign_seal(own, root, size, version, successors=members, wall=wall)
         self._member.held = seal

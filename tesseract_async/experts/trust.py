@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final
 
 import msgpack
 import numpy as np
 
 from tesseract_async.admission import Policy
 from tesseract_async.errors import ProtocolError
+from tesseract_async.experts import places
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import GRANTS, ROLES, Role
 from tesseract_async.experts.lineage import SKEW
 from tesseract_async.experts.manifest import MAGIC, Manifest, RunTag, decode_manifest, grid_key, shard_key, split_uid
+from tesseract_async.experts.places import PlacePart
 from tesseract_async.identity import PeerID, SignedRecord
 from tesseract_async.network.entries import key_digest
 from tesseract_async.wire.heads import MAX_GRANTS
 
 _BEGINNINGS = {0xC4: 2, 0xC5: 3}
 """Bytes of msgpack before those of a byte string: of up to 255, and of more."""
+_READ: Final[Mapping[bytes, Callable[[object], Manifest | PlacePart]]] = {
+    MAGIC: decode_manifest,
+    places.MAGIC: places.decode_place,
+}
 
 
 def belongs_under_its_key(record: SignedRecord) -> bool:
-    """Return whether a record is a whole manifest of experts that its key is for, or no manifest at all.
+    """Return whether a record is a whole manifest of experts that its key is for, or no manifest at all. So for places.
 
     A `RecordCheck` of every node, whatever runs it takes part in. Keys are hashes, but a manifest says by its first
     bytes that it is one, and names its grid and coordinates, from which the keys follow under which it may stand; one
@@ -35,10 +42,11 @@ def belongs_under_its_key(record: SignedRecord) -> bool:
     """
     value = record.value
     start = _BEGINNINGS.get(value[0], 0) if value else 0
-    if not start or not value.startswith(MAGIC, start):
+    read = next((one for magic, one in _READ.items() if start and value.startswith(magic, start)), None)
+    if read is None:
         return True
     try:
-        manifest = decode_manifest(msgpack.unpackb(value))
+        manifest = read(msgpack.unpackb(value))
         if not any(key_digest(key) == record.key for key in manifest.keys()):
             return False
         tag = manifest.tag

@@ -36,6 +36,8 @@ MAX_ASKED: Final = 6
 """Helpers that are tried in one check and version of IP."""
 DIAL_TIMEOUT: Final = 3.0
 """Seconds that a helper gives to its dial."""
+PROOF_TIMEOUT: Final = 1.0
+"""Seconds by which a helper's reply may overtake the proof, which travels on another connection."""
 MAX_DIALS: Final = 16
 """Dials for others that may be under way at once ..."""
 MAX_DIALS_PER_HOST: Final = 2
@@ -57,13 +59,15 @@ class DialBack:
         own_addresses: Callable[[], Sequence[str]],
         scope: AddressScope,
         dial_timeout: float = DIAL_TIMEOUT,
+        proof_timeout: float = PROOF_TIMEOUT,
     ) -> None:
         """`own_addresses` returns where others can dial this node. `scope`: where it may send on a stranger's word.
-        `dial_timeout`: seconds for one dial."""
+        `dial_timeout`: seconds for one dial. `proof_timeout`: see `PROOF_TIMEOUT`."""
         self._endpoint = endpoint
         self._own_addresses = own_addresses
         self._scope = scope
         self._dial_timeout = dial_timeout
+        self._proof_timeout = proof_timeout
         self._dialing: Counter[str] = Counter()
         self._recent: deque[float] = deque()
         self._expected: dict[bytes, asyncio.Event] = {}
@@ -179,8 +183,7 @@ class DialBack:
                 return None
             self._learn(helper, reply.body.get("addresses"))
             try:
-                # the reply and the proof travel on different connections
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(self._proof_timeout):
                     await arrived.wait()
             except TimeoutError:
                 return False, host

@@ -154,6 +154,7 @@ class Relay:
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._halves: dict[Splice, list[_Half]] = {}
         self._sweep: asyncio.TimerHandle | None = None
+        self._sweep_every = min(1.0, waiting_timeout)
         self._closed = False
 
     def reserve(self, owner: PeerID, *, origin: str = "") -> tuple[bytes, bytes]:
@@ -169,7 +170,7 @@ class Relay:
             self._end(self.ledger.pushed_out.pop(), "not_completed")
         self.metrics.set("relay_splices", len(self.ledger))
         if self._sweep is None and not self._closed:
-            self._sweep = loop.call_later(1.0, self._sweep_now)
+            self._sweep = loop.call_later(self._sweep_every, self._sweep_now)
         return tokens
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
@@ -207,7 +208,7 @@ class Relay:
         loop = asyncio.get_running_loop()
         for splice in self.ledger.expired(now=loop.time()):
             self._part(splice, "silent" if splice.num_arrived == 2 else "not_completed")
-        self._sweep = loop.call_later(1.0, self._sweep_now) if len(self.ledger) else None
+        self._sweep = loop.call_later(self._sweep_every, self._sweep_now) if len(self.ledger) else None
 
     def _part(self, splice: Splice, reason: str) -> None:
         if splice not in self.ledger:

@@ -16,7 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -126,6 +126,8 @@ class ExpertBackend:
     not fit. What a function makes is checked when it is made.
     """
 
+    _runner_type = ModuleRunner
+
     def __init__(
         self,
         module: nn.Module,
@@ -188,7 +190,7 @@ class ExpertBackend:
         self.norms = UsualNorms()
         """The usual norms of its gradients."""
         self._gathered = GatheredGradients(settings.step_every, settings.trim_peers)
-        self._runner = ModuleRunner(
+        self._runner = self._runner_type(
             module,
             inputs_schema=(self.args_schema, self.kwargs_schema),
             outputs_schema=outputs_schema,
@@ -317,15 +319,29 @@ class ExpertBackend:
         if roots and wanted:
             if seed is not None and self.is_stochastic(training):
                 with randomness.seeded(seed, backward=True):
-                    found = _backpropagate(roots, seeds, wanted)
+                    found = self._backpropagate(roots, seeds, wanted)
             else:
-                found = _backpropagate(roots, seeds, wanted)
+                found = self._backpropagate(roots, seeds, wanted)
         remaining = iter(found)
         gradients = [next(remaining) if one.requires_grad else None for one in sources]
         of_inputs = gradients[: len(leaves)]
         if weights is not None:
             of_inputs.append(weight_gradients(outputs, output_gradients, weights))
         return of_inputs, gradients[len(leaves) :]
+
+    def _backpropagate(
+        self, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
+        return _engine_run_backward(
+            tuple(outputs),
+            tuple(gradients),
+            False,
+            False,
+            tuple(sources),
+            allow_unreachable=True,
+            accumulate_grad=False,
+        )
 
     def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
         """Take these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
@@ -372,11 +388,12 @@ class ExpertBackend:
 
     def is_sound(self) -> bool:
         """Return whether everything that the optimizer steps or remembers is finite."""
+        return are_finite(self._trained())
+
+    def _trained(self) -> list[torch.Tensor]:
         states = () if self.optimizer is None else self.optimizer.state.values()
         remembered = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
-        return are_finite(
-            [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
-        )
+        return [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
 
     def _take_step(self, gradients: Gradients) -> None:
         assert self.optimizer is not None
@@ -406,15 +423,18 @@ class ExpertBackend:
 
     def state(self) -> StateDict:
         """Return copies of everything that a checkpoint holds."""
+        return self._state(states.copied)
+
+    def _state(self, copied: Callable[[Any], Any]) -> StateDict:
         ids = bytearray(b"".join(self.applied))
         empty = torch.empty(0, dtype=torch.uint8)  # no tensor is made from an empty buffer
         kinds = optimizers.kinds_of(self.module, self.optimizer, self.scheduler)
         of_optimizer = None if self.optimizer is None else self.optimizer.state_dict()
         of_scheduler = None if self.scheduler is None else self.scheduler.state_dict()
         return {
-            "module": states.copied(self.module.state_dict()),
-            "optimizer": states.copied(of_optimizer),
-            "scheduler": states.copied(of_scheduler),
+            "module": copied(self.module.state_dict()),
+            "optimizer": copied(of_optimizer),
+            "scheduler": copied(of_scheduler),
             "kinds": kinds,
             "version": self.version,
             "applied": {
@@ -462,12 +482,3 @@ class ExpertBackend:
         if version is None and call_id in self._bare:
             version = self.applied.get(call_id)
         return version
-
-
-def _backpropagate(
-    outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
-    return _engine_run_backward(
-        tuple(outputs), tuple(gradients), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
-    )

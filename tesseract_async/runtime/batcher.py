@@ -75,6 +75,8 @@ class BatchQueue:
     head_start: float
     cost: BatchCost = field(default_factory=BatchCost)
     num_waiting_rows: int = 0
+    num_rows: int = 0
+    """Rows that were taken out, ever."""
     ready: dict[Account, _Heap] = field(default_factory=dict)
     """The waiting requests by account: the highest priority first, then in order of arrival."""
 
@@ -290,6 +292,13 @@ class Batcher:
         statistics.num_waiting_rows += request.num_rows
         statistics.num_bytes += request.num_bytes
 
+    def hold(self, peer: Hashable, num_bytes: int) -> None:
+        """Count `num_bytes` of answers that an account has yet to take, or give them back if negative: until then it
+        has less room."""
+        account = self._accounts.setdefault(peer, Account())
+        account.num_bytes += num_bytes
+        self._statistics.num_bytes += num_bytes
+
     def remove(self, request: QueuedRequest) -> bool:
         """Drop the rows of a request that were not dispatched yet.
 
@@ -348,6 +357,7 @@ class Batcher:
         self._statistics.num_rows += batch.num_rows
         self._statistics.num_waiting_rows -= batch.num_rows
         queue.num_waiting_rows -= batch.num_rows
+        queue.num_rows += batch.num_rows
         return batch
 
     def finish(self, batch: Batch, now: float) -> None:

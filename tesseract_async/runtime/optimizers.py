@@ -18,8 +18,10 @@ from tesseract_async.errors import describe
 from tesseract_async.runtime.gradients import Gradients, norm_of
 from tesseract_async.runtime.states import StateDict, copied
 
-_NOT_SAID: Final = ("fused", "foreach", "capturable", "initial_lr")
-"""Options that say how a step is computed, not its result, and the rate that a schedule began with."""
+_OWN: Final = ("fused", "foreach", "capturable")
+"""Options that say how a step is computed, not its result: each computer's own business."""
+_NOT_SAID: Final = (*_OWN, "initial_lr")
+"""Options that are not compared: those, and the rate that a schedule began with."""
 _CYCLED: Final = ("lr", "momentum", "betas")
 """Options that a schedule changes as it goes."""
 _SHAPED: Final = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
@@ -193,7 +195,12 @@ def restore(
         _check_memory(optimizer, saved)
         if kinds.get("parameters") not in (None, _digest(module, optimizer)):
             raise ValueError(f"{mine} holds its parameters in another order, or other groups, than its checkpoint says")
-        optimizer.load_state_dict(copied(saved))  # PyTorch takes the tensors themselves, and steps change them in place
+        groups = [
+            before | {name: value for name, value in options.items() if name in _OWN}
+            for before, options in zip(saved["param_groups"], given, strict=True)
+        ]
+        # PyTorch takes the tensors themselves, and steps change them in place
+        optimizer.load_state_dict(copied({**saved, "param_groups": groups}))
         _lay_out(optimizer)
     else:
         said.append(f"its checkpoint was trained with {theirs}; {mine} begins without its moments")

@@ -90,7 +90,7 @@ class TesseractRuntime(Uncopied):
         self.metrics = metrics or Metrics()
         self._make_staging = make_staging
         self._batcher = Batcher(max_queue_bytes=settings.max_queue_bytes)
-        self._queues: dict[Hashable, BatchQueue] = {}
+        self._queues: dict[tuple[ExpertBackend, bool, bool, bool, bool], BatchQueue] = {}
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
@@ -280,6 +280,11 @@ class TesseractRuntime(Uncopied):
             with self._lock:
                 self._wake_thread()
 
+    def hold(self, peer: Hashable, num_bytes: int) -> None:
+        """See `Batcher.hold`."""
+        with self._lock:
+            self._batcher.hold(peer, num_bytes)
+
     def withdraw(self, work: Work) -> bool:
         """Drop work whose result is not needed. Returns False if all of it is being computed, or was."""
         with self._lock:
@@ -343,6 +348,15 @@ class TesseractRuntime(Uncopied):
         if self._is_idle and not self._num_gathering:
             self._is_idle = False
             self._bell.put(None)
+
+    def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
+        """Return how many rows of an expert were computed, ever, and how many wait."""
+        queues = [queue for (one, *_), queue in self._queues.items() if one is backend]
+        return sum(queue.num_rows for queue in queues), sum(queue.num_waiting_rows for queue in queues)
+
+    def forget(self, backend: ExpertBackend) -> None:
+        """Hold an expert no longer that is not computed here any more."""
+        self._queues = {kind: queue for kind, queue in self._queues.items() if kind[0] is not backend}
 
     def _add_queue(self, kind: tuple[ExpertBackend, bool, bool, bool, bool]) -> BatchQueue:
         backend, is_backward, *_ = kind

@@ -82,7 +82,7 @@ def check_fits(module: nn.Module, state: Mapping[str, object]) -> None:
     for name, tensor in here.items():
         if name not in state:
             raise ValueError(f"it has no {name}")
-        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (state[name], tensor)]
+        shapes = [tuple(x.shape) if hasattr(x, "shape") else None for x in (state[name], tensor)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"its {name} has the shape {shapes[0]}, this module's {shapes[1]}")
     for name in state:

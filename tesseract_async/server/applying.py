@@ -13,6 +13,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 import torch
 
@@ -21,6 +22,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import RemoteError, SchemaMismatch, TooStale, UnknownMethod
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.server.answering import (
     BackwardUnderWay,
@@ -39,6 +41,11 @@ from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY, ApplyRequest, decode_request, encode_part
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec
+
+SHARE_BYTES: Final = 3584
+"""Memory of the objects around one expert's share: measured at 2,200 bytes in a forward, 3,500 in a backward."""
+PORTION: Final = 64
+"""Shares begun in one turn of the loop."""
 
 FindsExpert = Callable[[IncomingCall, str], CallHandler]
 """Finds an expert of this node for a caller, as `TesseractNode.find_expert` does. Raises RemoteErrors."""
@@ -108,6 +115,8 @@ class Wave:
         self._inputs: Sequence[torch.Tensor | None] = ()
         self._gradients: Sequence[torch.Tensor | None] = ()
         self._weights = torch.from_numpy(request.weights)
+        self._owner = calls.owner(call)
+        self._held: dict[TesseractRuntime, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._due: asyncio.Future[None] | None = None
@@ -115,7 +124,7 @@ class Wave:
     async def begin(self, find: FindsExpert, buffers: Sequence[memoryview]) -> None:
         """Hand each expert's share to its runtime. Raises: ProtocolError, SchemaMismatch for a malformed block."""
         request = self.request
-        doors = self._find_all(find)
+        doors = await self._find_all(find)
         if not doors:
             return
         first = next(iter(doors.values()))
@@ -129,21 +138,29 @@ class Wave:
         rows = torch.from_numpy(request.rows).long()
         row_bytes = self._bytes_per_row(first)
         offsets = request.offsets.tolist()
-        with contextlib.ExitStack() as gathering:
-            for runtime in {door.hosted.runtime for door in doors.values()}:
-                gathering.enter_context(runtime.gathering())
-            for expert, door in doors.items():
-                start, stop = offsets[expert], offsets[expert + 1]
-                share = _Share(expert, door, rows[start:stop], row_bytes * (stop - start))
-                self._shares.append(share)
-                self._begin(share)
+        runtimes = {door.hosted.runtime for door in doors.values()}
+        left = list(doors.items())
+        while left:
+            some, left = left[:PORTION], left[PORTION:]
+            with contextlib.ExitStack() as gathering:
+                for runtime in runtimes:
+                    gathering.enter_context(runtime.gathering())
+                for expert, door in some:
+                    start, stop = offsets[expert], offsets[expert + 1]
+                    share = _Share(expert, door, rows[start:stop], row_bytes * (stop - start) + SHARE_BYTES)
+                    self._shares.append(share)
+                    self._begin(share)
+            if left:
+                await asyncio.sleep(0)
 
-    def _find_all(self, find: FindsExpert) -> dict[int, ExpertShares]:
+    async def _find_all(self, find: FindsExpert) -> dict[int, ExpertShares]:
         """Return the handlers of the experts that are here and that the caller may ask, by their places."""
         request = self.request
         asked = replace(self._call, method=messages.BACKWARD if request.backward else messages.FORWARD)
         doors: dict[int, ExpertShares] = {}
         for expert, coords in enumerate(request.experts.tolist()):
+            if expert and not expert % PORTION:
+                await asyncio.sleep(0)
             uid = join_uid(request.prefix, coords)
             try:
                 door = find(asked, uid)
@@ -194,7 +211,7 @@ class Wave:
             seed=request.seed,
             deadline=call.deadline,
             priority=priority_of(call),
-            peer=calls.owner(call),
+            peer=self._owner,
             rows=share.rows,
             num_bytes=share.num_bytes,
         )
@@ -283,8 +300,20 @@ class Wave:
         if isinstance(outcome, RemoteError):
             self._failed(share.expert, outcome)
         else:
+            self._hold(share.door.hosted.runtime, share.num_bytes)
             self._gathered.answered(share.expert, outcome, share.door.hosted.epoch)
             self._look()
+
+    def _hold(self, runtime: TesseractRuntime, num_bytes: int) -> None:
+        """Count an answer that waits for its part where its work was counted until now: as the caller's."""
+        runtime.hold(self._owner, num_bytes)
+        self._held[runtime] = self._held.get(runtime, 0) + num_bytes
+
+    def _let_go(self) -> None:
+        """The answers wait no more."""
+        for runtime, num_bytes in self._held.items():
+            runtime.hold(self._owner, -num_bytes)
+        self._held.clear()
 
     def _failed(self, expert: int, error: RemoteError) -> None:
         self._gathered.failed(expert, error)
@@ -302,6 +331,7 @@ class Wave:
         while not self._gathered.is_over:
             await self._wait_due()
             part, sums = self._gathered.take(self._loop.time())
+            self._let_go()
             num_failed += len(part.failures)
             metas, buffers = await pack(sums, request.reply_codec)
             body, first = encode_part(part._replace(tensors=metas, kept=kept), backward=request.backward)
@@ -346,6 +376,7 @@ class Wave:
 
     def withdraw(self) -> None:
         """Nobody waits for what is still under way."""
+        self._let_go()
         for task in self._tasks:
             task.cancel()
         for share in self._shares:

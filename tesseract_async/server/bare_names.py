@@ -346,7 +346,7 @@ class BareNames:
         await self._pull(one, primary, min_version=one.hosted.backend.version + 1 if is_same else 0)
         one.synced_from, one.synced_at = owner, now
 
-    async def _pull(self, one: _Memory, primary: ExpertReplica, *, min_version: int) -> bytes | None:
+    async def _pull(self, one: _Memory, primary: ExpertReplica, *, min_version: int) -> bytes | memoryview | None:
         """Take the primary's state. Returns its file; None before `min_version`."""
         check_path(self._node, primary)
         found = await fetch_fitting(
@@ -394,7 +394,7 @@ class BareNames:
         reply = await self._node.call_expert(heir.peer, messages.TAKE_OVER, body, timeout=HAND_OVER_TIMEOUT)
         proof = messages.decode(messages.TakeOverReply, reply.body).proof
         file = self._source.copy_of(uid)
-        if file is None or proof != possession(file, nonce)[:16]:
+        if file is None or proof != await self._server.call_aside(lambda: possession(file, nonce)[:16]):
             raise ProtocolError("it says that it is the primary now, but has not fetched the state")
 
     async def take_over(self, hosted: HostedState, call: IncomingCall) -> Message:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError, describe
+from tesseract_async.runtime.spread_tensor import SpreadTensor
 from tesseract_async.runtime.states import JOURNAL_LENGTH, SAFETENSORS, StateDict
 from tesseract_async.wire.compression import flat_of
 
@@ -34,12 +36,53 @@ _DTYPE_NAMES: Final = {dtype: name for name, dtype in SAFETENSORS.items()}
 _MAX_HEADER_BYTES: Final = 16 << 20
 
 
-def encode(state: Mapping[str, object]) -> list[bytes | memoryview]:
-    """Return a file's bytes, in pieces. Raises: TypeError for what neither safetensors nor JSON can hold."""
-    tensors: dict[str, torch.Tensor] = {}
+class EncodedState:
+    """A file's bytes, in pieces that are made when they are looked at, as often as that is: the parts of a spread
+    expert's tensors are fetched from its processes then, and are never all here."""
+
+    def __init__(self, head: bytes, tensors: Sequence[torch.Tensor | SpreadTensor]) -> None:
+        self._head, self._tensors = head, [one for one in tensors if one.nbytes]
+        self.size = len(head) + sum(one.nbytes for one in tensors)
+        """Bytes."""
+        spread = sum(one.nbytes for one in self._tensors if isinstance(one, SpreadTensor))
+        self.num_held = self.size - spread
+        """Bytes of it that are here."""
+        self.is_spread = spread > 0
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        if self._head:
+            yield self._head
+        for tensor in self._tensors:
+            if isinstance(tensor, SpreadTensor):
+                yield from (_bytes_of(tensor.rows(start, stop)) for start, stop in tensor.blocks())
+            else:
+                yield _bytes_of(tensor)
+
+    def read(self, offset: int, num_bytes: int) -> bytes | memoryview:
+        """Return a part of it, shorter only at its end. Blocking where tensors are spread."""
+        stop, at = min(offset + num_bytes, self.size), len(self._head)
+        found: list[bytes | memoryview] = [self._head[offset:stop]]
+        for tensor in self._tensors:
+            start, end = max(offset, at) - at, min(stop, at + tensor.nbytes) - at
+            if start >= end:
+                pass
+            elif isinstance(tensor, SpreadTensor):
+                row = tensor.nbytes // tensor.num_rows
+                first, last = start // row, -(-end // row)
+                found.append(_bytes_of(tensor.rows(first, last))[start - first * row : end - first * row])
+            else:
+                found.append(_bytes_of(tensor)[start:end])
+            at += tensor.nbytes
+        pieces = [one for one in found if len(one)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def encode(state: Mapping[str, object]) -> EncodedState:
+    """Return a file's bytes, which change if the state does. Raises: TypeError for what neither safetensors nor JSON
+    can hold; what reading a spread tensor raises."""
+    tensors: dict[str, torch.Tensor | SpreadTensor] = {}
     rest = _take_tensors(state, "", tensors)
     header: dict[str, object] = {}
-    pieces: list[bytes | memoryview] = []
     offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPE_NAMES:
@@ -50,18 +93,23 @@ def encode(state: Mapping[str, object]) -> list[bytes | memoryview]:
             "data_offsets": [offset, offset + tensor.nbytes],
         }
         offset += tensor.nbytes
-        if tensor.nbytes:
-            pieces.append(flat_of(tensor).view(torch.uint8).numpy().data)
     metadata = {"format": "pt", "tesseract_format": str(FORMAT_VERSION), "tesseract_state": json.dumps(rest)}
     header["__metadata__"] = metadata
-    metadata["tesseract_sha256"] = _digest(header, pieces)
+    metadata["tesseract_sha256"] = _digest(header, EncodedState(b"", [*tensors.values()]))
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    return [len(head).to_bytes(8, "little"), head, *pieces]
+    return EncodedState(len(head).to_bytes(8, "little") + head, [*tensors.values()])
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    found: memoryview = flat_of(tensor).view(torch.uint8).numpy().data
+    return found
 
 
 def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> StateDict:
     """Return what `encode` was given. Takes untrusted bytes; `max_values` bounds what the header of a stranger's makes.
+
+    Tensors of a mapped file (`files.mapped`) stay there until they are looked at, or written.
 
     Raises: CheckpointError for anything damaged or foreign.
     """
@@ -76,8 +124,9 @@ def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf
         metadata = header["__metadata__"]
         if metadata.get("tesseract_format") != str(FORMAT_VERSION):
             raise CheckpointError(f"format {metadata.get('tesseract_format')!r} is not {FORMAT_VERSION}")
-        # a writable copy: tensors may be trained in place
-        body = memoryview(bytearray(data[8 + length :]))
+        # writable: tensors may be trained in place
+        is_mapped = isinstance(data, memoryview) and isinstance(data.obj, mmap.mmap)
+        body = memoryview(data)[8 + length :] if is_mapped else memoryview(bytearray(data[8 + length :]))
         expected = metadata.pop("tesseract_sha256")
         if _digest(header, [body]) != expected:
             raise CheckpointError("the checksum is wrong")
@@ -90,7 +139,8 @@ def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf
             if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= len(body):
                 raise CheckpointError(f"{name} does not fit its place")
             flat = torch.frombuffer(body[start:stop], dtype=dtype) if stop > start else torch.empty(0, dtype=dtype)
-            tensors[name] = flat.view(shape).clone()
+            whole = flat.view(shape)
+            tensors[name] = whole if is_mapped and start % dtype.itemsize == 0 else whole.clone()
         state = _put_tensors(json.loads(metadata["tesseract_state"]), tensors)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"not a checkpoint: {describe(error)}") from error
@@ -139,7 +189,7 @@ def check_state(uid: str, data: bytes | memoryview, *, weights_only: bool = Fals
     return state
 
 
-def _digest(header: Mapping[str, object], pieces: Sequence[bytes | memoryview]) -> str:
+def _digest(header: Mapping[str, object], pieces: Iterable[bytes | memoryview]) -> str:
     """Return the SHA-256 of the header without the digest, in one canonical spelling, and of the tensors' bytes."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
     for piece in pieces:
@@ -150,8 +200,8 @@ def _digest(header: Mapping[str, object], pieces: Sequence[bytes | memoryview]) 
 # JSON has no integer keys and no tensors: dicts become lists of pairs, tensors are named by where they stood.
 
 
-def _take_tensors(value: object, path: str, tensors: dict[str, torch.Tensor]) -> object:
-    if isinstance(value, torch.Tensor):
+def _take_tensors(value: object, path: str, tensors: dict[str, torch.Tensor | SpreadTensor]) -> object:
+    if isinstance(value, torch.Tensor | SpreadTensor):
         while path in tensors:  # a key that holds a slash may spell another one's path
             path += "~"
         tensors[path] = value

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from tesseract_async.errors import (
 from tesseract_async.experts.merkle import leaf_of
 from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, size_of, split_list
 from tesseract_async.experts.terms import Seal
+from tesseract_async.files import mapped_file
 from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -36,7 +38,9 @@ logger = logging.getLogger(__name__)
 MIN_RATE: Final = 32 << 10
 """Bytes per second: a source that sends a piece more slowly is left, and so is a state that takes longer."""
 MAX_STATE_BYTES: Final = 4 << 30
-"""A longer file is not fetched."""
+"""A longer file is not fetched, unless it is an expert's whose size is known here."""
+MAX_BYTES_HERE: Final = 256 << 20
+"""A longer file is received on disk."""
 NUM_RETRIES: Final = 3
 """How often a server is asked for its newest state again, after the connection broke or the state was replaced."""
 
@@ -179,7 +183,7 @@ async def fetch_state(
     min_version: int = 0,
     max_bytes: int = MAX_STATE_BYTES,
     timeout: float = 60.0,
-) -> bytes | None:
+) -> bytes | memoryview | None:
     """Return the file of an expert's newest state at a server; None before `min_version`.
 
     `timeout` is for each piece; one, and the whole, may take longer by its size at `MIN_RATE`. Raises: as
@@ -200,12 +204,12 @@ async def fetch_state(
         if head.size > max_bytes:
             raise ProtocolError(f"{uid}: a state of {head.size} bytes; at most {max_bytes} are fetched")
         fetch = _plan(node, [peer], head.root, head.size, timeout)
-        into = io.BytesIO()
+        into: BinaryIO = io.BytesIO() if head.size <= MAX_BYTES_HERE else tempfile.TemporaryFile()
         transfer = _Transfer(node, uid, fetch, into, weights_only=weights_only, aside=_here)
         await transfer.take(peer, LIST, first)
         try:
             await transfer.run(timeout + head.size / MIN_RATE)
-            return into.getvalue()
+            return into.getvalue() if isinstance(into, io.BytesIO) else mapped_file(into)
         except _NotThere:  # it has a newer copy now, and the one before is gone
             if left < 0:
                 raise ProtocolError(f"{uid}: the server changes its state faster than it sends it") from None

@@ -113,7 +113,7 @@ def measure(backend: ExpertBackend) -> Footprint:
     """
     settings = backend.settings
     few = peak_of(backend, NUM_PROBE_ROWS, backend.device)
-    found = backend.gradients(*_probe(backend, 1, backend.device), training=True)
+    found = backend.gradients(*probe(backend, 1, backend.device), training=True)
     for _ in range(settings.step_every):
         backend.step(found[1])
     state = {} if backend.optimizer is None else backend.optimizer.state_dict()["state"]
@@ -148,7 +148,8 @@ def _on_meta(backend: ExpertBackend) -> ExpertBackend:
     )
 
 
-def _probe(backend: ExpertBackend, num_rows: int, device: torch.device) -> tuple[list[torch.Tensor], Gradients]:
+def probe(backend: ExpertBackend, num_rows: int, device: torch.device) -> tuple[list[torch.Tensor], Gradients]:
+    """Return inputs of zeros for so many rows, and gradients of their outputs."""
     inputs, gradients = (
         [torch.zeros(num_rows, *spec.shape, dtype=spec.dtype, device=device) for spec in specs]
         for specs in (backend.input_specs, backend.output_specs)
@@ -160,7 +161,7 @@ def peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
     """Return the bytes of all tensors, staged rows and answers included, at the worst moment of both passes."""
     backend.prepare()
     with Counting() as counting:
-        inputs, gradients = _probe(backend, num_rows, device)
+        inputs, gradients = probe(backend, num_rows, device)
         backend.forward(inputs, training=True)
         # gathering copies the rows of many requests
         staged = [x.clone() for x in inputs]

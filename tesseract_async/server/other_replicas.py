@@ -28,7 +28,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.network.address_scope import is_near
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import check_state, difference, largest_state
-from tesseract_async.server.fetching import MAX_STATE_BYTES, fetch_state
+from tesseract_async.server.fetching import fetch_state
 from tesseract_async.server.state_transfer import MAX_COPIES_BYTES
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import messages
@@ -204,22 +204,17 @@ async def fetch_fitting(
     min_version: int = 0,
     timeout: float,
     aside: Callable[[Callable[[], StateDict]], Awaitable[StateDict]] | None = None,
-) -> tuple[bytes, StateDict] | None:
+) -> tuple[bytes | memoryview, StateDict] | None:
     """Return the file of an expert's newest state at a server, and the state in it; None before `min_version`.
 
     `aside` runs the checks, here by default. Raises: as `check_fitting`, and what the call raises.
     """
-    limit = longest_state(backend)
+    limit = largest_state(backend)
     file = await fetch_state(node, peer, uid, min_version=min_version, max_bytes=limit, timeout=timeout)
     if file is None:
         return None
     check = partial(check_fitting, uid, backend, file)
     return file, check() if aside is None else await aside(check)
-
-
-def longest_state(backend: ExpertBackend) -> int:
-    """Return the bytes of the longest file that is fetched as a state of this expert."""
-    return min(MAX_STATE_BYTES, largest_state(backend))
 
 
 def check_fitting(uid: str, backend: ExpertBackend, file: bytes | memoryview) -> StateDict:

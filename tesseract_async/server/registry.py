@@ -378,6 +378,10 @@ class FeedForward(nn.Module):
         y: torch.Tensor = self.layers(x)
         return y if self.norm is None else self.norm(x + y)
 
+    def tensor_plan(self, num_processes: int) -> dict[str, str]:
+        """Return how `runtime.mesh_plans.tensor_parallel` divides it."""
+        return {"layers.0": "columns", "layers.2": "rows", "layers.4": "gathered columns"}
+
 
 @register("ffn")
 def ffn(
@@ -402,6 +406,47 @@ def transformer(
         in_features, num_heads, 4 * in_features, dropout=dropout, batch_first=True, norm_first=True, activation="gelu"
     )
     return layer, (TensorSpec((sequence_length, in_features)),)
+
+
+class Block(nn.Module):
+    """One pre-norm causal transformer block, whose queries, keys and values are layers of their own, which tensor
+    parallelism divides by heads."""
+
+    def __init__(self, in_features: int, num_heads: int) -> None:
+        super().__init__()
+        self.head_size = in_features // num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(in_features), nn.LayerNorm(in_features)
+        self.q, self.k, self.v, self.o = (nn.Linear(in_features, in_features) for _ in range(4))
+        self.up, self.down = nn.Linear(in_features, 4 * in_features), nn.Linear(4 * in_features, in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [rows, positions, features] -> the same
+        rows, positions, _ = x.shape
+        y = self.norm1(x)
+        # as many heads as are here
+        q, k, v = (
+            layer(y).view(rows, positions, -1, self.head_size).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(rows, positions, -1))
+        z: torch.Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return z
+
+    def tensor_plan(self, num_processes: int) -> dict[str, str]:
+        """Return how `runtime.mesh_plans.tensor_parallel` divides it. Raises: ValueError if the heads cannot be."""
+        num_heads = self.q.out_features // self.head_size
+        if num_heads % num_processes:
+            raise ValueError(f"{num_heads} heads cannot be divided over {num_processes} processes")
+        return {name: "columns" for name in ("q", "k", "v", "up")} | {name: "rows" for name in ("o", "down")}
+
+
+@register("block")
+def block(
+    in_features: int = 512, num_heads: int = 8, sequence_length: int = 128
+) -> tuple[nn.Module, tuple[Schema, ...]]:
+    """Return a causal transformer `Block` over [rows, sequence_length, in_features]."""
+    if in_features % num_heads:
+        raise ValueError(f"{in_features} features cannot be divided over {num_heads} heads")
+    return Block(in_features, num_heads), (TensorSpec((sequence_length, in_features)),)
 
 
 @register("linear")

@@ -19,6 +19,7 @@ from tesseract_async.errors import CheckpointError, Overloaded, TesseractError, 
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
+from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.answering import ExpertCalls
 from tesseract_async.server.applying import Applying, ExpertShares
 from tesseract_async.server.hosted import HostedState, Succession
@@ -112,9 +113,9 @@ class TesseractServer(Uncopied):
         )
         """One for each device."""
         self.checkpoint_dir = directory = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
-        store, writer = None if directory is None else CheckpointStore(directory), self.runtimes[0]
+        self._store = None if directory is None else CheckpointStore(directory)
         self.hosted = {
-            uid: HostedState(uid, backend, runtime, is_primary=uid not in followers, store=store, writer=writer)
+            uid: self._host(uid, backend, runtime, is_primary=uid not in followers)
             for (uid, backend), runtime in zip(experts.items(), itertools.cycle(self.runtimes), strict=False)
         }
         self.succession = Succession()
@@ -129,9 +130,8 @@ class TesseractServer(Uncopied):
             is_gone=lambda peer: not node.is_connected(peer),
             succession=lambda: self.succession,
         )
-        self._handlers: dict[str, dict[str, CallHandler]] = {
-            uid: {APPLY: ExpertShares(self.calls, one)} for uid, one in self.hosted.items()
-        }
+        self._methods: dict[str, ExpertHandler] = {}
+        self._handlers = {uid: self._handlers_of(one) for uid, one in self.hosted.items()}
         self.handle(messages.INFO, self.calls.info)
         self.handle(messages.FORWARD, self.calls.forward)
         self.handle(messages.BACKWARD, self.calls.backward)
@@ -236,7 +236,7 @@ class TesseractServer(Uncopied):
             return
         # the first one of the process imports PyTorch's compiler, for a second: not on the device's thread
         await self.call_aside(lambda: torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))
-        for one in self.hosted.values():
+        for one in list(self.hosted.values()):
             try:
                 await one.runtime.call(one.backend.prepare)
             except Exception as error:  # an optimizer may raise anything; its backwards will say so, too
@@ -343,8 +343,56 @@ class TesseractServer(Uncopied):
 
     def handle(self, method: str, handler: ExpertHandler) -> None:
         """Have calls of an ``expert.`` method answered by `handler`, for every expert of this server."""
+        self._methods[method] = handler
         for uid, one in self.hosted.items():
             self._handlers[uid][method] = partial(handler, one)
+
+    def _handlers_of(self, hosted: HostedState) -> dict[str, CallHandler]:
+        methods = {method: partial(handler, hosted) for method, handler in self._methods.items()}
+        return {APPLY: ExpertShares(self.calls, hosted), **methods}
+
+    def _host(
+        self, uid: str, backend: ExpertBackend, runtime: TesseractRuntime, *, is_primary: bool = False
+    ) -> HostedState:
+        return HostedState(uid, backend, runtime, is_primary=is_primary, store=self._store, writer=self.runtimes[0])
+
+    async def add(self, uid: str, backend: ExpertBackend, state: StateDict | None) -> HostedState:
+        """Host one more expert from now on, as a follower, in this state (None: as it is). `announce` follows.
+
+        Raises: CheckpointError if the state does not fit; ValueError if the uid or the backend is hosted already.
+        """
+        if uid in self.experts or self._closed:
+            raise ValueError(f"{uid} is hosted here already, or this server is closed")
+        runtime = min(self.runtimes, key=lambda one: sum(hosted.runtime is one for hosted in self.hosted.values()))
+        hosted = self._host(uid, backend, runtime)
+        _check_separate({**self.experts, uid: backend}, host=self)
+        backend.host, backend.name = self, uid
+        try:
+            await runtime.call(lambda: backend.to(runtime.device))
+            if state is not None:
+                await hosted.install(state)
+                hosted.shared_version = backend.version
+            await runtime.call(backend.prepare)
+            self._handlers[uid] = self._handlers_of(hosted)
+            self.node.host_expert(uid, self._handlers[uid])
+        except BaseException:
+            backend.host = None
+            raise
+        self.experts[uid], self.hosted[uid] = backend, hosted
+        return hosted
+
+    async def remove(self, uid: str) -> None:
+        """Host this expert no longer; what it learned here and nobody else has is saved first. `announce` follows.
+
+        Raises: CheckpointError, and then it stays; KeyError if it is not hosted.
+        """
+        hosted = self.hosted[uid]
+        if hosted.backend.version > hosted.shared_version:
+            await hosted.save()
+        del self.hosted[uid], self.experts[uid], self._handlers[uid]
+        self.node.unhost_expert(uid)
+        hosted.runtime.forget(hosted.backend)
+        hosted.backend.host = None
 
     async def save_checkpoints(self) -> int:
         """Write a checkpoint of each expert that changed since its last one. Returns how many.
@@ -354,7 +402,7 @@ class TesseractServer(Uncopied):
         """
         num_saved, failed = 0, list[CheckpointError]()
         async with self._saving:
-            for one in self.hosted.values():
+            for one in list(self.hosted.values()):
                 try:
                     num_saved += await one.save()
                 except CheckpointError as error:
@@ -373,12 +421,12 @@ class TesseractServer(Uncopied):
                 self.node.metrics.count("checkpoints_failed")
 
 
-def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:
-    """Refuse a backend that another server hosts, and two that train the same weights. Raises: ValueError."""
+def _check_separate(experts: Mapping[str, ExpertBackend], *, host: object = None) -> None:
+    """Refuse a backend that a server other than `host` has, and two that train the same weights. Raises: ValueError."""
     owner: dict[int, str] = {}
     for trains in (True, False):
         for uid, backend in experts.items():
-            if backend.host is not None:
+            if backend.host not in (None, host):
                 raise ValueError(f"{uid}: another server hosts this ExpertBackend now; make one for each server")
             if backend.trains != trains:
                 continue

@@ -10,13 +10,12 @@ import contextlib
 import errno
 import itertools
 import logging
-import mmap
 import os
 import re
 import socket
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from urllib.parse import quote, unquote
 
 from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.merkle import LEAF_BYTES, leaves_of, root_from
-from tesseract_async.files import sync_folder, write_whole
+from tesseract_async.files import mapped, sync_folder, write_whole
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import decode, encode
 
@@ -123,7 +122,7 @@ class CheckpointStore:
         files = self.files(uid)
         for path in files:
             try:
-                return decode(path.read_bytes())
+                return decode(mapped(path))
             except (OSError, CheckpointError) as error:
                 logger.error("checkpoint %s is damaged (%s); trying the one before", path, describe(error))
                 # out of the way: it must neither be tried again nor count among those that are kept
@@ -173,8 +172,7 @@ class SealedFile:
 
     def map(self) -> memoryview:
         """Return all of it, read when it is looked at; what is changed in there stays in memory. Raises: OSError."""
-        with open(self.path, "rb") as file:  # an empty one cannot be mapped
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size else b"")
+        return mapped(self.path)
 
 
 class SealedFiles:
@@ -213,9 +211,17 @@ class SealedFiles:
         if self._directory is not None:
             write_whole(expert_folder(self._directory, uid) / "tenure", [stored])
 
-    def keep(self, uid: str, pieces: Collection[bytes | memoryview]) -> SealedFile:
-        """Write a file, and keep it and the one before. Raises: OSError."""
-        leaves, size = leaves_of(pieces), sum(len(one) for one in pieces)
+    def keep(self, uid: str, pieces: Iterable[bytes | memoryview]) -> SealedFile:
+        """Write a file, and keep it and the one before. `pieces` are gone through twice. Raises: OSError."""
+        size = 0
+
+        def counted() -> Iterator[bytes | memoryview]:
+            nonlocal size
+            for one in pieces:
+                size += len(one)
+                yield one
+
+        leaves = leaves_of(counted())
         root = root_from(leaves, size)
         file = SealedFile(root, size, leaves, self._path(uid, root))
         write_whole(file.path, pieces)
@@ -262,6 +268,11 @@ class SealedFiles:
             raise
         finally:
             self._open.discard(path)
+
+    def forget(self, uid: str) -> None:
+        """Delete an expert's sealed files. Its checkpoints, and what a `Tenure` promised, stay."""
+        for file in self._files.pop(uid, []):
+            file.path.unlink(missing_ok=True)
 
     def find(self, uid: str, root: bytes) -> SealedFile | None:
         """Return the file with this root."""

@@ -16,7 +16,7 @@ from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.experts.merkle import leaves_of, root_from
 from tesseract_async.experts.pieces import LIST, PIECE_BYTES
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import check_state, encode
+from tesseract_async.server.checkpoint import EncodedState, check_state, encode
 from tesseract_async.server.state_files import SealedFile
 from tesseract_async.wire import messages
 
@@ -59,16 +59,16 @@ class _Copy:
     version: int
     root: bytes
     leaves: Sequence[bytes]
-    data: memoryview
+    file: EncodedState
     made: float
     used: float
 
     @property
     def size(self) -> int:
-        return len(self.data)
+        return self.file.size
 
-    def read(self, offset: int, num_bytes: int) -> memoryview:
-        return self.data[offset : offset + num_bytes]
+    def read(self, offset: int, num_bytes: int) -> bytes | memoryview:
+        return self.file.read(offset, num_bytes)
 
 
 class StateSource:
@@ -93,10 +93,10 @@ class StateSource:
         self._making: dict[tuple[str, bool], asyncio.Lock] = {}
         self._sweep: asyncio.TimerHandle | None = None
 
-    def copy_of(self, uid: str) -> memoryview | None:
+    def copy_of(self, uid: str) -> EncodedState | None:
         """Return the file that was sent last of the whole state, if it is still here."""
         copy = self._copies.get((uid, False))
-        return None if copy is None else copy.data
+        return None if copy is None else copy.file
 
     async def answer(self, owner: StateOwner, call: IncomingCall) -> Message:
         """Answer with a piece. Raises: ProtocolError for a malformed request; Overloaded for too many copies."""
@@ -110,7 +110,10 @@ class StateSource:
         copy = await self._find_copy(owner, request)
         if copy is None:
             return Message(messages.encode(messages.StateReply(owner.version, messages.NO_ROOT, 0, request.piece)))
-        return _piece(copy.version, copy, request.piece)
+        if not copy.file.is_spread:
+            return _piece(copy.version, copy, request.piece)
+        reply = await self._aside(lambda: _piece(copy.version, copy, request.piece))
+        return reply
 
     async def _find_copy(self, owner: StateOwner, request: messages.StateRequest) -> _Copy | None:
         key, now = (owner.uid, request.weights_only), asyncio.get_running_loop().time()
@@ -142,22 +145,22 @@ class StateSource:
             self._sweep = None
 
     async def _make(self, owner: StateOwner, weights_only: bool) -> _Copy:
-        held = sum(len(copy.data) for at, copy in self._copies.items() if at != (owner.uid, weights_only))
+        held = sum(copy.file.num_held for at, copy in self._copies.items() if at != (owner.uid, weights_only))
         if held > self._max_bytes:
             raise Overloaded("too many experts' states are being sent already", retry_after=KEEP_SECONDS / 4)
         state = await owner.snapshot()
         if weights_only:
             state = {"module": state["module"], "version": state["version"]}
 
-        def write() -> tuple[bytes, list[bytes]]:
-            data = b"".join(encode(state))
-            return data, leaves_of([data])
+        def write() -> tuple[EncodedState, list[bytes]]:
+            file = encode(state)
+            return file, leaves_of(file)
 
-        data, leaves = await self._aside(write)
+        file, leaves = await self._aside(write)
         now = asyncio.get_running_loop().time()
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(KEEP_SECONDS, self._drop_unused)
-        return _Copy(state["version"], root_from(leaves, len(data)), leaves, memoryview(data), now, now)
+        return _Copy(state["version"], root_from(leaves, file.size), leaves, file, now, now)
 
     def _drop_unused(self) -> None:
         loop = asyncio.get_running_loop()

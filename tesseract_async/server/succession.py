@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from tesseract_async.errors import TesseractError, describe
@@ -71,7 +71,7 @@ class ReplicaKeeper(Succession):
         self._server.handle(messages.STATE, self._source.answer)
         self._server.handle(messages.TAKE_OVER, self.bare.take_over)
         self._server.handle(messages.TENURE, self.tenures.answer)
-        self._source.find_sealed = self.tenures.files.find
+        self._source.find_sealed, self.tenures.source = self.tenures.files.find, self._source
         await self.tenures.start()
         await self._look_and_log()
         self._task = asyncio.create_task(self._keep(), name="server: replicas")
@@ -138,17 +138,30 @@ class ReplicaKeeper(Succession):
 
             async def move(uid: str) -> bool:
                 async with gate:
-                    moved = self._moving[uid] = asyncio.get_running_loop().create_future()
-                    try:
-                        return await self._of(uid).hand_over(uid)
-                    finally:
-                        del self._moving[uid]
-                        moved.set_result(None)
+                    return await self._hand_over(uid, self._of(uid).hand_over)
 
             num_moved = sum(await asyncio.gather(*map(move, mine)))
             if num_moved:
                 await self._server.announce()
             return num_moved
+
+    async def hand_over_one(self, uid: str, *, to: PeerID) -> bool:
+        """Have that server take over an expert of a run. Returns whether it did."""
+        async with self._looking:
+            moved = self._server.is_primary(uid) and await self._hand_over(
+                uid, lambda uid: self.tenures.hand_over(uid, to)
+            )
+        if moved:
+            await self._server.announce()
+        return moved
+
+    async def _hand_over(self, uid: str, give: Callable[[str], Awaitable[bool]]) -> bool:
+        moved = self._moving[uid] = asyncio.get_running_loop().create_future()
+        try:
+            return await give(uid)
+        finally:
+            del self._moving[uid]
+            moved.set_result(None)
 
     async def _keep(self) -> None:
         while True:

@@ -23,6 +23,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.merkle import possession
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import (
@@ -39,19 +40,21 @@ from tesseract_async.experts.tenure_words import (
 )
 from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
-from tesseract_async.server.checkpoint import encode
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.states import StateDict
+from tesseract_async.server.checkpoint import encode, largest_state
 from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
     check_fitting,
-    longest_state,
     owner_of,
     read_replicas,
     record_subkey,
     wall_clock,
 )
-from tesseract_async.server.state_files import SealedFiles
+from tesseract_async.server.state_files import SealedFile, SealedFiles, stored_uids
+from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -64,16 +67,19 @@ RECORDS_TTL: Final = 24 * 3600.0
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
+UPLOAD_SHARE: Final = 0.5
+"""The share of the upload rate that copies of states may take."""
 AUTHORITY_PERIOD: Final = 2.0
 """Seconds after which grants, revocations and appointments are looked at again: they come by themselves."""
 
 
 @dataclass(slots=True)
 class _Expert:
-    """One expert of a run, hosted here."""
+    """One expert of a run that is here."""
 
     uid: str
-    hosted: HostedState
+    hosted: HostedState | None
+    """None: as a file alone."""
     authority: Authority
     tenure: Tenure
     carrying: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -107,8 +113,19 @@ class Tenures:
         """`authorities`: uid -> its run's. `elapsed` is that of `ReplicaKeeper`."""
         self._server, self._node = server, server.node
         self._call_timeout, self._elapsed = call_timeout, elapsed
-        self._authorities = authorities
+        self._authorities = dict(authorities)
         self._experts: dict[str, _Expert] = {}
+        self.source: StateSource | None = None
+        """Sends what is here as a file alone."""
+        self.template: ExpertBackend | None = None
+        """An expert like all of the run: what is fetched must fit it."""
+        self.places: Mapping[str, Mapping[PeerID, int]] = {}
+        """uid -> members that have its state by their own word, be it as a file alone, and the epoch of that."""
+        self.on_leading: Callable[[str], None] = lambda uid: None
+        """Called when this server became the primary of an expert that is here as a file alone."""
+        self.upload_rate: float | None = None
+        """Bytes per second that the volunteer gives; None without a limit."""
+        self._boot, self._random = os.urandom(8), Random()
         self.files = SealedFiles(server.checkpoint_dir)
         self._fetcher = SealFetcher(self._node, self.files, timeout=call_timeout, aside=server.call_aside)
         self._addresses: dict[PeerID, PeerAddress] = {}  # of servers that were found to host one of the experts
@@ -120,26 +137,8 @@ class Tenures:
 
     async def start(self) -> None:
         """Take up what was left, and return once each expert has a role here, or a while has passed."""
-        if not self._authorities:
-            return
-        boot, random = os.urandom(8), Random()
         for uid, authority in self._authorities.items():
-            make = partial(
-                Tenure,
-                self._node.identity,
-                uid,
-                authority,
-                boot=boot,
-                now=self._elapsed(),
-                wall=wall_clock(),
-                stored=await self._server.call_aside(partial(self.files.load, uid)),
-                random=random,
-            )
-            tenure = make(has_file=True)
-            held = tenure.held
-            if held is not None and held.primary != self._node.peer_id and self.files.find(uid, held.root) is None:
-                tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
-            self._experts[uid] = _Expert(uid, self._server.hosted[uid], authority, tenure)
+            self._experts[uid] = await self._load(uid, authority, self._server.hosted[uid])
         self._spawn(self._turn())
         self._spawn(self._whenever(self._wants_look, self._look_at_wanted))
         self._spawn(self._whenever(self._wants_announcement, self._server.announce))
@@ -153,6 +152,108 @@ class Tenures:
             return tenure.state in (State.PRIMARY, State.FOLLOWING, State.HOLDING) and says
 
         await asyncio.gather(*(expert.until(is_settled, self._call_timeout) for expert in self._experts.values()))
+
+    async def _load(self, uid: str, authority: Authority, hosted: HostedState | None) -> _Expert:
+        make = partial(
+            Tenure,
+            self._node.identity,
+            uid,
+            authority,
+            boot=self._boot,
+            now=self._elapsed(),
+            wall=wall_clock(),
+            stored=await self._server.call_aside(partial(self.files.load, uid)),
+            random=self._random,
+        )
+        tenure = make(has_file=True)
+        held = tenure.held
+        own = held is not None and held.primary == self._node.peer_id and hosted is not None
+        if held is not None and not own and self.files.find(uid, held.root) is None:
+            tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
+        return _Expert(uid, hosted, authority, tenure)
+
+    async def add(self, uid: str, authority: Authority, leave: Leave) -> None:
+        """Have this expert here, too, as a file alone. Raises: OSError."""
+        if uid in self._experts or self._closed:
+            return
+        expert = await self._load(uid, authority, None)
+        for name in ("lead", "begin", "anew", "passive"):
+            setattr(expert.tenure.may, name, getattr(leave, name))
+        self._authorities[uid], self._experts[uid] = authority, expert
+        self._answer_as_file(uid)
+        await self._carry_out(expert)
+
+    def _answer_as_file(self, uid: str) -> None:
+        handlers = {messages.TENURE: partial(self._answer, uid), messages.STATE: partial(self._send_file, uid)}
+        self._node.host_expert(uid, handlers)
+
+    async def _send_file(self, uid: str, call: IncomingCall) -> Message:
+        held = self._experts[uid].tenure.held
+        file = None if held is None else self.files.find(uid, held.root)
+        if held is None or file is None or self.source is None:
+            raise NotAllowed(f"the state of {uid} is not here yet")
+        return await self.source.answer(SealedState(uid, held.version, file, self._server.call_aside), call)
+
+    async def compute(self, uid: str, backend: ExpertBackend) -> None:
+        """Compute an expert that is here as a file alone, as its follower or as its primary.
+
+        Raises: CheckpointError, ProtocolError if the file does not fit it; OSError; ValueError.
+        """
+        expert = self._experts[uid]
+        state = None
+        while (held := expert.tenure.held) is not None:
+            file = self.files.find(uid, held.root)
+            if file is None:
+                raise CheckpointError(f"the sealed file of {uid} is gone")
+            state = await self._server.call_aside(partial(_check_file, uid, backend, file))
+            if expert.tenure.held is held:  # no newer one came meanwhile
+                break
+        self._node.unhost_expert(uid)
+        try:
+            expert.hosted = await self._server.add(uid, backend, state)
+        except BaseException:
+            self._answer_as_file(uid)
+            raise
+        expert.progress = None if state is None else backend.progress
+        expert.hosted.epoch = expert.tenure.epoch
+        await self._server.set_primary(uid, expert.tenure.state is State.PRIMARY, announce=False)
+        self._wants_announcement.set()
+
+    async def rest(self, uid: str) -> None:
+        """Keep an expert, of which this server is not the primary, as a file alone. Raises: CheckpointError."""
+        expert = self._experts[uid]
+        if expert.hosted is not None and expert.tenure.state in (State.FOLLOWING, State.HOLDING):
+            await self._server.remove(uid)
+            expert.hosted, expert.progress = None, None
+            self._answer_as_file(uid)
+            self._wants_announcement.set()
+
+    async def drop(self, uid: str, *, even_primary: bool = False) -> None:
+        """Give an expert up, and its file, unless this server is its primary.
+
+        `even_primary`: it fell silent as one that cannot compute it. Others take over after a lease; its file stays.
+        """
+        expert = self._experts[uid]
+        await self.rest(uid)
+        async with expert.carrying:
+            if expert.hosted is None and (even_primary or expert.tenure.state is not State.PRIMARY):
+                del self._experts[uid], self._authorities[uid]
+                self._node.unhost_expert(uid)
+                if not even_primary:
+                    await self._server.call_aside(partial(self.files.forget, uid))
+
+    def stored(self, authority: Authority) -> list[str]:
+        """Return the experts of a run that have a folder here, and are not looked after yet."""
+        pattern = authority.run.manifest.pattern
+        return [uid for uid in stored_uids(self._server.checkpoint_dir) if uid in pattern and uid not in self._experts]
+
+    def uids(self) -> list[str]:
+        """Return the experts that are here, computed or as files."""
+        return list(self._experts)
+
+    def knows(self, addresses: Mapping[PeerID, PeerAddress]) -> None:
+        """Take where members can be dialed."""
+        self._addresses |= addresses
 
     async def aclose(self) -> None:
         """Stop. Nothing is answered or trained any more."""
@@ -195,10 +296,13 @@ class Tenures:
 
     async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.tenure``. Raises: NotAllowed, ProtocolError."""
+        return await self._answer(hosted.uid, call)
+
+    async def _answer(self, uid: str, call: IncomingCall) -> Message:
         request = messages.decode(messages.TenureRequest, call.body)
-        expert = self._experts.get(hosted.uid)
+        expert = self._experts.get(uid)
         if expert is None:
-            raise NotAllowed(f"{hosted.uid} is of no run here")
+            raise NotAllowed(f"{uid} is of no run here")
         if request.kind in ("prepare", "take_over"):
             agrees, proof = await self._take_over(expert, call.peer_id, request)
             return Message(messages.encode(messages.TenureReply(agrees, [0, 0], [b"", proof])))
@@ -234,11 +338,13 @@ class Tenures:
         file = self.files.find(uid, seal.root)
         return b"" if file is None else await self._server.call_aside(lambda: possession(file.map(), nonce))
 
-    async def hand_over(self, uid: str) -> bool:
-        """Give the expert to one of its successors. Returns whether one took it; it stays here otherwise."""
+    async def hand_over(self, uid: str, to: PeerID | None = None) -> bool:
+        """Give the expert to one of its successors, or to this one. Returns whether one took it; it stays otherwise."""
         expert = self._experts[uid]
         tenure = expert.tenure
-        heirs = tenure.heirs(self._elapsed())
+        # those that could not lead it come last
+        heirs = sorted(tenure.heirs(self._elapsed()), key=lambda heir: heir in tenure.may.passive)
+        heirs = [heir for heir in heirs if to in (None, heir)]
         if not heirs or not tenure.leave():
             return False
         signed = False
@@ -283,7 +389,8 @@ class Tenures:
             while commands := expert.tenure.commands():
                 for command in commands:
                     await self._do(expert, command)
-            expert.hosted.epoch = expert.tenure.epoch
+            if expert.hosted is not None:
+                expert.hosted.epoch = expert.tenure.epoch
         expert.changed.set()
         self._wake.set()
 
@@ -300,7 +407,12 @@ class Tenures:
                 self._wants_look.set()
             case Fetch():
                 self._spawn(self._fetch(expert, command))
+            case RoleChanged(is_primary, _) if expert.hosted is None:
+                if is_primary:
+                    self._node.metrics.count("experts_taken_over")
+                    self.on_leading(expert.uid)
             case RoleChanged(is_primary, _):
+                assert expert.hosted is not None
                 if is_primary != expert.hosted.is_primary:
                     self._node.metrics.count("experts_taken_over" if is_primary else "experts_given_up")
                 await self._server.set_primary(expert.uid, is_primary, announce=False)
@@ -349,16 +461,20 @@ class Tenures:
 
         Raises: as `SealFetcher.fetch` and `check_fitting`; then nothing has changed.
         """
-        uid, hosted, seal, aside = expert.uid, expert.hosted, command.seal, self._server.call_aside
+        uid, seal, aside = expert.uid, command.seal, self._server.call_aside
+        backend = self.template if expert.hosted is None else expert.hosted.backend
+        if backend is None:
+            return False
         sources = [address for peer in command.sources if (address := self._addresses.get(peer)) is not None]
-        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=longest_state(hosted.backend))
+        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=largest_state(backend))
         if command.check:
             return True
-        state = await aside(lambda: check_fitting(uid, hosted.backend, file.map()))
+        state = await aside(partial(_check_file, uid, backend, file))
         if expert.tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE):
             return False  # it was long on its way: this server has become the primary, or is about to
-        await hosted.take(state, aside=command.aside)
-        expert.progress = hosted.backend.progress
+        if (hosted := expert.hosted) is not None:
+            await hosted.take(state, aside=command.aside)
+            expert.progress = hosted.backend.progress
         await aside(partial(self.files.take_in, uid, file))
         self._node.metrics.count("states_pulled")
         return True
@@ -370,19 +486,19 @@ class Tenures:
             now = self._elapsed()
             if now - told_at >= AUTHORITY_PERIOD:
                 told_at = now
-                for expert in self._experts.values():
+                for expert in list(self._experts.values()):
                     expert.tenure.authority_changed(*self._now())
                     await self._carry_out(expert)
                 self._node.metrics.set(
                     "lineage_forks", sum(one.tenure.lineage.num_forks for one in self._experts.values())
                 )
-            due = min(expert.tenure.timer_at() for expert in self._experts.values())
+            due = min((expert.tenure.timer_at() for expert in self._experts.values()), default=math.inf)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1.0, max(0.01, due - now))):
                     await self._wake.wait()
             self._wake.clear()
             await asyncio.sleep(0.02)  # one turn for all that came at once
-            for expert in self._experts.values():
+            for expert in list(self._experts.values()):
                 if self._elapsed() >= expert.tenure.timer_at():
                     expert.tenure.handle_timer(*self._now())
                     await self._carry_out(expert)
@@ -413,16 +529,19 @@ class Tenures:
                 for uid, more in (await read_replicas(self._node, changed, by_shard=True, records=records)).items():
                     replicas[uid] += more
             for uid, others in replicas.items():
-                expert = self._experts[uid]
+                if (expert := self._experts.get(uid)) is None:
+                    continue
                 for record in records[uid]:
                     expert.tenure.sight(record, *self._now())
                 self._addresses |= {owner_of(one): one.peer for one in others}
-                hosts = {owner_of(one): one.epoch for one in others}
+                hosts = {**self.places.get(uid, {}), **{owner_of(one): one.epoch for one in others}}
                 expert.tenure.set_hosts(hosts | {self._node.peer_id: expert.tenure.epoch}, *self._now())
                 expert.tenure.looked(*self._now())
                 await self._carry_out(expert)
 
     def _has_changed(self, uid: str, others: Iterable[ExpertReplica]) -> bool:
+        if uid not in self._experts:
+            return False
         tenure = self._experts[uid].tenure
         return tenure.state not in (State.PRIMARY, State.FOLLOWING) or any(o.epoch != tenure.epoch for o in others)
 
@@ -446,13 +565,13 @@ class Tenures:
         """Seal what changed, every `sync_every` of the run; at once what has no Seal yet."""
         while True:
             await asyncio.sleep(0.1)
-            for expert in self._experts.values():
+            for expert in list(self._experts.values()):
                 tenure, now = expert.tenure, self._elapsed()
-                if not tenure.is_primary(now):
+                if not tenure.is_primary(now) or (expert.hosted is None and tenure.held is None):
                     continue
                 is_new = tenure.held is None or tenure.term is None or tenure.held.term != tenure.term.digest
-                if is_new or now - expert.sealed_at >= expert.authority.sync_every:
-                    if not is_new and tenure.is_content and expert.progress == expert.hosted.backend.progress:
+                if is_new or now - expert.sealed_at >= self.sync_every(expert.authority):
+                    if not is_new and tenure.is_content and not self._has_moved(expert):
                         expert.sealed_at = now  # a Seal would say nothing
                         continue
                     try:
@@ -461,11 +580,25 @@ class Tenures:
                         logger.error("%s could not be sealed: %s", expert.uid, describe(error))
                         expert.sealed_at = now
 
+    def sync_every(self, authority: Authority) -> float:
+        """Return the seconds between two Seals: the run's, or longer, where the upload rate does not suffice for all
+        copies of what this server leads."""
+        period, rate = authority.sync_every, self.upload_rate
+        if rate is None:
+            return period
+        led = (one.tenure.held for one in self._experts.values() if one.tenure.state is State.PRIMARY)
+        num_bytes = sum(seal.size for seal in led if seal is not None)
+        return max(period, num_bytes * authority.run.manifest.num_replicas / (UPLOAD_SHARE * rate))
+
+    @staticmethod
+    def _has_moved(expert: _Expert) -> bool:
+        return expert.hosted is not None and expert.progress != expert.hosted.backend.progress
+
     async def _seal(self, expert: _Expert) -> Seal | None:
         """Write the state down, and sign for it."""
         uid, tenure, hosted, held = expert.uid, expert.tenure, expert.hosted, expert.tenure.held
         expert.sealed_at = self._elapsed()
-        if held is None or expert.progress != hosted.backend.progress or self.files.find(uid, held.root) is None:
+        if hosted is not None and (held is None or self._has_moved(expert) or self.files.find(uid, held.root) is None):
             state = await hosted.snapshot()
 
             file = await self._server.call_aside(lambda: self.files.keep(uid, encode(state)))
@@ -473,6 +606,7 @@ class Tenures:
             version = hosted.shared_version = int(state["version"])
             expert.progress = version, state["num_accumulated"]
         else:
+            assert held is not None
             root, size, version = held.root, held.size, held.version
         seal = tenure.seal(root, size, version, *self._now())
         await self._carry_out(expert)
@@ -487,6 +621,10 @@ class Tenures:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("an expert's tenure: %s", describe(error), exc_info=error)
+
+
+def _check_file(uid: str, backend: ExpertBackend, file: SealedFile) -> StateDict:
+    return check_fitting(uid, backend, file.map())
 
 
 def _check_records(records: list[bytes], num: int) -> list[bytes]:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from tesseract_async.errors import ProtocolError, SchemaMismatch
 
-CODECS: Final = ("none", "bf16", "fp16", "uint8", "uint8_blockwise")
+CODECS: Final = ("none", "bf16", "fp16", "uint8", "uint8_blockwise", "int4_blockwise")
 AUTO: Final = "auto"
 """The default preference: ``none`` where the expert accepts it, else the codec that the expert names first."""
 FALLBACKS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -22,6 +22,7 @@ FALLBACKS: Final[Mapping[str, tuple[str, ...]]] = {
     "fp16": ("none",),
     "uint8": ("uint8_blockwise", "none"),
     "uint8_blockwise": ("none",),
+    "int4_blockwise": ("uint8_blockwise", "none"),
 }
 """The codecs that replace a preferred one where the expert does not accept it: none of them loses more."""
 

@@ -8,11 +8,13 @@ codec                   bytes per element    what is lost
 ``fp16``                2                    all but 11 bits of precision; what exceeds ±65504 becomes ±65504
 ``uint8``               1, and 8 per tensor  256 equal steps between the tensor's least and greatest value
 ``uint8_blockwise``     1, and 8 per block   256 equal steps between a block's least and greatest value
+``int4_blockwise``      1/2, 2 per block     15 equal steps around 0, up to a block's greatest magnitude
 ======================= ==================== ===============================================================
 
-A block is 4,096 elements of the flattened tensor, the last one may be shorter. A tensor (or block) of equal values
-survives the uint8 codecs exactly; one that holds a NaN or an infinity comes back as NaNs throughout, so that nothing
-that was not finite passes for finite. The loss is at most half a step: (greatest - least) / 510 plus float32 rounding.
+A block is 4,096 elements of the flattened tensor, 128 for ``int4_blockwise``; the last one may be shorter. A tensor (or
+block) of equal values survives the uint8 codecs exactly; one that holds a NaN or an infinity comes back as NaNs
+throughout, so that nothing that was not finite passes for finite. The loss is at most half a step plus float32
+rounding: (greatest - least) / 510, or with ``int4_blockwise`` greatest magnitude / 13.9.
 
 Only floating tensors are encoded; `wire.tensors` sends all others as ``none``. All numbers are little-endian.
 """
@@ -31,6 +33,8 @@ from tesseract_async.wire.codecs import CODECS as CODECS
 
 BLOCK: Final = 4096
 """Elements of one block of ``uint8_blockwise``."""
+SMALL_BLOCK: Final = 128
+"""Elements of one block of ``int4_blockwise``."""
 TILE: Final = 32
 """Blocks worked on at a time: so many stay in a core's cache between the passes."""
 FP16_MAX: Final = 65504.0
@@ -76,6 +80,8 @@ def encode(tensor: torch.Tensor, codec: str) -> memoryview:
     elif codec == "fp16":
         flat = flat.to(torch.float32 if flat.dtype == torch.bfloat16 else flat.dtype)
         flat = flat.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
+    elif codec == "int4_blockwise":
+        flat = _quantize_nibbles(flat)
     elif codec != "none":
         flat = _quantize(flat, BLOCK if codec == "uint8_blockwise" else flat.numel())
     octets = flat.view(torch.uint8)
@@ -116,7 +122,10 @@ def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec
         if codec in ("bf16", "fp16"):
             half = torch.frombuffer(buffer, dtype=torch.bfloat16 if codec == "bf16" else torch.float16)
             return half.to(dtype).view(shape)
-        flat = _dequantize(torch.frombuffer(buffer, dtype=torch.uint8), count, BLOCK if "block" in codec else count)
+        octets = torch.frombuffer(buffer, dtype=torch.uint8)
+        if codec == "int4_blockwise":
+            return _dequantize_nibbles(octets, count).to(dtype).view(shape)
+        flat = _dequantize(octets, count, BLOCK if codec == "uint8_blockwise" else count)
         return flat.to(dtype).view(shape)
     except RuntimeError:  # sizes whose strides overflow, next to one that is 0
         raise ProtocolError("a tensor's shape cannot be") from None
@@ -128,6 +137,8 @@ def encoded_bytes(count: int, dtype: torch.dtype, codec: str) -> int:
         return count * dtype.itemsize
     if codec in ("bf16", "fp16"):
         return 2 * count
+    if codec == "int4_blockwise":
+        return 2 * -(-count // SMALL_BLOCK) + -(-count // 2)
     return count + 8 * (-(-count // BLOCK) if codec == "uint8_blockwise" else min(count, 1))
 
 
@@ -200,3 +211,42 @@ def _dequantize_blocks(codes_bk: torch.Tensor, scales_2b: torch.Tensor, out_bk: 
             part = out_bk[row : row + rows, column : column + columns]
             part.copy_(codes_bk[row : row + rows, column : column + columns])
             part.mul_(step[row : row + rows]).add_(least[row : row + rows])
+
+
+# int4_blockwise: a step (bfloat16) for each block, then two codes in a byte, the first one in the low half. A code c
+# stands for (c - 8) * step; encoders use 1 to 15.
+
+
+def _quantize_nibbles(flat_n: torch.Tensor) -> torch.Tensor:
+    n, k = flat_n.numel(), SMALL_BLOCK
+    b = -(-n // k)
+    out = torch.empty(2 * b + -(-n // 2), dtype=torch.uint8, device="cpu")
+    with torch.no_grad():
+        work = torch.zeros(b * k, dtype=torch.float32, device="cpu")
+        work[:n] = flat_n
+        work_bk = work.view(b, k)
+        step_b = out[: 2 * b].view(torch.bfloat16)
+        step_b.copy_(work_bk.abs().amax(1).div_(7))
+        exact_b = step_b.float()
+        usable = torch.isfinite(exact_b) & (exact_b > 0)
+        # a step that is a denormal number has no reciprocal
+        work_bk.mul_(exact_b.clamp_min(_TINY).reciprocal_().unsqueeze(1)).round_().clamp_(-7, 7)
+        if not usable.all():
+            work_bk[~usable] = 0  # what float-to-integer conversion makes of NaN differs by machine
+        codes = work.add_(8).to(torch.uint8).view(-1, 2)
+        out[2 * b :] = (codes[:, 0] | codes[:, 1] << 4)[: -(-n // 2)]
+    return out
+
+
+def _dequantize_nibbles(encoded: torch.Tensor, n: int) -> torch.Tensor:
+    k = SMALL_BLOCK
+    b = -(-n // k)
+    packed = encoded[2 * b :]
+    out = torch.zeros(b * k, dtype=torch.float32, device="cpu")
+    pairs = out.view(-1, 2)[: len(packed)]
+    pairs[:, 0] = packed & 15
+    pairs[:, 1] = packed >> 4
+    step_b = encoded[: 2 * b].view(torch.bfloat16).float()
+    # infinities become NaN, also where a code of 0 would hide them
+    step_b = torch.where(torch.isfinite(step_b), step_b, math.nan)
+    return out.sub_(8).view(b, k).mul_(step_b.unsqueeze(1)).view(-1)[:n]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.cli.processes import ENVIRONMENT, ROOT
+from tests.stem import Stem
 
 LOOK = "import gc, json; print(json.dumps([gc.get_freeze_count(), gc.get_threshold(), gc.isenabled()]))"
 
@@ -34,19 +36,19 @@ def test_a_program_may_spare_it() -> None:
     assert isinstance(frozen, int) and frozen > 1000 and thresholds == [10_000, 10, 10] and is_enabled is True
 
 
-def test_a_server_spares_it_before_it_says_that_it_is_ready() -> None:
+async def test_a_server_spares_it_before_it_says_that_it_is_ready(stem: Stem, tmp_path: Path) -> None:
     serve = (
         "import gc, tesseract_async.cli.hosting as hosting\n"
         "say = hosting.say\n"
-        "def look(event, **facts):\n"
+        "def look(event, *_, **facts):\n"
         "    if event == 'ready': print(gc.get_freeze_count() > 100_000, gc.get_threshold())\n"
         "async def leave(tell_ready, **_):\n    tell_ready()\n    return 'seen'\n"
         "hosting.say, hosting.until_told_to_leave = look, leave\n"
         "from tesseract_async.cli.main import main\n"
         "main(['serve', '--experts', 'ffn.0', '--size', 'in_features=8'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", serve], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split("\n")[0] == "True (10000, 10, 10)", done.stderr
-    assert done.returncode == 0
+    (tmp_path / "serve.py").write_text(serve)
+    process = await stem.start(str(tmp_path / "serve.py"), folder=ROOT, environment=ENVIRONMENT)
+    out, err = await process.communicate()
+    assert out.startswith(b"True (10000, 10, 10)\n"), err.decode()
+    assert process.returncode == 0

@@ -175,14 +175,15 @@ def test_bars_are_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_ones_own_expert_lies_where_one_stands(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_ones_own_expert_lies_where_one_stands(
+    tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also for the installed command, whose path does not begin with the present folder."""
     (tmp_path / "my_own_expert.py").write_text("raise ValueError('it was found')\n")
-    code = "import sys; sys.path.remove(''); from tesseract_async.cli.main import main; main(prog_name='tesseract')"
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert result.returncode == 1 and "it was found" in result.stderr, result.stderr
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "it was found" in result.stderr, result.stderr
 
 
 def test_a_volunteer_finds_an_allowed_module_where_he_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ def hosting(run: str, seed: str, *, given: dict[str, object] | None = None) -> H
     serving = ServeOptions(
         patterns=(),
         num_experts=4,
+        hold_bytes=None,
         run_name=run,
         grant=None,
         allowed_modules=(),

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import subprocess
-import sys
+import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import tesseract_async as ta
 from tesseract_async.errors import ExpertNotFound
 from tesseract_async.network.entries import StoreItem
 from tests.client.forked import told_by_a_child
+from tests.stem import ROOT, Stem
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,8 @@ with ta.BackgroundNode() as node, node.entered(ta.TesseractServer(node.node, exp
 """
 
 
-def test_a_compiled_model_trains_as_it_does_uncompiled() -> None:
-    ended = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+async def test_a_compiled_model_trains_as_it_does_uncompiled(stem: Stem, tmp_path: Path) -> None:
+    (tmp_path / "compiled.py").write_text(COMPILED)
+    ended = await stem.start(str(tmp_path / "compiled.py"), folder=ROOT, environment=dict(os.environ))
+    _, err = await ended.communicate()
+    assert ended.returncode == 0, err.decode()

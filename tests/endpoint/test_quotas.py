@@ -70,6 +70,16 @@ def test_use_is_remembered_for_a_bounded_number_of_peers() -> None:
     assert quotas.begin(peers[-1], 1, 0.0) == pytest.approx(60.0) and reasons[-1] == "calls"
 
 
+def test_a_call_for_several_things_counts_for_each() -> None:
+    reasons: list[str] = []
+    quotas = Quotas(lambda peer: Quota(calls=6) if peer == PEER else None, refused=reasons.append)
+    assert quotas.begin(PEER, 1, 0.0) == 0.0
+    assert [quotas.add(PEER, 0.0) for _ in range(5)] == [0.0] * 5
+    assert quotas.add(PEER, 0.0) == pytest.approx(10.0) == quotas.begin(PEER, 1, 0.0)
+    assert quotas.add(PEER, 10.0) == 0.0 and reasons == ["calls", "calls"]
+    assert quotas.add(PeerID(bytes(32)), 0.0) == 0.0, "who has no quota has none here either"
+
+
 def test_quotas_may_differ_by_peer_and_be_none() -> None:
     policy = Policy(quota=Quota(calls=1), quotas={PEER: None})
     quotas = Quotas(policy.quota_of)

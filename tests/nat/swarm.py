@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tests.nat.lab import PORT, Host, Lab
+from tests.stem import Stem
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,13 @@ class Swarm:
     """
 
     def __init__(
-        self, lab: Lab, folder: Path, *, public: tuple[str, ...], options: dict[str, dict[str, Any]] | None = None
+        self,
+        stem: Stem,
+        lab: Lab,
+        folder: Path,
+        *,
+        public: tuple[str, ...],
+        options: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.lab = lab
         self.peer_ids: dict[str, str] = {}
@@ -45,13 +51,19 @@ class Swarm:
         self.members = tuple(members)
         level = os.environ.get("TESSERACT_NAT_LOG", "ERROR")
         script = str(Path(__file__).with_name("member.py"))
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", script, str(folder), level, json.dumps(members)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # so that all of them can be ended together
-        )
+        out, told, nothing = os.pipe(), os.pipe(), os.open(os.devnull, os.O_RDONLY)
+        try:
+            self._parent = stem.fork(
+                *(script, str(folder), level, json.dumps(members)),
+                files=(nothing, out[1], 2, told[1]),
+                folder=ROOT,
+                environment={**os.environ, "PYTHONPATH": str(ROOT)},
+                strict=True,
+            )
+        finally:
+            for descriptor in (nothing, out[1], told[1]):
+                os.close(descriptor)
+        self._out, self._ended = os.fdopen(out[0]), told[0]
 
     def _seed(self, seed: Host, host: Host) -> str:
         """IPv4 where there is both: what else there is, the nodes shall find out."""
@@ -60,9 +72,8 @@ class Swarm:
 
     def __enter__(self) -> Self:
         try:
-            assert self._process.stdout is not None
             for _ in self.members:
-                name = self._process.stdout.readline().strip()  # each says so when it listens
+                name = self._out.readline().strip()  # each says so when it listens
                 assert name, "a member did not start"
                 self._connect(name)
         except BaseException:
@@ -76,7 +87,7 @@ class Swarm:
         try:
             left = self.do_all([name for name in self.members if name in self._lines], "stop")
             assert not any(left.values()), f"tasks left: {left}"
-            self._process.wait(60)
+            assert select.select([self._ended], [], [], 60)[0], "they have not ended"
         finally:
             self._kill_all()
 
@@ -133,12 +144,13 @@ class Swarm:
             line.close()
         self._lines.clear()
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._parent, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        if not self._out.closed:
+            self._out.close()
+            os.read(self._ended, 16)  # its exit status, once it has ended
+            os.close(self._ended)
 
 
 def _said(host: Host, public: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
 from tesseract_async.nat.demux import PreambleDemultiplexer
-from tesseract_async.nat.dial_back import DIAL_BACK, MAX_DIALS_PER_MINUTE, DialBack
+from tesseract_async.nat.dial_back import DIAL_BACK, MAX_DIALS_PER_MINUTE, PROOF_TIMEOUT, DialBack
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress
@@ -24,7 +24,7 @@ SCOPE = AddressScope(["127.0.0.1", "203.0.113.9", "::1", "2001:db8::9"])
 
 
 class Node:
-    def __init__(self, *, helps: bool, named: Sequence[str] = ()) -> None:
+    def __init__(self, *, helps: bool, named: Sequence[str] = (), proof_timeout: float = PROOF_TIMEOUT) -> None:
         self.sock = socket.socket()
         self.sock.bind(("127.0.0.1", 0))
         self.port = self.sock.getsockname()[1]
@@ -34,7 +34,13 @@ class Node:
             metrics=Metrics(),
         )
         self.endpoint = Endpoint(identity=Identity.generate(), transports=[demultiplexer])
-        self.dial_back = DialBack(self.endpoint, own_addresses=lambda: named, scope=SCOPE, dial_timeout=TIMEOUT)
+        self.dial_back = DialBack(
+            self.endpoint,
+            own_addresses=lambda: named,
+            scope=SCOPE,
+            dial_timeout=TIMEOUT,
+            proof_timeout=proof_timeout,
+        )
         self.peer = PeerAddress(self.endpoint.peer_id, (f"127.0.0.1:{self.port}",))
         if helps:
             self.dial_back.start()
@@ -51,8 +57,11 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def nodes(count: int, *, liars: int = 0, named: Sequence[str] = ()) -> AsyncIterator[list[Node]]:
-    made = [Node(helps=number >= liars, named=named) for number in range(count)]
+async def nodes(
+    count: int, *, liars: int = 0, named: Sequence[str] = (), proof_timeout: float = PROOF_TIMEOUT
+) -> AsyncIterator[list[Node]]:
+    """With a `proof_timeout` of 0, a proof that has not come before its helper's reply is none."""
+    made = [Node(helps=number >= liars, named=named, proof_timeout=proof_timeout) for number in range(count)]
     for node in made:
         await node.endpoint.start()
     yield made
@@ -78,7 +87,7 @@ async def test_two_helpers_find_it_reachable() -> None:
 
 @pytest.mark.both_loops
 async def test_nobody_gets_through() -> None:
-    async with nodes(3) as (*helpers, node):
+    async with nodes(3, proof_timeout=0.0) as (*helpers, node):
         with deaf_port() as port:
             found = await node.dial_back.check([one.peer for one in helpers], port=port)
         assert found == (False, "127.0.0.1")
@@ -92,7 +101,7 @@ async def test_a_third_decides_where_two_disagree() -> None:
 
 
 async def test_what_helpers_merely_say_proves_nothing() -> None:
-    async with nodes(3, liars=2) as (*liars, node):
+    async with nodes(3, liars=2, proof_timeout=0.0) as (*liars, node):
         assert await node.dial_back.check([one.peer for one in liars], port=node.port) == (False, "127.0.0.1")
 
 
@@ -158,7 +167,7 @@ async def test_helpers_name_their_other_addresses() -> None:
 
 @pytest.mark.parametrize("addresses", [None, 5, [1, None], ["1.2.3.4:5"] * 5])
 async def test_helpers_that_name_nonsense(addresses: object) -> None:
-    async with nodes(2, liars=1) as (liar, node):
+    async with nodes(2, liars=1, proof_timeout=0.0) as (liar, node):
         liar.endpoint.unhandle(DIAL_BACK)
 
         async def answer(call: IncomingCall) -> Message:

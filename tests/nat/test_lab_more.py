@@ -12,6 +12,7 @@ import pytest
 
 from tests.nat.lab import Lab, why_not
 from tests.nat.swarm import Swarm
+from tests.stem import Stem
 
 reason = why_not("miniupnpd", "turnserver")
 if reason is not None and not os.environ.get("TESSERACT_REQUIRE_NAT"):
@@ -31,11 +32,11 @@ SERVERS = ("only", "both", "mapped")
 
 
 @pytest.fixture(scope="module")
-def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+def swarm(tmp_path_factory: pytest.TempPathFactory, stem: Stem) -> Iterator[Swarm]:
     """Servers that are reached in other ways than `test_nat`'s."""
     with Lab(HOSTS) as lab:
         options: dict[str, dict[str, Any]] = {"mapped": {"upnp": True}}
-        with Swarm(lab, tmp_path_factory.mktemp("more"), public=SEEDS, options=options) as made:
+        with Swarm(stem, lab, tmp_path_factory.mktemp("more"), public=SEEDS, options=options) as made:
             made.start(SEEDS)
             made.roles = made.start(SERVERS)  # type: ignore[attr-defined]
             for name in SERVERS:
@@ -89,7 +90,7 @@ def test_a_router_is_asked_to_map_the_port(swarm: Swarm) -> None:
     assert path(swarm, "t4", "mapped") == f"tcp {outside}"
 
 
-def test_outside_servers_help_where_the_swarm_does_not(tmp_path: Path) -> None:
+def test_outside_servers_help_where_the_swarm_does_not(stem: Stem, tmp_path: Path) -> None:
     """With one node to ask, the kind of NAT is known through an outside STUN server. Where nobody relays, two symmetric
     NATs are joined by an outside TURN server."""
     hosts = {"r1": "public", "m": "machine", "k": "keeping", "s": "symmetric", "t": "symmetric"}
@@ -104,7 +105,7 @@ def test_outside_servers_help_where_the_swarm_does_not(tmp_path: Path) -> None:
         turn: dict[str, Any] = {"turn": f"name:word@{server}", "stun_servers": [server]}
         options: dict[str, dict[str, Any]] = {"r1": {"relay": False}, "k": {"stun_servers": [server]}}
         options |= {"s": turn, "t": turn}
-        with Swarm(lab, tmp_path, public=("r1",), options=options) as swarm:
+        with Swarm(stem, lab, tmp_path, public=("r1",), options=options) as swarm:
             swarm.start(("r1",))
             found = swarm.start(("k", "s"))
             assert "keeps ports" in found["k"]["report"][0] and "symmetric" in found["s"]["report"][0]
@@ -114,10 +115,10 @@ def test_outside_servers_help_where_the_swarm_does_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_can_be_dialed_now_is_dialed(tmp_path: Path) -> None:
+def test_a_server_that_can_be_dialed_now_is_dialed(stem: Stem, tmp_path: Path) -> None:
     """Its owner opens the router's port while training goes on through a relay: new calls go directly."""
     hosts = {"r1": "public", "r2": "public", "s": "symmetric", "t": "keeping"}
-    with Lab(hosts) as lab, Swarm(lab, tmp_path, public=SEEDS) as swarm:
+    with Lab(hosts) as lab, Swarm(stem, lab, tmp_path, public=SEEDS) as swarm:
         swarm.start(SEEDS)
         swarm.start(("s", "t"))
         swarm.do("s", "serve", uid="s.0")

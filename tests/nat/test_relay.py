@@ -232,7 +232,7 @@ async def test_nobody_comes_to_a_reserved_place() -> None:
     mine, _ = relay.reserve(ALICE)
     pipe = FakePipe()
     relay.pipe_arrived(mine, pipe)
-    await pipe.gone.wait()  # the sweep comes once a second
+    await pipe.gone.wait()
     assert pipe.ended == "closed"
     assert len(relay.ledger) == 0
     await relay.aclose()

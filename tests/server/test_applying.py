@@ -28,8 +28,10 @@ from tesseract_async.errors import (
     SchemaMismatch,
     TooStale,
 )
+from tesseract_async.identity import Identity
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings
+from tesseract_async.server.applying import PORTION, SHARE_BYTES
 from tesseract_async.server.hosted import Succession
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.wire import apply, messages
@@ -378,8 +380,8 @@ async def test_a_block_stays_while_an_expert_has_yet_to_answer(node: ServingNode
 
 
 async def test_experts_that_do_not_fit_into_the_queue_are_overloaded(node: ServingNode) -> None:
-    # a pair counts 16 bytes of output, and its share of 160 bytes of block
-    settings = ServerSettings(drain_timeout=0.0, runtime=RuntimeSettings(max_queue_bytes=600))
+    room_for_two = 2 * 2 * (SHARE_BYTES + 500)  # half of it is a peer's
+    settings = ServerSettings(drain_timeout=0.0, runtime=RuntimeSettings(max_queue_bytes=room_for_two))
     async with TesseractServer(node, {uid: make_backend(0) for uid in UIDS}, settings=settings) as server:  # type: ignore[arg-type]
         released = threading.Event()
         holding = asyncio.create_task(server.runtimes[0].call(lambda: released.wait(60)))
@@ -394,6 +396,62 @@ async def test_experts_that_do_not_fit_into_the_queue_are_overloaded(node: Servi
         await holding
         replied = await reply.all()
         assert set(replied.versions) == {"ffn.0", "ffn.1"} and replied.num_parts == 2
+
+
+async def test_answers_that_are_not_taken_leave_their_peer_less_room(
+    node: ServingNode, server: TesseractServer
+) -> None:
+    statistics, released = server.runtimes[0].statistics, threading.Event()
+
+    def waits(y: torch.Tensor) -> torch.Tensor:
+        released.wait(60)
+        return y
+
+    server.experts["ffn.2"].module.answers = waits  # type: ignore[assignment]
+    reply = Reply(node, *Wave().request())
+    await anext(reply.parts)
+    of_one = statistics().num_bytes
+    assert SHARE_BYTES < of_one < 2 * SHARE_BYTES, "what was taken counts no more"
+    released.set()
+    await server.runtimes[0].call(lambda: None)
+    assert statistics().num_bytes == of_one and not statistics().num_waiting, "it is computed, and waits"
+    await reply.parts.aclose()
+    assert statistics().num_bytes == 0
+
+
+async def test_a_message_for_a_thousand_experts_takes_its_share_and_no_more(node: ServingNode) -> None:
+    num_experts, num_rows = 2 * PORTION + 22, 64
+    frozen = {
+        f"ffn.{number}": ExpertBackend(nn.Identity(), args_schema=(TensorSpec((8,)),)) for number in range(num_experts)
+    }
+    # all of it would be 64 bytes a pair, 0.6 MB
+    settings = ServerSettings(drain_timeout=0.0, runtime=RuntimeSettings(max_queue_bytes=2**20))
+    async with TesseractServer(node, frozen, settings=settings) as server:  # type: ignore[arg-type]
+        released = threading.Event()
+        holding = asyncio.create_task(server.runtimes[0].call(lambda: released.wait(60)))
+        await asyncio.sleep(0)
+        pairs = {uid: dict.fromkeys(range(num_rows), 1.0) for uid in frozen}
+        request, tensors = Wave(x=torch.ones(num_rows, 8), pairs=pairs).request()
+        flood = Reply(node, request, tensors)
+        waiting = asyncio.create_task(anext(flood.parts))
+        first, _ = apply.decode_part(*(await waiting), request)
+        assert 0 < len(first.failures) < num_experts and not len(first.experts)
+        assert server.runtimes[0].statistics().num_bytes <= 2**19
+        other = Reply(node, *Wave().request(only=["ffn.1"]), peer_id=Identity.generate().peer_id)
+        also_waiting = asyncio.create_task(anext(other.parts))
+        await asyncio.sleep(0)
+        released.set()
+        await holding
+        decoded, _ = apply.decode_part(*(await also_waiting), other.request)
+        assert decoded.experts.tolist() == [0], "another peer is served"
+        total = 0
+        async for message in flood.parts:
+            part, buffers = apply.decode_part(*message, request)
+            (sums,) = wire.unpack_tensors(part.tensors, buffers)
+            assert sums is not None and (sums == len(part.experts)).all()
+            total += len(part.experts)
+        assert total == num_experts - len(first.failures)
+        await other.parts.aclose()
 
 
 async def test_a_slow_expert_does_not_hold_up_the_others(node: ServingNode, server: TesseractServer) -> None:

@@ -1,0 +1,80 @@
+"""The places of a run's members, read from the network."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Final
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.lineage import SKEW
+from tesseract_async.experts.manifest import addresses_within
+from tesseract_async.experts.placement import Place
+from tesseract_async.experts.places import decode_place, places_key, ranges_of
+from tesseract_async.experts.trust import Trust
+from tesseract_async.identity import PeerID
+from tesseract_async.network.address_scope import AddressScope
+from tesseract_async.network.entries import Entry
+from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.transport.base import PeerAddress
+
+MAX_PARTS: Final = 64
+"""Parts of one member that are read."""
+MAX_MEMBERS: Final = 16384
+"""Members that are read. An open run can be filled by strangers; a granted one is as large as its owner makes it."""
+
+Places = dict[PeerID, Place]
+
+
+async def fetch_places(
+    network: TesseractNetwork, trust: Trust, authority: Authority, scope: AddressScope
+) -> tuple[Places, dict[PeerID, PeerAddress]]:
+    """Return the places of all members of a run but this one, and their addresses. Raises: what the network raises."""
+    entries = await network.get_entries(places_key(authority.prefix, authority.tag))
+    others = [entry for entry in entries if entry.owner != network.peer_id]
+    return await read_places(others, authority, trust=trust, scope=scope, now=time.time())
+
+
+async def read_places(
+    entries: Iterable[Entry], authority: Authority, *, trust: Trust, scope: AddressScope, now: float
+) -> tuple[Places, dict[PeerID, PeerAddress]]:
+    """Return the places of those who may host in the run, and their addresses. Untrusted: what does not fit is left
+    out, and the loop is let run in between. `now`: wall-clock seconds."""
+    places: Places = {}
+    addresses: dict[PeerID, PeerAddress] = {}
+    num_parts: dict[PeerID, int] = {}
+    latest = authority.epoch(now) + SKEW
+    for number, entry in enumerate(sorted(entries, key=lambda entry: entry.expiration)):  # what is newest counts
+        owner = entry.owner
+        if number % 16 == 15:
+            await asyncio.sleep(0)
+        if entry.expiration <= now or num_parts.get(owner, 0) >= MAX_PARTS or not trust.may_be_read(owner):
+            continue
+        if owner not in places and len(places) >= MAX_MEMBERS:
+            continue
+        try:
+            part = decode_place(entry.value)
+            if (part.prefix, part.tag) != (authority.prefix, authority.tag):
+                continue
+            if part.grant:
+                authority.learn_grant(part.grant, owner)
+            if not authority.may(owner, "host", now=None):
+                continue
+            direct, passing = addresses_within(scope, part.addresses, part.rendezvous)
+        except ProtocolError:
+            continue
+        num_parts[owner] = num_parts.get(owner, 0) + 1
+        known = places[owner].parts if owner in places else {}
+        mine = {
+            uid: one
+            for uid, one in part.parts.items()
+            if one.epoch <= latest and authority.may(owner, "host", uid, now=None)
+        }
+        room, files, speed, moved_ago, uptime = part.numbers
+        addresses[owner] = PeerAddress(owner, direct, passing)
+        places[owner] = Place(
+            owner, room, files, float(speed), ranges_of(direct), float(moved_ago), float(uptime), {**known, **mine}
+        )
+    return places, addresses

@@ -1,0 +1,85 @@
+"""What a member of a run can give: how many experts it computes, how fast, and how many it keeps on disk. Measured."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.server.footprint import measure, probe, size_text
+from tesseract_async.server.state_files import NUM_SEALED
+
+MAX_ROOM: Final = 64
+"""Experts that a server takes on by itself."""
+MEMORY_SHARE: Final = 0.5
+"""Of the memory that is free, where the volunteer set no limit."""
+DISK_SHARE: Final = 0.1
+MAX_HOLD_BYTES: Final = 20 * 10**9
+"""Disk for states of others' experts, where the volunteer said nothing: this much, or that share of what is free."""
+NUM_ROWS: Final = 64
+NUM_TRIES: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a member of a run gives."""
+
+    room: int
+    """Experts that it computes at most; 0: it only holds."""
+    files: int
+    """Experts of which it keeps a state at most, those that it computes included."""
+    speed: float = 0.0
+    """Rows each second."""
+    sentence: str = ""
+    """The same for people."""
+
+
+def measure_capacity(
+    build: Callable[[], ExpertBackend],
+    *,
+    room: int | None,
+    hold_bytes: int | None,
+    folder: Path | None,
+    devices: Sequence[str] = ("cpu",),
+) -> tuple[Capacity, ExpertBackend]:
+    """Build an expert and measure it; return what this computer can give, and the expert without its weights.
+
+    `room`: experts to compute, None for as many as fit; 0 measures no speed. `hold_bytes`: disk for others' states in
+    `folder`, None for a share of what is free. Blocking. Raises what building and running the expert raises.
+    """
+    backend = build()
+    speed = speed_of(backend, devices[0]) * len(devices) if room != 0 else 0.0
+    footprint = measure(build())
+    if room is None:
+        room = max(1, min(MAX_ROOM, int(MEMORY_SHARE * psutil.virtual_memory().available) // footprint.resident))
+    if hold_bytes is None:
+        free = shutil.disk_usage(tempfile.gettempdir() if folder is None else folder).free
+        hold_bytes = min(MAX_HOLD_BYTES, int(DISK_SHARE * free))
+    num_held = hold_bytes // (NUM_SEALED * footprint.state)
+    backend.module.to("meta")
+    computes = f"computes up to {room} of the run's experts, about {speed:,.0f} rows/s, and " if room else ""
+    sentence = f"this computer {computes}holds up to {num_held} on disk ({size_text(hold_bytes)})"
+    return Capacity(room, room + num_held, speed, sentence), backend
+
+
+def speed_of(backend: ExpertBackend, device: str) -> float:
+    """Return the rows that an expert computes each second, forward and backward. Its state does not change."""
+    backend.to(torch.device(device))
+    inputs, gradients = probe(backend, min(NUM_ROWS, backend.max_batch_size), torch.device(device))
+    best = float("inf")
+    for _ in range(NUM_TRIES):
+        started = time.perf_counter()
+        backend.forward(inputs, training=True)
+        backend.gradients(inputs, gradients, training=True)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * inputs[0].shape[0] / max(best, 1e-6)

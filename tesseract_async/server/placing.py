@@ -1,0 +1,339 @@
+"""Placing: has a server do its part in a run: which experts it leads, follows and holds. Drives `Placement`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from tesseract_async.errors import TesseractError, describe
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.membership import Leave
+from tesseract_async.experts.place_directory import Places, fetch_places
+from tesseract_async.experts.placement import NEVER, Part, Place, Placement, Role, Step
+from tesseract_async.experts.places import encode_place, places_key, ranges_of
+from tesseract_async.experts.tenure_words import State
+from tesseract_async.experts.terms import Kind
+from tesseract_async.identity import PeerID
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.server.capacity import Capacity
+from tesseract_async.server.other_replicas import wall_clock
+from tesseract_async.server.succession import ReplicaKeeper
+
+if TYPE_CHECKING:
+    from tesseract_async.server.server import TesseractServer
+
+logger = logging.getLogger(__name__)
+
+MAX_PERIOD: Final = 5.0
+"""Seconds between two looks at the others' places, at most."""
+RATE_SECONDS: Final = 30.0
+"""Rates are averages over about so long."""
+
+
+class Placing:
+    """Takes, follows, holds and gives up experts of one run as `Placement` says. Use it as an async context manager
+    inside that of the server's `ReplicaKeeper`.
+    """
+
+    def __init__(
+        self,
+        server: TesseractServer,
+        keeper: ReplicaKeeper,
+        authority: Authority,
+        capacity: Capacity,
+        *,
+        build: Callable[[str], ExpertBackend],
+        template: ExpertBackend,
+        chooses: bool = True,
+    ) -> None:
+        """`build` makes an expert with its first weights; `template` is one, of which shapes and sizes count.
+
+        `chooses`: the server computes what the run lacks. Otherwise it computes what it was told to, and only holds
+        others.
+        """
+        self._server, self._node, self._keeper = server, server.node, keeper
+        self._tenures = keeper.tenures
+        self._authority, self.capacity, self._build, self._chooses = authority, capacity, build, chooses
+        self._tenures.template = template
+        manifest = authority.run.manifest
+        self._period = min(MAX_PERIOD, max(0.5, authority.lease / 3))
+        self._ttl = max(10.0, 6 * self._period)
+        self.placement = Placement(
+            self._node.peer_id,
+            manifest.pattern,
+            num_copies=manifest.num_replicas,
+            lease=authority.lease,
+            created=manifest.created / 1000,
+            may_restart=manifest.may_restart,
+            may=lambda peer, uid: authority.may(peer, "host", uid, now=None),
+        )
+        self.places: Places = {}
+        """What all members said last, this one included."""
+        self._now = asyncio.get_running_loop().time
+        self._began, self._moved_at = self._now(), -NEVER
+        self._wanted: set[str] = set()  # to be computed, once their file is here
+        self._unable: set[str] = set()  # computing them here failed
+        self._led: dict[str, PeerID | None] = {}  # uid -> its primary at the last look
+        self._rates: dict[str, tuple[float, int]] = {}  # rows each second, and rows ever
+        self._rated_at = self._now()
+        self._published: list[bytes] = []
+        self._published_at = -NEVER
+        self._said: object = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._building = asyncio.Lock()
+        self._looked = asyncio.Event()
+        self._is_settled = False
+
+    async def __aenter__(self) -> Placing:
+        self._tenures.on_leading = self._lead
+        for uid in self._tenures.stored(self._authority):
+            await self._hold(uid)  # what was held before, whoever holds it now
+        self._spawn(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._node.is_running:
+            with contextlib.suppress(TesseractError, TimeoutError, OSError):
+                async with asyncio.timeout(2.0):
+                    await self._publish([])
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.look()
+            except (TesseractError, TimeoutError, OSError) as error:
+                logger.info("the members of %s could not be read: %s", self._authority.run.full_name, describe(error))
+            self._looked.set()
+            # a wish that nobody contests is fulfilled soon
+            await asyncio.sleep(min(self._period, 1.0) if self.placement.wishes or self._wanted else self._period)
+
+    async def wait_settled(self, timeout: float) -> bool:
+        """Return once there is nothing left to take at the moment; False if that is not so within `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while not self._is_settled:
+                    self._looked.clear()
+                    await self._looked.wait()
+        return self._is_settled
+
+    async def look(self) -> None:
+        """Read the others' places, do what falls to this member, and publish its own.
+
+        Raises: TimeoutError and what the network raises.
+        """
+        if self._node.initial_peers and not await self._node.network.wait_joined(self._period):
+            return  # alone for the moment: that nobody is seen says nothing
+        places, addresses = await fetch_places(self._node.network, self._node.trust, self._authority, self._node.scope)
+        self._tenures.knows(addresses)
+        self._note_loads()
+        self._note_moves()
+        me = self.place()
+        self.places = {**places, self._node.peer_id: me}
+        by_uid: dict[str, dict[PeerID, int]] = {}
+        for peer, place in places.items():
+            for uid, part in place.parts.items():
+                if part.has_file or part.role is Role.LEADS:
+                    by_uid.setdefault(uid, {})[peer] = part.epoch
+        self._tenures.places = by_uid
+        passive = frozenset(peer for peer, place in places.items() if place.room == 0)
+        for uid in self._tenures.uids():
+            may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
+            if held is not None:
+                may.begin = may.anew = False
+            may.lead = uid in self._server.experts or (me.can_lead and uid not in self._unable)
+            may.passive = passive
+        steps = self.placement.decide(self.places, self._now(), wall_clock())
+        for step in steps:
+            await self._take(step)
+        idle = not await self._compute_wanted()
+        self._is_settled = idle and not steps and not self.placement.wishes and not self._wanted
+        me = self.place()
+        self.places[self._node.peer_id] = me
+        self._tell(me)
+        await self._publish_if_due(me)
+
+    # -- what is here ----------------------------------------------------------------------------------------------
+
+    def place(self) -> Place:
+        """Return what this member has room for, and has, at this moment."""
+        now, capacity = self._now(), self.capacity
+        if self._server.is_paused:  # it keeps what it has, and computes nothing
+            capacity = replace(capacity, room=0, files=0)
+        parts = {uid: Part(Role.HOLDS) for uid in self.placement.wishes}
+        for uid in self._tenures.uids():
+            tenure, hosted = self._tenures.tenure(uid), self._server.hosted.get(uid)
+            held = tenure.held
+            age = (tenure.epoch, 0) if held is None else held.age
+            role = Role.HOLDS if hosted is None else Role.FOLLOWS
+            if tenure.state in (State.PRIMARY, State.FENCED, State.YIELDING):
+                role = Role.LEADS
+                age = (tenure.epoch, age[1] if age[0] == tenure.epoch else 0)
+            waiting = 0 if hosted is None else hosted.runtime.rows_of(hosted.backend)[1]
+            rate = self._rates.get(uid, (0.0, 0))[0]
+            parts[uid] = Part(role, *age, 0 if held is None else held.version, rate, waiting)
+        return Place(
+            self._node.peer_id,
+            capacity.room,
+            capacity.files,
+            capacity.speed,
+            ranges_of(self._node.peer_address.addresses),
+            min(NEVER, now - self._moved_at),
+            now - self._began,
+            parts,
+        )
+
+    def _note_loads(self) -> None:
+        now = self._now()
+        seconds, self._rated_at = max(0.01, now - self._rated_at), now
+        share = min(1.0, seconds / RATE_SECONDS)
+        found: dict[str, tuple[float, int]] = {}
+        for uid, hosted in self._server.hosted.items():
+            num_rows = hosted.runtime.rows_of(hosted.backend)[0]
+            rate, before = self._rates.get(uid, (0.0, num_rows))
+            found[uid] = rate + share * (max(0, num_rows - before) / seconds - rate), num_rows
+        self._rates = found
+
+    def _note_moves(self) -> None:
+        """Notice experts that another primary handed over since the last look."""
+        now, me = self._now(), self._node.peer_id
+        led: dict[str, PeerID | None] = {}
+        for uid in self._tenures.uids():
+            tenure = self._tenures.tenure(uid)
+            led[uid] = tenure.primary
+            before, term = self._led.get(uid), tenure.term
+            if tenure.primary == me and before not in (None, me) and term is not None and term.kind is Kind.HANDOVER:
+                assert before is not None
+                self._moved_at = now
+                self.placement.came(uid, before, now)
+        self._led = led
+
+    def _tell(self, me: Place) -> None:
+        metrics = self._node.metrics
+        metrics.set("run_experts_led", me.num_led)
+        metrics.set("run_experts_held", sum(part.has_file for part in me.parts.values()))
+        metrics.set("run_experts_lost", len(self.placement.lost))
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    async def _take(self, step: Step) -> None:
+        uid, peer = step.uid, step.peer
+        try:
+            if step.kind == "move" and peer is not None:
+                self._moved_at = self._now()
+                logger.info("%s moves to %s, which has more room for its rows", uid, peer.short)
+                self._spawn(self._move(uid, peer))
+            elif step.kind == "drop":
+                logger.info("%s has enough copies without this one", uid)
+                self._wanted.discard(uid)
+                await self._tenures.drop(uid)
+            elif self._chooses or step.kind in ("hold", "follow", "help"):
+                if step.kind == "restart":
+                    logger.error("%s is lost: nobody has a state of it any more; it begins anew, from genesis", uid)
+                    self._node.metrics.count("experts_restarted")
+                if step.kind in ("follow", "help") and self._chooses:
+                    self._wanted.add(uid)
+                await self._hold(uid, begin=step.kind in ("begin", "restart"), anew=step.kind == "restart")
+        except (TesseractError, OSError) as error:  # a full disk, too
+            logger.error("%s of %s: %s", step.kind, uid, describe(error))
+
+    async def _hold(self, uid: str, *, begin: bool = False, anew: bool = False) -> None:
+        lead = self.capacity.room > 0 and uid not in self._unable
+        await self._tenures.add(uid, self._authority, Leave(lead=lead, begin=begin, anew=anew))
+        may = self._tenures.tenure(uid).may
+        may.begin |= begin
+        may.anew |= anew
+
+    async def _move(self, uid: str, peer: PeerID) -> None:
+        if not await self._keeper.hand_over_one(uid, to=peer):
+            logger.warning("%s stays here: %s did not take it", uid, peer.short)
+
+    def _lead(self, uid: str) -> None:
+        self._spawn(self._compute(uid))
+
+    async def _compute_wanted(self) -> bool:
+        """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile.
+
+        Returns whether there is any that it is about to be the primary of.
+        """
+        is_busy = False
+        for uid in self._tenures.uids():
+            tenure = self._tenures.tenure(uid)
+            leads = tenure.state is State.PRIMARY
+            is_busy |= uid not in self._server.experts and (leads or tenure.may.begin)
+            if uid in self._server.experts or not (leads or (uid in self._wanted and tenure.held is not None)):
+                continue
+            if leads or len(self._server.experts) < self.capacity.room:
+                self._spawn(self._compute(uid))
+        return is_busy
+
+    async def _compute(self, uid: str) -> None:
+        async with self._building:
+            if uid in self._server.experts:
+                return
+            self._wanted.discard(uid)
+            try:
+                await self._make_room()
+                backend = await self._server.call_aside(partial(self._build, uid))
+                await self._tenures.compute(uid, backend)
+            except (TesseractError, OSError, ValueError, LookupError, RuntimeError, TypeError, MemoryError) as error:
+                logger.error("%s cannot be computed here, and is left to others: %s", uid, describe(error))
+                self._unable.add(uid)
+                if uid in self._tenures.uids() and self._tenures.tenure(uid).state is State.PRIMARY:
+                    await self._tenures.drop(uid, even_primary=True)
+
+    async def _make_room(self) -> None:
+        """Have one expert that is only followed rest on disk, where all places are taken."""
+        followed = [uid for uid in self._server.experts if not self._server.is_primary(uid)]
+        if len(self._server.experts) >= max(1, self.capacity.room) and followed:
+            await self._tenures.rest(min(followed, key=lambda uid: self._rates.get(uid, (0.0, 0))[0]))
+
+    # -- in the network --------------------------------------------------------------------------------------------
+
+    async def _publish_if_due(self, me: Place) -> None:
+        trust, prefix, address = self._node.trust, self._authority.prefix, self._node.peer_address
+        parts = encode_place(
+            me,
+            prefix=prefix,
+            tag=self._authority.tag,
+            grant=trust.own_grant(prefix),
+            addresses=address.addresses,
+            rendezvous=address.rendezvous,
+        )
+        is_news = _news(me) != self._said
+        if is_news or self._now() - self._published_at >= self._ttl / 3:
+            await self._publish(parts)
+            self._said = _news(me)
+
+    async def _publish(self, parts: list[bytes]) -> None:
+        key, network = places_key(self._authority.prefix, self._authority.tag), self._node.network
+        gone = range(len(parts), len(self._published))
+        self._published, self._published_at = parts, self._now()
+        for number, part in enumerate(parts):
+            await network.store(key, part, ttl=self._ttl, subkey=str(number))
+        for number in gone:
+            await network.withdraw(key, subkey=str(number))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name="server: placing")
+        self._tasks.add(task)
+        task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("an expert's place: %s", describe(error), exc_info=error)
+
+
+def _news(place: Place) -> object:
+    """Return what others must hear at once: not loads, nor how time passes."""
+    parts = {uid: (part.role, part.epoch, min(part.number, 1)) for uid, part in place.parts.items()}
+    return place.room, place.files, parts, place.moved_ago < MAX_PERIOD

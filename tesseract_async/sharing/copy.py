@@ -1,0 +1,78 @@
+"""Copy: a trainer's side of one fragment: what it pushes, and what it adds to its own parameters. Pure.
+
+A trainer pushes anchor - local, goes on stepping, and adds new - sent when the answer comes, where `sent` are its
+values at the time of the push: what it learned meanwhile stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.sharing.fragment import Fragment, Outer, Update
+from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.wire import compression
+
+
+class Copy:
+    """One fragment at a trainer: the anchor that it knows, and the push that is under way."""
+
+    def __init__(self, cut: Cut, outer: Outer, anchor: torch.Tensor, *, version: int, epoch: int = 0) -> None:
+        """`anchor`: as fetched from the fragment's hosts. Raises: ProtocolError if it does not fit."""
+        # a trainer needs no momentum: updates hold it already
+        plain = Outer(learning_rate=outer.learning_rate, momentum=0.0, codec=outer.codec)
+        self.cut, self.outer, self.epoch = cut, outer, epoch
+        self._fragment = Fragment(cut, plain, anchor, version=version)
+        self._sent: torch.Tensor | None = None
+
+    @property
+    def base(self) -> tuple[int, int, bytes]:
+        """The epoch, version and root of the anchor: what a push builds on."""
+        return self.epoch, self._fragment.version, self._fragment.root
+
+    @property
+    def anchor(self) -> torch.Tensor:
+        """The swarm's values, as far as this trainer knows."""
+        return self._fragment.anchor
+
+    @property
+    def is_pushing(self) -> bool:
+        """True between `push` and `merge`, `rebase` or `cancel`."""
+        return self._sent is not None
+
+    def push(self, local: torch.Tensor) -> bytes:
+        """Return the encoded difference of this trainer's values, which are kept until `merge`."""
+        assert self._sent is None
+        self._sent = local
+        values = local if self.cut.kind is Kind.NEWEST else self.anchor - local
+        return bytes(compression.encode(values, self.outer.codec_of(self.cut)))
+
+    def cancel(self) -> None:
+        """Forget the push under way: the next one holds what it held."""
+        self._sent = None
+
+    def merge(self, updates: Sequence[Update], *, epoch: int) -> torch.Tensor:
+        """Take the updates that answer the push. Returns what to add to the local values (of integers: the values).
+
+        Raises: ProtocolError if they do not lead where they say, and changes nothing: fetch the state whole then, and
+        `rebase`.
+        """
+        assert self._sent is not None
+        sent = self._sent
+        if not updates or updates[-1].version <= self._fragment.version:
+            raise ProtocolError("a push was answered without its update")
+        self._fragment.replay(updates)
+        self.epoch, self._sent = epoch, None
+        return self.anchor if self.cut.kind is Kind.NEWEST else self.anchor - sent
+
+    def rebase(self, anchor: torch.Tensor, *, version: int, epoch: int) -> torch.Tensor:
+        """Go on from another state. Returns what to add to the local values, whose difference stays to be pushed.
+
+        Raises: ProtocolError if it does not fit.
+        """
+        before = self.anchor
+        fragment = Fragment(self.cut, self._fragment.outer, anchor, version=version)
+        self._fragment, self.epoch, self._sent = fragment, epoch, None
+        return anchor if self.cut.kind is Kind.NEWEST else anchor - before

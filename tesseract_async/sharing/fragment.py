@@ -1,0 +1,168 @@
+"""Fragment: a piece of the shared parameters, with the outer optimizer's momentum and its last updates. Pure.
+
+A fragment takes a step when a round of pushes closes. The step is encoded first and then applied as it decodes, so that
+everybody who applies the same update to the same anchor has the same bits: primary, followers, holders and trainers.
+Momentum follows from the updates as well, so hosts need nothing else to replay them.
+
+With m the momentum, g the members' mean difference and u the update: Nesterov's rule is m' = mu m + g, u = g + mu m'.
+Solved for what everybody knows, m' = (mu m + u) / (1 + mu): what quantizing u lost is not carried on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.wire import compression
+
+KEPT_UPDATES: Final = 8
+"""Updates that a fragment keeps: a trainer whose base is older fetches the whole state."""
+ROOT_BYTES: Final = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outer:
+    """The outer optimizer: SGD with Nesterov's momentum on the members' mean difference."""
+
+    learning_rate: float = 1.0
+    momentum: float = 0.5
+    codec: str = "int4_blockwise"
+    """How differences and updates of floating fragments travel."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate <= 10:
+            raise ValueError(f"the outer learning rate is above 0 and at most 10, not {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"the outer momentum is 0 or more and less than 1, not {self.momentum}")
+        if self.codec not in compression.CODECS:
+            raise ValueError(f"unknown codec {self.codec!r}; known: {', '.join(compression.CODECS)}")
+
+    def codec_of(self, cut: Cut) -> str:
+        """Return the codec of this fragment's differences and updates."""
+        return "none" if cut.kind is Kind.NEWEST else self.codec
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One step of a fragment, as it travels."""
+
+    version: int
+    """The version that it leads to."""
+    data: bytes
+    """The encoded step; of integers, their new values."""
+    root: bytes
+    """The `root_of` the anchor after it."""
+
+
+def root_of(anchor: torch.Tensor) -> bytes:
+    """Return the digest of a fragment's anchor."""
+    return hashlib.blake2b(memoryview(anchor.numpy()).cast("B"), digest_size=ROOT_BYTES).digest()  # type: ignore[arg-type, unused-ignore]
+
+
+class Fragment:
+    """The state of one fragment. Its methods take milliseconds for large ones: not on an event loop."""
+
+    def __init__(
+        self,
+        cut: Cut,
+        outer: Outer,
+        anchor: torch.Tensor,
+        *,
+        version: int = 0,
+        momentum: torch.Tensor | None = None,
+        updates: Sequence[Update] = (),
+    ) -> None:
+        """Raises: ProtocolError if these do not fit one another."""
+        self.cut, self.outer, self.version = cut, outer, version
+        self.has_momentum = cut.kind is Kind.STEPPED and outer.momentum > 0
+        if momentum is None and self.has_momentum:
+            momentum = torch.zeros_like(anchor)
+        for tensor in (anchor, momentum):
+            if tensor is not None and (tensor.shape != (cut.numel,) or tensor.dtype != cut.dtype):
+                raise ProtocolError("a fragment's state has another shape or dtype")
+            if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ProtocolError("a fragment's state is not finite")
+        if not 0 <= version < 2**62 or len(updates) > KEPT_UPDATES:
+            raise ProtocolError("malformed version or updates of a fragment")
+        if any(one.version != version - len(updates) + 1 + at for at, one in enumerate(updates)):
+            raise ProtocolError("a fragment's updates do not follow one another")
+        self.anchor = anchor
+        self.momentum = momentum if self.has_momentum else None
+        self.root = root_of(anchor)
+        if updates and updates[-1].root != self.root:
+            raise ProtocolError("a fragment's last update leads elsewhere")
+        self._updates = deque(updates, maxlen=KEPT_UPDATES)
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """The last `KEPT_UPDATES` updates, the oldest first."""
+        return tuple(self._updates)
+
+    def step(self, mean: torch.Tensor) -> Update:
+        """Take one step on the members' mean difference (of integers: on their new values). Returns the update."""
+        wanted = mean
+        if self.has_momentum:
+            assert self.momentum is not None
+            mu = self.outer.momentum
+            wanted = mean * (1 + mu) + self.momentum * (mu * mu)
+        data = bytes(compression.encode(wanted, self.outer.codec_of(self.cut)))
+        self._take(data)
+        self._updates.append(Update(self.version, data, self.root))
+        return self._updates[-1]
+
+    def replay(self, updates: Sequence[Update]) -> None:
+        """Apply updates that others took, skipping those that this state has.
+
+        Raises: ProtocolError if they do not follow from this state, or do not lead where they say. Nothing changes
+        then; the state must be fetched whole.
+        """
+        before = self.anchor, self.momentum, self.version, self.root, self._updates.copy()
+        try:
+            for one in updates:
+                if one.version <= self.version:
+                    continue
+                if one.version != self.version + 1:
+                    raise ProtocolError("an update is missing")
+                self._take(one.data)
+                if one.root != self.root:
+                    raise ProtocolError("an update leads to another state than its sender has")
+                self._updates.append(one)
+        except ProtocolError:
+            self.anchor, self.momentum, self.version, self.root, self._updates = before
+            raise
+
+    def since(self, version: int, root: bytes) -> tuple[Update, ...] | None:
+        """Return the updates that lead from a base to this state; None if the base is unknown or too old."""
+        roots = {one.version: one.root for one in self._updates} | {self.version: self.root}
+        if version not in roots:
+            # the state before the oldest update has no root here: who began there is checked by where it leads
+            oldest = self._updates[0].version if self._updates else self.version
+            if version != oldest - 1 or not self._updates:
+                return None
+        elif roots[version] != root:
+            return None
+        return tuple(one for one in self._updates if one.version > version)
+
+    def _take(self, data: bytes) -> None:
+        """Apply one encoded step: each operation by itself, so that no machine contracts two into one rounding."""
+        shape = (self.cut.numel,)
+        step = compression.decode(memoryview(bytearray(data)), self.cut.dtype, shape, self.outer.codec_of(self.cut))
+        if self.cut.kind is Kind.NEWEST:
+            self.anchor = step
+        else:
+            if not bool(torch.isfinite(step).all()):
+                raise ProtocolError("an update is not finite")
+            if self.momentum is not None:
+                mu = self.outer.momentum
+                self.momentum = self.momentum.mul(mu).add_(step).div_(1 + mu)
+            rate = self.outer.learning_rate if self.cut.kind is Kind.STEPPED else 1.0
+            self.anchor = self.anchor - (step if rate == 1.0 else step.mul_(rate))
+        self.version += 1
+        self.root = root_of(self.anchor)

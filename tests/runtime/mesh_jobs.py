@@ -1,0 +1,193 @@
+"""Jobs of several processes for test_mesh.py, as torchrun starts them: ``python -m tests.runtime.mesh_jobs JOB SIZE``.
+
+This process imports PyTorch once, has the store, and forks. The leader prints its findings as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.mesh import MeshBackend, join_job
+from tesseract_async.runtime.mesh_plans import PLANS, Plan, fsdp, tensor_parallel
+from tesseract_async.runtime.spread_tensor import SpreadTensor
+from tesseract_async.server import checkpoint
+from tesseract_async.server.registry import Built, build_module
+
+SIZES: Final[dict[str, dict[str, object]]] = {
+    "ffn": {"in_features": 16, "hidden_features": 50},
+    "block": {"in_features": 16, "num_heads": 4, "sequence_length": 3},
+    "transformer": {"in_features": 16, "num_heads": 4, "sequence_length": 3},
+}
+NUM_ROWS: Final = (1, 2, 5, 8, 33)
+
+
+def make_store() -> Any:
+    """What torchrun keeps over all restarts."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+
+
+def launch(size: int, work: Callable[[], None], store: Any) -> list[int]:
+    """Fork `size` processes, and let each do `work`. Returns their pids."""
+    pids = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": str(rank)}
+            os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            status = 1
+            try:
+                work()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        pids.append(pid)
+    return pids
+
+
+def build(kind: str) -> Built:
+    return build_module(kind, SIZES[kind], seed=3)
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+
+
+def adam(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(module.parameters(), lr=0.01, eps=1e-3)
+
+
+def both(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
+    grid = init_device_mesh(mesh.device_type, (mesh.size() // 2, 2), mesh_dim_names=("rows", "tensors"))
+    tensor_parallel(module, grid["tensors"])
+    return fsdp(module, grid["rows"])
+
+
+def whole_mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("all",))
+
+
+def pair(kind: str, plan: Plan, optimizer: Callable[[nn.Module], torch.optim.Optimizer], **settings: Any) -> Any:
+    """The expert spread, and on one device; the latter only where this process leads."""
+    options: dict[str, Any] = {"max_batch_size": 64, "settings": BackendSettings(**settings)}
+    spread = MeshBackend(partial(build, kind), mesh=whole_mesh(), plan=plan, optimizer=optimizer, **options)
+    module, schema = build(kind)
+    return spread, ExpertBackend(module, optimizer=partial(optimizer, module), args_schema=schema, **options)
+
+
+def rows(backend: ExpertBackend, num_rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    numbers = torch.Generator().manual_seed(seed)
+    shape = (num_rows, *backend.input_specs[0].shape)
+    return torch.randn(shape, generator=numbers), torch.randn(shape, generator=numbers)
+
+
+def whole(x: Any) -> Any:
+    return x.rows(0, x.num_rows).view(x.shape) if isinstance(x, SpreadTensor) else x
+
+
+def worst(left: Sequence[Any], right: Sequence[Any]) -> float:
+    """The largest difference, as a share of the largest number, or of 1 if that is more."""
+    pairs = [(whole(x), y) for x, y in zip(left, right, strict=True) if y is not None and y.numel()]
+    return max(float((x - y).abs().max()) for x, y in pairs) / max(1.0, *(float(y.abs().max()) for _, y in pairs))
+
+
+def compare(spread: MeshBackend, one: ExpertBackend) -> dict[str, Any]:
+    """Five steps, then states to and fro."""
+    found: dict[str, float] = dict.fromkeys(("outputs", "of_inputs", "of_weights", "norm"), 0.0)
+    for number, num_rows in enumerate(NUM_ROWS):
+        x, g = rows(one, num_rows, number)
+        training, weights = bool(number % 2), torch.rand(num_rows) if number > 2 else None
+        outputs = [each.forward([x], training=training) for each in (spread, one)]
+        found["outputs"] = max(found["outputs"], worst(*outputs))
+        (a, of_a), (b, of_b) = (each.gradients([x], [g], training=training, weights=weights) for each in (spread, one))
+        found["of_inputs"] = max(found["of_inputs"], worst(a[:1], b[:1]))
+        if weights is not None:
+            found["of_weights"] = max(found["of_weights"], worst(a[1:], b[1:]))
+        found["norm"] = max(found["norm"], abs(spread.norm_of(of_a) / one.norm_of(of_b) - 1))
+        summed = [each.scaled(each.add(of, of) or (), 0.5) for each, of in ((spread, of_a), (one, of_b))]
+        for each, of in zip((spread, one), summed, strict=True):
+            each.step(of, [bytes([number]) * 16], peer=f"peer {number % 4}")
+    found["weights_norm"] = abs(spread.weights_norm() / one.weights_norm() - 1)
+    states = [spread.state(), one.state()]
+    found["parameters"] = worst(*([*state["module"].values()] for state in states))
+    moments = [[x for each in state["optimizer"]["state"].values() for x in each.values()] for state in states]
+    found["moments"] = worst(*moments)
+    if states[1]["accumulated"] is not None:
+        found["accumulated"] = worst(*(state["accumulated"] for state in states))
+    # the file tells of no spreading, and goes on elsewhere; one from elsewhere goes on here
+    files = [b"".join(checkpoint.encode(state)) for state in states]
+    encoded = checkpoint.encode(states[0])
+    assert encoded.size == len(files[0]) and bytes(encoded.read(100, 5000)) == files[0][100:5100]
+    decoded = [checkpoint.decode(file) for file in files]
+    assert str(_shapes(decoded[0])) == str(_shapes(decoded[1]))
+    x, g = rows(one, 9, 99)
+    spread.step(spread.gradients([x], [g])[1])
+    spread.load_state(states[0])
+    assert list(spread.applied) == list(one.applied) and spread.progress == one.progress
+    found["went_back"] = worst([*spread.state()["module"].values()], [*states[1]["module"].values()])
+    for each, file in ((spread, decoded[1]), (one, decoded[0])):
+        each.load_state(file)
+        each.step(each.gradients([x], [g])[1])
+    found["went_on"] = worst(*([*each.state()["module"].values()] for each in (spread, one)))
+    found["sound"] = float(spread.is_sound())
+    return found
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shapes(item) for key, item in value.items() if key not in ("param_groups", "gradient_norms")}
+    if isinstance(value, list):
+        return [_shapes(item) for item in value]
+    return [value.dtype, value.shape] if isinstance(value, torch.Tensor) else type(value)
+
+
+def equality(*cases: str) -> None:
+    """Each case is ``PLAN KIND OPTIMIZER`` and perhaps settings."""
+    join_job(20.0)
+    plans = {**PLANS, "both": both}
+    made = {}
+    for case in cases:
+        plan, kind, optimizer, *settings = case.split()
+        options = {name: json.loads(value) for name, value in (one.split("=") for one in settings)}
+        made[case] = pair(kind, plans[plan], {"sgd": sgd, "adam": adam}[optimizer], **options)
+    spread = next(iter(made.values()))[0]
+    if dist.get_rank():
+        spread.follow()
+        return
+    for case, (spread, one) in made.items():
+        print(json.dumps({"case": case, **compare(spread, one)}), flush=True)
+    spread.leave()
+
+
+JOBS: Final[dict[str, Callable[..., None]]] = {"equality": equality}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    job, size, *arguments = sys.argv[1:]
+    store = make_store()
+    pids = launch(int(size), lambda: JOBS[job](*arguments), store)
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    sys.exit(int(any(statuses)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Rounds: when they close, who counts, and what a liar can do."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tesseract_async.errors import Overloaded, ProtocolError
+from tesseract_async.identity import PeerID
+from tesseract_async.sharing import rounds as module
+from tesseract_async.sharing.fragment import Outer
+from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.rounds import MIN_WAIT, Push, Rounds, judge
+from tesseract_async.wire import compression
+
+CUT = Cut(Kind.STEPPED, 0, 40)
+OUTER = Outer(codec="none")
+PEERS = [PeerID(bytes([number]) * 32) for number in range(10)]
+
+
+def push(peer: int, value: float | torch.Tensor = 1.0, *, steps: int = 32) -> Push:
+    values = value if isinstance(value, torch.Tensor) else torch.full((40,), value)
+    return judge(PEERS[peer], bytes([peer]) * 16, steps, bytes(compression.encode(values, "none")), CUT, OUTER)
+
+
+def test_one_alone_never_waits() -> None:
+    rounds = Rounds(0, max_steps=64)
+    assert rounds.closes_at(0.0) is None
+    for number in range(5):
+        rounds.add(push(0), number, float(number))
+        assert rounds.closes_at(float(number)) == number
+        assert [one.peer for one in rounds.close()] == [PEERS[0]]
+
+
+def test_a_round_waits_for_those_of_the_last_two_rounds() -> None:
+    rounds = Rounds(0, max_steps=64)
+    rounds.add(push(0), 0, 0.0)
+    rounds.close()
+    rounds.add(push(1), 1, 10.0)
+    assert rounds.closes_at(10.0) == 10.0 + MIN_WAIT  # peer 0 pushed in the last round
+    rounds.add(push(0), 1, 10.5)
+    assert rounds.closes_at(10.5) == 10.5
+    rounds.close()
+    rounds.add(push(1), 2, 20.0)
+    assert rounds.closes_at(20.0) > 20.0
+    rounds.close()  # its time was over
+    rounds.add(push(1), 3, 30.0)
+    assert rounds.closes_at(30.0) > 30.0
+    rounds.close()
+    rounds.add(push(1), 4, 40.0)  # two rounds without peer 0: nobody waits for it any longer
+    assert rounds.closes_at(40.0) == 40.0
+
+
+def test_late_pushes_count_in_the_next_round_and_lengthen_the_wait() -> None:
+    rounds = Rounds(0, max_steps=64)
+    version, now = 0, 0.0
+    deadlines = []
+    for _ in range(12):
+        rounds.add(push(0), version, now)
+        if version:
+            for late in (1, 2):  # their base is that of the last round: 20.5 s after it opened
+                rounds.add(push(late), version - 1, now + 0.5)
+        rounds.close()
+        deadlines.append(rounds.deadline)
+        version, now = version + 1, now + 20.0
+    assert deadlines[0] == MIN_WAIT and deadlines[-1] == 20.0  # at most one interval between rounds
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.floats(0, 20)), min_size=1, max_size=60))
+def test_the_deadline_is_that_of_the_offsets_seen(arrivals: list[tuple[int, float]]) -> None:
+    rounds, seen, now, version = Rounds(0, max_steps=64), [], 0.0, 0
+    opened, interval, members = 0.0, module.FIRST_INTERVAL, [frozenset[PeerID](), frozenset[PeerID]()]
+    present: set[PeerID] = set()
+    for peer, wait in arrivals:
+        now += wait
+        if PEERS[peer] in present:
+            with pytest.raises(Overloaded):
+                rounds.add(push(peer), version, now)
+            continue
+        if not present:
+            interval = max(MIN_WAIT, now - opened) if version else interval
+            opened = now
+        rounds.add(push(peer), version, now)
+        present.add(PEERS[peer])
+        seen.append(now - opened)
+        recent = seen[-32:]
+        median = statistics.median(recent)
+        spread = statistics.median([abs(one - median) for one in recent])
+        expected = opened + min(max(2.0, median + 4 * spread), max(2.0, interval))
+        if members[0] | members[1] <= present:
+            expected = now
+        closes_at = rounds.closes_at(now)
+        assert closes_at == pytest.approx(expected)
+        if closes_at is not None and closes_at <= now:
+            assert {one.peer for one in rounds.close()} == present
+            members, present, version = [members[1], frozenset(present)], set(), version + 1
+
+
+def test_few_members_count_by_their_steps_and_claims_are_capped() -> None:
+    rounds = Rounds(0, max_steps=64)
+    mean = rounds.merge([push(0, 1.0, steps=30), push(1, 4.0, steps=10)], CUT, OUTER)
+    assert torch.allclose(mean, torch.full((40,), 1.75))
+    mean = rounds.merge([push(0, 1.0, steps=64), push(1, 2.0, steps=10**9)], CUT, OUTER)
+    assert torch.allclose(mean, torch.full((40,), 1.5))
+    mean = rounds.merge([push(0, 1.0, steps=0), push(1, 2.0, steps=-7)], CUT, OUTER)
+    assert torch.allclose(mean, torch.full((40,), 1.5))
+
+
+@given(st.integers(4, 9), st.integers(0, 2**32 - 1), st.sampled_from([-1.0, 10.0, -1e15]))
+def test_from_four_members_on_one_liar_stays_within_the_honest(num: int, seed: int, factor: float) -> None:
+    random = torch.Generator().manual_seed(seed)
+    honest = [torch.randn(40, generator=random) for _ in range(num - 1)]
+    pushes = [push(at, values) for at, values in enumerate(honest)] + [push(9, honest[0] * factor)]
+    mean = Rounds(0, max_steps=64).merge(pushes, CUT, OUTER)
+    capped = torch.stack(honest)
+    assert (mean <= capped.amax(0) + 1e-6).all() and (mean >= capped.amin(0) - 1e-6).all()
+
+
+def test_a_difference_counts_with_three_times_the_median_norm_at_most() -> None:
+    pushes = [push(0, 1.0), push(1, 1.0), push(2, 1000.0)]
+    mean = Rounds(0, max_steps=64).merge(pushes, CUT, OUTER)
+    assert torch.allclose(mean, torch.full((40,), (1 + 1 + 3) / 3))
+
+
+def test_integers_are_those_of_the_most_advanced() -> None:
+    cut = Cut(Kind.NEWEST, 0, 1)
+    pushes = [
+        judge(PEERS[at], bytes(16), steps, bytes(compression.encode(torch.tensor([at]), "none")), cut, OUTER)
+        for at, steps in enumerate((5, 30, 7))
+    ]
+    assert Rounds(0, max_steps=64).merge(pushes, cut, OUTER).tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        push(0, bad)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for data in (b"", bytes(4 * 39), bytes(4 * 41)):
+        with pytest.raises(ProtocolError):
+            judge(PEERS[0], bytes(16), 1, data, CUT, OUTER)
+
+
+def test_a_round_holds_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PUSHES_BYTES", 3 * 160)
+    rounds = Rounds(0, max_steps=64)
+    for peer in range(3):
+        rounds.add(push(peer), 0, 0.0)
+    with pytest.raises(Overloaded, match="as many members"):
+        rounds.add(push(3), 0, 0.0)
+    assert len(rounds.close()) == 3
+    rounds.add(push(3), 1, 1.0)
