@@ -29,7 +29,7 @@ from tesseract_async.transport.base import PeerAddress
 
 T = TypeVar("T")
 
-_REASONS: Final = ("unreachable", "lost", "protocol", "not_found", "silent")
+_REASONS: Final = ("unreachable", "lost", "protocol", "not_found", "not_found", "silent")
 _MAX_HANDOVERS: Final = 5
 HEDGE_SECONDS: Final = 0.75
 """Where it is not known how long a replica may take, the next one is asked after so long."""

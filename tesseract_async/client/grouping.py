@@ -30,13 +30,16 @@ from tesseract_async.errors import (
     RemoteError,
     SchemaMismatch,
     TesseractError,
-    TooStale,
+    UnknownMethod,
 )
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.apply import MAX_EXPERTS
 
-REPLICA_FAULTS: Final = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound, TimeoutError)
+REPLICA_FAULTS: Final = (
+    *(PeerUnreachable, ConnectionLost, ProtocolError),
+    *(ExpertNotFound, UnknownMethod, TimeoutError),
+)
 """Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
 MAX_LOOKUPS: Final = 5
 """An expert is looked up anew so often at most."""
@@ -44,7 +47,7 @@ MAX_LOOKUPS: Final = 5
 
 def may_pass(error: BaseException) -> bool:
     """Return whether the same call may well succeed elsewhere or later: not what the expert itself says no to."""
-    return isinstance(error, REPLICA_FAULTS) or (isinstance(error, RemoteError | TooStale) and error.retryable)
+    return isinstance(error, REPLICA_FAULTS) or (isinstance(error, RemoteError) and error.retryable)
 
 
 @dataclass(slots=True, eq=False)

@@ -324,7 +324,7 @@ class _BackwardPass(Pass):
             return found
         known = self.calls.candidates.replicas_of(call.expert)
         self.experience.expect_backward(call, known, self._call.settings)
-        self._ids[call] = self._call.ids.pop(self._forward_calls[call], None) or new_name()
+        self._ids[call] = self._call.ids.pop(self._forward_calls[call], b"") or new_name()
         return known
 
     def _kept_at(self, call: ExpertCall, replica: ExpertReplica) -> Block | None:
