@@ -12,7 +12,7 @@ import importlib.util
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -441,9 +441,9 @@ class TesseractNode(Uncopied):
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
         """Return round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer`
         would take; None if there is none, or nothing was measured. To this node itself it takes no time."""
-        if peer.peer_id == self.peer_id:
+        if peer.peer_id == self.identity.peer_id:
             return 0.0, 0.0
-        return self.endpoint.path(peer)
+        return None if self._started is None else self._started.endpoint.path(peer)
 
     def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
         """Answer ``expert.*`` calls for `uid`, from the network or from this node, by their method's handler.
@@ -480,7 +480,7 @@ class TesseractNode(Uncopied):
             raise UnknownMethod(f"node {self.peer_id.short} hosts no experts")
         return self._apply_handlers[0](call)
 
-    async def call_expert(
+    def call_expert(
         self,
         peer: PeerAddress,
         method: str,
@@ -490,20 +490,23 @@ class TesseractNode(Uncopied):
         timeout: float,
         idempotent: bool = False,
         priority: int = 0,
-    ) -> Message:
-        """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler.
+    ) -> Coroutine[Any, Any, Message]:
+        """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler. Await it.
 
         It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
         Nothing is sent to a peer that may not host the expert that `body` begins with, by this node's policy and the
-        run that it takes part in: that raises PeerUnreachable.
+        run that it takes part in: that raises PeerUnreachable, before anything is awaited.
         Raises: RuntimeError on another event loop than the node's.
         """
         uid = uid_of(body)
-        self._check_callee(peer, method, [] if uid is None else [uid])
-        if peer.peer_id != self.peer_id:
-            return await self.endpoint.call(
-                peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
-            )
+        self._check_callee(peer, method, () if uid is None else (uid,))
+        if peer.peer_id == self.identity.peer_id:
+            return self._call_own(method, body, buffers, timeout, priority)
+        return self._running.endpoint.call(
+            peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
+        )
+
+    async def _call_own(self, method: str, body: Any, buffers: Sequence[Any], timeout: float, priority: int) -> Message:
         call = self._own_call(method, body, buffers, timeout, priority)
         async with asyncio.timeout(timeout):
             with _as_by_the_network(method):
@@ -522,13 +525,13 @@ class TesseractNode(Uncopied):
         """Send an ``expert.apply`` about the experts `uids`, and yield the parts of the reply; see `call_expert` and
         `Endpoint.call_parts`."""
         self._check_callee(peer, APPLY, uids)
-        if peer.peer_id != self.peer_id:
-            return self.endpoint.call_parts(
-                peer, APPLY, body, buffers, timeout=timeout, idempotent=True, priority=priority
-            )
-        return self._own_parts(self._own_call(APPLY, body, buffers, timeout, priority))
+        if peer.peer_id == self.identity.peer_id:
+            return self._apply_own(self._own_call(APPLY, body, buffers, timeout, priority))
+        return self._running.endpoint.call_parts(
+            peer, APPLY, body, buffers, timeout=timeout, idempotent=True, priority=priority
+        )
 
-    async def _own_parts(self, call: IncomingCall) -> AsyncGenerator[Message, None]:
+    async def _apply_own(self, call: IncomingCall) -> AsyncGenerator[Message, None]:
         call.in_parts = True
         with _as_by_the_network(call.method):
             answer = self._table.find(call)(call)

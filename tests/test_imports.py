@@ -227,6 +227,7 @@ PROCESS_WIDE = {
     "server/registry.py": {"EXPERTS", "_MARKED"},  # filled by decorators, when modules are imported
     "server/state_files.py": {"_held"},  # some file systems' locks are a process's
     "transport/channel.py": {"_blocks"},  # a buffer for each event loop, gone with it
+    "wire/frames.py": {"_packers"},  # at hand for whoever packs next
     "wire/names.py": {"_names"},  # random numbers in store, thrown away after a fork
 }
 GLOBAL = re.compile(

@@ -9,12 +9,17 @@ import torch
 
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema
 from tesseract_async.errors import SchemaMismatch
-from tesseract_async.wire.tensors import Schema, Structure, flatten, flatten_like, sequence_like
+from tesseract_async.wire.tensors import Schema, Structure, flatten_like, sequence_like
 
 _CHANGED = (
     "an input of a remote call was changed in place while the call was under way: await the call first, or give it a "
     "copy (x.clone())"
 )
+
+
+with torch.inference_mode(False):  # this module may be imported in the midst of anything
+    _drawn = torch.empty((), dtype=torch.int64, device="cpu")
+    """For seeds: making it takes longer than drawing. Threads that draw at the same time may get the same seed."""
 
 
 class Versions:
@@ -25,8 +30,9 @@ class Versions:
 
     def check(self) -> None:
         """Raises: RuntimeError if one was changed since it was noted."""
-        if any(tensor._version != version for tensor, version in self._noted):
-            raise RuntimeError(_CHANGED)
+        for tensor, version in self._noted:
+            if tensor._version != version:
+                raise RuntimeError(_CHANGED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,15 +53,15 @@ class Arguments:
         The seed comes from torch's generator of the CPU: `torch.manual_seed`, `torch.set_rng_state` and
         `torch.random.fork_rng` do to remote dropout what they do to local one.
         """
-        (taken, keywords), versions = arguments_now((args, kwargs))
-        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62)) if training else 0
+        tensors: list[torch.Tensor] = []
+        taken = tuple([_taken(value, tensors) for value in args])
+        keywords = {key: _taken(value, tensors) for key, value in kwargs.items()} if kwargs else {}
+        seed = int(_drawn.random_(2**62)) if training else 0
         mode = CallMode(training, seed, torch.is_grad_enabled())
-        casts = (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")) and any(
-            torch.is_autocast_enabled(leaf.device.type)
-            for leaf in flatten((taken, keywords))
-            if isinstance(leaf, torch.Tensor)
+        casts = torch._C._is_any_autocast_enabled() and any(
+            torch.is_autocast_enabled(leaf.device.type) for leaf in tensors
         )
-        return cls(taken, keywords, versions, mode, casts)
+        return cls(taken, keywords, Versions(tensors), mode, casts)
 
     def fit(self, schema: ExpertSchema, what: str) -> list[torch.Tensor]:
         """The tensors in the order of `schema`. Raises: SchemaMismatch, which names `what`; TypeError."""
@@ -92,18 +98,20 @@ def arguments_now(structure: Structure) -> tuple[Structure, Versions]:
     Copied, in the caller's grad mode, is what may change without another version (inference tensors, memory shared with
     NumPy or another process), and the part of a buffer whose other parts may be filled meanwhile.
     """
-    taken = _taken(structure)
-    return taken, Versions(flatten(taken))
+    tensors: list[torch.Tensor] = []
+    return _taken(structure, tensors), Versions(tensors)
 
 
-def _taken(value: Structure) -> Structure:
+def _taken(value: Structure, tensors: list[torch.Tensor]) -> Structure:
+    """Return the structure, and add its tensors to `tensors`."""
     if isinstance(value, torch.Tensor):
-        return value.clone() if _may_change_unseen(value) else value
+        tensors.append(value.clone() if _may_change_unseen(value) else value)
+        return tensors[-1]
     if isinstance(value, tuple | list):
-        items = [_taken(item) for item in value]
+        items = [_taken(item, tensors) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):
-        return {key: _taken(item) for key, item in value.items()}
+        return {key: _taken(item, tensors) for key, item in value.items()}
     return value
 
 

@@ -17,7 +17,6 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.messages import BACKWARD
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec
@@ -157,7 +156,7 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
     async def _call(self, replica: ExpertReplica, timeout: float, cached: bytes | None) -> list[torch.Tensor | None]:
         forward = self.forward
         sent = [] if cached is not None else self.inputs
-        codecs = settle(forward.schema.codecs, forward.options.codecs)
+        codecs = forward.schema.settle(forward.options.codecs)
         names: str | list[str] = codecs.gradients
         if sent and codecs.inputs != codecs.gradients:
             names = [codecs.inputs] * len(sent) + [codecs.gradients] * len(self.output_gradients)

@@ -19,9 +19,9 @@ from tesseract_async.errors import ProtocolError, shortened, text_of
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-from tesseract_async.wire.codecs import CodecPolicy, settle
+from tesseract_async.wire.codecs import CodecPolicy, Codecs, settle
 from tesseract_async.wire.messages import FORWARD, INFO
-from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten, may_unpack
+from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten, may_unpack, unpack_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class ExpertSchema:
     """The outputs, one after the other."""
     row_bytes: int = field(init=False)
     """Bytes of one row's inputs and outputs together, uncompressed."""
+    _settled: dict[Codecs, Codecs] = field(init=False, default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         # asked for in every call
@@ -46,6 +47,13 @@ class ExpertSchema:
         object.__setattr__(self, "output_specs", tuple(flatten(self.outputs)))
         specs = (*flatten(self.inputs), *self.output_specs)
         object.__setattr__(self, "row_bytes", sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs))
+
+    def settle(self, preference: Codecs) -> Codecs:
+        """The codecs that calls with this preference use. Raises: SchemaMismatch if there is none."""
+        settled = self._settled.get(preference)
+        if settled is None:
+            settled = self._settled[preference] = settle(self.codecs, preference)
+        return settled
 
     @classmethod
     def decode(cls, info: messages.ExpertInfo) -> ExpertSchema:
@@ -109,7 +117,7 @@ async def call_forward(
     the answer does not fit the schema; SchemaMismatch, before anything is sent, if the codecs can't be settled.
     """
     options, mode = forward.options, forward.mode
-    codecs = settle(forward.schema.codecs, options.codecs)
+    codecs = forward.schema.settle(options.codecs)
     metas, buffers = await pack(inputs, codecs.inputs)
     request = messages.ForwardRequest(forward.uid, metas, mode.training, mode.seed, codecs.outputs, mode.differentiable)
     reply = await node.call_expert(
@@ -123,18 +131,21 @@ async def call_forward(
     )
     decoded = messages.decode(messages.ForwardReply, reply.body)
     specs = forward.schema.output_specs
+    num_rows = inputs[0].shape[0]
+    receipt = Receipt(peer, decoded.version, decoded.inputs_cached, decoded.epoch)
+    if (plain := unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=num_rows)) is not None:
+        return plain, receipt
     check_growth(forward.uid, decoded.tensors, specs)
     outputs = await unpack(decoded.tensors, reply.buffers)
     if len(outputs) != len(specs):
         raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
-    num_rows = inputs[0].shape[0]
     fitting = []
     for output, spec in zip(outputs, specs, strict=True):
         if output is None or output.dtype != spec.dtype or output.shape != (num_rows, *spec.shape):
             got = "nothing" if output is None else f"{output.dtype} of shape {tuple(output.shape)}"
             raise ProtocolError(f"{forward.uid} answered {got} where its schema says {spec} with {num_rows} rows")
         fitting.append(output)
-    return fitting, Receipt(peer, decoded.version, decoded.inputs_cached, decoded.epoch)
+    return fitting, receipt
 
 
 def check_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:

@@ -200,7 +200,7 @@ async def _speaks(experience: Experience, replica: ExpertReplica) -> bool:
 
 
 async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchange[T], timeout: float) -> T:
-    now, book, key = asyncio.get_running_loop().time, experience.latencies, replica_key(replica)
+    now, book, key = asyncio.get_running_loop().time, experience.latencies, (replica.uid, replica.peer.peer_id)
     start = now()
     try:
         with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
@@ -214,8 +214,7 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
             book.observe(key, now() - start, path=path, answered=False)  # it would have taken at least this long
         raise
     if exchange.is_timed:
-        path = experience.path_seconds(replica, exchange.num_bytes)
-        book.observe(key, now() - start, path=path)
+        book.observe(key, now() - start, path=experience.path_seconds(replica, exchange.num_bytes))
     experience.node.directory.report_answer(replica)
     return result
 

@@ -35,7 +35,7 @@ class Modes(NamedTuple):
     def current(cls) -> Modes:
         """The modes of this thread now."""
         inference, cache = torch.is_inference_mode_enabled(), torch.is_autocast_cache_enabled()
-        if cache and not (inference or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        if cache and not inference and not torch._C._is_any_autocast_enabled():
             # as nearly always: this runs several times in every call
             return DEFAULT if torch.is_grad_enabled() else NO_GRAD
         autocast = tuple((d, torch.get_autocast_dtype(d)) for d in _DEVICES if torch.is_autocast_enabled(d))
@@ -119,7 +119,9 @@ def _trampoline(coroutine: Coroutine[object, object, T], mine: Modes, is_task: b
         try:
             waiting_for = coroutine.send(value) if error is None else coroutine.throw(error)
         except BaseException as end:  # StopIteration among them; all are passed on
-            switch.to(outside if is_task else entered, now=Modes.current())
+            now, found = Modes.current(), outside if is_task else entered
+            if now is not found:
+                switch.to(found, now=now)
             if isinstance(end, StopIteration):
                 result: T = end.value
                 return result

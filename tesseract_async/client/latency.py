@@ -81,7 +81,11 @@ class LatencyBook:
     def observe(self, key: Hashable, seconds: float, *, path: float = 0.0, answered: bool = True) -> None:
         """A call to `key` took this long, or had taken it when it was given up (not `answered`); `path` seconds of it
         on the way."""
-        record = self._records[key] = self._records.get(key) or _Record()
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = _Record()
+        else:
+            self._records.move_to_end(key)
         record.recent.append(seconds)
         self._all.append(seconds)
         beyond = max(0.0, seconds - path)

@@ -23,7 +23,6 @@ from tesseract_async.client.ports import Node, PlainCalls, check_running, delive
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, check_max_staleness, check_timeout
 from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable, SchemaMismatch, TesseractError
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import Structure, unflatten
 
 T = TypeVar("T")
@@ -176,7 +175,7 @@ class RemoteExpert(nn.Module):
             if other is None:
                 raise
             schema, inputs = other, arguments.fit(other, f"expert {self.uid}")
-        settle(schema.codecs, options.codecs)  # raises before anybody is asked
+        schema.settle(options.codecs)  # raises before anybody is asked
         mode = arguments.mode
         call = _ExpertCall(self, Forward(self.uid, schema, mode, options))
         try:
@@ -208,7 +207,7 @@ class RemoteExpert(nn.Module):
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.timeout
-        replicas = exchange.eligible(await self.find())
+        replicas = exchange.eligible(self._experience.node.directory.known(self.uid) or await self.find())
         try:
             return await ask_best(self._experience, replicas, exchange, timeout=self.timeout)
         except (PeerUnreachable, ConnectionLost, ExpertNotFound):
@@ -246,7 +245,8 @@ class _ExpertCall:
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         outputs, receipt = await self._expert.ask(ForwardExchange(self._experience, self._forward, inputs))
-        self._receipt, self._expert.version = receipt, receipt.version
+        self._receipt = receipt
+        self._expert.__dict__["version"] = receipt.version  # a module looks for parameters in whatever it is assigned
         device = inputs[0].device
         return outputs if device.type == "cpu" else [output.to(device) for output in outputs]
 

@@ -22,6 +22,12 @@ class Message(NamedTuple):  # two are made for every call: a frozen dataclass ta
     """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
 
 
+class LastPart(Message):
+    """A part of a reply after which no other comes: it ends the reply, which takes an empty message otherwise."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True)
 class IncomingCall:
     """A call that a peer made here."""

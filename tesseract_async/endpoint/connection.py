@@ -75,6 +75,8 @@ class Connection:
         """The address that calls give for the peer, which may have changed since."""
         self.path = pipe.description
         self.origin = pipe.origin
+        self.is_open = True
+        """True while calls may be started."""
         self.retired = False
         """True once a better connection has replaced this one, which ends with its last call."""
         self.closed: asyncio.Future[None] = loop.create_future()
@@ -122,11 +124,6 @@ class Connection:
         if lane == BULK:
             self.protocol.lanes[BULK].open = True
         self._arm_timer()
-
-    @property
-    def is_open(self) -> bool:
-        """True while calls may be started."""
-        return self._lost_reason is None
 
     @property
     def has_bulk(self) -> bool:
@@ -384,7 +381,7 @@ class Connection:
         """End the connection now: calls made here fail with ConnectionLost, handlers are cancelled. Idempotent."""
         if self._lost_reason is not None:
             return
-        self._lost_reason = reason
+        self._lost_reason, self.is_open = reason, False
         self._release()
         for channel in self._channels:
             if channel is not None:
@@ -414,7 +411,7 @@ class Connection:
         if self._lost_reason is None:
             self.protocol.farewell(reason)
             self._flush()
-            self._lost_reason = reason
+            self._lost_reason, self.is_open = reason, False
             self._release()
             for channel in self._channels:
                 if channel is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.identity import PeerID
@@ -29,11 +30,14 @@ class ConnectionPool:
 
     def find(self, peer: PeerAddress) -> Connection | None:
         """Return an open connection to `peer` that is not retired: the newest one dialed here, else the newest."""
-        peer_ids = [peer.peer_id] if peer.peer_id is not None else [self._by_address.get(a) for a in peer.addresses]
-        for peer_id in peer_ids:
-            for connection in self._by_peer.get(peer_id, ()) if peer_id is not None else ():
-                if connection.is_open and not connection.retired:
-                    return connection
+        if peer.peer_id is not None:
+            found: Sequence[Connection] = self._by_peer.get(peer.peer_id, ())
+        else:
+            known = [self._by_address[address] for address in peer.addresses if address in self._by_address]
+            found = [connection for peer_id in known for connection in self._by_peer.get(peer_id, ())]
+        for connection in found:
+            if connection.is_open and not connection.retired:
+                return connection
         return None
 
     def find_session(self, peer_id: PeerID, session: bytes) -> Connection | None:

@@ -146,9 +146,10 @@ class Endpoint(Uncopied):
         """Answer calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
 
         A handler is a coroutine function that returns the reply, or an async generator function that yields its parts
-        (for callers with `IncomingCall.in_parts`). Buffers are on loan until they are sent: don't change them. A
-        RemoteError that it raises reaches the caller; any other exception is logged, and reaches the caller as a plain
-        RemoteError. Peers that the policy does not let take `action` get NotAllowed.
+        (for callers with `IncomingCall.in_parts`), the last one as a `LastPart` if it knows. Buffers are on loan until
+        they are sent: don't change them. A RemoteError that it raises reaches the caller; any other exception is
+        logged, and reaches the caller as a plain RemoteError. Peers that the policy does not let take `action` get
+        NotAllowed.
 
         Raises: ValueError if the method is taken.
         """
@@ -204,8 +205,9 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = self._find(peer) or await self.dialer.connect(peer, deadline=deadline, what=method)
-            head = head._replace(time_left=max(deadline - loop.time(), 0.001))
+            connection = self._find(peer)
+            if connection is None:
+                connection = await self.dialer.connect(peer, deadline=deadline, what=method)
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
             except ConnectionLost as error:
@@ -271,7 +273,8 @@ class Endpoint(Uncopied):
         _check_method(method)
         if not 0 < timeout <= heads.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {heads.MAX_TIMEOUT:.0f} s: {timeout}")
-        check_priority(priority)
+        if priority:
+            check_priority(priority)
         max_reply = self._bounds.max_message if max_reply_bytes is None else max_reply_bytes
         head = RequestHead(method, timeout, priority, 0, max_reply, body)
         return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout

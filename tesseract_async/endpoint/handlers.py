@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
-from typing import Final
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from functools import partial
+from typing import Any, Final, Generic, TypeVar
 
-from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message, in_one
+from tesseract_async.endpoint.call_table import Answer, IncomingCall, LastPart, Message, in_one
 from tesseract_async.endpoint.events import CallReceived
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.errors import RemoteError, describe
@@ -16,13 +17,40 @@ from tesseract_async.identity import PeerID
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 STARTS_PER_TURN: Final = 128
 """Handlers started in one turn of the loop: a burst of calls is started in portions, so that its first replies show
 whether the peer reads them."""
 
 
+class Deferred(Awaitable[Result], Generic[Result]):
+    """A result that follows from a future. As the answer of a handler, a message, it takes no task.
+
+    `finish` makes it once the future is done, or raises. `cancel` is called instead where nobody waits any more.
+    """
+
+    def __init__(
+        self, future: asyncio.Future[Any], *, finish: Callable[[], Result], cancel: Callable[[], object]
+    ) -> None:
+        self.future = future
+        self.finish = finish
+        self.cancel = cancel
+
+    def __await__(self) -> Generator[Any, Any, Result]:
+        try:
+            yield from self.future.__await__()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        except Exception:
+            pass  # `finish` meets it, too
+        return self.finish()
+
+
 class Handlers:
-    """The handlers of one connection, each in a task of its own. `answer` finds and calls the handler of a call.
+    """The handlers of one connection, each in a task of its own unless it answers by a `Deferred`. `answer` finds and
+    calls the handler of a call.
 
     While more than `max_backlog` bytes of replies wait to be read, further calls are held and replies in parts pause.
     `done` is called whenever a handler has ended, or sent a part.
@@ -47,14 +75,14 @@ class Handlers:
         self._max_backlog = max_backlog
         self._done = done
         self._loop = asyncio.get_running_loop()
-        self._running: dict[int, asyncio.Task[None]] = {}
+        self._running: dict[int, asyncio.Task[None] | Deferred[Message]] = {}
         self._held: dict[int, CallReceived] = {}
         self._started = 0  # since the last flush
         self._may_send: dict[int, asyncio.Event] = {}  # of replies in parts
 
     def received(self, event: CallReceived) -> bool:
         """Start the call's handler. False if it is held until a flush."""
-        if self._held or not self._may_start():
+        if self._held or self._started >= STARTS_PER_TURN or self._protocol.backlog > self._max_backlog:
             self._held[event.stream] = event
             return False
         self._start(event)
@@ -63,9 +91,9 @@ class Handlers:
     def cancel(self, stream: int) -> None:
         """The call has ended: its handler is cancelled, or never started."""
         self._held.pop(stream, None)
-        task = self._running.pop(stream, None)
-        if task is not None:
-            task.cancel()
+        running = self._running.pop(stream, None)
+        if running is not None:
+            running.cancel()
 
     def part_wanted(self, stream: int) -> None:
         """Let the handler of a reply in parts send the next one."""
@@ -75,7 +103,7 @@ class Handlers:
     def flushed(self) -> bool:
         """Start held calls, resume replies in parts. Return whether more calls may start after the next flush."""
         self._started = 0
-        while self._held and self._may_start():
+        while self._held and self._started < STARTS_PER_TURN and self._may_reply():
             self._start(self._held.pop(next(iter(self._held))))
         if not self._may_reply():
             return False
@@ -85,9 +113,6 @@ class Handlers:
 
     def _may_reply(self) -> bool:
         return self._protocol.backlog <= self._max_backlog
-
-    def _may_start(self) -> bool:
-        return self._started < STARTS_PER_TURN and self._may_reply()
 
     def _start(self, event: CallReceived) -> None:
         self._started += 1
@@ -102,34 +127,64 @@ class Handlers:
             origin=self._origin,
             in_parts=event.in_parts,
         )
-        task = self._running[event.stream] = self._loop.create_task(self._run(event.stream, call))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _run(self, stream: int, call: IncomingCall) -> None:
-        # nothing here holds on to the body: a handler that has read it may drop it
+        stream = event.stream
         try:
             answer = self._answer(call)
-            if call.in_parts and isinstance(answer, AsyncGenerator):
+        except Exception as error:
+            self._fail(stream, call.method, error)
+            self._done()
+            return
+        if type(answer) is Deferred:
+            self._running[stream] = answer
+            answer.future.add_done_callback(partial(self._finish, stream, call.method, answer))
+            return
+        task = self._running[stream] = self._loop.create_task(self._run(stream, call.method, call.in_parts, answer))
+        self.tasks.add(task)
+        task.add_done_callback(partial(self._ended, answer))
+
+    def _ended(self, answer: Answer, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if isinstance(answer, Coroutine):  # it never began, if the task was cancelled before its turn
+            answer.close()
+
+    def _finish(self, stream: int, method: str, deferred: Deferred[Message], _: object) -> None:
+        """Send a deferred answer."""
+        if self._running.get(stream) is not deferred:  # cancelled
+            return
+        del self._running[stream]
+        try:
+            body, buffers = deferred.finish()
+            self._protocol.reply(stream, body, buffers, now=self._loop.time())
+        except (Exception, asyncio.CancelledError) as error:
+            self._fail(stream, method, error)
+        self._done()
+
+    async def _run(self, stream: int, method: str, in_parts: bool, answer: Answer) -> None:
+        try:
+            if in_parts and isinstance(answer, AsyncGenerator):
                 await self._send_parts(stream, answer)
             else:
-                message = await in_one(answer, call.method)
-                self._protocol.reply(stream, message.body, message.buffers, now=self._loop.time())
-        except RemoteError as error:
-            self._protocol.fail(stream, error)
-        except asyncio.CancelledError:
-            if (
-                self._running.get(stream) is asyncio.current_task()
-            ):  # not by us: the handler cancelled itself, or the program stops
-                self._protocol.fail(stream, RemoteError(f"{call.method} was cancelled"))
+                body, buffers = await in_one(answer, method)
+                self._protocol.reply(stream, body, buffers, now=self._loop.time())
+        except asyncio.CancelledError as error:
+            if self._running.get(stream) is asyncio.current_task():
+                self._fail(stream, method, error)
             raise
-        except Exception as error:  # what a handler raises is not ours to know
-            logger.exception("%s, called by %s, failed", call.method, self._peer_id.short)
-            self._protocol.fail(stream, RemoteError(f"{call.method} failed: {describe(error)}"))
+        except Exception as error:
+            self._fail(stream, method, error)
         finally:
             if self._running.get(stream) is asyncio.current_task():  # a peer may use its number anew meanwhile
                 del self._running[stream]
             self._done()
+
+    def _fail(self, stream: int, method: str, error: BaseException) -> None:
+        """Answer with what a handler raised."""
+        if isinstance(error, asyncio.CancelledError):  # not by us: it cancelled itself, or the program stops
+            error = RemoteError(f"{method} was cancelled")
+        elif not isinstance(error, RemoteError):  # what a handler raises is not ours to know
+            logger.error("%s, called by %s, failed", method, self._peer_id.short, exc_info=error)
+            error = RemoteError(f"{method} failed: {describe(error)}")
+        self._protocol.fail(stream, error)
 
     async def _send_parts(self, stream: int, parts: AsyncGenerator[Message, None]) -> None:
         """Ask the handler for one part after the other, each once the caller is ready for it."""
@@ -142,7 +197,7 @@ class Handlers:
                         may_send.clear()
                         await may_send.wait()
                     message = await anext(parts, None)
-                    more = message is not None
+                    more = message is not None and type(message) is not LastPart
                     body, buffers = message or Message()
                     if not self._protocol.reply(stream, body, buffers, now=self._loop.time(), more=more):
                         return

@@ -265,7 +265,8 @@ class IncomingCalls:
         flags = frames.MORE if more else 0
         if size <= frames.MAX_SMALL:
             lane = call.lane if call.num_parts else MAIN
-            core.lanes[lane].put(frames.encode_small(frames.REPLY, stream, encoded, sizes, buffers, flags=flags))
+            reply = frames.encode_small(frames.REPLY, stream, encoded, sizes, buffers, size=size, flags=flags)
+            core.lanes[lane].put(reply)
             if not more:
                 self._end(call)
         elif not self.waiting.hold(call, size, now=now):

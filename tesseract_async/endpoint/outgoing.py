@@ -73,7 +73,7 @@ class OutgoingCalls:
         """
         core = self._core
         core.now = now
-        encoded = heads.encode_request(head)
+        encoded = heads.encode_request(head, max(deadline - now, 0.001))
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
         sizes = [*map(len, buffers)]
@@ -91,7 +91,7 @@ class OutgoingCalls:
         if reserve_reply and head.max_reply > frames.MAX_SMALL:
             call.reserved = head.max_reply
             encoded = b""
-        if self._waiting or not self._send(call, encoded):
+        if self._waiting or not self._send(call, encoded, size):
             self._waiting.append(stream)
         return stream
 
@@ -141,13 +141,13 @@ class OutgoingCalls:
 
     # ---- requests
 
-    def _send(self, call: OutgoingCall, encoded: bytes) -> bool:
-        """Send the request unless the peer's limits forbid it now. `encoded` is its head, if that has not changed."""
+    def _send(self, call: OutgoingCall, encoded: bytes = b"", size: int = 0) -> bool:
+        """Send the request unless the peer's limits forbid it now. `encoded`: its head, if that has not changed."""
         core = self._core
         if not encoded:
             time_left = max(0.0, call.deadline - core.now)
-            encoded = heads.encode_request(call.head._replace(time_left=time_left, reply_room=call.reserved))
-        size = frames.message_bytes(len(encoded), call.sizes)
+            encoded = heads.encode_request(call.head._replace(reply_room=call.reserved), time_left)
+            size = frames.message_bytes(len(encoded), call.sizes)
         if self._num_sent >= core.theirs.max_calls:
             return False
         flags = frames.MORE if call.in_parts else 0
@@ -157,7 +157,9 @@ class OutgoingCalls:
             core.budgets.pace.small_at = core.now
             call.small = size
             self._small_bytes += size
-            request = frames.encode_small(frames.REQUEST, call.stream, encoded, call.sizes, call.buffers, flags=flags)
+            request = frames.encode_small(
+                frames.REQUEST, call.stream, encoded, call.sizes, call.buffers, size=size, flags=flags
+            )
             core.lanes[MAIN].put(request)
             call.buffers = ()  # copied: no memory of the caller's is in use any more
         else:
@@ -179,7 +181,7 @@ class OutgoingCalls:
         call.untaken = ()
         while self._waiting:
             first = self._calls.get(self._waiting[0])
-            if first is not None and not self._send(first, b""):
+            if first is not None and not self._send(first):
                 return
             self._waiting.popleft()
 

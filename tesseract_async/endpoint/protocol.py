@@ -138,7 +138,8 @@ class ConnectionProtocol:
     @property
     def backlog(self) -> int:
         """Bytes of small frames and of large replies that wait to be sent."""
-        return self.unsent_bytes + self.incoming.waiting.num_bytes
+        main, bulk = self.lanes
+        return main.small_bytes + bulk.small_bytes + self.incoming.waiting.num_bytes
 
     def received(self, count: int, now: float, *, lane: int = MAIN) -> None:
         """Note that a lane's reader was given `count` bytes; any of them counts as life."""

@@ -159,7 +159,8 @@ class Trust:
         authority = self._runs.get(split_uid(uid)[0]) if self._runs else None
         if peer_id is None:
             return authority is None and self.policy.hosts is None
-        if not self.may_be_read(peer_id):
+        hosts = self.policy.hosts
+        if peer_id in self.distrusted or (hosts is not None and peer_id not in hosts):
             return False
         return authority is None or authority.may(peer_id, "host", uid, now=self.clock() if anew else None)
 

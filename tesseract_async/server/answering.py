@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.endpoint.handlers import Deferred
 from tesseract_async.errors import (
     InputsForgotten,
     NotPrimary,
@@ -41,6 +43,7 @@ from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CODECS
 from tesseract_async.wire.names import new_name
+from tesseract_async.wire.tensors import pack_tensors, unpack_plain
 
 _LOOK_PERIOD = 0.1
 """Seconds: connections end without telling us."""
@@ -112,13 +115,48 @@ class ExpertCalls:
             )
             return Message(messages.encode(info))
 
-    async def forward(self, hosted: HostedState, call: IncomingCall) -> Message:
-        """Answer ``expert.forward``. Raises only RemoteErrors, for the caller to see."""
-        with self.answering(call):
-            uid, backend = hosted.uid, hosted.backend
+    def forward(self, hosted: HostedState, call: IncomingCall) -> Awaitable[Message]:
+        """Answer ``expert.forward``: by a `Deferred` where all tensors come and go in codec ``none``. Raises only
+        RemoteErrors, for the caller to see, now or when awaited."""
+        backend = hosted.backend
+        try:
             request, call.body = messages.decode(messages.ForwardRequest, call.body), None
-            codec = request.reply_codec
-            self.check_forward(hosted, codec)
+        except ProtocolError as error:
+            raise told_of(error, call.method) from None
+        if self.refuse_forwards is not None:
+            raise self.refuse_forwards
+        backend.settings.codecs.check("outputs", request.reply_codec, expert=hosted.uid)
+        inputs = unpack_plain(request.tensors, call.buffers, backend.input_specs)
+        if inputs is None or request.reply_codec != "none" or "none" not in backend.settings.codecs.inputs:
+            return self._forward(hosted, call, request)
+        work = self._submit(hosted, call, request, inputs)
+        self.entered()
+        return Deferred(
+            work.answer,
+            finish=partial(self._forwarded, hosted, call, request, inputs, [x._version for x in inputs], work),
+            cancel=partial(self._withdraw, hosted, work),
+        )
+
+    def _forwarded(
+        self,
+        hosted: HostedState,
+        call: IncomingCall,
+        request: messages.ForwardRequest,
+        inputs: list[torch.Tensor],
+        versions: list[int],
+        work: Work,
+    ) -> Message:
+        self.left()
+        try:
+            answer = work.answer.result()
+        except TimeoutError as error:
+            raise told_of(error, call.method) from None
+        packed = pack_tensors([_apart(x) for x in answer.tensors])
+        return self._forward_reply(hosted, call, request, inputs, versions, answer.version, packed)
+
+    async def _forward(self, hosted: HostedState, call: IncomingCall, request: messages.ForwardRequest) -> Message:
+        uid, backend = hosted.uid, hosted.backend
+        with self.answering(call):
             check_growth(uid, request.tensors, backend.inputs_schema, backend.input_specs)
             tensors = await unpack(request.tensors, call.buffers)
             check_codecs(uid, backend, "inputs", request.tensors, tensors)
@@ -128,21 +166,45 @@ class ExpertCalls:
                 empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
                 answer = WorkResult(empty, backend.version)
             else:
-                answer = await hosted.runtime.forward(
-                    backend,
-                    inputs,
-                    training=request.training,
-                    seed=request.seed,
-                    deadline=call.deadline,
-                    priority=priority_of(call),
-                    peer=self.owner(call),
-                )
-            # where a module wrote them, the backward brings them again
-            keeps = request.keep_inputs and versions == [x._version for x in inputs]
-            inputs_cached = self._keep(hosted, inputs, call) if keeps else None
-            metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
-            reply = messages.ForwardReply(metas, answer.version, inputs_cached, hosted.epoch)
-            return Message(messages.encode(reply), tuple(buffers))
+                work = self._submit(hosted, call, request, inputs)
+                withdraw = partial(hosted.runtime.withdraw, work)
+                answer = await Deferred(work.answer, finish=work.answer.result, cancel=withdraw)
+            packed = await pack([_apart(x) for x in answer.tensors], request.reply_codec)
+            return self._forward_reply(hosted, call, request, inputs, versions, answer.version, packed)
+
+    def _submit(
+        self, hosted: HostedState, call: IncomingCall, request: messages.ForwardRequest, inputs: list[torch.Tensor]
+    ) -> Work:
+        return hosted.runtime.submit(
+            hosted.backend,
+            inputs,
+            training=request.training,
+            seed=request.seed,
+            deadline=call.deadline,
+            priority=priority_of(call),
+            peer=self.owner(call),
+        )
+
+    def _withdraw(self, hosted: HostedState, work: Work) -> None:
+        hosted.runtime.withdraw(work)
+        self.left()
+
+    def _forward_reply(
+        self,
+        hosted: HostedState,
+        call: IncomingCall,
+        request: messages.ForwardRequest,
+        inputs: list[torch.Tensor],
+        versions: list[int],
+        version: int,
+        packed: tuple[list[wire.Meta], list[memoryview]],
+    ) -> Message:
+        # where a module wrote them, the backward brings them again
+        keeps = request.keep_inputs and versions == [x._version for x in inputs]
+        inputs_cached = self._keep(hosted, inputs, call) if keeps else None
+        metas, buffers = packed
+        reply = messages.ForwardReply(metas, version, inputs_cached, hosted.epoch)
+        return Message(messages.encode(reply), tuple(buffers))
 
     async def backward(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
@@ -230,12 +292,6 @@ class ExpertCalls:
                     await self._quiet.wait()
 
     # ------------------------------------------------------------------------------------------------ one expert's
-
-    def check_forward(self, hosted: HostedState, reply_codec: str) -> None:
-        """Raises: Overloaded while the server rests; SchemaMismatch for a codec that is not for the outputs."""
-        if self.refuse_forwards is not None:
-            raise self.refuse_forwards
-        hosted.backend.settings.codecs.check("outputs", reply_codec, expert=hosted.uid)
 
     def leads(self, hosted: HostedState) -> bool:
         """Return whether this server may step the expert at this moment."""

@@ -17,11 +17,12 @@ from typing import Final
 
 import torch
 
-from tesseract_async.endpoint.call_table import Answer, CallHandler
+from tesseract_async.endpoint.call_table import Answer, CallHandler, LastPart
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import RemoteError, SchemaMismatch, TooStale, UnknownMethod
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.server.answering import (
@@ -39,6 +40,7 @@ from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.parts import Parts
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY, ApplyRequest, decode_request, encode_part
+from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec
 
@@ -74,6 +76,10 @@ class Applying:
                     yield part
             finally:
                 wave.withdraw()
+
+
+_Kind = tuple[list[TensorSpec], Sequence[TensorSpec], CodecPolicy]
+"""The specs of an expert's inputs and outputs, and the codecs that it accepts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -115,6 +121,7 @@ class Wave:
         self._inputs: Sequence[torch.Tensor | None] = ()
         self._gradients: Sequence[torch.Tensor | None] = ()
         self._weights = torch.from_numpy(request.weights)
+        self._checked: tuple[_Kind, Sequence[torch.Tensor], Gradients] | None = None
         self._owner = calls.owner(call)
         self._held: dict[TesseractRuntime, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -195,18 +202,34 @@ class Wave:
         except RemoteError as error:
             self._end(share, error)
 
+    def _block_for(self, hosted: HostedState) -> tuple[Sequence[torch.Tensor], Gradients]:
+        """Return inputs and gradients, once they fit the expert. Raises: SchemaMismatch, InputsForgotten."""
+        request, backend = self.request, hosted.backend
+        kind = backend.input_specs, backend.output_specs, backend.settings.codecs
+        if self._checked is None or self._checked[0] != kind:  # else it fits as it fitted the expert before
+            num_inputs, codec, uid = request.num_inputs, request.reply_codec, hosted.uid
+            kind[2].check("gradients" if request.backward else "outputs", codec, expert=uid)
+            check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], self._inputs)
+            inputs = check_inputs(uid, backend, self._calls.inputs_of(uid, request.kept, self._inputs))
+            gradients: Gradients = ()
+            if request.backward:
+                check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], self._gradients)
+                gradients = check_gradients(uid, backend, inputs, self._gradients)
+            elif not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in backend.output_specs):
+                raise SchemaMismatch(f"{uid} answers whole numbers, which cannot be weighted: call it alone")
+            self._checked = kind, inputs, gradients
+        return self._checked[1:]
+
     def _begin_forward(self, share: _Share) -> Work:
         request, call, hosted = self.request, self._call, share.door.hosted
         calls, backend = share.door.calls, hosted.backend
-        calls.check_forward(hosted, request.reply_codec)
+        if calls.refuse_forwards is not None:
+            raise calls.refuse_forwards
         if backend.version < request.versions[share.expert]:
             raise TooStale(f"{hosted.uid} is at version {backend.version} here")
-        if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in backend.output_specs):
-            raise SchemaMismatch(f"{hosted.uid} answers whole numbers, which cannot be weighted: call it alone")
-        check_codecs(hosted.uid, backend, "inputs", request.tensors, self._inputs)
         return hosted.runtime.submit(
             backend,
-            check_inputs(hosted.uid, backend, self._inputs),
+            self._block_for(hosted)[0],
             training=request.training,
             seed=request.seed,
             deadline=call.deadline,
@@ -218,8 +241,7 @@ class Wave:
 
     def _begin_backward(self, share: _Share) -> None:
         request, call, hosted = self.request, self._call, share.door.hosted
-        calls, backend, expert = share.door.calls, hosted.backend, share.expert
-        backend.settings.codecs.check("gradients", request.reply_codec, expert=hosted.uid)
+        calls, expert = share.door.calls, share.expert
         call_id = request.ids[expert]
         key = hosted.uid, journal_key(call.peer_id, call_id)
         begun = calls.begun_backward(key)
@@ -227,17 +249,14 @@ class Wave:
             self._backward_answered(share, begun)
             return
         if begun is None:
-            num_inputs = request.num_inputs
-            check_codecs(hosted.uid, backend, "inputs", request.tensors[:num_inputs], self._inputs)
-            check_codecs(hosted.uid, backend, "gradients", request.tensors[num_inputs:], self._gradients)
-            inputs = check_inputs(hosted.uid, backend, self._calls.inputs_of(hosted.uid, request.kept, self._inputs))
+            inputs, gradients = self._block_for(hosted)
             start = int(request.offsets[expert])
             begun = calls.begin_backward(
                 key,
                 hosted,
                 call,
                 inputs,
-                check_gradients(hosted.uid, backend, inputs, self._gradients),
+                gradients,
                 call_id=call_id,
                 training=request.training,
                 seed=request.seed,
@@ -328,7 +347,7 @@ class Wave:
     async def parts(self) -> AsyncGenerator[Message, None]:
         """Yield the reply's parts when they are due."""
         request, kept, num_failed = self.request, self._keep(), 0
-        while not self._gathered.is_over:
+        while True:
             await self._wait_due()
             part, sums = self._gathered.take(self._loop.time())
             self._let_go()
@@ -336,9 +355,12 @@ class Wave:
             metas, buffers = await pack(sums, request.reply_codec)
             body, first = encode_part(part._replace(tensors=metas, kept=kept), backward=request.backward)
             kept = None
+            if self._gathered.is_over:
+                break
             yield Message(body, (*first, *buffers))
         if request.kept is not None and not num_failed:
             self._calls.memory.inputs.pop(request.kept)
+        yield LastPart(body, (*first, *buffers))
 
     def _keep(self) -> bytes | None:
         """Keep the block of a forward, if the caller wishes and there is room. Returns its name."""

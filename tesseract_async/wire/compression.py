@@ -21,6 +21,7 @@ Only floating tensors are encoded; `wire.tensors` sends all others as ``none``. 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import sys
 from typing import Any, Final
@@ -41,8 +42,7 @@ FP16_MAX: Final = 65504.0
 _LARGE: Final = 65_536
 _TINY: Final = torch.finfo(torch.float32).tiny
 
-# numpy and memoryview both know these; not bfloat16 and the complex ones
-_CASTABLE: Final[dict[torch.dtype, np.dtype[Any]]] = {
+CASTABLE: Final[dict[torch.dtype, np.dtype[Any]]] = {
     torch.float64: np.dtype(np.float64),
     torch.float32: np.dtype(np.float32),
     torch.float16: np.dtype(np.float16),
@@ -51,6 +51,7 @@ _CASTABLE: Final[dict[torch.dtype, np.dtype[Any]]] = {
     torch.uint8: np.dtype(np.uint8),
     torch.bool: np.dtype(np.bool_),
 }
+"""The dtypes that NumPy and memoryviews know, too: not bfloat16 and the complex ones."""
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory, which the wire defines as little-endian"
 
@@ -58,22 +59,20 @@ assert sys.byteorder == "little", "tensors travel as they lie in memory, which t
 def encode(tensor: torch.Tensor, codec: str) -> memoryview:
     """The tensor's bytes by `codec`, for any dtype under ``none``, any floating one under the others; on any device.
 
-    Any shape and strides. ``none`` shares memory with a contiguous CPU tensor. Runs without autograd; large tensors
-    take some milliseconds: not on an event loop.
+    Any shape and strides. ``none`` shares memory with a large contiguous CPU tensor. Runs without autograd; a large one
+    takes some milliseconds: not on an event loop.
 
     Raises: ValueError for an unknown codec or a tensor that it does not take.
     """
+    is_plain = codec == "none" and tensor.dtype in CASTABLE and tensor.is_cpu and not tensor.is_neg()
+    if is_plain and tensor.nbytes < _LARGE and tensor.is_contiguous():
+        return _copied(tensor)  # as below, with half the dispatches
     if codec not in CODECS:
         raise ValueError(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
     if codec != "none" and not tensor.is_floating_point():
         raise ValueError(f"codec {codec} takes floating tensors, not {tensor.dtype}")
     if tensor.numel() == 0:
         return memoryview(b"")
-    castable = codec == "none" and tensor.dtype in _CASTABLE and tensor.is_cpu and tensor.dim() and not tensor.is_neg()
-    if castable and tensor.is_contiguous() and tensor.nbytes < _LARGE:
-        # the same memory as below with half the dispatches: this is most of what a small call costs here
-        array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
-        return memoryview(array).cast("B")  # type: ignore[arg-type, unused-ignore]
     flat = flat_of(tensor)
     if codec == "bf16":
         flat = flat.to(torch.bfloat16)
@@ -84,10 +83,12 @@ def encode(tensor: torch.Tensor, codec: str) -> memoryview:
         flat = _quantize_nibbles(flat)
     elif codec != "none":
         flat = _quantize(flat, BLOCK if codec == "uint8_blockwise" else flat.numel())
-    octets = flat.view(torch.uint8)
     # torch marks for good what `numpy()` has seen as shared with NumPy, and callers copy such inputs
-    array = octets.numpy() if octets.nbytes < _LARGE else np.from_dlpack(octets)
-    return memoryview(array)  # type: ignore[arg-type, unused-ignore]
+    return _copied(flat) if flat.nbytes < _LARGE else memoryview(np.from_dlpack(flat.view(torch.uint8)))  # type: ignore[arg-type, unused-ignore]
+
+
+def _copied(tensor: torch.Tensor) -> memoryview:
+    return memoryview(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 
 def flat_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,7 +116,7 @@ def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec
         if buffer.readonly:
             buffer = memoryview(bytearray(buffer))
         if codec == "none":
-            if (known := _CASTABLE.get(dtype)) is not None:
+            if (known := CASTABLE.get(dtype)) is not None:
                 # a view of a tensor would let go of the interpreter's lock: with a busy device thread, that is slow
                 return torch.from_numpy(np.ndarray(shape, known, buffer))
             return torch.frombuffer(buffer, dtype=dtype).view(shape)

@@ -113,12 +113,18 @@ def decode_table(payload: memoryview) -> tuple[int, tuple[int, ...], int]:
 
 
 def encode_small(
-    kind: int, stream: int, head: bytes, sizes: Sequence[int], buffers: Sequence[memoryview], *, flags: int = 0
+    kind: int,
+    stream: int,
+    head: bytes,
+    sizes: Sequence[int],
+    buffers: Sequence[memoryview],
+    *,
+    size: int = 0,
+    flags: int = 0,
 ) -> bytes:
-    """A whole message as one frame; the caller has checked that it fits (`message_bytes` <= `MAX_SMALL`)."""
-    head_bytes, count = len(head), len(sizes)
-    length = _TABLE.size + 8 * count + head_bytes + sum(sizes)
-    return b"".join((_SMALL[count].pack(kind, flags, 0, length, stream, head_bytes, count, *sizes), head, *buffers))
+    """A whole message as one frame. `size`: its `message_bytes`, where known; at most `MAX_SMALL`."""
+    count, size = len(sizes), size or message_bytes(len(head), sizes)
+    return b"".join((_SMALL[count].pack(kind, flags, 0, size, stream, len(head), count, *sizes), head, *buffers))
 
 
 def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:
@@ -130,8 +136,8 @@ def decode_small(payload: memoryview, arena: Arena) -> tuple[Value, tuple[memory
     """The head's value and the buffers, copied into memory of `arena`. Untrusted. Raises: ProtocolError."""
     head_bytes, sizes, begin = decode_table(payload)
     position = begin + head_bytes
-    num_bytes = sum(sizes)
-    if position + num_bytes != len(payload):
+    num_bytes = len(payload) - position
+    if sum(sizes) != num_bytes:
         raise ProtocolError("a message's table does not fit its frame")
     head = packed.unpack(payload[begin:position], max_bytes=MAX_HEAD)
     if not sizes:
@@ -194,12 +200,22 @@ class Arena:
         self._block = None
 
 
+_packers: list[msgpack.Packer] = []
+"""Those that nobody uses now: making one takes longer than packing the head of a small message."""
+
+
 def pack(value: Value) -> bytes:
     """Pack a head. Raises: TypeError or ValueError for what msgpack cannot hold."""
     try:
-        data: bytes = msgpack.packb(value)
+        packer = _packers.pop()
+    except IndexError:
+        packer = msgpack.Packer()
+    try:
+        data: bytes = packer.pack(value)
     except OverflowError as error:
         raise ValueError(f"an integer is too large for msgpack: {error}") from None
+    if len(data) <= MAX_SMALL:  # one that has packed more keeps the memory for it
+        _packers.append(packer)
     if len(data) > MAX_HEAD:
         raise ValueError(f"a body of {len(data)} bytes is too large (at most {MAX_HEAD}): send data as buffers")
     if len(data) > packed.MAX_ITEMS:

@@ -64,10 +64,11 @@ class RequestHead(NamedTuple):  # not a dataclass: one is made for every call, a
     body: Value
 
 
-def encode_request(head: RequestHead) -> bytes:
-    """Raises: TypeError or ValueError if the body is not what msgpack can hold."""
-    method, time_left, *others = head
-    return frames.pack((method, int(time_left * 1000) + 1, *others))
+def encode_request(head: RequestHead, time_left: float | None = None) -> bytes:
+    """`time_left`: what is left by now. Raises: TypeError or ValueError if the body is not what msgpack can hold."""
+    method, seconds, priority, reply_room, max_reply, body = head
+    milliseconds = int((seconds if time_left is None else time_left) * 1000) + 1
+    return frames.pack((method, milliseconds, priority, reply_room, max_reply, body))
 
 
 def decode_request(value: Value) -> RequestHead:

@@ -200,9 +200,9 @@ Body = TypeVar(
 )
 
 _CHECKS: dict[str, Callable[[Value], bool]] = {
-    "str": lambda value: type(value) is str and len(value) <= MAX_UID_LENGTH,
-    "int": lambda value: type(value) is int and 0 <= value < 2**63,
-    "bytes": lambda value: type(value) is bytes and len(value) == 16,
+    "str": lambda value: len(value) <= MAX_UID_LENGTH,
+    "int": range(2**63).__contains__,
+    "bytes": lambda value: len(value) == 16,
     "Root": lambda value: type(value) is bytes and len(value) == 32,
     "bytes | None": lambda value: value is None or (type(value) is bytes and len(value) == 16),
     "list[Value] | dict[str, Value]": lambda value: (
@@ -210,21 +210,15 @@ _CHECKS: dict[str, Callable[[Value], bool]] = {
     ),
     "dict[str, Value]": lambda value: type(value) is dict and all(type(key) is str for key in value),
 }
-_SUFFICIENT: dict[str, type] = {"bool": bool, "list[Value]": list}
-"""Types that alone prove a value right."""
-
-
-def _refuse(value: Value) -> bool:
-    return False  # not of the sufficient type
-
-
+_TYPES: dict[str, type] = {"str": str, "int": int, "bytes": bytes, "bool": bool, "list[Value]": list}
+"""Types that values have exactly."""
 _MISSING: Final = object()
-_Field = tuple[str, Value, type | None, Callable[[Value], bool]]
-"""Name, default, sufficient type, check."""
+_Field = tuple[str, Value, type | None, Callable[[Value], bool] | None]
+"""Name, default, exact type, check."""
 _FIELDS: dict[type, list[_Field]] = {
     # the annotations are strings here, kept as forward references
     kind: [
-        (name, kind._field_defaults.get(name, _MISSING), _SUFFICIENT.get(of), _CHECKS.get(of, _refuse))
+        (name, kind._field_defaults.get(name, _MISSING), _TYPES.get(of), _CHECKS.get(of))
         for name, of in ((name, annotation.__forward_arg__) for name, annotation in kind.__annotations__.items())
     ]
     for kind in Body.__constraints__
@@ -247,10 +241,11 @@ def decode(kind: type[Body], body: Value) -> Body:
         raise ProtocolError(f"{kind.__name__}: the body is not a list")
     if len(body) < len(fields):
         body = [*body, *[field[1] for field in fields[len(body) :]]]
-    for (name, _, sufficient, check), value in zip(fields, body, strict=False):
-        if type(value) is not sufficient and not check(value):
+    for (name, _, of, check), value in zip(fields, body, strict=False):
+        if (of is not None and type(value) is not of) or (check is not None and not check(value)):
             raise ProtocolError(f"{kind.__name__}: {name} is missing or malformed")
-    return kind._make(body[: len(fields)])
+    made: Body = tuple.__new__(kind, body[: len(fields)])
+    return made
 
 
 def uid_of(body: Value) -> str | None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 
 from tesseract_async.errors import ProtocolError, SchemaMismatch, shortened
@@ -43,6 +44,10 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    sizes: list[int] = field(init=False, repr=False, compare=False)
+    """The shape as metas have it."""
+    row_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of one row, uncompressed."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -50,6 +55,8 @@ class TensorSpec:
             raise ValueError(f"tensors of {self.dtype} cannot travel; one of {', '.join(DTYPES)} can")
         if len(self.shape) >= MAX_DIMS - 1 or any(not isinstance(size, int) or size < 0 for size in self.shape):
             raise ValueError(f"besides the rows, a shape has up to {MAX_DIMS - 2} sizes, 0 or more each: {self.shape}")
+        object.__setattr__(self, "sizes", [*self.shape])
+        object.__setattr__(self, "row_bytes", math.prod(self.shape) * self.dtype.itemsize)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
@@ -57,11 +64,6 @@ class TensorSpec:
         if tensor.dim() == 0:
             raise ValueError("an expert's tensors have rows as their first dimension; got a 0-d tensor")
         return cls(tuple(tensor.shape[1:]), tensor.dtype)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row, uncompressed."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{DTYPE_NAMES[self.dtype]}[{', '.join(('rows', *map(str, self.shape)))}]"
@@ -110,6 +112,8 @@ def sequence_like(part: Sequence[Structure], items: Iterable[Structure]) -> Stru
 
 def unflatten(schema: Schema, leaves: Iterable[Structure]) -> Structure:
     """The structure of `schema` with its specs replaced, in order, by `leaves`; the inverse of `flatten`."""
+    if type(schema) is TensorSpec:
+        return next(iter(leaves))
     return _unflatten_from(iter(leaves), schema)
 
 
@@ -157,8 +161,11 @@ def _flatten_fitting(leaves: list[Structure], part: Schema, value: Structure) ->
     if isinstance(part, _SEQUENCES):
         if not isinstance(value, _SEQUENCES) or len(part) != len(value):
             return False
-        return all(map(_flatten_fitting, repeat(leaves), part, value))
-    if not part and not value and type(value) is dict:  # no keyword arguments: nearly every call
+        for one, item in zip(part, value, strict=True):
+            if type(one) is type(item) is dict and not one and not item:
+                continue  # no keyword arguments: nearly every call
+            if not _flatten_fitting(leaves, one, item):
+                return False
         return True
     if not isinstance(value, Mapping) or part.keys() != value.keys():
         return False
@@ -275,6 +282,34 @@ def may_unpack(metas: Value, specs: Sequence[TensorSpec]) -> bool:
             if spec is None or name != DTYPE_NAMES[spec.dtype] or type(sizes) is not list or sizes[1:] != [*spec.shape]:
                 return False
     return True
+
+
+def unpack_plain(
+    metas: Value, buffers: Sequence[memoryview], specs: Sequence[TensorSpec], *, num_rows: int = 0
+) -> list[torch.Tensor] | None:
+    """The tensors, if these untrusted metas are what `specs` say, in codec ``none``, with equally many rows (`num_rows`
+    where given). As with `unpack_tensors`, they use `buffers`.
+
+    None for all else: nearly all calls are plain, and one look at each tensor is enough for them.
+    """
+    if type(metas) is not list or not len(metas) == len(buffers) == len(specs):
+        return None
+    tensors: list[torch.Tensor] = []
+    for meta, buffer, spec in zip(metas, buffers, specs, strict=True):
+        if type(meta) is not list or len(meta) != 3:
+            return None
+        name, sizes, codec = meta
+        if codec != "none" or name != DTYPE_NAMES[spec.dtype] or type(sizes) is not list or sizes[1:] != spec.sizes:
+            return None
+        num_rows = num_rows or sizes[0]
+        known = compression.CASTABLE.get(spec.dtype)
+        if known is None or type(num_rows) is not int or num_rows != sizes[0] or not spec.row_bytes:
+            return None
+        if len(buffer) != num_rows * spec.row_bytes or not buffer or buffer.readonly:
+            return None
+        # a view of a tensor would let go of the interpreter's lock: with a busy device thread, that is slow
+        tensors.append(torch.from_numpy(np.ndarray((num_rows, *spec.shape), known, buffer)))
+    return tensors
 
 
 def unpack_tensors(metas: Value, buffers: Sequence[memoryview]) -> list[torch.Tensor | None]:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.client.beam_search import BeamSearch, best_cells
@@ -85,6 +85,7 @@ def test_best_cells_of_the_whole_grid(grid: tuple[int, ...], k: int, seed: int) 
 
 @settings(deadline=None, max_examples=25)
 @given(grid=grids, share=st.floats(0, 1), k=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), limit=st.integers(1, 9))
+@example(grid=(5, 5, 5), share=0.125, k=1, seed=3, limit=1)
 def test_beam_search_finds_the_best_that_live(
     grid: tuple[int, ...], share: float, k: int, seed: int, limit: int
 ) -> None:
@@ -99,6 +100,9 @@ def test_beam_search_finds_the_best_that_live(
         asked |= set(cells)
         for cell in cells:
             search.learn(cell, cell in alive)
+    if not search.is_exact:  # it ended early: reading the whole grid is less work
+        assert len(asked) >= 64 and len(asked & alive) < 0.25 * len(asked)
+        return
     found = np.array(sorted(asked & alive), dtype=np.int64).reshape(-1, len(grid))
     expected = totals(scores, coords, grid).reshape(3, len(coords))
     mine = totals(scores, found, grid).reshape(3, len(found))

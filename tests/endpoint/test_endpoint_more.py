@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from tesseract_async.admission import Policy
+from tesseract_async.endpoint import handlers
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
-from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, NotAllowed, PeerUnreachable, RemoteError
 from tesseract_async.identity import Identity
@@ -369,7 +369,7 @@ async def test_a_call_cancelled_before_its_turn_is_never_handled(monkeypatch: py
         await client.call(address, "note", "first", timeout=30)
         (connection,) = server.pool.connections()
         with monkeypatch.context() as patch:
-            patch.setattr(Handlers, "_may_start", lambda self: False)
+            patch.setattr(handlers, "STARTS_PER_TURN", 0)
             task = asyncio.create_task(client.call(address, "note", "cancelled", timeout=30))
             async with asyncio.timeout(30):
                 while not connection.protocol.num_calls:  # noqa: ASYNC110 (nothing announces that a call waits)

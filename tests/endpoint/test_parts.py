@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.endpoint.budget import Owner
+from tesseract_async.endpoint.call_table import LastPart
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.endpoint.events import CallCancelled, CallFailed, CallReceived, PartReceived, ReplyReceived
 from tesseract_async.endpoint.handlers import Handlers
@@ -490,6 +491,28 @@ async def test_a_handler_yields_parts_and_the_caller_iterates() -> None:
         assert whole.body == "one"
         with pytest.raises(RemoteError, match="count replies in parts, which its caller does not take"):
             await client.call(address, "count", sizes, timeout=30)
+        assert client.budgets.messages.used == 0 and server.budgets.replies.used == 0
+
+
+@pytest.mark.parametrize("size", [10, 3 * MIB])
+async def test_a_handler_that_knows_its_last_part_is_not_asked_for_another(size: int) -> None:
+    closed = asyncio.Event()
+
+    async def two(call: IncomingCall) -> AsyncGenerator[Message, None]:
+        try:
+            yield Message(0, (memoryview(contents(size)),))
+            yield LastPart(1, (memoryview(contents(size)),))
+            raise AssertionError("asked for more")
+        finally:
+            closed.set()
+
+    async with serving(PLAIN) as (server, address), client_of() as client:
+        server.handle("two", two)
+        for _ in range(2):
+            closed.clear()
+            parts = [part async for part in client.call_parts(address, "two", timeout=30)]
+            assert [(part.body, len(part.buffers[0])) for part in parts] == [(0, size), (1, size)]
+            await closed.wait()
         assert client.budgets.messages.used == 0 and server.budgets.replies.used == 0
 
 

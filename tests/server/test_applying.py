@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ import pytest_asyncio
 import torch
 from torch import nn
 
+import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import IncomingCall
 from tesseract_async.errors import (
+    ConnectionLost,
     ExpertFailed,
     ExpertNotFound,
     InputsForgotten,
@@ -133,14 +136,24 @@ class Replied:
 
 
 class Reply:
-    """The parts of a reply, as a caller that may leave sees them."""
+    """The parts of a reply, as a caller that may leave sees them; `through` a real connection, or straight."""
 
     def __init__(
-        self, node: ServingNode, request: ApplyRequest, tensors: Sequence[torch.Tensor], **changes: Any
+        self,
+        node: ServingNode | None,
+        request: ApplyRequest,
+        tensors: Sequence[torch.Tensor],
+        *,
+        through: Any = None,
+        **changes: Any,
     ) -> None:
         self.request = request
+        self.replied = Replied(torch.zeros(request.num_rows, 8 if request.backward else 4))
         body, first = apply.encode_request(request)
         _, buffers = wire.pack_tensors(tensors)
+        if through is not None:
+            self.parts: Any = through(body, (*first, *buffers))
+            return
         call = IncomingCall(
             peer_id=changes.pop("peer_id", PEER),
             method=apply.APPLY,
@@ -150,9 +163,8 @@ class Reply:
             priority=0,
             in_parts=True,
         )
-        self.parts: Any = node.together[0](call)
-        width = 8 if request.backward else 4
-        self.replied = Replied(torch.zeros(request.num_rows, width))
+        assert node is not None
+        self.parts = node.together[0](call)
 
     def take(self, message: Any) -> Replied:
         part, buffers = apply.decode_part(message.body, message.buffers, self.request)
@@ -175,6 +187,12 @@ class Reply:
         replied.kept = part.kept or replied.kept
         replied.num_parts += 1
         return replied
+
+    async def until(self, *uids: str) -> Replied:
+        """Take parts until these have answered."""
+        while not set(uids) <= self.replied.versions.keys():
+            self.take(await anext(self.parts))
+        return self.replied
 
     async def all(self) -> Replied:
         async for message in self.parts:
@@ -395,7 +413,7 @@ async def test_experts_that_do_not_fit_into_the_queue_are_overloaded(node: Servi
         released.set()
         await holding
         replied = await reply.all()
-        assert set(replied.versions) == {"ffn.0", "ffn.1"} and replied.num_parts == 2
+        assert set(replied.versions) == {"ffn.0", "ffn.1"} and replied.num_parts >= 2
 
 
 async def test_answers_that_are_not_taken_leave_their_peer_less_room(
@@ -409,7 +427,7 @@ async def test_answers_that_are_not_taken_leave_their_peer_less_room(
 
     server.experts["ffn.2"].module.answers = waits  # type: ignore[assignment]
     reply = Reply(node, *Wave().request())
-    await anext(reply.parts)
+    await reply.until("ffn.0", "ffn.1")
     of_one = statistics().num_bytes
     assert SHARE_BYTES < of_one < 2 * SHARE_BYTES, "what was taken counts no more"
     released.set()
@@ -463,8 +481,7 @@ async def test_a_slow_expert_does_not_hold_up_the_others(node: ServingNode, serv
 
     server.experts["ffn.2"].module.answers = waits  # type: ignore[assignment]
     reply = Reply(node, *Wave().request())
-    replied = reply.take(await anext(reply.parts))
-    assert set(replied.versions) == {"ffn.0", "ffn.1"}
+    assert set((await reply.until("ffn.0", "ffn.1")).versions) == {"ffn.0", "ffn.1"}
     released.set()
     assert set((await reply.all()).versions) == set(UIDS)
 
@@ -668,3 +685,66 @@ async def test_the_backwards_of_answered_forwards_are_waited_for(node: ServingNo
             one = Wave(x=wave.x, pairs={uid: wave.pairs[uid]}, ids=wave.ids)
             assert not (await backward(node, one, torch.ones(5, 4))).failures
         assert await draining
+
+
+# ---------------------------------------------------------------------------------------------- over the network
+
+
+@pytest.mark.both_loops
+async def test_over_the_network_the_caller_may_leave_at_any_point_and_nothing_steps_twice() -> None:
+    experts = {uid: make_backend(0) for uid in UIDS}
+    settings = ServerSettings(drain_timeout=0.0)
+    async with ta.TesseractNode() as host, TesseractServer(host, experts, settings=settings) as server:
+        begun, released = threading.Event(), threading.Event()
+
+        def waits(y: torch.Tensor) -> torch.Tensor:
+            begun.set()
+            released.wait(60)
+            return y
+
+        server.experts["ffn.2"].module.answers = waits  # type: ignore[assignment]
+        wave, identity = Wave(), Identity.generate()
+        async with ta.TesseractNode(initial_peers=[host.address], identity=identity) as guest:
+            through = partial(guest.endpoint.call_parts, host.peer_address, apply.APPLY, timeout=60.0)
+            lost = Reply(None, *wave.request(torch.ones(5, 4)), through=through)
+            await lost.until("ffn.0", "ffn.1")
+            await asyncio.to_thread(begun.wait, 60)
+        with pytest.raises(ConnectionLost):
+            await anext(lost.parts)
+        released.set()
+        async with ta.TesseractNode(initial_peers=[host.address], identity=identity) as guest:
+            through = partial(guest.endpoint.call_parts, host.peer_address, apply.APPLY, timeout=60.0)
+            replied = await Reply(None, *wave.request(torch.ones(5, 4)), through=through).all()
+            assert replied.versions == dict.fromkeys(UIDS, 1) and not replied.failures
+            with pytest.raises(RemoteError, match="does not hold|malformed|prefix"):
+                _, tensors = wave.request()
+                _, buffers = wire.pack_tensors(tensors)
+                await anext(through(["ffn"], buffers))
+            with pytest.raises(RemoteError, match="parts"):
+                body, first = apply.encode_request(wave.request()[0])
+                await guest.endpoint.call(host.peer_address, apply.APPLY, body, [*first, *buffers], timeout=60.0)
+        assert [one.version for one in experts.values()] == [1, 1, 1]
+        assert await server.drain(timeout=30.0)
+        assert server.runtimes[0].statistics().num_bytes == 0
+
+
+async def test_policies_and_quotas_hold_for_each_expert() -> None:
+    guest_identity = Identity.generate()
+    async with ta.TesseractNode(policy=ta.Policy(trainers=[])) as host:
+        settings = ServerSettings(drain_timeout=0.0)
+        experts = {uid: make_backend(0) for uid in UIDS}
+        async with (
+            TesseractServer(host, experts, settings=settings),
+            ta.TesseractNode(initial_peers=[host.address], identity=guest_identity) as guest,
+        ):
+            through = partial(guest.endpoint.call_parts, host.peer_address, apply.APPLY, timeout=60.0)
+            assert len((await Reply(None, *Wave().request(), through=through).all()).versions) == 3
+            replied = await Reply(None, *Wave().request(torch.ones(5, 4)), through=through).all()
+            assert len(replied.failures) == 3
+            assert all(isinstance(error, NotAllowed) for error in replied.failures.values())
+            assert [one.version for one in experts.values()] == [0, 0, 0]
+            host.endpoint.policy = ta.Policy(quota=ta.Quota(calls=3, period=1000.0))
+            replied = await Reply(None, *Wave().request(), through=through).all()
+            assert set(replied.versions) == {"ffn.0", "ffn.1"}, "the message is the first call"
+            error = replied.failures["ffn.2"]
+            assert isinstance(error, Overloaded) and 300 < error.retry_after < 340

@@ -124,11 +124,15 @@ def test_none_takes_every_dtype() -> None:
             )
 
 
-def test_none_shares_memory_both_ways() -> None:
-    tensor = torch.zeros(8)
+def test_none_shares_memory_both_ways_unless_it_is_small() -> None:
+    tensor = torch.zeros(16 * 1024)
     view = encode(tensor, "none")
     tensor[0] = 1.0
     assert bytes(view[:4]) == b"\x00\x00\x80\x3f"
+    small = torch.zeros(8)
+    view = encode(small, "none")
+    small[0] = 1.0
+    assert not any(view) and small.untyped_storage().resizable(), "and torch knows of nobody who shares it"
     memory = bytearray(32)
     back = decode(memoryview(memory), torch.float32, (8,), "none")
     memory[0:4] = b"\x00\x00\x80\x3f"

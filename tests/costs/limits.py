@@ -1,0 +1,39 @@
+"""What things may cost, in counts that do not depend on the machine: one table.
+
+A change that raises a cost by more than `MARGIN` fails its test. A lower limit is a commit of its own, which says what
+lowered it; so is a higher one, with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+MARGIN: Final = 0.03
+
+LIMITS: Final[dict[str, float]] = {
+    # one expert call of one row of 1,024 numbers, without gradients, over TLS, one at a time, on asyncio's loop
+    "client: Python calls per small call": 222,
+    "client: C calls per small call": 218,
+    "server: Python calls per small call": 177,
+    "server: C calls per small call": 182,
+    "client: turns of the loop per small call": 3,
+    "server: turns of the loop per small call": 4,
+    "frames per small call, both ways": 2,
+    "bytes per small call, both ways": 8351,
+    "allocations kept per small call": 0.05,
+    # eight such calls that wait while the device is busy
+    "wake-ups of the loop per batch that ends": 1,
+    "wake-ups of the device's thread until it idles again": 1,
+    # a gate over 16 experts on 4 servers, 64 rows, k = 4
+    "messages per gate pass, forward": 16,
+    "messages per gate pass, backward": 16,
+    # a hash table of 200 nodes
+    "datagrams per look-up": 12.25,
+    "datagrams per renewal": 86,
+}
+
+
+def check(name: str, measured: float) -> None:
+    """Fail where a cost is above its limit."""
+    limit = LIMITS[name]
+    assert measured <= limit * (1 + MARGIN), f"{name}: {measured:g}, at most {limit:g} (tests/costs/limits.py)"
