@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
@@ -138,6 +138,15 @@ class CallsUnderWay:
     def shortage(self) -> NotEnoughExperts | None:
         """Return the error that the pass ended in, if it did."""
         raise NotImplementedError
+
+    def _strict_shortage(self, calls: Iterable[tuple[int, Indices]], what: str) -> NotEnoughExperts | None:
+        """The error where all these are needed."""
+        if not self.errors:
+            return None
+        is_short_R = np.zeros(len(self.num_answers_R), dtype=np.bool_)
+        for expert, rows in calls:
+            is_short_R[rows] |= self.candidates.uid(expert) in self.errors
+        return NotEnoughExperts(None, int(is_short_R.sum()), self.errors, what=what)
 
     @property
     def late(self) -> list[ExpertCall]:
@@ -401,15 +410,11 @@ class StrictForward(CallsUnderWay):
         super().start(now)
         for expert, rows in self._calls:
             self._send(ExpertCall(expert, self.candidates.uid(expert), rows, now))
+        self._num_first = len(self._fresh)
 
     def shortage(self) -> NotEnoughExperts | None:
         """See `CallsUnderWay.shortage`."""
-        if not self.errors:
-            return None
-        is_short_R = np.zeros(len(self.num_answers_R), dtype=np.bool_)
-        for expert, rows in self._calls:
-            is_short_R[rows] |= self.candidates.uid(expert) in self.errors
-        return NotEnoughExperts(None, int(is_short_R.sum()), self.errors)
+        return self._strict_shortage(self._calls, "answers")
 
     def timer_at(self) -> float:
         """See `CallsUnderWay.timer_at`."""
@@ -436,9 +441,9 @@ class BackwardDispatch(CallsUnderWay):
             patience=patience,
         )
         self.is_strict = forward.is_strict
-        self._k_min = None if self.is_strict else settings.backward_k_min
+        self._k_min = settings.backward_k_min
         self._forward = forward
-        needed = forward.num_answers_R if self._k_min is None else np.minimum(forward.num_answers_R, self._k_min)
+        needed = forward.num_answers_R if self.is_strict else np.minimum(forward.num_answers_R, self._k_min)
         self._needed_R: Indices = needed
         self.forward_calls: dict[ExpertCall, ExpertCall] = {}
         """By gradient call, the call whose answer it differentiates."""
@@ -449,6 +454,8 @@ class BackwardDispatch(CallsUnderWay):
 
     def shortage(self) -> NotEnoughExperts | None:
         """See `CallsUnderWay.shortage`."""
+        if self.is_strict:
+            return self._strict_shortage([(call.expert, call.rows) for call in self._forward.answers], "gradients")
         if not (num_short := self._num_short):
             return None
         return NotEnoughExperts(self._k_min, num_short, self.errors, what="gradients")

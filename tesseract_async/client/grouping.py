@@ -258,7 +258,8 @@ class Grouping:
     def _exhausted(self, call: ExpertCall, search: _Search, now: float) -> None:
         """All replicas known were asked, to no avail."""
         if self._looks_up and search.num_lookups < MAX_LOOKUPS and search.look_up_at < self.calls.deadline:
-            self._pausing[call] = max(now, search.look_up_at)
+            pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
+            self._pausing[call] = max(now + pause, search.look_up_at)
         else:
             self._fail(call, search, now)
 

@@ -301,7 +301,8 @@ class Pass:
         async def find(call: ExpertCall) -> Sequence[ExpertReplica]:
             with contextlib.suppress(TesseractError, TimeoutError):
                 async with asyncio.timeout_at(self._deadline):
-                    return await self.experience.node.directory.find(call.uid)
+                    # one that stood still for a moment is there again long before it says so in the network
+                    return await self.experience.node.directory.find(call.uid, even_failed=self.calls.is_strict)
             return ()
 
         found = await asyncio.gather(*map(find, calls))

@@ -201,7 +201,6 @@ class Endpoint(Uncopied):
         Raises: RemoteError (the subclass that the peer raised); ConnectionLost; PeerUnreachable; ProtocolError;
         TimeoutError; ValueError or TypeError for what can't be sent.
         """
-        loop = asyncio.get_running_loop()
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
