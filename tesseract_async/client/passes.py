@@ -252,7 +252,7 @@ class Pass:
             return
         calls = [block.calls[place] for place in part.experts.tolist()]
         errors: dict[ExpertCall, BaseException] = {block.calls[place]: failure for place, failure in part.failures}
-        if not are_finite([*sums, torch.from_numpy(part.weight_gradients)]):
+        if not (are_finite(sums) and np.isfinite(part.weight_gradients).all()):
             errors |= {call: ExpertFailed(f"{call.uid} answered {self.what} that are not finite") for call in calls}
         versions, epochs = part.versions.tolist(), part.epochs.tolist()
         least = asked.versions[part.experts].tolist()
