@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 
 # Everything, one after another, and one table; `make bench BENCH_ARGS="throughput ceilings"` runs some of it.
 bench: $(VENV)/.dev
-	-$(PYTHON) tests/benchmarks/peers/install.py  # without it only the comparison with hivemind is missing
+	-$(PYTHON) tests/benchmarks/peers/install.py  # without it only the comparisons with the peers are missing
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
 
 # A newcomer's path in a clone and an environment of its own, timed: minutes, most of them pip's.
@@ -56,4 +56,4 @@ docs-refresh: $(VENV)/.dev
 	test ! -f bench.json || $(BIN)/python docs/plots.py
 
 clean:
-	rm -rf $(VENV) .venv-hivemind .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-hivemind .venv-rpc .mypy_cache .pytest_cache .ruff_cache .hypothesis

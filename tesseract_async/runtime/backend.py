@@ -127,6 +127,10 @@ class ExpertBackend:
     """
 
     _runner_type = ModuleRunner
+    num_processes = 1
+    """Over which it is spread."""
+    rebuild: Callable[[], nn.Module] | None = None
+    """Makes its module anew, for one that is spread: with other weights, perhaps."""
 
     def __init__(
         self,

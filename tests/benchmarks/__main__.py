@@ -1,11 +1,11 @@
 """Runs the benchmarks one after another and prints one table.
 
-    python -m tests.benchmarks                  # everything, hivemind included where it is installed
+    python -m tests.benchmarks                  # everything, the peers included where they are installed
     python -m tests.benchmarks ceilings dht     # those whose name contains one of the words
     python -m tests.benchmarks --list
 
 Every benchmark is a file of this directory with a `main()` that prints figures, one JSON object a line. It runs in a
-process of its own, alone. `make bench` first installs hivemind into an environment of its own.
+process of its own, alone. `make bench` first installs the peers into environments of their own.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from pathlib import Path
 
 from tests.benchmarks.comparisons import compare, comparison_table
 from tests.benchmarks.figures import Figure, number, read_figure, table
-from tests.benchmarks.peers.install import DEFAULT as PEERS_DIRECTORY
-from tests.benchmarks.peers.install import python_of
+from tests.benchmarks.peers.install import NAMES, python_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NO_BENCHMARKS = {"__main__", "comparisons", "faulty", "figures", "loads", "modules", "processes", "swarm"}
 FIRST = ("ceilings", "throughput", "throughput_presets", "throughput_dht", "throughput_mixture")
+SIDES = {"hivemind": "hivemind", "rpc_grpc": "grpc.aio", "rpc_torch": "torch.distributed.rpc", "rpc_ray": "ray"}
+"""The peers by how their files begin."""
 LONG = {
     "nat_links",
     "network_churn",
@@ -64,18 +65,22 @@ class Outcome:
     """Of the last minute before it began: on a quiet machine below the number of cores."""
 
 
-def find_benchmarks(peer_python: Path) -> list[Benchmark]:
-    """Every benchmark: the stack's first, then the rooms' own by name, then hivemind's side if it is installed."""
+def find_benchmarks() -> list[Benchmark]:
+    """Every benchmark: the stack's first, then the rooms' own by name, then the peers' sides that are installed."""
     stems = {path.stem for path in HERE.glob("*.py")} - NO_BENCHMARKS
     stems = {stem for stem in stems if not stem.startswith("test_")}
     commands = {stem: (sys.executable, "-m", f"tests.benchmarks.{stem}") for stem in stems}
     commands["throughput_presets"] = (*commands["throughput"], "--preset", "all", "--scale", "cpu")
     names = [name for name in FIRST if name in commands] + sorted(set(commands) - set(FIRST))
     found = [Benchmark(name, commands[name]) for name in names]
-    if peer_python.exists():
-        for path in sorted((HERE / "peers").glob("hivemind_*.py")):
-            command = (str(peer_python), "-m", f"tests.benchmarks.peers.{path.stem}")
-            found.append(Benchmark(path.stem, command, side="hivemind"))
+    for name in NAMES:
+        if not python_of(name).exists():
+            print(f"left out: peers/{name}_*.py (python tests/benchmarks/peers/install.py {name} installs their needs)")
+            continue
+        for path in sorted((HERE / "peers").glob(f"{name}_*.py")):
+            side = next(side for prefix, side in SIDES.items() if path.stem.startswith(prefix))
+            command = (str(python_of(name)), "-m", f"tests.benchmarks.peers.{path.stem}")
+            found.append(Benchmark(path.stem, command, side))
     return found
 
 
@@ -129,13 +134,12 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="run the benchmarks whose name contains one of these")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--long", action="store_true", help="also those that take minutes to hours")
-    parser.add_argument("--no-peers", action="store_true", help="leave hivemind out")
-    parser.add_argument("--peer-python", type=Path, default=python_of(PEERS_DIRECTORY), help="hivemind's interpreter")
+    parser.add_argument("--no-peers", action="store_true", help="leave the peers out")
     parser.add_argument("--json", type=Path, default=ROOT / "bench.json", help="where the figures are saved")
     args = parser.parse_args()
     benchmarks = [
         each
-        for each in find_benchmarks(args.peer_python)
+        for each in find_benchmarks()
         if (not args.words or any(word in each.name for word in args.words))
         and (args.long or args.list or each.name not in LONG or each.name in args.words)
         and not (args.no_peers and each.side != "ours")
@@ -155,13 +159,15 @@ def report(outcomes: list[Outcome], machine: dict[str, str], path: Path) -> None
     """Prints the tables and saves everything."""
     sides = {
         side: {figure.name: figure for each in outcomes if each.benchmark.side == side for figure in each.figures}
-        for side in ("ours", "hivemind")
+        for side in ("ours", *SIDES.values())
     }
-    ratios = compare(sides["ours"], sides["hivemind"])
+    ratios = compare(sides)
     print(f"\n{', '.join(f'{key} {value}' for key, value in machine.items())}\n")
     if ratios:
         print(f"{comparison_table(ratios)}\n")
-    theirs = [replace(figure, name=f"hivemind: {figure.name}") for figure in sides["hivemind"].values()]
+    theirs = [
+        replace(figure, name=f"{side}: {figure.name}") for side in SIDES.values() for figure in sides[side].values()
+    ]
     print(table([*sides["ours"].values(), *theirs]))
     failed = [f"{each.benchmark.name} {each.error}" for each in outcomes if each.error]
     if failed:

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import os
 import ssl
 import struct
 import sys
@@ -20,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -131,8 +133,15 @@ def serve(pipe: Connection, certificate: Path | None) -> None:
     run_on_fastest_loop(main())
 
 
-async def echo(port: int, *, size: int, at_once: int, seconds: float, tls: bool) -> float:
-    """Frames per second, there and back, with `at_once` under way."""
+def cpu_seconds(*pids: int) -> float:
+    """Processor time of these processes together, so far."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
+
+
+async def echo(
+    port: int, *, size: int, at_once: int, seconds: float, tls: bool, pids: tuple[int, ...] = ()
+) -> tuple[float, float]:
+    """Frames per second, there and back, with `at_once` under way; processor time of `pids` for each, in seconds."""
     loop = asyncio.get_running_loop()
     waiting: dict[int, asyncio.Future[None]] = {}
     context = None
@@ -156,7 +165,7 @@ async def echo(port: int, *, size: int, at_once: int, seconds: float, tls: bool)
         await future
 
     await asyncio.gather(*(call() for _ in range(at_once)))
-    begin, num_warm = time.perf_counter(), num_sent
+    begin, num_warm, cpu = time.perf_counter(), num_sent, cpu_seconds(*pids)
     stop_at = begin + seconds
 
     async def caller() -> None:
@@ -164,9 +173,9 @@ async def echo(port: int, *, size: int, at_once: int, seconds: float, tls: bool)
             await call()
 
     await asyncio.gather(*(caller() for _ in range(at_once)))
-    elapsed = time.perf_counter() - begin
+    elapsed, cpu = time.perf_counter() - begin, cpu_seconds(*pids) - cpu
     transport.close()
-    return (num_sent - num_warm) / elapsed
+    return (num_sent - num_warm) / elapsed, cpu / (num_sent - num_warm)
 
 
 def measure(*, tls: bool, seconds: float) -> None:
@@ -176,15 +185,17 @@ def measure(*, tls: bool, seconds: float) -> None:
         certificate = None
         if tls:
             certificate = make_certificate(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        port = stack.enter_context(child(serve, (certificate,))).receive(30)
+        server = stack.enter_context(child(serve, (certificate,)))
+        port, pids = server.receive(30), (os.getpid(), server.process.pid)
 
         async def main() -> None:
-            frames = await echo(port, size=BIG, at_once=4, seconds=seconds, tls=tls)
+            frames, _ = await echo(port, size=BIG, at_once=4, seconds=seconds, tls=tls)
             emit(f"ceiling: echo 8 MiB, {security}", frames * BIG / 1e6, "MB/s each way")
-            frames = await echo(port, size=SMALL, at_once=32, seconds=seconds, tls=tls)
-            emit(f"ceiling: echo 4 KiB, 32 at once, {security}", frames, "calls/s")
-            frames = await echo(port, size=SMALL, at_once=1, seconds=seconds, tls=tls)
-            emit(f"ceiling: echo 4 KiB, 1 at once, {security}", frames, "calls/s")
+            for at_once in (32, 8, 1):
+                frames, cpu = await echo(port, size=SMALL, at_once=at_once, seconds=seconds, tls=tls, pids=pids)
+                emit(f"ceiling: echo 4 KiB, {at_once} at once, {security}", frames, "calls/s")
+                if at_once == 8:
+                    emit(f"ceiling: echo 4 KiB, 8 at once, {security}: processor time", cpu * 1e6, "us")
 
         run_on_fastest_loop(main())
 

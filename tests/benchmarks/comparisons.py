@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tests.benchmarks.figures import Figure, number
+from tests.benchmarks.loads import SMALL
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,13 @@ class Comparison:
     ours: str
     theirs: str
     against: str
-    """``"hivemind"``: the figure of that name on hivemind's side. ``"ceiling"``: of the bare sockets'."""
+    """A peer: the figure of that name on its side. ``"ceiling"``: of the bare sockets'."""
     asked: str | None
     scale: float = 1.0
 
 
 _MEGABYTES_PER_ROW = 1024 * 4 / 1e6
+_ECHO = "ceiling: echo 4 KiB, 8 at once, tls: processor time"
 
 COMPARISONS = (
     Comparison("nop 1x1024, 8 clients, tls", "nop 1x1024, 8 clients", "hivemind", ">= 20"),
@@ -37,14 +39,21 @@ COMPARISONS = (
     Comparison("ffn 4x256, 16 clients, tls", "ffn 4x256, 16 clients", "hivemind", ">= 15"),
     Comparison("dht 16 nodes", "dht 16 nodes", "hivemind", ">= 10"),
     Comparison("mixture 2048x1024, 64x64 grid, tls", "mixture 2048x1024, 64x64 grid", "hivemind", ">= 20"),
+    *(
+        Comparison(f"{load.name}, tls", load.name, peer, "> 1")
+        for load in SMALL
+        for peer in ("grpc.aio", "torch.distributed.rpc", "ray")
+    ),
+    Comparison("nop 1x1024, 1 client with 8 callers, tls: processor time", _ECHO, "ceiling", "<= 5"),
 )
 
 
-def compare(ours: Mapping[str, Figure], theirs: Mapping[str, Figure]) -> list[tuple[Comparison, Figure]]:
-    """The ratio of every comparison whose two figures were measured; ceilings are among `ours`."""
+def compare(sides: Mapping[str, Mapping[str, Figure]]) -> list[tuple[Comparison, Figure]]:
+    """The ratio of every comparison whose two figures were measured, by side and name; ceilings are among "ours"."""
     found = []
     for each in COMPARISONS:
-        left, right = ours.get(each.ours), (ours if each.against == "ceiling" else theirs).get(each.theirs)
+        theirs = sides.get("ours" if each.against == "ceiling" else each.against, {})
+        left, right = sides["ours"].get(each.ours), theirs.get(each.theirs)
         if left is not None and right is not None and right.value > 0:
             ratio = left.value * each.scale / right.value
             details = {"ours": left.value, each.against: right.value, "unit": left.unit}

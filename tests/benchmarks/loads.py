@@ -33,6 +33,14 @@ COMPARED = (
 )
 
 
+SMALL = (
+    COMPARED[0],
+    COMPARED[1],
+    Load("nop 1x1024, 1 caller, forward and backward", "nop", 1, 1024, 1, backward=True),
+)
+"""On which frameworks for remote calls are compared, too."""
+
+
 @dataclass(frozen=True)
 class DhtLoad:
     """Each worker's round: a fresh key, `num_stores` nodes store one subkey each, then `num_gets` nodes read the key.

@@ -47,7 +47,9 @@ class ClientResult:
     seconds: float
     latencies: tuple[float, ...] = ()
     cpu_seconds: float = 0.0
-    """Of the client's process meanwhile, where it was measured."""
+    """Of the client's process meanwhile, where it was measured ..."""
+    server_cpu_seconds: float = 0.0
+    """... and of the server's."""
 
 
 def timed(call: Callable[[], Any], stop_at: float) -> ClientResult:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 import tesseract_async as ta
+from tests.benchmarks.ceilings import cpu_seconds
 from tests.benchmarks.loads import Load
 from tests.benchmarks.modules import KINDS
 from tests.benchmarks.processes import Child, ClientResult, Gate, child, in_thread, run_clients, wait_for_stop
@@ -131,6 +132,7 @@ def client(
     security: Security,
     loop: str,
     num_batches: int | None,
+    server_pid: int,
 ) -> ClientResult:
     """One client process. It calls until the gate's time is over, or `num_batches` times with each of its callers."""
     torch.set_num_threads(1)
@@ -154,10 +156,11 @@ def client(
                     latencies.append(now - before)
                     before = now
 
-            begin, cpu = time.perf_counter(), time.process_time()
+            begin, cpu, server_cpu = time.perf_counter(), time.process_time(), cpu_seconds(server_pid)
             await asyncio.gather(*(caller(offset) for offset in range(load.num_callers)))
             seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-            return ClientResult(len(latencies), seconds, tuple(latencies), cpu)
+            server_cpu = cpu_seconds(server_pid) - server_cpu
+            return ClientResult(len(latencies), seconds, tuple(latencies), cpu, server_cpu)
 
     return run_on(loop, main())
 
@@ -173,7 +176,7 @@ def run_load(
     """One load from beginning to end: what each client did, and what the server saw."""
     uids = [f"{load.kind}.{index}" for index in range(load.num_experts)]
     with serving(load, uids, security=security, loop=loop, num_threads=num_threads) as (server, address):
-        args = (load, uids, address, security, loop, num_batches)
+        args = (load, uids, address, security, loop, num_batches, server.process.pid)
         results = run_clients(client, load.num_clients, seconds=load.seconds, args=args)
         server.stop()
         return results, server.receive(30)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.benchmarks.comparisons import COMPARISONS, compare, comparison_table
 from tests.benchmarks.figures import Figure, number, percentile, read_figure, table
-from tests.benchmarks.loads import COMPARED, DhtLoad, MixtureLoad
+from tests.benchmarks.loads import COMPARED, SMALL, DhtLoad, MixtureLoad
 
 
 @pytest.mark.parametrize(
@@ -43,18 +43,21 @@ def test_a_bare_number_asks_for_at_least_it_and_for_at_most_it_where_small_is_go
 
 def test_ratios_need_both_sides_and_the_same_unit() -> None:
     ours = {each.ours: Figure(each.ours, 1000.0, "rows/s") for each in COMPARISONS}
-    assert [each.against for each, _ in compare(ours, {})] == []
+    assert [each.against for each, _ in compare({"ours": ours})] == []
     theirs = {each.theirs: Figure(each.theirs, 50.0, "rows/s") for each in COMPARISONS if each.against == "hivemind"}
     ours["ceiling: echo 8 MiB, tls"] = Figure("ceiling: echo 8 MiB, tls", 8.192, "MB/s")
-    ratios = {figure.name: figure.value for _, figure in compare(ours, theirs)}
+    sides = {"ours": ours, "hivemind": theirs}
+    ratios = {figure.name: figure.value for _, figure in compare(sides)}
     assert ratios["dht 16 nodes / hivemind"] == 20.0
     assert ratios["nop 2048x1024, 4 clients, tls / ceiling"] == pytest.approx(0.5)  # 4.096 MB/s of rows
-    assert "**no**" in comparison_table(compare(ours, theirs))
+    assert "**no**" in comparison_table(compare(sides))
 
 
 def test_every_compared_load_is_one_that_is_measured() -> None:
     measured = {load.name for load in COMPARED} | {"dht 16 nodes", "mixture 2048x1024, 64x64 grid"}
     assert {each.theirs for each in COMPARISONS if each.against == "hivemind"} <= measured
+    small = {load.name for load in SMALL}
+    assert {each.theirs for each in COMPARISONS if each.against not in ("hivemind", "ceiling")} == small
 
 
 def test_loads() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tests.benchmarks.figures import emit, percentile
-from tests.benchmarks.loads import COMPARED, Load
+from tests.benchmarks.loads import COMPARED, SMALL, Load
 from tests.benchmarks.processes import all_latencies, rate
 from tests.benchmarks.swarm import Security, make_backend, run_load
 
@@ -99,6 +99,9 @@ def measure_load(load: Load, *, security: Security, loop: str) -> float:
         mean_batch_rows=served.mean_batch_rows,
         busy_share=served.busy_share,
     )
+    if load.name == SMALL[1].name and security == "tls":
+        seconds = sum(result.cpu_seconds + result.server_cpu_seconds for result in results)
+        emit(f"{load.name}, {security}: processor time", seconds / num_calls * 1e6, "us")
     if load.name in DIRECT:
         direct = direct_rate(load, round(served.mean_batch_rows))
         emit(f"{load.name}: backend called directly", direct, "rows/s", rows=round(served.mean_batch_rows))
@@ -140,7 +143,7 @@ def main() -> None:
         for name in PRESETS if args.preset == "all" else (args.preset,):
             measure_preset(name, scale=args.scale, security=args.security or "tls", loop=args.loop)
         return
-    for load in COMPARED:
+    for load in (*COMPARED, *(load for load in SMALL if load not in COMPARED)):
         if args.loads and load.name not in args.loads:
             continue
         for security in ("tls", "plain"):

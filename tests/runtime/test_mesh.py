@@ -43,6 +43,24 @@ def test_two_processes_equal_one() -> None:
     )
 
 
+def test_strangers_poison_idleness_and_the_end_of_a_process() -> None:
+    timeout = 1.0
+    (found,) = run("faults", 2, str(timeout))
+    # a row that raises in either process, between parts that are gathered or at the end, fails its own request
+    for name in ("good", "poisoned", "good again", "after idling"):
+        spread, whole = ([one.rpartition(": ")[2] for one in said] for said in found[name])
+        assert spread == whole
+    said = found["poisoned"][0]
+    assert [one.rpartition(": ")[2] for one in said] == ["poison", "version 2", "poison", "late poison", "late poison"]
+    assert found["difference"] <= TOLERANCE
+    assert found["busy"] < 0.01
+    # a process that stopped is noticed within the time-out and the grace, one that is gone at once; calls are refused
+    assert found["noticed"] < timeout + 0.5 + 1.0
+    assert "does not answer" in found["stopped"][0] and "does not answer" in found["lost"]
+    assert found["lost again"] == "process 1 of the mesh is gone"
+    assert "comes back from its last checkpoint" in found["refused"][0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_fsdp_equals_one_device(size: int) -> None:

@@ -1,6 +1,6 @@
 """hivemind's side of the expert calls: the loads of `loads.COMPARED`, through its public API.
 
-Runs in hivemind's own environment (see `peers/requirements.txt`):
+Runs in hivemind's own environment (see `peers/requirements_hivemind.txt`):
 
     .venv-hivemind/bin/python -m tests.benchmarks.peers.hivemind_calls [LOAD ...]
 """
