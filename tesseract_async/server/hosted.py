@@ -6,7 +6,7 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from tesseract_async.errors import CheckpointError, describe
+from tesseract_async.errors import CheckpointError, Overloaded, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
@@ -93,7 +93,10 @@ class HostedState:
         """Write a checkpoint, unless nothing changed since the last one. Raises: CheckpointError."""
         if self._store is None or self.saved == self.backend.progress:
             return False
-        state = await self.snapshot()
+        try:
+            state = await self.snapshot()
+        except Overloaded as error:  # of a mesh that is lost
+            raise CheckpointError(f"{self.uid} cannot be saved: {error}") from error
         await self._writer.call_aside(partial(self._store.save, self.uid, state, version=state["version"]))
         self.saved = state["version"], state["num_accumulated"]
         return True
