@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tesseract_async.admission import Quota as Quota
     from tesseract_async.client.autograd import backward as backward
     from tesseract_async.client.background import BackgroundNode as BackgroundNode
+    from tesseract_async.client.expert_pool import ExpertPool as ExpertPool
     from tesseract_async.client.gating_function import GatingFunction as GatingFunction
     from tesseract_async.client.gating_function import SwitchGatingFunction as SwitchGatingFunction
     from tesseract_async.client.isolated import isolated as isolated
@@ -43,6 +44,7 @@ _HOMES = {
     "TensorBoard": "client.tensorboard",
     "BackgroundNode": "client.background",
     "CallOptions": "client.settings",
+    "ExpertPool": "client.expert_pool",
     "GatingFunction": "client.gating_function",
     "MixtureSettings": "client.settings",
     "SwitchGatingFunction": "client.gating_function",

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lru": set(),
     "metrics": {"uncopied"},
     "leaving": set(),
+    "__main__": {"cli"},
     "uncopied": set(),
     "identity": BASE,
     "admission": BASE | {"identity"},
@@ -92,6 +93,8 @@ MUST_BE_PURE = {
     "server/contract.py",
     "server/parts.py",
     "client/beam_search.py",
+    "client/dispatch.py",
+    "client/grouping.py",
     "client/latency.py",
     "cli/swarm_picture.py",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Protocol, TypeVar
 
 from tesseract_async.endpoint.call_table import Message
@@ -49,6 +49,18 @@ class Node(Protocol):
         idempotent: bool = False,
         priority: int = 0,
     ) -> Message: ...
+
+    def apply_experts(
+        self,
+        peer: PeerAddress,
+        uids: Sequence[str],
+        body: object,
+        buffers: Sequence[memoryview],
+        *,
+        timeout: float,
+        priority: int = 0,
+    ) -> AsyncGenerator[Message, None]:
+        """The parts of the reply to an `expert.apply` that names these experts."""
 
 
 class PlainCalls(Uncopied):
