@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert as RemoteExpert
     from tesseract_async.client.settings import CallOptions as CallOptions
     from tesseract_async.client.settings import MixtureSettings as MixtureSettings
+    from tesseract_async.client.tensorboard import TensorBoard as TensorBoard
     from tesseract_async.client.trainer import AsyncTrainer as AsyncTrainer
     from tesseract_async.identity import Identity as Identity
     from tesseract_async.identity import PeerID as PeerID
@@ -39,6 +40,7 @@ _HOMES = {
     "backward": "client.autograd",
     "isolated": "client.isolated",
     "AsyncTrainer": "client.trainer",
+    "TensorBoard": "client.tensorboard",
     "BackgroundNode": "client.background",
     "CallOptions": "client.settings",
     "GatingFunction": "client.gating_function",

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lru": set(),
     "metrics": {"uncopied"},
     "leaving": set(),
+    "__main__": {"cli"},
     "uncopied": set(),
     "identity": BASE,
     "admission": BASE | {"identity"},

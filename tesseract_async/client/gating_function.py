@@ -127,6 +127,11 @@ class GatingFunction(nn.Module):
         # torch copies no tensor that has a graph
         return self.__dict__ | {"load_balancing_loss": None, "_chosen": {}}
 
+    @property
+    def node(self) -> Node | PlainCalls:
+        """The node that makes its calls."""
+        return self._node
+
     def extra_repr(self) -> str:
         """Prefix and grid, for ``repr``."""
         return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.k_best}"
