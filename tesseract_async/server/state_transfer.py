@@ -23,7 +23,7 @@ from tesseract_async.wire import messages
 
 MAX_COPIES_BYTES: Final = 1 << 30
 MAX_RATE: Final = 16 << 20
-"""Bytes of states per second that a server sends at most: reading and encrypting so much takes a twentieth of a core."""
+"""Bytes of states per second that a server sends at most: sending so much takes a twentieth of a core."""
 MAX_TURN: Final = 20.0
 """Seconds that a piece may wait."""
 KEEP_SECONDS: Final = 60.0
