@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tesseract_async.admission import Quota as Quota
     from tesseract_async.client.autograd import backward as backward
     from tesseract_async.client.background import BackgroundNode as BackgroundNode
+    from tesseract_async.client.expert_pool import ExpertPool as ExpertPool
     from tesseract_async.client.gating_function import GatingFunction as GatingFunction
     from tesseract_async.client.gating_function import SwitchGatingFunction as SwitchGatingFunction
     from tesseract_async.client.isolated import isolated as isolated
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tesseract_async.runtime.runtime import TesseractRuntime as TesseractRuntime
     from tesseract_async.server.registry import expert_builder as expert_builder
     from tesseract_async.server.server import TesseractServer as TesseractServer
+    from tesseract_async.shared_parameters import SharedParameters as SharedParameters
     from tesseract_async.wire.tensors import TensorSpec as TensorSpec
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ _HOMES = {
     "TensorBoard": "client.tensorboard",
     "BackgroundNode": "client.background",
     "CallOptions": "client.settings",
+    "ExpertPool": "client.expert_pool",
     "GatingFunction": "client.gating_function",
     "MixtureSettings": "client.settings",
     "SwitchGatingFunction": "client.gating_function",
@@ -59,6 +62,7 @@ _HOMES = {
     "MeshBackend": "runtime.mesh",
     "TesseractRuntime": "runtime.runtime",
     "TesseractServer": "server.server",
+    "SharedParameters": "shared_parameters",
     "TensorSpec": "wire.tensors",
 }
 _MODULES = ("errors", "testing")

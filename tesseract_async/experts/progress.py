@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final, Protocol
 
+from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 
 PROGRESS_TTL: Final = 60.0
@@ -18,25 +19,34 @@ class OnNetwork(Protocol):
     def network(self) -> TesseractNetwork:
         """The network that it takes part in."""
 
+    @property
+    def metrics(self) -> Metrics:
+        """Its counters."""
+
 
 def progress_key(prefix: str) -> str:
     """Return where the progress of training the grid `prefix` is stored."""
     return f"progress/{prefix}"
 
 
-def read_progress(value: object) -> tuple[int, float] | None:
-    """Return (step, loss), or None for a malformed value, such as an infinity, which JSON does not know. Untrusted."""
-    if not isinstance(value, list | tuple) or len(value) != 2:
+def read_progress(value: object) -> tuple[int, float, int] | None:
+    """Return step, loss and answers left out, or None for a malformed value, such as an infinity, which JSON does not
+    know. Untrusted."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
         return None
-    step, loss = value
-    if type(step) is not int or not 0 <= step < 2**53 or not isinstance(loss, int | float) or not math.isfinite(loss):
+    step, loss, left_out = value
+    if not all(type(number) is int and 0 <= number < 2**53 for number in (step, left_out)):
         return None
-    return step, round(float(loss), 6)
+    if not isinstance(loss, int | float) or not math.isfinite(loss):
+        return None
+    return step, round(float(loss), 6), left_out
 
 
 async def publish_progress(node: OnNetwork, prefix: str, *, step: int, loss: float, trainer: str = "") -> None:
-    """Show observers the progress of training the grid `prefix`. Call it every few seconds, not at every step.
+    """Show observers the progress of training the grid `prefix`, and how many answers and gradients the node's gates
+    went on without. Call it every few seconds, not at every step.
 
     `AsyncTrainer.run` does so by itself. `trainer` tells several trainers on one node apart.
     """
-    await node.network.store(progress_key(prefix), [step, loss], ttl=PROGRESS_TTL, subkey=trainer)
+    left_out = int(node.metrics.total("answers_left_out"))
+    await node.network.store(progress_key(prefix), [step, loss, left_out], ttl=PROGRESS_TTL, subkey=trainer)

@@ -87,8 +87,8 @@ class SwarmObserver:
         self.num_log_lines = 0
         """Lines ever written; `log` holds the last of them."""
         self.history: deque[dict[str, float]] = deque(maxlen=HISTORY_LENGTH)
-        self.losses: dict[str, tuple[int, float]] = {}
-        """Trainers' progress (`publish_progress`): trainer -> (step, loss)."""
+        self.losses: dict[str, tuple[int, float, int]] = {}
+        """Trainers' progress (`publish_progress`): trainer -> (step, loss, answers left out)."""
         self.lost: dict[str, set[tuple[int, ...]]] = {}
         """prefix -> coordinates of experts that were seen before and are not hosted now."""
         self._seen: dict[str, set[tuple[int, ...]]] = {}
@@ -261,7 +261,7 @@ class SwarmObserver:
         peer.status, peer.seen_at, peer.error, peer.is_gone = status, now, None, False
 
     async def _read_losses(self) -> None:
-        found: dict[str, tuple[int, float]] = {}
+        found: dict[str, tuple[int, float, int]] = {}
         for prefix in self._grids:
             for entry in await self.node.network.get_entries(progress_key(prefix)):
                 progress = read_progress(entry.value) if self.node.policy.allows(entry.owner, "train") else None
@@ -273,7 +273,7 @@ class SwarmObserver:
 
     def _remember(self) -> None:
         peers = [peer for peer in self.peers.values() if peer.uids and not peer.is_gone]
-        losses = [loss for _, loss in self.losses.values()]
+        losses = [loss for _, loss, _ in self.losses.values()]
         point = {
             "time": time.time(),
             "experts": float(len(set().union(*(peer.uids for peer in peers)))),
