@@ -45,6 +45,9 @@ class Exchange(Generic[T]):
         """One call to one server. Raises: what the call raises; ProtocolError if the answer does not fit."""
         raise NotImplementedError
 
+    def answered(self, replica: ExpertReplica, answer: T, timeout: float) -> None:
+        """Look at what `send` gave. Raises: TooStale."""
+
 
 @dataclass(slots=True, eq=False)
 class SchemaExchange(Exchange[ExpertSchema]):
@@ -93,14 +96,21 @@ class ForwardExchange(Exchange[Forwarded]):
     def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, Forwarded]:
         """See `call_forward`. While a follower answers, the primary is asked for its version. Raises: TooStale."""
         if not self._primaries or replica.peer in self._primaries:
-            return self._call(replica, timeout)
+            return call_forward(self.experience.node, self.forward, replica.peer, self.inputs, timeout=timeout)
         return self._call_follower(replica, timeout)
+
+    def answered(self, replica: ExpertReplica, answer: Forwarded, timeout: float) -> None:
+        """Learn from the epoch, and perhaps have the answer audited. Raises: TooStale."""
+        outputs, receipt = answer
+        self.experience.lineages.take(replica, receipt.epoch, receipt.version)
+        if self.forward.options.audit_share:
+            self.experience.audits.consider(self.forward, receipt, self.inputs, outputs, timeout=timeout)
 
     async def _call_follower(self, replica: ExpertReplica, timeout: float) -> Forwarded:
         uid, node = self.forward.uid, self.experience.node
         asking = asyncio.ensure_future(fetch_info(node, uid, self._primaries[0], timeout=timeout))
         try:
-            outputs, receipt = await self._call(replica, timeout)
+            outputs, receipt = await call_forward(node, self.forward, replica.peer, self.inputs, timeout=timeout)
             try:
                 newest = (await asking).version
             except (TesseractError, TimeoutError) as error:
@@ -115,15 +125,6 @@ class ForwardExchange(Exchange[Forwarded]):
                 f"a follower of {uid} answered at version {receipt.version}, its primary is at {newest}: "
                 f"more than max_staleness={max_staleness} steps"
             )
-        return outputs, receipt
-
-    async def _call(self, replica: ExpertReplica, timeout: float) -> Forwarded:
-        outputs, receipt = await call_forward(
-            self.experience.node, self.forward, replica.peer, self.inputs, timeout=timeout
-        )
-        self.experience.lineages.take(replica, receipt.epoch, receipt.version)
-        if self.forward.options.audit_share:
-            self.experience.audits.consider(self.forward, receipt, self.inputs, outputs, timeout=timeout)
         return outputs, receipt
 
 

@@ -209,6 +209,7 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
     try:
         with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
             result = await exchange.send(replica, timeout)
+            exchange.answered(replica, result, timeout)
     except _REPLICA_FAULTS as error:
         reason = next(r for fault, r in zip(_REPLICA_FAULTS, _REASONS, strict=True) if isinstance(error, fault))
         experience.node.directory.report_failure(replica, reason=reason)

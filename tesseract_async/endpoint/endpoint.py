@@ -209,7 +209,14 @@ class Endpoint(Uncopied):
             if connection is None:
                 connection = await self.dialer.connect(peer, deadline=deadline, what=method)
             try:
-                return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
+                stream, future = connection.call(head, views, deadline, reserve_reply=max_reply_bytes is not None)
+                try:
+                    return await future
+                except BaseException:  # cancelled or failed: the other end is told
+                    await connection.cancel_call(stream)
+                    raise
+                finally:
+                    connection.call_ended(stream)
             except ConnectionLost as error:
                 again = idempotent or isinstance(error, RequestUnseen)
                 wait = min(0.05 * 2**attempt, 2.0) * self._rng.uniform(0.5, 1.0)
