@@ -19,7 +19,7 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import BACKWARD
 from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import TensorSpec
+from tesseract_async.wire.tensors import unpack_plain
 
 T = TypeVar("T")
 
@@ -179,7 +179,11 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
         )
         decoded = messages.decode(messages.BackwardReply, reply.body)
         self.experience.lineages.take(replica, decoded.epoch, decoded.version)
-        check_growth(forward.uid, decoded.tensors, [TensorSpec.of(x) for x in self.inputs])
+        specs = forward.schema.input_specs
+        plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=self.inputs[0].shape[0])
+        if plain is not None:
+            return [*plain]
+        check_growth(forward.uid, decoded.tensors, specs)
         gradients = await unpack(decoded.tensors, reply.buffers)
         if len(gradients) != len(self.inputs):
             raise ProtocolError(f"{forward.uid} answered {len(gradients)} gradients for {len(self.inputs)} inputs")

@@ -218,9 +218,12 @@ class ExpertCalls:
             begun = self.begun_backward(key)
             if begun is None:
                 specs = [*(backend.input_specs if num_inputs else ()), *backend.output_specs]
-                check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
-                tensors = await unpack(request.tensors, call.buffers)
-                begun = self.begun_backward(key)  # the same call may have come meanwhile
+                plain = unpack_plain(request.tensors, call.buffers, specs)
+                tensors: Sequence[torch.Tensor | None] = plain or ()
+                if plain is None:
+                    check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
+                    tensors = await unpack(request.tensors, call.buffers)
+                    begun = self.begun_backward(key)  # the same call may have come meanwhile
             if begun is None:
                 check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
                 check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
