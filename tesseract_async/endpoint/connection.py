@@ -258,8 +258,8 @@ class Connection:
             for lane, channel in enumerate(self._channels):
                 if channel is None:
                     continue
-                room = FLUSH_BYTES
-                while not channel.paused and protocol.has_data(lane):
+                room, queue = FLUSH_BYTES, protocol.lanes[lane]
+                while not channel.paused and (queue.small or queue.large or (protocol.pong_due and lane == MAIN)):
                     if room <= 0:
                         self._schedule_flush()
                         break
@@ -448,7 +448,7 @@ class _LanePort:
         self._reader.buffer_updated(count)
         connection = self._connection
         connection._look()
-        if not connection._flush_scheduled and (self._protocol.has_data(MAIN) or self._protocol.has_data(BULK)):
+        if not connection._flush_scheduled and self._protocol.has_data():
             connection._schedule_flush()
         if self._lane == BULK:
             if not self._turn_bytes:
