@@ -18,6 +18,12 @@ LIMITS: Final[dict[str, float]] = {
     "server: C calls per small call": 182,
     "client: turns of the loop per small call": 3,
     "server: turns of the loop per small call": 4,
+    # the same, eight at once
+    "client: Python calls per small call of eight at once": 184,
+    "client: C calls per small call of eight at once": 188,
+    "server: Python calls per small call of eight at once": 105,
+    "server: C calls per small call of eight at once": 112,
+    # and what travels and stays
     "frames per small call, both ways": 2,
     "bytes per small call, both ways": 8351,
     "allocations kept per small call": 0.3,  # none; timers and other sockets keep some meanwhile
