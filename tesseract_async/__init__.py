@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from tesseract_async.admission import Quota as Quota
     from tesseract_async.client.autograd import backward as backward
     from tesseract_async.client.background import BackgroundNode as BackgroundNode
+    from tesseract_async.client.expert_pool import ExpertPool as ExpertPool
     from tesseract_async.client.gating_function import GatingFunction as GatingFunction
     from tesseract_async.client.gating_function import SwitchGatingFunction as SwitchGatingFunction
     from tesseract_async.client.isolated import isolated as isolated
     from tesseract_async.client.remote_expert import RemoteExpert as RemoteExpert
     from tesseract_async.client.settings import CallOptions as CallOptions
     from tesseract_async.client.settings import MixtureSettings as MixtureSettings
+    from tesseract_async.client.tensorboard import TensorBoard as TensorBoard
     from tesseract_async.client.trainer import AsyncTrainer as AsyncTrainer
     from tesseract_async.identity import Identity as Identity
     from tesseract_async.identity import PeerID as PeerID
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from tesseract_async.runtime.runtime import TesseractRuntime as TesseractRuntime
     from tesseract_async.server.registry import expert_builder as expert_builder
     from tesseract_async.server.server import TesseractServer as TesseractServer
+    from tesseract_async.shared_parameters import SharedParameters as SharedParameters
     from tesseract_async.wire.tensors import TensorSpec as TensorSpec
 
 __version__ = "0.1.0"
@@ -39,8 +42,10 @@ _HOMES = {
     "backward": "client.autograd",
     "isolated": "client.isolated",
     "AsyncTrainer": "client.trainer",
+    "TensorBoard": "client.tensorboard",
     "BackgroundNode": "client.background",
     "CallOptions": "client.settings",
+    "ExpertPool": "client.expert_pool",
     "GatingFunction": "client.gating_function",
     "MixtureSettings": "client.settings",
     "SwitchGatingFunction": "client.gating_function",
@@ -57,6 +62,7 @@ _HOMES = {
     "MeshBackend": "runtime.mesh",
     "TesseractRuntime": "runtime.runtime",
     "TesseractServer": "server.server",
+    "SharedParameters": "shared_parameters",
     "TensorSpec": "wire.tensors",
 }
 _MODULES = ("errors", "testing")

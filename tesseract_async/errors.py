@@ -216,15 +216,15 @@ class TooStale(RemoteError):
 
 
 class NotEnoughExperts(TesseractError):
-    """Fewer than `k_min` experts answered for some row, or none returned the schema of the grid's experts (then
-    `num_rows` is 0). `errors` maps each uid that failed to its error; `num_live` experts were known; `what` was
-    missing: ``answers`` in forward, ``gradients`` in backward."""
+    """Fewer than `k_min` experts answered for some row (None: all that were asked have to, as in an `ExpertPool`), or
+    none returned the schema of the grid's experts (then `num_rows` is 0). `errors` maps each uid that failed to its
+    error; `num_live` experts were known; `what` was missing: ``answers`` in forward, ``gradients`` in backward."""
 
     retryable = True
 
     def __init__(
         self,
-        k_min: int,
+        k_min: int | None,
         num_rows: int,
         errors: Mapping[str, BaseException],
         *,
@@ -243,6 +243,9 @@ class NotEnoughExperts(TesseractError):
             return "no expert is alive: start a server that hosts some, or check the gate's prefix and grid"
         if not self.num_rows:
             return f"no expert could be asked what it takes: {summarize(self.errors)}"
+        if self.k_min is None:
+            rows = "1 row lacks" if self.num_rows == 1 else f"{self.num_rows} rows lack"
+            return f"{rows} {self.what} of experts that were asked: {summarize(self.errors)}"
         rows = "1 row has" if self.num_rows == 1 else f"{self.num_rows} rows have"
         least = "k_min" if self.what == "answers" else "backward_k_min"
         alive = "1 is alive" if self.num_live == 1 else f"{self.num_live} are alive"

@@ -6,12 +6,13 @@ Concrete transports are named in `reach` only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import importlib.util
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -46,7 +47,7 @@ from tesseract_async.transport.base import PeerAddress, ip_version, join_host_po
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.apply import APPLY
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE, uid_of
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, PULL, PUSH, STATE, TAKE_OVER, TENURE, uid_of
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -63,9 +64,11 @@ EXPERT_METHODS: dict[str, Action] = {
     STATE: "call",
     TAKE_OVER: "host",
     TENURE: "host",
+    PUSH: "train",
+    PULL: "call",
 }
 # what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", TENURE: "host"}
+_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", TENURE: "host", PUSH: "share"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,12 +500,8 @@ class TesseractNode(Uncopied):
         run that it takes part in: that raises PeerUnreachable, before anything is awaited.
         Raises: RuntimeError on another event loop than the node's.
         """
-        self._check_loop()
-        self.metrics.count("expert_calls", method=method)
         uid = uid_of(body)
-        if uid is not None and not self.trust.may_host(peer.peer_id, uid):
-            self.metrics.count("expert_calls_held_back", method=method)
-            raise PeerUnreachable(peer.short, {"policy": NotAllowed(f"it may not host {uid}: nothing is sent there")})
+        self._check_callee(peer, method, () if uid is None else (uid,))
         if peer.peer_id == self.identity.peer_id:
             return self._call_own(method, body, buffers, timeout, priority)
         return self._running.endpoint.call(
@@ -510,26 +509,63 @@ class TesseractNode(Uncopied):
         )
 
     async def _call_own(self, method: str, body: Any, buffers: Sequence[Any], timeout: float, priority: int) -> Message:
+        call = self._own_call(method, body, buffers, timeout, priority)
+        async with asyncio.timeout(timeout):
+            with _as_by_the_network(method):
+                return _copy(await in_one(self._table.find(call)(call), method))
+
+    def apply_experts(
+        self,
+        peer: PeerAddress,
+        uids: Sequence[str],
+        body: Any,
+        buffers: Sequence[Any],
+        *,
+        timeout: float,
+        priority: int = 0,
+    ) -> AsyncGenerator[Message, None]:
+        """Send an ``expert.apply`` about the experts `uids`, and yield the parts of the reply; see `call_expert` and
+        `Endpoint.call_parts`."""
+        self._check_callee(peer, APPLY, uids)
+        if peer.peer_id == self.identity.peer_id:
+            return self._apply_own(self._own_call(APPLY, body, buffers, timeout, priority))
+        return self._running.endpoint.call_parts(
+            peer, APPLY, body, buffers, timeout=timeout, idempotent=True, priority=priority
+        )
+
+    async def _apply_own(self, call: IncomingCall) -> AsyncGenerator[Message, None]:
+        call.in_parts = True
+        with _as_by_the_network(call.method):
+            answer = self._table.find(call)(call)
+            if not isinstance(answer, AsyncGenerator):
+                yield _copy(await answer)
+                return
+            async with contextlib.aclosing(answer) as parts:
+                async for part in parts:
+                    yield _copy(part)
+
+    def _check_callee(self, peer: PeerAddress, method: str, uids: Sequence[str]) -> None:
+        """Raises: PeerUnreachable for a peer that may not host one of these experts."""
+        self._check_loop()
+        self.metrics.count("expert_calls", method=method)
+        for uid in uids:
+            if not self.trust.may_host(peer.peer_id, uid):
+                self.metrics.count("expert_calls_held_back", method=method)
+                refusal = NotAllowed(f"it may not host {uid}: nothing is sent there")
+                raise PeerUnreachable(peer.short, {"policy": refusal})
+
+    def _own_call(self, method: str, body: Any, buffers: Sequence[Any], timeout: float, priority: int) -> IncomingCall:
+        """A call of this node to itself, with copies, as the network would make: neither side may see the other's later
+        changes."""
         check_priority(priority)  # as the endpoint does
-        loop = asyncio.get_running_loop()
-        # copies, as the network would make: neither side may see the other's later changes
-        call = IncomingCall(
+        return IncomingCall(
             peer_id=self.peer_id,
             method=method,
             body=body,
             buffers=tuple(memoryview(bytearray(buffer)) for buffer in buffers),
-            deadline=loop.time() + timeout,
+            deadline=asyncio.get_running_loop().time() + timeout,
             priority=priority,
         )
-        async with asyncio.timeout(timeout):
-            try:
-                reply = await in_one(self._table.find(call)(call), method)
-            except (RemoteError, TimeoutError, asyncio.CancelledError):
-                raise
-            except Exception as error:  # anything that a handler raises arrives as it would by the network
-                logger.exception("the handler of %s failed", method)
-                raise RemoteError(describe(error)) from error
-        return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
     def _check_caller(self, call: IncomingCall, uid: str) -> None:
         """Raises: NotAllowed for a caller without the method's role in the run of `uid`, or its action's permission."""
@@ -546,6 +582,22 @@ class TesseractNode(Uncopied):
                 f"{call.peer_id.short} {needed} the run of {uid}: its owner grants that (tesseract run grant)"
             )
         self.metrics.count("expert_calls_answered", method=call.method)
+
+
+@contextlib.contextmanager
+def _as_by_the_network(method: str) -> Iterator[None]:
+    """Whatever a handler raises leaves as it would arrive from a peer."""
+    try:
+        yield
+    except (RemoteError, TimeoutError):
+        raise
+    except Exception as error:
+        logger.exception("the handler of %s failed", method)
+        raise RemoteError(describe(error)) from error
+
+
+def _copy(reply: Message) -> Message:
+    return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
 
 def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lru": set(),
     "metrics": {"uncopied"},
     "leaving": set(),
+    "__main__": {"cli"},
     "uncopied": set(),
     "identity": BASE,
     "admission": BASE | {"identity"},
@@ -37,6 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharing": LOWER | {"runtime"},
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
+    "shared_parameters": LOWER
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER
@@ -92,6 +95,8 @@ MUST_BE_PURE = {
     "server/contract.py",
     "server/parts.py",
     "client/beam_search.py",
+    "client/dispatch.py",
+    "client/grouping.py",
     "client/latency.py",
     "cli/swarm_picture.py",
 }

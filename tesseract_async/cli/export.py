@@ -37,7 +37,9 @@ async def command(
     members: frozenset[PeerID] | None,
     node: NodeOptions,
 ) -> int:
-    """Collect the weights of every live expert of a run, as safetensors files with their versions.
+    """Collect the weights of every expert of a run that somebody has, as safetensors files with their versions.
+
+    They come from an expert's primary or, where it has none, from a server that follows it or holds its state.
 
     The folder loads anywhere: `tesseract_async.server.export.load_export(FOLDER)["ffn.3.7"]` is an ordinary module.
     Run the command again to download only what is newer. The exit status is 1 if an expert could not be downloaded.
@@ -45,7 +47,7 @@ async def command(
     if not node.initial_peers:
         raise click.UsageError("say --initial-peers: whose swarm?")
 
-    from tesseract_async.server.export import export_experts
+    from tesseract_async.server.export import export_experts, find_origins
 
     async with node.make(policy=None if members is None else Policy.only(members)) as joined:
         await join(joined)
@@ -53,22 +55,26 @@ async def command(
         if signed.tag is not None:
             await joined.join_run(signed)
         manifest = signed.manifest
-        replicas = await joined.directory.read_grid(manifest.prefix, manifest.grid_size)
-        with progress_bar("experts", total=len(replicas)) as advance:
+        origins = await find_origins(joined, signed)
+        with progress_bar("experts", total=len(origins)) as advance:
             report = await export_experts(
                 joined,
                 signed,
-                replicas,
+                origins,
                 out,
                 num_at_once=num_at_once,
                 timeout=timeout,
                 progress=lambda uid: advance(1),
             )
+    for role in ("follower", "holder"):
+        if some := sorted(uid for uid, one in report.origins.items() if one == role):
+            told = ", ".join(f"{uid} (version {report.taken[uid]})" for uid in some)
+            click.echo(f"from a {role}, for want of a primary: {told}", err=True)
     for uid, error in sorted(report.failed.items()):
         click.echo(f"{uid}: {describe(error)}", err=True)
     click.echo(
         f"{counted(len(report.taken), 'expert')} written, {len(report.kept)} were up to date, "
-        f"{len(report.failed)} failed; {len(replicas)} of the run's {math.prod(manifest.grid_size)} are alive",
+        f"{len(report.failed)} failed; of the run's {math.prod(manifest.grid_size)}, somebody has {len(origins)}",
         err=True,
     )
     say(
@@ -76,7 +82,8 @@ async def command(
         run=signed.full_name,
         folder=str(out),
         taken=report.taken,
+        origins=report.origins,
         kept=report.kept,
         failed=sorted(report.failed),
     )
-    return 1 if report.failed or not replicas else 0
+    return 1 if report.failed or not origins else 0

@@ -6,19 +6,19 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import random
 import signal
 import time
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import click
-import torch
 
 from tesseract_async.admission import Policy
 from tesseract_async.cli.access import describe_policy
+from tesseract_async.cli.building import ExpertBuilder
 from tesseract_async.cli.options import JOIN_TIMEOUT, NodeOptions
 from tesseract_async.cli.running import progress_bar, say, spare_the_collector, spinner, until_told_to_leave
 from tesseract_async.cli.serve_options import ServeOptions
@@ -31,16 +31,15 @@ from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import BareRun, RunKeeper, RunNotFound
 from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.mesh_link import LOST_STATUS, MeshLink
 from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.server.capacity import MAX_ROOM, measure_capacity
 from tesseract_async.server.contract import VolunteerSettings, WorkPermission
-from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory, process_bytes
+from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
 from tesseract_async.server.placing import Placing
-from tesseract_async.server.registry import build_all, make_backend
-from tesseract_async.server.run_experts import build_run_backend
-from tesseract_async.server.server import ServerSettings, TesseractServer
+from tesseract_async.server.server import FAREWELL_TIMEOUT, ServerSettings, TesseractServer
 from tesseract_async.server.state_files import CheckpointStore, FolderLock, stored_uids
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
@@ -49,9 +48,10 @@ from tesseract_async.transport.throttle import Throttle
 logger = logging.getLogger(__name__)
 
 FIND_ATTEMPTS: Final = 5
+REFUSING_SECONDS: Final = 0.3
+"""In which a server whose mesh is lost still says so to its callers."""
 SETTLE_TIMEOUT: Final = 20.0
 """Seconds that a server waits until it has taken what its run lacks, before it says that it is ready."""
-AUTOCAST: Final = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Hosting:
@@ -65,10 +65,9 @@ class Hosting:
         policy: Policy | None = None,
         limits: VolunteerSettings,
         given: Mapping[str, object] | None = None,
-        keeps_learning_rate: bool = False,
+        builder: ExpertBuilder,
     ) -> None:
-        """`given`: fields of a run's manifest that the user gave, checked against the run's. `keeps_learning_rate`: the
-        learning rate holds instead of a checkpoint's."""
+        """`given`: fields of a run's manifest that the user gave, checked against the run's."""
         self.serving = serving
         self.ready = asyncio.Event()
         """Set once the experts can be found."""
@@ -76,13 +75,7 @@ class Hosting:
         self._given = given or {}
         self._limits = limits
         self._has_identity = node.identity is not None
-        self._computing: dict[str, Any] = {
-            "autocast": AUTOCAST[serving.autocast],
-            "compile_mode": serving.compile_mode,
-            "cuda_graphs": serving.cuda_graphs,
-            "own_options": ("lr",) if keeps_learning_rate else (),
-            "preferred_sizes": tuple(sorted(serving.preferred_sizes)),
-        }
+        self._builder = builder
         self._run: SignedRun | None = None
         self._authority: Authority | None = None
         """Who may do what in the run; None without one, and for runs of version 0.1."""
@@ -91,8 +84,6 @@ class Hosting:
         throttle = Throttle(upload_rate=limits.max_upload_rate, download_rate=limits.max_download_rate)
         limit = limits.max_memory_bytes
         share, most = SHARES["received"]
-        # what the process leaves; measured exactly later, but this is known before anything is built
-        self._max_bytes = None if limit is None else max(0, limit - process_bytes())
         self.node = node.make(
             policy=policy,
             throttle=throttle,
@@ -102,13 +93,14 @@ class Hosting:
     async def main(self) -> int:
         """Host until told to leave. Returns the exit status; raises what `cli.running.run` makes sentences of."""
         serving = self.serving
-        torch.set_num_threads(serving.threads)
         if serving.checkpoint_dir is not None:  # reports a folder in use before anything is built
             lock = FolderLock(serving.checkpoint_dir)
             lock.acquire()
             lock.release()
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.node)
+            if self._builder.link is not None:
+                await stack.enter_async_context(self._leading(self._builder.link))
             for line in describe_policy(self.node.policy):
                 click.echo(line, err=True)
             await self._find_run()
@@ -122,7 +114,7 @@ class Hosting:
             self.server = server = TesseractServer(
                 self.node,
                 backends,
-                device=serving.devices,
+                device=self._builder.devices,
                 checkpoint_dir=serving.checkpoint_dir,
                 checkpoint_period=serving.checkpoint_period,
                 followers=followed,
@@ -241,16 +233,24 @@ class Hosting:
         capacity, template = await server.call_aside(
             partial(
                 measure_capacity,
-                partial(self._build, uid),
+                partial(self._builder.build, uid, self._run),
                 room=room,
                 hold_bytes=serving.hold_bytes,
                 folder=serving.checkpoint_dir,
-                devices=serving.devices,
+                devices=self._builder.devices,
             )
         )
         click.echo(capacity.sentence, err=True)
         replicas.tenures.upload_rate = self._limits.max_upload_rate
-        return Placing(server, replicas, authority, capacity, build=self._build, template=template, chooses=chooses)
+        return Placing(
+            server,
+            replicas,
+            authority,
+            capacity,
+            build=partial(self._builder.build, run=self._run),
+            template=template,
+            chooses=chooses,
+        )
 
     async def _choose(self) -> tuple[list[str], ExpertClaim | None]:
         """Return the uids to host, and the reservation to release once they are declared.
@@ -297,7 +297,7 @@ class Hosting:
         if limit is not None:
             pattern = patterns[0] if patterns or self._run is None else self._run.manifest.pattern
             uid = next(iter(pattern))
-            self._memory = fit_memory(limit, lambda: self._build(uid), devices=self.serving.devices)
+            self._memory = fit_memory(limit, lambda: self._builder.build(uid, self._run), devices=self.serving.devices)
 
     def _server_settings(self) -> ServerSettings:
         runtime = RuntimeSettings(stall_timeout=self.serving.stall_timeout)
@@ -320,31 +320,35 @@ class Hosting:
         return dataclasses.replace(settings, max_copies_bytes=copies)
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
-        name = self.serving.expert_class if self._run is None else self._run.manifest.expert
         with progress_bar("building experts", total=len(uids)) as advance:
-            return await build_all(name, uids, self._build, on_built=lambda: advance(1))
+            return await self._builder.build_all(uids, self._run, on_built=lambda: advance(1))
 
-    def _build(self, uid: str) -> ExpertBackend:
-        serving = self.serving
-        if self._run is not None:
-            return build_run_backend(
-                self._run.manifest,
-                uid,
-                allowed_modules=serving.allowed_modules,
-                computing=self._computing,
-                max_bytes=self._max_bytes,
-            )
-        return make_backend(
-            serving.expert_class,
-            optimizer=serving.optimizer,
-            learning_rate=serving.learning_rate,
-            max_batch_size=serving.max_batch_size,
-            # the same first weights at each start, others for each expert
-            seed=zlib.crc32(f"{serving.seed}/{uid}".encode()),
-            sizes=dict(serving.sizes),
-            settings=BackendSettings(**self._computing),
-            max_bytes=self._max_bytes,
-        )
+    @contextlib.asynccontextmanager
+    async def _leading(self, link: MeshLink) -> AsyncIterator[None]:
+        """Let the other processes go in the end."""
+        watcher = asyncio.create_task(self._watch_mesh(link), name="mesh")
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(link.leave)
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    async def _watch_mesh(self, link: MeshLink) -> None:
+        """End the process once the mesh is lost: its thread may hang, and what started it starts it again."""
+        reason = await link.wait_lost()
+        click.echo(f"Error: {reason}; this process ends, to be started again", err=True)
+        say("lost", reason=reason)
+        try:
+            if self.server is not None:
+                async with asyncio.timeout(FAREWELL_TIMEOUT):
+                    await self.server.pause(f"{reason}: this expert comes back", retry_after=link.retry_after)
+                    await asyncio.sleep(REFUSING_SECONDS)
+        except (TesseractError, TimeoutError, OSError) as error:
+            logger.warning("the network hears late that the mesh is lost: %s", describe(error))
+        finally:
+            link.end_followers()
+            os._exit(LOST_STATUS)
 
 
 async def _save_on_demand(server: TesseractServer) -> None:

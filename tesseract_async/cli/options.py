@@ -8,9 +8,10 @@ import inspect
 import ipaddress
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -70,6 +71,24 @@ def grouped(name: str | None, make: Callable[..., object], *options: Decorator) 
         return with_options(*options)(command)
 
     return decorate
+
+
+class Sectioned(click.Command):
+    """A command whose help lists its options in sections."""
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]], **extra: Any) -> None:
+        """`sections`: title -> flags. Options that none of them names come last, as the advanced ones."""
+        super().__init__(*args, **extra)
+        self.sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections."""
+        records = {max(one.opts, key=len): one.get_help_record(ctx) for one in self.get_params(ctx)}
+        named = {flag for flags in self.sections.values() for flag in flags}
+        rest = {"Advanced": [flag for flag in records if flag not in named]}
+        for title, flags in (dict(self.sections) | rest).items():
+            with formatter.section(title):
+                formatter.write_dl([record for flag in flags if (record := records[flag]) is not None])
 
 
 log_options = grouped(

@@ -182,17 +182,26 @@ async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], ow
 @owner_options
 @click.argument("experts", type=PATTERN, metavar="PATTERN")
 @click.argument("member", type=PEER_OR_FREE, metavar="PEER_ID|free")
-@click.option("--seal", type=DIGEST, help="Go on from the sealed state with this digest, not from the latest one.")
+@click.option(
+    "--state",
+    "root",
+    type=DIGEST,
+    metavar="ROOT",
+    help="Go on from the state with this root, which PEER_ID keeps, instead of its latest.",
+)
 @asynchronous
-async def appoint(*, experts: ExpertPattern, member: PeerID | str, seal: bytes | None, owner: OwnerOptions) -> int:
+async def appoint(*, experts: ExpertPattern, member: PeerID | str, root: bytes | None, owner: OwnerOptions) -> int:
     """Choose the server that trains the experts of PATTERN, such as 'ffn.[0:4].7'.
 
     PEER_ID, a peer that may host them, becomes their primary; `free` leaves the choice to their servers again. An
-    appointment outranks what the servers settled among themselves.
+    appointment outranks what the servers settled among themselves. With --state, an expert goes back to an older state,
+    or to one that a server has put aside; its log names the root.
     """
+    if root is not None and (experts.num_uids != 1 or isinstance(member, str)):
+        raise click.UsageError("--state is of one expert, and of the PEER_ID that keeps it")
     primary = None if isinstance(member, str) else member
     async with owner.acting() as acting:
-        signed = await acting.appoint(experts, primary, seal=seal)
+        signed = await acting.appoint(experts, primary, root=root)
         authority = acting.authority
         if primary is not None and not authority.may(primary, "host", next(iter(experts)), now=time.time()):
             click.echo(f"{member} may not host them yet: it becomes primary once it has a grant", err=True)

@@ -10,14 +10,75 @@ from click.core import ParameterSource
 from tesseract_async.admission import Policy
 from tesseract_async.cli.access import access_options, training_option
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.options import NodeOptions, check_folder, find_code_here, node_options
+from tesseract_async.cli.options import NodeOptions, Sectioned, check_folder, find_code_here, node_options
 from tesseract_async.cli.running import asynchronous, importing, spinner
 from tesseract_async.cli.serve_options import ServeOptions, serve_options
 from tesseract_async.cli.volunteer_options import volunteer_options
 from tesseract_async.server.contract import VolunteerSettings
 
+SECTIONS = {
+    "What matters first": (
+        "--experts",
+        "--num-experts",
+        "--run",
+        "--grant",
+        "--initial-peers",
+        "--host",
+        "--identity",
+        "--device",
+        "--max-memory",
+        "--checkpoint-dir",
+    ),
+    "Experts": (
+        "--expert-class",
+        "--size",
+        "--optimizer",
+        "--learning-rate",
+        "--max-batch-size",
+        "--seed",
+        "--shard",
+        "--checkpoint-period",
+    ),
+    "Run": ("--hold", "--allow-module"),
+    "Limits": (
+        "--threads",
+        "--max-upload",
+        "--max-download",
+        "--data-quota",
+        "--quota-period",
+        "--hours",
+        "--pause-above-load",
+        "--pause-after",
+        "--resume-after",
+        "--allow",
+        "--allow-file",
+        "--allow-training",
+        "--peer-calls",
+        "--peer-bytes",
+        "--peer-concurrent",
+        "--peer-period",
+    ),
+    "Network": ("--port", "--announce", "--public", "--upnp", "--relay", "--stun-server", "--turn-server"),
+}
+"""The options in the order of the help; those that are not here follow as the advanced ones."""
 
-@click.command("serve")
+SIZES = {
+    "ffn": "in_features=1024, hidden_features=4 x in_features, out_features=in_features",
+    "transformer": "in_features=512, num_heads=8, sequence_length=128, dropout=0",
+    "block": "in_features=512, num_heads=8, sequence_length=128",
+    "linear": "in_features=1024, out_features=in_features",
+    "nop": "in_features=1024",
+}
+"""The sizes of every ready-made class with their defaults: help loads no PyTorch to find them."""
+
+
+@click.command(
+    "serve",
+    cls=Sectioned,
+    sections=SECTIONS,
+    epilog="\b\nSizes of the ready-made classes (--expert-class, --size):\n"
+    + "\n".join(f"  {name}: {sizes}" for name, sizes in SIZES.items()),
+)
 @serve_options
 @volunteer_options
 @access_options
@@ -46,21 +107,29 @@ async def command(
     def is_given(name: str) -> bool:
         return click.get_current_context().get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
-    if ":" in serving.expert_class or serving.allowed_modules:
+    if ":" in f"{serving.expert_class}{serving.shard}" or serving.allowed_modules:
         find_code_here()
     if serving.checkpoint_dir is not None:
         check_folder(serving.checkpoint_dir, "--checkpoint-dir")
 
     with spinner("loading PyTorch"), importing():
+        import torch
+
+        from tesseract_async.cli.building import SpreadBuilder, make_builder
         from tesseract_async.cli.hosting import Hosting
 
+    torch.set_num_threads(serving.threads)
+    builder = make_builder(serving, limits, keeps_learning_rate=is_given("learning_rate"))
+    if isinstance(builder, SpreadBuilder) and not builder.leads:
+        builder.follow()
+        return 0
     hosting = Hosting(
         serving,
         node=node,
         policy=policy,
         limits=limits,
         given=manifest_fields(serving, is_given),
-        keeps_learning_rate=is_given("learning_rate"),
+        builder=builder,
     )
     return await hosting.main()
 

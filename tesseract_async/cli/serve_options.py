@@ -53,11 +53,14 @@ class ServeOptions:
     stall_timeout: float
     leave_within: float
     report_period: float | None
+    shard: str | None = None
 
     def __post_init__(self) -> None:
         """Raises: ValueError, click.BadParameter."""
         if not self.patterns and self.run_name is None:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
+        if self.shard is not None and (self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1):
+            raise click.UsageError("--shard goes with one --device, and without --compile and --cuda-graphs")
         for pattern in self.patterns if self.num_experts is None else ():
             if (size := pattern.num_uids) > MAX_EXPERTS:
                 raise click.BadParameter(
@@ -126,6 +129,11 @@ serve_options = grouped(
     click.option("--compile", "compile_mode", metavar="MODE", help="Use torch.compile in this mode, such as default."),
     click.option(
         "--cuda-graphs", is_flag=True, help="Record the forward pass of each preferred size as a CUDA graph, on a GPU."
+    ),
+    click.option(
+        "--shard",
+        metavar="fsdp|tp|MODULE:FUNCTION",
+        help="Spread each expert over all processes of the job that torchrun has started, by this plan.",
     ),
     click.option(
         "--preferred-size",

@@ -122,7 +122,10 @@ def draw(state: State, width: int = 120, height: int | None = None, *, signs: di
         }
         table.add_row(*(cells[column] for column in shown), style="red" if peer["error"] else None)
     parts += [Text(), table, *_and_more(len(state["peers"]) - room.peers, "server")]
-    trainers = [f"{name}: step {step}, loss {loss:.4f}" for name, (step, loss) in state["losses"].items()]
+    trainers = [
+        f"{name}: step {step}, loss {loss:.4f}" + (f", {left_out} left out" if left_out else "")
+        for name, (step, loss, left_out) in state["losses"].items()
+    ]
     if trainers:
         parts += [Text(), Text("\n".join(trainers[: room.trainers]))]
     lines = "\n".join(

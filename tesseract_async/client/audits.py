@@ -108,9 +108,16 @@ class Audits:
         self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, *, timeout: float
     ) -> None:
         """Audit this answer in the background with the probability that its options name."""
+        if self.draws(forward):
+            self.check(forward, receipt, inputs, outputs, timeout=timeout)
+
+    def draws(self, forward: Forward) -> bool:
+        """Return whether this answer is to be audited: with the probability that its options name."""
         is_drawn = self.random.random() < forward.options.audit_share
-        if not is_drawn or (forward.uid, forward.mode.training) in self._unrepeatable:
-            return
+        return is_drawn and (forward.uid, forward.mode.training) not in self._unrepeatable
+
+    def check(self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, *, timeout: float) -> None:
+        """Audit this answer in the background."""
         num_bytes = sum(x.nbytes for x in (*inputs, *outputs))
         if self._num_pending_bytes + num_bytes > MAX_PENDING_BYTES:
             self._count(Verdict.SKIPPED)

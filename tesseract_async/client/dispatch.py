@@ -1,18 +1,19 @@
 """Which experts are asked for which rows, and when a pass of a mixture is over. Pure: no loop, no clock, no network.
 
-Two machines, one for each direction. Each is told what happened and when (`start`, `answered`, `failed`, and in forward
+A machine for each direction. Each is told what happened and when (`start`, `answered`, `failed`, and in forward
 `came`), and says which calls are to be sent (`calls_to_send`), when it wants to look at the clock again (`timer_at`)
 and whether the pass `is_over`. Times are points on the caller's clock, in seconds.
 
-An `ExpertCall` describes one request in full: `calls_to_send` may group calls in another way (by server, for example)
-without touching the rules. Suffixes of names: R rows, K experts wanted, N experts, T experts tried, L lines.
+An `ExpertCall` describes what one expert is asked; `grouping` puts together what one server is. `StrictForward` is for
+those who want all answers or an error. Suffixes of names: R rows, K experts wanted, N experts, T experts tried, L lines
+(pairs of a row and an expert).
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
@@ -23,7 +24,7 @@ import torch
 from tesseract_async.client.latency import ABANDON_SECONDS, BLOCK_SECONDS
 from tesseract_async.client.routing import Candidates, Indices, group, within_capacity
 from tesseract_async.client.settings import MixtureSettings
-from tesseract_async.errors import Overloaded
+from tesseract_async.errors import NotEnoughExperts, Overloaded
 
 Direction = Literal["forward", "backward"]
 
@@ -58,6 +59,8 @@ class CallsUnderWay:
     """The calls of one pass: which have ended, and which take longer than is usual."""
 
     direction: ClassVar[Direction]
+    is_strict = False
+    """It fails where a call fails: nothing is left out."""
 
     def __init__(self, candidates: Candidates, num_rows: int, *, timeout: float, patience: float) -> None:
         """`timeout`: seconds for the whole pass. A call is slow if it takes longer than what is usual by more than the
@@ -80,14 +83,16 @@ class CallsUnderWay:
         self._under_way: dict[ExpertCall, None] = {}
         self._num_first = 0
         """Calls sent at the start."""
-        self._started = self._deadline = math.inf
+        self._started = math.inf
+        self.deadline = math.inf
+        """When it is over, whatever has come."""
         self._stalled = 0.0
         self._usual: tuple[float, float] | None = None
         """Seconds and rows of the median answer, once half of those first asked (and not failed) have answered."""
 
     def start(self, now: float) -> None:
         """The pass begins. Once only."""
-        self._started, self._deadline = now, now + self._timeout
+        self._started, self.deadline = now, now + self._timeout
 
     def answered(self, call: ExpertCall, now: float) -> None:
         """An answer came. What follows from it, `calls_to_send` says."""
@@ -130,17 +135,23 @@ class CallsUnderWay:
         of_others = seconds * min(_MAX_SHARE, max(1.0, len(call.rows) / num_rows))
         return of_others if call.expected is None else max(call.expected, of_others)
 
+    def shortage(self) -> NotEnoughExperts | None:
+        """Return the error that the pass ended in, if it did."""
+        raise NotImplementedError
+
+    def _strict_shortage(self, calls: Iterable[tuple[int, Indices]], what: str) -> NotEnoughExperts | None:
+        """The error where all these are needed."""
+        if not self.errors:
+            return None
+        is_short_R = np.zeros(len(self.num_answers_R), dtype=np.bool_)
+        for expert, rows in calls:
+            is_short_R[rows] |= self.candidates.uid(expert) in self.errors
+        return NotEnoughExperts(None, int(is_short_R.sum()), self.errors, what=what)
+
     @property
     def late(self) -> list[ExpertCall]:
         """The calls given up that took longer than is usual."""
         return [call for call in self.given_up if call.is_slow]
-
-    def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and expert of every line of the answers put one under the other, in their order. On the CPU."""
-        sizes = [len(call.rows) for call in self.answers]
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *(call.rows for call in self.answers)])
-        experts = np.repeat(np.array([call.expert for call in self.answers], dtype=np.int64), sizes)
-        return torch.from_numpy(rows), torch.from_numpy(experts)
 
     def _decide(self, now: float) -> None:
         raise NotImplementedError
@@ -199,7 +210,7 @@ class ForwardDispatch(CallsUnderWay):
         super().__init__(candidates, len(scores_RS), timeout=settings.forward_timeout, patience=patience)
         self.chosen_RK = torch.empty(0, 0, dtype=torch.int64, device="cpu")
         """The experts that were asked first."""
-        self.k_min = k_min
+        self._k_min = k_min
         self.scores_RS = scores_RS
         self._k_best = k_best
         self._settings = settings
@@ -223,10 +234,12 @@ class ForwardDispatch(CallsUnderWay):
             share = num_rows * min(k_best, num_live) / num_live
             self._room_N = np.full(num_live, max(1, math.ceil(settings.capacity_factor * share)), dtype=np.int64)
 
-    @property
-    def num_short(self) -> int:
-        """Rows with fewer than `k_min` answers."""
-        return int((self.num_answers_R < self.k_min).sum())
+    def shortage(self) -> NotEnoughExperts | None:
+        """See `CallsUnderWay.shortage`."""
+        num_short = int((self.num_answers_R < self._k_min).sum())
+        if not num_short or self._settings.on_missing == "zero":
+            return None
+        return NotEnoughExperts(self._k_min, num_short, self.errors, num_live=len(self.candidates))
 
     @property
     def num_tried(self) -> int:
@@ -267,7 +280,7 @@ class ForwardDispatch(CallsUnderWay):
         """See `CallsUnderWay.timer_at`."""
         late_at = min((self._late_at(call) for call in self._under_way if not call.is_slow), default=math.inf)
         give_up_at = self._give_up_at() if self._all_enough else math.inf
-        return min(self._deadline, give_up_at, late_at, self._free_at)
+        return min(self.deadline, give_up_at, late_at, self._free_at)
 
     # ------------------------------------------------------------------------------------------------ decisions
 
@@ -282,19 +295,19 @@ class ForwardDispatch(CallsUnderWay):
         some_stuck = bool(stuck_R.any())
         self.rows_in_need = torch.from_numpy(stuck_R) if some_stuck and self._may_come else None
         self._free_at = min(self._free_again.values(), default=math.inf) if self.rows_in_need is not None else math.inf
-        if some_stuck and not self._may_come and self.k_min and self._settings.on_missing == "raise":
+        if some_stuck and not self._may_come and self._k_min and self._settings.on_missing == "raise":
             self._end(now, only_slow=True)  # there is nothing to wait for any more
             return
         done_R = self._is_satisfied_R() if self._may_come else self._is_satisfied_R() | stuck_R
         self._all_enough = bool(done_R.all())
         if self._all_enough and self._settings.timeout_after_k_min is not None:
-            self._deadline = min(self._deadline, now + self._settings.timeout_after_k_min)
-        if now >= self._deadline or (self._all_enough and now >= self._give_up_at()):
+            self.deadline = min(self.deadline, now + self._settings.timeout_after_k_min)
+        if now >= self.deadline or (self._all_enough and now >= self._give_up_at()):
             self._end(now)
 
     def _is_satisfied_R(self) -> npt.NDArray[np.bool_]:
         # even where no answer is needed, one is worth waiting for
-        return self.num_answers_R >= max(1, self.k_min)
+        return self.num_answers_R >= max(1, self._k_min)
 
     def _stuck_R(self) -> npt.NDArray[np.bool_]:
         """Rows that lack answers, of which none is under way, and for which no expert is left."""
@@ -339,7 +352,7 @@ class ForwardDispatch(CallsUnderWay):
         if not self._settings.refill:
             self._has_tried_all_R[:] = True
             return
-        target = min(max(1, self.k_min) + self._settings.spare, self._k_best)
+        target = min(max(1, self._k_min) + self._settings.spare, self._k_best)
         while True:
             is_open_R = ~self._is_satisfied_R() & ~self._has_tried_all_R
             num_to_come_R = self.num_answers_R + self._num_open_R - self._num_slow_R
@@ -381,47 +394,89 @@ class ForwardDispatch(CallsUnderWay):
             self._send(ExpertCall(expert, self.candidates.uid(expert), rows, now))
 
 
+class StrictForward(CallsUnderWay):
+    """Calls all of whose answers are needed."""
+
+    direction = "forward"
+    is_strict = True
+
+    def __init__(self, candidates: Candidates, calls: Sequence[tuple[int, Indices]], num_rows: int, *, timeout: float):
+        """`calls`: experts, each with its rows."""
+        super().__init__(candidates, num_rows, timeout=timeout, patience=0.0)
+        self._calls = calls
+
+    def start(self, now: float) -> None:
+        """See `CallsUnderWay.start`."""
+        super().start(now)
+        for expert, rows in self._calls:
+            self._send(ExpertCall(expert, self.candidates.uid(expert), rows, now))
+        self._num_first = len(self._fresh)
+
+    def shortage(self) -> NotEnoughExperts | None:
+        """See `CallsUnderWay.shortage`."""
+        return self._strict_shortage(self._calls, "answers")
+
+    def timer_at(self) -> float:
+        """See `CallsUnderWay.timer_at`."""
+        return self.deadline
+
+    def _decide(self, now: float) -> None:
+        if self.errors or not self._under_way:
+            self._end(now, only_slow=True)
+        elif now >= self.deadline:
+            self._end(now)
+
+
 class BackwardDispatch(CallsUnderWay):
     """The backward of a batch: all experts that answered are asked, and those that take too long are left out."""
 
     direction = "backward"
 
-    def __init__(self, forward: ForwardDispatch, *, settings: MixtureSettings, patience: float) -> None:
+    def __init__(self, forward: CallsUnderWay, *, settings: MixtureSettings, patience: float) -> None:
+        """If `forward` is strict, all gradients are needed, too."""
         super().__init__(
             forward.candidates,
             len(forward.num_answers_R),
             timeout=settings.backward_timeout + ABANDON_SECONDS,
             patience=patience,
         )
+        self.is_strict = forward.is_strict
+        self._k_min = settings.backward_k_min
         self._forward = forward
-        self._needed_R: Indices = np.minimum(forward.num_answers_R, settings.backward_k_min)
+        needed = forward.num_answers_R if self.is_strict else np.minimum(forward.num_answers_R, self._k_min)
+        self._needed_R: Indices = needed
         self.forward_calls: dict[ExpertCall, ExpertCall] = {}
         """By gradient call, the call whose answer it differentiates."""
-        self.forward_lines: dict[ExpertCall, slice] = {}
-        """By gradient call, the lines of that answer in `ForwardDispatch.lines`."""
 
     @property
-    def num_short(self) -> int:
-        """Rows with fewer gradients than they need."""
+    def _num_short(self) -> int:
         return int((self.num_answers_R < self._needed_R).sum())
+
+    def shortage(self) -> NotEnoughExperts | None:
+        """See `CallsUnderWay.shortage`."""
+        if self.is_strict:
+            return self._strict_shortage([(call.expert, call.rows) for call in self._forward.answers], "gradients")
+        if not (num_short := self._num_short):
+            return None
+        return NotEnoughExperts(self._k_min, num_short, self.errors, what="gradients")
 
     def start(self, now: float) -> None:
         """See `CallsUnderWay.start`."""
         super().start(now)
-        num_lines = 0
         for answer in self._forward.answers:
             call = ExpertCall(answer.expert, answer.uid, answer.rows, now)
             self.forward_calls[call] = answer
-            self.forward_lines[call] = slice(num_lines, num_lines := num_lines + len(answer.rows))
             self._send(call)
         self._num_first = len(self._fresh)
 
     def timer_at(self) -> float:
         """See `CallsUnderWay.timer_at`."""
-        return self._deadline if self.num_short else min(self._deadline, self._give_up_at())
+        return self.deadline if self._num_short else min(self.deadline, self._give_up_at())
 
     def _decide(self, now: float) -> None:
-        if not self._under_way or now >= self.timer_at():
+        if self.is_strict and self.errors:
+            self._end(now, only_slow=True)
+        elif not self._under_way or now >= self.timer_at():
             for call in self._under_way:
                 call.is_slow = True
             self._end(now)

@@ -26,6 +26,19 @@ T = TypeVar("T")
 Forwarded = tuple[list[torch.Tensor], Receipt]
 
 
+def eligible(uid: str, replicas: Sequence[ExpertReplica], max_staleness: int | None) -> Sequence[ExpertReplica]:
+    """Return the replicas that may answer: with ``max_staleness=0`` the primaries only.
+
+    Raises: ExpertNotFound if none of them is the primary, by which the age of others' answers is measured.
+    """
+    if max_staleness is None:
+        return replicas
+    primaries = [replica for replica in replicas if replica.primary]
+    if not primaries:
+        raise ExpertNotFound(f"nobody is the primary of {uid} now: max_staleness={max_staleness} can't be kept")
+    return replicas if max_staleness else primaries
+
+
 class Exchange(Generic[T]):
     """A question to one expert, which any of some replicas may answer."""
 
@@ -79,19 +92,11 @@ class ForwardExchange(Exchange[Forwarded]):
         return self.inputs[0].shape[0] * self.forward.schema.row_bytes
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
-        """With ``max_staleness=0`` the primaries only. Raises: ExpertNotFound if none of them is the primary."""
+        """See `eligible`."""
         max_staleness = self.forward.options.max_staleness
-        if max_staleness is None:
-            return replicas
-        primaries = [replica for replica in replicas if replica.primary]
-        if not primaries:
-            raise ExpertNotFound(
-                f"nobody is the primary of {self.forward.uid} now: max_staleness={max_staleness} can't be kept"
-            )
-        if max_staleness == 0:
-            return primaries
-        self._primaries = [replica.peer for replica in primaries]
-        return replicas
+        if max_staleness:
+            self._primaries = [replica.peer for replica in replicas if replica.primary]
+        return eligible(self.forward.uid, replicas, max_staleness)
 
     def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, Forwarded]:
         """See `call_forward`. While a follower answers, the primary is asked for its version. Raises: TooStale."""

@@ -79,14 +79,17 @@ class Experience(Uncopied):
         """Seconds that `num_bytes`, both ways together, are on their way to and from this replica."""
         return path_seconds(self.node.path(replica.peer), num_bytes)
 
-    def by_expectation(self, replicas: Sequence[ExpertReplica], now: float, num_bytes: float) -> list[ExpertReplica]:
-        """Those not blocked and not in doubt first, then the fastest; unknown ones count as idle, so that they become
-        known."""
+    def by_expectation(
+        self, replicas: Sequence[ExpertReplica], now: float, num_bytes: float, *, primary_first: bool = False
+    ) -> list[ExpertReplica]:
+        """Those not blocked and not in doubt first, then (with `primary_first`) the primary, then the fastest; unknown
+        ones count as idle, so that they become known."""
 
-        def order(replica: ExpertReplica) -> tuple[bool, int, float]:
+        def order(replica: ExpertReplica) -> tuple[bool, int, bool, float]:
             key, path = replica_key(replica), self.path_seconds(replica, num_bytes)
             expected = self.latencies.expected(key, path=path)
-            return self.latencies.is_blocked(key, now), replica.doubt, path if expected is None else expected
+            is_second = primary_first and not replica.primary
+            return self.latencies.is_blocked(key, now), replica.doubt, is_second, path if expected is None else expected
 
         return sorted(replicas, key=order)
 
@@ -146,7 +149,8 @@ class Experience(Uncopied):
             self._grace[direction] = 0.0
         elif not calls.given_up:
             self._grace[direction] = min(_MAX_GRACE_SECONDS, self._grace[direction] + _GRACE_SHARE * seconds)
-        self.left_out.note(direction, calls.left_out)
+        if not calls.is_strict:
+            self.left_out.note(direction, calls.left_out)
 
 
 class GridExperience:

@@ -12,16 +12,14 @@ from tesseract_async.client.completion_queue import cancel_all
 from tesseract_async.client.exchanges import BackwardExchange, Exchange
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import fetch_info
+from tesseract_async.client.grouping import REPLICA_FAULTS, may_pass
 from tesseract_async.client.latency import ABANDON_SECONDS, BLOCK_SECONDS
 from tesseract_async.errors import (
     ConnectionLost,
-    ExpertNotFound,
     NotAllowed,
     NotPrimary,
     Overloaded,
     PeerUnreachable,
-    ProtocolError,
-    RemoteError,
     SchemaMismatch,
     TesseractError,
     TooStale,
@@ -31,11 +29,9 @@ from tesseract_async.transport.base import PeerAddress
 
 T = TypeVar("T")
 
-_REPLICA_FAULTS: Final = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound, TimeoutError)
-"""Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
-_REASONS: Final = ("unreachable", "lost", "protocol", "not_found", "silent")
+_REASONS: Final = ("unreachable", "lost", "protocol", "not_found", "not_found", "silent")
 _MAX_HANDOVERS: Final = 5
-_HEDGE_SECONDS: Final = 0.75
+HEDGE_SECONDS: Final = 0.75
 """Where it is not known how long a replica may take, the next one is asked after so long."""
 _PROBE_SECONDS: Final = 2.0
 """A server that has not even answered a question by then, where another has, counts as silent."""
@@ -78,7 +74,7 @@ async def _ask_several(
                 tasks[loop.create_task(_ask(experience, replica, exchange, deadline - now))] = replica
                 if queue:
                     p95 = experience.latencies.p95(replica_key(replica))
-                    hedge_at = now + (_HEDGE_SECONDS if p95 is None else p95)
+                    hedge_at = now + (HEDGE_SECONDS if p95 is None else p95)
             while tasks:
                 wait_until = hedge_at if queue else deadline + ABANDON_SECONDS
                 done, _ = await asyncio.wait(
@@ -127,13 +123,14 @@ async def ask_primary(
         if time_left <= 0 or not replicas:
             break
         try:
-            return await _ask_watched(experience, replicas, exchange, time_left)
+            rivals = [replicas[0], *(replica for replica in replicas[1:] if replica.primary)]
+            return await watched(experience, _ask(experience, replicas[0], exchange, time_left), rivals)
         except SchemaMismatch as error:
             first_error = first_error or error
             strange.add(replicas[0].peer)
             replicas = replicas[1:]
             continue
-        except (*_REPLICA_FAULTS, NotAllowed, TooStale) as error:
+        except (*REPLICA_FAULTS, NotAllowed, TooStale) as error:
             first_error = first_error or error
         except (Overloaded, NotPrimary) as error:
             first_error = first_error or error
@@ -157,35 +154,34 @@ async def ask_primary(
     raise first_error or TimeoutError(f"no answer within {timeout} s")
 
 
-async def _ask_watched(
-    experience: Experience, replicas: Sequence[ExpertReplica], exchange: Exchange[T], timeout: float
-) -> T:
-    """Ask the first of `replicas`. If it takes long and others say that they are the primary, too, all of these are
-    asked a small question at once: those that are silent then, where another one speaks, are reported, and if the first
-    is one of them, it is not waited for any more."""
-    asking = _ask(experience, replicas[0], exchange, timeout)
-    rivals = [replicas[0], *(replica for replica in replicas[1:] if replica.primary)]
-    if len(rivals) == 1:
+async def watched(experience: Experience, asking: Coroutine[object, object, T], rivals: Sequence[ExpertReplica]) -> T:
+    """Await `asking`, which asks the server of the first of `rivals`. If it takes long, and other servers say that they
+    are the primary, too, all of these are asked a small question at once: those that are silent then, where another one
+    speaks, are reported, and if the first is one of them, it is not waited for any more."""
+    if len(rivals) < 2 or all(replica.peer == rivals[0].peer for replica in rivals):
         return await asking
     call = asyncio.ensure_future(asking)
     probes: list[asyncio.Task[bool]] = []
     try:
-        await asyncio.wait([call], timeout=_HEDGE_SECONDS)
+        await asyncio.wait([call], timeout=HEDGE_SECONDS)
         if not call.done():
-            probes = [asyncio.ensure_future(_speaks(experience, replica)) for replica in rivals]
+            servers = list({replica.peer: replica for replica in rivals}.values())
+            probes = [asyncio.ensure_future(_speaks(experience, replica)) for replica in servers]
             answering = asyncio.gather(*probes)
             waiting: set[asyncio.Future[T] | asyncio.Future[list[bool]]] = {call, answering}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
-                speak = answering.result()
-                for replica, speaks in zip(rivals, speak, strict=True):
-                    if any(speak) and not speaks:
+                speak = dict(zip((replica.peer for replica in servers), answering.result(), strict=True))
+                for replica in rivals:
+                    if any(speak.values()) and not speak[replica.peer]:
                         experience.node.directory.report_failure(replica, reason="silent")
-                if any(speak) and not speak[0]:
-                    raise TimeoutError(f"{replicas[0].uid} is silent at the server that claims to be its primary")
+                if any(speak.values()) and not speak[rivals[0].peer]:
+                    raise TimeoutError(f"{rivals[0].uid} is silent at the server that claims to be its primary")
         return await call
     except asyncio.CancelledError:
-        experience.node.directory.report_late(replicas[0])
+        for replica in rivals:
+            if replica.peer == rivals[0].peer:
+                experience.node.directory.report_late(replica)
         raise
     finally:
         await cancel_all([call, *probes])
@@ -210,12 +206,8 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
         with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
             result = await exchange.send(replica, timeout)
             exchange.answered(replica, result, timeout)
-    except _REPLICA_FAULTS as error:
-        reason = next(r for fault, r in zip(_REPLICA_FAULTS, _REASONS, strict=True) if isinstance(error, fault))
-        experience.node.directory.report_failure(replica, reason=reason)
-        raise
-    except Overloaded as error:
-        book.block(key, now() + max(error.retry_after, BLOCK_SECONDS))
+    except (*REPLICA_FAULTS, Overloaded) as error:
+        report(experience, replica, error)
         raise
     except asyncio.CancelledError:
         path = experience.path_seconds(replica, exchange.num_bytes)
@@ -228,6 +220,12 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
     return result
 
 
-def may_pass(error: BaseException) -> bool:
-    """Return whether the same call may well succeed elsewhere or later: not what the expert itself says no to."""
-    return isinstance(error, (*_REPLICA_FAULTS, TooStale)) or (isinstance(error, RemoteError) and error.retryable)
+def report(experience: Experience, replica: ExpertReplica, error: BaseException) -> None:
+    """Learn from a replica's failure: tell the directory, or ask others for a while."""
+    if isinstance(error, Overloaded):
+        until = asyncio.get_running_loop().time() + max(error.retry_after, BLOCK_SECONDS)
+        experience.latencies.block(replica_key(replica), until)
+        return
+    reason = next((r for fault, r in zip(REPLICA_FAULTS, _REASONS, strict=True) if isinstance(error, fault)), None)
+    if reason is not None:
+        experience.node.directory.report_failure(replica, reason=reason)

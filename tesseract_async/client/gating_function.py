@@ -127,6 +127,11 @@ class GatingFunction(nn.Module):
         # torch copies no tensor that has a graph
         return self.__dict__ | {"load_balancing_loss": None, "_chosen": {}}
 
+    @property
+    def node(self) -> Node | PlainCalls:
+        """The node that makes its calls."""
+        return self._node
+
     def extra_repr(self) -> str:
         """Prefix and grid, for ``repr``."""
         return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.k_best}"
@@ -290,36 +295,44 @@ class GatingFunction(nn.Module):
         dispatch = ForwardDispatch(
             candidates, sound_RS, k_best=self.k_best, k_min=self.k_min, settings=settings, patience=patience
         )
-        call = MixtureCall(dispatch, self._search, schema=schema, mode=mode, settings=settings)
+        call = MixtureCall(
+            dispatch,
+            self._experience,
+            schema=schema,
+            mode=mode,
+            settings=settings,
+            is_normalized=True,
+            search=self._search,
+        )
         try:
-            answers = await remote_call(call, inputs, versions=arguments.versions, differentiable=mode.differentiable)
+            *sums, weights_R = await remote_call(
+                call, [*inputs, scores_RS], versions=arguments.versions, differentiable=mode.differentiable
+            )
         finally:
             self._search.learned.learn(dispatch, schema.row_bytes)
             if not dispatch.answers and any(isinstance(e, SchemaMismatch) for e in dispatch.errors.values()):
                 self._schemas.known = None
-        device, num_rows = scores_RS.device, len(scores_RS)
-        rows_L, experts_L = (index.to(device) for index in dispatch.lines())
+        device = scores_RS.device
         num_answers_R = torch.from_numpy(dispatch.num_answers_R).to(device)
+        has_enough_R = num_answers_R >= max(1, self.k_min)
         with torch.set_grad_enabled(mode.differentiable):
-            columns_ND = dispatch.candidates.grid.columns_ND.to(device)
-            scores_L = scores_RS[rows_L[:, None], columns_ND[experts_L]].sum(1)
-            weights_L = self._weights(scores_L, scores_RS, rows_L) * (num_answers_R >= self.k_min)[rows_L]
-            call.weights = weights_L.detach().cpu()
-            outputs = [_weighted_sum(weights_L, answer, rows_L, num_rows) for answer in answers]
+            top_R = torch.from_numpy(call.top_R).to(scores_RS)
+            factor_R = torch.where(has_enough_R, self._factor(scores_RS, top_R, weights_R), 0.0)
+            pairs = zip(sums, schema.output_specs, strict=True)
+            outputs = [_scaled(total, factor_R).to(spec.dtype) for total, spec in pairs]
             if leading_shape is not None:
                 outputs = [output.reshape(*leading_shape, *output.shape[1:]) for output in outputs]
             loss = None
             if settings.load_balancing:
+                columns_ND = dispatch.candidates.grid.columns_ND.to(device)
                 loss = self._load_balancing_loss(scores_RS, columns_ND[dispatch.chosen_RK.to(device)])
         self.load_balancing_loss = loss
         return Mixed(unflatten(schema.outputs, outputs), num_answers_R, dispatch.errors, call.versions, loss)
 
-    def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:
-        """Softmax over the experts that answered each row."""
-        num_rows = len(scores_RS)
-        top_R = scores_L.new_full((num_rows,), -torch.inf).scatter_reduce(0, rows_L, scores_L.detach(), "amax")
-        exp_L = (scores_L - top_R[rows_L]).exp()
-        return exp_L / scores_L.new_zeros(num_rows).index_add(0, rows_L, exp_L)[rows_L]
+    def _factor(self, scores_RS: torch.Tensor, top_R: torch.Tensor, weights_R: torch.Tensor) -> torch.Tensor:
+        """By what each row's sum is multiplied, where experts were weighted by the exponential of their score less
+        `top_R`, and `weights_R` is the sum of these weights: a softmax over the experts that answered."""
+        return 1 / weights_R.where(weights_R > 0, 1.0)
 
     def _load_balancing_loss(self, scores_RS: torch.Tensor, chosen_RKD: torch.Tensor) -> torch.Tensor:
         """Fedus et al. 2021, equation 4, for each grid dimension, averaged: with product keys an expert's probability
@@ -367,9 +380,9 @@ class SwitchGatingFunction(GatingFunction):
             settings=settings,
         )
 
-    def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:
+    def _factor(self, scores_RS: torch.Tensor, top_R: torch.Tensor, weights_R: torch.Tensor) -> torch.Tensor:
         normalizers = [part.logsumexp(1) for part in torch.split(scores_RS, list(self.grid_size), dim=1)]
-        return (scores_L - torch.stack(normalizers).sum(0)[rows_L]).exp()
+        return (top_R - torch.stack(normalizers).sum(0)).exp()
 
 
 def _sound(scores_RS: torch.Tensor) -> torch.Tensor:
@@ -377,9 +390,6 @@ def _sound(scores_RS: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(scores_RS.detach().cpu(), nan=-1e30, posinf=1e30, neginf=-1e30)
 
 
-def _weighted_sum(
-    weights_L: torch.Tensor, answers_L: torch.Tensor, rows_L: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """For each row the sum of its answers, weighted; ``[num_rows, ...]``. Rows without answers get zeros."""
-    weights = weights_L.reshape(-1, *[1] * (answers_L.dim() - 1)).to(answers_L.dtype)
-    return answers_L.new_zeros(num_rows, *answers_L.shape[1:]).index_add(0, rows_L, weights * answers_L)
+def _scaled(total: torch.Tensor, factor_R: torch.Tensor) -> torch.Tensor:
+    """Each row times its factor."""
+    return total * factor_R.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))

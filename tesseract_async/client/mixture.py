@@ -1,248 +1,438 @@
-"""One pass of a mixture layer as one remote call: the asyncio driver of `dispatch`.
+"""The weighted sum of many experts' answers as one remote call: what its messages hold, and what becomes of the sums.
 
-Forward leaves out experts that fail or are slow; backward asks the experts that answered, and goes on without those
-that do not. Both end within their timeouts, whatever peers do.
+An expert's *value* for a row is an entry of a matrix, or the sum of some, as a gate's scores are. For a normalized sum
+the weight is the exponential of the value. Weights leave before it is known who will answer: those of a message are
+relative to the greatest value that it has for the row, and the caller divides by the weights of those that answered.
+Otherwise the value is the weight.
+
+Both directions end within their timeouts, whatever peers do. Suffixes of names: R rows, L lines (a row and an expert
+that answered it), P the pairs of a message.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from tesseract_async.client.completion_queue import CompletionQueue, cancel_all
 from tesseract_async.client.dispatch import BackwardDispatch, CallsUnderWay, ExpertCall, ForwardDispatch
-from tesseract_async.client.exchanges import BackwardExchange, ForwardExchange
-from tesseract_async.client.experience import Experience
-from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, Forward, Receipt
-from tesseract_async.client.failover import ask_best, ask_primary, may_pass
+from tesseract_async.client.exchanges import eligible
+from tesseract_async.client.experience import Experience, replica_key
+from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, Forward, Receipt, fetch_info
 from tesseract_async.client.grid_search import GridSearch
+from tesseract_async.client.grouping import Request, may_pass
+from tesseract_async.client.passes import Block, Pass, Tensors
+from tesseract_async.client.routing import Indices
 from tesseract_async.client.settings import MixtureSettings
-from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
-from tesseract_async.runtime.gradients import are_finite
-from tesseract_async.wire.tensors import flatten
+from tesseract_async.errors import InputsForgotten, TesseractError, TooStale, describe
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.runtime.encoding import pack
+from tesseract_async.wire.apply import ApplyPart, ApplyRequest
+from tesseract_async.wire.names import new_name
+from tesseract_async.wire.tensors import TensorSpec, flatten
 
-Gradients = list[torch.Tensor | None]
+Values = npt.NDArray[np.floating[Any]]
 
-
-async def _drive(dispatch: CallsUnderWay, sender: MixtureCall | _GradientSender, experience: Experience) -> None:
-    """Run a pass to its end and learn from it; `sender` does the I/O of its direction.
-
-    Cancelling cancels its calls. Raises: errors that are not a peer's.
-    """
-    loop = asyncio.get_running_loop()
-    queue: CompletionQueue[None] = CompletionQueue()
-    tasks: dict[asyncio.Task[None], ExpertCall | None] = {}
-    with experience.stalls.watching():
-        started, stalled = loop.time(), experience.stalls.seconds
-        dispatch.start(started)
-        try:
-            while True:
-                for call in dispatch.calls_to_send(loop.time(), stalled=experience.stalls.seconds - stalled):
-                    sender.expect(call)
-                    task = loop.create_task(sender.send(call))
-                    tasks[task] = call
-                    queue.add(task)
-                if dispatch.is_over:
-                    break
-                rows = dispatch.rows_in_need
-                if rows is not None and isinstance(sender, MixtureCall) and None not in tasks.values():
-                    task = loop.create_task(sender.find_more(rows))
-                    tasks[task] = None
-                    queue.add(task)
-                for task in await queue.wait(dispatch.timer_at()):
-                    ended, error = tasks.pop(task), task.exception()
-                    if ended is None or not isinstance(error, TesseractError | TimeoutError | None):
-                        task.result()
-                    elif error is None:
-                        dispatch.answered(ended, loop.time())
-                    else:
-                        dispatch.failed(ended, loop.time(), _without_frames(error))
-            experience.learn(dispatch, loop.time() - started)
-        finally:
-            await cancel_all(tasks)
+_MAX_GAP: Final = 30.0
+"""Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
 
 
-class _ExpertAnswer(NamedTuple):
-    forward: Forward
-    outputs: list[torch.Tensor]
-    receipt: Receipt
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """What is known of one expert's answer."""
+
+    block: Block
+    replica: ExpertReplica
+    version: int
 
 
 class MixtureCall:
-    """See `autograd.Remote`. The outputs are all answers one under the other, in the order of `dispatch.answers`."""
+    """See `autograd.Remote`. The inputs are those of the experts, and last the matrix of the values, ``[rows, ...]``.
+
+    The outputs are the sums, one for each output of the experts, at least float32, and last the sum of the weights of
+    those that answered each row, ``[rows]``; of weights relative to the row's greatest value if it is normalized.
+    """
 
     def __init__(
         self,
-        dispatch: ForwardDispatch,
-        search: GridSearch,
+        dispatch: CallsUnderWay,
+        experience: Experience,
         *,
         schema: ExpertSchema,
         mode: CallMode,
         settings: MixtureSettings,
+        is_normalized: bool,
+        search: GridSearch | None = None,
     ) -> None:
+        """`search`: looks for further experts where rows are in need of them."""
         self.timeout = settings.backward_timeout
-        self.dispatch = dispatch
-        self.weights: torch.Tensor | None = None
-        """The weight of every line of the outputs, for `rescale_backward`."""
+        self.dispatch, self.experience = dispatch, experience
+        self.schema, self.mode, self.settings = schema, mode, settings
+        self.is_normalized = is_normalized
+        self.top_R: Values = np.empty(0)
+        """The greatest value of a row, which the weights are relative to; minus infinity for a row without answers."""
+        self.weights_R: Values = np.empty(0)
+        """The last output."""
+        self.answers: dict[ExpertCall, _Answer] = {}
+        self.ids: dict[ExpertCall, bytes] = {}
+        """What the servers know calls by, until their backward begins: going through a graph again is another one."""
         self._search = search
-        self._experience = search.experience
-        self._schema = schema
-        self._mode = mode
-        self._settings = settings
-        self._inputs: Sequence[torch.Tensor] = ()
-        self._deadline = 0.0
-        self._replies: dict[ExpertCall, _ExpertAnswer] = {}
 
     @property
     def versions(self) -> dict[str, int]:
         """By uid, the optimizer steps that the experts had taken that answered."""
-        replies = (self._replies[call] for call in self.dispatch.answers)
-        return {reply.forward.uid: reply.receipt.version for reply in replies}
+        return {call.uid: answer.version for call, answer in self.answers.items()}
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The answers. Raises: NotEnoughExperts if rows are short of them and `on_missing` says so."""
-        dispatch, device = self.dispatch, inputs[0].device
-        self._inputs = [tensor.cpu() for tensor in inputs]
-        self._deadline = asyncio.get_running_loop().time() + self._settings.forward_timeout
-        try:
-            await _drive(dispatch, self, self._experience)
-        finally:
-            self._inputs = ()
-        if dispatch.num_short and self._settings.on_missing == "raise":
-            raise NotEnoughExperts(
-                dispatch.k_min, dispatch.num_short, dispatch.errors, num_live=len(dispatch.candidates)
-            )
-        self._replies = {call: self._replies[call] for call in dispatch.answers}  # others came too late to count
-        replies = list(self._replies.values())
-        outputs = []
-        for i, spec in enumerate(flatten(self._schema.outputs)):
-            none = torch.empty(0, *spec.shape, dtype=spec.dtype, device="cpu")
-            outputs.append(torch.cat([reply.outputs[i] for reply in replies]) if replies else none)
-        for reply in replies:
-            reply.outputs.clear()  # the copies live in the stack now
-        return [output.to(device) for output in outputs]
+        """See `MixtureCall`. Raises: NotEnoughExperts where the dispatch says so."""
+        device = inputs[0].device
+        forward = _ForwardPass(self, [tensor.cpu() for tensor in inputs])
+        await forward.run(None if self._search is None else self._find_more)
+        self.answers = {call: forward.answers[call] for call in self.dispatch.answers}
+        self.top_R, self.weights_R = forward.top_R, forward.weights_R
+        return [total.to(device) for total in (*forward.sums, torch.from_numpy(forward.weights_R.copy()))]
 
     async def backward(
         self, inputs: Sequence[torch.Tensor], output_gradients: Sequence[torch.Tensor | None]
-    ) -> Gradients:
-        """The sum of the gradients of the experts that answer in time.
+    ) -> Tensors:
+        """The gradients of the inputs, and of the values: of the experts that answer in time.
 
-        Raises: NotEnoughExperts if a row gets fewer than `backward_k_min` of them.
+        Raises: NotEnoughExperts if a row gets fewer than it needs.
         """
-        if all(gradient is None for gradient in output_gradients) or not self.dispatch.answers:
+        if all(gradient is None for gradient in output_gradients[:-1]) or not self.answers:
             return [None] * len(inputs)
-        self._experience.node.check_running()
-        patience = self._experience.patience("backward", self._settings)
-        dispatch = BackwardDispatch(self.dispatch, settings=self._settings, patience=patience)
-        inputs = [tensor.cpu() for tensor in inputs]
-        output_gradients = [None if gradient is None else gradient.cpu() for gradient in output_gradients]
-        sender = _GradientSender(self._experience, self._settings, dispatch, self._replies, inputs, output_gradients)
-        await _drive(dispatch, sender, self._experience)
-        if dispatch.num_short:
-            k_min = self._settings.backward_k_min
-            raise NotEnoughExperts(k_min, dispatch.num_short, dispatch.errors, what="gradients")
-        return sender.sums(self.weights if self._settings.rescale_backward else None)
+        self.experience.node.check_running()
+        gradients = [None if gradient is None else gradient.cpu() for gradient in output_gradients]
+        backward = _BackwardPass(self, [tensor.cpu() for tensor in inputs], gradients)
+        await backward.run()
+        return backward.input_gradients()
 
-    # ------------------------------------------------------------------------------------------------ for `_drive`
-
-    def expect(self, call: ExpertCall) -> None:
-        """Set `call.expected` and `call.grace`."""
-        replicas = self.dispatch.candidates.replicas_of(call.expert)
-        self._experience.expect_forward(call, replicas, len(call.rows) * self._schema.row_bytes, self._settings)
-
-    async def send(self, call: ExpertCall) -> None:
-        """Make the call and keep what it brings. Raises: as a call to an expert."""
-        candidates, rows = self.dispatch.candidates, torch.from_numpy(call.rows)
-        forward = Forward(call.uid, self._schema, self._mode, self._settings.calls)
-        exchange = ForwardExchange(self._experience, forward, [x.index_select(0, rows) for x in self._inputs])
-        replicas = exchange.eligible(candidates.replicas_of(call.expert))
-        time_left = max(self._deadline - asyncio.get_running_loop().time(), 1e-3)
-        outputs, receipt = await ask_best(self._experience, replicas, exchange, timeout=time_left)
-        if not are_finite(outputs):
-            raise ExpertFailed(f"{call.uid} answered numbers that are not finite")
-        self._replies[call] = _ExpertAnswer(forward, outputs, receipt)
-
-    async def find_more(self, rows: torch.Tensor) -> None:
+    async def _find_more(self, rows: torch.Tensor) -> None:
         """Look for experts for these rows (see `CallsUnderWay.rows_in_need`) and tell the dispatch. If all that failed
         said no themselves, only experts that are there already help."""
         dispatch = self.dispatch
+        assert self._search is not None and isinstance(dispatch, ForwardDispatch)
         errors = dispatch.errors.values()
         candidates, experts = await self._search.more(dispatch, rows, wait=not errors or any(map(may_pass, errors)))
         dispatch.came(candidates, experts)
 
+    def values(self, matrix: Values, rows: Indices, experts: Indices) -> Values:
+        """The values of these experts (among the candidates) for these rows."""
+        columns = self.dispatch.candidates.grid.columns_ND.numpy()[experts]
+        values: Values = matrix[rows[:, None], columns].sum(1)
+        return values
 
-@dataclass(slots=True, eq=False)
-class _GradientSender:
-    """The I/O of `MixtureCall.backward`."""
 
-    experience: Experience
-    settings: MixtureSettings
-    dispatch: BackwardDispatch
-    replies: Mapping[ExpertCall, _ExpertAnswer]
-    """The forward's."""
-    inputs: Sequence[torch.Tensor]
-    output_gradients: Sequence[torch.Tensor | None]
-    gradients: dict[ExpertCall, Gradients] = field(default_factory=dict)
-    """By call, those of the inputs."""
+class _ForwardPass(Pass):
+    what = "numbers"
 
-    def expect(self, call: ExpertCall) -> None:
-        """Set `call.expected` and `call.grace`."""
-        replicas = self.dispatch.candidates.replicas_of(call.expert)
-        self.experience.expect_backward(call, replicas, self.settings)
-
-    async def send(self, call: ExpertCall) -> None:
-        """Make the call and keep what it brings. Raises: as a call to an expert."""
-        replicas = self.dispatch.candidates.replicas_of(call.expert)
-        reply = self.replies[self.dispatch.forward_calls[call]]
-        lines, rows = self.dispatch.forward_lines[call], torch.from_numpy(call.rows)
-        exchange = BackwardExchange(
-            self.experience,
-            reply.forward,
-            reply.receipt,
-            [tensor.index_select(0, rows) for tensor in self.inputs],
-            [None if gradient is None else gradient[lines] for gradient in self.output_gradients],
+    def __init__(self, call: MixtureCall, inputs: Sequence[torch.Tensor]) -> None:
+        """`inputs`: see `MixtureCall`; on the CPU."""
+        super().__init__(
+            call.experience,
+            call.dispatch,
+            schema=call.schema,
+            mode=call.mode,
+            options=call.settings.calls,
+            timeout=call.settings.forward_timeout,
         )
-        timeout = self.settings.backward_timeout
-        gradients = await ask_primary(self.experience, replicas, exchange, timeout=timeout)
-        if not are_finite(gradients):
-            raise ExpertFailed(f"{call.uid} answered gradients that are not finite")
-        self.gradients[call] = gradients
+        self._call, self._inputs = call, inputs[:-1]
+        self._matrix: Values = np.nan_to_num(inputs[-1].numpy(), posinf=1e30, neginf=-1e30)
+        num_rows = len(self._matrix)
+        specs = [TensorSpec(spec.shape, _sum_dtype(spec.dtype)) for spec in call.schema.output_specs]
+        self.reply_specs = specs
+        self.sums = [torch.zeros(num_rows, *spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
+        self.weights_R: Values = np.zeros(num_rows, dtype=self._matrix.dtype)
+        self.top_R: Values = np.full(num_rows, -np.inf, dtype=self._matrix.dtype)
+        self.answers: dict[ExpertCall, _Answer] = {}
+        self._audited: dict[ExpertCall, bool] = {}
 
-    def sums(self, weights: torch.Tensor | None) -> Gradients:
-        """For every input the sum of its gradients, in an order that does not depend on which answer came first.
+    def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
+        """Any replica that is new enough; where a backward will follow, the primary first."""
+        known = self.calls.candidates.replicas_of(call.expert)
+        num_bytes = len(call.rows) * self.schema.row_bytes
+        if found is None:
+            self.experience.expect_forward(call, known, num_bytes, self._call.settings)
+        replicas = eligible(call.uid, known if found is None else found, self.options.max_staleness)
+        if len(replicas) < 2:
+            return replicas
+        return self.experience.by_expectation(replicas, now, num_bytes, primary_first=self.mode.differentiable)
 
-        `weights`: of every line of the outputs, where each row's gradient is to be divided by the weight of those
-        experts whose gradients arrived.
-        """
-        sums: Gradients = [None] * len(self.inputs)
-        arrived = None if weights is None else weights.new_zeros(len(self.dispatch.num_answers_R))
-        for call in sorted(self.dispatch.answers, key=lambda call: (call.expert, call.rows[0])):
-            rows = torch.from_numpy(call.rows)
-            for i, gradient in enumerate(self.gradients[call]):
-                if gradient is not None:
-                    if (total := sums[i]) is None:
-                        total = sums[i] = torch.zeros_like(self.inputs[i])
-                    total.index_add_(0, rows, gradient)
-            if arrived is not None and weights is not None:
-                arrived.index_add_(0, rows, weights[self.dispatch.forward_lines[call]])
-        if arrived is None:
-            return sums
-        # a row that lost nearly all of its weight is not blown up to noise
-        scale = 1 / arrived.clamp(min=0.05)
-        return [
-            None if total is None else total * scale.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))
-            for total in sums
+    def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
+        """An expert whose answer is audited is asked apart: of a sum nobody could say who was wrong."""
+        server = replica.peer.peer_id or replica.peer
+        if self.options.audit_share:
+            if call not in self._audited:
+                self._audited[call] = self.experience.audits.draws(self._forward(call))
+            if self._audited[call]:
+                return server, call
+        return server
+
+    async def pack(self, request: Request) -> tuple[Block, ApplyRequest, Sequence[memoryview]]:
+        """See `Pass.pack`."""
+        versions = await self._least_versions(request)
+        block = Block.of(request.open, self.calls.candidates, len(self._matrix))
+        values_P = self._call.values(self._matrix, block.rows_P, block.experts_P())
+        if self._call.is_normalized:
+            block.scales_R = np.full(len(block.rows), -np.inf, dtype=values_P.dtype)
+            np.maximum.at(block.scales_R, block.numbers_P, values_P)
+            gaps_P = values_P - block.scales_R[block.numbers_P]
+            block.weights_P = np.exp(np.maximum(gaps_P, -_MAX_GAP)).astype(np.float32)
+        elif self._audited.get(block.calls[0]):  # it is alone, and its answer is needed as it is
+            block.weights_P, block.scales_R = np.ones(len(values_P), dtype=np.float32), values_P
+        else:
+            block.weights_P = values_P.astype(np.float32)
+        metas, buffers = await pack(_rows_of(self._inputs, block.rows), self.codecs.inputs)
+        asked = ApplyRequest(
+            prefix=self.calls.candidates.prefix,
+            experts=block.coords.astype(np.uint32),
+            ids=[self._call.ids.setdefault(call, new_name()) for call in block.calls],
+            versions=np.array([versions.get(call, 0) for call in block.calls], dtype=np.int64),
+            offsets=block.offsets,
+            rows=block.numbers_P.astype(np.int32),
+            weights=block.weights_P,
+            tensors=metas,
+            num_inputs=len(metas),
+            backward=False,
+            training=self.mode.training,
+            keep=self.mode.differentiable,
+            seed=self.mode.seed,
+            reply_codec=self.codecs.outputs,
+        )
+        return block, asked, buffers
+
+    async def _least_versions(self, request: Request) -> dict[ExpertCall, int]:
+        """The versions that followers have to have reached, by their primaries' word; those without it fail."""
+        steps = self.options.max_staleness
+        followers = [call for call, replica in request.open.items() if not replica.primary] if steps else []
+        if not steps or not followers:
+            return {}
+        node, timeout = self.experience.node, max(self._deadline - asyncio.get_running_loop().time(), 1e-3)
+
+        async def ask(call: ExpertCall) -> int | BaseException:
+            replicas = self.calls.candidates.replicas_of(call.expert)
+            try:
+                primary = next(replica for replica in replicas if replica.primary)
+                return (await fetch_info(node, call.uid, primary.peer, timeout=timeout)).version
+            except (TesseractError, TimeoutError, StopIteration) as error:
+                return TooStale(
+                    f"how old the answer of a follower of {call.uid} is, its primary does not say: {describe(error)}"
+                )
+
+        newest = dict(zip(followers, await asyncio.gather(*map(ask, followers)), strict=True))
+        errors = {call: error for call, error in newest.items() if isinstance(error, BaseException)}
+        self._grouping.part(request, (), errors, asyncio.get_running_loop().time())
+        return {call: max(0, newest - steps) for call, newest in newest.items() if isinstance(newest, int)}
+
+    def settled(self, call: ExpertCall, replica: ExpertReplica, seconds: float, path: float) -> None:
+        """See `Pass.settled`."""
+        self.experience.latencies.observe(replica_key(replica), seconds, path=path)
+
+    def cancelled(self, request: Request, now: float) -> None:
+        """See `Pass.cancelled`: it would have taken at least this long."""
+        book = self.experience.latencies
+        for call, replica in request.open.items():
+            key, path = (
+                replica_key(replica),
+                self.experience.path_seconds(replica, len(call.rows) * self.schema.row_bytes),
+            )
+            if now - request.sent > (book.expected(key, path=path) or 0.0):
+                book.observe(key, now - request.sent, path=path, answered=False)
+
+    def add(
+        self, block: Block, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: Tensors
+    ) -> None:
+        """See `Pass.add`."""
+        factors, weights_P = np.ones(len(rows), dtype=self._matrix.dtype), block.weights_P[pairs]
+        rows_P = block.rows_P[pairs]
+        if block.scales_R is not None:
+            scales = block.scales_R[np.searchsorted(block.rows, rows)]
+            if self._call.is_normalized:
+                # relative to the greatest value so far
+                before = self.top_R[rows]
+                self.top_R[rows] = top = np.maximum(before, scales)
+                shrunk, factors = np.exp(before - top), np.exp(scales - top)
+                if (shrunk != 1).any():
+                    self.weights_R[rows] *= shrunk
+                    for total in self.sums:
+                        total[torch.from_numpy(rows)] *= _factor(shrunk, total)
+            else:
+                factors = scales
+        for total, partial in zip(self.sums, sums, strict=True):
+            if partial is not None:
+                total.index_add_(0, torch.from_numpy(rows), partial * _factor(factors, total))
+        at = np.searchsorted(rows, rows_P)
+        np.add.at(self.weights_R, rows_P, weights_P * factors[at])
+        for place, version in zip(part.experts.tolist(), part.versions.tolist(), strict=True):
+            call = block.calls[place]
+            self.answers[call] = _Answer(block, request.asked[call], version)
+            if self._audited.get(call):
+                epoch = int(part.epochs[0])
+                self.experience.audits.check(
+                    self._forward(call),
+                    Receipt(request.peer, version, None, epoch),
+                    _rows_of(self._inputs, rows),
+                    [
+                        total.to(spec.dtype)
+                        for total, spec in zip(sums, self.schema.output_specs, strict=True)
+                        if total is not None
+                    ],
+                    timeout=self._timeout,
+                )
+
+    def _forward(self, call: ExpertCall) -> Forward:
+        return Forward(call.uid, self.schema, self.mode, self.options)
+
+
+class _BackwardPass(Pass):
+    what = "gradients"
+
+    def __init__(self, call: MixtureCall, inputs: Sequence[torch.Tensor], gradients: Tensors) -> None:
+        """`inputs` and `gradients` of the outputs: see `MixtureCall`; on the CPU."""
+        patience = call.experience.patience("backward", call.settings)
+        dispatch = BackwardDispatch(call.dispatch, settings=call.settings, patience=patience)
+        super().__init__(
+            call.experience,
+            dispatch,
+            schema=call.schema,
+            mode=call.mode,
+            options=call.settings.calls,
+            timeout=call.settings.backward_timeout,
+        )
+        self._call, self._inputs = call, inputs[:-1]
+        self._matrix: Values = np.nan_to_num(inputs[-1].numpy(), posinf=1e30, neginf=-1e30)
+        self._gradients, of_weights = gradients[:-1], gradients[-1]
+        self._of_weights_R: Values = np.zeros(len(self._matrix)) if of_weights is None else of_weights.numpy()
+        self._forward_calls = dispatch.forward_calls
+        self.reply_specs = [
+            TensorSpec(spec.shape, _sum_dtype(spec.dtype)) if _is_differentiable(spec.dtype) else None
+            for spec in flatten(call.schema.inputs)
         ]
+        self._ids: dict[ExpertCall, bytes] = {}
+        self._totals: list[torch.Tensor | None] = [None] * len(self._inputs)
+        self._of_values = torch.zeros_like(inputs[-1])
+        self._arrived_R: Values = np.zeros(len(self._matrix))
+
+    def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
+        """The primary first."""
+        if found is not None:
+            return found
+        known = self.calls.candidates.replicas_of(call.expert)
+        self.experience.expect_backward(call, known, self._call.settings)
+        self._ids[call] = self._call.ids.pop(self._forward_calls[call], b"") or new_name()
+        return known
+
+    def _kept_at(self, call: ExpertCall, replica: ExpertReplica) -> Block | None:
+        """The forward's block, if that replica keeps it."""
+        answer = self._call.answers[self._forward_calls[call]]
+        return answer.block if answer.block.kept is not None and answer.replica.peer == replica.peer else None
+
+    def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
+        """What refers to one block goes together."""
+        return replica.peer.peer_id or replica.peer, self._kept_at(call, replica)
+
+    async def pack(self, request: Request) -> tuple[Block, ApplyRequest, Sequence[memoryview]]:
+        """See `Pass.pack`."""
+        block = Block.of(request.open, self.calls.candidates, len(self._matrix))
+        kept = self._kept_at(*next(iter(request.open.items())))
+        if kept is not None:
+            block.rows, block.numbers_P = kept.rows, np.searchsorted(kept.rows, block.rows_P)
+        weights_P = self._call.values(self._matrix, block.rows_P, block.experts_P())
+        if self._call.is_normalized:
+            weights_P = np.exp(np.maximum(weights_P - self._call.top_R[block.rows_P], -2 * _MAX_GAP))
+        block.weights_P = weights_P.astype(np.float32)
+        inputs = [] if kept is not None else _rows_of(self._inputs, block.rows)
+        rows = torch.from_numpy(block.rows)
+        gradients = [
+            None if gradient is None else gradient.index_select(0, rows).to(spec.dtype)
+            for gradient, spec in zip(self._gradients, self.schema.output_specs, strict=True)
+        ]
+        codecs: str | list[str] = self.codecs.gradients
+        if inputs and self.codecs.inputs != codecs:
+            codecs = [self.codecs.inputs] * len(inputs) + [self.codecs.gradients] * len(gradients)
+        metas, buffers = await pack([*inputs, *gradients], codecs)
+        answers = self._call.answers
+        asked = ApplyRequest(
+            prefix=self.calls.candidates.prefix,
+            experts=block.coords.astype(np.uint32),
+            ids=[self._ids[call] for call in block.calls],
+            versions=np.array([answers[self._forward_calls[call]].version for call in block.calls], dtype=np.int64),
+            offsets=block.offsets,
+            rows=block.numbers_P.astype(np.int32),
+            weights=block.weights_P,
+            tensors=metas,
+            num_inputs=len(inputs),
+            backward=True,
+            training=self.mode.training,
+            keep=False,
+            seed=self.mode.seed,
+            reply_codec=self.codecs.gradients,
+            kept=None if kept is None else kept.kept,
+        )
+        return block, asked, buffers
+
+    def failed(self, call: ExpertCall, replica: ExpertReplica, error: BaseException) -> None:
+        """See `Pass.failed`."""
+        if isinstance(error, InputsForgotten):
+            self._call.answers[self._forward_calls[call]].block.kept = None
+        super().failed(call, replica, error)
+
+    def add(
+        self, block: Block, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: Tensors
+    ) -> None:
+        """See `Pass.add`."""
+        at = torch.from_numpy(rows)
+        for i, partial in enumerate(sums):
+            if partial is not None:
+                if (total := self._totals[i]) is None:
+                    total = self._totals[i] = torch.zeros(self._inputs[i].shape, dtype=partial.dtype, device="cpu")
+                total.index_add_(0, at, partial)
+        rows_P, weights_P = block.rows_P[pairs], block.weights_P[pairs]
+        np.add.at(self._arrived_R, rows_P, weights_P)
+        gradients_P = part.weight_gradients + self._of_weights_R[rows_P]
+        if self._call.is_normalized:
+            gradients_P = gradients_P * weights_P
+        columns_PD = self.calls.candidates.grid.columns_ND[torch.from_numpy(block.experts_P()[pairs])]
+        self._of_values.index_put_(
+            (torch.from_numpy(rows_P)[:, None], columns_PD),
+            torch.from_numpy(gradients_P).to(self._of_values.dtype)[:, None].expand(columns_PD.shape),
+            accumulate=True,
+        )
+
+    def input_gradients(self) -> Tensors:
+        """Those of the experts' inputs, and of the values."""
+        sums = self._totals
+        if self._call.settings.rescale_backward:
+            # a row that lost nearly all of its weight is not blown up to noise
+            share_R = self._arrived_R / np.maximum(self._call.weights_R, 1e-30)
+            scale_R = 1 / np.maximum(share_R, 0.05)
+            sums = [None if total is None else total * _factor(scale_R, total) for total in sums]
+        found = [None if total is None else total.to(x.dtype) for total, x in zip(sums, self._inputs, strict=True)]
+        return [*found, self._of_values]
 
 
-def _without_frames(error: BaseException) -> BaseException:
-    """The error without its traceback, whose frames hold the call that keeps the error: a cycle full of tensors."""
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
+def _rows_of(tensors: Sequence[torch.Tensor], rows: Indices) -> list[torch.Tensor]:
+    """These rows of each; the tensors themselves where that is all of them."""
+    if len(rows) == len(tensors[0]):
+        return list(tensors)
+    at = torch.from_numpy(rows)
+    return [tensor.index_select(0, at) for tensor in tensors]
+
+
+def _is_differentiable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which experts' answers of `dtype` are summed up."""
+    return dtype if dtype.is_complex else torch.promote_types(dtype, torch.float32)
+
+
+def _factor(factor_R: Values, like: torch.Tensor) -> torch.Tensor:
+    """A factor for each row, of the dtype and as many dimensions as `like`."""
+    return torch.from_numpy(factor_R).to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))

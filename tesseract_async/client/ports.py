@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Protocol, TypeVar
 
 from tesseract_async.endpoint.call_table import Message
@@ -50,6 +50,18 @@ class Node(Protocol):
         priority: int = 0,
     ) -> Message: ...
 
+    def apply_experts(
+        self,
+        peer: PeerAddress,
+        uids: Sequence[str],
+        body: object,
+        buffers: Sequence[memoryview],
+        *,
+        timeout: float,
+        priority: int = 0,
+    ) -> AsyncGenerator[Message, None]:
+        """The parts of the reply to an `expert.apply` that names these experts."""
+
 
 class PlainCalls(Uncopied):
     """A node for code without a loop: modules that are given one deliver results instead of awaitables."""
@@ -65,6 +77,10 @@ class PlainCalls(Uncopied):
 
     def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """The coroutine's result; blocks meanwhile."""
+        raise NotImplementedError
+
+    def begin(self, coroutine: Coroutine[object, object, None]) -> None:
+        """Have the coroutine run on the node's loop, and do not wait for it."""
         raise NotImplementedError
 
 

@@ -80,6 +80,11 @@ class RemoteExpert(nn.Module):
         self._eval_staleness: int | None = None
         self._known = _Known(schema)
 
+    @property
+    def node(self) -> Node | PlainCalls:
+        """The node that makes its calls."""
+        return self._node
+
     def extra_repr(self) -> str:
         """The uid, for ``repr``."""
         return self.uid

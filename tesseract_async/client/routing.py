@@ -178,8 +178,8 @@ class Candidates:
         return uid_at(self.prefix, self.coords(expert))
 
     def replicas_of(self, expert: int) -> Sequence[ExpertReplica]:
-        """The servers that host the expert, the primary first."""
-        return self.replicas[self.coords(expert)]
+        """The servers that host the expert, the primary first; none where nobody is known to."""
+        return self.replicas.get(self.coords(expert), ())
 
 
 def uid_at(prefix: str, coords: Sequence[int]) -> str:

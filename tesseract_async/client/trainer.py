@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.completion_queue import CompletionQueue
 from tesseract_async.client.leaves import fire_post_accumulate_hooks, wait_for_accumulation
+from tesseract_async.client.progress import ProgressOf
 from tesseract_async.client.scaling import Scaled
 from tesseract_async.errors import SchemaMismatch, TesseractError
 
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
+
+Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]
+"""A loss of one element, alone or with named figures for the report."""
+LossOf = Callable[[M, B], Awaitable[Loss]]
 
 _SHARED_GRADIENTS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
@@ -40,6 +46,18 @@ class StepReport:
     """Why the step failed; then nothing changed here, and its batch taught nothing."""
     batch: int | None = None
     """Which batch of its `AsyncTrainer.run` it was, counted from 0; None outside of one."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The figures that came with the loss."""
+
+
+class Sampler(Protocol):
+    """Anything that says where it stands among the samples, and can go on from there."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return where it stands."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> object:
+        """Go on from there."""
 
 
 class AsyncTrainer(Generic[M]):
@@ -64,6 +82,8 @@ class AsyncTrainer(Generic[M]):
     A step that the swarm lets down, say because no expert was alive for too long, ends the run; with
     ``trainer.run(..., max_failures=10)`` it is reported with its `error`, and only the eleventh on end is raised.
 
+    `loss_of` may return figures with the loss, ``return loss, {"accuracy": accuracy}``; they come in the report.
+
     The master, `module`, is never used for computing and always holds the latest parameters. Each step sees which of
     them want gradients and which submodules train, as set in the master when it starts; parameters and submodules must
     not be added, exchanged or taken away once there are steps. Buffers (such as batch statistics) of a copy overwrite
@@ -77,10 +97,23 @@ class AsyncTrainer(Generic[M]):
         *,
         in_flight: int = 1,
         max_staleness: int | None = None,
+        max_norm: float | None = None,
+        scheduler: LRScheduler | ReduceLROnPlateau | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        sampler: Sampler | None = None,
+        callbacks: Sequence[Callable[[StepReport], object]] = (),
+        publish: bool = True,
     ) -> None:
-        """`optimizer` holds parameters of `module`; parameters that it does not hold stay as they are. `scaler`: scales
-        the losses, which come unscaled, and decides over each step of the optimizer.
+        """`optimizer` holds parameters of `module`; parameters that it does not hold stay as they are.
+
+        - `max_norm`: gradients of a step are scaled down to this norm (over all parameters).
+        - `scheduler`: of the optimizer's learning rate; stepped once per optimizer step, ReduceLROnPlateau with the
+          step's loss.
+        - `scaler`: scales the losses, which come unscaled, and decides over each step of the optimizer.
+        - `sampler`: where `run`'s batches come from; its position is part of `state_dict`.
+        - `callbacks`: called with each step's report, failed ones of a run included, in the order in which steps end.
+          What one raises is raised by the step, which stands.
+        - `publish`: `run` shows observers, such as the dashboard, the loss of each grid that the module uses.
 
         Raises: ValueError for an impossible number, if the optimizer holds parameters that are not the module's, or for
         a module whose copies can't stand for it: other processes share its gradients (DistributedDataParallel, FSDP),
@@ -90,6 +123,10 @@ class AsyncTrainer(Generic[M]):
             raise ValueError(f"in_flight is at least 1, not {in_flight}")
         if max_staleness is not None and max_staleness < 0:
             raise ValueError(f"max_staleness is not negative: {max_staleness}")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm is a positive number, not {max_norm}")
+        if scheduler is not None and scheduler.optimizer is not optimizer:
+            raise ValueError("the scheduler is another optimizer's")
         for name, part in module.named_modules():
             if shared := _SHARED_GRADIENTS.intersection(cls.__name__ for cls in type(part).__mro__):
                 raise ValueError(f"AsyncTrainer trains copies, which a {shared.pop()} has not: unwrap {name or 'it'}")
@@ -106,7 +143,12 @@ class AsyncTrainer(Generic[M]):
         self.optimizer = optimizer
         self.in_flight = in_flight
         self.max_staleness = max_staleness
+        self.max_norm = max_norm
+        self.scheduler = scheduler
         self.scaler = scaler
+        self.sampler = sampler
+        self.callbacks = tuple(callbacks)
+        self.publish = publish
         self.version = 0
         """Optimizer steps taken."""
         self._slots = asyncio.Semaphore(in_flight if max_staleness is None else min(in_flight, max_staleness + 1))
@@ -116,12 +158,52 @@ class AsyncTrainer(Generic[M]):
         self._num_begun = 0
         self._changed = asyncio.Event()
 
-    async def step(self, loss_of: Callable[[M, B], Awaitable[torch.Tensor]], batch: B) -> StepReport:
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the training stands: steps, optimizer, scheduler, scaler and sampler, as they have them.
+
+        The parameters are the module's: save its own ``state_dict``, too. Steps under way are not in it, nor are
+        batches that were taken for them; a sampler that must not lose these is saved when no step is under way.
+        """
+        parts = {name: None if part is None else part.state_dict() for name, part in self._parts().items()}
+        return {"version": self.version, **parts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises: RuntimeError while steps are under way; ValueError, before anything changes, if the state is of a
+        trainer with a scheduler, scaler or sampler and this one has none, or the other way round; what they raise.
+        """
+        if self._begun_at:
+            raise RuntimeError("steps are under way: load a state before training or between two runs")
+        parts = self._parts()
+        for name, part in parts.items():
+            if (part is None) != (state.get(name) is None):
+                has, lacks = ("this trainer", "the state") if part is not None else ("the state", "this trainer")
+                raise ValueError(f"{has} has a {name}, but {lacks} has none")
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        self.version = int(state["version"])
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+            "sampler": self.sampler,
+        }
+
+    async def step(self, loss_of: LossOf[M, B], batch: B) -> StepReport:
         """One step: a copy of the module, ``await loss_of(copy, batch)``, backward, the optimizer.
 
         Waits while `in_flight` steps are under way. After an error or a cancellation the master is as it was.
         Raises: what `loss_of` and `backward` raise.
         """
+        report = await self._step(loss_of, batch)
+        self._tell(report)
+        return report
+
+    async def _step(self, loss_of: LossOf[M, B], batch: B) -> StepReport:
         loop = asyncio.get_running_loop()
         async with self._slots:
             started = loop.time()
@@ -131,22 +213,24 @@ class AsyncTrainer(Generic[M]):
             self._begun_at[number] = self.version
             try:
                 replica.refresh()
-                loss = await loss_of(replica.module, batch)
+                found = await loss_of(replica.module, batch)
+                loss, metrics = found if isinstance(found, tuple) else (found, {})
                 scale = await self._backward(loss)
                 await self._wait_for_turn(number)
                 staleness = self.version - self._begun_at[number]
-                self._commit(replica, scale)
+                self._commit(replica, scale, loss)
             finally:
                 del self._begun_at[number]
                 for mine in replica.parameters:
                     mine.grad = None
                 self._idle.append(replica)
                 self._changed.set()
-            return StepReport(loss.detach(), staleness, self.version, loop.time() - started)
+            figures = {name: float(figure) for name, figure in metrics.items()}
+            return StepReport(loss.detach(), staleness, self.version, loop.time() - started, metrics=figures)
 
     async def run(
         self,
-        loss_of: Callable[[M, B], Awaitable[torch.Tensor]],
+        loss_of: LossOf[M, B],
         batches: Iterable[B] | AsyncIterable[B],
         *,
         max_failures: int = 0,
@@ -164,6 +248,7 @@ class AsyncTrainer(Generic[M]):
         queue: CompletionQueue[StepReport] = CompletionQueue()
         source = _iterate(batches)
         exhausted = False
+        progress = ProgressOf(self.module if self.publish else None)
         try:
             while under_way or not exhausted:
                 while not exhausted and len(under_way) < self.in_flight:
@@ -192,6 +277,9 @@ class AsyncTrainer(Generic[M]):
                         raise _noted(broken.pop(first), first, broken)
                     for report in sorted(reports, key=lambda report: (report.version, report.error is not None)):
                         num_failures = 0 if report.error is None else num_failures + 1
+                        self._tell(report)
+                        if report.error is None:
+                            progress.add(report.version, float(report.loss))
                         if report.error is not None and num_failures > max_failures:
                             raise _noted(report.error, report.batch, {})
                         yield report
@@ -200,11 +288,16 @@ class AsyncTrainer(Generic[M]):
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
             await source.aclose()
+            await progress.aclose()
 
-    async def _try_step(self, loss_of: Callable[[M, B], Awaitable[torch.Tensor]], batch: B) -> StepReport:
+    def _tell(self, report: StepReport) -> None:
+        for callback in self.callbacks:
+            callback(report)
+
+    async def _try_step(self, loss_of: LossOf[M, B], batch: B) -> StepReport:
         started = asyncio.get_running_loop().time()
         try:
-            return await self.step(loss_of, batch)
+            return await self._step(loss_of, batch)
         except SchemaMismatch:  # the caller's own mistake
             raise
         except (TesseractError, TimeoutError) as error:
@@ -223,18 +316,27 @@ class AsyncTrainer(Generic[M]):
 
     # ------------------------------------------------------------------------------------------------ one turn each
 
-    def _commit(self, replica: _ModelCopy[M], scale: float) -> None:
+    def _commit(self, replica: _ModelCopy[M], scale: float, loss: torch.Tensor) -> None:
         """Moves the gradients to the master and takes the step."""
+        scaler = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
         try:
             replica.give_gradients()
             with torch.enable_grad():
-                if self.scaler is None or not self.scaler.is_enabled():
+                if scaler is not None and (since := scaler.get_scale() / scale) != 1.0:
+                    torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], since)
+                if self.max_norm is not None:
+                    if scaler is not None:
+                        scaler.unscale_(self.optimizer)
+                    nn.utils.clip_grad_norm_(self._parameters, self.max_norm)
+                if scaler is None:
                     self.optimizer.step()
                 else:
-                    if (since := self.scaler.get_scale() / scale) != 1.0:
-                        torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], since)
-                    self.scaler.step(self.optimizer)
-                    self.scaler.update()
+                    scaler.step(self.optimizer)
+                    scaler.update()
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(float(loss.detach()))
+            elif self.scheduler is not None:
+                self.scheduler.step()
         finally:  # a hook may have raised
             for parameter in self._parameters:
                 parameter.grad = None

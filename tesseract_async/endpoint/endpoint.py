@@ -205,7 +205,6 @@ class Endpoint(Uncopied):
         Raises: RemoteError (the subclass that the peer raised); ConnectionLost; PeerUnreachable; ProtocolError;
         TimeoutError; ValueError or TypeError for what can't be sent.
         """
-        loop = asyncio.get_running_loop()
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
@@ -222,13 +221,17 @@ class Endpoint(Uncopied):
                 finally:
                     connection.call_ended(stream)
             except ConnectionLost as error:
-                again = idempotent or isinstance(error, RequestUnseen)
-                wait = min(0.05 * 2**attempt, 2.0) * self._rng.uniform(0.5, 1.0)
-                attempt += 1
-                if not again or self._closed or loop.time() + wait >= deadline:
-                    raise
-                self.metrics.count("endpoint_calls_repeated")
-            await asyncio.sleep(wait)
+                await self._before_repeating(error, idempotent, attempt, deadline)
+            attempt += 1
+
+    async def _before_repeating(self, error: ConnectionLost, idempotent: bool, attempt: int, deadline: float) -> None:
+        """Wait a moment. Raises: `error` if the call is not to be repeated, or not in time."""
+        again = idempotent or isinstance(error, RequestUnseen)
+        wait = min(0.05 * 2**attempt, 2.0) * self._rng.uniform(0.5, 1.0)
+        if not again or self._closed or asyncio.get_running_loop().time() + wait >= deadline:
+            raise error
+        self.metrics.count("endpoint_calls_repeated")
+        await asyncio.sleep(wait)
 
     async def call_parts(
         self,
@@ -238,23 +241,34 @@ class Endpoint(Uncopied):
         buffers: Sequence[Buffer] = (),
         *,
         timeout: float,
+        idempotent: bool = False,
         max_reply_bytes: int | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[Message, None]:
         """As `call`, for a method whose reply may come in parts: yields them as they come, at least one.
 
         A few parts are sent ahead; then the handler waits for this iteration, 30 seconds at most. `max_reply_bytes`
-        bounds all parts together. The call is not repeated. Close the generator (``contextlib.aclosing``) to cancel it
-        where it is not read to its end. A peer that knows no parts replies in one.
+        bounds all parts together. `idempotent` allows repeating the call where the connection was lost before the first
+        part came. Close the generator (``contextlib.aclosing``) to cancel it where it is not read to its end. A peer
+        that knows no parts replies in one.
 
         Raises: what `call` raises, also after some parts.
         """
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
-        connection = self._find(peer) or await self.dialer.connect(peer, deadline=deadline, what=method)
-        parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
-        async with contextlib.aclosing(parts):
-            async for part in parts:
-                yield part
+        attempt = 0
+        while True:
+            connection = self._find(peer) or await self.dialer.connect(peer, deadline=deadline, what=method)
+            head = head._replace(time_left=max(deadline - asyncio.get_running_loop().time(), 0.001))
+            parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
+            try:
+                async with contextlib.aclosing(parts):
+                    async for part in parts:
+                        idempotent = False
+                        yield part
+                return
+            except ConnectionLost as error:
+                await self._before_repeating(error, idempotent, attempt, deadline)
+            attempt += 1
 
     def _request(
         self,

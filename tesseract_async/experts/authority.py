@@ -23,7 +23,7 @@ from tesseract_async.experts.grants import (
 )
 from tesseract_async.experts.run import RUNS, SignedRun
 from tesseract_async.experts.signed import read_signer
-from tesseract_async.experts.terms import EPOCH_ZERO
+from tesseract_async.experts.terms import EPOCH_ZERO, RECORDS_SECONDS
 from tesseract_async.identity import PeerID
 
 MAX_GRANTS: Final = 16384
@@ -76,6 +76,17 @@ class Authority:
         """The only peer that may begin experts of which nobody has a state; None: any host may."""
         kind, _, peer = self.run.manifest.genesis.partition(":")
         return PeerID.parse(peer) if kind == "founder" else None
+
+    @property
+    def may_restart(self) -> bool:
+        """True if an expert whose state nobody has may begin anew."""
+        return self.run.manifest.may_restart
+
+    def may_be_forgotten(self, now: float) -> bool:
+        """Return whether the run is older than the network's memory of its experts: that nobody knows of a state then
+        does not mean that there was none. A manifest that does not say when it was signed counts as new."""
+        created = self.run.manifest.created / 1000
+        return EPOCH_ZERO < created < now - RECORDS_SECONDS
 
     @property
     def sync_every(self) -> float:

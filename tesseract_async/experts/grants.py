@@ -181,8 +181,8 @@ class Appointment:
     """The appointment for a uid with the highest serial holds."""
     peer: PeerID | None
     """None: whom the others agree on, as if nobody had been appointed."""
-    seal: bytes | None
-    """The digest of the Seal to go on from; None: whichever is the latest."""
+    root: bytes | None
+    """The root of the state to go on from, which that peer keeps; None: the latest that it has."""
     signer: PeerID
     blob: bytes
     digest: bytes
@@ -195,10 +195,10 @@ def sign_appointment(
     *,
     serial: int,
     peer: PeerID | None,
-    seal: bytes | None = None,
+    root: bytes | None = None,
 ) -> Appointment:
     """An appointment. Raises: ValueError for too long a pattern."""
-    return APPOINTMENTS.sign(identity, [run_id, str(pattern), serial, peer, seal])
+    return APPOINTMENTS.sign(identity, [run_id, str(pattern), serial, peer, root])
 
 
 def is_within(inner: ExpertPattern | None, outer: ExpertPattern | None) -> bool:

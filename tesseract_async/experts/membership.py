@@ -12,6 +12,7 @@ import msgpack
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.grants import Appointment
 from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.own_term import NEVER, Age, OwnTerm
 from tesseract_async.experts.tenure_words import Question, Send, State
@@ -95,6 +96,8 @@ class Membership:
         self.vote_from = now
         self.looked_at = NEVER
         """When all that the network holds of the expert was read."""
+        self.first_look = math.inf
+        """The same, for the first time."""
         self.retry_at = 0.0
         """Before this it does not stand again."""
         self.promised = 0
@@ -165,6 +168,20 @@ class Membership:
             return True
         gone = best.primary == self.me or now - self.heard > 2 * self.lease
         return gone and self.lineage.seal_of(best) is None
+
+    def may_begin(self, now: float, wall: float) -> bool:
+        """Return whether nobody has a state of the expert.
+
+        Where the network may have forgotten it, or another host's manifest names an epoch of which nothing is known,
+        whoever has it is given ten leases to come; then the run must let experts begin anew.
+        """
+        if not self.is_unsealed(now):
+            return False
+        forgotten = self._authority.may_be_forgotten(wall)
+        others = (epoch for peer, epoch in self.hosts.items() if peer != self.me and self.may_host(peer))
+        if not forgotten and max(others, default=0) <= self.lineage.epoch:
+            return True
+        return now >= self.first_look + 10 * self.lease and (self._authority.may_restart or not forgotten)
 
     def may_adopt(self, now: float, wall: float) -> bool:
         """Return whether the network answers here, so that the others' silence says something, and would believe it."""
@@ -261,12 +278,12 @@ class Membership:
         may_found = kind is not Kind.GENESIS or self._authority.founder in (None, self.me)
         return may_found and self._authority.may(self.me, "host", self.uid, now=wall)
 
-    def is_appointed(self) -> bool:
-        """Return whether the run's owner gives the expert to this server, which has not taken it yet, but may."""
+    def appointment(self) -> Appointment | None:
+        """Return the owner's word that gives the expert to this server, which has not taken it yet."""
         appointment, best = self._authority.appointment(self.uid), self.lineage.best
         if appointment is None or appointment.peer != self.me or (best and best.serial >= appointment.serial):
-            return False
-        return appointment.seal is None or (self.held is not None and self.held.digest == appointment.seal)
+            return None
+        return appointment
 
     def next_epoch(self, parent: Seal | None, wall: float) -> int:
         """The epoch of a Term that begins now, above all that is known here."""

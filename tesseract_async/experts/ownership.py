@@ -120,17 +120,17 @@ class RunOwner:
         await self._keeper.learn_once()  # which spreads what is known
 
     async def appoint(
-        self, pattern: ExpertPattern, peer_id: PeerID | None, *, seal: bytes | None = None
+        self, pattern: ExpertPattern, peer_id: PeerID | None, *, root: bytes | None = None
     ) -> Appointment:
         """Make a peer the primary of the uids of `pattern`; None leaves the choice to their servers.
 
-        `seal`: the root of the sealed state to go on from; None: the latest state.
+        `root`: that of the state to go on from, which the peer keeps, sealed or aside; None: the latest that it has.
 
         Raises: ValueError if these are more than the identity may appoint for; what the network raises.
         """
         authority = self.authority
         serial = max([int(self._clock()), *(one.serial + 1 for one in authority.appointments())])
-        signed = sign_appointment(self._identity, authority.run_id, pattern, serial=serial, peer=peer_id, seal=seal)
+        signed = sign_appointment(self._identity, authority.run_id, pattern, serial=serial, peer=peer_id, root=root)
         if not authority.learn_appointment(signed) or authority.appointment(next(iter(pattern))) != signed:
             raise ValueError(f"{pattern} is more than this identity may appoint for")
         await self._keeper.learn_once()

@@ -16,6 +16,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Membership, Poll
 from tesseract_async.experts.own_term import NEVER, PUBLISH_EVERY, OwnTerm
 from tesseract_async.experts.tenure_words import (
+    MAX_PAST,
     Command,
     Fetch,
     Look,
@@ -65,6 +66,7 @@ class Tenure:
         self._renewed = NEVER
         self._look_at = now
         self._was_alone = False
+        self._is_unheard = stored is not None  # nothing as new as the file here was seen
         self._fetching: set[bool] = set()  # `Fetch.check` of those under way: one to follow, one to look
         self._has_own_steps = stored is not None  # that may be in no other server's file
         self._followed: bytes | None = None  # the Term's digest
@@ -73,6 +75,7 @@ class Tenure:
             self._member.restore(stored, has_file=has_file, now=now, wall=wall)
             if (held := self.held) is not None:
                 self.state = State.FOLLOWING if self.me in held.members else State.HOLDING
+                self._has_own_steps = held.primary == self.me
                 # without successors nobody can have taken over: a look at the network is enough
                 self._was_alone = held.members == (self.me,)
             self._review(now, wall)
@@ -127,7 +130,8 @@ class Tenure:
         if self._own is not None and self.state in (State.PRIMARY, State.FENCED):
             return min(self._own.beat_at, self._lease_until() if self.state is State.PRIMARY else math.inf)
         if self.state in (State.FOLLOWING, State.HOLDING):
-            return self._member.silence_at(self.state)
+            silence = self._member.silence_at(self.state)
+            return min(silence, self._look_at) if self._look_at <= self._member.vote_from else silence
         return self._look_at
 
     # -- what is seen --------------------------------------------------------------------------------------------------
@@ -135,6 +139,9 @@ class Tenure:
     def sight(self, blob: object, now: float, wall: float) -> bool:
         """Take a Term or Seal that a peer showed, or that lies in the network. Whether it is new, and counts."""
         record = self.lineage.read(blob)
+        if record is not None and self.held is not None:
+            age = record.age if isinstance(record, Seal) else (record.epoch, 0)
+            self._is_unheard &= age < self.held.age
         if record is None or self._member.is_disproved(record, self.state, now):
             return False
         if not self.lineage.add(record, now=wall, has_term=self._own is not None):
@@ -161,15 +168,21 @@ class Tenure:
     def looked(self, now: float, wall: float) -> None:
         """Everything that the network holds of the expert was sighted, and it takes what this server publishes."""
         self._member.looked_at = self._renewed = now
+        self._member.first_look = min(now, self._member.first_look)
         self._review(now, wall)
+        if self._is_unheard and (best := self.lineage.best) is not None and self.held is not None:
+            # those that know of this Seal may be away, or the network has forgotten it: show it, and what led there
+            self._commands.append(Publish((best.blob, self.held.blob), past=tuple(self.lineage.line(best)[-MAX_PAST:])))
+        self._is_unheard = False
         self._was_alone &= self.state is State.FOLLOWING
         if self.state is State.CANDIDATE and self._poll is None and self._settle_at is None:
             self._read_back(now)
         elif self.state is State.FENCED:
             self._recover(now)
         elif self._was_alone and self.state is State.FOLLOWING and self.primary == self.me:
+            self._was_alone = False  # once: if that does not make it primary, it stands like any other
             self._member.heard = self._member.vote_from = self._member.agreed_at = now - 2 * self._lease
-        elif self.state is State.ABSENT and self._member.is_unsealed(now):
+        elif self.state is State.ABSENT and self._member.may_begin(now, wall):
             self._stand(Kind.GENESIS, None, now, wall)
         self._appoint(now, wall)
         if (term := self.lineage.unshown) is not None and (seal := self.lineage.own_seal_of(term)) is not None:
@@ -352,6 +365,8 @@ class Tenure:
         elif self.state in (State.FOLLOWING, State.HOLDING):
             if now >= self._member.silence_at(self.state):
                 self._doubt(now, wall)
+            elif self._look_at <= min(now, self._member.vote_from):
+                self._look(now)  # just started: who else comes back, with a newer file?
         elif now >= self._look_at:
             self._look(now)
 
@@ -465,11 +480,25 @@ class Tenure:
             self._fence(now)
         self._say_role()
 
-    def _appoint(self, now: float, wall: float) -> None:
+    @property
+    def wanted_root(self) -> bytes | None:
+        """The root of the state with which the run's owner gives the expert to this server: install it, then say
+        `restored`. None if nothing is to be installed."""
+        appointment = None if self.is_twin else self._member.appointment()
+        return None if appointment is None else appointment.root
+
+    def restored(self, root: bytes, now: float, wall: float) -> None:
+        """The state of that root is installed: begin from it, if that is the owner's word still."""
+        if self.wanted_root == root:
+            self._appoint(now, wall, restored=True)
+
+    def _appoint(self, now: float, wall: float, *, restored: bool = False) -> None:
         """Take what the run's owner gives to this server."""
-        if not self.is_twin and self._member.is_appointed():
+        appointment = None if self.is_twin else self._member.appointment()
+        if appointment is not None and (appointment.root is None or restored):
             self._poll = None
-            self._begin(Kind.APPOINTED, self.held, self._member.next_epoch(None, wall), now, wall)
+            parent = None if restored else self.held  # nobody has a Seal of what was put aside
+            self._begin(Kind.APPOINTED, parent, self._member.next_epoch(None, wall), now, wall)
 
     def _beat(self, own: OwnTerm, now: float) -> None:
         own.beat_at = now + self._lease / 6
@@ -512,6 +541,7 @@ class Tenure:
         if was_candidate or self.state in (State.PRIMARY, State.FENCED, State.YIELDING):
             self._poll, self._settle_at, self._own = None, None, None
             self._member.take_back_own_vote()
+            self._member.retry_at = now + self._lease * self._random.uniform(0.1, 0.4)
             self.state = State.ASIDE if not was_candidate else State.ABSENT if self.held is None else State.HOLDING
         if best.digest != self._followed:
             self._followed, self._poll = best.digest, None

@@ -5,10 +5,12 @@ No I/O.
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from tesseract_async.experts.terms import Seal, Term
 from tesseract_async.identity import PeerID
+
+MAX_PAST: Final = 4
 
 
 class State(Enum):
@@ -67,9 +69,11 @@ class Persist(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """Records for the network."""
+    """A Term, and a Seal of it if there is one, in place of those published before."""
 
     records: tuple[bytes, ...]
+    past: tuple[bytes, ...] = ()
+    """At most `MAX_PAST` records that led there, which stay beside the later ones."""
 
 
 class Send(NamedTuple):

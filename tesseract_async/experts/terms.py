@@ -25,6 +25,8 @@ from tesseract_async.identity import Identity, PeerID, verify
 
 EPOCH_ZERO: Final = 1_735_689_600
 """The start of 2025: epochs are seconds since then. A moment of the run's own would move when its owner signs anew."""
+RECORDS_SECONDS: Final = 24 * 3600.0
+"""The network keeps Terms and Seals for so long after they were stored."""
 MAX_BYTES: Final = 900
 """Most bytes of one record: as much as fits an entry of the network."""
 MAX_SUCCESSORS: Final = 3

@@ -46,6 +46,7 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     # experts that this node hosts
     "runtime_batch_rows": ("rows", "Rows of each batch, by direction (`forward` or `backward`)."),
     "runtime_batch_seconds": ("seconds", "Time that each batch took on its device, by direction."),
+    "runtime_grouped_batches": ("batches", "Batches computed in one pass with other experts', by direction."),
     "runtime_failures": ("requests", "Requests whose computation failed."),
     "expert_staleness_steps": ("steps", "Optimizer steps that an expert took between a forward and its backward."),
     "checkpoints_failed": ("rounds", "Times that writing the checkpoints failed."),

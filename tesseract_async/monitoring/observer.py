@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
 from tesseract_async.experts import ExpertPattern, GridView, split_uid
+from tesseract_async.experts.progress import progress_key, read_progress
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.status import NodeStatus, ask_status
 from tesseract_async.transport.base import PeerAddress
@@ -31,7 +32,6 @@ NUM_CONTACTS_ASKED = 32
 NUM_ASKED_AT_ONCE = 16
 HISTORY_LENGTH = 600
 LOG_LENGTH = 200
-PROGRESS_TTL = 60.0
 FIRST_READ_TIMEOUT = 2.0
 """Seconds that `look` waits for a grid that was not read yet."""
 MAX_CELLS = 2**16
@@ -87,8 +87,8 @@ class SwarmObserver:
         self.num_log_lines = 0
         """Lines ever written; `log` holds the last of them."""
         self.history: deque[dict[str, float]] = deque(maxlen=HISTORY_LENGTH)
-        self.losses: dict[str, tuple[int, float]] = {}
-        """Trainers' progress (`publish_progress`): trainer -> (step, loss)."""
+        self.losses: dict[str, tuple[int, float, int]] = {}
+        """Trainers' progress (`publish_progress`): trainer -> (step, loss, answers left out)."""
         self.lost: dict[str, set[tuple[int, ...]]] = {}
         """prefix -> coordinates of experts that were seen before and are not hosted now."""
         self._seen: dict[str, set[tuple[int, ...]]] = {}
@@ -261,10 +261,10 @@ class SwarmObserver:
         peer.status, peer.seen_at, peer.error, peer.is_gone = status, now, None, False
 
     async def _read_losses(self) -> None:
-        found: dict[str, tuple[int, float]] = {}
+        found: dict[str, tuple[int, float, int]] = {}
         for prefix in self._grids:
-            for entry in await self.node.network.get_entries(_progress_key(prefix)):
-                progress = _read_progress(entry.value) if self.node.policy.allows(entry.owner, "train") else None
+            for entry in await self.node.network.get_entries(progress_key(prefix)):
+                progress = read_progress(entry.value) if self.node.policy.allows(entry.owner, "train") else None
                 if progress is None or len(found) >= MAX_TRAINERS:
                     self.node.metrics.count("progress_dropped")
                 else:
@@ -273,7 +273,7 @@ class SwarmObserver:
 
     def _remember(self) -> None:
         peers = [peer for peer in self.peers.values() if peer.uids and not peer.is_gone]
-        losses = [loss for _, loss in self.losses.values()]
+        losses = [loss for _, loss, _ in self.losses.values()]
         point = {
             "time": time.time(),
             "experts": float(len(set().union(*(peer.uids for peer in peers)))),
@@ -368,25 +368,3 @@ def _reason(error: BaseException) -> str:
 
 def _experts(uids: set[str]) -> str:
     return "1 expert" if len(uids) == 1 else f"{len(uids)} experts"
-
-
-def _read_progress(value: object) -> tuple[int, float] | None:
-    """Return (step, loss), or None for a malformed value, such as an infinity, which JSON does not know."""
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        return None
-    step, loss = value
-    if type(step) is not int or not 0 <= step < 2**53 or not isinstance(loss, int | float) or not math.isfinite(loss):
-        return None
-    return step, round(float(loss), 6)
-
-
-def _progress_key(prefix: str) -> str:
-    return f"progress/{prefix}"
-
-
-async def publish_progress(node: TesseractNode, prefix: str, *, step: int, loss: float, trainer: str = "") -> None:
-    """Show observers the progress of training the grid `prefix`. Call it every few seconds, not at every step.
-
-    `trainer` tells several trainers on one node apart.
-    """
-    await node.network.store(_progress_key(prefix), [step, loss], ttl=PROGRESS_TTL, subkey=trainer)

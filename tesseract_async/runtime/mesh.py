@@ -18,6 +18,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
@@ -34,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tesseract_async.runtime import optimizers, states
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.gradients import Gradients, add_gradients, are_finite, norm_of
-from tesseract_async.runtime.mesh_building import build_spread
+from tesseract_async.runtime.mesh_building import Build, box_of, build_spread, like
 from tesseract_async.runtime.mesh_link import Counts, FaultElsewhere, MeshLink, Value
 from tesseract_async.runtime.mesh_plans import Plan, check_torch, fsdp
 from tesseract_async.runtime.module_runner import ModuleRunner
@@ -42,9 +43,6 @@ from tesseract_async.runtime.spread_tensor import Part, SpreadTensor, blocks_of
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.watching import copies
 from tesseract_async.wire.tensors import Schema
-
-Build = Callable[[], tuple[nn.Module, tuple[Schema, ...]]]
-"""Returns a module and the schemas of its arguments: the same in every process."""
 
 _links: Final[weakref.WeakKeyDictionary[object, MeshLink]] = weakref.WeakKeyDictionary()
 """By process group."""
@@ -98,6 +96,15 @@ class _SteadyRunner(ModuleRunner):
         return self._call(given, seed if draws else None, records=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How experts are spread: the arguments of `MeshBackend` that are the same for all of them."""
+
+    mesh: DeviceMesh
+    plan: Plan
+    timeout: float
+
+
 class MeshBackend(ExpertBackend):
     """An expert whose module is spread over `mesh`. Every process of the job makes the same ones, in the same order.
 
@@ -138,11 +145,12 @@ class MeshBackend(ExpertBackend):
         if mesh.size() != dist.get_world_size():
             raise ValueError(f"the mesh has {mesh.size()} of the job's {dist.get_world_size()} processes: it needs all")
         self.link = link_of_job(timeout)
-        self._index = len(self.link.followers)
         self.mesh = mesh
         self._place = torch.device(mesh.device_type)
         if self._place.type == "cuda":
             self._place = torch.device("cuda", torch.cuda.current_device())
+        self.num_processes = mesh.size()
+        self.rebuild = lambda: build()[0]
         module, args_schema, self._rows = build_spread(build, plan, mesh, self._place)
         self._num_parts = 1 if self._rows is None else self._rows.size()
         self._part = 0 if self._rows is None else self._rows.get_local_rank()
@@ -170,7 +178,7 @@ class MeshBackend(ExpertBackend):
             self._runner.vote = self._vote
             for unit in self._units:
                 unit.register_forward_pre_hook(self._runner.before_unit, prepend=True)
-        self.link.followers.append(self)
+        self._index = self.link.add(self)
         self.link.counts = functools.partial(_counts, self.link)
 
     def follow(self) -> None:
@@ -280,7 +288,7 @@ class MeshBackend(ExpertBackend):
     def _command(self, name: str, *args: Value, given: Any = None) -> list[Value]:
         self._given = given
         try:
-            return self.link.command(self, name, args)
+            return self.link.command(self._index, name, args)
         finally:
             self._given = None
 
@@ -303,6 +311,9 @@ class MeshBackend(ExpertBackend):
                 unit.reset_iter_state()
 
     def _forget(self, number: int) -> None:
+        if not number:  # the expert itself
+            self._sums.clear()
+            self._states.clear()
         self._sums.pop(number, None)
         self._states.pop(number, None)
         self.link.states.pop(number, None)
@@ -366,15 +377,18 @@ class MeshBackend(ExpertBackend):
             if (norm := math.sqrt(float(total))) > limit:
                 gradients = [None if x is None else x * (limit / norm) for x in gradients]
         whole = [
-            x if x is None else _like(one, x) for one, x in itertools.zip_longest(self.parameters, gradients)
+            x if x is None else like(one, x) for one, x in itertools.zip_longest(self.parameters, gradients)
         ]  # fewer, if groups were added since
         optimizers.take_step(optimizer, self.parameters, whole, None)
 
     def _take_optimizer(self, optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> None:
         super()._take_optimizer(optimizer, scheduler)
         for group in () if optimizer is None else optimizer.param_groups:
-            if len({isinstance(one, DTensor) for one in group["params"]}) > 1:  # kernels for many take one kind only
+            kinds = {isinstance(one, DTensor) for one in group["params"]}
+            if len(kinds) > 1:  # kernels for many tensors take one kind only
                 group.update({name: False for name in ("fused", "foreach") if name in group})
+            elif True in kinds and isinstance(optimizer, torch.optim.SGD):  # not known to DTensor
+                group["fused"] = False
 
     def _keep_state(self, number: int) -> list[Any]:
         kept: list[torch.Tensor] = []
@@ -383,7 +397,7 @@ class MeshBackend(ExpertBackend):
         def copied(value: Any) -> Any:
             if isinstance(value, DTensor):
                 kept.append(states.copied(_local(value)))
-                boxes.append(_box(value))
+                boxes.append(box_of(value))
                 return _Leaf(len(kept) - 1, value.dtype, value.shape)
             return states.copied(value)
 
@@ -391,7 +405,7 @@ class MeshBackend(ExpertBackend):
         gathered = self._gathered.merged()
         if gathered is not None:
             own = itertools.zip_longest(self.parameters, gathered)
-            state["accumulated"] = [None if x is None else copied(_like(one, x)) for one, x in own]
+            state["accumulated"] = [None if x is None else copied(like(one, x)) for one, x in own]
         self._states[number], self.link.states[number] = state, kept
         return boxes
 
@@ -439,12 +453,12 @@ class MeshBackend(ExpertBackend):
         if not hasattr(value, "shape"):
             return value
         if parameter is not None and value.shape == parameter.shape and isinstance(parameter, DTensor):
-            return _like(parameter, local_of(value, parameter).to(self._place, copy=True))
+            return like(parameter, local_of(value, parameter).to(self._place, copy=True))
         return local_of(value, torch.empty(0))
 
     def _receive(self, leaf: Any, like: torch.Tensor) -> torch.Tensor:
         """Return this process's part of a tensor that only the leader has, block by block."""
-        offsets, sizes = _box(like) if isinstance(like, DTensor) else ([0] * len(leaf.shape), list(leaf.shape))
+        offsets, sizes = box_of(like) if isinstance(like, DTensor) else ([0] * len(leaf.shape), list(leaf.shape))
         mine = torch.empty(sizes, dtype=leaf.dtype, device=self._place)
         rows = mine if mine.dim() else mine.view(1)
         first, num = (offsets[0], sizes[0]) if offsets else (0, 1)
@@ -491,7 +505,7 @@ class MeshBackend(ExpertBackend):
             return x
         x = x.detach().contiguous()
         found = x.new_empty(self._num_parts * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(_raw(found), _raw(x), group=self._rows.get_group())
+        dist.all_gather_single(_raw(found), _raw(x), group=self._rows.get_group())
         return found[:num_rows]
 
     def _shared(self, described: Value) -> list[torch.Tensor | None]:
@@ -581,7 +595,7 @@ def join_job(timeout: float) -> None:
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
-        raise ValueError("--shard is for processes of one job: start them by torchrun -m tesseract_async.cli serve ...")
+        raise ValueError("--shard is for processes of one job: start them by torchrun -m tesseract_async serve ...")
     from torch._C._distributed_c10d import PrefixStore
 
     store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
@@ -616,7 +630,7 @@ def _groups(module: nn.Module, mesh: DeviceMesh, rows: DeviceMesh | None) -> lis
 
 
 def _counts(link: MeshLink) -> Counts:
-    groups = {one.group_name: one for backend in link.followers for one in getattr(backend, "groups", ())}
+    groups = {one.group_name: one for backend in link.followers() for one in getattr(backend, "groups", ())}
     return [(dist.get_process_group_ranks(one), one._get_sequence_number_for_group()) for one in groups.values()]
 
 
@@ -637,26 +651,6 @@ def _raw(x: torch.Tensor) -> torch.Tensor:
 def _local(x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return x.to_local() if isinstance(x, DTensor) else x.detach()
-
-
-def _like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of something that is spread as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def _box(x: DTensor) -> tuple[list[int], list[int]]:
-    """Return where this process's part begins in each dimension, and its sizes."""
-    (chunk,) = x.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    return list(chunk.offsets), list(chunk.sizes)
 
 
 def _num_copies(x: torch.Tensor, num_processes: int) -> int:

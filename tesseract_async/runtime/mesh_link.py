@@ -30,6 +30,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -100,8 +101,7 @@ class MeshLink:
         self.timeout, self.grace = timeout, grace
         self.lost: str | None = None
         """Why this mesh computes no more, once that is so."""
-        self.followers: list[Follows] = []
-        """What commands are about, by its number."""
+        self._followers: list[Callable[[], Follows | None]] = []  # what commands are about, by its number
         self.counts: Callable[[], Counts] = tuple
         """The collectives begun here, of each group of ranks."""
         self.states: dict[int, Sequence[torch.Tensor]] = {}
@@ -125,6 +125,9 @@ class MeshLink:
             self._join(store, until)
         for one in self._sockets.values():
             _keep_alive(one)
+        if rank:
+            _send(self._sockets[_COMMANDS, 0], [socket.gethostname(), os.getpid()])
+        self._neighbors = self._hear_names(until)
 
     # -- Meeting ---------------------------------------------------------------------------------------------------
 
@@ -169,6 +172,18 @@ class MeshLink:
                 waiting[one] = _Stranger(now + HELLO_TIMEOUT)
                 one.setblocking(False)
                 one.send(waiting[one].nonce)
+
+    def _hear_names(self, until: float) -> dict[int, int]:
+        """Return the pids of the followers on this machine, by rank; empty on a follower."""
+        found = {}
+        for rank in range(1, self.size if self.rank == 0 else 1):
+            one = self._sockets[_COMMANDS, rank]
+            one.settimeout(max(0.001, until - time.monotonic()))
+            host, pid = _receive(one)
+            one.settimeout(None)
+            if host == socket.gethostname():
+                found[rank] = pid
+        return found
 
     def _hear(self, one: socket.socket, waiting: dict[socket.socket, _Stranger]) -> None:
         stranger = waiting.get(one)
@@ -229,15 +244,32 @@ class MeshLink:
 
     # -- Leading ---------------------------------------------------------------------------------------------------
 
-    def command(self, follower: Follows, name: str, args: Sequence[Value] = ()) -> list[Value]:
-        """Have every process do this. Returns what it gave each, by rank.
+    def add(self, follower: Follows) -> int:
+        """Return the number of something that commands are about: the same in every process. The others keep it as long
+        as the leader does."""
+        number = len(self._followers)
+        if self.rank:
+            self._followers.append(lambda: follower)
+        else:
+            self._followers.append(weakref.ref(follower))
+            weakref.finalize(follower, self.forget, number, 0)
+        return number
+
+    def followers(self) -> list[Follows]:
+        """Return all that commands are about at present."""
+        return [one for find in self._followers if (one := find()) is not None]
+
+    def command(self, number: int, name: str, args: Sequence[Value] = ()) -> list[Value]:
+        """Have every process do this with the follower of that number. Returns what it gave each, by rank.
 
         Raises: Overloaded once the mesh is lost; what was raised here, if it was raised everywhere at the same point.
         """
         with self._commanding:
             self.check()
             forgotten, self._forgotten = self._forgotten, []
-            frame = _frame([self.followers.index(follower), name, args, forgotten])
+            frame = _frame([number, name, args, forgotten])
+            follower = self._followers[number]()
+            assert follower is not None
             fault: BaseException | None = None
             result = None
             try:
@@ -286,6 +318,12 @@ class MeshLink:
             said = "; ".join(text for text in texts if text is not None)
             self.lost = f"the processes of the mesh are no longer in step ({said[:400]})"
 
+    def end_followers(self) -> None:
+        """Kill those on this machine, once the mesh is lost: one that hangs would keep torchrun waiting for 30 s."""
+        for pid in self._neighbors.values():
+            with contextlib.suppress(OSError):
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+
     def check(self) -> None:
         """Raises: Overloaded once the mesh is lost."""
         if self.lost is not None:
@@ -328,7 +366,9 @@ class MeshLink:
             await asyncio.gather(*watchers, return_exceptions=True)
 
     def forget(self, follower: int, number: int) -> None:
-        """Let every process drop what it keeps under this number, with the next command. From any thread."""
+        """Let every process drop what it keeps under this number, or the follower itself (0), with the next command.
+
+        From any thread."""
         self._forgotten.append((follower, number))
 
     def read(self, rank: int, state: int, tensor: int, start: int, stop: int) -> bytes | bytearray | memoryview:
@@ -381,7 +421,8 @@ class MeshLink:
         try:
             while (command := _receive(leader)) is not None:
                 index, name, args, forgotten = command
-                follower = self.followers[index]
+                follower = self._followers[index]()
+                assert follower is not None
                 try:
                     self._forget(forgotten)
                     reply = [None, [], follower.carry_out(name, args)]
@@ -403,7 +444,10 @@ class MeshLink:
 
     def _forget(self, forgotten: Sequence[Sequence[int]]) -> None:
         for index, number in forgotten:
-            self.followers[index].carry_out("forget", [number])
+            if (follower := self._followers[index]()) is not None:
+                follower.carry_out("forget", [number])
+            if not number:
+                self._followers[index] = lambda: None
 
     def _end_with_leader(self) -> None:
         with contextlib.suppress(OSError):

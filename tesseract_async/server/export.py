@@ -6,7 +6,8 @@
       export.json                      the run's signed manifest, and each expert's file, version and checksum
       experts/ffn.3.7.safetensors      its weights; any safetensors reader loads them
 
-`export_experts` collects them from their servers; a second export into the same folder takes only what is newer.
+`export_experts` collects them from those who have them, which `find_origins` finds: an expert's primary, else its
+followers and those who only hold its state. A second export into the same folder takes only what is newer.
 `load_export` gives them back as ordinary modules: ``load_export("folder")["ffn.3.7"](x)``.
 """
 
@@ -17,6 +18,7 @@ import base64
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +31,14 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import CheckpointError, ProtocolError, TesseractError, describe
-from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.place_directory import fetch_places
+from tesseract_async.experts.placement import Role
 from tesseract_async.experts.run import RUNS, RunManifest, SignedRun
 from tesseract_async.files import write_whole
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.fetching import fetch_state
 from tesseract_async.server.run_experts import build_run_module
+from tesseract_async.transport.base import PeerAddress
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
@@ -43,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT: Final = "tesseract export 1"
 INDEX: Final = "export.json"
+ROLES: Final = {Role.LEADS: "primary", Role.FOLLOWS: "follower", Role.HOLDS: "holder"}
 
 
 class ExportedExpert(NamedTuple):
@@ -54,6 +59,18 @@ class ExportedExpert(NamedTuple):
     """Optimizer steps taken."""
     sha256: str
     """SHA-256 of the file, in hexadecimal digits."""
+    origin: str
+    """The role of who gave it; see `Origin`."""
+
+
+class Origin(NamedTuple):
+    """A server that has an expert's state, by its own word."""
+
+    peer: PeerAddress
+    role: str
+    """``primary``, ``follower``, or ``holder``, which has the sealed file alone."""
+    age: tuple[int, int] = (0, 0)
+    """The epoch and number of its Seal, as far as they are known."""
 
 
 @dataclass(slots=True)
@@ -64,6 +81,8 @@ class ExportReport:
     """uid -> version, of the experts that were written now."""
     kept: dict[str, int] = field(default_factory=dict)
     """... that the folder held already, and no server has newer."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """uid -> the role of the server that gave it, of those that were written now."""
     failed: dict[str, BaseException] = field(default_factory=dict)
     """uid -> the last error, of those that no server gave. An older file stays, if there is one."""
 
@@ -71,14 +90,14 @@ class ExportReport:
 async def export_experts(
     node: TesseractNode,
     run: SignedRun,
-    replicas: Mapping[str, Sequence[ExpertReplica]],
+    origins: Mapping[str, Sequence[Origin]],
     folder: str | Path,
     *,
     num_at_once: int = 4,
     timeout: float = 60.0,
     progress: Callable[[str], None] = lambda uid: None,
 ) -> ExportReport:
-    """Write the weights of `replicas` (uid -> its servers, the preferred one first) into `folder`.
+    """Write the weights of `origins` (uid -> who has it, the preferred one first) into `folder`.
 
     `timeout` is for each piece of a state; `progress` is called with each uid that is done or failed. Interrupted, it
     leaves a folder that loads, and a later run goes on from there.
@@ -89,15 +108,15 @@ async def export_experts(
     report = ExportReport()
     gate = asyncio.Semaphore(num_at_once)
 
-    async def take(uid: str, servers: Sequence[ExpertReplica]) -> None:
+    async def take(uid: str, some: Sequence[Origin]) -> None:
         known = store.experts.get(uid)
         async with gate:
-            error: BaseException = ProtocolError(f"nobody hosts {uid}")
-            for replica in servers:
+            error: BaseException = ProtocolError(f"nobody has a state of {uid}")
+            for origin in some:
                 try:
                     file = await fetch_state(
                         node,
-                        replica.peer,
+                        origin.peer,
                         uid,
                         weights_only=True,
                         min_version=0 if known is None else known.version + 1,
@@ -105,23 +124,51 @@ async def export_experts(
                     )
                     if file is not None:
                         state = check_state(uid, file, weights_only=True)
-                        store.put(uid, state["module"], state["version"])
+                        store.put(uid, state["module"], state["version"], origin.role)
                         report.taken[uid] = state["version"]
                     elif known is not None:
                         report.kept[uid] = known.version
                     break
                 except (TesseractError, TimeoutError) as caught:
-                    logger.warning("%s at %s: %s", uid, replica.peer.short, describe(caught))
+                    logger.warning("%s at %s: %s", uid, origin.peer.short, describe(caught))
                     error = caught
             else:
                 report.failed[uid] = error
         progress(uid)
 
     async with asyncio.TaskGroup() as group:
-        for uid in sorted(replicas):
-            group.create_task(take(uid, replicas[uid]))
+        for uid in sorted(origins):
+            group.create_task(take(uid, origins[uid]))
     store.write_index()
+    report.origins = {uid: store.experts[uid].origin for uid in report.taken}
     return report
+
+
+async def find_origins(node: TesseractNode, run: SignedRun) -> dict[str, list[Origin]]:
+    """Return who has the state of each expert of a run: primaries first, then the newest Seal, followers first.
+
+    Raises: what the network raises.
+    """
+    manifest, found = run.manifest, defaultdict[str, dict[PeerAddress, Origin]](dict)
+    for uid, replicas in (await node.directory.read_grid(manifest.prefix, manifest.grid_size)).items():
+        for one in replicas:
+            role = "primary" if one.primary else "follower"
+            found[uid][one.peer] = Origin(one.peer, role, (one.epoch, 0))
+    authority = node.trust.authority(manifest.prefix)
+    if authority is not None:
+        places, addresses = await fetch_places(node.network, node.trust, authority, node.scope)
+        for peer_id, place in places.items():
+            for uid, part in place.parts.items():
+                if part.has_file and uid in manifest.pattern:
+                    peer = next((one for one in found[uid] if one.peer_id == peer_id), addresses[peer_id])
+                    known = found[uid].get(peer)
+                    role = ROLES[part.role] if known is None else known.role
+                    found[uid][peer] = Origin(peer, role, (part.epoch, part.number))
+
+    def rank(one: Origin) -> tuple[bool, tuple[int, int], bool]:
+        return one.role == "primary", one.age, one.role == "follower"
+
+    return {uid: sorted(some.values(), key=rank, reverse=True) for uid, some in found.items() if some}
 
 
 class _Folder:
@@ -137,13 +184,13 @@ class _Folder:
                 raise ValueError(f"{path} holds an export of {before.full_name}, not of {run.full_name}")
             self.experts = {uid: one for uid, one in experts.items() if (path / one.file).exists()}
 
-    def put(self, uid: str, weights: Mapping[str, torch.Tensor], version: int) -> None:
+    def put(self, uid: str, weights: Mapping[str, torch.Tensor], version: int, origin: str) -> None:
         metadata = {"uid": uid, "version": str(version), "run": self.run.full_name}
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata)
         # a uid may hold what a file system does not take, or takes for a path
         file = f"experts/{quote(uid, safe='')}.safetensors"
         write_whole(self.path / file, [data])
-        self.experts[uid] = ExportedExpert(file, version, hashlib.sha256(data).hexdigest())
+        self.experts[uid] = ExportedExpert(file, version, hashlib.sha256(data).hexdigest(), origin)
         self._num_unlisted += 1
         if self._num_unlisted >= 64:
             self.write_index()
@@ -173,7 +220,7 @@ def read_index(folder: str | Path) -> tuple[SignedRun, dict[str, ExportedExpert]
             raise CheckpointError(f"{path}: {str(index['format'])[:40]!r} is not {FORMAT!r}")
         run = RUNS.read(base64.b64decode(index["signed_manifest"]))
         experts = {
-            uid: ExportedExpert(_inside(one["file"]), int(one["version"]), str(one["sha256"]))
+            uid: ExportedExpert(_inside(one["file"]), int(one["version"]), str(one["sha256"]), str(one["origin"]))
             for uid, one in index["experts"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ProtocolError) as error:

@@ -14,6 +14,7 @@ from typing import Final
 
 import psutil
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -111,6 +112,8 @@ def measure(backend: ExpertBackend) -> Footprint:
 
     The largest batch runs on PyTorch's ``meta`` device, which takes no memory, while all tensors made are counted.
     """
+    if backend.rebuild is not None:
+        return _measure_spread(backend, backend.rebuild)
     settings = backend.settings
     few = peak_of(backend, NUM_PROBE_ROWS, backend.device)
     found = backend.gradients(*probe(backend, 1, backend.device), training=True)
@@ -134,8 +137,41 @@ def measure(backend: ExpertBackend) -> Footprint:
     )
 
 
-def _on_meta(backend: ExpertBackend) -> ExpertBackend:
-    module = copy.deepcopy(backend.module).to("meta")
+def _measure_spread(backend: ExpertBackend, rebuild: Callable[[], nn.Module]) -> Footprint:
+    """Measure what each process has of a spread expert: its share, and two parts that are gathered at once, each with
+    its gradient."""
+    found, settings = backend.gradients(*probe(backend, 1, backend.device), training=True), backend.settings
+    for _ in range(settings.step_every):
+        backend.step(found[1])
+    memory = tree_leaves({} if backend.optimizer is None else backend.optimizer.state_dict()["state"])
+    with torch.device("meta"):
+        whole = rebuild()
+    num = backend.num_processes
+    weights, gradients = _num_bytes((*whole.parameters(), *whole.buffers())), _num_bytes(backend.parameters)
+    part = max([_num_bytes(one.parameters()) for one in _parts_of(whole)], default=0)
+    try:
+        batch = peak_of(_on_meta(backend, whole), backend.max_batch_size, torch.device("meta"))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        logger.info("%s does not run on meta (%s): its memory is estimated", type(whole).__name__, error)
+        batch = 2 * gradients
+    return Footprint(
+        weights=-(-weights // num),
+        gradients=-(-gradients // num),
+        optimizer=-(-_num_bytes(memory) // num),
+        batch=int(KERNEL_MARGIN * (max(0, batch - gradients) // num + gradients // num + 4 * part)),
+        num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
+    )
+
+
+def _parts_of(module: nn.Module) -> list[nn.Module]:
+    """Return the parts of a module that FSDP gathers one by one, or itself if it has none."""
+    lists = [one for one in module.modules() if isinstance(one, nn.Sequential | nn.ModuleList)]
+    inner = [child for one in lists for child in one if not any(below in lists for below in child.modules())]
+    return inner or [module]
+
+
+def _on_meta(backend: ExpertBackend, module: nn.Module | None = None) -> ExpertBackend:
+    module = copy.deepcopy(backend.module).to("meta") if module is None else module
     parameters = [one for one in module.parameters() if one.requires_grad] if backend.parameters else []
     return ExpertBackend(
         module,

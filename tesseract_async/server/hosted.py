@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 
-from tesseract_async.errors import CheckpointError, describe
+from tesseract_async.errors import CheckpointError, Overloaded, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
@@ -92,23 +93,33 @@ class HostedState:
         """Write a checkpoint, unless nothing changed since the last one. Raises: CheckpointError."""
         if self._store is None or self.saved == self.backend.progress:
             return False
-        state = await self.snapshot()
+        try:
+            state = await self.snapshot()
+        except Overloaded as error:  # of a mesh that is lost
+            raise CheckpointError(f"{self.uid} cannot be saved: {error}") from error
         await self._writer.call_aside(partial(self._store.save, self.uid, state, version=state["version"]))
         self.saved = state["version"], state["num_accumulated"]
         return True
 
-    async def take(self, state: StateDict, *, aside: bool = False) -> None:
+    async def take(self, state: StateDict, *, aside: bool = False) -> Path | None:
         """Continue from a state that comes from elsewhere.
 
         Steps beyond `shared_version`, and with `aside` any, are not in there: the state with them is written down
-        first, under a name that no checkpoint takes. Raises: CheckpointError.
+        first, under a name that no checkpoint takes, which is returned. Raises: CheckpointError.
         """
+        path = None
         if self._store is not None and (aside or self.backend.version > self.shared_version):
             own = await self.snapshot()
             path = await self._writer.call_aside(partial(self._store.set_aside, self.uid, own, version=own["version"]))
             logger.warning("the steps that %s took here alone are kept in %s", self.uid, path)
         await self.install(state)
         self.shared_version = self.backend.version
+        if path is not None:
+            try:
+                await self.save()  # the next start is not from what was put aside
+            except CheckpointError as error:
+                logger.error("%s", error)
+        return path
 
     async def install(self, state: StateDict) -> None:
         """Continue from `state`, between two batches.

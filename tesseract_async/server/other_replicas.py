@@ -24,6 +24,7 @@ from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import ExpertReplica, rank_replicas
 from tesseract_async.experts.manifest import MAGIC, split_uid
+from tesseract_async.experts.tenure_words import MAX_PAST
 from tesseract_async.identity import PeerID
 from tesseract_async.network.address_scope import is_near
 from tesseract_async.runtime.states import StateDict
@@ -106,7 +107,7 @@ async def read_replicas(
         by_prefix[split_uid(uid)[0]].append(uid)
     if len(by_key) > MAX_SHARDS_READ and not by_shard:
         by_key = defaultdict(list, {node.trust.grid_key(prefix): some for prefix, some in by_prefix.items()})
-    subkeys = {record_subkey(uid, number): uid for uid in records or () for number in (0, 1)}
+    subkeys = {record_subkey(uid, number): uid for uid in records or () for number in range(2 + MAX_PAST)}
     found: dict[str, list[ExpertReplica]] = {}
 
     def dropped(entry: Entry, error: ProtocolError) -> None:
@@ -153,8 +154,8 @@ def _take_records(
 
 
 def record_subkey(uid: str, number: int) -> str:
-    """Return the subkey of an expert's Term (0) or Seal (1)."""
-    return f"{'ts'[number > 0]}.{uid}"[:LONGEST_SUBKEY]
+    """Return the subkey of an expert's Term (0), Seal (1), or of what led there (2 and more)."""
+    return f"{'tsabcd'[number]}.{uid}"[:LONGEST_SUBKEY]
 
 
 def may_follow(node: TesseractNode, replica: ExpertReplica) -> bool:

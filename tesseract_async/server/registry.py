@@ -23,7 +23,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import numpy as np
 import psutil
@@ -33,9 +33,12 @@ from torch.utils._pytree import tree_leaves
 
 from tesseract_async.errors import describe
 from tesseract_async.experts.run import Value
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesOptimizer
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesOptimizer, MakesScheduler
 from tesseract_async.server.footprint import Counting, OutOfBudget, size_text
 from tesseract_async.wire.tensors import Schema, TensorSpec
+
+if TYPE_CHECKING:
+    from tesseract_async.runtime.mesh import Spread
 
 logger = logging.getLogger(__name__)
 
@@ -291,19 +294,61 @@ def make_backend(
     sizes: Mapping[str, Value] | None = None,
     settings: BackendSettings | None = None,
     max_bytes: int | None = None,
+    spread: Spread | None = None,
 ) -> ExpertBackend:
     """Return a backend of `build_module(name, sizes, seed=seed)`; ``optimizer=None`` freezes it.
 
     The optimizer is made when it is first needed. `max_bytes`: of the expert with gradients and optimizer, by default
-    this computer's memory. Raises: as `build_module` and `optimizer_maker`.
+    this computer's memory. `spread`: over which processes. Raises: as `build_module` and `optimizer_maker`.
     """
-    module, args_schema = build_module(name, sizes or {}, seed=seed, max_bytes=max_bytes, optimizer=optimizer)
-    return ExpertBackend(
-        module,
-        optimizer=optimizer_maker(optimizer, module, {"learning_rate": learning_rate}),
-        args_schema=args_schema,
+    return backend_of(
+        functools.partial(build_module, name, sizes or {}, seed=seed, max_bytes=max_bytes, optimizer=optimizer),
+        optimizer=None if optimizer is None else (optimizer, {"learning_rate": learning_rate}),
         max_batch_size=max_batch_size,
         settings=settings or BackendSettings(),
+        spread=spread,
+    )
+
+
+def backend_of(
+    build: Callable[[], Built],
+    *,
+    optimizer: tuple[str, Mapping[str, Value]] | None,
+    scheduler: MakesScheduler | None = None,
+    max_batch_size: int,
+    settings: BackendSettings,
+    spread: Spread | None,
+) -> ExpertBackend:
+    """Return the backend of what `build` returns, in this process or spread over several.
+
+    `optimizer`: its name and options. Raises: as `optimizer_maker`, `ExpertBackend`, `MeshBackend`, `build`.
+    """
+    if spread is not None:
+        from tesseract_async.runtime.mesh import MeshBackend  # torch.distributed takes its time
+
+        def make(module: nn.Module) -> torch.optim.Optimizer:
+            assert optimizer is not None and (maker := optimizer_maker(optimizer[0], module, optimizer[1])) is not None
+            return maker()
+
+        return MeshBackend(
+            build,
+            mesh=spread.mesh,
+            plan=spread.plan,
+            timeout=spread.timeout,
+            optimizer=None if optimizer is None else make,
+            scheduler=None if optimizer is None else scheduler,
+            max_batch_size=max_batch_size,
+            settings=settings,
+        )
+    module, args_schema = build()
+    maker = None if optimizer is None else optimizer_maker(optimizer[0], module, optimizer[1])
+    return ExpertBackend(
+        module,
+        optimizer=maker,
+        scheduler=None if maker is None else scheduler,
+        args_schema=args_schema,
+        max_batch_size=max_batch_size,
+        settings=settings,
     )
 
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tesseract_async.experts.run import RunManifest, RunMismatch
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesScheduler
-from tesseract_async.server.registry import EXPERTS, Built, build_module, optimizer_maker
+from tesseract_async.server.registry import EXPERTS, Built, backend_of, build_module
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
+
+if TYPE_CHECKING:
+    from tesseract_async.runtime.mesh import Spread
 
 TRAINING_OPTIONS: Final = frozenset(
     {
@@ -65,30 +69,29 @@ def build_run_backend(
     allowed_modules: Collection[str] = (),
     computing: Mapping[str, object] | None = None,
     max_bytes: int | None = None,
+    spread: Spread | None = None,
 ) -> ExpertBackend:
     """Return the expert, ready to be hosted, checked against the manifest's schemas.
 
     `computing`: the `BackendSettings` that are each volunteer's own business, such as ``compile_mode``. `max_bytes`: of
-    the expert with gradients and optimizer, by default this computer's memory.
+    the expert with gradients and optimizer, by default this computer's memory. `spread`: over which processes.
 
     Raises: ValueError if it is not allowed, is too large, or asks for what this version does not have; RunMismatch if
     its schemas are others.
     """
     with _naming(manifest):
-        module, args_schema = _build(manifest, uid, allowed_modules, max_bytes)
-        optimizer = optimizer_maker(manifest.optimizer, module, manifest.optimizer_options)
         options: dict[str, object] = {"max_batch_size": 4096, **manifest.training}
         max_batch_size = options.pop("max_batch_size")
         if unknown := options.keys() - TRAINING_OPTIONS:
             raise ValueError(f"unknown training options: {', '.join(sorted(unknown))}")
         options |= {**(computing or {}), "codecs": CodecPolicy.only(manifest.codecs)}  # type: ignore[arg-type]
-        backend = ExpertBackend(
-            module,
-            optimizer=optimizer,
-            scheduler=None if optimizer is None else _scheduler(manifest),
-            args_schema=args_schema,
+        backend = backend_of(
+            functools.partial(_build, manifest, uid, allowed_modules, max_bytes),
+            optimizer=None if manifest.optimizer is None else (manifest.optimizer, manifest.optimizer_options),
+            scheduler=_scheduler(manifest),
             max_batch_size=max_batch_size,  # type: ignore[arg-type]
             settings=BackendSettings(**options),  # type: ignore[arg-type]
+            spread=spread,
         )
     manifest.check(schemas_of(backend))
     return backend

@@ -200,7 +200,7 @@ class SealedFiles:
             return None
         folder = expert_folder(self._directory, uid)
         paths = sorted(folder.glob("*.sealed"), key=lambda path: path.stat().st_mtime)
-        self._files[uid] = list(map(_read_sealed, paths))
+        self._files[uid] = list(map(read_sealed, paths))
         try:
             return (folder / "tenure").read_bytes()
         except OSError:
@@ -278,6 +278,17 @@ class SealedFiles:
         """Return the file with this root."""
         return next((file for file in self._files.get(uid, []) if file.root == root), None)
 
+    def put_aside(self, uid: str, root: bytes) -> None:
+        """Keep the newest file where nothing drops it, unless it has this root: another line is followed."""
+        if (file := self.newest(uid)) is not None and file.root != root:
+            os.replace(file.path, file.path.with_suffix(".aside"))
+            self._files[uid].remove(file)
+
+    def find_aside(self, uid: str, root: bytes) -> SealedFile | None:
+        """Find a state with this root among those that were put aside, too: all of them are read. Raises: OSError."""
+        paths = () if self._directory is None else self._folder(uid).glob("*.aside*")
+        return self.find(uid, root) or next((file for file in map(read_sealed, paths) if file.root == root), None)
+
     def newest(self, uid: str) -> SealedFile | None:
         """Return the file that was kept last."""
         return next(reversed(self._files.get(uid, [])), None)
@@ -288,7 +299,8 @@ class SealedFiles:
             self._temporary.cleanup()
 
 
-def _read_sealed(path: Path) -> SealedFile:
+def read_sealed(path: Path) -> SealedFile:
+    """Return a file with its root and leaves, which are computed. Raises: OSError."""
     with open(path, "rb") as file:
         leaves, size = leaves_of(iter(partial(file.read, LEAF_BYTES), b"")), file.tell()
     return SealedFile(root_from(leaves, size), size, leaves, path)

@@ -124,7 +124,9 @@ class StateSource:
             async with lock:  # callers that come together share one copy
                 copy = self._copies.get(key)
                 if copy is None or copy.version < request.min_version or now - copy.made > self._reuse:
-                    copy = self._copies[key] = await self._make(owner, request.weights_only)
+                    copy = await self._make(owner, request.weights_only)
+                    if self._making.get(key) is lock:  # `drop` did not come meanwhile
+                        self._copies[key] = copy
         else:
             copy = self._copies.get(key)
         if copy is None or request.root not in (messages.NO_ROOT, copy.root):
@@ -133,9 +135,11 @@ class StateSource:
         return copy
 
     def drop(self, uid: str) -> None:
-        """Forget the copies of one expert: the next caller gets its state of that moment, to the last gradient."""
+        """Forget the copies of one expert, also those being made: the next caller gets its state of that moment, to
+        the last gradient."""
         for key in ((uid, True), (uid, False)):
             self._copies.pop(key, None)
+            self._making.pop(key, None)
 
     def close(self) -> None:
         """Drop every copy."""

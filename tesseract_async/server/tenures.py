@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -38,12 +38,13 @@ from tesseract_async.experts.tenure_words import (
     Send,
     State,
 )
-from tesseract_async.experts.terms import Seal
+from tesseract_async.experts.terms import RECORDS_SECONDS, Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import encode, largest_state
 from tesseract_async.server.fetching import SealFetcher
+from tesseract_async.server.fragments import FragmentBackend
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
@@ -53,7 +54,7 @@ from tesseract_async.server.other_replicas import (
     record_subkey,
     wall_clock,
 )
-from tesseract_async.server.state_files import SealedFile, SealedFiles, stored_uids
+from tesseract_async.server.state_files import SealedFile, SealedFiles, read_sealed, stored_uids
 from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -63,7 +64,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORDS_TTL: Final = 24 * 3600.0
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
@@ -88,6 +88,8 @@ class _Expert:
     progress: tuple[int, int] | None = None
     """How far the sealed file is."""
     sealed_at: float = -math.inf
+    wanted_root: bytes | None = None
+    """The state that the run's owner named last."""
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""
@@ -153,6 +155,18 @@ class Tenures:
 
         await asyncio.gather(*(expert.until(is_settled, self._call_timeout) for expert in self._experts.values()))
 
+    async def _return_to(self, held: Seal | None, hosted: HostedState) -> None:
+        """Go on from the sealed file, unless the checkpoint is of this server's own steps and has more of them."""
+        file = None if held is None else self.files.find(hosted.uid, held.root)
+        if held is None or file is None or (held.primary == self._node.peer_id and hosted.version >= held.version):
+            return
+        try:
+            state = await self._server.call_aside(partial(_check_file, hosted.uid, hosted.backend, file))
+            await hosted.install(state)
+            hosted.shared_version = hosted.version
+        except (TesseractError, OSError) as error:
+            logger.error("the sealed state of %s cannot be used: %s", hosted.uid, describe(error))
+
     async def _load(self, uid: str, authority: Authority, hosted: HostedState | None) -> _Expert:
         make = partial(
             Tenure,
@@ -170,6 +184,8 @@ class Tenures:
         own = held is not None and held.primary == self._node.peer_id and hosted is not None
         if held is not None and not own and self.files.find(uid, held.root) is None:
             tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
+        if hosted is not None:
+            await self._return_to(tenure.held, hosted)
         return _Expert(uid, hosted, authority, tenure)
 
     async def add(self, uid: str, authority: Authority, leave: Leave) -> None:
@@ -398,8 +414,8 @@ class Tenures:
         match command:
             case Persist(stored):
                 await self._server.call_aside(partial(self.files.remember, expert.uid, stored))
-            case Publish(records):
-                self._spawn(self._publish(expert.uid, records))
+            case Publish(records, past):
+                self._spawn(self._publish(expert.uid, dict(enumerate(records)) | dict(enumerate(past, 2))))
             case Send(peer, question):
                 self._spawn(self._send(expert, peer, question))
             case Look():
@@ -473,11 +489,41 @@ class Tenures:
         if expert.tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE):
             return False  # it was long on its way: this server has become the primary, or is about to
         if (hosted := expert.hosted) is not None:
-            await hosted.take(state, aside=command.aside)
+            await self._take(hosted, expert.authority, state, aside=command.aside)
             expert.progress = hosted.backend.progress
+        elif command.aside:
+            await aside(partial(self.files.put_aside, uid, seal.root))
         await aside(partial(self.files.take_in, uid, file))
         self._node.metrics.count("states_pulled")
         return True
+
+    async def _take(self, hosted: HostedState, authority: Authority, state: StateDict, *, aside: bool) -> None:
+        """Continue from this state, and say how the own steps that it lacks can be had back."""
+        uid, path = hosted.uid, await hosted.take(state, aside=aside)
+        if path is not None:
+            root = (await self._server.call_aside(partial(read_sealed, path))).root
+            name = authority.run.full_name
+            logger.warning(
+                "the owner of %s can go back to that state of %s: tesseract run appoint %s %s %s --state %s",
+                *(name, uid, name, uid, self._node.peer_id, root.hex()),
+            )
+
+    async def _restore(self, expert: _Expert, hosted: HostedState, root: bytes) -> None:
+        """Go on from the state that the run's owner named, if this server has it."""
+        uid, aside = expert.uid, self._server.call_aside
+        try:
+            file = await aside(partial(self.files.find_aside, uid, root))
+            if file is None:
+                logger.warning("the owner of the run gives %s to this server, in a state that is not here", uid)
+                return
+            state = await aside(partial(_check_file, uid, hosted.backend, file))
+            await self._take(hosted, expert.authority, state, aside=True)
+        except (TesseractError, OSError) as error:
+            logger.error("%s cannot go on as its run's owner says: %s", uid, describe(error))
+            return
+        expert.progress = None  # nobody has a Seal of that
+        expert.tenure.restored(root, *self._now())
+        await self._carry_out(expert)
 
     async def _turn(self) -> None:
         """Let each machine act when it is due."""
@@ -489,6 +535,11 @@ class Tenures:
                 for expert in list(self._experts.values()):
                     expert.tenure.authority_changed(*self._now())
                     await self._carry_out(expert)
+                    root, hosted = expert.tenure.wanted_root, expert.hosted
+                    if hosted is not None and root != expert.wanted_root:
+                        expert.wanted_root = root
+                        if root is not None:
+                            self._spawn(self._restore(expert, hosted, root))
                 self._node.metrics.set(
                     "lineage_forks", sum(one.tenure.lineage.num_forks for one in self._experts.values())
                 )
@@ -545,19 +596,19 @@ class Tenures:
         tenure = self._experts[uid].tenure
         return tenure.state not in (State.PRIMARY, State.FOLLOWING) or any(o.epoch != tenure.epoch for o in others)
 
-    async def _publish(self, uid: str, records: Sequence[bytes]) -> None:
-        """Store a Term, and its Seal if there is one, with this node's grant. What cannot be stored is logged."""
+    async def _publish(self, uid: str, records: Mapping[int, bytes]) -> None:
+        """Store records by the numbers of `record_subkey`, with this node's grant. What cannot be stored is logged."""
         key = self._node.trust.shard_key(uid)
-        named = [(record_subkey(uid, number), record) for number, record in enumerate(records)]
+        named = [(record_subkey(uid, number), record) for number, record in records.items()]
         grant = self._node.trust.own_grant(split_uid(uid)[0])
         blob, until = self._shown.get(key, (b"", 0.0))
         if grant != blob or self._elapsed() >= until:
             # records outlive manifests: their readers must know that the signer might sign them
-            self._shown[key] = grant, self._elapsed() + RECORDS_TTL / 2
+            self._shown[key] = grant, self._elapsed() + RECORDS_SECONDS / 2
             named += [(GRANT_SUBKEY, grant)] if grant else []
         for subkey, record in named:
             try:
-                await self._node.network.store(key, record, ttl=RECORDS_TTL, subkey=subkey)
+                await self._node.network.store(key, record, ttl=RECORDS_SECONDS, subkey=subkey)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.warning("a record of %s could not be stored: %s", uid, describe(error))
 
@@ -570,7 +621,9 @@ class Tenures:
                 if not tenure.is_primary(now) or (expert.hosted is None and tenure.held is None):
                     continue
                 is_new = tenure.held is None or tenure.term is None or tenure.held.term != tenure.term.digest
-                if is_new or now - expert.sealed_at >= self.sync_every(expert.authority):
+                hosted = expert.hosted
+                at_once = hosted is not None and isinstance(hosted.backend, FragmentBackend) and self._has_moved(expert)
+                if is_new or at_once or now - expert.sealed_at >= self.sync_every(expert.authority):
                     if not is_new and tenure.is_content and not self._has_moved(expert):
                         expert.sealed_at = now  # a Seal would say nothing
                         continue

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from tesseract_async import __version__
 from tesseract_async.cli.main import COMMANDS, main
+from tesseract_async.cli.serve import SIZES
 
 
 def test_help_names_every_command() -> None:
@@ -75,3 +79,33 @@ def test_a_users_mistake_is_a_sentence(arguments: list[str], sentence: str) -> N
     assert result.exit_code == 2
     assert sentence in result.output
     assert "Traceback" not in result.output
+
+
+def test_help_of_serve_lists_each_option_once_the_ten_that_matter_first() -> None:
+    text = CliRunner().invoke(main, ["serve", "--help"]).output
+    titles = ["What matters first:", "Experts:", "Run:", "Limits:", "Network:", "Advanced:"]
+    places = [text.index(f"\n{title}\n") for title in titles]
+    assert places == sorted(places)
+    command = main.get_command(click.Context(main), "serve")
+    assert command is not None
+    shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, flags=re.M)
+    flags = [max(one.opts, key=len) for one in command.params if isinstance(one, click.Option) and not one.hidden]
+    assert sorted(shown) == sorted([*flags, "--help"])
+    assert len(re.findall(r"^  (?:-\w, )?--", text[places[0] : places[1]], flags=re.M)) == 10
+
+
+def test_help_of_serve_names_the_sizes_of_every_ready_made_class() -> None:
+    from tesseract_async.server.registry import EXPERTS
+
+    assert SIZES.keys() == EXPERTS.keys()
+    for name, builder in EXPERTS.items():
+        given = dict(part.split("=") for part in SIZES[name].split(", "))
+        sizes = {one.name: one.default for one in inspect.signature(builder).parameters.values() if one.name != "seed"}
+        assert given.keys() == sizes.keys()
+        for size, default in sizes.items():
+            assert given[size] == f"{default:g}" if default is not None else not given[size].isdigit()
+
+
+def test_the_package_itself_is_the_command() -> None:
+    ran = subprocess.run([sys.executable, "-m", "tesseract_async", "--version"], capture_output=True, text=True)
+    assert __version__ in ran.stdout

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import tesseract_async as ta
 from tesseract_async.cli import hosting as hosting_module
+from tesseract_async.cli.building import make_builder
 from tesseract_async.cli.config_file import read_config
 from tesseract_async.cli.hosting import Hosting
 from tesseract_async.cli.main import main
@@ -84,7 +85,9 @@ def hosting(run: str, seed: str, *, given: dict[str, object] | None = None) -> H
         leave_within=30.0,
         report_period=None,
     )
-    return Hosting(serving, node=NodeOptions(initial_peers=(seed,)), limits=VolunteerSettings(), given=given)
+    limits = VolunteerSettings()
+    builder = make_builder(serving, limits, keeps_learning_rate=False)
+    return Hosting(serving, node=NodeOptions(initial_peers=(seed,)), limits=limits, given=given, builder=builder)
 
 
 @contextlib.asynccontextmanager

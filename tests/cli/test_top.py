@@ -43,7 +43,7 @@ def state(size: tuple[int, int], *, num_peers: int = 2, num_grids: int = 1) -> d
         "totals": {"experts": float(len(cells)), "servers": float(num_peers)},
         "grids": [grid] * num_grids,
         "peers": [peer(number) for number in range(num_peers)],
-        "losses": {f"trainer {number}": (10, 0.5) for number in range(9)},
+        "losses": {f"trainer {number}": (10, 0.5, number + 1) for number in range(9)},
         "log": [(1.7e9 + number, f"event {number} " + 100 * "x", "note") for number in range(20)],
         "node": {"join": "127.0.0.1:1"},
     }
@@ -67,7 +67,8 @@ def test_servers_legend_and_events_stay_in_sight(
     lines = shown(state(size, num_peers=num_peers, num_grids=num_grids), width, height)
     text = "\n".join(lines)
     assert len(lines) <= height and all(len(line) <= width for line in lines), text
-    for wanted in ("tesseract top", "00000000", "tcp 192.0.2.0", "alive", "nobody", "trainer 0", "event 19"):
+    left_out = "trainer 0: step 10, loss 0.5000, 1 left out"
+    for wanted in ("tesseract top", "00000000", "tcp 192.0.2.0", "alive", "nobody", left_out, "event 19"):
         assert wanted in text, (wanted, text)
     assert num_peers < 40 or "servers more" in text
 

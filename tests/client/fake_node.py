@@ -6,20 +6,22 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
 import numpy as np
 import torch
 from torch import nn
 
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.settings import CallOptions, MixtureSettings
-from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten
+from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten, RemoteError, TooStale
 from tesseract_async.metrics import Metrics
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire import messages
+from tesseract_async.wire import messages, packed
+from tesseract_async.wire.apply import APPLY, ApplyPart, ApplyRequest, decode_request, encode_part
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec, encode_schema, flatten, pack_tensors, unflatten, unpack_tensors
 
@@ -205,6 +207,8 @@ class Hosted:
     num_rows: int = 0
 
 
+Answer = tuple[list[Any], torch.Tensor, int]
+"""An expert's weighted answer or gradients, the gradients of its weights, and its version."""
 Fault = Callable[[str, str, int], Awaitable[None]]
 
 
@@ -235,6 +239,10 @@ class FakeNode(Uncopied):
         self.calls: list[Asked] = []
         self.keeps_inputs = False
         self.kept: dict[bytes, list[Any]] = {}
+        self.version_of: Callable[[Asked, Hosted], int] = lambda asked, hosted: hosted.version
+        """The version that a reply claims."""
+        self.messages: list[tuple[Any, ApplyRequest]] = []
+        """By peer, what was asked by `expert.apply`."""
         self.num_cancelled = 0
         self.num_open = 0
         self.paths: dict[Any, tuple[float, float]] = {}
@@ -248,13 +256,14 @@ class FakeNode(Uncopied):
         outputs_schema: Any = None,
         kwargs_schema: dict[str, Any] | None = None,
         lr: float | None = None,
-        peers: Sequence[str] = ("peer",),
+        peers: Sequence[str] | None = None,
     ) -> Hosted:
+        """At `peers`, the primary first; by default at a peer of its own."""
         args_schema = args_schema or (TensorSpec((8,)),)
         optimizer = torch.optim.SGD(module.parameters(), lr) if lr is not None else None
         hosted = Hosted(module, args_schema, kwargs_schema or {}, outputs_schema or args_schema[0], optimizer)
         self.hosted[uid] = hosted
-        for i, peer in enumerate(peers):
+        for i, peer in enumerate([f"the peer of {uid}"] if peers is None else peers):
             self.directory.add(uid, peer, primary=i == 0)
         return hosted
 
@@ -282,11 +291,21 @@ class FakeNode(Uncopied):
         request = messages.decode(REQUESTS[method], body)
         uid, tensors = request.uid, getattr(request, "tensors", None)
         num_rows = tensors[0][1][0] if tensors else 0
-        self.calls.append(Asked(method, uid, peer, timeout, num_rows, priority, request))
         received = [memoryview(bytearray(buffer)) for buffer in buffers]
+        asked = Asked(method, uid, peer, timeout, num_rows, priority, request)
+        reply, answers = await self.serve(asked, lambda hosted: self._answer(hosted, asked, received))
+        out = [memoryview(bytearray(buffer)) for buffer in answers]
+        if self.tamper is not None:
+            reply, out = self.tamper(method, reply, out)
+        return Reply(list(reply) if isinstance(reply, tuple) else reply, out)
+
+    async def serve(self, asked: Asked, answer: Callable[[Hosted], Any]) -> Any:
+        """What `answer` gives for the expert, after what the script says."""
+        method, uid = asked.method, asked.uid
+        self.calls.append(asked)
         self.num_open += 1
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(asked.timeout):
                 if self.fault is not None:
                     await self.fault(method, uid, len(self.calls))
                 if method != messages.INFO:
@@ -297,18 +316,94 @@ class FakeNode(Uncopied):
                     await asyncio.sleep(seconds)
                 if uid not in self.hosted:
                     raise ExpertNotFound(f"peer does not host {uid}")
-                reply, answers = self._answer(self.hosted[uid], request, received)
+                return answer(self.hosted[uid])
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
         finally:
             self.num_open -= 1
-        out = [memoryview(bytearray(buffer)) for buffer in answers]
-        if self.tamper is not None:
-            reply, out = self.tamper(method, reply, out)
-        return Reply(list(reply) if isinstance(reply, tuple) else reply, out)
 
-    def _answer(self, hosted: Hosted, request: Any, buffers: list[memoryview]) -> tuple[Any, list[memoryview]]:
+    async def apply_experts(
+        self, peer: Any, uids: Sequence[str], body: Any, buffers: Sequence[Any], *, timeout: float, priority: int = 0
+    ) -> AsyncGenerator[Reply, None]:
+        """Each expert is asked as if by itself (see `Asked`); those that have answered meanwhile are in one part."""
+        body, out = through_msgpack(body), [memoryview(bytearray(buffer)) for buffer in buffers]
+        request, rest = decode_request(body, out)
+        assert [".".join((request.prefix, *map(str, at))) for at in request.experts.tolist()] == list(uids)
+        self.messages.append((peer, request))
+        method = messages.BACKWARD if request.backward else messages.FORWARD
+        tensors, name = unpack_tensors(request.tensors, rest), None
+        inputs, gradients = tensors[: request.num_inputs], tensors[request.num_inputs :]
+        if not request.backward and self.keeps_inputs and request.keep:
+            self.kept[name := os.urandom(16)] = inputs
+        if request.kept is not None:
+            inputs = self.kept.get(request.kept, [])
+
+        def answer(hosted: Hosted, asked: Asked, place: int, rows: torch.Tensor, weights: torch.Tensor) -> Answer:
+            if request.kept is not None and not inputs:
+                raise InputsForgotten("they are gone")
+            taken = [x.index_select(0, rows).clone() for x in inputs if x is not None]
+            if not request.backward:
+                version = self.version_of(asked, hosted)
+                if version < request.versions[place]:
+                    raise TooStale(f"version {version} is too old")
+                outputs = self._forward(hosted, taken, request.training, request.seed)
+                return [scaled(y, weights) for y in outputs], torch.empty(0, device="cpu"), version
+            given = [None if g is None else g.index_select(0, rows) for g in gradients]
+            weighted = [None if g is None else scaled(g, weights) for g in given]
+            grads, outputs = self._backward(hosted, taken, weighted, request.training, request.seed)
+            of_weights = [(g * y).flatten(1).sum(1) for g, y in zip(given, outputs, strict=True) if g is not None]
+            return grads, torch.stack(of_weights).sum(0), self.version_of(asked, hosted)
+
+        async def ask(place: int, uid: str) -> Answer | RemoteError:
+            pairs = slice(*request.offsets[place : place + 2].tolist())
+            rows, weights = (torch.from_numpy(x[pairs].copy()) for x in (request.rows, request.weights))
+            asked = Asked(method, uid, peer, timeout, len(rows), priority, request)
+            try:
+                return await self.serve(asked, lambda hosted: answer(hosted, asked, place, rows, weights))
+            except RemoteError as error:
+                return error
+
+        tasks = [asyncio.ensure_future(ask(place, uid)) for place, uid in enumerate(uids)]
+        waiting = set(tasks)
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                ended = {place: task.result() for place, task in enumerate(tasks) if task in done}
+                yield self._part(request, ended, name)
+                name = None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _part(self, request: ApplyRequest, ended: dict[int, Any], name: bytes | None) -> Reply:
+        failures = [(place, result) for place, result in ended.items() if isinstance(result, RemoteError)]
+        answers = {place: result for place, result in ended.items() if not isinstance(result, RemoteError)}
+        places = np.array(list(answers), dtype=np.int64)
+        rows_of = request.rows_of(places)
+        sums: list[torch.Tensor | None] = []
+        for column in zip(*(answer[0] for answer in answers.values()), strict=True):
+            total = None
+            for place, x in zip(answers, column, strict=True):
+                if x is not None:
+                    x = x if x.is_complex() else x.to(torch.promote_types(x.dtype, torch.float32))
+                    total = x.new_zeros(len(rows_of), *x.shape[1:]) if total is None else total
+                    rows = request.rows[slice(*request.offsets[place : place + 2].tolist())]
+                    total.index_add_(0, torch.from_numpy(np.searchsorted(rows_of, rows)), x)
+            sums.append(total)
+        of_weights = np.concatenate([np.empty(0, np.float32), *(answer[1].float() for answer in answers.values())])
+        metas, buffers = pack_tensors(sums)
+        versions, epochs = np.array([answer[2] for answer in answers.values()], dtype=np.int64), np.zeros_like(places)
+        part = ApplyPart(places, versions, epochs, failures, metas, of_weights, name)
+        out = [memoryview(bytearray(buffer)) for buffer in buffers]
+        if self.tamper is not None:
+            part, out = self.tamper(APPLY, part, out)
+        reply, numbers = encode_part(part, backward=request.backward)
+        return Reply(through_msgpack(reply), [*(memoryview(bytearray(buffer)) for buffer in numbers), *out])
+
+    def _answer(self, hosted: Hosted, asked: Asked, buffers: list[memoryview]) -> tuple[Any, list[memoryview]]:
+        request = asked.body
         if isinstance(request, messages.InfoRequest):
             info = messages.ExpertInfo(
                 uid=request.uid,
@@ -316,35 +411,46 @@ class FakeNode(Uncopied):
                 kwargs_schema=encode_schema(hosted.kwargs_schema),
                 outputs_schema=encode_schema(hosted.outputs_schema),
                 max_batch_size=1024,
-                version=hosted.version,
+                version=self.version_of(asked, hosted),
                 codecs=CodecPolicy(inputs=("none",), outputs=("none",), gradients=("none",)).encode(),
             )
             return info, []
-        schema = (hosted.args_schema, hosted.kwargs_schema)
-        hosted.module.train(request.training)
         if isinstance(request, messages.ForwardRequest):
             inputs = unpack_tensors(request.tensors, buffers)
-            args, kwargs = unflatten(schema, inputs)
-            hosted.num_forwards += 1
-            with torch.inference_mode(False), torch.no_grad(), seeded(request.seed):
-                outputs = flatten(self._run(hosted, args, kwargs))
-            metas, answers = pack_tensors(outputs)
+            metas, answers = pack_tensors(self._forward(hosted, inputs, request.training, request.seed))
             name = None
             if self.keeps_inputs and request.keep_inputs:
                 name = os.urandom(16)
                 self.kept[name] = inputs
-            return messages.ForwardReply(metas, hosted.version, name), answers
+            return messages.ForwardReply(metas, self.version_of(asked, hosted), name), answers
         tensors = unpack_tensors(request.tensors, buffers)
         if request.inputs_cached is not None:
             if request.inputs_cached not in self.kept:
                 raise InputsForgotten("they are gone")
             tensors = [*self.kept[request.inputs_cached], *tensors]
-        with torch.inference_mode(False), torch.enable_grad(), seeded(request.seed):
-            num_inputs = len(flatten(schema))
-            inputs = [t.requires_grad_(t.is_floating_point()) for t in tensors[:num_inputs]]
-            args, kwargs = unflatten(schema, inputs)
+        num_inputs = len(flatten((hosted.args_schema, hosted.kwargs_schema)))
+        inputs, given = tensors[:num_inputs], tensors[num_inputs:]
+        gradients, _ = self._backward(hosted, inputs, given, request.training, request.seed)
+        metas, answers = pack_tensors(gradients)
+        return messages.BackwardReply(metas, self.version_of(asked, hosted)), answers
+
+    def _forward(self, hosted: Hosted, inputs: list[Any], training: bool, seed: int) -> list[torch.Tensor]:
+        hosted.module.train(training)
+        args, kwargs = unflatten((hosted.args_schema, hosted.kwargs_schema), inputs)
+        hosted.num_forwards += 1
+        with torch.inference_mode(False), torch.no_grad(), seeded(seed):
+            return flatten(self._run(hosted, args, kwargs))
+
+    def _backward(
+        self, hosted: Hosted, inputs: list[Any], gradients: list[Any], training: bool, seed: int
+    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
+        """The gradients of the inputs, after a step, and the outputs."""
+        hosted.module.train(training)
+        with torch.inference_mode(False), torch.enable_grad(), seeded(seed):
+            inputs = [t.requires_grad_(t.is_floating_point()) for t in inputs]
+            args, kwargs = unflatten((hosted.args_schema, hosted.kwargs_schema), inputs)
             outputs = flatten(self._run(hosted, args, kwargs))
-            pairs = [(o, g) for o, g in zip(outputs, tensors[num_inputs:], strict=True) if g is not None]
+            pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         hosted.num_backwards += 1
         hosted.num_rows += inputs[0].shape[0]
@@ -352,8 +458,7 @@ class FakeNode(Uncopied):
             hosted.optimizer.step()
             hosted.optimizer.zero_grad()
             hosted.version += 1
-        metas, answers = pack_tensors([t.grad for t in inputs])
-        return messages.BackwardReply(metas, hosted.version), answers
+        return [t.grad for t in inputs], [output.detach() for output in outputs]
 
     @staticmethod
     def _run(hosted: Hosted, args: Any, kwargs: Any) -> Any:
@@ -361,6 +466,16 @@ class FakeNode(Uncopied):
             return hosted.module(*args, **kwargs)
         except Exception as error:
             raise ExpertFailed(f"the expert raised {error!r}") from error
+
+
+def scaled(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each row times its weight, at least in float32."""
+    x = x if x.is_complex() else x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * weights.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def through_msgpack(body: Any) -> Any:
+    return packed.unpack(msgpack.packb(body), max_bytes=1 << 20)
 
 
 def gate_with(

@@ -115,8 +115,9 @@ async def backward_patterns(node: FakeNode, rescale: bool, backward_k_min: int) 
         enough = True
         for row, row_scores in zip(twin, gate.proj(twin), strict=True):
             asked = row_scores.topk(3).indices.tolist()
-            weights = row_scores[asked].softmax(0)
             alive = [i not in pattern for i in asked]
+            # a gradient that is left out tells the gate nothing about that expert
+            weights = torch.where(torch.tensor(alive), row_scores[asked], row_scores[asked].detach()).softmax(0)
             enough &= sum(alive) >= backward_k_min
             share = max(0.05, float(weights.detach()[torch.tensor(alive)].sum())) if rescale else 1.0
             for w, i, survives in zip(weights, asked, alive, strict=True):

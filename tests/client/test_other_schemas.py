@@ -18,7 +18,7 @@ from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import SchemaMismatch
 from tesseract_async.wire import messages
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode, Hosted, gate_with
+from tests.client.fake_node import Asked, FakeNode, Hosted, gate_with
 from tests.client.virtual_time import in_made_up_time
 
 WRONG = "wrong"
@@ -33,18 +33,14 @@ class TwoModels(FakeNode):
         self.wrong_says: Callable[[], Awaitable[None]] | None = None
         self.num_wrong = 0
 
-    async def call_expert(self, peer: Any, method: str, body: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if peer != WRONG:
-            return await super().call_expert(peer, method, body, *args, **kwargs)
-        if method == messages.INFO:
-            right, self.hosted[body[0]] = self.hosted[body[0]], self.wrong
-            try:
-                return await super().call_expert(peer, method, body, *args, **kwargs)
-            finally:
-                self.hosted[body[0]] = right
+    async def serve(self, asked: Asked, answer: Callable[[Hosted], Any]) -> Any:
+        if asked.peer != WRONG:
+            return await super().serve(asked, answer)
+        if asked.method == messages.INFO:
+            return await super().serve(asked, lambda hosted: answer(self.wrong))
         self.num_wrong += 1
         await asyncio.sleep(0)
-        raise SchemaMismatch(f"expert {body[0]} takes (float32[rows, 32]); got something else")
+        raise SchemaMismatch(f"expert {asked.uid} takes (float32[rows, 32]); got something else")
 
 
 def host(node: TwoModels, uid: str, order: tuple[tuple[str, bool], ...], lr: float | None = 0.1) -> Hosted:

@@ -19,17 +19,10 @@ from tests.client.virtual_time import in_made_up_time
 VERSIONS = {"primary": 100, "fresh": 98, "stale": 90}
 
 
-class Behind(FakeNode):
+def make(*uids: str) -> FakeNode:
     """Followers that lag behind the primary, and answer sooner than it."""
-
-    async def call_expert(self, peer: Any, method: str, body: Any = None, *args: Any, **kwargs: Any) -> Any:
-        reply = await super().call_expert(peer, method, body, *args, **kwargs)
-        reply.body[-2 if method == INFO else 1] = VERSIONS[peer]
-        return reply
-
-
-def make(*uids: str) -> Behind:
-    node = Behind()
+    node = FakeNode()
+    node.version_of = lambda asked, hosted: VERSIONS[asked.peer]
     for uid in uids:
         node.host(uid, nn.Linear(8, 8), peers=("primary", "stale", "fresh"))
     node.paths = {"primary": (0.3, 0.0), "stale": (0.1, 0.0), "fresh": (0.2, 0.0)}
@@ -58,19 +51,23 @@ async def test_answers_are_as_new_as_is_asked_for(max_staleness: int | None, ver
 
 @in_made_up_time
 async def test_gates_and_eval_say_it_too() -> None:
-    node = make(*(f"ffn.{i}.{j}" for i, j in itertools.product(range(2), range(2))))
+    uids = [f"ffn.{i}.{j}" for i, j in itertools.product(range(2), range(2))]
+
+    def fresh() -> GatingFunction:
+        return gate_with(make(*uids), "ffn", grid_size=(2, 2), in_features=8, k_best=4, max_staleness=5)
 
     async def versions(gate: GatingFunction) -> set[int]:
         mixed = await gate.mix(torch.randn(4, 8))
-        assert mixed.versions.keys() == {f"ffn.{i}.{j}" for i, j in itertools.product(range(2), range(2))}
+        assert mixed.versions.keys() == set(uids)
         return set(mixed.versions.values())
 
-    gate = gate_with(node, "ffn", grid_size=(2, 2), in_features=8, k_best=4, max_staleness=5)
-    assert await versions(gate) == {98}
-    assert await versions(gate.eval(max_staleness=0)) == {100}
-    gate.train()
-    assert await versions(gate) == {98}
-    assert await versions(gate.eval()) == {98}, "what the gate was made with"
+    assert await versions(fresh()) == {100}, "where a backward will follow, the primary is asked"
+    with torch.no_grad():
+        assert await versions(fresh()) == {98}
+        assert await versions(fresh().eval(max_staleness=0)) == {100}
+        assert await versions(fresh().eval(max_staleness=0).train()) == {98}
+        assert await versions(fresh().eval(max_staleness=0).eval()) == {98}, "what the gate was made with"
+    node = make("ffn.0.0")
     expert = RemoteExpert(node, "ffn.0.0").eval(max_staleness=0)
     await expert.with_options(priority=1)(torch.ones(1, 8))
     assert node.calls[-1].peer == "primary" and node.calls[-1].body.training is False

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import gc
 import random
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from tesseract_async.client.remote_expert import RemoteExpert
-from tesseract_async.client.trainer import AsyncTrainer
+from tesseract_async.client.tensorboard import TensorBoard
+from tesseract_async.client.trainer import AsyncTrainer, StepReport
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tests.client.fake_node import FakeNode
 
@@ -235,6 +237,11 @@ async def test_mistakes(model: Model) -> None:
         AsyncTrainer(model, optimizer, in_flight=0)
     with pytest.raises(ValueError):
         AsyncTrainer(model, optimizer, max_staleness=-1)
+    with pytest.raises(ValueError, match="max_norm"):
+        AsyncTrainer(model, optimizer, max_norm=0.0)
+    other = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="another optimizer's"):
+        AsyncTrainer(model, optimizer, scheduler=torch.optim.lr_scheduler.ExponentialLR(other, 0.9))
     with pytest.raises(ValueError, match="not the module's"):
         AsyncTrainer(model.before, optimizer)
 
@@ -292,3 +299,102 @@ async def test_what_cannot_be_copied_is_named(model: Model, name: str, value: An
     else:
         with pytest.raises(TypeError, match=rf"before\.{name} .*{type(value).__name__}.*__deepcopy__"):
             await trainer.step(loss_of, torch.ones(1, 8))
+
+
+async def test_a_saved_and_loaded_trainer_goes_on_as_if_it_had_never_stopped(node: FakeNode, model: Model) -> None:
+    """Optimizer, schedule, clipping and the sampler's position; the model's own state is saved beside it."""
+
+    class Numbers:
+        def __init__(self) -> None:
+            self.at = 0
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            while self.at < 12:
+                self.at += 1
+                yield torch.randn(4, 8, generator=torch.Generator().manual_seed(self.at))
+
+        def state_dict(self) -> dict[str, int]:
+            return {"at": self.at}
+
+        def load_state_dict(self, state: Mapping[str, int]) -> None:
+            self.at = state["at"]
+
+    def made(module: Model) -> tuple[AsyncTrainer[Model], Numbers]:
+        optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        numbers = Numbers()
+        return AsyncTrainer(module, optimizer, scheduler=schedule, max_norm=0.1, sampler=numbers), numbers
+
+    node.hosted["ffn.0.0"].module.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    whole, numbers = made(model)
+    reports = [report async for report in whole.run(loss_of, numbers)]
+    first, numbers = made(twin)
+    async with contextlib.aclosing(first.run(loss_of, numbers)) as steps:
+        async for report in steps:
+            if report.version == 5:
+                break
+    state, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(twin.state_dict())
+    assert state["version"] == 5 and state["sampler"] == {"at": 5}
+    later = Model(model.expert)
+    second, numbers = made(later)
+    later.load_state_dict(weights)
+    second.load_state_dict(state)
+    rest = [report async for report in second.run(loss_of, numbers)]
+    assert [report.version for report in rest] == list(range(6, 13))
+    torch.testing.assert_close([one.loss for one in rest], [one.loss for one in reports[5:]], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the state has a scheduler, but this trainer has none"):
+        AsyncTrainer(later, torch.optim.Adam(later.parameters())).load_state_dict(state)
+
+
+async def test_gradients_are_clipped_to_the_norm_over_all_parameters(node: FakeNode, model: Model) -> None:
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 1.0), max_norm=0.5)
+    before = copy.deepcopy(model)
+    await trainer.step(loss_of, 100 * torch.ones(4, 8))
+    change = [a - b for a, b in zip(model.parameters(), before.parameters(), strict=True)]
+    assert float(torch.stack([x.detach().norm() for x in change]).norm()) == pytest.approx(0.5, rel=1e-3)
+
+
+async def test_figures_and_callbacks_come_with_each_step_failed_ones_included(node: FakeNode, model: Model) -> None:
+    written: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+            written.append((tag, scalar_value, global_step))
+
+    async def with_figures(copied: Model, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if batch[0, 0] == 1:
+            raise NotEnoughExperts(1, 1, {})
+        return await loss_of(copied, batch), {"mean": batch.mean()}
+
+    seen: list[StepReport] = []
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
+    callbacks = [seen.append, TensorBoard(Writer())]
+    trainer = AsyncTrainer(model, optimizer, scheduler=plateau, callbacks=callbacks)
+    batches = [torch.full((2, 8), float(i)) for i in range(3)]
+    reports = [report async for report in trainer.run(with_figures, batches, max_failures=1)]
+    assert seen == reports and [dict(one.metrics) for one in reports] == [{"mean": 0.0}, {}, {"mean": 2.0}]
+    assert ("mean", 2.0, 2) in written and ("failures", 1, 1) in written
+    assert [step for tag, _, step in written if tag == "loss"] == [1, 2]
+    assert plateau.last_epoch == 2
+
+    def breaks(report: StepReport) -> None:
+        raise ZeroDivisionError
+
+    trainer = AsyncTrainer(model, optimizer, callbacks=[breaks])
+    with pytest.raises(ZeroDivisionError):
+        await trainer.step(loss_of, batches[0])
+    assert trainer.version == 1
+
+
+async def test_a_state_is_not_loaded_under_steps(node: FakeNode, model: Model) -> None:
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1))
+    state = trainer.state_dict()
+
+    async def loads(copied: Model, batch: torch.Tensor) -> torch.Tensor:
+        trainer.load_state_dict(state)
+        raise AssertionError
+
+    with pytest.raises(RuntimeError, match="under way"):
+        await trainer.step(loads, torch.ones(1, 8))

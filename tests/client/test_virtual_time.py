@@ -61,11 +61,11 @@ def make_swarm(**settings: Any) -> tuple[FakeNode, GatingFunction]:
     return node, gate_with(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=4, **settings)
 
 
-@pytest.mark.parametrize(("latency", "limit"), [("even", 1.55), ("scattered", 1.5)])
+@pytest.mark.parametrize(("latency", "limit"), [("even", 1.6), ("scattered", 1.5)])
 def test_failing_and_hanging_experts_cost_about_half_a_step(latency: str, limit: float) -> None:
     """With the defaults: a tenth of all calls fails, a twentieth hangs, and no step is lost.
 
-    Single sequences of faults cost 0.44 to 0.58 of a step where all answers take equally long, so that a clean step has
+    Single sequences of faults cost 0.34 to 0.63 of a step where all answers take equally long, so that a clean step has
     nothing to wait for, and 0.25 to 0.39 where they scatter; so several are looked at together.
     """
 

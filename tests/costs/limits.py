@@ -31,8 +31,8 @@ LIMITS: Final[dict[str, float]] = {
     "wake-ups of the loop per batch that ends": 1,
     "wake-ups of the device's thread until it idles again": 1,
     # a gate over 16 experts on 4 servers, 64 rows, k = 4
-    "messages per gate pass, forward": 16,
-    "messages per gate pass, backward": 16,
+    "messages per gate pass, forward": 4,
+    "messages per gate pass, backward": 4,
     # a hash table of 200 nodes
     "datagrams per look-up": 12.25,
     "datagrams per renewal": 86,

@@ -20,9 +20,9 @@ async def test_messages_of_a_gate_pass() -> None:
     gate = gate_with(node, "ffn", grid_size=(4, 4), in_features=WIDTH, k_best=4)
     x = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(3)).requires_grad_()
     await gate(x)  # the schema is asked for in the first pass
-    node.calls.clear()
+    node.messages.clear()
     y = await gate(x)
-    check("messages per gate pass, forward", len(node.calls))
-    node.calls.clear()
+    check("messages per gate pass, forward", len(node.messages))
+    node.messages.clear()
     await ta.backward(y.sum())
-    check("messages per gate pass, backward", len(node.calls))
+    check("messages per gate pass, backward", len(node.messages))

@@ -39,6 +39,11 @@ class FakeAuthority:
     run_id: bytes = RUN
     expires: float = float("inf")
     founder: PeerID | None = None
+    may_restart: bool = True
+    is_old: bool = False
+
+    def may_be_forgotten(self, now: float) -> bool:
+        return self.is_old
 
     def may(self, peer_id: PeerID, role: str, uid: str | None = None, *, now: float | None) -> bool:
         return peer_id in self.granted and (now is None or now < self.expires)
@@ -169,6 +174,8 @@ class Server:
         elif isinstance(command, Publish) and world.reaches_directory(self):
             for record in command.records:
                 world.publish(self.peer, record)
+            for number, record in enumerate(command.past):
+                world.published[(self.peer, f"past {number}")] = record
         elif isinstance(command, Send):
             world.send(self, command.peer, command.question)
         elif isinstance(command, Look):
@@ -249,6 +256,12 @@ class World:
             self.now, _, action, args = heapq.heappop(self._queue)
             action(*args)
         self.now = until
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass in which nobody is alive."""
+        assert not any(server.alive for server in self.servers)
+        self._queue.clear()
+        self.now += seconds
 
     def run_until(self, done: Callable[[], bool], seconds: float) -> bool:
         until = self.now + seconds

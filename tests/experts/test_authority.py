@@ -237,7 +237,7 @@ def test_the_latest_appointment_by_somebody_who_may_appoint_holds() -> None:
     narrow = grant(OWNER, DELEGATE, *ALL, "admit", pattern=PATTERN)
     view = Authority(make_run(delegates=[narrow.blob]))
     everything = ExpertPattern.parse("ffn.[0:8].[0:8]")
-    first = sign_appointment(OWNER, RUN_ID, everything, serial=1, peer=MEMBER.peer_id, seal=bytes(32))
+    first = sign_appointment(OWNER, RUN_ID, everything, serial=1, peer=MEMBER.peer_id, root=bytes(32))
     by_delegate = sign_appointment(DELEGATE, RUN_ID, PATTERN, serial=2, peer=PEER.peer_id)
     beyond = sign_appointment(DELEGATE, RUN_ID, everything, serial=3, peer=STRANGER.peer_id)
     for one in (by_delegate, beyond, first):
@@ -323,7 +323,7 @@ def test_records_have_their_sizes() -> None:
     )
     assert [len(part.peers) for part in parts] == [20, 20, 10] and [part.number for part in parts] == [0, 1, 2]
     assert all(len(part.blob) < MAX_RECORD_BYTES for part in parts)
-    assert len(sign_appointment(OWNER, RUN_ID, PATTERN, serial=NOW, peer=MEMBER.peer_id, seal=bytes(32)).blob) <= 220
+    assert len(sign_appointment(OWNER, RUN_ID, PATTERN, serial=NOW, peer=MEMBER.peer_id, root=bytes(32)).blob) <= 220
 
 
 def test_epochs_only_grow_and_fit_four_bytes_for_a_long_time() -> None:

@@ -34,6 +34,7 @@ class Claimer:
         self.publisher = ExpertPublisher(node.network, addresses=[node.address], metrics=Metrics())
         for uid in uids:
             node.host_expert(uid, dict.fromkeys(EXPERT_METHODS, self._keep_silent))
+        node.host_together(self._keep_silent)
 
     async def _keep_silent(self, call: object) -> None:
         self.num_asked += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -60,6 +61,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 expert = await node.get_expert("ffn.1.2")
                 for _ in range(3):
                     await ta.backward((await expert(torch.ones(5, 2))).sum())
+                host.metrics.count("answers_left_out", way="backward", reason="late")
                 await publish_progress(host, "ffn", step=3, loss=0.5, trainer="one")
                 await observer.look()
                 state = json.loads(json.dumps(observer.state()))
@@ -71,7 +73,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 assert peer["steps_per_second"] > 0 and peer["rows_per_second"] > 0
                 assert peer["num_experts"] == 2 and peer["error"] is None and peer["path"]
                 assert state["totals"]["experts"] == 2 and state["totals"]["loss"] == 0.5
-                assert only(list(state["losses"].values())) == [3, 0.5]
+                assert only(list(state["losses"].values())) == [3, 0.5, 1]
                 assert "joined with 2 experts" in only(state["log"])[1] and only(state["log"])[2] == "joined"
                 assert (
                     peer["calls_per_second"] > 0
@@ -238,7 +240,17 @@ async def test_what_strangers_publish_is_bounded() -> None:
     """A grid too large to draw, losses that JSON does not know, endless sentences."""
     async with volunteer("wide.99999.99999", "ffn.0") as host:
         for number, value in enumerate(
-            ([1, float("nan")], [1, float("inf")], [2**60, 1.0], ["x", 1.0], 7, None, [3, 0.5])
+            (
+                [1, math.nan, 0],
+                [1, math.inf, 0],
+                [2**60, 1.0, 0],
+                ["x", 1.0, 0],
+                [3, 0.5, -1],
+                [3, 0.5],
+                7,
+                None,
+                [3, 0.5, 2],
+            )
         ):
             await host.network.store("progress/ffn", value, ttl=60.0, subkey=str(number))
         async with ta.TesseractNode(initial_peers=[host.address], refresh_period=0.2) as node:
@@ -249,7 +261,7 @@ async def test_what_strangers_publish_is_bounded() -> None:
             await observer.look()
             state = json.loads(json.dumps(observer.state(), allow_nan=False))
             assert [grid["prefix"] for grid in state["grids"]] == ["ffn"]
-            assert list(state["losses"].values()) == [[3, 0.5]]
+            assert list(state["losses"].values()) == [[3, 0.5, 2]]
             observer._note("x" * 10_000, "failed")
             assert len(observer.log[-1][1]) == 240
 

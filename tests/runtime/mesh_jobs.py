@@ -5,27 +5,43 @@ This process imports PyTorch once, has the store, and forks. The leader prints i
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import os
+import resource
+import shutil
+import signal
+import socket
 import sys
+import tempfile
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 
+from tesseract_async.errors import Overloaded, TesseractError
+from tesseract_async.files import mapped, write_whole
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.mesh import MeshBackend, join_job
+from tesseract_async.runtime.mesh import MeshBackend, join_job, link_of_job
+from tesseract_async.runtime.mesh_link import MAX_STRANGERS
 from tesseract_async.runtime.mesh_plans import PLANS, Plan, fsdp, tensor_parallel
+from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.spread_tensor import SpreadTensor
 from tesseract_async.server import checkpoint
+from tesseract_async.server.memory import trim_heap
 from tesseract_async.server.registry import Built, build_module
+from tesseract_async.wire.tensors import TensorSpec
 
 SIZES: Final[dict[str, dict[str, object]]] = {
     "ffn": {"in_features": 16, "hidden_features": 50},
@@ -40,10 +56,10 @@ def make_store() -> Any:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
 
 
-def launch(size: int, work: Callable[[], None], store: Any) -> list[int]:
-    """Fork `size` processes, and let each do `work`. Returns their pids."""
+def launch(ranks: Iterable[int], size: int, work: Callable[[], None], store: Any) -> list[int]:
+    """Fork processes of these ranks, and let each do `work`. Returns their pids."""
     pids = []
-    for rank in range(size):
+    for rank in ranks:
         pid = os.fork()
         if pid == 0:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": str(rank)}
@@ -176,7 +192,253 @@ def equality(*cases: str) -> None:
     spread.leave()
 
 
-JOBS: Final[dict[str, Callable[..., None]]] = {"equality": equality}
+class Poisoned(nn.Module):
+    """Raises in the middle of its forward pass for rows that begin with a large number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+        self.last = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if bool((x[:, 0] > 100).any()):
+            raise ValueError("poison")
+        z: torch.Tensor = self.last(y)
+        if bool((x[:, 0] < -100).any()):
+            raise ValueError("late poison")
+        return z
+
+
+def poisoned() -> Built:
+    torch.manual_seed(0)
+    return Poisoned(), (TensorSpec((4,)),)
+
+
+async def meet_faults(spread: MeshBackend, one: ExpertBackend, timeout: float) -> dict[str, Any]:
+    """Poison, idleness, then the follower's end."""
+    found: dict[str, Any] = {}
+    runtimes = TesseractRuntime(), TesseractRuntime()
+    for runtime in runtimes:
+        await runtime.start()
+    lost = asyncio.create_task(spread.wait_lost())
+    ids = iter(range(1, 1000))
+
+    async def both(*requests: torch.Tensor) -> list[list[str]]:
+        """What becomes of requests one after another, spread and on one device."""
+        outcomes = []
+        for runtime, backend in zip(runtimes, (spread, one), strict=True):
+            outcomes.append(list[str]())
+            for x in requests:
+                call_id = next(ids).to_bytes(16, "big")
+                try:
+                    answer = await runtime.backward(backend, [x], [torch.ones_like(x)], call_id=call_id)
+                    outcomes[-1].append(f"version {answer.version}")
+                except TesseractError as error:
+                    outcomes[-1].append(str(error))
+        return outcomes
+
+    def row(start: float, at: int = 0) -> torch.Tensor:
+        x = torch.ones(3, 4)
+        x[at, 0] = start
+        return x
+
+    found["good"] = await both(row(1.0))
+    found["poisoned"] = await both(row(1000.0), row(2.0), row(1000.0, at=2), row(-1000.0), row(-1000.0, at=2))
+    found["good again"] = await both(row(1.0))
+    states = [await runtime.snapshot(backend) for runtime, backend in zip(runtimes, (spread, one), strict=True)]
+    found["difference"] = worst(*([*state["module"].values()] for state in states))
+    before = time.process_time(), time.monotonic()
+    await asyncio.sleep(1.5 * timeout)
+    found["busy"] = (time.process_time() - before[0]) / (time.monotonic() - before[1])
+    found["after idling"] = await both(row(1.0))
+    follower = int(_get_default_store().get("pid 1"))
+    os.kill(follower, signal.SIGSTOP)
+    struck = time.monotonic()
+    found["stopped"] = (await both(row(1.0)))[0]
+    found["noticed"] = time.monotonic() - struck
+    found["lost"] = await lost
+    os.kill(follower, signal.SIGKILL)
+    spread.link.lost = None  # as if nothing had happened: what follows is another mesh's story
+    lost = asyncio.create_task(spread.wait_lost())
+    found["lost again"] = await lost
+    found["refused"] = (await both(row(1.0)))[0]
+    for runtime in runtimes:
+        await runtime.aclose()
+    return found
+
+
+def faults(text: str) -> None:
+    timeout = float(text)
+    join_job(timeout)
+    _get_default_store().set(f"pid {dist.get_rank()}", str(os.getpid()))
+    options: dict[str, Any] = {"max_batch_size": 64, "settings": BackendSettings(max_gradient_norm=None)}
+    spread = MeshBackend(poisoned, mesh=whole_mesh(), optimizer=sgd, **options)
+    spread.link.grace = 0.5
+    if dist.get_rank():
+        spread.follow()
+        return
+    module, schema = poisoned()
+    one = ExpertBackend(module, optimizer=partial(sgd, module), args_schema=schema, **options)
+    print(json.dumps(asyncio.run(meet_faults(spread, one, timeout))), flush=True)
+    os._exit(0)
+
+
+def attack(store: Any) -> list[socket.socket]:
+    """Strangers at the leader's door, before its followers come."""
+    host, port, _ = store.get("tesseract/mesh").decode().split()
+    strangers = []
+    for number in range(MAX_STRANGERS + 20):
+        one = socket.create_connection((host, int(port)))
+        strangers.append(one)
+        if number % 4 == 1:
+            one.sendall(b"GET / HTTP/1.1\r\nHost: mesh\r\nUser-Agent: somebody\r\nAccept: */*\r\n\r\n" * 3)
+        elif number % 4 == 2:  # as a follower says it, without the token
+            one.sendall(bytes([0, 0, 0, 1, number % 3]) + bytes(16 + 32))
+        elif number % 4 == 3:
+            one.shutdown(socket.SHUT_WR)
+    return strangers
+
+
+def deep(width: int, num_layers: int) -> Built:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(num_layers)]), (
+        TensorSpec((width,)),
+    )
+
+
+def adam_step(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(module.parameters(), lr=1e-3)
+
+
+def resident(name: str) -> int:
+    """``VmRSS`` of this process, or the most that it was, ``VmHWM``. Bytes."""
+    (line,) = [one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(name)]
+    return int(line.split()[1]) << 10
+
+
+class Gauge:
+    """In each process: builds experts, and says how much memory that process had at most."""
+
+    before = 0
+
+    def carry_out(self, name: str, args: Sequence[Any]) -> Any:
+        if name == "build":
+            backend = MeshBackend(partial(deep, *args), mesh=whole_mesh(), optimizer=adam_step)
+            return None if dist.get_rank() else backend
+        if name == "limit":
+            (data,) = [one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmData")]
+            now = int(data.split()[1]) << 10
+            resource.setrlimit(resource.RLIMIT_DATA, (now + args[0], now + args[0]))
+        if name == "begin":
+            gc.collect()
+            trim_heap()
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            self.before = resident("VmRSS")
+        return resident("VmHWM") - self.before
+
+    def recover(self) -> None:
+        raise AssertionError("nothing fails here")
+
+
+def memory(width: str, num_layers: str) -> None:
+    """Build an expert, train it, copy its state, write and load it: the most that each process had at once, in bytes
+    above what it had after doing the same with a tiny one."""
+    join_job(60.0)
+    link, gauge, folder = link_of_job(), Gauge(), Path(tempfile.mkdtemp())
+    number = link.add(gauge)
+    if dist.get_rank():
+        link.follow()
+        return
+    found: dict[str, Any] = {}
+    for features, layers in ((8, 1), (int(width), int(num_layers))):
+        link.command(number, "begin")
+        backend = link.command(number, "build", [features, layers])[0]
+        found["built"] = link.command(number, "read")
+        for what in ("trained", "copied", "written", "loaded"):
+            if what == "copied":
+                state = backend.state()
+            elif what == "written":
+                write_whole(folder / "state", checkpoint.encode(state))
+                found["file"] = (folder / "state").stat().st_size
+            elif what == "loaded":
+                del state
+                backend.load_state(checkpoint.decode(mapped(folder / "state")))
+            x = torch.randn(8, features)
+            backend.step(backend.gradients([x], [torch.randn_like(x)])[1])
+            found[what] = link.command(number, "read")
+        del backend
+        gc.collect()
+    shutil.rmtree(folder)
+    print(json.dumps(found), flush=True)
+    link.leave()
+
+
+def limit(num_bytes: str, width: str, num_layers: str) -> None:
+    """Train where each process may take so many bytes more than it has."""
+    join_job(60.0)
+    link, gauge = link_of_job(), Gauge()
+    number = link.add(gauge)
+    if dist.get_rank():
+        link.follow()
+        return
+    for features, layers in ((8, 1), (int(width), int(num_layers))):
+        if layers > 1:
+            link.command(number, "limit", [int(num_bytes)])
+        trained = True
+        try:
+            backend = link.command(number, "build", [features, layers])[0]
+            for _ in range(2):
+                x = torch.randn(8, features)
+                backend.step(backend.gradients([x], [torch.randn_like(x)])[1])
+        except (RuntimeError, MemoryError, Overloaded):
+            trained = False
+    print(json.dumps({"trained": trained}), flush=True)
+    os._exit(0)
+
+
+def overhead() -> None:
+    """What a command costs the leader, next to a bare round trip over a socket. Seconds, medians."""
+    join_job(60.0)
+    spread = MeshBackend(partial(deep, 8, 1), mesh=whole_mesh(), optimizer=adam_step)
+    if dist.get_rank():
+        one = socket.create_connection(("127.0.0.1", int(_get_default_store().get("echo"))))
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while data := one.recv(64):
+            one.sendall(data)
+        spread.follow()
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        _get_default_store().set("echo", str(listener.getsockname()[1]))
+        one, _ = listener.accept()
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def bare() -> None:
+        one.sendall(b"x" * 32)
+        one.recv(64)
+
+    def seconds(work: Callable[[], object]) -> list[float]:
+        found = []
+        for _ in range(2000):
+            started = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - started)
+        return sorted(found)
+
+    echo = seconds(bare)
+    one.close()
+    commands = seconds(lambda: spread.link.command(spread._index, "forget", [-1]))
+    print(json.dumps({"echo": echo[1000], "command": commands[1000], "least": commands[0] - echo[0]}), flush=True)
+    spread.leave()
+
+
+JOBS: Final[dict[str, Callable[..., None]]] = {
+    "equality": equality,
+    "faults": faults,
+    "limit": limit,
+    "memory": memory,
+    "overhead": overhead,
+}
 
 
 def main() -> None:
@@ -184,9 +446,20 @@ def main() -> None:
     torch.set_num_threads(1)
     job, size, *arguments = sys.argv[1:]
     store = make_store()
-    pids = launch(int(size), lambda: JOBS[job](*arguments), store)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    sys.exit(int(any(statuses)))
+    if job == "faults":  # what somebody left there who is gone; then the leader, strangers, and at last the follower
+        store.set("tesseract/mesh", "127.0.0.1 9 0000")
+        pids = launch([0], 2, lambda: faults(*arguments), store)
+        while store.get("tesseract/mesh").startswith(b"127.0.0.1 9 "):
+            time.sleep(0.01)
+        strangers = attack(store)
+        pids += launch([1], 2, lambda: faults(*arguments), store)
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids[:1]]
+        assert len(strangers) > MAX_STRANGERS
+    else:
+        pids = launch(range(int(size)), int(size), lambda: JOBS[job](*arguments), store)
+        statuses = [os.waitpid(pid, 0)[1] for pid in (pids[:1] if job == "limit" else pids)]
+    if job != "limit":  # whose followers are left behind
+        sys.exit(int(any(statuses)))
 
 
 if __name__ == "__main__":

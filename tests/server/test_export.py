@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,16 @@ import torch
 import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, ExpertNotFound
-from tesseract_async.experts import ExpertReplica
+from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
+from tesseract_async.experts.placement import Part, Place, Role
+from tesseract_async.experts.places import encode_place, places_key
+from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
-from tesseract_async.server.export import export_experts, load_export
+from tesseract_async.server.checkpoint import encode
+from tesseract_async.server.export import Origin, export_experts, find_origins, load_export
 from tesseract_async.server.run_experts import build_run_backend, complete
-from tesseract_async.server.state_transfer import StateSource
+from tesseract_async.server.state_files import SealedFiles
+from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.messages import STATE
 
@@ -64,9 +70,9 @@ class Swarm:
         _, gradients = self.backends[uid].gradients([torch.ones(1, 8)], [torch.ones(1, 8)])
         self.backends[uid].step(gradients)
 
-    def replicas(self, *uids: str, before: PeerAddress | None = None) -> dict[str, list[ExpertReplica]]:
+    def origins(self, *uids: str, before: PeerAddress | None = None) -> dict[str, list[Origin]]:
         peers = [self.host.peer_address] if before is None else [before, self.host.peer_address]
-        return {uid: [ExpertReplica(uid, peer, 1, 0.0, True) for peer in peers] for uid in uids}
+        return {uid: [Origin(peer, "primary") for peer in peers] for uid in uids}
 
 
 @pytest.fixture
@@ -81,7 +87,7 @@ async def test_an_export_loads_without_the_swarm_and_gives_equal_outputs(
     swarm: Swarm, run: SignedRun, tmp_path: Path
 ) -> None:
     swarm.train("ffn.1.1")
-    report = await export_experts(swarm.guest, run, swarm.replicas(*UIDS), tmp_path)
+    report = await export_experts(swarm.guest, run, swarm.origins(*UIDS), tmp_path)
     assert report.taken == {"ffn.0.0": 0, "ffn.1.1": 1} and not report.failed and not report.kept
     x = torch.randn(5, 8)
     experts = load_export(tmp_path)
@@ -98,10 +104,10 @@ async def test_an_export_loads_without_the_swarm_and_gives_equal_outputs(
 
 
 async def test_a_second_export_takes_only_what_is_newer(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
-    await export_experts(swarm.guest, run, swarm.replicas(*UIDS), tmp_path)
+    await export_experts(swarm.guest, run, swarm.origins(*UIDS), tmp_path)
     swarm.train("ffn.0.0")
     done: list[str] = []
-    report = await export_experts(swarm.guest, run, swarm.replicas(*UIDS), tmp_path, progress=done.append)
+    report = await export_experts(swarm.guest, run, swarm.origins(*UIDS), tmp_path, progress=done.append)
     assert (report.taken, report.kept) == ({"ffn.0.0": 1}, {"ffn.1.1": 0})
     assert sorted(done) == sorted(UIDS)
     assert {uid: one.version for uid, one in load_export(tmp_path).index.items()} == {"ffn.0.0": 1, "ffn.1.1": 0}
@@ -111,18 +117,73 @@ async def test_a_dead_server_is_passed_over_and_what_nobody_gives_is_told(
     swarm: Swarm, run: SignedRun, tmp_path: Path
 ) -> None:
     nobody = PeerAddress(ta.Identity.from_seed(b"n" * 32).peer_id, ("127.0.0.1:9",))
-    replicas = swarm.replicas("ffn.0.0", before=nobody) | swarm.replicas("ffn.0.1")
-    report = await export_experts(swarm.guest, run, replicas, tmp_path, timeout=30.0)
+    origins = swarm.origins("ffn.0.0", before=nobody) | swarm.origins("ffn.0.1")
+    report = await export_experts(swarm.guest, run, origins, tmp_path, timeout=30.0)
     assert report.taken == {"ffn.0.0": 0}
     assert isinstance(report.failed["ffn.0.1"], ExpertNotFound)
     assert list(load_export(tmp_path)) == ["ffn.0.0"]
 
 
+async def join(node: ta.TesseractNode, run: SignedRun) -> None:
+    now = int(time.time())
+    assert run.tag is not None
+    run_id = run.tag.run_id(run.manifest.prefix)
+    grant = sign_grant(ALICE, run_id, node.peer_id, ("host", "train"), serial=now, not_after=now + GRANT_SECONDS)
+    await node.join_run(run, grant=grant_text(grant))
+
+
+async def test_without_a_server_that_leads_followers_and_holders_give_what_they_have(
+    run: SignedRun, tmp_path: Path
+) -> None:
+    async with ta.TesseractNode() as host, ta.TesseractNode(initial_peers=[host.address]) as guest:
+        for node in (host, guest):
+            await join(node, run)
+        swarm, files = Swarm(host, guest, run), SealedFiles(tmp_path / "files")
+        held = build_run_backend(run.manifest, "ffn.0.1")
+        _, gradients = held.gradients([torch.ones(1, 8)], [torch.ones(1, 8)])
+        held.step(gradients)
+        file = files.keep("ffn.0.1", encode(held.state()))
+
+        async def send_held(call: IncomingCall) -> Message:
+            return await swarm.source.answer(SealedState("ffn.0.1", 1, file, swarm.aside), call)
+
+        host.host_expert("ffn.0.1", {STATE: send_held})
+        publisher = ExpertPublisher(host.network, addresses=[host.address], trust=host.trust)
+        await publisher.declare({"ffn.0.0": False, "ffn.1.1": True})
+        parts = {"ffn.0.0": Part(Role.FOLLOWS, 7, 2, 0), "ffn.0.1": Part(Role.HOLDS, 7, 3, 1)}
+        place = Place(host.peer_id, 4, 4, 1.0, frozenset(), 0.0, 0.0, parts | {"ffn.1.0": Part(Role.HOLDS)})
+        assert run.tag is not None
+        key, grant = places_key("ffn", run.tag), host.trust.own_grant("ffn")
+        encoded = encode_place(place, prefix="ffn", tag=run.tag, grant=grant, addresses=[host.address])
+        for number, part in enumerate(encoded):
+            await host.network.store(key, part, ttl=60.0, subkey=str(number))
+        await guest.network.wait_joined(30.0)
+        origins = await find_origins(guest, run)
+        assert {uid: [(one.role, one.age) for one in some] for uid, some in origins.items()} == {
+            "ffn.0.0": [("follower", (7, 2))],
+            "ffn.0.1": [("holder", (7, 3))],
+            "ffn.1.1": [("primary", (0, 0))],
+        }
+        report = await export_experts(guest, run, origins, tmp_path / "out")
+        assert report.origins == {"ffn.0.0": "follower", "ffn.0.1": "holder", "ffn.1.1": "primary"}
+        assert not report.failed and report.taken["ffn.0.1"] == 1
+        exported = load_export(tmp_path / "out")
+        assert {uid: (one.version, one.origin) for uid, one in exported.index.items()} == {
+            "ffn.0.0": (0, "follower"),
+            "ffn.0.1": (1, "holder"),
+            "ffn.1.1": (0, "primary"),
+        }
+        with torch.no_grad():
+            assert torch.equal(exported["ffn.0.1"](torch.ones(1, 8)), held.forward([torch.ones(1, 8)])[0])
+        await publisher.aclose()
+        swarm.source.close()
+
+
 async def test_another_runs_folder_is_not_overwritten(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
-    await export_experts(swarm.guest, run, swarm.replicas("ffn.0.0"), tmp_path)
+    await export_experts(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
     other = sign_run(ta.Identity.from_seed(b"b" * 32), run.manifest)
     with pytest.raises(ValueError, match=f"holds an export of {run.full_name}"):
-        await export_experts(swarm.guest, other, swarm.replicas("ffn.0.0"), tmp_path)
+        await export_experts(swarm.guest, other, swarm.origins("ffn.0.0"), tmp_path)
 
 
 @pytest.fixture
@@ -130,7 +191,7 @@ def exported(run: SignedRun, tmp_path: Path) -> Iterator[Path]:
     async def collect() -> None:
         async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
             swarm = Swarm(host, guest, run)
-            await export_experts(guest, run, swarm.replicas(*UIDS), tmp_path)
+            await export_experts(guest, run, swarm.origins(*UIDS), tmp_path)
             swarm.source.close()
 
     asyncio.run(collect())

@@ -13,6 +13,7 @@ RESULTS = [None, nn.Linear(4, 4), (nn.Linear(4, 4),), ("module", ()), (1, 2, 3)]
 SMALL: dict[str, dict[str, int]] = {
     "ffn": {"in_features": 8},
     "transformer": {"in_features": 8, "num_heads": 2, "sequence_length": 4},
+    "block": {"in_features": 8, "num_heads": 2, "sequence_length": 4},
     "linear": {"in_features": 8, "out_features": 3},
     "nop": {"in_features": 8},
 }

@@ -25,6 +25,7 @@ from tesseract_async.server.state_files import SealedFiles
 from tesseract_async.server.state_transfer import KEEP_SECONDS, SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
+from tests.client.fake_node import until
 from tests.client.virtual_time import in_made_up_time
 from tests.server.serving_node import ServingNode
 
@@ -122,6 +123,35 @@ async def test_whoever_only_holds_a_sealed_state_gives_its_weights(tmp_path: Pat
     node.source.drop("ffn.0")
     with pytest.raises(ProtocolError, match="cannot be read"):
         await fetch_state(node, NOBODY, "ffn.1", weights_only=True)
+    node.source.close()
+
+
+async def test_a_copy_that_was_being_made_when_it_was_dropped_is_given_to_nobody_else(node: StateNode) -> None:
+    """A follower asks just before the primary hands over: the heir must not get the follower's state, a step older."""
+    release = asyncio.Event()
+
+    async def aside(work: Callable[[], Any]) -> Any:
+        await release.wait()
+        return work()
+
+    node.source = StateSource(aside)
+
+    async def ask() -> int:
+        request = messages.StateRequest("ffn.0", False, 0, messages.NO_ROOT, 0)
+        call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, messages.encode(request), (), 0.0, 0)
+        reply = await node.source.answer(node.hosted, call)
+        return messages.decode(messages.StateReply, reply.body).version
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        follower = group.create_task(ask())
+        await until(lambda: node.num_snapshots == 1)
+        train(node.backend)  # the last step, after which the primary hands over
+        node.source.drop("ffn.0")
+        heir = group.create_task(ask())
+        await until(lambda: node.num_snapshots == 2)
+        release.set()
+    assert (follower.result(), heir.result()) == (0, 1)
+    assert await ask() == 1
     node.source.close()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -19,13 +21,15 @@ from tesseract_async.endpoint.endpoint import Message
 from tesseract_async.errors import NotAllowed, RemoteError, TesseractError
 from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.claiming import GRANT_SUBKEY
-from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
+from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_appointment, sign_grant
 from tesseract_async.experts.manifest import RunTag
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import EPOCH_ZERO, Kind, sign_term
 from tesseract_async.server.other_replicas import ReplicaSettings, record_subkey
+from tesseract_async.server.state_files import read_sealed
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -214,6 +218,50 @@ async def test_one_alone_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert again.tenure.epoch > epoch and torch.equal(before, again.weight())
         await train(again.node, 1)
         assert again.version == 4
+
+
+async def test_a_killed_one_goes_on_from_its_newest_sealed_file(tmp_path: Path) -> None:
+    async with host(HOSTS[0], [], tmp_path / "a") as first:
+        await train(first.node, 3)
+        await until(lambda: first.tenure.held is not None and first.tenure.held.version == 3)
+        before = first.weight()
+        await first.keeper.tenures.aclose()
+        # what a kill leaves: the checkpoint is of the start
+        await asyncio.to_thread(shutil.copytree, tmp_path / "a", tmp_path / "b")
+    (checkpoint,) = (tmp_path / "b").rglob("*.safetensors")  # noqa: ASYNC240  (once)
+    assert int(checkpoint.stem) == 0
+    async with host(HOSTS[0], [], tmp_path / "b", seed=9) as again:
+        await until(lambda: again.leads)
+        assert again.version == 3 and torch.equal(before, again.weight())
+        assert not list((tmp_path / "b").rglob("*.aside"))  # noqa: ASYNC240  (once)
+
+
+async def test_the_owner_goes_back_to_an_older_state_and_to_what_was_put_aside(tmp_path: Path) -> None:
+    serials = itertools.count(int(time.time()))
+
+    async def go_back(one: Host, root: bytes) -> int:
+        """Appoint it, and return the version from which it begins."""
+        authority = one.node.trust.authority("ffn")
+        assert authority is not None
+        pattern, serial = ExpertPattern.parse(UID), next(serials)
+        signed = sign_appointment(OWNER, RUN_ID, pattern, serial=serial, peer=one.node.peer_id, root=root)
+        assert authority.learn_appointment(signed)
+        await until(lambda: one.leads and one.tenure.term is not None and one.tenure.term.serial == serial)
+        assert one.tenure.term is not None and one.tenure.term.kind is Kind.APPOINTED
+        return one.version
+
+    async with host(HOSTS[0], [], tmp_path) as first, member(HOSTS[2], [first.node.address]) as trainer:
+        await train(trainer, 3)
+        await until(lambda: first.tenure.held is not None and first.tenure.held.version == 3)
+        assert first.tenure.held is not None
+        old, weight_then = first.tenure.held.root, first.weight()
+        await train(trainer, 2)
+        newest = first.weight()
+        assert await go_back(first, old) == 3 and torch.equal(first.weight(), weight_then)
+        (aside,) = tmp_path.rglob("*.aside")  # noqa: ASYNC240  (once)
+        assert await go_back(first, read_sealed(aside).root) == 5 and torch.equal(first.weight(), newest)
+        await train(trainer, 1)
+        assert first.version == 6
 
 
 async def test_put_aside_by_a_silent_adopter_it_goes_on_from_its_own_sealed_file(tmp_path: Path) -> None:

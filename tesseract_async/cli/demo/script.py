@@ -40,7 +40,7 @@ class Script:
         self._go_on.unlink(missing_ok=True)
         async with children() as family:
             self._note("starting a bootstrap node")
-            words = ["-m", "tesseract_async.cli", "dht", "--leave-with-parent"]
+            words = ["-m", "tesseract_async", "dht", "--leave-with-parent"]
             bootstrap = await self._start(family, "bootstrap node", words)
             self._address: str = (await bootstrap.ready(timeout=START_TIMEOUT))["address"]
             self.progress.address = self._address.partition("/")[0]
@@ -93,7 +93,7 @@ class Script:
 
     async def _bring_up(self, family: list[Child], number: int) -> Child:
         folder = self._folder / f"server-{number + 1}"
-        words = ["-m", "tesseract_async.cli", "serve", "--leave-with-parent", *plan.expert_arguments(self.options)]
+        words = ["-m", "tesseract_async", "serve", "--leave-with-parent", *plan.expert_arguments(self.options)]
         flags = {
             "--initial-peers": self._address,
             "--identity": folder / "identity.pem",

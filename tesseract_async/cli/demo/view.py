@@ -72,7 +72,7 @@ def program_name() -> str:
     """Return how this command is called from the working directory, such as ``.venv/bin/tesseract``."""
     path = Path(sys.argv[0])
     if not path.name.startswith("tesseract"):
-        return "python -m tesseract_async.cli"
+        return "python -m tesseract_async"
     found = shutil.which(path.name)
     if found is not None and Path(found).resolve() == path.resolve():
         return path.name

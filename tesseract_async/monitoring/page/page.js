@@ -420,9 +420,11 @@ function drawPeers() {
 function drawTrainers() {
   const trainers = Object.entries(state.losses);
   $("trainers").hidden = trainers.length === 0;
-  $("losses").replaceChildren(...trainers.map(([name, [step, loss]]) => {
+  $("losses").replaceChildren(...trainers.map(([name, [step, loss, leftOut]]) => {
     const row = element("tr");
-    row.append(element("td", name), element("td", number(step)), element("td", number(loss, 4)));
+    row.append(
+      element("td", name), element("td", number(step)), element("td", number(loss, 4)), element("td", number(leftOut)),
+    );
     return row;
   }));
 }

@@ -1,0 +1,153 @@
+"""Builds the experts of one `tesseract serve`, here or, with ``--shard``, in all processes of its job."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import torch
+
+from tesseract_async.cli.serve_options import ServeOptions
+from tesseract_async.experts.run import RUNS, SignedRun
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.server.contract import VolunteerSettings
+from tesseract_async.server.footprint import process_bytes
+from tesseract_async.server.registry import build_all, make_backend
+from tesseract_async.server.run_experts import build_run_backend
+
+if TYPE_CHECKING:
+    from tesseract_async.runtime.mesh import Spread
+    from tesseract_async.runtime.mesh_link import MeshLink
+
+
+AUTOCAST: Final = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_builder(serving: ServeOptions, limits: VolunteerSettings, *, keeps_learning_rate: bool) -> ExpertBuilder:
+    """Return what builds the experts. Blocking with ``--shard``. `keeps_learning_rate`: over a checkpoint's.
+
+    Raises: ValueError, TimeoutError, where they cannot be spread.
+    """
+    computing = {
+        "autocast": AUTOCAST[serving.autocast],
+        "compile_mode": serving.compile_mode,
+        "cuda_graphs": serving.cuda_graphs,
+        "own_options": ("lr",) if keeps_learning_rate else (),
+        "preferred_sizes": tuple(sorted(serving.preferred_sizes)),
+    }
+    limit = limits.max_memory_bytes
+    # what the process leaves; measured exactly later, but this is known before anything is built
+    max_bytes = None if limit is None else max(0, limit - process_bytes())
+    return (ExpertBuilder if serving.shard is None else SpreadBuilder)(serving, computing, max_bytes)
+
+
+class ExpertBuilder:
+    """Builds them in this process."""
+
+    spread: Spread | None = None
+    link: MeshLink | None = None
+    """To the other processes, where experts are spread."""
+
+    def __init__(self, serving: ServeOptions, computing: Mapping[str, Any], max_bytes: int | None) -> None:
+        """`computing`: how this computer computes (`BackendSettings`). `max_bytes`: of an expert; None: what fits."""
+        self._serving, self._computing, self._max_bytes = serving, computing, max_bytes
+        self.devices: Sequence[str] = serving.devices
+
+    async def build_all(
+        self, uids: Sequence[str], run: SignedRun | None, *, on_built: Callable[[], None]
+    ) -> dict[str, ExpertBackend]:
+        """Return them by uid. Raises: ValueError."""
+        name = self._serving.expert_class if run is None else run.manifest.expert
+        return await build_all(name, uids, lambda uid: self.build(uid, run), on_built=on_built)
+
+    def build(self, uid: str, run: SignedRun | None) -> ExpertBackend:
+        """Return one. Blocking. Raises: ValueError."""
+        serving = self._serving
+        if run is not None:
+            return build_run_backend(
+                run.manifest,
+                uid,
+                allowed_modules=serving.allowed_modules,
+                computing=self._computing,
+                max_bytes=self._max_bytes,
+                spread=self.spread,
+            )
+        return make_backend(
+            serving.expert_class,
+            optimizer=serving.optimizer,
+            learning_rate=serving.learning_rate,
+            max_batch_size=serving.max_batch_size,
+            # the same first weights at each start, others for each expert
+            seed=zlib.crc32(f"{serving.seed}/{uid}".encode()),
+            sizes=dict(serving.sizes),
+            settings=BackendSettings(**self._computing),
+            max_bytes=self._max_bytes,
+            spread=self.spread,
+        )
+
+
+class SpreadBuilder(ExpertBuilder):
+    """Builds them in all processes of a job, of which each makes one of these."""
+
+    link: MeshLink
+
+    def __init__(self, serving: ServeOptions, computing: Mapping[str, Any], max_bytes: int | None) -> None:
+        """Meet the others. Blocking. Raises: ValueError for an unknown plan, or without a job; TimeoutError."""
+        import torch.distributed as dist
+
+        if not dist.is_available():
+            raise ValueError("--shard needs a PyTorch with torch.distributed")
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from tesseract_async.runtime.mesh import Spread, join_job, link_of_job
+        from tesseract_async.runtime.mesh_plans import check_torch, find_plan
+
+        assert serving.shard is not None
+        check_torch()
+        plan = find_plan(serving.shard)
+        join_job(serving.stall_timeout)
+        self.link = link_of_job(serving.stall_timeout)
+        size = self.link.size
+        super().__init__(serving, computing, None if max_bytes is None else max_bytes * size)
+        on_gpu = "nccl" in str(dist.get_backend())
+        mesh = init_device_mesh("cuda" if on_gpu else "cpu", (size,), mesh_dim_names=("processes",))
+        self.spread = Spread(mesh, plan, serving.stall_timeout)
+        self.devices = [f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"]
+        self._index = self.link.add(self)
+
+    @property
+    def leads(self) -> bool:
+        """True in the process that has the node."""
+        return self.link.rank == 0
+
+    async def build_all(
+        self, uids: Sequence[str], run: SignedRun | None, *, on_built: Callable[[], None]
+    ) -> dict[str, ExpertBackend]:
+        """Return them by uid: one after another, as all processes do. Raises: ValueError; Overloaded."""
+        found = {}
+        for uid in uids:
+            found[uid] = await asyncio.to_thread(self.build, uid, run)
+            on_built()
+        return found
+
+    def build(self, uid: str, run: SignedRun | None) -> ExpertBackend:
+        """Return one, which all processes build. Blocking. Raises: ValueError; Overloaded."""
+        built: ExpertBackend = self.link.command(self._index, "build", [uid, None if run is None else run.blob])[0]
+        return built
+
+    def carry_out(self, name: str, args: Sequence[Any]) -> ExpertBackend | None:
+        """Build one, as the leader says."""
+        uid, blob = args
+        backend = super().build(uid, None if blob is None else RUNS.read(blob))
+        return backend if self.leads else None
+
+    def recover(self) -> None:
+        """Do nothing: what could not be built is not there."""
+
+    def follow(self) -> None:
+        """Do what the leader does, until it leaves."""
+        click.echo(f"process {self.link.rank} of {self.link.size} follows", err=True)
+        self.link.follow()

@@ -1,0 +1,186 @@
+"""`ExpertPool`: many experts as one layer, where a router of your own says which of them each row goes to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from operator import index as as_index
+from typing import Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.audits import Audits
+from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
+from tesseract_async.client.dispatch import StrictForward
+from tesseract_async.client.experience import experience_of
+from tesseract_async.client.isolated import NO_GRAD, isolated
+from tesseract_async.client.mixture import MixtureCall
+from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
+from tesseract_async.client.routing import Candidates, Indices, LiveGrid
+from tesseract_async.client.schema_vote import SchemaVote
+from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, MixtureSettings
+from tesseract_async.errors import ExpertNotFound, NotEnoughExperts, SchemaMismatch
+from tesseract_async.experts.grid import ExpertReplica, GridView
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.wire.codecs import settle
+from tesseract_async.wire.tensors import Structure, describe_schema, unflatten
+
+_NUM_LAYERS: Final = 1 << 16
+
+
+class ExpertPool(nn.Module):
+    """The experts ``uid_prefix.0``, ``uid_prefix.1`` and so on as one layer without local parameters. The prefix may
+    end in numbers, such as a layer's.
+
+    ::
+
+        pool = ta.ExpertPool(node, "qwen3.7", num_experts=128)
+        y = await pool(x, index, weights)    # x: [rows, width]; index, weights: [rows, k]
+
+    A row's result is the weighted sum of the answers of the experts that `index` names: of all of them, or the call
+    raises. So does backward, which trains the experts and gives the gradients of `x` and of `weights`. (A
+    `GatingFunction` goes on without experts that fail or are slow.) What fails at one replica is tried at the others;
+    an expert that several servers host is lost only with all of them.
+
+    Each server gets one message with each row once, however many of its experts see it. Copies made with
+    ``copy.deepcopy`` share the node. Use on the node's loop only; with a `BackgroundNode` calls are plain, from any
+    thread, several at once.
+    """
+
+    def __init__(
+        self,
+        node: Node | PlainCalls,
+        uid_prefix: str,
+        *,
+        num_experts: int,
+        options: CallOptions = DEFAULT_OPTIONS,
+        timeout: float = 30.0,
+        backward_timeout: float | None = None,
+    ) -> None:
+        """Does no I/O. All experts take one tensor and have one schema.
+
+        `timeout`: seconds for one call, all attempts together; `backward_timeout`: for a backward, where that differs.
+        Raises: ValueError.
+        """
+        super().__init__()
+        if (num_experts := as_index(num_experts)) < 1:
+            raise ValueError(f"num_experts is a positive number, not {num_experts}")
+        self.uid_prefix, self.num_experts = uid_prefix, num_experts
+        self._prefix, (*layer, _) = split_uid(f"{uid_prefix}.{num_experts - 1}")
+        # one size for all layers of a model, which the directory then reads once
+        self._layer, self._size = tuple(layer), (*(max(_NUM_LAYERS, at + 1) for at in layer), num_experts)
+        backward_timeout = timeout if backward_timeout is None else backward_timeout
+        self._settings = MixtureSettings(forward_timeout=timeout, backward_timeout=backward_timeout, calls=options)
+        self._node = node
+        self._experience = experience_of(node)
+        self._grid = LiveGrid(np.arange(num_experts, dtype=np.int64)[:, None], (num_experts,))
+        self._schemas = SchemaVote(self._experience, timeout=timeout)
+        self._view: tuple[GridView, dict[tuple[int, ...], Sequence[ExpertReplica]]] | None = None
+        """The latest one of the directory, and of it the replicas of these experts."""
+
+    def extra_repr(self) -> str:
+        """Prefix and size, for ``repr``."""
+        return f"{self.uid_prefix}, num_experts={self.num_experts}"
+
+    @property
+    def audits(self) -> Audits:
+        """The audits of this node's calls and their findings."""
+        return self._experience.audits
+
+    @uncompiled
+    def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Structure:
+        """For each row the sum of ``weights[row, j]`` times the answer of the expert ``index[row, j]``; await it.
+
+        `index` holds whole numbers below `num_experts`; weights are finite numbers of any sign, and travel in float32.
+        The result has the experts' dtypes. Reads grad mode, autocast and `training` now, not when awaited; under
+        autocast `x` is cast to the experts' dtype. `x` must not be changed in place before the result is there.
+        Cancelling cancels the work at the servers.
+
+        Raises at once: ValueError or TypeError for an index or weights that make no sense; RuntimeError inside
+        ``torch.utils.checkpoint`` and torch.func, and if the node is not running. The awaitable raises: SchemaMismatch
+        before anything is sent, if `x` does not fit; NotEnoughExperts, which names the experts that did not answer, and
+        why.
+        """
+        refuse_wrappers()
+        check_running(self._node)
+        self._check(x, index, weights)
+        arguments = Arguments.now((x,), {}, training=self.training)
+        pairs = self._pairs(index.cpu().numpy())
+        index = index.to(weights.device, torch.int64)
+        values = weights.new_zeros(len(index), self.num_experts, dtype=torch.float32)
+        values = values.scatter_add(1, index, weights.float())  # an expert that a row names twice is asked once
+        return deliver(self._node, isolated(self._call(arguments, values, pairs), modes=NO_GRAD))
+
+    def _check(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise TypeError(f"an index of experts holds whole numbers, not {index.dtype}")
+        if not weights.is_floating_point():
+            raise TypeError(f"weights are floating-point numbers, not {weights.dtype}")
+        if not len(x.shape) or index.dim() != 2 or index.shape != weights.shape or len(index) != len(x):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, index, weights))
+            raise ValueError(f"x, index and weights are [rows, ...], [rows, k] and [rows, k]; got {shapes}")
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.num_experts):
+            raise ValueError(f"the experts of {self.uid_prefix} have the numbers 0 to {self.num_experts - 1}")
+        if not bool(torch.isfinite(weights).all()):
+            raise ValueError("weights are finite numbers")
+
+    @staticmethod
+    def _pairs(index_RK: Indices) -> list[tuple[int, Indices]]:
+        """The experts that are named, ascending, each with its rows, ascending."""
+        num_rows, k = index_RK.shape
+        cells = np.unique(index_RK.astype(np.int64) * num_rows + np.arange(num_rows)[:, None])
+        if not len(cells):
+            return []
+        experts, starts = np.unique(cells // num_rows, return_index=True)
+        return list(zip(experts.tolist(), np.split(cells % num_rows, starts[1:]), strict=True))
+
+    async def _call(self, arguments: Arguments, values: torch.Tensor, pairs: list[tuple[int, Indices]]) -> Structure:
+        mode, settings = arguments.mode, self._settings
+        candidates = await self._candidates()
+        if pairs and not any(candidates.replicas_of(expert) for expert, _ in pairs):
+            uids = [candidates.uid(expert) for expert, _ in pairs]
+            errors = {uid: ExpertNotFound(f"no live server hosts the expert {uid}") for uid in uids}
+            raise NotEnoughExperts(None, len(values), errors)
+        is_hosted = torch.zeros(1, self.num_experts, device="cpu")
+        for expert, _ in pairs:
+            is_hosted[0, expert] = bool(candidates.replicas_of(expert))
+        schema = await self._schemas.schema(candidates, is_hosted, arguments)
+        if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
+            raise SchemaMismatch(
+                f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: whole numbers can't be "
+                "weighted"
+            )
+        inputs = arguments.fit(schema, f"the pool {self.uid_prefix}")
+        settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
+        dispatch = StrictForward(candidates, pairs, len(values), timeout=settings.forward_timeout)
+        call = MixtureCall(dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False)
+        try:
+            *sums, _ = await remote_call(
+                call, [*inputs, values], versions=arguments.versions, differentiable=mode.differentiable
+            )
+        except NotEnoughExperts as error:
+            if any(isinstance(one, SchemaMismatch) for one in error.errors.values()):
+                self._schemas.known = None  # they may be other experts now
+            raise
+        with torch.set_grad_enabled(mode.differentiable):
+            specs = zip(sums, schema.output_specs, strict=True)
+            return unflatten(schema.outputs, [total.to(spec.dtype) for total, spec in specs])
+
+    async def _candidates(self) -> Candidates:
+        """All experts; those that nobody is known to host have no replicas, and are looked up when they are asked."""
+        directory = self._experience.node.directory
+        view = directory.live(self._prefix, self._size)
+        if view is None:
+            directory.watch(self._prefix, self._size)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.forward_timeout):
+                    await directory.wait_warm(self._prefix)
+            view = directory.live(self._prefix, self._size)
+        if view is not None and (self._view is None or self._view[0] is not view):
+            found = ((expert, view.replicas.get((*self._layer, expert))) for expert in range(self.num_experts))
+            self._view = view, {(expert,): replicas for expert, replicas in found if replicas}
+        return Candidates(self.uid_prefix, self._grid, {} if self._view is None else self._view[1])

@@ -1,0 +1,302 @@
+"""One message per server: the calls of a pass grouped by who is asked, and who is asked next. Pure: no loop, no clock.
+
+`dispatch` decides which experts a pass asks about which rows; `Grouping` decides at which server. All that go to one
+server at one moment become one `Request`. It is answered in parts, each of them about some of its experts: those are
+settled, and what is asked again elsewhere names the others only. The rows of a call are never split or put together
+with others', so that what identifies it holds wherever it is sent.
+
+In forward any replica may answer; the next one is asked when one fails, or is slower than it usually is. In backward
+the primary does; where it fails, the expert is looked up anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from tesseract_async.client.dispatch import CallsUnderWay, ExpertCall
+from tesseract_async.client.latency import BLOCK_SECONDS
+from tesseract_async.errors import (
+    ConnectionLost,
+    ExpertNotFound,
+    InputsForgotten,
+    NotAllowed,
+    NotPrimary,
+    Overloaded,
+    PeerUnreachable,
+    ProtocolError,
+    RemoteError,
+    SchemaMismatch,
+    TesseractError,
+    UnknownMethod,
+)
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire.apply import MAX_EXPERTS
+
+REPLICA_FAULTS: Final = (
+    *(PeerUnreachable, ConnectionLost, ProtocolError),
+    *(ExpertNotFound, UnknownMethod, TimeoutError),
+)
+"""Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
+MAX_LOOKUPS: Final = 5
+"""An expert is looked up anew so often at most."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether the same call may well succeed elsewhere or later: not what the expert itself says no to."""
+    return isinstance(error, REPLICA_FAULTS) or (isinstance(error, RemoteError) and error.retryable)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One message to one server."""
+
+    asked: dict[ExpertCall, ExpertReplica]
+    """Its calls, each with the replica that is asked."""
+    sent: float
+    open: dict[ExpertCall, ExpertReplica] = field(init=False)
+    """Those that are not settled and have not failed here."""
+    hedge_at: float = math.inf
+    """When others are asked what is still open."""
+
+    def __post_init__(self) -> None:
+        self.open = dict(self.asked)
+
+    @property
+    def peer(self) -> PeerAddress:
+        """The server."""
+        return next(iter(self.asked.values())).peer
+
+
+class Step(NamedTuple):
+    """The things to do now."""
+
+    send: Sequence[Request]
+    cancel: Sequence[Request]
+    """Nothing is open in them any more."""
+    look_up: Sequence[ExpertCall]
+    """`Grouping.found` should be told who hosts these now."""
+
+
+@dataclass(slots=True, eq=False)
+class _Search:
+    """One call on its way from replica to replica."""
+
+    known: Sequence[ExpertReplica] = ()
+    left: list[ExpertReplica] = field(default_factory=list)
+    """Those to ask next."""
+    requests: list[Request] = field(default_factory=list)
+    """Those in which it is open."""
+    error: BaseException | None = None
+    """The first one."""
+    strange: list[tuple[ExpertReplica, SchemaMismatch]] = field(default_factory=list)
+    """Replicas that take something else."""
+    num_lookups: int = 0
+    look_up_at: float = -math.inf
+    is_redirected: bool = False
+    is_forgotten: bool = False
+
+
+class Grouping:
+    """The messages of one pass. `step` says what to do; tell it what came of that."""
+
+    def __init__(
+        self,
+        calls: CallsUnderWay,
+        *,
+        rank: Callable[[ExpertCall, Sequence[ExpertReplica] | None, float], Sequence[ExpertReplica]],
+        key: Callable[[ExpertCall, ExpertReplica], Hashable],
+        hedge_after: Callable[[ExpertReplica], float],
+        is_strict: bool = False,
+    ) -> None:
+        """`calls`: which are to be made. `rank(call, found, now)`: the replicas that may answer, in the order in which
+        to ask them, of those just found, or (None) of those known; it may raise a TesseractError. `key`: calls whose
+        keys are equal may travel in one message. `hedge_after`: seconds after which another replica is asked, too.
+        With `is_strict`, experts are looked up anew in forward, too."""
+        self.calls = calls
+        self._rank, self._key, self._hedge_after = rank, key, hedge_after
+        self._takes_any = calls.direction == "forward"
+        self._looks_up = is_strict or not self._takes_any
+        self._searches: dict[ExpertCall, _Search] = {}
+        self._due: dict[ExpertCall, None] = {}
+        """Calls to be sent to their next replica."""
+        self._pausing: dict[ExpertCall, float] = {}
+        """When these are to be looked up."""
+        self._open: dict[Request, None] = {}
+        self._cancel: list[Request] = []
+        self._strange: list[tuple[ExpertReplica, SchemaMismatch]] = []
+
+    def rivals(self, request: Request) -> list[ExpertReplica]:
+        """Return the replicas asked in a backward, and others that say that they are the primary of such an expert."""
+        if self._takes_any:
+            return []
+        known = (self._searches[call].known for call in request.open)
+        others = (one for replicas in known for one in replicas if one.primary and one.peer != request.peer)
+        return [*request.open.values(), *others]
+
+    def take_strange(self) -> list[tuple[ExpertReplica, SchemaMismatch]]:
+        """Return, once, the replicas that refused what another one of the same expert answered, and how."""
+        strange, self._strange = self._strange, []
+        return strange
+
+    def timer_at(self) -> float:
+        """Return when to ask `step` next if nothing happens before. Each event may change it."""
+        hedge_at = min((request.hedge_at for request in self._open), default=math.inf)
+        return min(self.calls.timer_at(), hedge_at, min(self._pausing.values(), default=math.inf))
+
+    def step(self, now: float, *, stalled: float = 0.0) -> Step:
+        """Decide, after any event or when the timer is due. `stalled`: see `CallsUnderWay.calls_to_send`."""
+        send: list[Request] = []
+        while True:
+            for call in self.calls.calls_to_send(now, stalled=stalled):
+                search = self._searches[call] = _Search()
+                self._take(call, search, None, now)
+            if self.calls.is_over:
+                return Step((), (), ())
+            for request in self._open:
+                if now >= request.hedge_at:
+                    request.hedge_at = math.inf
+                    self._due |= dict.fromkeys(call for call in request.open if self._searches[call].left)
+            if not self._due:
+                break
+            send += self._group(now)
+        look_up = [call for call, at in self._pausing.items() if at <= now]
+        for call in look_up:
+            del self._pausing[call]
+        cancel, self._cancel = self._cancel, []
+        return Step(send, cancel, look_up)
+
+    def part(
+        self,
+        request: Request,
+        settled: Collection[ExpertCall],
+        errors: Mapping[ExpertCall, BaseException],
+        now: float,
+    ) -> bool:
+        """A part came: one sum over the answers of `settled`; the calls in `errors` failed.
+
+        Returns whether the sum counts: not if it holds an answer that came from elsewhere meanwhile, or one that must
+        not count (it is in `errors`, too). The others are asked again then.
+        """
+        counts = all(call in request.open and call not in errors for call in settled)
+        for call in settled:
+            if call in errors or (replica := request.open.pop(call, None)) is None:
+                continue
+            search = self._searches[call]
+            search.requests.remove(request)
+            if counts:
+                self._give_up(call, search)
+                self._strange += search.strange
+                self.calls.answered(call, now)
+            else:
+                search.left.insert(0, replica)
+                self._due[call] = None
+        for call, error in errors.items():
+            if (replica := request.open.pop(call, None)) is not None:
+                self._failed(call, request, replica, error, now)
+        return counts
+
+    def ended(self, request: Request, error: BaseException | None, now: float) -> None:
+        """A reply came to its end, or (with `error`) will not."""
+        self._open.pop(request, None)
+        for call, replica in request.open.items():
+            silent = error or ProtocolError(f"the reply ended without a word about {call.uid}")
+            self._failed(call, request, replica, silent, now)
+        request.open.clear()
+
+    def found(self, call: ExpertCall, replicas: Sequence[ExpertReplica], now: float) -> None:
+        """The replicas of a call that was to be looked up; none if that failed, too."""
+        if (search := self._searches.get(call)) is not None:
+            search.num_lookups = search.num_lookups + 1 if replicas else MAX_LOOKUPS
+            self._take(call, search, replicas, now)
+
+    def _take(self, call: ExpertCall, search: _Search, found: Sequence[ExpertReplica] | None, now: float) -> None:
+        """Go on with these replicas."""
+        try:
+            search.known = self._rank(call, found, now)
+        except TesseractError as error:
+            search.known, search.error = (), search.error or error
+        strange = [replica.peer for replica, _ in search.strange]
+        search.left = [replica for replica in search.known if replica.peer not in strange]
+        if not self._takes_any:
+            del search.left[1:]
+        self._due[call] = None
+
+    def _group(self, now: float) -> list[Request]:
+        due, self._due = self._due, {}
+        groups: dict[Hashable, list[tuple[ExpertCall, ExpertReplica]]] = {}
+        named: set[tuple[Hashable, int]] = set()
+        for call in due:
+            if (search := self._searches.get(call)) is None:
+                continue
+            if search.left:
+                replica = search.left.pop(0)
+                key = self._key(call, replica)
+                if (key, call.expert) in named:  # it was asked about other rows, too
+                    key = key, call
+                named.add((key, call.expert))
+                groups.setdefault(key, []).append((call, replica))
+            elif not search.requests and call not in self._pausing:
+                self._exhausted(call, search, now)
+        requests = []
+        for asked in groups.values():
+            for start in range(0, len(asked), MAX_EXPERTS):
+                request = Request(dict(asked[start : start + MAX_EXPERTS]), now)
+                requests.append(request)
+                self._open[request] = None
+                for call, replica in request.asked.items():
+                    search = self._searches[call]
+                    search.requests.append(request)
+                    if search.left and self._takes_any:
+                        after = now + self._hedge_after(replica)
+                        request.hedge_at = after if request.hedge_at == math.inf else max(after, request.hedge_at)
+        return requests
+
+    def _exhausted(self, call: ExpertCall, search: _Search, now: float) -> None:
+        """All replicas known were asked, to no avail."""
+        if self._looks_up and search.num_lookups < MAX_LOOKUPS and search.look_up_at < self.calls.deadline:
+            pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
+            self._pausing[call] = max(now + pause, search.look_up_at)
+        else:
+            self._fail(call, search, now)
+
+    def _failed(
+        self, call: ExpertCall, request: Request, replica: ExpertReplica, error: BaseException, now: float
+    ) -> None:
+        """A replica did not answer."""
+        search = self._searches[call]
+        search.requests.remove(request)
+        search.error = search.error or error
+        self._due[call] = None
+        if isinstance(error, SchemaMismatch):
+            search.strange.append((replica, error))
+        elif isinstance(error, InputsForgotten) and not search.is_forgotten:
+            search.is_forgotten = True
+            search.left.insert(0, replica)
+        elif not may_pass(error) and not (isinstance(error, NotAllowed) and not self._takes_any):
+            self._fail(call, search, now)
+        elif isinstance(error, Overloaded | NotPrimary):
+            named = [one for one in search.known if isinstance(error, NotPrimary) and one.peer.peer_id == error.primary]
+            if named and named[0] is not replica and not search.is_redirected:
+                # only if the directory knows it, so that a server that lies can't send anybody to strangers
+                search.is_redirected = True
+                search.left = named
+            else:
+                search.is_redirected = False
+                search.look_up_at = now + max(error.retry_after, BLOCK_SECONDS)
+
+    def _fail(self, call: ExpertCall, search: _Search, now: float) -> None:
+        self._give_up(call, search)
+        self.calls.failed(call, now, search.error or ExpertNotFound(f"no live server hosts the expert {call.uid}"))
+
+    def _give_up(self, call: ExpertCall, search: _Search) -> None:
+        """It is over for this call, wherever else it is open."""
+        del self._searches[call]
+        for request in search.requests:
+            del request.open[call]
+            if not request.open:
+                del self._open[request]
+                self._cancel.append(request)

@@ -1,0 +1,65 @@
+"""ProgressOf: publishes a trainer's loss for each grid that its module uses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from torch import nn
+
+from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.errors import TesseractError, describe
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.progress import publish_progress
+from tesseract_async.node import TesseractNode
+
+logger = logging.getLogger(__name__)
+
+PERIOD = 5.0
+"""Seconds between two publications."""
+MAX_GRIDS = 16
+"""Grids of one module that are told of."""
+
+
+class ProgressOf:
+    """Publishes the mean loss since the last time, every `PERIOD` seconds, while losses come. Lives on one loop."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        """Find the grids of the module's gates and experts; None: nothing is published."""
+        self._grids: dict[str, TesseractNode] = {}
+        for part in () if module is None else module.modules():
+            if isinstance(part, GatingFunction | RemoteExpert) and isinstance(part.node, TesseractNode):
+                prefix = part.uid_prefix if isinstance(part, GatingFunction) else split_uid(part.uid)[0]
+                if len(self._grids) < MAX_GRIDS:
+                    self._grids[prefix] = part.node
+        self._step, self._losses = 0, list[float]()
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, step: int, loss: float) -> None:
+        """Count the loss of a step."""
+        if self._grids:
+            self._step = step
+            self._losses.append(loss)
+            if self._task is None:
+                self._task = asyncio.get_running_loop().create_task(self._publish(), name="trainer: progress")
+
+    async def aclose(self) -> None:
+        """Stop."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _publish(self) -> None:
+        while True:
+            if self._losses:
+                mean = sum(self._losses) / len(self._losses)
+                self._losses.clear()
+                for prefix, node in self._grids.items():
+                    try:
+                        await publish_progress(node, prefix, step=self._step, loss=mean)
+                    except (TesseractError, TimeoutError, RuntimeError) as error:
+                        logger.info("the loss could not be published: %s", describe(error))
+            await asyncio.sleep(PERIOD)
