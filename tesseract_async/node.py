@@ -165,7 +165,8 @@ class TesseractNode(Uncopied):
         self._port = port
         self._public = public
         self._upnp = upnp
-        self._throttle = throttle
+        self.throttle = throttle
+        """The limits that all connections together keep to; None: none."""
         self._max_receive_bytes = max_receive_bytes
         self._security = security
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
@@ -303,7 +304,7 @@ class TesseractNode(Uncopied):
             public=self._public,
             upnp=self._upnp,
             settings=self._reach_settings,
-            throttle=self._throttle,
+            throttle=self.throttle,
         )
         return _Started(asyncio.get_running_loop(), address, endpoint, reach)
 
