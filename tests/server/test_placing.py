@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 
 import tesseract_async as ta
@@ -32,6 +33,7 @@ async def test_a_run_shares_itself_out_and_a_killed_server_is_made_up_for() -> N
             await until(lambda: all(one.losses >= 2 for one in standings(rest, 4)))
 
 
+@pytest.mark.slow
 async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor() -> None:
     run = make_run(1, num_replicas=2)
     async with contextlib.AsyncExitStack() as stack:
