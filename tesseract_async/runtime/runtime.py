@@ -107,6 +107,7 @@ class TesseractRuntime(Uncopied):
         self._posted: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._delivers = False  # True if the loop was woken for what is posted
         self._num_gathering = 0
+        self._gathers = False  # until the end of this turn
         self._closing = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -290,6 +291,20 @@ class TesseractRuntime(Uncopied):
             self._num_gathering -= 1
             with self._lock:
                 self._wake_thread()
+
+    def gather_turn(self) -> None:
+        """As `gathering`, until the end of this turn of the loop: the calls of those who were answered together come
+        together, too."""
+        if not self._gathers and self._loop is not None:
+            self._gathers = True
+            self._num_gathering += 1
+            self._loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._gathers = False
+        self._num_gathering -= 1
+        with self._lock:
+            self._wake_thread()
 
     def hold(self, peer: Hashable, num_bytes: int) -> None:
         """See `Batcher.hold`."""
