@@ -44,6 +44,7 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import encode, largest_state
 from tesseract_async.server.fetching import SealFetcher
+from tesseract_async.server.fragments import FragmentBackend
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
@@ -620,7 +621,9 @@ class Tenures:
                 if not tenure.is_primary(now) or (expert.hosted is None and tenure.held is None):
                     continue
                 is_new = tenure.held is None or tenure.term is None or tenure.held.term != tenure.term.digest
-                if is_new or now - expert.sealed_at >= self.sync_every(expert.authority):
+                hosted = expert.hosted
+                at_once = hosted is not None and isinstance(hosted.backend, FragmentBackend) and self._has_moved(expert)
+                if is_new or at_once or now - expert.sealed_at >= self.sync_every(expert.authority):
                     if not is_new and tenure.is_content and not self._has_moved(expert):
                         expert.sealed_at = now  # a Seal would say nothing
                         continue
