@@ -79,7 +79,8 @@ ERRORS = {
     "final": ExpertFailed("script"),
     "schema": SchemaMismatch("script"),
     "full": Overloaded("script", retry_after=0.3),
-    "elsewhere": NotPrimary("script", primary="2", retry_after=0.2),  # type: ignore[arg-type]
+    "at 1": NotPrimary("script", primary="1", retry_after=0.2),  # type: ignore[arg-type]
+    "at 2": NotPrimary("script", primary="2", retry_after=0.2),  # type: ignore[arg-type]
     "forgotten": InputsForgotten("script"),
 }
 
@@ -193,9 +194,9 @@ class GroupingMachine(RuleBasedStateMachine):
         elif kind == "final":
             self.fail(call)
             return
-        elif kind == "elsewhere" and "2" in told.known and name != "2" and not told.redirected:
-            told.redirected, told.left = True, ["2"]
-        elif kind in ("full", "elsewhere"):
+        elif kind.startswith("at") and kind[3:] in told.known and name != kind[3:] and not told.redirected:
+            told.redirected, told.left = True, [kind[3:]]
+        elif kind == "full" or kind.startswith("at"):
             told.redirected, told.look_up_at = False, self.now + (0.3 if kind == "full" else 0.2)
         self.due.append(call)
 
