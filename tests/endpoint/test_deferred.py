@@ -79,7 +79,8 @@ async def test_what_it_raises_reaches_the_caller(caplog: pytest.LogCaptureFixtur
 
 async def test_a_caller_that_leaves_or_is_too_late_cancels_it() -> None:
     async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
-        answers = Answers(server)
+        answers, unhandled = Answers(server), list[object]()
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
         task = asyncio.create_task(call(client, address))
         await until(lambda: len(answers.futures) == 1)
         task.cancel()
@@ -90,6 +91,7 @@ async def test_a_caller_that_leaves_or_is_too_late_cancels_it() -> None:
         for future in answers.futures:  # computed all the same: nobody waits for it
             future.set_result(Message())
         assert (await client.call(address, "echo", 1, timeout=30)).body == 1
+        assert not unhandled
 
 
 async def test_it_is_cancelled_with_its_connection() -> None:

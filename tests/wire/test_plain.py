@@ -73,5 +73,8 @@ def test_usual_tensors_are_plain_and_others_are_not() -> None:
     assert unpack_plain(metas, received, [spec], num_rows=3) is None
     assert unpack_plain(metas, buffers, [spec]) is None, "not ours to write"
     assert unpack_plain([["float32", [0, 4], "none"]], [memoryview(b"")], [spec]) is None
+    assert unpack_plain([["float32", [2, 2, 2], "none"]], received, [spec]) is None, "as many bytes"
+    assert unpack_plain(metas, [memoryview(bytearray(36))], [spec]) is None, "more bytes"
+    assert unpack_plain([["float64", [1, 4], "none"]], received, [spec], num_rows=1) is None
     assert unpack_plain(metas * 2, received * 2, [spec, TensorSpec((4,), torch.float64)]) is None
     assert DTYPE_NAMES[spec.dtype] == metas[0][0]  # type: ignore[index]
