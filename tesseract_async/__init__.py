@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tesseract_async.runtime.runtime import TesseractRuntime as TesseractRuntime
     from tesseract_async.server.registry import expert_builder as expert_builder
     from tesseract_async.server.server import TesseractServer as TesseractServer
+    from tesseract_async.shared_parameters import SharedParameters as SharedParameters
     from tesseract_async.wire.tensors import TensorSpec as TensorSpec
 
 __version__ = "0.1.0"
@@ -61,6 +62,8 @@ _HOMES = {
     "MeshBackend": "runtime.mesh",
     "TesseractRuntime": "runtime.runtime",
     "TesseractServer": "server.server",
+    "holding": "server.holder",
+    "SharedParameters": "shared_parameters",
     "TensorSpec": "wire.tensors",
 }
 _MODULES = ("errors", "testing")

@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharing": LOWER | {"runtime"},
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
+    "shared_parameters": LOWER
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER

@@ -167,6 +167,18 @@ class BackgroundNode(PlainCalls):
             future.cancel()
             raise
 
+    def begin(self, coroutine: Coroutine[object, object, None]) -> None:
+        """Have the coroutine, which raises nothing, run on the node's loop, and do not wait for it.
+
+        Raises: RuntimeError as `run`.
+        """
+        try:
+            loop = self.check()
+        except RuntimeError:
+            coroutine.close()
+            raise
+        asyncio.run_coroutine_threadsafe(coroutine, loop)
+
     @property
     def node(self) -> TesseractNode:
         """The node itself, for coroutines that run on its loop (see `run`). Raises: RuntimeError if not running."""

@@ -79,6 +79,10 @@ class PlainCalls(Uncopied):
         """The coroutine's result; blocks meanwhile."""
         raise NotImplementedError
 
+    def begin(self, coroutine: Coroutine[object, object, None]) -> None:
+        """Have the coroutine run on the node's loop, and do not wait for it."""
+        raise NotImplementedError
+
 
 def check_running(given: Node | PlainCalls) -> None:
     """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""

@@ -21,6 +21,8 @@ from tesseract_async.identity import PeerID, SignedRecord
 from tesseract_async.network.entries import key_digest
 from tesseract_async.wire.heads import MAX_GRANTS
 
+SHARED: Final = "-shared"
+"""Behind a run's prefix: the prefix of the fragments that its parameters are shared in."""
 _BEGINNINGS = {0xC4: 2, 0xC5: 3}
 """Bytes of msgpack before those of a byte string: of up to 255, and of more."""
 _READ: Final[Mapping[bytes, Callable[[object], Manifest | PlacePart]]] = {
@@ -55,7 +57,8 @@ def belongs_under_its_key(record: SignedRecord) -> bool:
         grant = GRANTS.read(manifest.grant)
     except (ProtocolError, ValueError, msgpack.UnpackException):
         return False
-    of_run = grant.run_id == tag.run_id(manifest.prefix) and grant.root == tag.owner
+    prefixes = {manifest.prefix, manifest.prefix.removesuffix(SHARED)}
+    of_run = grant.run_id in map(tag.run_id, prefixes) and grant.root == tag.owner
     return of_run and grant.peer == record.owner and bool(grant.roles & ROLES["host"])
 
 
@@ -80,10 +83,12 @@ class Trust:
 
     def add(self, authority: Authority) -> None:
         """Take part in this run from now on. Raises: ValueError if another run has the prefix already."""
-        known = self._runs.setdefault(authority.prefix, authority)
-        if known.run_id != authority.run_id:
-            raise ValueError(f"uids of {authority.prefix!r} are those of the run {known.run.full_name} at this node")
-        self._runs[authority.prefix] = authority
+        prefixes = (authority.prefix, authority.prefix + SHARED)
+        for prefix in prefixes:
+            known = self._runs.get(prefix, authority)
+            if known.run_id != authority.run_id:
+                raise ValueError(f"uids of {prefix!r} are those of the run {known.run.full_name} at this node")
+        self._runs |= dict.fromkeys(prefixes, authority)
 
     def authority(self, prefix: str) -> Authority | None:
         """The run whose uids begin with this prefix; None where they are bare."""
@@ -110,7 +115,7 @@ class Trust:
 
     def shown(self) -> list[bytes]:
         """The grants that the node shows to every peer that it connects to."""
-        return [blob for blob in map(self.own_grant, self._runs) if blob][:MAX_GRANTS]
+        return [blob for blob in dict.fromkeys(map(self.own_grant, self._runs)) if blob][:MAX_GRANTS]
 
     def introduced(self, peer_id: PeerID, grants: Sequence[bytes]) -> None:
         """Learn the grants that `peer_id`, which has proved its identity, shows."""

@@ -46,6 +46,7 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     # experts that this node hosts
     "runtime_batch_rows": ("rows", "Rows of each batch, by direction (`forward` or `backward`)."),
     "runtime_batch_seconds": ("seconds", "Time that each batch took on its device, by direction."),
+    "runtime_grouped_batches": ("batches", "Batches computed in one pass with other experts', by direction."),
     "runtime_failures": ("requests", "Requests whose computation failed."),
     "expert_staleness_steps": ("steps", "Optimizer steps that an expert took between a forward and its backward."),
     "checkpoints_failed": ("rounds", "Times that writing the checkpoints failed."),
@@ -53,6 +54,10 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "manifest_stores_failed": ("stores", "Attempts to publish this server's manifest that no node accepted."),
     "states_pulled": ("states", "States of experts fetched from their primaries."),
     "experts_taken_over": ("experts", "Experts of which this server became the primary."),
+    "run_experts_led": ("experts", "Experts of a run that this member leads."),
+    "run_experts_held": ("experts", "Experts of a run of which this member has a state, computed or as a file alone."),
+    "run_experts_lost": ("experts", "Experts of a run that had a state, and of which no member has one now."),
+    "experts_restarted": ("experts", "Lost experts that this member began anew."),
     "lineage_forks": ("terms", "Times that an expert of a run continued without steps that another server had taken."),
     "primaries_disputed": ("servers", "Other servers that claim to be primary of an expert which this server trains."),
     "experts_given_up": ("experts", "Experts of which this server stopped being the primary."),

@@ -239,6 +239,10 @@ class ExpertBackend:
         """Return whether a request's random numbers are its own, so that it is computed alone."""
         return self._runner.is_stochastic(training)
 
+    def may_be_grouped(self, training: bool) -> bool:
+        """Return whether its module was seen to do nothing but compute its outputs from inputs, weights and buffers."""
+        return self._runner.only_computes(training)
+
     @property
     def merges_backward(self) -> bool:
         """True if backwards may be computed together."""
@@ -310,24 +314,11 @@ class ExpertBackend:
         leaves = leaves_of(inputs)
         sources = leaves + self.parameters
         outputs = self._runner.run(leaves, training=training, seed=seed, gradients=True)
-        roots: list[torch.Tensor] = []
-        seeds: list[torch.Tensor] = []
-        for output, gradient in zip(outputs, weighted(output_gradients, weights), strict=True):
-            if gradient is not None and output.requires_grad:
-                if gradient.shape != output.shape or gradient.is_complex() != output.is_complex():
-                    raise ValueError(f"a gradient of {gradient.shape} for an output of {output.shape}")
-                roots.append(output)
-                seeds.append(gradient)
-        wanted = [one for one in sources if one.requires_grad]  # not before: the module itself may freeze parameters
-        found: Sequence[torch.Tensor | None] = [None] * len(wanted)
-        if roots and wanted:
-            if seed is not None and self.is_stochastic(training):
-                with randomness.seeded(seed, backward=True):
-                    found = self._backpropagate(roots, seeds, wanted)
-            else:
-                found = self._backpropagate(roots, seeds, wanted)
-        remaining = iter(found)
-        gradients = [next(remaining) if one.requires_grad else None for one in sources]
+        if seed is not None and self.is_stochastic(training):
+            with randomness.seeded(seed, backward=True):
+                gradients = backpropagate(outputs, weighted(output_gradients, weights), sources, self._backpropagate)
+        else:
+            gradients = backpropagate(outputs, weighted(output_gradients, weights), sources, self._backpropagate)
         of_inputs = gradients[: len(leaves)]
         if weights is not None:
             of_inputs.append(weight_gradients(outputs, output_gradients, weights))
@@ -336,16 +327,7 @@ class ExpertBackend:
     def _backpropagate(
         self, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
     ) -> Sequence[torch.Tensor | None]:
-        """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
-        return _engine_run_backward(
-            tuple(outputs),
-            tuple(gradients),
-            False,
-            False,
-            tuple(sources),
-            allow_unreachable=True,
-            accumulate_grad=False,
-        )
+        return run_engine(outputs, gradients, sources)
 
     def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
         """Take these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
@@ -354,19 +336,28 @@ class ExpertBackend:
         Raises what the optimizer raises; the expert's state is then undefined.
         """
         if self.optimizer is not None:
-            gathered, settings = self._gathered, self.settings
-            if settings.step_every == 1 and not settings.trim_peers and not gathered.num_batches:
+            gathered = self._gathered
+            if self.steps_at_once:
                 self._take_step(gradients)
             else:
                 gathered.add(gradients, peer)
                 if gathered.is_enough:
                     self._take_step(gathered.take() or ())
+        self._journal(call_ids)
+        return self.version
+
+    @property
+    def steps_at_once(self) -> bool:
+        """True if the next gradients are a step of their own."""
+        settings = self.settings
+        return settings.step_every == 1 and not settings.trim_peers and not self._gathered.num_batches
+
+    def _journal(self, call_ids: Sequence[bytes]) -> None:
         for call_id in call_ids:
             self.applied[call_id] = self.version
         while len(self.applied) > states.JOURNAL_LENGTH:
             self.applied.popitem(last=False)
             self.num_bare = max(0, self.num_bare - 1)
-        return self.version
 
     # What `gradients` returned for the parameters is the backend's own: its owner adds, judges and scales it by these.
 
@@ -402,6 +393,9 @@ class ExpertBackend:
     def _take_step(self, gradients: Gradients) -> None:
         assert self.optimizer is not None
         self._apply(self.optimizer, gradients)
+        self._count_step()
+
+    def _count_step(self) -> None:
         self.version += 1
         if self.scheduler is not None:
             try:
@@ -486,3 +480,52 @@ class ExpertBackend:
         if version is None and call_id in self._bare:
             version = self.applied.get(call_id)
         return version
+
+
+def step_together(steps: Sequence[tuple[ExpertBackend, Gradients, Sequence[bytes]]]) -> None:
+    """Do what `ExpertBackend.step` does for each of these experts, whose optimizers are of one rule, in one step.
+
+    Each must step at once (`steps_at_once`). Raises what an optimizer raises; their state is then undefined.
+    """
+    optimizers.take_steps(
+        [backend.optimizer for backend, _, _ in steps if backend.optimizer is not None],
+        [gradients for _, gradients, _ in steps],
+        steps[0][0].settings.clip_gradient_norm,
+    )
+    for backend, _, call_ids in steps:
+        backend._count_step()
+        backend._journal(call_ids)
+
+
+def backpropagate(
+    outputs: Sequence[torch.Tensor],
+    output_gradients: Gradients,
+    sources: Sequence[torch.Tensor],
+    run: Callable[..., Sequence[torch.Tensor | None]],
+) -> list[torch.Tensor | None]:
+    """Return the gradients of `sources`, None for those that have none. Raises: ValueError for one that fits no output.
+
+    `run`: does it for outputs and sources that require gradients.
+    """
+    roots: list[torch.Tensor] = []
+    seeds: list[torch.Tensor] = []
+    for output, gradient in zip(outputs, output_gradients, strict=True):
+        if gradient is not None and output.requires_grad:
+            if gradient.shape != output.shape or gradient.is_complex() != output.is_complex():
+                raise ValueError(f"a gradient of {gradient.shape} for an output of {output.shape}")
+            roots.append(output)
+            seeds.append(gradient)
+    wanted = [one for one in sources if one.requires_grad]  # not before: the module itself may freeze parameters
+    if not roots or not wanted:
+        return [None] * len(sources)
+    found = iter(run(roots, seeds, wanted))
+    return [next(found) if one.requires_grad else None for one in sources]
+
+
+def run_engine(
+    outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
+    return _engine_run_backward(
+        tuple(outputs), tuple(gradients), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
+    )

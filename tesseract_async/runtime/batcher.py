@@ -26,6 +26,11 @@ Convoys
     its whole cost. And short batches whose answers lead to long ones (forwards, to backwards) have a head start, so
     that crowds meet where they are taken apart most slowly.
 
+Groups
+    Batches of several queues may be computed in one pass, where their owner has put these queues into one group. A pass
+    holds nothing but what would have come next anyway, in the same order, and no more than a moment's work; less where
+    several accounts use the device, so that one whose turn it would be waits no longer than for a batch.
+
 Queues are heaps; the entry of a request that leaves early stays until it comes to the top or most entries are stale.
 Adding and dispatching a request costs some microseconds, whatever the number of experts.
 """
@@ -35,7 +40,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final, NamedTuple
@@ -58,6 +63,15 @@ URGENT_SECONDS: Final = 0.2
 """A request whose deadline is closer than this overtakes all others of its account."""
 TURN_SECONDS: Final = 0.05
 """Device time: well above the seconds of most batches, and well below what a caller would notice."""
+GROUP_SECONDS: Final = 0.02
+"""Expected device time of batches that are computed in one pass: all others wait for its end."""
+SHARED_GROUP_SECONDS: Final = 0.002
+"""The same, while several accounts use the device."""
+SHARED_SECONDS: Final = 1.0
+"""For so long after requests of two accounts in a row, several use the device."""
+MAX_GROUP_BATCHES: Final = 128
+GROUP_ROWS: Final = 4
+"""A batch joins others in one pass if it has no more than this many times their average rows: they may be padded."""
 DEFAULT_RETRY_AFTER: Final = 0.5
 """Seconds named in a refusal before any batch has run whose speed an estimate could rest on."""
 _SWEEP_ABOVE: Final = 64
@@ -75,6 +89,8 @@ class BatchQueue:
     head_start: float
     cost: BatchCost = field(default_factory=BatchCost)
     num_waiting_rows: int = 0
+    group: object | None = None
+    """Queues with the same object here may be computed in one pass. Set by the owner, at any time."""
     num_rows: int = 0
     """Rows that were taken out, ever."""
     ready: dict[Account, _Heap] = field(default_factory=dict)
@@ -155,13 +171,10 @@ _Heap = list[tuple[float, int, list[QueuedRequest]]]
 """The cells of requests, ordered by a number, then by arrival. The first one is never empty; later ones may be."""
 
 
-def _prune(heap: _Heap, num_waiting: int) -> None:
-    """Drop empty cells from the top, and all of them if they outnumber the account's `num_waiting` requests."""
-    if len(heap) > 2 * num_waiting + _SWEEP_ABOVE:
-        heap[:] = [entry for entry in heap if entry[2]]
-        heapq.heapify(heap)
-    while heap and not heap[0][2]:
-        heapq.heappop(heap)
+def _sweep(heap: _Heap) -> None:
+    """Drop all empty cells."""
+    heap[:] = [entry for entry in heap if entry[2]]
+    heapq.heapify(heap)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -197,7 +210,10 @@ class Account:
         self._age = None
         ready, kind = request.queue.ready, (request.priority, request.queue.head_start)
         for heap in (ready[self], self.classes[kind], self.deadlines):
-            _prune(heap, self.num_waiting)
+            while heap and not heap[0][2]:
+                heapq.heappop(heap)
+            if len(heap) > 2 * self.num_waiting + _SWEEP_ABOVE:
+                _sweep(heap)
         if not ready[self]:
             del ready[self]
         if not self.classes[kind]:
@@ -239,6 +255,8 @@ class Batcher:
         self._fixed_share = fixed_share
         self._accounts: dict[Hashable, Account] = {}
         self._active: dict[Account, None] = {}  # those with waiting requests
+        self._newest: Account | None = None
+        self._shared_until = -math.inf
         self._least_used = 0.0  # of the active accounts when there were any; never falls
         self._sequence = 0
         self._num_running = 0
@@ -282,6 +300,10 @@ class Batcher:
         if not account.num_waiting:
             account.used = max(account.used, self._least_used)
             self._active[account] = None
+        if account is not self._newest:
+            if self._newest is not None:
+                self._shared_until = now + SHARED_SECONDS
+            self._newest = account
         self._sequence += 1
         request.account, request.arrival, request.sequence = account, now, self._sequence
         request.alive = True
@@ -298,6 +320,11 @@ class Batcher:
         account = self._accounts.setdefault(peer, Account())
         account.num_bytes += num_bytes
         self._statistics.num_bytes += num_bytes
+
+    @property
+    def has_waiting(self) -> bool:
+        """True if rows wait to be dispatched."""
+        return bool(self._active)
 
     def remove(self, request: QueuedRequest) -> bool:
         """Drop the rows of a request that were not dispatched yet.
@@ -329,6 +356,29 @@ class Batcher:
             return None
         if self._is_idle:
             self._is_idle, self._busy_since = False, now
+        return self._dispatch(*self._choose(now), now)
+
+    def pop_group(self, first: Batch, now: float) -> list[Batch]:
+        """Return the batches that come next and may be computed in one pass with `first`, which was just popped."""
+        group, queues, batches = first.queue.group, {first.queue}, [first]
+        seconds, num_rows = first.seconds_per_row * first.num_rows, first.num_rows
+        limit = SHARED_GROUP_SECONDS if now < self._shared_until else GROUP_SECONDS
+        while self._active and len(batches) < MAX_GROUP_BATCHES and seconds < limit:
+            request, turn = self._choose(now)
+            queue = request.queue
+            if queue.group is not group or queue in queues or request.num_bytes >= LARGE_REQUEST_BYTES:
+                break
+            if min(queue.num_waiting_rows, queue.max_batch_size) > max(16, GROUP_ROWS * num_rows / len(batches)):
+                break
+            batch = self._dispatch(request, turn, now)
+            batches.append(batch)
+            queues.add(queue)
+            seconds += batch.seconds_per_row * batch.num_rows
+            num_rows += batch.num_rows
+        return batches[1:]
+
+    def _choose(self, now: float) -> tuple[QueuedRequest, float]:
+        """Return the request that comes next, and the use up to which accounts have their turn."""
         least = min(map(_USED, self._active))
         self._least_used = max(self._least_used, least)
         turn = least + TURN_SECONDS
@@ -336,7 +386,9 @@ class Batcher:
             (account,) = self._active
         else:
             account = min((one for one in self._active if one.used <= turn), key=_ACCOUNT_AGE)
-        first = account.first(now)
+        return account.first(now), turn
+
+    def _dispatch(self, first: QueuedRequest, turn: float, now: float) -> Batch:
         queue = first.queue
         limit = queue.max_batch_size
         if queue.preferred_sizes and not first.exclusive:
@@ -360,13 +412,23 @@ class Batcher:
         queue.num_rows += batch.num_rows
         return batch
 
-    def finish(self, batch: Batch, now: float) -> None:
-        """Account for a batch of `pop_ready` that has run, well or badly. Bytes are freed request by request."""
-        self._num_running -= 1
+    def finish(self, batches: Sequence[Batch], now: float) -> float:
+        """Account for a batch that has run, well or badly, or several in one pass. Returns the seconds that it took.
+
+        Bytes are freed request by request.
+        """
         # next to another batch, its time begins where that one's ended
-        took = now - max(batch.started, self._finished_at)
-        batch.queue.cost.add(batch.num_rows, took)
+        took = now - max(batches[0].started, self._finished_at)
         self._finished_at = now
+        num_rows = sum([batch.num_rows for batch in batches])
+        for batch in batches:
+            share = batch.num_rows / num_rows
+            self._account(batch, took * share, (now - batch.started) * share)
+        return took
+
+    def _account(self, batch: Batch, took: float, since_start: float) -> None:
+        self._num_running -= 1
+        batch.queue.cost.add(batch.num_rows, took)
         owed = took / batch.num_rows - batch.seconds_per_row
         num_bytes = 0
         for request, start, stop in batch.slices:
@@ -376,7 +438,7 @@ class Batcher:
             num_bytes += request.num_bytes * (stop - start) // request.num_rows
             if request.alive and request.next_row == request.num_rows and request.num_running == 0:
                 self._release(request)
-        seconds = max(now - batch.started, 1e-6)
+        seconds = max(since_start, 1e-6)
         speed = self._statistics.bytes_per_second
         self._statistics.bytes_per_second = speed + (num_bytes / seconds - speed) * (_SPEED_WEIGHT if speed else 1.0)
 
@@ -420,7 +482,7 @@ class Batcher:
         """Dispatch as many of the request's rows as there is room for."""
         start = request.next_row
         stop = min(request.num_rows, start + room)
-        batch.slices.append(RowSlice(request, start, stop))
+        batch.slices.append(tuple.__new__(RowSlice, (request, start, stop)))  # its own takes a Python call more
         batch.num_rows += stop - start
         request.next_row = stop
         request.num_running += 1

@@ -1,8 +1,10 @@
-"""The cost of batches of one kind, learned from those that ran: so much each, and so much per row. A pure machine."""
+"""What batches cost, learned from those that ran; and whether computing several in one pass pays. Pure machines."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from typing import Final
 
 _KEPT = 0.98
 _MIN_BATCHES = 10
@@ -56,3 +58,79 @@ class BatchCost:
         if not self._is_known or share <= 0.0 or self._per_row <= 0.0:
             return math.inf
         return self._each / self._per_row * (1.0 - share) / share
+
+
+TRIALS: Final = 5
+"""Passes of each way, in turn, before one is chosen."""
+MARGIN: Final = 0.95
+"""Computing together has to take less than this share of the time."""
+RETRIED_SHARE: Final = 0.01
+"""Share of all time that looking again at what was not chosen may take."""
+_SAMPLES: Final = 7
+
+
+class GroupChoice:
+    """Whether batches of several experts of one kind are computed in one pass, by what that took.
+
+    Sizes are told apart by their powers of two. For each, both ways take turns until both are known; then the faster
+    one is taken, and the other is looked at again from time to time: what pays may change with what else is going on.
+    """
+
+    __slots__ = ("_sizes", "spent", "_lost")
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[int, int], _Size] = {}
+        self.spent = 0.0
+        """Seconds of all batches, also of those that shared no pass for want of others: these its owner adds."""
+        self._lost = 0.0
+
+    def gathers(self) -> bool:
+        """Return whether it is worth while to look for more batches."""
+        return (
+            not self._sizes or self._may_retry() or any([not one.is_known or one.pays for one in self._sizes.values()])
+        )
+
+    def is_together(self, num_batches: int, num_rows: int) -> bool:
+        """Return the way for so many batches of so many rows in all."""
+        size = self._size(num_batches, num_rows)
+        if not size.is_known:
+            return len(size.together) < len(size.alone)
+        return size.pays != (self._may_retry() and size.last_way == size.pays)
+
+    def add(self, num_batches: int, num_rows: int, together: bool, seconds: float) -> None:
+        """Learn what they took."""
+        self.spent += seconds
+        size = self._size(num_batches, num_rows)
+        size.add(together, seconds / num_batches)
+        if size.is_known:
+            self._lost += max(0.0, seconds - num_batches * size.best)
+
+    def _may_retry(self) -> bool:
+        return self._lost < RETRIED_SHARE * self.spent
+
+    def _size(self, num_batches: int, num_rows: int) -> _Size:
+        size = (num_batches.bit_length(), (num_rows // num_batches).bit_length())
+        return self._sizes.setdefault(size, _Size())
+
+
+class _Size:
+    """What passes of about one size took, in seconds per batch."""
+
+    __slots__ = ("alone", "together", "is_known", "pays", "best", "last_way")
+
+    def __init__(self) -> None:
+        self.alone: deque[float] = deque(maxlen=_SAMPLES)
+        self.together: deque[float] = deque(maxlen=_SAMPLES)
+        self.is_known = False
+        self.pays = False
+        self.best = 0.0
+        self.last_way = False
+
+    def add(self, together: bool, seconds: float) -> None:
+        (self.together if together else self.alone).append(seconds)
+        self.last_way = together
+        self.is_known = min(len(self.alone), len(self.together)) >= TRIALS
+        if self.is_known:
+            # what else uses the machine makes some slower and none faster
+            alone, with_others = (sorted(one)[len(one) // 4] for one in (self.alone, self.together))
+            self.pays, self.best = with_others < MARGIN * alone, min(alone, with_others)

@@ -13,23 +13,27 @@ happened.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import torch
 
 from tesseract_async.errors import ExpertFailed, Overloaded, describe
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import ExpertBackend, step_together
 from tesseract_async.runtime.batcher import RowSlice
-from tesseract_async.runtime.gradients import Gradients, are_finite, per_row
+from tesseract_async.runtime.gradients import Gradients, are_finite, for_norm, per_row
+from tesseract_async.runtime.grouped import Group, Groups, Member, Unfit
 from tesseract_async.runtime.norms import CHECKED_ABOVE, FAR_ABOVE, GROWTH, UNDONE_ABOVE
+from tesseract_async.runtime.optimizers import rule_of
 from tesseract_async.runtime.staging import Columns, HostStaging, Staging, Transfer
 from tesseract_async.runtime.states import StateDict
+from tesseract_async.runtime.watching import generator_states, have_moved
 from tesseract_async.runtime.work import Work, WorkResult
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,8 @@ _MAX_SNAPSHOT_SHARE: Final = 0.02
 """Share of the thread's time that copies of good states may take."""
 _MIN_SNAPSHOT_PERIOD: Final = 5.0
 """Seconds between two copies of one expert's state."""
+
+_NOT_FINITE: Final = "the gradients that came with this call are not finite; no step was taken"
 
 Outcomes = dict[Work, WorkResult | BaseException]
 """How a batch went for its requests. One that is absent has more rows, in a later batch."""
@@ -62,17 +68,66 @@ class Attempt:
     scales: torch.Tensor | None = None
     """By which each row's gradients were weakened, as they are stale."""
     error: BaseException | None = None
-    downloads: list[tuple[Sequence[RowSlice], list[Work], Transfer, int]] = field(default_factory=list)
-    """Slices, requests, results and version of each attempt without an error that this one came to."""
+    downloads: list[Download] = field(default_factory=list)
+    """Results of each attempt without an error that this one came to."""
     outcomes: Outcomes = field(default_factory=dict)
     """The errors of the requests that failed."""
+
+
+class Download(NamedTuple):
+    """Results of slices on their way back, from this `row` on in what arrives."""
+
+    slices: Sequence[RowSlice]
+    works: list[Work]
+    results: Transfer
+    row: int
+    version: int
+    is_alone: bool = True
+    """False if rows of other experts arrive with these."""
+
+
+class Step(NamedTuple):
+    """A step that an expert is to take."""
+
+    backend: ExpertBackend
+    summed: Gradients
+    call_ids: list[bytes]
+    peer: Hashable
+    weights: float
+    """The norm of the weights before it."""
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Together:
+    """Attempts of several experts, computed in one pass."""
+
+    group: Group
+    attempts: list[Attempt]
+    upload: Transfer | None = None
+    error: BaseException | None = None
+    """Why there was no such pass."""
+    is_each_alone: bool = False
+    """True if each was computed alone."""
+    is_measured: bool = False
+    """True if the time that it takes says something about such passes."""
+    counts: Sequence[int] = ()
+    """Rows of each."""
+    results: Gradients = ()
+    """Of all rows, as of an `Attempt`."""
+    scales: torch.Tensor | None = None
+    incoming: Gradients = ()
+    """The output gradients, damped, and the rows' weights."""
+    verdicts: torch.Tensor | None = None
+    """The norms of each one's gradients, and the sum of all incoming ones."""
 
 
 class Executor:
     """Computes batches, each of slices from one queue. Used by one thread."""
 
-    def __init__(self, staging: Staging | None = None) -> None:
+    def __init__(self, staging: Staging | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.staging = staging or HostStaging()
+        self.groups = Groups()
         self._good_states: weakref.WeakKeyDictionary[ExpertBackend, _GoodState] = weakref.WeakKeyDictionary()
         self._broken: weakref.WeakKeyDictionary[ExpertBackend, str] = weakref.WeakKeyDictionary()
         self._copy_again_at = 0.0  # time.monotonic, before which no good state is renewed: the experts share the time
@@ -119,9 +174,9 @@ class Executor:
             if shared:
                 _check_alone(work)
             if not are_finite([*gradients, weights]):
-                raise ExpertFailed("the gradients that came with this call are not finite; no step was taken")
+                raise ExpertFailed(_NOT_FINITE)
             if work.call_id is not None and attempt.summed:
-                _limit_norm(attempt, attempt.summed)
+                _limit_norm(attempt, attempt.summed, backend.norm_of(attempt.summed))
         except BaseException as error:  # a module may raise anything: it fails its own batch
             attempt.error = error
         finally:
@@ -139,10 +194,9 @@ class Executor:
                     attempt.outcomes |= {work: error for one in good for work in one.works}
                     return
             for one in good:
-                results = one.results
-                if one.scales is not None:  # callers get their gradients undamped: damping concerns the step
-                    results = [None if x is None else x / per_row(one.scales, x) for x in results]
-                attempt.downloads.append((one.slices, one.works, self.staging.download(results), version))
+                results = one.results if one.scales is None else _undamped(one.results, one.scales)
+                arriving = self.staging.download(results)
+                attempt.downloads.append(Download(one.slices, one.works, arriving, 0, version))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             self._lose(attempt, error)
 
@@ -150,20 +204,213 @@ class Executor:
         """Return the result or error of each request; waits for the results to arrive."""
         try:
             outcomes = dict(attempt.outcomes)
-            for slices, works, download, version in attempt.downloads:
+            for slices, works, download, row, version, is_alone in attempt.downloads:
                 tensors = download.wait()
-                row = 0
-                for one, work in zip(slices, works, strict=True):
-                    stop = row + one.stop - one.start
-                    share = tensors if len(slices) == 1 else [None if x is None else x[row:stop] for x in tensors]
-                    row = stop
-                    result = _joined(one, work, WorkResult(share, version))
-                    if result is not None:
+                if is_alone and len(slices) == 1:
+                    shares: Iterable[Sequence[torch.Tensor | None]] = (tensors,)
+                else:
+                    counts = [stop - start for _, start, stop in slices]
+                    num_rows = sum(counts)
+                    shares = zip(
+                        *[
+                            itertools.repeat(None) if x is None else x[row : row + num_rows].split_with_sizes(counts)
+                            for x in tensors
+                        ],
+                        strict=False,
+                    )
+                for one, work, share in zip(slices, works, shares, strict=False):
+                    result = WorkResult(share, version)
+                    if one.stop - one.start == work.num_rows:
                         outcomes[work] = result
+                    elif (joined := _joined(one, work, result)) is not None:
+                        outcomes[work] = joined
             return outcomes
         except BaseException as error:  # the thread must live, and its callers must hear of it
             self._lose(attempt, error)
             return attempt.outcomes
+
+    # -- Several experts in one pass -------------------------------------------------------------------------------
+
+    def stage_together(self, group: Group, batches: Sequence[Sequence[RowSlice]]) -> Together:
+        """As `stage`, for batches of different experts of one group."""
+        attempts = [Attempt(slices, [one.request for one in slices]) for slices in batches]  # type: ignore[misc]
+        together = Together(group, attempts)
+        try:
+            works = [work for one in attempts for work in one.works]
+            if len({_presence(one.works) for one in attempts}) > 1:
+                raise Unfit("some gradients are absent for some experts")  # no gradient is not one of zeros
+            together.upload = self.staging.upload(_columns([one for slices in batches for one in slices], works))
+        except BaseException as error:
+            together.error = error
+        return together
+
+    def launch_together(self, together: Together) -> None:
+        """As `launch`. Where the pass raises, or its group was not checked yet, each expert is computed alone."""
+        kind, group = together.group.kind, together.group
+        together.is_measured = group.is_checked
+        try:
+            if together.error is None:
+                kind.num_extra_rows = 0 if group.is_checked else 1
+                self._compute_together(together)
+        except BaseException as error:  # the expert at fault is found alone
+            together.error = error
+        together.upload = None
+        if group.is_checked and together.error is None:
+            return
+        together.is_each_alone = True
+        together.is_measured = together.is_measured and not isinstance(together.error, _NotNow)
+        found = [one.summed or () for one in together.attempts]
+        for one in together.attempts:
+            one.error, one.summed, one.scales = None, None, None
+            one.upload = self.stage(one.slices).upload  # the pass may have written what was staged
+            self.launch(one)
+        if isinstance(together.error, _NotNow) or any(one.error is not None for one in together.attempts):
+            return
+        if together.error is not None:
+            if isinstance(together.error, Unfit) or not group.is_checked:
+                kind.misfits(together.error)
+        elif all(are_finite([*one.results, *(one.summed or ())]) for one in together.attempts):
+            group.is_checked = _agree(together, found)
+            if not group.is_checked:
+                kind.misfits(None)
+
+    def _compute_together(self, together: Together) -> None:
+        attempts, kind = together.attempts, together.group.kind
+        assert together.upload is not None
+        work = attempts[0].works[0]
+        members: list[Member] = []
+        for one in attempts:
+            backend = one.works[0].backend
+            member = self.groups.member_of(backend)
+            if member is None or member.kind is not kind or backend in self._broken:
+                raise _NotNow
+            members.append(member)
+            if not backend.may_be_grouped(work.training):
+                raise _NotNow
+        states = generator_states() if work.training else ()
+        staged, num_inputs = together.upload.wait(), len(work.backend.input_specs)
+        counts = [sum([x.stop - x.start for x in one.slices]) for one in attempts]
+        together.counts = counts
+        inputs: list[torch.Tensor] = staged[:num_inputs]  # type: ignore[assignment]
+        if work.output_gradients is None:
+            together.results = kind.forward(members, inputs, counts, training=work.training)
+        else:
+            weights = None if work.weights is None else staged.pop()
+            gradients = self._damp_together(together, staged[num_inputs:])
+            for one in attempts:
+                one.works[0].backend.prepare()
+            parameters = [one.works[0].backend.parameters for one in attempts]
+            together.results, summed = kind.gradients(
+                members, inputs, gradients, counts, parameters, training=work.training, weights=weights
+            )
+            for one, own in zip(attempts, summed, strict=True):
+                one.summed = own
+            together.incoming = [*gradients, weights]
+            together.verdicts = _verdicts(together.incoming, summed)
+        if states and have_moved(states):
+            raise _NotNow
+
+    def _damp_together(self, together: Together, gradients: Gradients) -> Gradients:
+        settings = together.attempts[0].works[0].backend.settings
+        if settings.max_staleness is None and not settings.staleness_damping:
+            return gradients
+        for one in together.attempts:
+            try:
+                one.scales = _scales(one)
+            except ExpertFailed as error:
+                one.error = error
+        if all(one.scales is None for one in together.attempts):
+            return gradients
+        together.scales = torch.cat(
+            [
+                torch.ones(count) if one.scales is None else one.scales
+                for one, count in zip(together.attempts, together.counts, strict=True)
+            ]
+        )
+        return [None if x is None else x * per_row(together.scales, x) for x in gradients]
+
+    def complete_together(self, together: Together) -> None:
+        """As `complete`, with one step for all experts whose optimizers go by the same rule."""
+        if not together.is_each_alone:
+            try:
+                if together.verdicts is not None:
+                    self._judge(together)
+            except BaseException as error:  # the device has failed
+                for one in together.attempts:
+                    one.error = one.error or error
+        if together.is_each_alone or any(one.error is not None for one in together.attempts):
+            for one in together.attempts:
+                if together.is_each_alone or one.error is not None:
+                    self.complete(one)
+        if together.is_each_alone:
+            return
+        left = [one for one in together.attempts if one.error is None]
+        try:
+            self._step_together([one for one in left if one.works[0].output_gradients is not None])
+            download = self.staging.download(_undamped(together.results, together.scales))
+            row = 0
+            for one, count in zip(together.attempts, together.counts, strict=True):
+                if one.error is None and not one.outcomes:
+                    version = one.works[0].backend.version
+                    one.downloads.append(Download(one.slices, one.works, download, row, version, is_alone=False))
+                row += count
+        except BaseException as error:  # the thread must live, and its callers must hear of it
+            for one in left:
+                self._lose(one, error)
+
+    def _judge(self, together: Together) -> None:
+        """Give each expert whose gradients no optimizer may see its error, after one wait for the device."""
+        assert together.verdicts is not None
+        *norms, total = together.verdicts.tolist()
+        bounds = list(itertools.accumulate(together.counts, initial=0))
+        left = iter(norms)
+        for index, one in enumerate(together.attempts):
+            own = list(itertools.islice(left, sum([x is not None for x in one.summed or ()])))
+            if one.error is not None:
+                continue
+            try:
+                if not math.isfinite(total):
+                    rows = slice(bounds[index], bounds[index + 1])
+                    if not are_finite([None if x is None else x[rows] for x in together.incoming]):
+                        raise ExpertFailed(_NOT_FINITE)
+                if one.works[0].call_id is not None and one.summed:
+                    _limit_norm(one, one.summed, math.hypot(*own))
+            except BaseException as error:  # it fails its own batch
+                one.error = error
+
+    def _step_together(self, attempts: Sequence[Attempt]) -> None:
+        """Take each expert's step; errors are for its requests."""
+        by_rule: dict[Hashable, list[tuple[Attempt, Step]]] = {}
+        for one in attempts:
+            try:
+                step = self._due([one])
+                if step is not None:
+                    optimizer = step.backend.optimizer
+                    rule = None if optimizer is None or not step.backend.steps_at_once else rule_of(optimizer)
+                    if rule is None or any(x is not None and x.layout is not torch.strided for x in step.summed):
+                        self._take(step, [one])
+                    else:
+                        by_rule.setdefault(rule, []).append((one, step))
+            except BaseException as error:  # an optimizer may raise anything
+                one.outcomes |= dict.fromkeys(one.works, error)
+        for due in by_rule.values():
+            before = [_changes(step) for _, step in due]
+            try:
+                step_together([(step.backend, step.summed, step.call_ids) for _, step in due])
+            except BaseException as error:  # those that it did not reach step alone
+                for (one, step), changes in zip(due, before, strict=True):
+                    try:
+                        if _changes(step) != changes:
+                            raise self._undo(step, error)
+                        self._take(step, [one])
+                    except BaseException as own:  # an optimizer may raise anything
+                        one.outcomes |= dict.fromkeys(one.works, own)
+                continue
+            for one, step in due:
+                try:
+                    self._check_step(step.backend, [one], step.weights)
+                except BaseException as error:
+                    one.outcomes |= dict.fromkeys(one.works, error)
 
     def _lose(self, attempt: Attempt, error: BaseException) -> None:
         """Fail all requests of a batch: the device, or this code, has failed."""
@@ -173,9 +420,9 @@ class Executor:
 
     def keep_good_state(self, backend: ExpertBackend) -> StateDict:
         """Copy the expert's state, and go back to it if a later step fails. Returns the copy."""
-        started = time.monotonic()
+        started = self._clock()
         state = backend.state()
-        now = time.monotonic()
+        now = self._clock()
         self._good_states[backend] = _GoodState(state, now + _MIN_SNAPSHOT_PERIOD)
         self._copy_again_at = now + (now - started) / _MAX_SNAPSHOT_SHARE
         return state
@@ -220,6 +467,11 @@ class Executor:
 
         Raises: ExpertFailed if no step could be taken; the expert is then as it was, or at its last good state.
         """
+        step = self._due(good)
+        return version if step is None else self._take(step, good)
+
+    def _due(self, good: Sequence[Attempt]) -> Step | None:
+        """Return the step that these attempts come to, if any. Raises: ExpertFailed if none may be taken."""
         work, first, last = good[0].works[0], good[0].slices[0], good[-1].slices[-1]
         backend, summed = work.backend, good[0].summed
         for one in good[1:]:
@@ -228,26 +480,34 @@ class Executor:
             # a chunk of a split request, which has a batch of its own
             summed = work.summed = backend.add(work.summed, summed)
             if not last.is_last:
-                return version
+                return None
         works = good[0].works if len(good) == 1 else list(dict.fromkeys(work for one in good for work in one.works))
         call_ids = [one.call_id for one in works if one.call_id is not None]
         if summed is None or len(call_ids) < len(works):
-            return version
+            return None
         if backend.optimizer is None:
-            return backend.step(summed, call_ids)
+            backend.step(summed, call_ids)
+            return None
         if (len(good) > 1 or work.summed is not None) and not backend.are_finite(summed):
             raise ExpertFailed("the sum of the gradients is not finite; no step was taken")
         self._refresh_good_state(backend)
         weights = math.inf if backend.norms.is_settled else backend.weights_norm()
+        return Step(backend, summed, call_ids, work.peer, weights)
+
+    def _take(self, step: Step, good: Sequence[Attempt]) -> int:
+        backend = step.backend
         try:
-            version = backend.step(summed, call_ids, peer=work.peer)
+            version = backend.step(step.summed, step.call_ids, peer=step.peer)
         except Overloaded:
             raise
         except BaseException as error:  # an optimizer may raise anything
-            logger.exception("the optimizer of an expert raised; its last good state is loaded")
-            raise self._reload(backend, f"the expert's optimizer raised {describe(error)}") from None
-        self._check_step(backend, good, weights)
+            raise self._undo(step, error) from None
+        self._check_step(backend, good, step.weights)
         return version
+
+    def _undo(self, step: Step, error: BaseException) -> ExpertFailed:
+        logger.error("the optimizer of an expert raised; its last good state is loaded", exc_info=error)
+        return self._reload(step.backend, f"the expert's optimizer raised {describe(error)}")
 
     def _check_step(self, backend: ExpertBackend, good: Sequence[Attempt], weights: float) -> None:
         """Undo a step that broke the expert; `weights`: their norm before. Raises: ExpertFailed, for its senders."""
@@ -266,7 +526,7 @@ class Executor:
 
         Raises: ExpertFailed if the expert is broken already; it has gone back, then.
         """
-        good, now = self._good_states.get(backend), time.monotonic()
+        good, now = self._good_states.get(backend), self._clock()
         if good is None:
             self.keep_good_state(backend)
         elif now > max(good.renew_at, self._copy_again_at) and backend.norms.is_settled:
@@ -298,6 +558,13 @@ class _GoodState(NamedTuple):
 def _columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
     """Return the rows of each slice, tensor by tensor: inputs, then output gradients, then weights."""
     first = works[0]
+    if (
+        len(slices) == 1
+        and first.rows is None
+        and first.weights is None
+        and slices[0].stop - slices[0].start == first.num_rows
+    ):
+        return [None if x is None else (x,) for x in (*first.inputs, *(first.output_gradients or ()))]
     given = [[*by.inputs, *(by.output_gradients or ())] for by in works]
     columns: list[Sequence[torch.Tensor] | None] = []
     weights = [] if first.weights is None else [_cut(by.weights, one) for one, by in zip(slices, works, strict=True)]
@@ -318,14 +585,78 @@ def _columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
             if x is None:  # next to others that are present, an absent gradient is zero
                 rows.append(torch.zeros(one.stop - one.start, *spec.shape, dtype=spec.dtype))
             else:
-                rows.append(_cut(x, one) if by.rows is None else x.index_select(0, _cut(by.rows, one)))
+                if by.rows is not None:
+                    x = x.index_select(0, _cut(by.rows, one))
+                elif one.stop - one.start < by.num_rows:
+                    x = x[one.start : one.stop]
+                rows.append(x)
         columns.append(rows)
     return [*columns, weights] if weights else columns
 
 
 def _cut(x: torch.Tensor | None, one: RowSlice) -> torch.Tensor:
     assert x is not None
-    return x if one.start == 0 and one.is_last else x[one.start : one.stop]
+    return x if one.stop - one.start == one.request.num_rows else x[one.start : one.stop]
+
+
+class _NotNow(Exception):
+    """Experts are not computed in one pass this time."""
+
+
+def _presence(works: Sequence[Work]) -> tuple[bool, ...]:
+    """Return, for each output, whether there are gradients of it."""
+    given = [by.output_gradients for by in works if by.output_gradients is not None]
+    return tuple([any(x is not None for x in column) for column in zip(*given, strict=True)])
+
+
+def _verdicts(incoming: Gradients, summed: Sequence[Gradients]) -> torch.Tensor:
+    """Return the norm of each gradient of each expert's parameters, and the sum of all incoming gradients."""
+    present = [for_norm(x) for own in summed for x in own if x is not None]
+    totals = [for_norm(x).sum(dtype=torch.float64) for x in incoming if x is not None]
+    norms = list(torch._foreach_norm(present)) if present else []
+    if len({x.dtype for x in norms}) > 1:
+        norms = [x.double() for x in norms]
+    parts = [torch.stack(x).double() for x in (norms, totals) if x]
+    total = parts.pop().sum(0, keepdim=True) if totals else torch.zeros(1, dtype=torch.float64)
+    return torch.cat([*parts, total])
+
+
+def _changes(step: Step) -> list[int]:
+    """Return figures that grow when a step writes weights or the optimizer's memory: of the first that it writes."""
+    for parameter, gradient in zip(step.backend.parameters, step.summed, strict=False):
+        if gradient is not None and step.backend.optimizer is not None:
+            memory = step.backend.optimizer.state.get(parameter, {}).values()
+            return [parameter._version, *[x._version for x in memory if isinstance(x, torch.Tensor)]]
+    return []
+
+
+def _agree(together: Together, found: Sequence[Gradients]) -> bool:
+    """Return whether the pass, which `found` these gradients, computed what each expert did alone."""
+    row = 0
+    for one, own, count in zip(together.attempts, found, together.counts, strict=True):
+        ours = [None if x is None else x[row : row + count] for x in together.results]
+        row += count
+        alone = one.summed or ()
+        if one.norm and (norm := one.works[0].backend.norm_of(alone)):
+            alone = [None if x is None else x * (one.norm / norm) for x in alone]  # before it was scaled down
+        if not (_are_close(ours, one.results) and _are_close(own, alone)):
+            return False
+    return True
+
+
+def _are_close(left: Gradients, right: Gradients) -> bool:
+    """Return whether two lists of tensors are the same but for rounding, beside the largest value in them."""
+    if [x is None for x in left] != [x is None for x in right]:
+        return False
+    pairs = [(x, y) for x, y in zip(left, right, strict=True) if x is not None and y is not None and y.numel()]
+    largest = max([float(y.abs().max()) for _, y in pairs if y.dtype is not torch.bool], default=0.0)
+    for x, y in pairs:
+        if not (y.is_floating_point() or y.is_complex()):
+            if not torch.equal(x, y):
+                return False
+        elif not float((x - y).abs().max()) <= largest * torch.finfo(y.dtype).eps ** 0.5:
+            return False
+    return True
 
 
 class _DrawsAlone(Exception):
@@ -339,9 +670,7 @@ def _check_alone(work: Work) -> None:
 
 
 def _joined(part: RowSlice, work: Work, result: WorkResult) -> WorkResult | None:
-    """Return the request's whole result if this was its last slice, or its only one."""
-    if part.start == 0 and part.is_last:
-        return result
+    """Return the request's whole result if this was its last slice."""
     work.results.append(result)
     if not part.is_last:
         return None
@@ -351,6 +680,19 @@ def _joined(part: RowSlice, work: Work, result: WorkResult) -> WorkResult | None
 
 def _damp(attempt: Attempt, gradients: Gradients) -> Gradients:
     """Weaken stale gradients, row by row. Raises: ExpertFailed for those that are too stale."""
+    attempt.scales = _scales(attempt)
+    if attempt.scales is None:
+        return gradients
+    return [None if x is None else x * per_row(attempt.scales, x) for x in gradients]
+
+
+def _undamped(results: Gradients, scales: torch.Tensor | None) -> Gradients:
+    """Return what callers get: damping concerns the step."""
+    return results if scales is None else [None if x is None else x / per_row(scales, x) for x in results]
+
+
+def _scales(attempt: Attempt) -> torch.Tensor | None:
+    """Return by how much each row's gradients are weakened. Raises: ExpertFailed for those that are too stale."""
     settings, version = attempt.works[0].backend.settings, attempt.works[0].backend.version
     ages = [0 if one.forward_version is None else max(0, version - one.forward_version) for one in attempt.works]
     if settings.max_staleness is not None and max(ages) > settings.max_staleness:
@@ -358,18 +700,16 @@ def _damp(attempt: Attempt, gradients: Gradients) -> Gradients:
             f"the forward of this backward was {max(ages)} steps ago; at most {settings.max_staleness} are accepted"
         )
     if not settings.staleness_damping or not any(ages):
-        return gradients
+        return None
     counts = torch.tensor([one.stop - one.start for one in attempt.slices])
     scales = (1.0 + torch.tensor(ages, dtype=torch.float32)) ** -settings.staleness_damping
-    present = next((x for x in gradients if x is not None), None)
-    attempt.scales = scales.repeat_interleave(counts).to("cpu" if present is None else present.device)
-    return [None if x is None else x * per_row(attempt.scales, x) for x in gradients]
+    return scales.repeat_interleave(counts)
 
 
-def _limit_norm(attempt: Attempt, summed: Gradients) -> None:
+def _limit_norm(attempt: Attempt, summed: Gradients, norm: float) -> None:
     """Scale down parameter gradients that are unusually large. Raises: ExpertFailed for those no optimizer may see."""
     backend = attempt.works[0].backend
-    norm = attempt.norm = backend.norm_of(summed)
+    attempt.norm = norm
     if not math.isfinite(norm) and not backend.are_finite(summed):
         raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
     limit, usual = backend.settings.max_gradient_norm, backend.norms.usual

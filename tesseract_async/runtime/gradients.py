@@ -43,7 +43,7 @@ def weight_gradients(outputs: Sequence[torch.Tensor], gradients: Gradients, weig
 
 def norm_of(tensors: Gradients) -> float:
     """Return the Euclidean norm over all elements: not finite if one is not, or if its square overflows its type."""
-    plain = [x if x.dtype in _PLAIN and x.layout is torch.strided else _for_norm(x) for x in tensors if x is not None]
+    plain = [x if x.dtype in _PLAIN and x.layout is torch.strided else for_norm(x) for x in tensors if x is not None]
     if not plain:
         return 0.0
     large = [x for x in plain if x.numel() >= _LARGE and x.is_cpu and x.is_contiguous()]
@@ -189,7 +189,7 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return a + b if a.layout is torch.strided else b + a  # PyTorch adds a sparse one to a dense one, in this order
 
 
-def _for_norm(x: torch.Tensor) -> torch.Tensor:
+def for_norm(x: torch.Tensor) -> torch.Tensor:
     x = _numbers(x.coalesce() if x.layout is torch.sparse_coo else x)
     return x.float() if x.dtype in _HALVES else x
 

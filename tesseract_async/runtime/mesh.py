@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tesseract_async.runtime import optimizers, states
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.gradients import Gradients, add_gradients, are_finite, norm_of
-from tesseract_async.runtime.mesh_building import Build, box_of, build_spread
+from tesseract_async.runtime.mesh_building import Build, box_of, build_spread, like
 from tesseract_async.runtime.mesh_link import Counts, FaultElsewhere, MeshLink, Value
 from tesseract_async.runtime.mesh_plans import Plan, check_torch, fsdp
 from tesseract_async.runtime.module_runner import ModuleRunner
@@ -377,7 +377,7 @@ class MeshBackend(ExpertBackend):
             if (norm := math.sqrt(float(total))) > limit:
                 gradients = [None if x is None else x * (limit / norm) for x in gradients]
         whole = [
-            x if x is None else _like(one, x) for one, x in itertools.zip_longest(self.parameters, gradients)
+            x if x is None else like(one, x) for one, x in itertools.zip_longest(self.parameters, gradients)
         ]  # fewer, if groups were added since
         optimizers.take_step(optimizer, self.parameters, whole, None)
 
@@ -405,7 +405,7 @@ class MeshBackend(ExpertBackend):
         gathered = self._gathered.merged()
         if gathered is not None:
             own = itertools.zip_longest(self.parameters, gathered)
-            state["accumulated"] = [None if x is None else copied(_like(one, x)) for one, x in own]
+            state["accumulated"] = [None if x is None else copied(like(one, x)) for one, x in own]
         self._states[number], self.link.states[number] = state, kept
         return boxes
 
@@ -453,7 +453,7 @@ class MeshBackend(ExpertBackend):
         if not hasattr(value, "shape"):
             return value
         if parameter is not None and value.shape == parameter.shape and isinstance(parameter, DTensor):
-            return _like(parameter, local_of(value, parameter).to(self._place, copy=True))
+            return like(parameter, local_of(value, parameter).to(self._place, copy=True))
         return local_of(value, torch.empty(0))
 
     def _receive(self, leaf: Any, like: torch.Tensor) -> torch.Tensor:
@@ -651,20 +651,6 @@ def _raw(x: torch.Tensor) -> torch.Tensor:
 def _local(x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return x.to_local() if isinstance(x, DTensor) else x.detach()
-
-
-def _like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of something that is spread as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 def _num_copies(x: torch.Tensor, num_processes: int) -> int:

@@ -159,12 +159,28 @@ class _Cuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _filled(module: nn.Module, order: Sequence[nn.Parameter | None], cuts: _Cuts, place: torch.device) -> nn.Module:
     """Give the module that was spread on ``meta`` its weights."""
     numbers = {id(one): number for number, one in enumerate(order) if one is not None and cuts.kept[number] is not None}
-    by_name = {name: cuts.kept[numbers[id(one)]] for name, one in module.named_parameters() if id(one) in numbers}
-    module.to_empty(device=place)
-    with torch.no_grad():
-        for name, one in module.named_parameters():
-            local = one.to_local() if isinstance(one, DTensor) else one
-            local.copy_(cast(torch.Tensor, by_name[name]))
-        for mine, made in zip(module.buffers(), cuts.buffers, strict=True):
-            mine.copy_(made)
+    weights = {}
+    for name, one in module.named_parameters():
+        local = cast(torch.Tensor, cuts.kept[numbers[id(one)]]).to(place)
+        weights[name] = like(one, local)
+    made = iter(cuts.buffers)
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else next(made).to(place)
+    # assigned, not copied: the parts are there once
+    module.load_state_dict({**module.state_dict(), **weights}, assign=True)
     return module
+
+
+def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of something that is spread as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

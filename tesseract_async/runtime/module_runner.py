@@ -67,6 +67,8 @@ class ModuleRunner:
         self._is_flat = not kwargs_schema and all(isinstance(x, TensorSpec) for x in args_schema)
         self._is_plain = self._is_flat and not self._pads and autocast is None
         self._habits = {training: Habits() for training in (False, True)}
+        has_buffers = next(module.buffers(), None) is not None
+        self._keeps = {training: not has_buffers for training in (False, True)}  # seen to leave its buffers alone
         self.marks_inputs = True
         """False for a module that refuses inputs that require gradients."""
         self.outputs_schema: Schema = self._dry_run() if outputs_schema is None else outputs_schema
@@ -75,6 +77,12 @@ class ModuleRunner:
     def is_stochastic(self, training: bool) -> bool:
         """Return whether the module draws random numbers in this mode."""
         return self._habits[training].draws if self._stochastic is None else self._stochastic
+
+    def only_computes(self, training: bool) -> bool:
+        """Return whether it was seen to draw no random numbers in this mode, and to leave inputs and buffers alone."""
+        habits = self._habits[training]
+        acts = habits.draws or habits.draws_others or habits.writes or self.is_stochastic(training)
+        return habits.known and not acts and self._keeps[training]
 
     def run(
         self, inputs: Sequence[torch.Tensor], *, training: bool, seed: int | None, gradients: bool
@@ -204,6 +212,7 @@ class ModuleRunner:
                 outputs = watched(call, inputs, self._habits[training], self.name, is_alone=True)
         finally:
             self._module.train(was_training)
+        self._keeps[training] = not undone.changed
         if undone.changed and self._keeps_buffers:
             logger.warning(
                 "%s changes its buffers in each forward pass (%s): an expert's is computed again in each backward, and "

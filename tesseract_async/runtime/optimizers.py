@@ -7,12 +7,13 @@ import hashlib
 import inspect
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Final
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from tesseract_async.errors import describe
 from tesseract_async.runtime.gradients import Gradients, norm_of
@@ -125,6 +126,68 @@ def take_step(
 
     Raises what the optimizer raises.
     """
+    try:
+        _give(parameters, gradients, max_norm)
+        optimizer.step()
+    finally:
+        for parameter in parameters:  # PyTorch's `zero_grad` does this in four times the time
+            parameter.grad = None
+
+
+def rule_of(optimizer: torch.optim.Optimizer) -> Hashable:
+    """Return what optimizers have in common that `take_steps` may step at once; None for one that steps alone."""
+    own_step = vars(optimizer).get("step")
+    if (
+        type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+        or (own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"))
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    ):
+        return None
+    options: list[Hashable] = [type(optimizer).__name__]
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if isinstance(value, torch.Tensor) or value.__hash__ is None and name != "params":
+                return None
+            if name != "params" and name != "initial_lr":
+                options.append((name, value))
+    return tuple(options)
+
+
+def take_steps(
+    optimizers: Sequence[torch.optim.Optimizer], gradients: Sequence[Gradients], max_norm: float | None
+) -> None:
+    """Take one step of each of these optimizers of one rule, in one computation. Each keeps its own moments and count.
+
+    `gradients`: of each one's parameters. Raises what the optimizers raise.
+    """
+    parameters = [[one for group in optimizer.param_groups for one in group["params"]] for optimizer in optimizers]
+    try:
+        for own, found in zip(parameters, gradients, strict=True):
+            _give(own, found, max_norm)
+        first = optimizers[0]
+        groups = [dict(group) for group in first.param_groups]
+        for index, group in enumerate(groups):
+            group["params"] = [x for one in optimizers for x in one.param_groups[index]["params"] if x.grad is not None]
+            if type(first) is torch.optim.SGD and group["foreach"] is None and not group["fused"]:
+                group["foreach"] = not group["differentiable"]  # PyTorch would go one by one on a CPU
+        merged = type(first).__new__(type(first))
+        merged.__setstate__({"defaults": first.defaults, "state": {}, "param_groups": groups})
+        stepped = ((one.state, x) for one, own in zip(optimizers, parameters, strict=True) for x in own)
+        merged.state = {x: state[x] for state, x in stepped if x.grad is not None}  # type: ignore[assignment]
+        merged.step()
+    finally:
+        for own in parameters:
+            for parameter in own:
+                parameter.grad = None
+    for optimizer in optimizers:
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
+
+
+def _give(parameters: Sequence[nn.Parameter], gradients: Gradients, max_norm: float | None) -> None:
+    """Set `.grad`, scaled down to `max_norm` and laid out as the parameters are, and run the parameters' hooks."""
     gradients = [*gradients, *[None] * (len(parameters) - len(gradients))]  # of groups that were added since
     gradients = [
         x if x is None or (x.layout is torch.strided and x.stride() == like.stride()) else _laid_out(x, like)
@@ -137,11 +200,6 @@ def take_step(
         if gradient is not None and (hooks := getattr(parameter, "_post_accumulate_grad_hooks", None)):
             for hook in hooks.values():
                 hook(parameter)
-    try:
-        optimizer.step()
-    finally:
-        for parameter in parameters:  # PyTorch's `zero_grad` does this in four times the time
-            parameter.grad = None
 
 
 def _laid_out(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

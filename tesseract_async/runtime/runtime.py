@@ -33,8 +33,9 @@ from tesseract_async.runtime.batcher import (
     BatchQueue,
     QueuedRequest,
 )
-from tesseract_async.runtime.executor import Attempt, Executor, Outcomes
+from tesseract_async.runtime.executor import Attempt, Executor, Outcomes, Together
 from tesseract_async.runtime.gradients import Gradients
+from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.staging import Staging, staging_for
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.work import Work, WorkResult
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Job = Callable[[Executor], None]
 
+_QueueKind = tuple[ExpertBackend, bool, bool, bool, bool]
+"""What may share a batch: one expert's backwards or forwards, in training or not, that step or not, weighted or not."""
 FORWARD_HEAD_START: Final = 0.2
 """Seconds by which a forward counts as older than it is, compared with backwards of its priority. See `batcher`."""
 ROWS_BUCKETS: Final = tuple(float(2**power) for power in range(15))
@@ -58,6 +61,9 @@ class RuntimeSettings:
     """Bytes of all requests that wait or run; beyond it new ones are refused. Less on a computer with little memory."""
     num_threads: int | None = None
     """Intra-op threads of the device's thread; None leaves it to PyTorch. Fewer leave cores to other programs."""
+    groups_experts: bool = True
+    """True if small experts of one kind may be computed in one pass where that is faster. Their numbers then differ in
+    the last digits from those of each one alone; False where they must be the same bit by bit."""
     stall_timeout: float = 60.0
     """Seconds after which a batch counts as hung: new work is refused until it ends. More than the slowest takes."""
     close_timeout: float = 30.0
@@ -90,7 +96,8 @@ class TesseractRuntime(Uncopied):
         self.metrics = metrics or Metrics()
         self._make_staging = make_staging
         self._batcher = Batcher(max_queue_bytes=settings.max_queue_bytes)
-        self._queues: dict[tuple[ExpertBackend, bool, bool, bool, bool], BatchQueue] = {}
+        self._queues: dict[_QueueKind, BatchQueue] = {}
+        self._ungrouped: set[BatchQueue] = set()  # queues whose first batch is yet to run
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
@@ -100,6 +107,7 @@ class TesseractRuntime(Uncopied):
         self._posted: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._delivers = False  # True if the loop was woken for what is posted
         self._num_gathering = 0
+        self._gathers = False  # until the end of this turn
         self._closing = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -237,7 +245,10 @@ class TesseractRuntime(Uncopied):
         # requests that step alone, and split ones, whose chunks are summed for one step
         alone = backend.is_stochastic(training)
         if num_bytes is None:
-            num_bytes = sum([x.nbytes for x in (*inputs, *(output_gradients or ())) if x is not None])
+            num_bytes = 0
+            for x in (*inputs, *(output_gradients or ())):
+                if x is not None:
+                    num_bytes += x.nbytes
         if output_gradients is not None:
             alone = alone or num_rows > backend.max_batch_size or not backend.merges_backward
         # a backward that takes no step must not share a batch with one that does
@@ -266,7 +277,8 @@ class TesseractRuntime(Uncopied):
             if self._closing or self._thread is None:
                 raise _leaving()
             self._batcher.add(work, now)
-            self._wake_thread()
+            if self._is_idle:
+                self._wake_thread()
         return work
 
     @contextlib.contextmanager
@@ -279,6 +291,20 @@ class TesseractRuntime(Uncopied):
             self._num_gathering -= 1
             with self._lock:
                 self._wake_thread()
+
+    def gather_turn(self) -> None:
+        """As `gathering`, until the end of this turn of the loop: the calls of those who were answered together come
+        together, too."""
+        if not self._gathers and self._loop is not None:
+            self._gathers = True
+            self._num_gathering += 1
+            self._loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._gathers = False
+        self._num_gathering -= 1
+        with self._lock:
+            self._wake_thread()
 
     def hold(self, peer: Hashable, num_bytes: int) -> None:
         """See `Batcher.hold`."""
@@ -358,7 +384,7 @@ class TesseractRuntime(Uncopied):
         """Hold an expert no longer that is not computed here any more."""
         self._queues = {kind: queue for kind, queue in self._queues.items() if kind[0] is not backend}
 
-    def _add_queue(self, kind: tuple[ExpertBackend, bool, bool, bool, bool]) -> BatchQueue:
+    def _add_queue(self, kind: _QueueKind) -> BatchQueue:
         backend, is_backward, *_ = kind
         queue = self._queues[kind] = self._batcher.add_queue(
             kind,
@@ -366,21 +392,34 @@ class TesseractRuntime(Uncopied):
             preferred_sizes=backend.settings.preferred_sizes,
             head_start=0.0 if is_backward else FORWARD_HEAD_START,
         )
+        if self.settings.groups_experts:
+            self._ungrouped.add(queue)
         return queue
 
-    def _deliver(
-        self, works: Sequence[Work], outcomes: Outcomes, direction: str, num_rows: int, seconds: float
-    ) -> None:
-        for work in works:
-            outcome = outcomes.get(work)
-            if isinstance(outcome, WorkResult):
-                _set_result(work.answer, outcome)
-            elif outcome is not None:
-                self.metrics.count("runtime_failures", direction=direction)
-                _set_error(work.answer, outcome)
-            _forget(work)
-        self.metrics.observe("runtime_batch_rows", num_rows, bounds=ROWS_BUCKETS, direction=direction)
-        self.metrics.observe("runtime_batch_seconds", seconds, direction=direction)
+    def _deliver(self, batches: Sequence[Batch], outcomes: Outcomes, seconds: float) -> None:
+        direction = ""
+        for batch in batches:
+            for request, _, _ in batch.slices:
+                work: Work = request  # type: ignore[assignment]
+                outcome, answer = outcomes.get(work), work.answer
+                if outcome is None or answer.done():
+                    pass
+                elif type(outcome) is WorkResult:
+                    answer.set_result(outcome)
+                else:
+                    direction = _direction(batch)
+                    self.metrics.count("runtime_failures", direction=direction)
+                    _set_error(answer, outcome)  # type: ignore[arg-type]
+                if not work.alive and not work.num_running:  # as `_forget`
+                    work.inputs, work.output_gradients, work.summed = (), None, None
+                    work.rows = work.weights = None
+                    if work.results:
+                        work.results.clear()
+            direction = direction or _direction(batch)
+            self.metrics.observe("runtime_batch_rows", batch.num_rows, bounds=ROWS_BUCKETS, direction=direction)
+            self.metrics.observe("runtime_batch_seconds", seconds / len(batches), direction=direction)
+        if len(batches) > 1:
+            self.metrics.count("runtime_grouped_batches", len(batches), direction=direction)
 
     # -- On the thread ---------------------------------------------------------------------------------------------
 
@@ -397,65 +436,98 @@ class TesseractRuntime(Uncopied):
         self._post(_set_result, self._stopped, None)
 
     def _work(self, executor: Executor) -> None:
-        """Compute until the runtime closes. Where copies overlap, a batch is staged while another one computes."""
-        running: tuple[Batch, Attempt] | None = None
+        """Compute until the runtime closes. Where copies overlap, a pass is staged while another one computes."""
+        running: _Pass | None = None
+        left: deque[_Pass] = deque()  # batches that were popped as a group, and are computed one by one
         while True:
-            job, batch, expired, closed = self._next(wait=running is None)
+            job: Job | None = None
+            expired: Sequence[QueuedRequest] = ()
+            closed = False
+            if not left:
+                job, batches, expired, closed = self._next(wait=running is None)
+                if len(batches) == 1:
+                    left.append(_Pass(batches, None))
+                elif batches:
+                    left.extend(_passes(batches))
             if expired:
                 self._post(_fail, expired, _expired)
-            staged = None if batch is None else (batch, executor.stage(batch.slices))
+            staged = left.popleft() if left else None
+            if staged is not None and staged.trial is not None and len(staged.batches) > 1:
+                slices = [batch.slices for batch in staged.batches]
+                staged.together = executor.stage_together(staged.trial.group, slices)
+            elif staged is not None:
+                staged.attempt = executor.stage(staged.batches[0].slices)
             if running is not None:
-                executor.complete(running[1])
+                _complete(executor, running)
             if staged is not None:
-                executor.launch(staged[1])
+                if staged.attempt is not None:
+                    executor.launch(staged.attempt)
+                elif staged.together is not None:
+                    executor.launch_together(staged.together)
             if running is not None:
-                self._finish(executor, *running)
+                self._finish(executor, running)
             running = staged
             if running is not None and not executor.staging.overlaps:
-                executor.complete(running[1])
-                self._finish(executor, *running)
+                _complete(executor, running)
+                self._finish(executor, running)
                 running = None
             if job is not None:  # between batches, never during one
                 job(executor)
             if closed:
                 return
 
-    def _next(self, *, wait: bool) -> tuple[Job | None, Batch | None, Sequence[QueuedRequest], bool]:
-        """Return a job, a batch, what expired, and whether that was all; nothing at all only if it may not `wait`."""
+    def _next(self, *, wait: bool) -> tuple[Job | None, list[Batch], Sequence[QueuedRequest], bool]:
+        """Return a job, batches, what expired, and whether that was all; nothing at all only if it may not `wait`."""
         while True:
             with self._lock:
                 self._is_idle = False
                 if self._jobs:
-                    return self._jobs.popleft(), None, (), False
+                    return self._jobs.popleft(), [], (), False
                 now = time.monotonic()
                 expired = self._batcher.pop_expired(now)
                 batch = self._batcher.pop_ready(now)
                 if batch is not None:
-                    self._num_running += 1
-                    if self._num_running == 1:
+                    batches, group = [batch], batch.queue.group
+                    if isinstance(group, Group) and self._batcher.has_waiting and group.gathers():
+                        batches += self._batcher.pop_group(batch, now)
+                    if not self._num_running:
                         self._busy_since = now
-                    return None, batch, expired, False
+                    self._num_running += len(batches)
+                    return None, batches, expired, False
                 if expired or self._closing or not wait:
-                    return None, None, expired, self._closing and not expired
+                    return None, [], expired, self._closing and not expired
                 timer_at = self._batcher.timer_at()
                 self._is_idle = True
             with contextlib.suppress(Empty):
                 self._bell.get(timeout=None if timer_at is None else max(timer_at - now, 0))
 
-    def _finish(self, executor: Executor, batch: Batch, attempt: Attempt) -> None:
-        """Hand out the results of a batch."""
-        outcomes, works = executor.outcomes(attempt), attempt.works
-        direction = "forward" if works[0].output_gradients is None else "backward"
+    def _finish(self, executor: Executor, computed: _Pass) -> None:
+        """Hand out the results of a pass."""
+        batches, trial = computed.batches, computed.trial
+        if computed.attempt is not None:
+            outcomes = executor.outcomes(computed.attempt)
+        else:
+            outcomes = {}
+            for one in computed.together.attempts if computed.together is not None else ():
+                outcomes |= executor.outcomes(one)
         now = time.monotonic()
         with self._lock:
             for work, outcome in outcomes.items():
                 if not isinstance(outcome, WorkResult):
                     self._batcher.remove(work)  # the rest of a split request
-            self._batcher.finish(batch, now)
+            seconds = self._batcher.finish(batches, now)
             self._busy_seconds += now - (self._busy_since or now)
-            self._num_running -= 1
+            self._num_running -= len(batches)
             self._busy_since = now if self._num_running else None
-        self._post(self._deliver, works, outcomes, direction, batch.num_rows, now - batch.started)
+        self._post(self._deliver, batches, outcomes, now - batches[0].started)
+        if trial is not None:
+            computed.learn(executor, trial, seconds)
+        elif isinstance(group := batches[0].queue.group, Group):
+            group.choice.spent += seconds
+        for batch in batches:
+            if batch.queue in self._ungrouped:
+                self._ungrouped.discard(batch.queue)
+                _find_group(executor, batch)
 
     def _post(self, function: Callable[..., None], *args: object) -> None:
         """Let the loop call this. Waking it is a system call: what is posted until it looks shares one."""
@@ -478,7 +550,69 @@ class TesseractRuntime(Uncopied):
                 asyncio.get_running_loop().call_soon(self._call_posted)
 
 
+class _Trial:
+    """The way in which batches that might share a pass are computed, and what that takes."""
+
+    __slots__ = ("group", "num_batches", "num_rows", "is_together", "num_left", "seconds")
+
+    def __init__(self, group: Group, batches: Sequence[Batch]) -> None:
+        self.group = group
+        self.num_batches = self.num_left = len(batches)
+        self.num_rows = sum([batch.num_rows for batch in batches])
+        self.is_together = group.choice.is_together(self.num_batches, self.num_rows)
+        self.seconds = 0.0
+
+
+class _Pass:
+    """Batches that the device computes at once: one as an attempt, several together."""
+
+    __slots__ = ("batches", "trial", "attempt", "together")
+
+    def __init__(self, batches: list[Batch], trial: _Trial | None) -> None:
+        self.batches = batches
+        self.trial = trial
+        self.attempt: Attempt | None = None
+        self.together: Together | None = None
+
+    def learn(self, executor: Executor, trial: _Trial, seconds: float) -> None:
+        """Learn from what it took."""
+        together = self.together
+        trial.seconds += seconds
+        trial.num_left -= len(self.batches)
+        if not trial.num_left and (together is None or together.is_measured):
+            trial.group.choice.add(trial.num_batches, trial.num_rows, trial.is_together, trial.seconds)
+        if together is not None and together.is_each_alone:
+            for batch in self.batches:  # an expert may have changed
+                _find_group(executor, batch)
+
+
+def _complete(executor: Executor, computed: _Pass) -> None:
+    if computed.attempt is not None:
+        executor.complete(computed.attempt)
+    elif computed.together is not None:
+        executor.complete_together(computed.together)
+
+
+def _passes(batches: list[Batch]) -> list[_Pass]:
+    """Return how batches that came together are computed: in one pass, or each in its own."""
+    group = batches[0].queue.group
+    assert isinstance(group, Group)
+    trial = _Trial(group, batches)
+    return [_Pass(batches, trial)] if trial.is_together else [_Pass([batch], trial) for batch in batches]
+
+
+def _find_group(executor: Executor, batch: Batch) -> None:
+    kind: _QueueKind = batch.queue.name  # type: ignore[assignment]
+    backend, is_backward, training, *rest = kind
+    batch.queue.group = executor.groups.group_of(backend, training=training, mode=(is_backward, *rest))
+
+
 # -- On the loop again -------------------------------------------------------------------------------------------------
+
+
+def _direction(batch: Batch) -> str:
+    kind: _QueueKind = batch.queue.name  # type: ignore[assignment]
+    return "backward" if kind[1] else "forward"
 
 
 def _leaving() -> Overloaded:

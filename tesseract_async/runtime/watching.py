@@ -41,6 +41,8 @@ class Habits:
     known: bool = False
     """True once it was watched."""
     draws: bool = False
+    draws_others: bool = False
+    """True if it draws, it seems, from Python's or NumPy's generators."""
     writes: bool = False
 
 
@@ -124,6 +126,7 @@ def watched(
     watch.learn(habits, given, inputs, who)
     has_moved = is_alone and others_before != _other_states()
     if has_moved and all(_moves_others(call, inputs) for _ in range(_NUM_TRIALS)):
+        habits.draws_others = True
         logger.warning(
             "%s draws, it seems, from Python's or NumPy's random numbers, which are not repeated in its backward pass: "
             "gradients may be of another function; let it draw from PyTorch",

@@ -22,6 +22,7 @@ from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.answering import ExpertCalls
 from tesseract_async.server.applying import Applying, ExpertShares
+from tesseract_async.server.fragments import FragmentBackend, FragmentCalls
 from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.memory import CallerMemory, trim_heap
 from tesseract_async.server.state_files import CheckpointStore, FolderLock
@@ -130,6 +131,7 @@ class TesseractServer(Uncopied):
             is_gone=lambda peer: not node.is_connected(peer),
             succession=lambda: self.succession,
         )
+        self._fragments = FragmentCalls(self.calls)
         self._methods: dict[str, ExpertHandler] = {}
         self._handlers = {uid: self._handlers_of(one) for uid, one in self.hosted.items()}
         self.handle(messages.INFO, self.calls.info)
@@ -277,6 +279,7 @@ class TesseractServer(Uncopied):
             for uid in self.experts:
                 self.node.unhost_expert(uid)
             self._memory.close()
+            self._fragments.close()
             try:
                 await self.save_checkpoints()
             except CheckpointError as error:
@@ -345,11 +348,16 @@ class TesseractServer(Uncopied):
         """Have calls of an ``expert.`` method answered by `handler`, for every expert of this server."""
         self._methods[method] = handler
         for uid, one in self.hosted.items():
-            self._handlers[uid][method] = partial(handler, one)
+            self._handlers[uid] |= {name: answer for name, answer in self._handlers_of(one).items() if name == method}
 
     def _handlers_of(self, hosted: HostedState) -> dict[str, CallHandler]:
-        methods = {method: partial(handler, hosted) for method, handler in self._methods.items()}
-        return {APPLY: ExpertShares(self.calls, hosted), **methods}
+        methods: dict[str, CallHandler] = {name: partial(handler, hosted) for name, handler in self._methods.items()}
+        if not isinstance(hosted.backend, FragmentBackend):
+            return {APPLY: ExpertShares(self.calls, hosted), **methods}
+        for name in (messages.FORWARD, messages.BACKWARD):
+            methods.pop(name, None)
+        pushes = {messages.PUSH: self._fragments.push, messages.PULL: self._fragments.pull}
+        return methods | {name: partial(answer, hosted) for name, answer in pushes.items()}
 
     def _host(
         self, uid: str, backend: ExpertBackend, runtime: TesseractRuntime, *, is_primary: bool = False

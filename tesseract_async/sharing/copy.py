@@ -54,25 +54,26 @@ class Copy:
         self._sent = None
 
     def merge(self, updates: Sequence[Update], *, epoch: int) -> torch.Tensor:
-        """Take the updates that answer the push. Returns what to add to the local values (of integers: the values).
+        """Take the updates that answer the push, or that came without one. Returns what to add to the local values (of
+        integers: the values).
 
         Raises: ProtocolError if they do not lead where they say, and changes nothing: fetch the state whole then, and
         `rebase`.
         """
-        assert self._sent is not None
-        sent = self._sent
-        if not updates or updates[-1].version <= self._fragment.version:
+        sent = self.anchor if self._sent is None else self._sent
+        if self._sent is not None and (not updates or updates[-1].version <= self._fragment.version):
             raise ProtocolError("a push was answered without its update")
         self._fragment.replay(updates)
         self.epoch, self._sent = epoch, None
         return self.anchor if self.cut.kind is Kind.NEWEST else self.anchor - sent
 
-    def rebase(self, anchor: torch.Tensor, *, version: int, epoch: int) -> torch.Tensor:
-        """Go on from another state. Returns what to add to the local values, whose difference stays to be pushed.
+    def rebase(self, anchor: torch.Tensor, *, version: int, epoch: int, counted: bool = False) -> torch.Tensor:
+        """Go on from another state. Returns what to add to the local values, whose difference stays to be pushed;
+        `counted`: the push under way is in that state.
 
         Raises: ProtocolError if it does not fit.
         """
-        before = self.anchor
+        before = self._sent if counted and self._sent is not None else self.anchor
         fragment = Fragment(self.cut, self._fragment.outer, anchor, version=version)
         self._fragment, self.epoch, self._sent = fragment, epoch, None
         return anchor if self.cut.kind is Kind.NEWEST else anchor - before

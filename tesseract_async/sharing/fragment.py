@@ -11,7 +11,6 @@ Solved for what everybody knows, m' = (mu m + u) / (1 + mu): what quantizing u l
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -78,8 +77,12 @@ class Fragment:
         version: int = 0,
         momentum: torch.Tensor | None = None,
         updates: Sequence[Update] = (),
+        before: bytes = b"",
     ) -> None:
-        """Raises: ProtocolError if these do not fit one another."""
+        """`updates`: those that led here, and `before`, the root that they began at.
+
+        Raises: ProtocolError if these do not fit one another.
+        """
         self.cut, self.outer, self.version = cut, outer, version
         self.has_momentum = cut.kind is Kind.STEPPED and outer.momentum > 0
         if momentum is None and self.has_momentum:
@@ -98,12 +101,19 @@ class Fragment:
         self.root = root_of(anchor)
         if updates and updates[-1].root != self.root:
             raise ProtocolError("a fragment's last update leads elsewhere")
-        self._updates = deque(updates, maxlen=KEPT_UPDATES)
+        first = Update(version - len(updates), b"", before if updates else self.root)
+        # one tuple, so that other threads may look at it while a step is taken
+        self._line: tuple[Update, ...] = (first, *updates)
 
     @property
     def updates(self) -> tuple[Update, ...]:
         """The last `KEPT_UPDATES` updates, the oldest first."""
-        return tuple(self._updates)
+        return self._line[1:]
+
+    @property
+    def before(self) -> bytes:
+        """The root of the state that the first of `updates` began at."""
+        return self._line[0].root
 
     def step(self, mean: torch.Tensor) -> Update:
         """Take one step on the members' mean difference (of integers: on their new values). Returns the update."""
@@ -114,8 +124,11 @@ class Fragment:
             wanted = mean * (1 + mu) + self.momentum * (mu * mu)
         data = bytes(compression.encode(wanted, self.outer.codec_of(self.cut)))
         self._take(data)
-        self._updates.append(Update(self.version, data, self.root))
-        return self._updates[-1]
+        self._append(Update(self.version, data, self.root))
+        return self._line[-1]
+
+    def _append(self, update: Update) -> None:
+        self._line = (*self._line[-KEPT_UPDATES:], update)
 
     def replay(self, updates: Sequence[Update]) -> None:
         """Apply updates that others took, skipping those that this state has.
@@ -123,7 +136,7 @@ class Fragment:
         Raises: ProtocolError if they do not follow from this state, or do not lead where they say. Nothing changes
         then; the state must be fetched whole.
         """
-        before = self.anchor, self.momentum, self.version, self.root, self._updates.copy()
+        before = self.anchor, self.momentum, self.version, self.root, self._line
         try:
             for one in updates:
                 if one.version <= self.version:
@@ -133,22 +146,19 @@ class Fragment:
                 self._take(one.data)
                 if one.root != self.root:
                     raise ProtocolError("an update leads to another state than its sender has")
-                self._updates.append(one)
+                self._append(one)
         except ProtocolError:
-            self.anchor, self.momentum, self.version, self.root, self._updates = before
+            self.anchor, self.momentum, self.version, self.root, self._line = before
             raise
 
     def since(self, version: int, root: bytes) -> tuple[Update, ...] | None:
-        """Return the updates that lead from a base to this state; None if the base is unknown or too old."""
-        roots = {one.version: one.root for one in self._updates} | {self.version: self.root}
-        if version not in roots:
-            # the state before the oldest update has no root here: who began there is checked by where it leads
-            oldest = self._updates[0].version if self._updates else self.version
-            if version != oldest - 1 or not self._updates:
-                return None
-        elif roots[version] != root:
-            return None
-        return tuple(one for one in self._updates if one.version > version)
+        """Return the updates that lead from a base to this state; None if the base is unknown or too old.
+
+        May be asked on any thread.
+        """
+        line = self._line
+        at = version - line[0].version
+        return line[at + 1 :] if 0 <= at < len(line) and line[at].root == root else None
 
     def _take(self, data: bytes) -> None:
         """Apply one encoded step: each operation by itself, so that no machine contracts two into one rounding."""

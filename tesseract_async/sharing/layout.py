@@ -185,13 +185,20 @@ class Layout:
 
     def add(self, model: nn.Module, cut: Cut, change: torch.Tensor) -> None:
         """Add `change` to the fragment's values in place; integers take its values instead."""
+        self._put(model, cut, change, replace=cut.kind is Kind.NEWEST)
+
+    def write(self, model: nn.Module, cut: Cut, values: torch.Tensor) -> None:
+        """Set the fragment's values in place."""
+        self._put(model, cut, values, replace=True)
+
+    def _put(self, model: nn.Module, cut: Cut, values: torch.Tensor, *, replace: bool) -> None:
         tensors = _tensors_of(model)
         with torch.no_grad():
             for name, start, stop, at in self._parts(cut):
-                tensor, part = tensors[name].detach(), change[at : at + stop - start]
+                tensor, part = tensors[name].detach(), values[at : at + stop - start]
                 flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
                 here = flat[start:stop]
-                if cut.kind is Kind.NEWEST:
+                if replace:
                     here.copy_(part)
                 elif here.dtype == torch.float32 or here.dtype == torch.float64:
                     here.add_(part.to(here.device))

@@ -76,6 +76,11 @@ class Rounds:
         self._interval = FIRST_INTERVAL
 
     @property
+    def version(self) -> int:
+        """The version of the anchor that the present round leads on from."""
+        return self._version
+
+    @property
     def is_open(self) -> bool:
         """True between the first push and the end of a round."""
         return bool(self._pushes)

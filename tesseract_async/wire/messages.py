@@ -10,6 +10,8 @@ with the expert's uid, by which they find its handler. Tensors travel next to th
 - ``expert.backward``: `BackwardRequest` + inputs, then output gradients -> `BackwardReply` + input gradients
 - ``expert.take_over``: `TakeOverRequest` -> `TakeOverReply`, from a primary that leaves to a follower
 - ``expert.tenure``: `TenureRequest` -> `TenureReply`, among the servers of a run's expert
+- ``expert.push``: `PushRequest` + a difference -> `UpdatesReply` + updates, of a fragment of shared parameters
+- ``expert.pull``: `PullRequest` -> `UpdatesReply` + updates
 - ``expert.state``: `StateRequest` -> `StateReply` + one buffer, a piece of the expert's state as a file
 """
 
@@ -27,6 +29,8 @@ BACKWARD = "expert.backward"
 STATE = "expert.state"
 TAKE_OVER = "expert.take_over"
 TENURE = "expert.tenure"
+PUSH = "expert.push"
+PULL = "expert.pull"
 
 Root = bytes
 """32 bytes that name a file."""
@@ -183,8 +187,48 @@ class StateReply(NamedTuple):
     piece: int
 
 
+class PushRequest(NamedTuple):
+    """A trainer's difference from a base, the state of a fragment that it began at. The answer comes when the round
+    that counts it has closed."""
+
+    uid: str
+    call_id: bytes
+    """16 random bytes. A push repeated under the same id never counts twice."""
+    version: int
+    root: bytes
+    """The first state's `sharing.fragment.root_of`."""
+    steps: int
+    """Optimizer steps in it."""
+
+
+class PullRequest(NamedTuple):
+    """Asks for the updates since a base."""
+
+    uid: str
+    version: int
+    root: bytes
+
+
+class UpdatesReply(NamedTuple):
+    """The way from the base to the present state. With it travel the updates, encoded, the oldest first."""
+
+    counted: bool
+    """The push is in the present state."""
+    known: bool
+    """False: the base is unknown here or too old, and no updates come: the state must be fetched whole."""
+    epoch: int
+    version: int
+    steps: int
+    """Optimizer steps of all members, that were pushed ever."""
+    roots: list[Value]
+    """The root after each update."""
+
+
 Body = TypeVar(
     "Body",
+    PushRequest,
+    PullRequest,
+    UpdatesReply,
     InfoRequest,
     ExpertInfo,
     ForwardRequest,

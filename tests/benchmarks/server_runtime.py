@@ -33,7 +33,7 @@ def batcher_rate(num_requests: int = 100_000) -> float:
         for index in range(first, first + 100):
             batcher.add(QueuedRequest(pools[index % 7 * 9], 4, 4096, peer=index % 20, deadline=now + 30.0), now)
         while (batch := batcher.pop_ready(now)) is not None:
-            batcher.finish(batch, now)
+            batcher.finish([batch], now)
     return num_requests / (time.perf_counter() - started)
 
 

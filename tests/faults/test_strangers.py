@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,14 +22,14 @@ from tesseract_async.experts import ExpertPattern, PublisherSettings
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import claim_experts, claims_key, encode_reservation
 from tesseract_async.experts.grants import GRANT_SECONDS, Grant, Role, grant_text, sign_grant, sign_revocations
-from tesseract_async.experts.manifest import RunTag, encode_manifest, grid_key, shard_key
+from tesseract_async.experts.manifest import RunTag, encode_manifest, grid_key, shard_key, split_uid
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import publish_grant
 from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.transport.base import PeerAddress
-from tesseract_async.wire import messages
+from tesseract_async.wire import apply, messages
 from tesseract_async.wire import tensors as wire
 
 UID, FREE = "ffn.0.0", "ffn.0.1"
@@ -189,6 +190,38 @@ async def test_members_send_a_stranger_nothing_though_they_know_its_address(kind
         assert swarm.trainer.metrics.total("expert_calls_held_back") == 2
 
 
+async def ask_many(
+    endpoint: Any, peer: PeerAddress, *, backward: bool
+) -> tuple[RemoteError | None, dict[int, RemoteError]]:
+    """The error of an ``expert.apply`` as a whole, if it has one, and else of each expert in it."""
+    x = torch.ones(2, 4)
+    metas, buffers = wire.pack_tensors([x] * (1 + backward))
+    numbers = np.array([0])
+    request = apply.ApplyRequest(
+        "ffn",
+        np.array([split_uid(UID)[1]], dtype=np.uint32),
+        [bytes(16)],
+        numbers,
+        np.array([0, 2]),
+        np.array([0, 1], dtype=np.int32),
+        np.ones(2, dtype=np.float32),
+        metas,
+        1,
+        backward,
+        training=True,
+        keep=False,
+        seed=0,
+        reply_codec="none",
+    )
+    body, first = apply.encode_request(request)
+    try:
+        parts = endpoint.call_parts(peer, apply.APPLY, body, [*first, *buffers], timeout=10.0)
+        decoded = [apply.decode_part(*part, request)[0] async for part in parts]
+    except RemoteError as error:
+        return error, {}
+    return None, {expert: error for part in decoded for expert, error in part.failures}
+
+
 @pytest.mark.parametrize("kind", ["list", "run"])
 async def test_a_stranger_may_ask_nothing_of_members(kind: str) -> None:
     async with closed(kind) as swarm:
@@ -205,6 +238,10 @@ async def test_a_stranger_may_ask_nothing_of_members(kind: str) -> None:
         for method, request, some in asks:
             with pytest.raises(NotAllowed):
                 await swarm.stranger.node.call_expert(swarm.node.peer_address, method, request, some, timeout=10.0)
+        for backward in (False, True):
+            whole, failures = await ask_many(swarm.stranger.node.endpoint, swarm.node.peer_address, backward=backward)
+            # a list refuses the call, a run the expert
+            assert isinstance(whole if kind == "list" else failures[0], NotAllowed)
         assert swarm.server.experts[UID].version == 0
 
 
@@ -312,6 +349,9 @@ async def test_an_expired_grant_gives_nothing_new_but_what_goes_on_goes_on() -> 
         await expert(X)
         with pytest.raises(NotAllowed, match="may not train"):
             await ta.backward(y.sum())
+        _, failures = await ask_many(swarm.trainer.endpoint, swarm.node.peer_address, backward=True)
+        assert isinstance(failures[0], NotAllowed) and "may not train" in str(failures[0])
+        assert await ask_many(swarm.trainer.endpoint, swarm.node.peer_address, backward=False) == (None, {})
 
 
 async def test_a_grant_for_some_experts_is_believed_for_those_only() -> None:

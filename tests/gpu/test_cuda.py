@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.runtime import TesseractRuntime
+from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.runtime.staging import CudaStaging, staging_for
 from tesseract_async.wire.tensors import TensorSpec
 
@@ -142,3 +142,35 @@ def test_copies_and_computing_overlap() -> None:
     copies = [(start, end) for name, start, end in spans if "Memcpy HtoD" in name]
     kernels = [(start, end) for name, start, end in spans if "gemm" in name.lower() or "cutlass" in name.lower()]
     assert any(a < d and c < b for a, b in copies for c, d in kernels), "no copy ran beside a kernel"
+
+
+async def test_experts_in_one_pass_on_the_gpu_equal_those_one_by_one() -> None:
+    answers = []
+    for groups in (True, False):
+        runtime = TesseractRuntime(device="cuda", settings=RuntimeSettings(groups_experts=groups))
+        await runtime.start()
+        try:
+            torch.manual_seed(0)
+            modules = [nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).cuda() for _ in range(8)]
+            experts = [
+                ExpertBackend(
+                    module,
+                    optimizer=torch.optim.Adam(module.parameters(), lr=1e-3, eps=1e-4),
+                    args_schema=(TensorSpec((16,)),),
+                )
+                for module in modules
+            ]
+            found = []
+            for number in range(20):
+                x = torch.randn(1 + number % 4, 16)
+                with runtime.gathering():
+                    works = [
+                        runtime.submit(one, [x], [x], call_id=bytes([number, index]) * 8)
+                        for index, one in enumerate(experts)
+                    ]
+                found += [(await work.answer).tensors[0] for work in works]
+        finally:
+            await runtime.aclose()
+        assert (runtime.metrics.total("runtime_grouped_batches") > 0) is groups
+        answers.append([*found, *(x.cpu() for module in modules for x in module.parameters())])
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)

@@ -6,17 +6,23 @@ This process imports PyTorch once, has the store, and forks. The leader prints i
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
+import resource
+import shutil
 import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -25,14 +31,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store
 
-from tesseract_async.errors import TesseractError
+from tesseract_async.errors import Overloaded, TesseractError
+from tesseract_async.files import mapped, write_whole
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.mesh import MeshBackend, join_job
+from tesseract_async.runtime.mesh import MeshBackend, join_job, link_of_job
 from tesseract_async.runtime.mesh_link import MAX_STRANGERS
 from tesseract_async.runtime.mesh_plans import PLANS, Plan, fsdp, tensor_parallel
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.spread_tensor import SpreadTensor
 from tesseract_async.server import checkpoint
+from tesseract_async.server.memory import trim_heap
 from tesseract_async.server.registry import Built, build_module
 from tesseract_async.wire.tensors import TensorSpec
 
@@ -293,7 +301,202 @@ def attack(store: Any) -> list[socket.socket]:
     return strangers
 
 
-JOBS: Final[dict[str, Callable[..., None]]] = {"equality": equality, "faults": faults}
+def deep(width: int, num_layers: int) -> Built:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(num_layers)]), (
+        TensorSpec((width,)),
+    )
+
+
+def adam_step(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(module.parameters(), lr=1e-3)
+
+
+def resident(name: str) -> int:
+    """``VmRSS`` of this process, or the most that it was, ``VmHWM``. Bytes."""
+    (line,) = [one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(name)]
+    return int(line.split()[1]) << 10
+
+
+async def meet_replicas(spreads: Sequence[MeshBackend]) -> dict[str, Any]:
+    """A spread expert with a plain follower, and the other way around; then a hand-over."""
+    from tests.server import test_replicas
+
+    found: dict[str, Any] = {}
+
+    def plain() -> ExpertBackend:
+        module, schema = plain_linear()
+        return ExpertBackend(module, optimizer=partial(sgd, module), args_schema=schema)
+
+    def equal(*volunteers: Any) -> bool:
+        left, right = (
+            {name: whole(x) for name, x in one.server.experts[test_replicas.UID].state()["module"].items()}
+            for one in volunteers
+        )
+        return all(torch.equal(left[name], right[name]) for name in left)
+
+    for name, backends in (("spread leads", [spreads[0], plain()]), ("spread follows", [plain(), spreads[1]])):
+        given = iter(backends)
+        test_replicas.make_backend = lambda *_: next(given)  # type: ignore[assignment]  # noqa: B023
+        async with (
+            test_replicas.volunteer() as first,
+            test_replicas.volunteer([first.node.address], follow=True) as second,
+        ):
+            for _ in range(3):
+                await test_replicas.backward(first.node, first)
+            second.keeper.bare.forget(test_replicas.UID)
+            await second.keeper.look()
+            found[name] = [first.version, second.version, equal(first, second)]
+            await test_replicas.backward(first.node, first)
+            handed = await first.keeper.hand_over()
+            found[f"{name}, and hands over"] = [handed, second.leads, second.version, equal(first, second)]
+    return found
+
+
+def plain_linear() -> Built:
+    torch.manual_seed(0)
+    return nn.Linear(4, 4), (TensorSpec((4,)),)
+
+
+def replicas() -> None:
+    dist.init_process_group("gloo")  # somebody else has made it, and calls from a thread, as Ray Train does
+    thread = threading.Thread(target=_replicas)
+    thread.start()
+    thread.join()
+
+
+def _replicas() -> None:
+    spreads = [MeshBackend(plain_linear, mesh=whole_mesh(), optimizer=sgd) for _ in range(2)]
+    if dist.get_rank():
+        spreads[0].follow()
+        return
+    print(json.dumps(asyncio.run(meet_replicas(spreads))), flush=True)
+    spreads[0].leave()
+
+
+class Gauge:
+    """In each process: builds experts, and says how much memory that process had at most."""
+
+    before = 0
+
+    def carry_out(self, name: str, args: Sequence[Any]) -> Any:
+        if name == "build":
+            backend = MeshBackend(partial(deep, *args), mesh=whole_mesh(), optimizer=adam_step)
+            return None if dist.get_rank() else backend
+        if name == "limit":
+            (data,) = [one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmData")]
+            now = int(data.split()[1]) << 10
+            resource.setrlimit(resource.RLIMIT_DATA, (now + args[0], now + args[0]))
+        if name == "begin":
+            gc.collect()
+            trim_heap()
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            self.before = resident("VmRSS")
+        return resident("VmHWM") - self.before
+
+    def recover(self) -> None:
+        raise AssertionError("nothing fails here")
+
+
+def memory(width: str, num_layers: str) -> None:
+    """Build an expert, train it, copy its state, write and load it: the most that each process had at once, in bytes
+    above what it had after doing the same with a tiny one."""
+    join_job(60.0)
+    link, gauge, folder = link_of_job(), Gauge(), Path(tempfile.mkdtemp())
+    number = link.add(gauge)
+    if dist.get_rank():
+        link.follow()
+        return
+    found: dict[str, Any] = {}
+    for features, layers in ((8, 1), (int(width), int(num_layers))):
+        link.command(number, "begin")
+        backend = link.command(number, "build", [features, layers])[0]
+        found["built"] = link.command(number, "read")
+        for what in ("trained", "copied", "written", "loaded"):
+            if what == "copied":
+                state = backend.state()
+            elif what == "written":
+                write_whole(folder / "state", checkpoint.encode(state))
+                found["file"] = (folder / "state").stat().st_size
+            elif what == "loaded":
+                del state
+                backend.load_state(checkpoint.decode(mapped(folder / "state")))
+            x = torch.randn(8, features)
+            backend.step(backend.gradients([x], [torch.randn_like(x)])[1])
+            found[what] = link.command(number, "read")
+        del backend
+        gc.collect()
+    shutil.rmtree(folder)
+    print(json.dumps(found), flush=True)
+    link.leave()
+
+
+def limit(num_bytes: str, width: str, num_layers: str) -> None:
+    """Train where each process may take so many bytes more than it has."""
+    join_job(60.0)
+    link, gauge = link_of_job(), Gauge()
+    number = link.add(gauge)
+    if dist.get_rank():
+        link.follow()
+        return
+    for features, layers in ((8, 1), (int(width), int(num_layers))):
+        if layers > 1:
+            link.command(number, "limit", [int(num_bytes)])
+        trained = True
+        try:
+            backend = link.command(number, "build", [features, layers])[0]
+            for _ in range(2):
+                x = torch.randn(8, features)
+                backend.step(backend.gradients([x], [torch.randn_like(x)])[1])
+        except (RuntimeError, MemoryError, Overloaded):
+            trained = False
+    print(json.dumps({"trained": trained}), flush=True)
+    os._exit(0)
+
+
+def overhead() -> None:
+    """What a command costs the leader, next to a bare round trip over a socket. Seconds, medians."""
+    join_job(60.0)
+    spread = MeshBackend(partial(deep, 8, 1), mesh=whole_mesh(), optimizer=adam_step)
+    if dist.get_rank():
+        one = socket.create_connection(("127.0.0.1", int(_get_default_store().get("echo"))))
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while data := one.recv(64):
+            one.sendall(data)
+        spread.follow()
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        _get_default_store().set("echo", str(listener.getsockname()[1]))
+        one, _ = listener.accept()
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def bare() -> None:
+        one.sendall(b"x" * 32)
+        one.recv(64)
+
+    def seconds(work: Callable[[], object]) -> list[float]:
+        found = []
+        for _ in range(2000):
+            started = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - started)
+        return sorted(found)
+
+    echo = seconds(bare)
+    one.close()
+    commands = seconds(lambda: spread.link.command(spread._index, "forget", [-1]))
+    print(json.dumps({"echo": echo[1000], "command": commands[1000], "least": commands[0] - echo[0]}), flush=True)
+    spread.leave()
+
+
+JOBS: Final[dict[str, Callable[..., None]]] = {
+    "equality": equality,
+    "faults": faults,
+    "limit": limit,
+    "memory": memory,
+    "overhead": overhead,
+    "replicas": replicas,
+}
 
 
 def main() -> None:
@@ -312,8 +515,9 @@ def main() -> None:
         assert len(strangers) > MAX_STRANGERS
     else:
         pids = launch(range(int(size)), int(size), lambda: JOBS[job](*arguments), store)
-        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    sys.exit(int(any(statuses)))
+        statuses = [os.waitpid(pid, 0)[1] for pid in (pids[:1] if job == "limit" else pids)]
+    if job != "limit":  # whose followers are left behind
+        sys.exit(int(any(statuses)))
 
 
 if __name__ == "__main__":

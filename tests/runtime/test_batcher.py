@@ -7,7 +7,7 @@ import random
 import weakref
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -47,7 +47,7 @@ def drain(batcher: Batcher, now: float = 0.0, seconds: float = 0.0) -> list[Batc
     while (batch := batcher.pop_ready(now)) is not None:
         batches.append(batch)
         now += seconds
-        batcher.finish(batch, now)
+        batcher.finish([batch], now)
     return batches
 
 
@@ -137,7 +137,7 @@ def learned(batcher: Batcher, *, each: float = 4e-3, per_row: float = 1e-4) -> t
         batch = batcher.pop_ready(now)
         assert batch is not None and batcher.pop_ready(now) is None
         now += each + per_row * num_rows
-        batcher.finish(batch, now)
+        batcher.finish([batch], now)
     assert batcher.pop_ready(now) is None
     return pool, now
 
@@ -151,7 +151,7 @@ def test_a_batch_is_no_larger_than_pays_while_the_device_keeps_up() -> None:
     while (batch := batcher.pop_ready(now)) is not None:
         sizes.append((now, batch.num_rows))
         now += 4e-3 + 1e-4 * batch.num_rows
-        batcher.finish(batch, now)
+        batcher.finish([batch], now)
     begun = sizes[0][0]
     early = [num_rows for when, num_rows in sizes if when <= begun + KEEPING_UP_SECONDS]
     late = [num_rows for when, num_rows in sizes if when > begun + KEEPING_UP_SECONDS]
@@ -183,7 +183,7 @@ def test_a_flood_delays_its_sender_only() -> None:
         batcher.add(one, now=0.0)
     first = batcher.pop_ready(now=0.0)
     assert first is not None
-    batcher.finish(first, now=1.0)
+    batcher.finish([first], now=1.0)
     quiet = [request(pool, 4, peer=f"quiet {index}") for index in range(3)]
     for one in quiet:
         batcher.add(one, now=1.0)
@@ -237,7 +237,7 @@ class Crowd:
             batch = self.batcher.pop_ready(self.now)
             if batch is not None:
                 self.now += 1e-3 + self.seconds_per_row * batch.num_rows
-                self.batcher.finish(batch, self.now)
+                self.batcher.finish([batch], self.now)
                 for part in batch.slices:
                     peer = part.request.peer
                     share = (1e-3 + self.seconds_per_row * batch.num_rows) * (part.stop - part.start) / batch.num_rows
@@ -299,7 +299,7 @@ def test_a_split_request_that_leaves_is_not_continued() -> None:
     batcher.add(large, now=0.0)
     batch = batcher.pop_ready(now=0.0)
     assert batch is not None and batcher.remove(large)
-    batcher.finish(batch, now=1.0)
+    batcher.finish([batch], now=1.0)
     assert batcher.pop_ready(now=1.0) is None
     statistics = batcher.statistics()
     assert (statistics.num_waiting, statistics.num_waiting_rows, statistics.num_bytes) == (0, 0, 0)
@@ -314,7 +314,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     assert caught.value.retry_after == DEFAULT_RETRY_AFTER
     (batch,) = [batcher.pop_ready(now=0.0)]
     assert batch is not None
-    batcher.finish(batch, now=10.0)  # 100 bytes/s
+    batcher.finish([batch], now=10.0)  # 100 bytes/s
     batcher.add(QueuedRequest(pool, 1, num_bytes=80), now=10.0)
     with pytest.raises(Overloaded) as caught:
         batcher.add(QueuedRequest(pool, 1, num_bytes=70), now=10.0)
@@ -329,7 +329,7 @@ def test_bytes_are_held_until_the_batch_has_run() -> None:
     assert batch is not None
     with pytest.raises(Overloaded):
         batcher.add(QueuedRequest(pool, 1, num_bytes=100), now=0.0)
-    batcher.finish(batch, now=1.0)
+    batcher.finish([batch], now=1.0)
     batcher.add(QueuedRequest(pool, 1, num_bytes=100), now=1.0)
 
 
@@ -425,7 +425,7 @@ def test_sixty_four_experts_under_a_thousand_requests_wait_fairly() -> None:
         seconds = 1e-3 + 1e-5 * batch.num_rows
         now += seconds
         busy += seconds
-        batcher.finish(batch, now)
+        batcher.finish([batch], now)
         for part in batch.slices:
             waits.append(now - part.request.arrival)
             ask(part.request.peer)
@@ -568,7 +568,7 @@ class BatcherModel(RuleBasedStateMachine):
                 if self.batcher.remove(part.request):
                     del self.waiting[part.request]
                     self.gone.add(part.request)
-        self.batcher.finish(batch, self.now)
+        self.batcher.finish([batch], self.now)
         for part in batch.slices:
             self.answered[part.request] += part.stop - part.start
 
@@ -594,3 +594,47 @@ class BatcherModel(RuleBasedStateMachine):
 
 BatcherModel.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestBatcherModel = BatcherModel.TestCase
+
+
+@given(st.data())
+def test_a_group_holds_what_would_have_come_next_in_the_same_order(data: st.DataObject) -> None:
+    sides = [Batcher(), Batcher()]
+    queues = [[one.add_queue(index, max_batch_size=8) for index in range(5)] for one in sides]
+    for own in queues:
+        for queue in own[:4]:
+            queue.group = "a kind"
+    requests = data.draw(
+        st.lists(st.tuples(st.integers(0, 4), st.integers(1, 12), st.integers(0, 2), st.integers(0, 1)), max_size=20)
+    )
+    for index, num_rows, peer, priority in requests:
+        for batcher, own in zip(sides, queues, strict=True):
+            batcher.add(QueuedRequest(own[index], num_rows, 8, peer, priority=priority), 0.0)
+
+    def seen(batch: Batch) -> tuple[object, ...]:
+        return batch.queue.name, [(one.request.sequence, one.start, one.stop) for one in batch.slices]
+
+    now, alone = 0.0, []
+    while (batch := sides[0].pop_ready(now)) is not None:
+        alone.append(batch)
+    passes = []
+    while (batch := sides[1].pop_ready(now)) is not None:
+        passes.append([batch, *sides[1].pop_group(batch, now)])
+    assert [seen(batch) for batch in alone] == [seen(batch) for one in passes for batch in one]
+    for one in passes:
+        names = [batch.queue.name for batch in one]
+        assert len(set(names)) == len(names) and (names == [4] or 4 not in names)
+        sides[1].finish(one, now := now + 1.0)
+    assert sides[1].statistics().num_bytes == 0
+
+
+def test_a_pass_is_short_while_several_accounts_use_the_device() -> None:
+    for peers, expected in (((0, 0), 20), ((0, 1), 2)):
+        batcher = Batcher()
+        queues = [batcher.add_queue(index, max_batch_size=4) for index in range(40)]
+        for queue in queues:
+            queue.group = "a kind"
+            queue.cost.add(1, 0.001)
+        for index, queue in enumerate(queues):
+            batcher.add(QueuedRequest(queue, 1, 8, peers[index % 2]), 0.0)
+        first = batcher.pop_ready(0.0)
+        assert first is not None and 1 + len(batcher.pop_group(first, 0.0)) == pytest.approx(expected, abs=1)

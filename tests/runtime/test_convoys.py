@@ -88,7 +88,7 @@ class Circle:
 
     def answer(self, batch: Batch) -> None:
         self.computing = False
-        self.batcher.finish(batch, self.now)
+        self.batcher.finish([batch], self.now)
         for _ in batch.slices:
             self.on_loop(self.on_loop, *((self.send, 1) if batch.queue.name == 0 else (self.end,)))
         self.compute()

@@ -1,0 +1,457 @@
+"""Computes rows of several experts of one *kind* in one pass.
+
+Experts are of one kind if they differ in numbers only: the same classes, plain attributes, shapes and settings. Two
+ways, by the device:
+
+- On a CPU, the module is called once with the rows of all experts, one expert's after the other's, and *ragged*
+  parameters: where a layer multiplies by a weight, each expert's rows meet its own. No weight is copied, unless all are
+  so small that ``grouped_mm`` over a stack of them is faster. It takes layers that treat each row alone, which an
+  expert's must; operations on parameters other than those listed here raise, and the second way is taken.
+- On other devices, or for other modules: parameters are stacked, each expert's rows padded to equally many with copies
+  of its last row, and ``torch.func.vmap`` calls the module. A stack costs little where memory is fast.
+
+Modules that this could compute otherwise than one by one are left out: those that draw random numbers, change buffers
+or attributes, write their inputs, have hooks, or use batch statistics. What escapes this is found by comparing: the
+first pass of each kind is computed both ways (`Executor`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import enum
+import logging
+import types
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
+from tesseract_async.runtime.costs import GroupChoice
+from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
+from tesseract_async.runtime.module_runner import leaves_of
+from tesseract_async.runtime.watching import uses_batch_statistics
+from tesseract_async.wire import tensors as wire
+
+logger = logging.getLogger(__name__)
+
+MAX_BYTES: Final = 8 << 20
+"""Parameters and buffers of an expert: computing a larger one takes so long that calling it costs nothing beside."""
+_STACKED_BYTES: Final = 256 << 10
+"""Up to this size of one weight, ``grouped_mm`` over a stack of them pays where gradients are computed."""
+_MAX_CHANGES: Final = 3
+"""How often an expert may change what makes it one of a kind; then it keeps state in it, and is computed alone."""
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
+
+
+class Unfit(Exception):
+    """This module can't be computed in this way."""
+
+
+class Group:
+    """What may be computed in one pass: experts of one kind, in one direction and mode. Made by `Groups`."""
+
+    def __init__(self, kind: Kind, training: bool) -> None:
+        self.kind = kind
+        self.training = training
+        self.choice = GroupChoice()
+        self.is_checked = False
+        """True once a pass was found to compute what each expert alone does."""
+
+    def gathers(self) -> bool:
+        """Return whether it is worth while to look for more batches to share a pass."""
+        return self.kind.may_fit and self.choice.gathers()
+
+
+class Groups:
+    """The kinds of experts on one device. Belongs to its thread."""
+
+    def __init__(self) -> None:
+        self._members: weakref.WeakKeyDictionary[ExpertBackend, Member] = weakref.WeakKeyDictionary()
+        self._num_changes: weakref.WeakKeyDictionary[ExpertBackend, int] = weakref.WeakKeyDictionary()
+        self._kinds: weakref.WeakValueDictionary[Hashable, Kind] = weakref.WeakValueDictionary()
+        self._groups: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
+
+    def group_of(self, backend: ExpertBackend, *, training: bool, mode: Hashable) -> Group | None:
+        """Return the group that an expert's batches of this `mode` belong to now; None if each has to be alone."""
+        if not backend.may_be_grouped(training):
+            return None
+        member = self.member_of(backend)
+        if member is None or not member.kind.may_fit:
+            return None
+        key = (id(member.kind), training, backend.trains, mode)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = Group(member.kind, training)
+        return group
+
+    def member_of(self, backend: ExpertBackend) -> Member | None:
+        """Return the expert's tensors and its kind, unless it is of none."""
+        member = self._members.get(backend)
+        if member is not None and member.is_unchanged():
+            return member
+        if member is not None:
+            del self._members[backend]
+            self._num_changes[backend] = self._num_changes.get(backend, 0) + 1
+        if self._num_changes.get(backend, 0) > _MAX_CHANGES:
+            return None
+        try:
+            member = self._members[backend] = Member(backend, self._kinds)
+        except Unfit:
+            return None
+        return member
+
+
+class Member:
+    """One expert's tensors, and what must not change while it is of its kind. Raises: Unfit."""
+
+    def __init__(self, backend: ExpertBackend, kinds: weakref.WeakValueDictionary[Hashable, Kind]) -> None:
+        module, settings = backend.module, backend.settings
+        tensors = [*module.parameters(), *module.buffers()]
+        if (
+            type(backend) is not ExpertBackend
+            or settings.compile_mode is not None
+            or settings.cuda_graphs
+            or settings.stochastic
+            or uses_batch_statistics(module)
+            or not tensors
+            or len({x.device for x in tensors}) > 1
+            or sum(x.nbytes for x in tensors) > MAX_BYTES
+            or any(part.training != module.training for part in module.modules())
+        ):
+            raise Unfit
+        self._parts = [(vars(part), *_attributes_of(part)) for part in module.modules()]
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        shared = _sharing([x for _, x in named])
+        self._slots: list[tuple[str, dict[str, Any], str]] = []
+        for index, (name, _) in enumerate(named):
+            if shared[index] == index:
+                path, _, own = name.rpartition(".")
+                part = module.get_submodule(path)
+                self._slots.append((name, part._parameters if own in part._parameters else part._buffers, own))
+        if not self.is_unchanged():
+            raise Unfit
+        key = (
+            tuple([(path, type(part)) for path, part in module.named_modules(remove_duplicate=False)]),
+            tuple([(tuple(names), tuple(map(_Value, values))) for _, names, values, _ in self._parts]),
+            tuple([(name, x.shape, x.dtype, x.requires_grad, x.device) for name, x in self.tensors().items()]),
+            (tuple([name for name, _ in named]), shared),
+            repr((backend.inputs_schema, backend.outputs_schema)),
+            repr(settings),
+        )
+        kind = kinds.get(key)
+        if kind is None:
+            kind = kinds[key] = Kind(backend)
+        self.kind = kind
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the parameters and buffers by name."""
+        return {name: of[own] for name, of, own in self._slots}
+
+    def is_unchanged(self) -> bool:
+        """Return whether it has no hooks, and the attributes that it had."""
+        try:
+            for own, names, values, num_attributes in self._parts:
+                if any([own[name] for name in _HOOKS]) or len(own) != num_attributes:
+                    return False
+                if [own[name] for name in names] != values:
+                    return False
+            return not any([of[own]._backward_hooks for _, of, own in self._slots])
+        except Exception:  # an attribute is gone, or can't be compared
+            return False
+
+
+def _attributes_of(part: nn.Module) -> tuple[list[str], list[object], int]:
+    """Return the names and values of a module's own attributes, and how many it has of all sorts."""
+    own = vars(part)
+    names = [name for name in own if name not in _OF_EVERY_MODULE]
+    return names, [own[name] for name in names], len(own)
+
+
+class _Value:
+    """An attribute, as a key: plain values by what they are, others by their identity. Raises: Unfit for state."""
+
+    __slots__ = ("_value", "_key")
+
+    def __init__(self, value: object) -> None:
+        self._value = value  # kept, so that no other object gets its id
+        self._key = _key_of(value)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Value) and self._key == other._key
+
+
+def _key_of(value: object) -> Hashable:
+    if isinstance(value, torch.Tensor | nn.Module | types.MethodType):
+        raise Unfit
+    if value is None or isinstance(value, bool | int | float | str | bytes | complex | enum.Enum | type):
+        return type(value), value
+    if isinstance(value, torch.Size | torch.dtype | torch.device):
+        return type(value), value
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_key_of, value))
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(_key_of, value))
+    if isinstance(value, Mapping):
+        return type(value), tuple((_key_of(name), _key_of(item)) for name, item in value.items())
+    return type(value), id(value)
+
+
+def _sharing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Return, for each tensor, the place of the first one that is the same."""
+    seen: dict[int, int] = {}
+    return tuple([seen.setdefault(id(x), index) for index, x in enumerate(tensors)])
+
+
+class Kind:
+    """Experts that differ in numbers only, and how they are computed together."""
+
+    def __init__(self, example: ExpertBackend) -> None:
+        try:
+            self._skeleton = copy.deepcopy(example.module).to("meta")
+        except Exception as error:  # a module may refuse to be copied
+            raise Unfit from error
+        self._attributes = [(vars(part), *_attributes_of(part)) for part in self._skeleton.modules()]
+        self._inputs_schema = example.inputs_schema
+        self._outputs_schema = example.outputs_schema
+        self._output_specs = example.output_specs
+        self._autocast = example.settings.autocast
+        self.num_extra_rows = 0
+        """Rows by which each expert's are padded beyond need: to see whether rows influence one another."""
+        self._ways: list[Callable[..., list[torch.Tensor]]] = [self._vmapped]
+        if example.device.type == "cpu" and self._autocast is None:
+            self._ways.append(self._ragged)
+        self.name = example.name
+
+    @property
+    def may_fit(self) -> bool:
+        """False once no way was left."""
+        return bool(self._ways)
+
+    def misfits(self, error: BaseException | None) -> None:
+        """Take the next way: this one raised, or computed something else."""
+        if self._ways:
+            self._ways.pop()
+            logger.debug("experts such as %s are not computed together in one way: %s", self.name, error)
+
+    def forward(
+        self, members: Sequence[Member], inputs: Sequence[torch.Tensor], counts: Sequence[int], *, training: bool
+    ) -> list[torch.Tensor]:
+        """Return the outputs for `inputs`, of which `counts` rows belong to each member. Raises what the module raises.
+
+        Raises: Unfit, if the module is not one that can be computed so.
+        """
+        with torch.no_grad():
+            return self._call(members, inputs, counts, training)
+
+    def gradients(
+        self,
+        members: Sequence[Member],
+        inputs: Sequence[torch.Tensor],
+        output_gradients: Gradients,
+        counts: Sequence[int],
+        parameters: Sequence[Sequence[nn.Parameter]],
+        *,
+        training: bool,
+        weights: torch.Tensor | None = None,
+    ) -> tuple[Gradients, list[Gradients]]:
+        """Do what `ExpertBackend.gradients` does. Returns gradients of the inputs, and of each one's `parameters`."""
+        leaves = leaves_of(inputs)
+        with torch.enable_grad():
+            outputs = self._call(members, leaves, counts, training)
+        sources = [*leaves, *(x for own in parameters for x in own)]
+        found = backpropagate(outputs, weighted(output_gradients, weights), sources, run_engine)
+        of_inputs, rest = found[: len(leaves)], found[len(leaves) :]
+        if weights is not None:
+            of_inputs.append(weight_gradients(outputs, output_gradients, weights))
+        each: list[Gradients] = []
+        for own in parameters:
+            each.append(rest[: len(own)])
+            del rest[: len(own)]
+        return of_inputs, each
+
+    def _call(
+        self, members: Sequence[Member], inputs: Sequence[torch.Tensor], counts: Sequence[int], training: bool
+    ) -> list[torch.Tensor]:
+        if not self._ways:
+            raise Unfit
+        if self._skeleton.training != training:
+            self._skeleton.train(training)
+        versions = [x._version for x in inputs]
+        each = [member.tensors() for member in members]
+        table = {name: [own[name] for own in each] for name in each[0]}
+        outputs = self._ways[-1](table, inputs, counts)
+        if versions != [x._version for x in inputs]:
+            raise Unfit("it writes its inputs")
+        for own, names, values, num_attributes in self._attributes:
+            if len(own) != num_attributes or any([own[name] is not value for name, value in zip(names, values)]):  # noqa: B905
+                raise Unfit("it changes its attributes")
+        return outputs
+
+    def _apply(self, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        args, kwargs = wire.unflatten(self._inputs_schema, inputs)
+        kind, dtype = inputs[0].device.type, self._autocast
+        with torch.autocast(kind, dtype=dtype) if dtype is not None else contextlib.nullcontext():
+            outputs = functional_call(self._skeleton, dict(tensors), args, kwargs)
+        if self._autocast is not None:
+            leaves = wire.flatten(outputs)
+            cast = [x.to(spec.dtype) for x, spec in zip(leaves, self._output_specs, strict=True)]
+            outputs = wire.unflatten(outputs, cast)
+        return wire.flatten_like(self._outputs_schema, outputs, what="this expert's output")
+
+    def _ragged(
+        self, table: Mapping[str, list[torch.Tensor]], inputs: Sequence[torch.Tensor], counts: Sequence[int]
+    ) -> list[torch.Tensor]:
+        outputs = self._apply({name: _Ragged.of(each, counts) for name, each in table.items()}, inputs)
+        if any([type(x) is _Ragged or x.shape[0] != inputs[0].shape[0] for x in outputs]):
+            raise Unfit
+        return outputs
+
+    def _vmapped(
+        self, table: Mapping[str, list[torch.Tensor]], inputs: Sequence[torch.Tensor], counts: Sequence[int]
+    ) -> list[torch.Tensor]:
+        stacked = {name: torch.stack(each) for name, each in table.items()}
+        versions = [x._version for x in stacked.values()]
+        num, most = len(counts), max(counts) + self.num_extra_rows
+        taken = None
+        if min(counts) < most:
+            # each expert's rows, then copies of its last one; and where they are found afterwards
+            last = torch.tensor(counts)[:, None] - 1
+            place = torch.arange(most)[None].minimum(last) + (last + 1).cumsum(0) - (last + 1)
+            taken = (torch.arange(most)[None] <= last).view(-1).nonzero()[:, 0].to(inputs[0].device)
+            inputs = [x.index_select(0, place.view(-1).to(x.device)) for x in inputs]
+        folded = [x.view(num, most, *x.shape[1:]) for x in inputs]
+        outputs = vmap(lambda own, *rows: tuple(self._apply(own, rows)))(stacked, *folded)
+        if versions != [x._version for x in stacked.values()]:
+            raise Unfit("it changes its buffers")
+        flat = [x.reshape(num * x.shape[1], *x.shape[2:]) for x in outputs]
+        if flat[0].shape[0] != num * most:
+            raise Unfit
+        return flat if taken is None else [x.index_select(0, taken) for x in flat]
+
+
+class _Ragged(torch.Tensor):
+    """One parameter of several experts. With rows, it acts on each one's rows; to all else it says Unfit."""
+
+    each: list[torch.Tensor]
+    counts: Sequence[int]
+
+    @staticmethod
+    def of(each: list[torch.Tensor], counts: Sequence[int]) -> _Ragged:
+        made = torch.empty(each[0].shape, dtype=each[0].dtype, device="meta").as_subclass(_Ragged)
+        made.each, made.counts = each, counts
+        return made
+
+    def beside(self, num_dims: int) -> torch.Tensor:
+        """Return it row by row, to be broadcast against a tensor of so many dimensions."""
+        rows = torch.stack(self.each).repeat_interleave(torch.tensor(self.counts), 0, output_size=sum(self.counts))
+        missing = num_dims - rows.dim()
+        if missing < 0:
+            raise Unfit
+        return rows.view(rows.shape[0], *[1] * missing, *rows.shape[1:])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _RAGGED_LAYERS:
+                return _RAGGED_LAYERS[func](*args, **kwargs)
+            name = getattr(func, "__name__", "")
+            if name == "__get__":  # shape, dtype, device
+                return func(args[0].each[0])
+            if name in ("dim", "size", "numel"):
+                return func(args[0].each[0], *args[1:], **kwargs)
+            if name in _ELEMENTWISE and len(args) == 2 and not kwargs:
+                plain = [x for x in args if isinstance(x, torch.Tensor) and not isinstance(x, _Ragged)]
+                if len(plain) == 1:
+                    return func(*(x.beside(plain[0].dim()) if isinstance(x, _Ragged) else x for x in args))
+        raise Unfit(f"{name} of a parameter")
+
+
+_ELEMENTWISE: Final = frozenset(
+    {"add", "sub", "mul", "div", "true_divide"}
+    | {f"__{side}{name}__" for side in ("", "r") for name in ("add", "sub", "mul", "truediv")}
+)
+
+
+def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
+    if isinstance(x, _Ragged) or not isinstance(weight, _Ragged) or not isinstance(bias, _Ragged | None):
+        raise Unfit
+    inner = x.shape[1:-1].numel()
+    flat = x.reshape(-1, x.shape[-1])
+    counts = [count * inner for count in weight.counts]
+    one = weight.each[0]
+    if torch.is_grad_enabled() and one.nbytes <= _STACKED_BYTES and _fits_grouped_mm(one):
+        offsets = torch.tensor(counts).cumsum(0).int()
+        y = F.grouped_mm(flat, torch.stack(weight.each).mT, offs=offsets)
+        if bias is not None:
+            y = y + torch.stack(bias.each).repeat_interleave(torch.tensor(counts), 0, output_size=len(flat))
+    else:
+        apply: Any = _EachLinear.apply  # untyped
+        y = apply(flat, counts, len(counts), *weight.each, *(bias.each if bias is not None else ()))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _fits_grouped_mm(weight: torch.Tensor) -> bool:
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape)
+    return hasattr(F, "grouped_mm") and aligned and weight.dtype == torch.float32
+
+
+class _EachLinear(torch.autograd.Function):
+    """``F.linear`` of each expert's rows with its own weight, which stays where it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, counts: list[int], num: int, *tensors: torch.Tensor) -> torch.Tensor:
+        weights, biases = tensors[:num], tensors[num:]
+        y = x.new_empty(x.shape[0], weights[0].shape[0])
+        rows, into = torch.split(x, counts), torch.split(y, counts)
+        if biases:
+            for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):
+                torch.addmm(bias, own, weight.t(), out=out)
+        else:
+            for own, out, weight in zip(rows, into, weights, strict=True):
+                torch.mm(own, weight.t(), out=out)
+        ctx.save_for_backward(x, *weights)
+        ctx.counts, ctx.has_bias = counts, bool(biases)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        rows, gradients = torch.split(x, ctx.counts), torch.split(gradient, ctx.counts)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.empty_like(x)
+            for g, weight, out in zip(gradients, weights, torch.split(of_x, ctx.counts), strict=True):
+                torch.mm(g, weight, out=out)
+        needs = iter(ctx.needs_input_grad[3:])
+        of_weights = [torch.mm(g.t(), own) if next(needs) else None for g, own in zip(gradients, rows, strict=True)]
+        of_biases = [g.sum(0) if next(needs) else None for g in gradients] if ctx.has_bias else []
+        return of_x, None, None, *of_weights, *of_biases
+
+
+def _layer_norm(x: torch.Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> torch.Tensor:
+    y = F.layer_norm(x, shape, eps=eps)
+    y = y if weight is None else y * weight.beside(x.dim())
+    return y if bias is None else y + bias.beside(x.dim())
+
+
+def _rms_norm(x: torch.Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
+    y = F.rms_norm(x, shape, eps=eps)
+    return y if weight is None else y * weight.beside(x.dim())
+
+
+_RAGGED_LAYERS: Final[Mapping[Any, Callable[..., torch.Tensor]]] = types.MappingProxyType(
+    {F.linear: _linear, F.layer_norm: _layer_norm, F.rms_norm: _rms_norm}
+)

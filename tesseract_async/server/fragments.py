@@ -1,0 +1,300 @@
+"""Fragments of shared parameters, hosted like experts: their state as a backend, and the calls that they answer.
+
+A `FragmentBackend` has no module that computes: its module holds the fragment's tensors, so that checkpoints,
+followers, Seals and transfers take it for any expert. `FragmentCalls` gathers the trainers' pushes and closes the
+rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import torch
+from torch import nn
+
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import ProtocolError, RemoteError, TesseractError
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.states import StateDict
+from tesseract_async.server.answering import ExpertCalls, journal_key, told_of
+from tesseract_async.server.hosted import HostedState
+from tesseract_async.sharing.fragment import KEPT_UPDATES, ROOT_BYTES, Fragment, Update
+from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.sharing.rounds import Push, Rounds, judge
+from tesseract_async.wire import messages
+from tesseract_async.wire.compression import encoded_bytes
+from tesseract_async.wire.tensors import TensorSpec
+
+MAX_STEPS: Final = 1024
+"""Optimizer steps that a push counts as, at most."""
+JOURNALED_VERSIONS: Final = 64
+"""Versions whose pushes are remembered. Those whose base is older than 8 versions are not counted anyway."""
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class _Tensors(nn.Module):
+    """The state of a fragment, as tensors whose shapes follow from the manifest."""
+
+    def __init__(self, manifest: SharedManifest, number: int, fragment: Fragment, steps: int) -> None:
+        super().__init__()
+        outer, cut = manifest.outer, fragment.cut
+        num_bytes = encoded_bytes(cut.numel, cut.dtype, outer.codec_of(cut))
+        self.register_buffer("anchor", fragment.anchor.clone())
+        if fragment.has_momentum:
+            self.register_buffer("momentum", fragment.momentum)
+        # the update that led to version v lies in row v % 8, its root in row v % 9
+        self.register_buffer("updates", torch.zeros(KEPT_UPDATES, num_bytes, dtype=torch.uint8))
+        self.register_buffer("roots", torch.zeros(KEPT_UPDATES + 1, ROOT_BYTES, dtype=torch.uint8))
+        self.register_buffer("counts", torch.tensor([steps, len(fragment.updates)]))
+        self.register_buffer("manifest", _octets(manifest.part(number)))
+        self.put_root(fragment.version - len(fragment.updates), fragment.before)
+        for update in fragment.updates:
+            self.put(update)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What an expert has, and a fragment never runs."""
+        return x
+
+    def put(self, update: Update) -> None:
+        """Write down an update."""
+        self.get_buffer("updates")[update.version % KEPT_UPDATES] = _octets(update.data)
+        self.put_root(update.version, update.root)
+
+    def put_root(self, version: int, root: bytes) -> None:
+        """Write down the root of a version."""
+        self.get_buffer("roots")[version % (KEPT_UPDATES + 1)] = _octets(root)
+
+
+def _octets(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def read_manifest(tensors: Tensors) -> SharedManifest:
+    """Return the manifest in the state of fragment 0. Untrusted. Raises: ProtocolError."""
+    part = tensors.get("manifest")
+    if part is None or part.dtype != torch.uint8:
+        raise ProtocolError("the state of a first fragment without a manifest")
+    return SharedManifest.decode(part.numpy().tobytes())
+
+
+def read_fragment(manifest: SharedManifest, number: int, tensors: Tensors, version: int) -> tuple[Fragment, int]:
+    """Return the fragment in the tensors of a state, and the steps that were pushed to it. Untrusted.
+
+    The tensors become the fragment's. Raises: ProtocolError.
+    """
+    cut, outer = manifest.layout.cuts[number], manifest.outer
+    num_bytes = encoded_bytes(cut.numel, cut.dtype, outer.codec_of(cut))
+    shapes = {
+        "anchor": (cut.dtype, (cut.numel,)),
+        "updates": (torch.uint8, (KEPT_UPDATES, num_bytes)),
+        "roots": (torch.uint8, (KEPT_UPDATES + 1, ROOT_BYTES)),
+        "counts": (torch.int64, (2,)),
+    }
+    for name, wanted in shapes.items():
+        found = tensors.get(name)
+        if found is None or (found.dtype, tuple(found.shape)) != wanted:
+            raise ProtocolError(f"the state of a fragment has another {name}")
+    steps, num_updates = tensors["counts"].tolist()
+    part = tensors.get("manifest")
+    if part is None or part.dtype != torch.uint8 or part.numpy().tobytes() != manifest.part(number):
+        raise ProtocolError("a fragment of another model")
+    if not 0 <= num_updates <= min(KEPT_UPDATES, version) or not 0 <= steps < 2**62:
+        raise ProtocolError("the state of a fragment has other counts")
+
+    def root(at: int) -> bytes:
+        return tensors["roots"][at % (KEPT_UPDATES + 1)].numpy().tobytes()
+
+    updates = [
+        Update(at, tensors["updates"][at % KEPT_UPDATES].numpy().tobytes(), root(at))
+        for at in range(version - num_updates + 1, version + 1)
+    ]
+    fragment = Fragment(
+        *(cut, outer, tensors["anchor"]),
+        version=version,
+        momentum=tensors.get("momentum"),
+        updates=updates,
+        before=root(version - num_updates),
+    )
+    return fragment, steps
+
+
+class FragmentBackend(ExpertBackend):
+    """A fragment that a server hosts. It stays on the CPU, and takes its steps on the runtime's thread."""
+
+    def __init__(self, manifest: SharedManifest, number: int, fragment: Fragment, *, steps: int = 0) -> None:
+        """`fragment` is fragment `number` of the manifest's layout; `steps`: of all members, that it holds."""
+        self.manifest, self.number, self.fragment, self.steps = manifest, number, fragment, steps
+        self._tensors = _Tensors(manifest, number, fragment, steps)
+        super().__init__(self._tensors, args_schema=(TensorSpec((1,)),), max_batch_size=2)
+        self._take(fragment, steps)
+
+    def _take(self, fragment: Fragment, steps: int) -> None:
+        self.fragment, self.steps, self.version = fragment, steps, fragment.version
+
+    def to(self, device: torch.device) -> None:
+        """Stay where it is: a step is a few sums, and its bits are the same on every CPU."""
+
+    def load_state(self, state: StateDict) -> None:
+        """Continue from what `state` returned. Raises: ValueError, RuntimeError or KeyError if it does not fit."""
+        super().load_state(state)
+        tensors = {name: tensor.clone() for name, tensor in self._tensors.state_dict().items()}
+        try:
+            self._take(*read_fragment(self.manifest, self.number, tensors, state["version"]))
+        except ProtocolError as error:
+            raise ValueError(str(error)) from error
+
+    def close_round(self, rounds: Rounds, pushes: Sequence[Push]) -> None:
+        """Take a step on what these pushes come to, and journal them."""
+        fragment, tensors = self.fragment, self._tensors
+        update = fragment.step(rounds.merge(pushes, fragment.cut, fragment.outer))
+        self.steps += sum(min(max(1, push.steps), MAX_STEPS) for push in pushes)
+        tensors.anchor = fragment.anchor
+        if fragment.has_momentum:
+            assert fragment.momentum is not None
+            tensors.momentum = fragment.momentum
+        tensors.put(update)
+        tensors.counts = torch.tensor([self.steps, len(fragment.updates)])
+        self.version = fragment.version
+        for push in pushes:
+            self.applied[journal_key(push.peer, push.call_id)] = self.version
+        while self.applied and next(iter(self.applied.values())) <= self.version - JOURNALED_VERSIONS:
+            self.applied.popitem(last=False)
+
+
+@dataclass(slots=True)
+class _Gathering:
+    """The pushes to one fragment, and who waits for them to count."""
+
+    rounds: Rounds
+    waiting: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
+    """By journal key."""
+    timer: asyncio.TimerHandle | None = None
+    closing: asyncio.Task[None] | None = None
+
+
+class FragmentCalls:
+    """Answers ``expert.push`` and ``expert.pull`` for the fragments of one server. Lives on the loop."""
+
+    def __init__(self, calls: ExpertCalls) -> None:
+        self._calls = calls
+        self._gathering: dict[str, _Gathering] = {}
+
+    async def pull(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Answer with the updates since a base. Raises only RemoteErrors."""
+        with self._calls.answering(call):
+            request = messages.decode(messages.PullRequest, call.body)
+            await self._calls.check_leads(hosted)
+            return _updates(hosted, request, counted=False)
+
+    async def push(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Count a push, once, and answer when its round has closed. Raises only RemoteErrors."""
+        with self._calls.answering(call):
+            await self._calls.check_leads(hosted)
+            request = messages.decode(messages.PushRequest, call.body)
+            backend, key = _backend(hosted), journal_key(call.peer_id, request.call_id)
+            one = self._gathering.setdefault(hosted.uid, _Gathering(Rounds(backend.version, max_steps=MAX_STEPS)))
+            counts = one.waiting.get(key)
+            if counts is None and backend.led_to(key, request.call_id) is None:
+                if backend.fragment.since(request.version, request.root) is None:
+                    return _updates(hosted, request, counted=False)
+                if len(call.buffers) != 1:
+                    raise ProtocolError("a push holds one difference")
+                counts = one.waiting[key] = asyncio.get_running_loop().create_future()
+                counts.add_done_callback(lambda future: future.cancelled() or future.exception())
+                try:
+                    await self._add(hosted, one, request, call)
+                except BaseException as error:
+                    del one.waiting[key]
+                    # another call of this id may wait, too
+                    counts.set_exception(error if isinstance(error, TesseractError) else ProtocolError("given up"))
+                    raise
+            if counts is not None:
+                await asyncio.shield(counts)
+            self._calls.check_led(hosted)
+            return _updates(hosted, request, counted=True)
+
+    async def _add(
+        self, hosted: HostedState, one: _Gathering, request: messages.PushRequest, call: IncomingCall
+    ) -> None:
+        fragment, data = _backend(hosted).fragment, bytes(call.buffers[0])
+        measure = partial(judge, call.peer_id, request.call_id, request.steps, data, fragment.cut, fragment.outer)
+        try:
+            push = await hosted.runtime.call(measure)
+        except ValueError as error:
+            raise RemoteError(str(error)) from None
+        if one.closing is None and not one.rounds.is_open and one.rounds.version != hosted.version:
+            one.rounds = Rounds(hosted.version, max_steps=MAX_STEPS)  # it goes on from a state from elsewhere
+        one.rounds.add(push, request.version, asyncio.get_running_loop().time())
+        self._look(hosted, one)
+
+    def _look(self, hosted: HostedState, one: _Gathering) -> None:
+        """Close the round, now or when it is due."""
+        loop = asyncio.get_running_loop()
+        closes_at = None if one.closing is not None else one.rounds.closes_at(loop.time())
+        if one.timer is not None:
+            one.timer.cancel()
+            one.timer = None
+        if closes_at is None:
+            return
+        if closes_at > loop.time():
+            one.timer = loop.call_at(closes_at, self._look, hosted, one)
+            return
+        one.closing = loop.create_task(self._close(hosted, one), name="server: closing a round")
+
+    async def _close(self, hosted: HostedState, one: _Gathering) -> None:
+        pushes = one.rounds.close()
+        waiting = [one.waiting.pop(journal_key(push.peer, push.call_id)) for push in pushes]
+        try:
+            await self._calls.check_leads(hosted)
+            await hosted.runtime.call(partial(_backend(hosted).close_round, one.rounds, pushes))
+        except BaseException as error:
+            for future in waiting:
+                future.set_exception(told_of(error, messages.PUSH))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            for future in waiting:
+                future.set_result(None)
+        one.closing = None
+        self._look(hosted, one)
+
+    def close(self) -> None:
+        """Count nothing any more: who waits is told, and asks elsewhere."""
+        for one in self._gathering.values():
+            if one.timer is not None:
+                one.timer.cancel()
+            if one.closing is not None:
+                one.closing.cancel()
+            for future in one.waiting.values():
+                if not future.done():
+                    future.set_exception(RemoteError("this server has left"))
+        self._gathering.clear()
+
+
+def _backend(hosted: HostedState) -> FragmentBackend:
+    assert isinstance(hosted.backend, FragmentBackend)
+    return hosted.backend
+
+
+def _updates(hosted: HostedState, base: messages.PushRequest | messages.PullRequest, *, counted: bool) -> Message:
+    backend = _backend(hosted)
+    updates = backend.fragment.since(base.version, base.root)
+    version = backend.version if not updates else updates[-1].version
+    reply = messages.UpdatesReply(
+        counted, updates is not None, hosted.epoch, version, backend.steps, [one.root for one in updates or ()]
+    )
+    return Message(messages.encode(reply), tuple(memoryview(one.data) for one in updates or ()))
+
+
+def read_updates(base: int, reply: messages.UpdatesReply, buffers: Sequence[memoryview]) -> list[Update]:
+    """Return the updates of a reply to a base of that version. Untrusted. Raises: ProtocolError."""
+    fits = len(reply.roots) == len(buffers) <= KEPT_UPDATES and base + len(buffers) == reply.version
+    if not fits or any(type(root) is not bytes or len(root) != ROOT_BYTES for root in reply.roots):
+        raise ProtocolError("malformed updates of a fragment")
+    rows = enumerate(zip(buffers, reply.roots, strict=True), base + 1)
+    return [Update(version, bytes(data), root) for version, (data, root) in rows]

@@ -1,0 +1,618 @@
+"""SharedParameters: trainers that share one model. A trainer's driver of the machines in `sharing`.
+
+What trainers learn travels as differences to the fragments' hosts, which are trainers themselves; what the hosts make
+of all trainers' differences comes back, and is added in `step`. Nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import logging
+import secrets
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Generic, Self, TypeVar
+
+import torch
+from torch import nn
+
+from tesseract_async.client.ports import PlainCalls
+from tesseract_async.endpoint.endpoint import Message
+from tesseract_async.errors import (
+    ConnectionLost,
+    ExpertNotFound,
+    NotPrimary,
+    Overloaded,
+    PeerUnreachable,
+    ProtocolError,
+    RemoteError,
+    TesseractError,
+    describe,
+)
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.manifest import is_prefix, join_uid
+from tesseract_async.experts.run import SignedRun
+from tesseract_async.experts.trust import SHARED
+from tesseract_async.node import TesseractNode
+from tesseract_async.server.checkpoint import check_state
+from tesseract_async.server.fetching import fetch_state
+from tesseract_async.server.fragments import FragmentBackend, read_fragment, read_manifest, read_updates
+from tesseract_async.server.other_replicas import ReplicaSettings, may_follow
+from tesseract_async.server.server import TesseractServer
+from tesseract_async.server.succession import ReplicaKeeper
+from tesseract_async.sharing.copy import Copy
+from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment, Outer, Update
+from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Kind, Layout
+from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.uncopied import Uncopied
+from tesseract_async.wire import messages
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+
+NUM_HOSTS: Final = 3
+"""Trainers that host the fragments where nobody says who does."""
+CALL_TIMEOUT: Final = 20.0
+"""Seconds that a push waits for its round to close, before it is asked for again."""
+PAUSE: Final = 0.5
+"""Seconds after a call that failed, before the next one."""
+FIND_TIMEOUT: Final = 60.0
+"""Seconds that entering waits for others' fragments, where this trainer may not begin them itself."""
+FOUND_SECONDS: Final = 2.0
+"""Seconds that entering looks for others' fragments before it begins them."""
+FLUSH_TIMEOUT: Final = 60.0
+NUM_AT_ONCE: Final = 4
+"""Fragments that are fetched at the same time."""
+_MAX_STATE_BYTES: Final = 16 * MAX_ELEMENTS + KEPT_UPDATES * 8 * MAX_ELEMENTS + MAX_LAYOUT_BYTES
+DEFAULT_REPLICAS: Final = ReplicaSettings(sync_every=5.0, check_every=2.0, lease=10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class SharingReport:
+    """One `step` that sent or took something."""
+
+    num_pushed: int
+    """Fragments whose differences were sent."""
+    num_merged: int
+    """Fragments to which others' progress was added."""
+    num_unsound: int = 0
+    """Fragments that hold a NaN or infinity here, and are not sent."""
+    error: TesseractError | None = None
+    """The reason for which a push was refused; what it held stays here, and is in the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """The answer to a push or a pull."""
+
+    epoch: int
+    steps: int
+    updates: list[Update] | None = None
+    whole: Fragment | None = None
+    """Instead, where the base is not known there."""
+    counted: bool = False
+    error: TesseractError | None = None
+
+
+@dataclass(slots=True)
+class _Part:
+    """One fragment at this trainer."""
+
+    number: int
+    uid: str
+    copy: Copy
+    due_at: int
+    """Own steps after which the next push is due."""
+    steps_then: int = 0
+    """Own steps at the last push that counted, ..."""
+    steps_sent: int = 0
+    """... and at the one under way."""
+    steps: int = 0
+    """Everybody's steps, as pushed so far."""
+    is_asking: bool = False
+    arrived: _Arrived | None = None
+
+
+@dataclass(slots=True)
+class _Found:
+    """The run's manifest and the fragments' states, at entry."""
+
+    manifest: SharedManifest
+    fragments: list[tuple[Fragment, int]] = field(default_factory=list)
+    epoch: int = 0
+
+
+class SharedParameters(Uncopied, Generic[M]):
+    """Trains `model` together with all trainers of the run. Use it as an (asynchronous) context manager.
+
+    ::
+
+        async with ta.SharedParameters(node, model, run="shakespeare", every=32) as shared:
+            ...
+            optimizer.step()
+            await shared.step()
+
+    Entering gives the model the swarm's values, or begins the run with the model's own. From then on every `every`
+    steps each piece of the parameters is sent as a difference, and what all trainers learned is added, inside `step`
+    only. With an `AsyncTrainer`, `model` is its module. In a plain loop, no graph over the parameters may be alive at
+    `step`: PyTorch raises an error about versions at its next backward then.
+
+    With a `BackgroundNode` it is entered by a plain ``with``, and calls give results instead of awaitables.
+    """
+
+    def __init__(
+        self,
+        node: TesseractNode | PlainCalls,
+        model: M,
+        *,
+        run: str | SignedRun,
+        every: int = 32,
+        host: bool | None = None,
+        codec: str = "int4_blockwise",
+        learning_rate: float = 1.0,
+        momentum: float = 0.5,
+        checkpoint_dir: str | Path | None = None,
+        replicas: ReplicaSettings = DEFAULT_REPLICAS,
+    ) -> None:
+        """`run`: ``NAME@OWNER``, or a bare name on one's own machines, where the first trainer founds it.
+
+        `every`: optimizer steps between two pushes of a piece. `host`: keep the pieces here, too; by default so where
+        the name is bare and fewer than three do. `codec`, `learning_rate`, `momentum`: of the outer optimizer; the
+        founder's hold for all. `checkpoint_dir`: where a host keeps them. `replicas`: how hosts of a bare name follow
+        one another; a run's manifest says that otherwise.
+
+        Raises: ValueError for a model that cannot be shared (the sentence says why), or settings that cannot be.
+        """
+        if every < 1:
+            raise ValueError(f"every is at least 1, not {every}")
+        self.model, self.every = model, every
+        self._given, self._run, self._hosts = node, run, host
+        outer = Outer(learning_rate=float(learning_rate), momentum=float(momentum), codec=codec)
+        self._own = SharedManifest(Layout.of(model), outer)
+        self._checkpoint_dir, self._replicas = checkpoint_dir, replicas
+        self._parts: list[_Part] = []
+        self._own_steps = 0
+        self._asking: set[asyncio.Task[None]] = set()
+        self._stack = contextlib.AsyncExitStack()
+        self._is_bare = isinstance(run, str) and "@" not in run
+        self._prefix, self._manifest = "", self._own
+        self._primaries: dict[str, bytes | None] = {}
+        if self._is_bare and not is_prefix(f"{run}{SHARED}"):
+            raise ValueError(f"a run's name has no spaces, and no part that is a number: {run!r}")
+
+    @property
+    def _node(self) -> TesseractNode:
+        node = self._given.node if isinstance(self._given, PlainCalls) else self._given
+        assert isinstance(node, TesseractNode)
+        return node
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    async def __aenter__(self) -> Self:
+        if isinstance(self._given, PlainCalls):
+            raise TypeError("with a BackgroundNode, SharedParameters is entered by a plain `with`")
+        self._begin(await self._enter(self._values()))
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                await self._flush_at_end()
+        finally:
+            await self._leave()
+
+    def __enter__(self) -> Self:
+        if not isinstance(self._given, PlainCalls):
+            raise TypeError("with a TesseractNode, SharedParameters is entered by `async with`")
+        self._begin(self._given.run(self._enter(self._values())))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert isinstance(self._given, PlainCalls)
+        try:
+            if kind is None:
+                self._flush_plainly(FLUSH_TIMEOUT)
+        except (TesseractError, TimeoutError) as failed:
+            logger.warning("the last steps were not shared: %s", describe(failed))
+        finally:
+            self._given.run(self._leave())
+
+    async def _flush_at_end(self) -> None:
+        try:
+            await self._flush(FLUSH_TIMEOUT)
+        except (TesseractError, TimeoutError) as error:
+            logger.warning("the last steps were not shared: %s", describe(error))
+
+    def _values(self) -> list[torch.Tensor]:
+        layout = self._own.layout
+        return [layout.read(self.model, cut) for cut in layout.cuts]
+
+    async def _enter(self, values: list[torch.Tensor]) -> _Found:
+        """Find the run's fragments, or begin them with these values; host them, if that is for this trainer to do."""
+        node = self._node
+        node.check_running()
+        if isinstance(self._run, str) and self._is_bare:
+            self._prefix = self._run + SHARED
+        else:
+            self._prefix = (await node.join_run(self._run)).prefix + SHARED
+        if node.initial_peers:
+            await node.network.wait_joined(10.0)
+        founds = self._is_bare if self._hosts is None else self._hosts
+        found = await self._look(founds)
+        try:
+            if found is None:
+                fragments = [
+                    (Fragment(cut, self._own.outer, mine), 0)
+                    for cut, mine in zip(self._own.layout.cuts, values, strict=True)
+                ]
+                found = _Found(self._own, fragments)
+                await self._host(found, follows=not self._is_bare)
+                if not self._is_bare or node.initial_peers:
+                    # another one may have begun at the same moment
+                    found = await self._look(False) or found
+            elif self._hosts or (self._hosts is None and self._is_bare and await self._num_hosts() < NUM_HOSTS):
+                await self._host(found, follows=True)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return found
+
+    async def _look(self, founds: bool) -> _Found | None:
+        """Return what is there; None if nothing is, and this trainer may begin it. Raises: ExpertNotFound."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while True:
+            try:
+                return await self._fetch_all()
+            except (ExpertNotFound, NotPrimary, Overloaded, PeerUnreachable, ConnectionLost, TimeoutError) as error:
+                waited, is_absent = loop.time() - began, isinstance(error, ExpertNotFound)
+                if founds and is_absent and waited >= (FOUND_SECONDS if self._node.initial_peers else 0.0):
+                    return None
+                if waited >= FIND_TIMEOUT:
+                    raise
+            await asyncio.sleep(PAUSE)
+
+    async def _fetch_all(self) -> _Found:
+        """Raises: LayoutMismatch, if the model is another one; ExpertNotFound; what the calls raise."""
+        first = await self._fetch_state(0)
+        manifest = read_manifest(first[0])
+        manifest.layout.check(self._own.layout)
+        found = _Found(manifest)
+        gate = asyncio.Semaphore(NUM_AT_ONCE)
+
+        async def fetch(number: int) -> tuple[Fragment, int]:
+            async with gate:
+                # from another host for each, so that newcomers burden all alike; the rest from the primary
+                uid = self._uid(number)
+                tensors, version = await self._fetch_state(number, turn=number) if number else first
+                fragment, _ = read_fragment(manifest, number, tensors, version)
+                request = messages.PullRequest(uid, fragment.version, fragment.root)
+                message = await self._call(uid, messages.PULL, request, b"")
+                reply = messages.decode(messages.UpdatesReply, message.body)
+                if reply.known:
+                    fragment.replay(read_updates(fragment.version, reply, message.buffers))
+                    return fragment, reply.steps
+                tensors, version = await self._fetch_state(number)
+                return read_fragment(manifest, number, tensors, version)
+
+        tasks = [asyncio.ensure_future(fetch(number)) for number in range(len(manifest.layout.cuts))]
+        try:
+            found.fragments = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return found
+
+    async def _fetch_state(self, number: int, *, turn: int = 0) -> tuple[dict[str, torch.Tensor], int]:
+        """Return a fragment's state at one of its hosts: the primary first, or who comes `turn` places behind."""
+        uid = self._uid(number)
+        replicas = await self._find(uid)
+        replicas = replicas[turn % len(replicas) :] + replicas[: turn % len(replicas)]
+        last: BaseException = ExpertNotFound(f"nobody hosts {uid}")
+        for replica in replicas:
+            try:
+                file = await fetch_state(
+                    self._node, replica.peer, uid, weights_only=True, max_bytes=_MAX_STATE_BYTES, timeout=CALL_TIMEOUT
+                )
+                if file is not None:
+                    state = check_state(uid, file, weights_only=True)
+                    # writable, and not the file's
+                    return {name: tensor.clone() for name, tensor in state["module"].items()}, state["version"]
+            except (TesseractError, TimeoutError) as error:
+                last = error
+                self._failed(replica, error)
+        raise last
+
+    async def _num_hosts(self) -> int:
+        return len(await self._find(self._uid(0)))
+
+    async def _host(self, found: _Found, *, follows: bool) -> None:
+        backends = {
+            self._uid(number): FragmentBackend(found.manifest, number, _copied(fragment), steps=steps)
+            for number, (fragment, steps) in enumerate(found.fragments)
+        }
+        followers = list(backends) if follows else ()
+        server = TesseractServer(
+            self._node, backends, followers=followers, checkpoint_dir=self._checkpoint_dir, checkpoint_period=30.0
+        )
+        await self._stack.enter_async_context(server)
+        keeper = await self._stack.enter_async_context(ReplicaKeeper(server, settings=self._replicas))
+        self._stack.push_async_callback(_hand_over, keeper)
+        self._node.directory.forget(self._prefix)
+
+    def _begin(self, found: _Found) -> None:
+        """Take the swarm's values. On the caller's thread."""
+        self._manifest = found.manifest
+        layout, outer = found.manifest.layout, found.manifest.outer
+        num = len(layout.cuts)
+        for number, (cut, (fragment, steps)) in enumerate(zip(layout.cuts, found.fragments, strict=True)):
+            layout.write(self.model, cut, fragment.anchor)
+            copied = Copy(cut, outer, fragment.anchor, version=fragment.version, epoch=found.epoch)
+            # pieces take turns, so that a line is used evenly
+            due_at = max(1, self.every * (number + 1) // num)
+            self._parts.append(_Part(number, self._uid(number), copied, due_at, steps=steps))
+
+    async def _leave(self) -> None:
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+        await self._stack.aclose()
+
+    def _uid(self, number: int) -> str:
+        return join_uid(self._prefix, (number,))
+
+    # ------------------------------------------------------------------------------------------------ a trainer's calls
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all trainers, as far as it is known here: learning-rate schedules follow it."""
+        if not self._parts:
+            return 0
+        return self._parts[0].steps + self._own_steps - self._parts[0].steps_then
+
+    def step(self) -> Any:
+        """Call it after each optimizer step (not after each micro-batch): sends what is due, and adds what came.
+
+        Never waits for a peer. Returns what was done, a `SharingReport`, or None for nothing.
+        """
+        self._own_steps += 1
+        report = self._turn(lambda part: self._own_steps >= part.due_at)
+        return report if isinstance(self._given, PlainCalls) else _at_once(report)
+
+    def flush(self, *, timeout: float = FLUSH_TIMEOUT) -> Any:
+        """Send all that was learned here, wait until it counts, and take all that others learned.
+
+        Raises: TimeoutError, or the reason for which a push was refused.
+        """
+        if isinstance(self._given, PlainCalls):
+            return self._flush_plainly(timeout)
+        return self._flush(timeout)
+
+    def merged(self) -> M:
+        """Return a copy of the model with the swarm's values as they are known here: to evaluate, and to export."""
+        model = copy.deepcopy(self.model)
+        for part in self._parts:
+            self._own.layout.write(model, part.copy.cut, part.copy.anchor)
+        return model
+
+    def _turn(self, is_due: Callable[[_Part], bool]) -> SharingReport | None:
+        """Add what came, and send what is due. On the caller's thread, in one go."""
+        pushed = merged = unsound = 0
+        error: TesseractError | None = None
+        for part in self._parts:
+            if (arrived := part.arrived) is not None:
+                part.arrived = None
+                error = error or arrived.error
+                merged += self._add(part, arrived)
+        for part in self._parts:
+            if part.is_asking or part.copy.cut.kind is Kind.FIXED or not is_due(part):
+                continue
+            part.due_at = self._own_steps + self.every
+            values = self._own.layout.read(self.model, part.copy.cut)
+            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                unsound += 1
+                continue
+            _, version, root = part.copy.base
+            data = part.copy.push(values)
+            part.steps_sent = self._own_steps
+            steps = max(1, self._own_steps - part.steps_then)
+            request = messages.PushRequest(part.uid, secrets.token_bytes(16), version, root, steps)
+            self._start(part, messages.PUSH, request, data)
+            pushed += 1
+        if not (pushed or merged or unsound or error):
+            return None
+        return SharingReport(pushed, merged, unsound, error)
+
+    def _add(self, part: _Part, arrived: _Arrived) -> int:
+        """Add an answer to the model. Returns how many fragments that changed."""
+        layout, own = self._own.layout, part.copy
+        part.is_asking = False
+        if arrived.error is not None:
+            own.cancel()
+            return 0
+        if arrived.counted:
+            part.steps_then = part.steps_sent
+        part.steps = arrived.steps
+        try:
+            if arrived.whole is not None:
+                whole = arrived.whole
+                change = own.rebase(whole.anchor, version=whole.version, epoch=arrived.epoch, counted=arrived.counted)
+            else:
+                change = own.merge(arrived.updates or (), epoch=arrived.epoch)
+        except ProtocolError as error:
+            logger.warning("%s: %s: it is fetched whole", part.uid, error)
+            self._refetch(part, counted=arrived.counted)
+            return 0
+        layout.add(self.model, own.cut, change)
+        return 1
+
+    # ------------------------------------------------------------------------------------------------ flushing
+
+    async def _flush(self, timeout: float) -> None:
+        async with asyncio.timeout(timeout):
+            for turn in self._flushing():
+                turn()
+                await self._wait_answers()
+
+    def _flush_plainly(self, timeout: float) -> None:
+        assert isinstance(self._given, PlainCalls)
+        for turn in self._flushing():
+            turn()
+            self._given.run(asyncio.wait_for(self._wait_answers(), timeout))
+
+    def _flushing(self) -> list[Callable[[], None]]:
+        """The turns of a flush: what is under way ends, all is pushed, the newest is pulled, and added."""
+        return [
+            lambda: None,
+            partial(self._checked_turn, lambda part: self._own_steps > part.steps_then),
+            self._pull_all,
+            partial(self._checked_turn, lambda part: False),
+        ]
+
+    def _checked_turn(self, is_due: Callable[[_Part], bool]) -> None:
+        report = self._turn(is_due)
+        if report is not None and report.error is not None:
+            raise report.error
+
+    def _pull_all(self) -> None:
+        self._checked_turn(lambda part: False)
+        for part in self._parts:
+            if not part.is_asking and part.copy.cut.kind is not Kind.FIXED:
+                _, version, root = part.copy.base
+                self._start(part, messages.PULL, messages.PullRequest(part.uid, version, root), b"")
+
+    async def _wait_answers(self) -> None:
+        while self._asking:
+            await asyncio.wait(self._asking)
+
+    # ------------------------------------------------------------------------------------------------ on the loop
+
+    def _start(
+        self, part: _Part, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
+    ) -> None:
+        part.is_asking = True
+        self._spawn(self._ask(part, method, request, data))
+
+    def _refetch(self, part: _Part, *, counted: bool) -> None:
+        part.is_asking = True
+        self._spawn(self._take_whole(part, counted=counted))
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Run this beside the trainer, on the node's loop."""
+
+        async def start() -> None:
+            self._track(work)
+
+        if isinstance(self._given, PlainCalls):
+            self._given.begin(start())
+        else:
+            self._track(work)
+
+    def _track(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name="shared parameters")
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _ask(
+        self, part: _Part, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
+    ) -> None:
+        """Ask until there is an answer: always under the same id, so that a push counts once."""
+        while True:
+            try:
+                message = await self._call(part.uid, method, request, data)
+                reply = messages.decode(messages.UpdatesReply, message.body)
+                if reply.known:
+                    updates = read_updates(request.version, reply, message.buffers)
+                    arrived = _Arrived(reply.epoch, reply.steps, updates, counted=reply.counted)
+                    part.arrived = arrived
+                    return
+                await self._take_whole(part, counted=reply.counted, epoch=reply.epoch)
+                return
+            except RemoteError as error:
+                if not error.retryable and not isinstance(error, NotPrimary | Overloaded | ExpertNotFound):
+                    part.arrived = _Arrived(0, part.steps, error=error)
+                    return
+                logger.info("%s: %s", part.uid, describe(error))
+            except (TesseractError, TimeoutError) as error:
+                logger.info("%s: %s", part.uid, describe(error))
+            await asyncio.sleep(PAUSE)
+
+    async def _take_whole(self, part: _Part, *, counted: bool, epoch: int = 0) -> None:
+        while True:
+            try:
+                tensors, version = await self._fetch_state(part.number)
+                fragment, steps = read_fragment(self._manifest, part.number, tensors, version)
+                part.arrived = _Arrived(epoch, steps, whole=fragment, counted=counted)
+                return
+            except (TesseractError, TimeoutError) as error:
+                logger.info("%s cannot be fetched yet: %s", part.uid, describe(error))
+            await asyncio.sleep(PAUSE)
+
+    async def _call(
+        self, uid: str, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
+    ) -> Message:
+        """Ask the primary. Raises: what the call raises, after taking note of it."""
+        replica = (await self._find(uid))[0]
+        body = list(request)
+        buffers = [memoryview(data)] if method == messages.PUSH else []
+        try:
+            return await self._node.call_expert(
+                replica.peer, method, body, buffers, timeout=CALL_TIMEOUT, idempotent=True
+            )
+        except NotPrimary as error:
+            self._primaries[uid] = error.primary
+            await asyncio.sleep(min(error.retry_after, CALL_TIMEOUT))
+            raise
+        except Overloaded as error:
+            await asyncio.sleep(error.retry_after)
+            raise
+        except (TesseractError, TimeoutError) as error:
+            self._failed(replica, error)
+            raise
+
+    async def _find(self, uid: str) -> list[ExpertReplica]:
+        """Return who hosts it, the primary first. Raises: ExpertNotFound; TimeoutError if the network is silent."""
+        replicas = await self._node.directory.find(uid, even_failed=True)
+        if self._is_bare:
+            replicas = [one for one in replicas if may_follow(self._node, one)]
+        if not replicas:
+            raise ExpertNotFound(f"nobody hosts {uid} of the shared parameters")
+        named = self._primaries.get(uid)
+        return sorted(replicas, key=lambda one: named is None or one.peer.peer_id != named)
+
+    def _failed(self, replica: ExpertReplica, error: BaseException) -> None:
+        self._primaries.pop(replica.uid, None)
+        if isinstance(error, PeerUnreachable | ConnectionLost | ExpertNotFound | ProtocolError):
+            self._node.directory.report_failure(replica)
+
+
+async def _at_once(report: SharingReport | None) -> SharingReport | None:
+    return report
+
+
+async def _hand_over(keeper: ReplicaKeeper) -> None:
+    try:
+        await keeper.hand_over()
+    except (TesseractError, TimeoutError, OSError) as error:
+        logger.warning("the shared parameters could not be handed over: %s", describe(error))
+
+
+def _copied(fragment: Fragment) -> Fragment:
+    """Return one of the same state whose tensors are its own."""
+    momentum = None if fragment.momentum is None else fragment.momentum.clone()
+    return Fragment(
+        *(fragment.cut, fragment.outer, fragment.anchor.clone()),
+        version=fragment.version,
+        momentum=momentum,
+        updates=fragment.updates,
+        before=fragment.before,
+    )

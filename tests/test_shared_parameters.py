@@ -1,0 +1,229 @@
+"""Trainers that share one model, on real nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+import torch
+from torch import nn
+
+import tesseract_async as ta
+from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
+from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
+from tesseract_async.server.other_replicas import ReplicaSettings
+from tesseract_async.shared_parameters import SharedParameters, SharingReport
+from tesseract_async.sharing.layout import LayoutMismatch
+
+REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
+
+
+def make_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Linear(16, 3))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(32, 6, generator=generator)
+    loss = nn.functional.mse_loss(model(x), x[:, :3].sin())
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return float(loss.detach())
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def close(one: nn.Module, other: nn.Module) -> bool:
+    """Equal to rounding: local values are added to, not set."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def weight(model: nn.Module) -> torch.Tensor:
+    return next(model.parameters())
+
+
+@contextlib.asynccontextmanager
+async def sharing(
+    model: nn.Module, *seeds: str, every: int = 4, **more: object
+) -> AsyncIterator[tuple[ta.TesseractNode, SharedParameters[nn.Module]]]:
+    async with ta.TesseractNode(initial_peers=seeds) as node:
+        shared = SharedParameters(node, model, run="tiny", every=every, replicas=REPLICAS, **more)  # type: ignore[arg-type]
+        async with shared:
+            yield node, shared
+
+
+async def steps(shared: SharedParameters[nn.Module], num: int, seed: int) -> None:
+    optimizer = torch.optim.Adam(shared.model.parameters(), 0.01)
+    for step in range(num):
+        train(shared.model, optimizer, 1000 * seed + step)
+        await shared.step()
+        await asyncio.sleep(0.001)
+
+
+async def test_two_trainers_end_with_one_model() -> None:
+    one, other = make_model(1), make_model(2)
+    async with sharing(one) as (seed, first), sharing(other, seed.address) as (_, second):
+        assert same(one, other)
+        await asyncio.gather(steps(first, 8, 1), steps(second, 8, 2))
+        await asyncio.gather(first.flush(), second.flush())
+        await first.flush()
+        assert same(first.merged(), second.merged())
+        assert first.steps == second.steps == 16
+        async with sharing(make_model(3), seed.address, host=False) as (_, third):  # a newcomer takes what is there
+            assert same(third.model, second.merged()) and third.steps == 16
+
+
+async def test_alone_without_momentum_and_codec_it_is_plain_training() -> None:
+    model, plain = (nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3)) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.Adam(some.parameters(), 0.01) for some in (model, plain)]
+    async with sharing(model, codec="none", momentum=0.0, every=1) as (_, shared):
+        for step in range(20):
+            for some, optimizer in zip((model, plain), optimizers, strict=True):
+                train(some, optimizer, step)
+            await shared.step()
+            await asyncio.sleep(0)
+        await shared.flush()
+        for mine, merged, theirs in zip(*(some.parameters() for some in (model, shared.merged(), plain)), strict=True):
+            assert torch.allclose(mine, theirs, atol=2e-6) and torch.allclose(merged, theirs, atol=2e-6)
+
+
+@pytest.mark.slow
+async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
+    """The fragments' primary is killed while pushes are under way: a follower goes on, and each push counts once."""
+    one, other = make_model(1), make_model(2)
+    async with contextlib.AsyncExitStack() as stack:
+        bootstrap = await stack.enter_async_context(ta.TesseractNode())
+        dying = contextlib.AsyncExitStack()
+        node, first = await dying.enter_async_context(sharing(one, bootstrap.address))
+        _, second = await stack.enter_async_context(sharing(other, bootstrap.address))
+        await asyncio.gather(steps(first, 4, 1), steps(second, 4, 2))
+        await asyncio.gather(first.flush(), second.flush())
+        await second.flush()
+        await asyncio.sleep(1.0)  # for the follower's pull
+        before = second.steps
+        node.network.mute()
+        await node.endpoint.aclose()  # as by SIGKILL: nothing is said
+        train(other, torch.optim.SGD(other.parameters(), 0.1), 7)
+        started = time.perf_counter()
+        for _ in range(4):
+            await second.step()
+        assert time.perf_counter() - started < 1.0
+        await second.flush(timeout=60.0)
+        assert second.steps == before + 4
+        assert close(second.merged(), other)
+        await dying.__aexit__(ConnectionError, ConnectionError(), None)
+
+
+async def test_another_model_is_refused_by_name() -> None:
+    async with sharing(make_model(1)) as (seed, _):
+        stranger = nn.Sequential(nn.Linear(6, 17), nn.BatchNorm1d(17), nn.GELU(), nn.Linear(17, 3))
+        with pytest.raises(LayoutMismatch, match=r"0\.weight is float32\[16, 6\], stepped in the run"):
+            async with sharing(stranger, seed.address):
+                pass
+
+
+async def test_a_nan_of_ones_own_is_not_sent() -> None:
+    model = make_model(1)
+    async with sharing(model, every=1) as (_, shared):
+        before = shared.merged()
+        with torch.no_grad():
+            weight(model)[0, 0] = math.nan
+        report = await shared.step()
+        assert isinstance(report, SharingReport) and report.num_unsound >= 1
+        await shared.flush()
+        assert torch.equal(weight(shared.merged()), weight(before))
+
+
+async def test_a_graph_that_is_alive_is_an_error_at_its_backward() -> None:
+    model = make_model(1)
+    async with sharing(model, every=1) as (_, shared):
+        with torch.no_grad():
+            weight(model).add_(1.0)
+        await shared.step()
+        loss = model(torch.ones(2, 6)).sum()
+        async with asyncio.timeout(20.0):
+            while not (report := await shared.step()) or not report.num_merged:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            await ta.backward(loss)
+
+
+async def test_an_async_trainer_shares_its_master() -> None:
+    model = make_model(1)
+
+    async def loss_of(module: nn.Module, seed: int) -> torch.Tensor:
+        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(seed))
+        await asyncio.sleep(0)
+        return nn.functional.mse_loss(module(x), x[:, :3])
+
+    async with sharing(model, every=2) as (_, shared):
+        trainer = ta.AsyncTrainer(model, torch.optim.Adam(model.parameters(), 0.01), in_flight=3)
+        num_merged = 0
+        async for _ in trainer.run(loss_of, range(30)):
+            report = await shared.step()
+            num_merged += 0 if report is None else report.num_merged
+        await shared.flush()
+        assert num_merged and shared.steps == 30 and close(shared.merged(), model)
+
+
+def test_with_a_background_node_calls_are_plain() -> None:
+    model = make_model(1)
+    with ta.BackgroundNode() as node, ta.SharedParameters(node, model, run="plain", every=2) as shared:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(6):
+            train(model, optimizer, step)
+            report = shared.step()
+            assert report is None or report.error is None
+        shared.flush()
+        assert shared.steps == 6 and close(shared.merged(), model)
+
+
+OWNER = ta.Identity.from_seed(bytes([9]) * 32)
+
+
+@contextlib.asynccontextmanager
+async def member(number: int, run: SignedRun, roles: tuple[Role, ...], *seeds: str) -> AsyncIterator[ta.TesseractNode]:
+    identity, now = ta.Identity.from_seed(bytes([number]) * 32), int(time.time())
+    assert run.tag is not None
+    run_id = run.tag.run_id("ffn")
+    grant = sign_grant(OWNER, run_id, identity.peer_id, roles, serial=now, not_after=now + GRANT_SECONDS)
+    async with ta.TesseractNode(initial_peers=seeds, identity=identity) as node:
+        await node.join_run(run, grant=grant_text(grant))
+        yield node
+
+
+async def test_in_a_run_the_role_decides_who_shares_and_who_hosts() -> None:
+    manifest = RunManifest("shared", "ffn", (1,), "ffn", created=int(time.time() * 1000), lease=2.0)
+    run = sign_run(OWNER, manifest)
+    async with member(1, run, ("host", "share")) as host:
+        first = SharedParameters(host, make_model(1), run=run, every=2, host=True)
+        async with (
+            first,
+            member(2, run, ("share",), host.address) as node,
+            member(3, run, ("train",), host.address) as no,
+        ):
+            async with SharedParameters(node, make_model(2), run=run, every=2) as second:
+                assert same(first.model, second.model)
+                await asyncio.gather(steps(first, 4, 1), steps(second, 4, 2))
+                await asyncio.gather(first.flush(), second.flush())
+                await first.flush()
+                assert same(first.merged(), second.merged()) and first.steps == 8
+                async with SharedParameters(no, make_model(3), run=run, every=2) as third:
+                    await steps(third, 2, 3)
+                    with pytest.raises(ta.errors.NotAllowed, match="may not share"):
+                        await third.flush()
+                    third._own_steps = third._parts[0].steps_then
+                    for part in third._parts:
+                        part.steps_then = third._own_steps
+            assert first._parts[0].steps == 8
