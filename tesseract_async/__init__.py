@@ -62,6 +62,7 @@ _HOMES = {
     "MeshBackend": "runtime.mesh",
     "TesseractRuntime": "runtime.runtime",
     "TesseractServer": "server.server",
+    "holding": "server.holder",
     "SharedParameters": "shared_parameters",
     "TensorSpec": "wire.tensors",
 }

@@ -165,7 +165,8 @@ class TesseractNode(Uncopied):
         self._port = port
         self._public = public
         self._upnp = upnp
-        self._throttle = throttle
+        self.throttle = throttle
+        """The limits that all connections together keep to; None: none."""
         self._max_receive_bytes = max_receive_bytes
         self._security = security
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
@@ -303,7 +304,7 @@ class TesseractNode(Uncopied):
             public=self._public,
             upnp=self._upnp,
             settings=self._reach_settings,
-            throttle=self._throttle,
+            throttle=self.throttle,
         )
         return _Started(asyncio.get_running_loop(), address, endpoint, reach)
 
@@ -570,7 +571,7 @@ class TesseractNode(Uncopied):
     def _check_caller(self, call: IncomingCall, uid: str) -> None:
         """Raises: NotAllowed for a caller without the method's role in the run of `uid`, or its action's permission."""
         action = EXPERT_METHODS[call.method]
-        if call.peer_id != self.peer_id and not self.trust.policy.allows(call.peer_id, action):
+        if call.peer_id != self.identity.peer_id and not self.trust.policy.allows(call.peer_id, action):
             # asked by its method alone, unless the call is for many
             self.metrics.count("endpoint_calls_refused", action=action)
             raise NotAllowed(f"{self.peer_id.short} does not let {call.peer_id.short} {action}: ask its owner")

@@ -25,11 +25,13 @@ from typing import Any
 import click
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import tesseract_async as ta
 from tesseract_async.cli.config_file import read_config
 from tesseract_async.cli.main import COMMANDS, main
 from tesseract_async.monitoring.catalogue import METRICS
+from tests import manifests
 from tests.stem import Stem
 
 ROOT = Path(__file__).parent.parent
@@ -344,6 +346,49 @@ def test_the_slurm_script_starts_what_there_is() -> None:
     [text] = blocks(DOCS / "how-to/slurm.md", "bash")
     assert text.startswith("#!/bin/bash\n#SBATCH ")
     assert check_shell(text) == 1
+
+
+def check_torchrun(words: list[str]) -> Any:
+    """Whether torchrun and `tesseract` take these words. Returns torchrun's options."""
+    options = get_args_parser().parse_args(words)
+    assert options.module and options.training_script == "tesseract_async.cli"
+    check(["tesseract", *options.training_script_args])
+    left = next(one for one in options.training_script_args if one.startswith("--leave-within"))
+    assert left in ("--leave-within=20s", "--leave-within")  # less than the 30 s that torchrun waits
+    return options
+
+
+def test_a_mesh_is_started_by_words_that_torchrun_and_serve_take() -> None:
+    page = DOCS / "how-to/larger-than-a-device.md"
+    scripts = blocks(page, "sh") + blocks(page, "bash")
+    found = [line for text in scripts for line in re.sub(r"\\\n\s*", " ", text).splitlines() if "torchrun " in line]
+    for line in found:
+        words = shlex.split(line.replace("$SLURM_NNODES", "2"), comments=True)
+        check_torchrun(words[words.index("torchrun") + 1 :])
+    assert len(found) == 2 and check_shell("\n".join(scripts)) == 0
+
+
+def test_the_manifest_of_a_mesh_fits_its_schema() -> None:
+    yaml = pytest.importorskip("yaml")
+    [text] = blocks(DOCS / "how-to/larger-than-a-device.md", "yaml")
+    manifest = yaml.safe_load(text)
+    manifests.check(manifest, manifests.JOBSET)
+    with pytest.raises(AssertionError, match="completionMod"):  # it would be noticed
+        manifests.check(yaml.safe_load(text.replace("completionMode", "completionMod")), manifests.JOBSET)
+    spec = manifest["spec"]
+    [replicated] = spec["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["command"][0] == "torchrun"
+    options = check_torchrun(container["command"][1:])
+    # each pod's torchrun finds the first pod by the name that JobSet gives it
+    assert job["parallelism"] == job["completions"] == int(options.nnodes)
+    host, port = options.rdzv_endpoint.split(":")
+    assert host == f"{manifest['metadata']['name']}-{replicated['name']}-0-0.{spec['network']['subdomain']}"
+    assert [one["containerPort"] for one in container["ports"]] == [int(port)]
+    assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
+    assert pod["terminationGracePeriodSeconds"] > 30
 
 
 PUBLIC_NAMES_OF_OTHERS = """

@@ -235,7 +235,7 @@ class Hosting:
                 measure_capacity,
                 partial(self._builder.build, uid, self._run),
                 room=room,
-                hold_bytes=serving.hold_bytes,
+                hold_bytes=None if serving.hold_bytes is None else int(serving.hold_bytes),
                 folder=serving.checkpoint_dir,
                 devices=self._builder.devices,
             )

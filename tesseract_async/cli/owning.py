@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,11 @@ from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
 from tesseract_async.cli.types import EXISTING_FILE, FILE, PATTERN, PEER, Number, Parsed, counted
 from tesseract_async.experts.grants import Grant, Role, grant_text
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.ownership import MEMBER, RunOwner
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.place_directory import fetch_places
+from tesseract_async.experts.placement import Standing, Survey
 from tesseract_async.experts.run import split_run_name
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.identity import Identity, PeerID
@@ -225,9 +228,13 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
         assert authority is not None
         manifest = authority.run.manifest
         live = await node.directory.read_grid(manifest.prefix, manifest.grid_size)  # whose manifests show grants
+        places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
         keeper.save()
     hosts = Counter(str(replica.peer.peer_id) for replicas in live.values() for replica in replicas)
     members = sorted(authority.grants(), key=lambda one: one.not_after)
+    survey = Survey(places)
+    standings = {uid: survey.standing(uid) for uid in sorted(survey.named, key=split_uid)}
+    num_copies = manifest.num_replicas
     if as_json:
         say(
             "status",
@@ -235,6 +242,7 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
             run=authority.run.full_name,
             mode=authority.mode,
             live=len(live),
+            experts={uid: _standing(one) for uid, one in standings.items()},
             hosts=hosts,
             members=[_facts(one) for one in members],
             delegates=list(map(str, authority.delegates)),
@@ -244,6 +252,8 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
         return 0
     size = len(manifest.pattern)
     click.echo(f"{authority.run.full_name}, {authority.mode}: {len(live)} of {counted(size, 'expert')} live")
+    for line in _safety(standings, len(places), num_copies):
+        click.echo(line)
     for one in members:
         hosted = f", hosts {counted(hosts[str(one.peer)], 'expert')}" if str(one.peer) in hosts else ""
         kind = "delegate " if one.peer in authority.delegates else "invite " if "admit" in one.role_names else ""
@@ -282,6 +292,33 @@ def backup_key(*, file: Path, identity: Path, restore: bool, passphrase: str) ->
     except (ValueError, TypeError):
         raise click.ClickException(f"{file if restore else identity} holds no Ed25519 key that this opens") from None
     click.echo(str(found.peer_id))
+
+
+def _standing(one: Standing) -> dict[str, object]:
+    return {
+        "led_by": None if one.leader is None else str(one.leader),
+        "followed_by": list(map(str, one.followers)),
+        "held_by": list(map(str, one.holders)),
+        "version": one.version,
+        "losses": one.losses,
+        "state": one.word,
+    }
+
+
+def _safety(standings: Mapping[str, Standing], num_members: int, num_copies: int) -> list[str]:
+    """Return sentences: how many more losses the run survives, and each expert that is in danger."""
+    if not standings:
+        return []
+    losses = min(one.losses for one in standings.values())
+    word = "survives" if losses > 0 else "does not survive"
+    lines = [f"the run {word} the loss of {counted(max(losses, 1), 'more member')}, whichever they are"]
+    if num_members <= num_copies:
+        lines.append(f"{counted(num_members, 'member')} cannot hold {num_copies} copies besides each primary")
+    for uid, one in standings.items():
+        if one.word != "safe":
+            leader = "nobody" if one.leader is None else one.leader.short
+            lines.append(f"{uid} is {one.word}: led by {leader}, version {one.version}")
+    return lines
 
 
 def _facts(one: Grant) -> dict[str, object]:

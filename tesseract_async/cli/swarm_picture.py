@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -154,8 +155,19 @@ def _describe_grid(grid: State) -> Text:
     replicas = [number for _, _, number, *_ in grid["experts"]]
     if max(replicas, default=1) > 1:
         facts.append(f"{sum(replicas)} replicas, the slowest {max(cell[5] for cell in grid['experts'])} steps behind")
+    facts += _describe_standings(grid.get("standings", []))
     size = "x".join(map(str, grid["size"]))
     return Text.assemble((f"{grid['prefix']}  {size}", "bold"), f"  {', '.join(facts)}")
+
+
+def _describe_standings(standings: list[list[Any]]) -> list[str]:
+    """Return how safe a run's experts are: how many losses all of them survive, and what is worse than that."""
+    if not standings:
+        return []
+    counts = Counter(word for *_, word in standings)
+    losses = min(losses for *_, losses, _ in standings)
+    facts = [f"{counts[word]} {word}" for word in ("lost", "at risk", "not led") if counts[word]]
+    return [*facts, f"all survive the loss of {counted(losses, 'more member')}"] if losses > 0 else facts
 
 
 def _draw_grid(grid: State, peers: list[State], width: int, height: int, signs: dict[str, str]) -> RenderableType:

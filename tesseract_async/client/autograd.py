@@ -86,9 +86,9 @@ class Remote(Protocol):
 
 
 async def remote_call(
-    remote: Remote, inputs: Sequence[torch.Tensor], *, versions: Versions, differentiable: bool
+    remote: Remote, inputs: Sequence[torch.Tensor], *, versions: Versions, differentiable: bool = True
 ) -> list[torch.Tensor]:
-    """Run `remote.forward` and, if `differentiable`, puts the call into the graph of `inputs`.
+    """Run `remote.forward` and, if `differentiable`, put the call into the graph of `inputs`.
 
     It is differentiable even where no input requires grad: backward trains the expert. `inputs` are as `arguments_now`
     gives them. Raises: what `remote.forward` raises; RuntimeError if an input was changed in place since `versions`.

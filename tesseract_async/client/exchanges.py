@@ -19,7 +19,7 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import BACKWARD
 from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import TensorSpec
+from tesseract_async.wire.tensors import unpack_plain
 
 T = TypeVar("T")
 
@@ -57,6 +57,9 @@ class Exchange(Generic[T]):
     def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, T]:
         """One call to one server. Raises: what the call raises; ProtocolError if the answer does not fit."""
         raise NotImplementedError
+
+    def answered(self, replica: ExpertReplica, answer: T, timeout: float) -> None:
+        """Look at what `send` gave. Raises: TooStale."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,14 +101,21 @@ class ForwardExchange(Exchange[Forwarded]):
     def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, Forwarded]:
         """See `call_forward`. While a follower answers, the primary is asked for its version. Raises: TooStale."""
         if not self._primaries or replica.peer in self._primaries:
-            return self._call(replica, timeout)
+            return call_forward(self.experience.node, self.forward, replica.peer, self.inputs, timeout=timeout)
         return self._call_follower(replica, timeout)
+
+    def answered(self, replica: ExpertReplica, answer: Forwarded, timeout: float) -> None:
+        """Learn from the epoch, and perhaps have the answer audited. Raises: TooStale."""
+        outputs, receipt = answer
+        self.experience.lineages.take(replica, receipt.epoch, receipt.version)
+        if self.forward.options.audit_share:
+            self.experience.audits.consider(self.forward, receipt, self.inputs, outputs, timeout=timeout)
 
     async def _call_follower(self, replica: ExpertReplica, timeout: float) -> Forwarded:
         uid, node = self.forward.uid, self.experience.node
         asking = asyncio.ensure_future(fetch_info(node, uid, self._primaries[0], timeout=timeout))
         try:
-            outputs, receipt = await self._call(replica, timeout)
+            outputs, receipt = await call_forward(node, self.forward, replica.peer, self.inputs, timeout=timeout)
             try:
                 newest = (await asking).version
             except (TesseractError, TimeoutError) as error:
@@ -120,15 +130,6 @@ class ForwardExchange(Exchange[Forwarded]):
                 f"a follower of {uid} answered at version {receipt.version}, its primary is at {newest}: "
                 f"more than max_staleness={max_staleness} steps"
             )
-        return outputs, receipt
-
-    async def _call(self, replica: ExpertReplica, timeout: float) -> Forwarded:
-        outputs, receipt = await call_forward(
-            self.experience.node, self.forward, replica.peer, self.inputs, timeout=timeout
-        )
-        self.experience.lineages.take(replica, receipt.epoch, receipt.version)
-        if self.forward.options.audit_share:
-            self.experience.audits.consider(self.forward, receipt, self.inputs, outputs, timeout=timeout)
         return outputs, receipt
 
 
@@ -183,7 +184,11 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
         )
         decoded = messages.decode(messages.BackwardReply, reply.body)
         self.experience.lineages.take(replica, decoded.epoch, decoded.version)
-        check_growth(forward.uid, decoded.tensors, [TensorSpec.of(x) for x in self.inputs])
+        specs = forward.schema.input_specs
+        plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=self.inputs[0].shape[0])
+        if plain is not None:
+            return [*plain]
+        check_growth(forward.uid, decoded.tensors, specs)
         gradients = await unpack(decoded.tensors, reply.buffers)
         if len(gradients) != len(self.inputs):
             raise ProtocolError(f"{forward.uid} answered {len(gradients)} gradients for {len(self.inputs)} inputs")

@@ -35,8 +35,10 @@ class ExpertSchema:
     codecs: CodecPolicy
     inputs: tuple[tuple[Schema, ...], dict[str, Schema]] = field(init=False)
     """Positional and keyword arguments as one structure."""
+    input_specs: tuple[TensorSpec, ...] = field(init=False)
+    """The inputs, one after the other ..."""
     output_specs: tuple[TensorSpec, ...] = field(init=False)
-    """The outputs, one after the other."""
+    """... and the outputs."""
     row_bytes: int = field(init=False)
     """Bytes of one row's inputs and outputs together, uncompressed."""
     _settled: dict[Codecs, Codecs] = field(init=False, default_factory=dict, compare=False)
@@ -44,8 +46,9 @@ class ExpertSchema:
     def __post_init__(self) -> None:
         # asked for in every call
         object.__setattr__(self, "inputs", (self.args, self.kwargs))
+        object.__setattr__(self, "input_specs", tuple(flatten(self.inputs)))
         object.__setattr__(self, "output_specs", tuple(flatten(self.outputs)))
-        specs = (*flatten(self.inputs), *self.output_specs)
+        specs = (*self.input_specs, *self.output_specs)
         object.__setattr__(self, "row_bytes", sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs))
 
     def settle(self, preference: Codecs) -> Codecs:

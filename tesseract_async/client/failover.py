@@ -205,6 +205,7 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
     try:
         with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
             result = await exchange.send(replica, timeout)
+            exchange.answered(replica, result, timeout)
     except (*REPLICA_FAULTS, Overloaded) as error:
         report(experience, replica, error)
         raise

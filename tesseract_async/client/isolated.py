@@ -86,28 +86,34 @@ class _Switch:
                 torch.set_autocast_dtype(device, wanted[device])
 
 
-def isolated(coroutine: Coroutine[object, object, T], *, modes: Modes | None = None) -> Coroutine[object, object, T]:
+def isolated(
+    coroutine: Coroutine[object, object, T], *, modes: Modes | None = None, steady: bool = False
+) -> Coroutine[object, object, T]:
     """Return the same coroutine with separate torch modes: other tasks do not see what it switches.
 
     It starts in the modes of the moment when `isolated` is called (or in `modes`). While it is suspended the thread
     is in the modes that it was found in, or, where it is awaited inside a task, in torch's defaults; afterwards the
     awaiting code goes on in the modes that it had. Results, errors and cancellation pass through.
+
+    `steady`: whenever it is suspended, and at its end, it is in the modes in which it started: they need not be read.
     """
     own: list[object] = []
-    wrapped = _isolate(coroutine, Modes.current() if modes is None else modes, own)
+    wrapped = _isolate(coroutine, Modes.current() if modes is None else modes, own, steady)
     own.append(wrapped)
     return wrapped
 
 
-async def _isolate(coroutine: Coroutine[object, object, T], mine: Modes, own: list[object]) -> T:
+async def _isolate(coroutine: Coroutine[object, object, T], mine: Modes, own: list[object], steady: bool) -> T:
     task = asyncio.current_task()
     is_task = task is not None and task.get_coro() is own[0]
     own.clear()  # it names this very coroutine: a cycle, left alone
-    return await _trampoline(coroutine, mine, is_task)
+    return await _trampoline(coroutine, mine, is_task, steady)
 
 
 @types.coroutine
-def _trampoline(coroutine: Coroutine[object, object, T], mine: Modes, is_task: bool) -> Generator[object, object, T]:
+def _trampoline(
+    coroutine: Coroutine[object, object, T], mine: Modes, is_task: bool, steady: bool
+) -> Generator[object, object, T]:
     switch = _Switch()
     now = entered = Modes.current()
     outside = entered if is_task else DEFAULT
@@ -119,7 +125,7 @@ def _trampoline(coroutine: Coroutine[object, object, T], mine: Modes, is_task: b
         try:
             waiting_for = coroutine.send(value) if error is None else coroutine.throw(error)
         except BaseException as end:  # StopIteration among them; all are passed on
-            now, found = Modes.current(), outside if is_task else entered
+            now, found = mine if steady else Modes.current(), outside if is_task else entered
             if now is not found:
                 switch.to(found, now=now)
             if isinstance(end, StopIteration):
@@ -127,7 +133,8 @@ def _trampoline(coroutine: Coroutine[object, object, T], mine: Modes, is_task: b
                 return result
             error = None  # what was thrown in here knows this frame: a cycle
             raise
-        mine = Modes.current()
+        if not steady:
+            mine = Modes.current()
         if mine is not outside:
             switch.to(outside, now=mine)
         error = None

@@ -146,7 +146,7 @@ class RemoteExpert(nn.Module):
         if not self.training and self._eval_staleness is not None:
             options = dataclasses.replace(options, max_staleness=self._eval_staleness)
         call = self._call(Arguments.now(args, kwargs, training=self.training), options)
-        return deliver(self._node, isolated(call, modes=NO_GRAD))
+        return deliver(self._node, isolated(call, modes=NO_GRAD, steady=True))
 
     @property
     def audits(self) -> Audits:
@@ -182,14 +182,26 @@ class RemoteExpert(nn.Module):
             schema, inputs = other, arguments.fit(other, f"expert {self.uid}")
         schema.settle(options.codecs)  # raises before anybody is asked
         mode = arguments.mode
-        call = _ExpertCall(self, Forward(self.uid, schema, mode, options))
+        forward = Forward(self.uid, schema, mode, options)
         try:
-            outputs = await remote_call(call, inputs, versions=arguments.versions, differentiable=mode.differentiable)
+            if mode.differentiable:
+                outputs = await remote_call(_ExpertCall(self, forward), inputs, versions=arguments.versions)
+            else:
+                outputs, _ = await self._forward(forward, inputs)
+                arguments.versions.check()
         except SchemaMismatch:
             if self._known.schema is schema:
                 self._known.schema = None  # its servers refuse what the schema says: it is another expert now
             raise
         return unflatten(schema.outputs, outputs)
+
+    async def _forward(self, forward: Forward, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Receipt]:
+        """The outputs, on the first input's device."""
+        outputs, receipt = await self.ask(ForwardExchange(self._experience, forward, inputs))
+        self.__dict__["version"] = receipt.version  # a module looks for parameters in whatever it is assigned
+        if not inputs[0].is_cpu:
+            outputs = [output.to(inputs[0].device) for output in outputs]
+        return outputs, receipt
 
     async def _other_schema(self, schema: ExpertSchema, arguments: Arguments) -> ExpertSchema | None:
         """Another schema that the arguments fit, of a server that says that it is the primary, too, or of the expert as
@@ -249,11 +261,8 @@ class _ExpertCall:
         self._receipt: Receipt | None = None
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        outputs, receipt = await self._expert.ask(ForwardExchange(self._experience, self._forward, inputs))
-        self._receipt = receipt
-        self._expert.__dict__["version"] = receipt.version  # a module looks for parameters in whatever it is assigned
-        device = inputs[0].device
-        return outputs if device.type == "cpu" else [output.to(device) for output in outputs]
+        outputs, self._receipt = await self._expert._forward(self._forward, inputs)
+        return outputs
 
     async def backward(
         self, inputs: Sequence[torch.Tensor], output_gradients: Sequence[torch.Tensor | None]

@@ -163,23 +163,21 @@ class Connection:
             self._arm_timer()
         return stream
 
-    async def call(
-        self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
-    ) -> Message:
-        """Cancelling this cancels the work at the other end. On return no memory of `buffers` is in use any more.
+    def call(
+        self, head: RequestHead, buffers: tuple[memoryview, ...], deadline: float, *, reserve_reply: bool
+    ) -> tuple[int, asyncio.Future[Message]]:
+        """Start a call: its number, and the reply to come. Its caller sees to `cancel_call` after an error or a
+        cancellation, and to `call_ended`.
 
-        Raises: RemoteError, ConnectionLost, ProtocolError, TimeoutError; TypeError and ValueError for a bad body.
+        Raises: ConnectionLost, MessageTooLarge; TypeError and ValueError for a bad body.
         """
         stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply)
-        future: asyncio.Future[Message] = self._loop.create_future()
-        self._futures[stream] = future
-        try:
-            return await future
-        except BaseException:  # cancelled or failed: the other end is told
-            await self._cancel_call(stream)
-            raise
-        finally:
-            self._futures.pop(stream, None)
+        future = self._futures[stream] = self._loop.create_future()
+        return stream, future
+
+    def call_ended(self, stream: int) -> None:
+        """Forget the future of a call."""
+        del self._futures[stream]
 
     async def call_parts(
         self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
@@ -205,10 +203,11 @@ class Connection:
         finally:
             del self._parts[stream]
             if more:
-                await self._cancel_call(stream)
+                await self.cancel_call(stream)
 
-    async def _cancel_call(self, stream: int) -> None:
-        """Also waits, even while being cancelled, until no memory is on loan to a transport."""
+    async def cancel_call(self, stream: int) -> None:
+        """Cancel the work at the other end, if it is not done. Return once no memory is on loan to a transport any
+        more, even while being cancelled."""
         self.protocol.cancel_call(stream)
         self._wake()
         marks = [(channel, mark) for channel in self._channels if channel and (mark := channel.loan_mark()) is not None]
@@ -259,8 +258,8 @@ class Connection:
             for lane, channel in enumerate(self._channels):
                 if channel is None:
                     continue
-                room = FLUSH_BYTES
-                while not channel.paused and protocol.has_data(lane):
+                room, queue = FLUSH_BYTES, protocol.lanes[lane]
+                while not channel.paused and (queue.small or queue.large or (protocol.pong_due and lane == MAIN)):
                     if room <= 0:
                         self._schedule_flush()
                         break
@@ -449,7 +448,7 @@ class _LanePort:
         self._reader.buffer_updated(count)
         connection = self._connection
         connection._look()
-        if not connection._flush_scheduled and (self._protocol.has_data(MAIN) or self._protocol.has_data(BULK)):
+        if not connection._flush_scheduled and self._protocol.has_data():
             connection._schedule_flush()
         if self._lane == BULK:
             if not self._turn_bytes:

@@ -18,7 +18,7 @@ from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.core import ConnectionCore
 from tesseract_async.endpoint.events import Event, PeerClosed
 from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
-from tesseract_async.endpoint.lanes import MAIN
+from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import RemoteError
@@ -48,7 +48,8 @@ class ConnectionProtocol:
         self.peer = peer
         """The other end's name in errors."""
         self.pace = budgets.pace
-        self._pong_due = False
+        self.pong_due = False
+        """True if a PING was not answered yet, on the main lane."""
         self._peer_saw: int | None = None  # the highest number of our calls that the peer saw, once it has closed
         self._outgoing: dict[int, OutgoingCall] = {}
         self._incoming: dict[int, ReceivedCall] = {}
@@ -119,15 +120,17 @@ class ConnectionProtocol:
         The memoryviews are on loan until the channel has drained.
         """
         now = self.core.now
-        if self._pong_due and lane == MAIN:
-            self._pong_due = False
+        if self.pong_due and lane == MAIN:
+            self.pong_due = False
             self.life.send_pong(now)
         return self.lanes[lane].data_to_send(room, now, pace=self.pace, sent=self.incoming.sent)
 
-    def has_data(self, lane: int) -> bool:
-        """True if `data_to_send` would give anything."""
-        one = self.lanes[lane]
-        return bool(one.small or one.large) or (self._pong_due and lane == MAIN)
+    def has_data(self, lane: int | None = None) -> bool:
+        """True if `data_to_send` would give anything, on this lane or on any."""
+        main, bulk = self.lanes
+        if lane != BULK and (main.small or main.large or self.pong_due):
+            return True
+        return lane != MAIN and bool(bulk.small or bulk.large)
 
     @property
     def unsent_bytes(self) -> int:
@@ -171,7 +174,7 @@ class ConnectionProtocol:
     def _ping(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self.core.count_idle()
         if lane == MAIN:
-            self._pong_due = True  # one for however many
+            self.pong_due = True  # one for however many
         else:
             self.lanes[lane].put(frames.frame(frames.PONG))
 

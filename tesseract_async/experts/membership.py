@@ -188,7 +188,7 @@ class Membership:
         best = self.lineage.best
         seal = None if best is None else self.lineage.seal_of(best)
         past = seal is None or wall - EPOCH_ZERO > seal.time + 1
-        return now - self.looked_at < self.lease / 2 and past
+        return now - self.looked_at < max(self.lease / 2, 5.0) and past
 
     def ask(self, kind: str, others: set[PeerID], epoch: int, now: float) -> tuple[Poll, list[Send]]:
         """Ask all of these the same."""
@@ -228,6 +228,10 @@ class Membership:
         """Nobody else can use it: the present primary is agreed with again."""
         if self._voted_for == self.me:
             self._promised_at = NEVER
+
+    def voted_for(self, term: Term) -> bool:
+        """Return whether this server's vote helped its signer: then it waits for it, and does not stand against it."""
+        return (self.promised, self._voted_for) == (term.epoch, term.primary)
 
     def is_bound(self, term: Term, now: float) -> bool:
         """Return whether it voted for a successor of this Term, which comes forward within a lease, or never."""

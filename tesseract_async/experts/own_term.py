@@ -96,7 +96,7 @@ class OwnTerm:
             return self.named
         first = (0, 1) if self.term.seal is None else self.term.seal.age
         live = {peer for peer, at in self._agreed.items() if now - at < lease and may(peer)}
-        gone = [p for p in self.named if not may(p) or now - self._agreed.get(p, self._began) > 2 * lease]
+        gone = [p for p in self.named if not may(p) or now - self._agreed.get(p, self._began) > lease]
         new = [peer for peer in live if peer not in self.named and self._holds.get(peer, (0, 0)) >= first]
         num_good = len(self.named) - len(gone)
         if new and num_good < NUM_SUCCESSORS and len(self.named) < MAX_SUCCESSORS:

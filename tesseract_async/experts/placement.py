@@ -31,7 +31,7 @@ DROP_AFTER: Final = 600.0
 """Seconds for which a copy must be one too many before it is given up."""
 YOUNG: Final = 3600.0
 """Seconds after a run began in which an expert that nobody has was probably never begun."""
-NUM_LEASES_MISSED: Final = 20
+NUM_LEASES_MISSED: Final = 10
 """Leases for which an expert's state must be missing before the expert may begin anew."""
 STUCK_AFTER: Final = 60.0
 """Seconds for a member to fetch a state, before others stop counting on it."""

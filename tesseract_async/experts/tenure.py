@@ -116,6 +116,10 @@ class Tenure:
         """True if another Seal of the same state would name nobody new: these are settled, and enough or everybody."""
         return self._own is not None and self._own.is_content(self._member.hosts.keys() - {self.me})
 
+    def waits_for_state(self, now: float, wall: float) -> bool:
+        """Return whether nobody shows a state of the expert, which it may have: it does not begin anew for now."""
+        return self.state is State.ABSENT and self._member.is_unsealed(now) and not self._member.may_begin(now, wall)
+
     def commands(self) -> list[Command]:
         """Take what is to be done now, in this order."""
         commands, self._commands = self._commands, []
@@ -431,6 +435,7 @@ class Tenure:
             self.state = State.CANDIDATE
             self._member.promise(epoch, self.me, now)
             self._persist()
+            self._look(now)  # should all others be gone, it must know that the network has nothing newer
             self._ask_all("vote", others, epoch, now)
             return True
         return self._begin(kind, seal, epoch, now, wall, handover)
@@ -538,6 +543,8 @@ class Tenure:
         if best is self.term or self._withstands(best, now, wall):
             return
         was_candidate = self.state is State.CANDIDATE
+        if was_candidate and self._own is None and best.digest == self._followed:
+            return  # that is the Term that it would succeed
         if was_candidate or self.state in (State.PRIMARY, State.FENCED, State.YIELDING):
             self._poll, self._settle_at, self._own = None, None, None
             self._member.take_back_own_vote()
@@ -545,7 +552,7 @@ class Tenure:
             self.state = State.ASIDE if not was_candidate else State.ABSENT if self.held is None else State.HOLDING
         if best.digest != self._followed:
             self._followed, self._poll = best.digest, None
-            if best.kind is not Kind.ADOPTION:
+            if best.kind is not Kind.ADOPTION or self._member.voted_for(best):
                 self._member.heard = now
             if (evidence := self.lineage.evidence(best)) is not None:
                 self._commands.append(Publish(tuple(seal.blob for seal in evidence)))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
 from tesseract_async.experts import ExpertPattern, GridView, split_uid
+from tesseract_async.experts.place_directory import fetch_places
+from tesseract_async.experts.placement import Survey
 from tesseract_async.experts.progress import progress_key, read_progress
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.status import NodeStatus, ask_status
@@ -91,6 +93,8 @@ class SwarmObserver:
         """Trainers' progress (`publish_progress`): trainer -> (step, loss, answers left out)."""
         self.lost: dict[str, set[tuple[int, ...]]] = {}
         """prefix -> coordinates of experts that were seen before and are not hosted now."""
+        self.surveys: dict[str, Survey] = {}
+        """prefix -> who leads, follows and holds its experts, by the words of all members; of grids in a run."""
         self._seen: dict[str, set[tuple[int, ...]]] = {}
         self._num_met = 0
         self._grids: dict[str, tuple[int, ...]] = {}
@@ -133,6 +137,7 @@ class SwarmObserver:
                 if peer.uids:
                     group.create_task(self._ask(peer, limit))
             group.create_task(self._read_losses())
+            group.create_task(self._read_places())
         self._remember()
         self.num_looks += 1
         self._changed.set()
@@ -271,6 +276,13 @@ class SwarmObserver:
                     found[f"{entry.owner.short} {entry.subkey or ''}".strip()[:64]] = progress
         self.losses = found
 
+    async def _read_places(self) -> None:
+        node = self.node
+        for prefix in self._grids:
+            if (authority := node.trust.authority(prefix)) is not None:
+                places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
+                self.surveys[prefix] = Survey(places)
+
     def _remember(self) -> None:
         peers = [peer for peer in self.peers.values() if peer.uids and not peer.is_gone]
         losses = [loss for _, loss, _ in self.losses.values()]
@@ -303,7 +315,21 @@ class SwarmObserver:
             "size": list(size),
             "experts": [] if view is None else self._cells(view, hosts),
             "lost": sorted(map(list, self.lost.get(prefix, ()))),
+            "standings": self._standings(prefix),
         }
+
+    def _standings(self, prefix: str) -> list[list[object]]:
+        """Return per expert of a run: coordinates, led by, followed by, held by, version certified, how many more
+        members may be lost with the expert surviving, and that as a word."""
+        survey = self.surveys.get(prefix)
+        found: list[list[object]] = []
+        for uid in [] if survey is None else sorted(survey.named, key=split_uid):
+            assert survey is not None
+            one = survey.standing(uid)
+            leader = None if one.leader is None else one.leader.short
+            others = [[peer.short for peer in some] for some in (one.followers, one.holders)]
+            found.append([list(split_uid(uid)[1]), leader, *others, one.version, one.losses, one.word])
+        return found
 
     def _cells(self, view: GridView, hosts: dict[PeerID, int]) -> list[list[object]]:
         """Return per live expert: coordinates, place of its first host among the peers, replicas, version, busy, lag.

@@ -91,7 +91,7 @@ class FaultElsewhere(Exception):
 class MeshLink:
     """This process's place among those of one torch.distributed job."""
 
-    def __init__(self, store: Store, rank: int, size: int, *, timeout: float = 60.0, grace: float = 5.0) -> None:
+    def __init__(self, store: Store, rank: int, size: int, *, timeout: float = 60.0, grace: float = 4.0) -> None:
         """Meet the others. `timeout`: seconds for this, and for a command under way; never for waiting for work.
         `grace`: for the others' word after one had a fault.
 
@@ -407,12 +407,12 @@ class MeshLink:
     # -- Following -------------------------------------------------------------------------------------------------
 
     def follow(self) -> None:
-        """Do what the leader does, until it leaves. On the main thread: signals to leave are the leader's business.
+        """Do what the leader does, until it leaves. On the main thread, signals to leave are the leader's business.
 
         If the leader ends otherwise, or this process is no longer in step with the others, the process exits with
         status `LOST_STATUS`: it may hang in a collective, from which nothing else frees it.
         """
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
             # the leader is told, too, and needs this process for its last checkpoint
             signal.signal(number, lambda *_: None)
         for work in (self._end_with_leader, self._hand_out):

@@ -125,10 +125,13 @@ class ExpertCalls:
             raise told_of(error, call.method) from None
         if self.refuse_forwards is not None:
             raise self.refuse_forwards
-        backend.settings.codecs.check("outputs", request.reply_codec, expert=hosted.uid)
+        codecs = backend.settings.codecs
+        if request.reply_codec not in codecs.outputs:
+            codecs.check("outputs", request.reply_codec, expert=hosted.uid)  # says why not
         inputs = unpack_plain(request.tensors, call.buffers, backend.input_specs)
-        if inputs is None or request.reply_codec != "none" or "none" not in backend.settings.codecs.inputs:
+        if inputs is None or request.reply_codec != "none" or "none" not in codecs.inputs:
             return self._forward(hosted, call, request)
+        hosted.runtime.gather_turn()
         work = self._submit(hosted, call, request, inputs)
         self.entered()
         return Deferred(
@@ -181,7 +184,7 @@ class ExpertCalls:
             training=request.training,
             seed=request.seed,
             deadline=call.deadline,
-            priority=priority_of(call),
+            priority=call.priority and priority_of(call),
             peer=self.owner(call),
         )
 
@@ -218,9 +221,12 @@ class ExpertCalls:
             begun = self.begun_backward(key)
             if begun is None:
                 specs = [*(backend.input_specs if num_inputs else ()), *backend.output_specs]
-                check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
-                tensors = await unpack(request.tensors, call.buffers)
-                begun = self.begun_backward(key)  # the same call may have come meanwhile
+                plain = unpack_plain(request.tensors, call.buffers, specs)
+                tensors: Sequence[torch.Tensor | None] = plain or ()
+                if plain is None:
+                    check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
+                    tensors = await unpack(request.tensors, call.buffers)
+                    begun = self.begun_backward(key)  # the same call may have come meanwhile
             if begun is None:
                 check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
                 check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])

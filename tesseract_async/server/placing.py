@@ -62,7 +62,7 @@ class Placing:
         self._tenures.template = template
         manifest = authority.run.manifest
         self._period = min(MAX_PERIOD, max(0.5, authority.lease / 3))
-        self._ttl = max(10.0, 6 * self._period)
+        self._ttl = max(4.0, 6 * self._period)
         self.placement = Placement(
             self._node.peer_id,
             manifest.pattern,

@@ -191,7 +191,9 @@ class SealedFiles:
     def _folder(self, uid: str) -> Path:
         if self._directory is not None:
             return expert_folder(self._directory, uid)
-        self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="tesseract-")
+        self._temporary = self._temporary or tempfile.TemporaryDirectory(
+            prefix="tesseract-", ignore_cleanup_errors=True
+        )
         return expert_folder(Path(self._temporary.name), uid)
 
     def load(self, uid: str) -> bytes | None:

@@ -18,9 +18,14 @@ from tesseract_async.experts.pieces import LIST, PIECE_BYTES
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import EncodedState, check_state, encode
 from tesseract_async.server.state_files import SealedFile
+from tesseract_async.transport.throttle import Leftover, Throttle
 from tesseract_async.wire import messages
 
 MAX_COPIES_BYTES: Final = 1 << 30
+MAX_RATE: Final = 16 << 20
+"""Bytes of states per second that a server sends at most: sending so much takes a twentieth of a core."""
+MAX_TURN: Final = 20.0
+"""Seconds that a piece may wait."""
 KEEP_SECONDS: Final = 60.0
 """A copy that nobody asked for since then is dropped."""
 REUSE_SECONDS: Final = 2.0
@@ -80,10 +85,12 @@ class StateSource:
         *,
         max_bytes: int = MAX_COPIES_BYTES,
         reuse: float = REUSE_SECONDS,
+        throttle: Throttle | None = None,
     ) -> None:
         """`aside` runs work where it stops nobody. `max_bytes`: of copies that are kept; beyond it, newcomers are told
-        to come back.
+        to come back. `throttle`: the node's, of whose upload rate states get what other traffic leaves.
         """
+        self._leftover = Leftover(MAX_RATE, throttle)
         self._max_bytes, self._reuse = max_bytes, reuse
         self._aside = aside
         self.find_sealed: Callable[[str, bytes], SealedFile | None] = lambda uid, root: None
@@ -104,16 +111,23 @@ class StateSource:
         request = messages.decode(messages.StateRequest, call.body)
         # a whole state takes more leave than weights alone
         sealed = None if request.weights_only else self.find_sealed(uid, request.root)
-        if sealed is not None:
-            reply: Message = await self._aside(lambda: _piece(owner.version, sealed, request.piece))
-            return reply
-        copy = await self._find_copy(owner, request)
-        if copy is None:
+        copy = await self._find_copy(owner, request) if sealed is None else None
+        file = sealed or copy
+        if file is None:
             return Message(messages.encode(messages.StateReply(owner.version, messages.NO_ROOT, 0, request.piece)))
-        if not copy.file.is_spread:
-            return _piece(copy.version, copy, request.piece)
-        reply = await self._aside(lambda: _piece(copy.version, copy, request.piece))
+        await self._take_turn(min(PIECE_BYTES, file.size))
+        version = owner.version if copy is None else copy.version
+        if copy is not None and not copy.file.is_spread:
+            return _piece(version, copy, request.piece)
+        reply: Message = await self._aside(lambda: _piece(version, file, request.piece))
         return reply
+
+    async def _take_turn(self, num_bytes: int) -> None:
+        """Wait until a piece may go out beside what is more urgent. Raises: Overloaded if that takes long."""
+        now = asyncio.get_running_loop().time()
+        if (wait := self._leftover.wait(now)) > MAX_TURN:
+            raise Overloaded("too many pieces of states wait to be sent", retry_after=wait / 2)
+        await asyncio.sleep(self._leftover.take(num_bytes, now))
 
     async def _find_copy(self, owner: StateOwner, request: messages.StateRequest) -> _Copy | None:
         key, now = (owner.uid, request.weights_only), asyncio.get_running_loop().time()

@@ -47,7 +47,9 @@ class ReplicaKeeper(Succession):
         """`reuse`: seconds for which a copy of a state counts as the newest. `elapsed`: a clock such as `boottime`."""
         self.settings = settings
         self._server, self._node = server, server.node
-        self._source = StateSource(server.call_aside, max_bytes=settings.max_copies_bytes, reuse=reuse)
+        self._source = StateSource(
+            server.call_aside, max_bytes=settings.max_copies_bytes, reuse=reuse, throttle=server.node.throttle
+        )
         authorities = {uid: server.node.trust.authority(split_uid(uid)[0]) for uid in server.experts}
         self.tenures = Tenures(
             server,

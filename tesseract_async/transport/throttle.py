@@ -6,6 +6,7 @@ is buffered here, and the ordinary backpressure does the rest at both ends.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from tesseract_async.transport.token_bucket import TokenBucket
@@ -14,6 +15,9 @@ SMALL: Final = 4096
 """Pieces up to this size are paid for but do not wait: a heartbeat must not stand behind megabytes."""
 MAX_DEBT: Final = 2.0
 """... unless others of them already made a debt of so many seconds."""
+LEAST_SHARE: Final = 0.05
+"""Of the upload rate, for what may wait: it is never without any."""
+AVERAGE_SECONDS: Final = 2.0
 MIN_WAIT: Final = 0.002
 """Shorter waits are not worth a timer; their debt stays and adds up."""
 
@@ -23,6 +27,7 @@ class Throttle:
 
     def __init__(self, *, upload_rate: float | None = None, download_rate: float | None = None) -> None:
         """Rates are bytes per second, None for no limit. Raises: ValueError for a rate that is not positive."""
+        self.upload_rate = upload_rate
         self._upload = None if upload_rate is None else TokenBucket(upload_rate)
         self._download = None if download_rate is None else TokenBucket(download_rate)
         self.num_bytes_sent = 0
@@ -37,6 +42,45 @@ class Throttle:
         """`num_bytes` were received at `now` (loop time). Returns the seconds to wait before more."""
         self.num_bytes_received += num_bytes
         return _wait(self._download, num_bytes, now)
+
+
+class Leftover:
+    """Paces what may wait, such as the states of experts: it gets what else goes out leaves of the upload rate."""
+
+    def __init__(self, rate: float, throttle: Throttle | None) -> None:
+        """`rate`: bytes per second at most; `throttle`: the node's, with its limit and count."""
+        self._rate, self._throttle = rate, throttle
+        self._free_at = 0.0
+        self._measured_at: float | None = None
+        self._others = 0.0  # bytes per second, of late
+        self._count = 0  # bytes of others until then
+        self._own = 0
+
+    def wait(self, now: float) -> float:
+        """Return the seconds until the next bytes are to go out."""
+        return max(0.0, self._free_at - now)
+
+    def take(self, num_bytes: int, now: float) -> float:
+        """`num_bytes` go out next, at the earliest after the seconds that this returns."""
+        wait, rate = self.wait(now), self._rate
+        if self._throttle is not None and self._throttle.upload_rate is not None:
+            self._measure(self._throttle.num_bytes_sent - self._own, now)
+            limit = min(rate, self._throttle.upload_rate)
+            rate = max(LEAST_SHARE * limit, limit - self._others)
+        self._own += num_bytes
+        self._free_at = now + wait + num_bytes / rate
+        return wait
+
+    def _measure(self, count: int, now: float) -> None:
+        seconds = math.inf if self._measured_at is None else now - self._measured_at
+        if seconds > 0 and count > self._count:  # what was taken and has not gone out yet makes it less
+            found = (count - self._count) / seconds
+            self._others += (found - self._others) * min(1.0, seconds / AVERAGE_SECONDS)
+        elif seconds > AVERAGE_SECONDS:
+            self._others = 0.0
+        else:
+            return
+        self._count, self._measured_at = max(count, self._count), now
 
 
 def _wait(bucket: TokenBucket | None, num_bytes: int, now: float) -> float:

@@ -37,6 +37,8 @@ def test_a_port_in_use_is_a_sentence() -> None:
     ("arguments", "sentence"),
     [
         (("--expert-class", "fnn"), "no expert named 'fnn'; there are"),
+        (("--shard", "fsdp"), "--shard is for processes of one job: start them by torchrun"),
+        (("--shard", "fdsp"), "no plan named 'fdsp'; there are fsdp, tp, and module:function"),
         (("--size", "wide=3"), "ffn takes no size wide; it takes in_features, hidden_features"),
         (("--initial-peers", "nonsense"), "nonsense"),
         (("--preferred-size", "9999"), "a batch has at least 1 row and at most 4096"),

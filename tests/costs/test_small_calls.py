@@ -43,6 +43,9 @@ class Swarm:
         for _ in range(count):
             await self.call()
 
+    async def calls_at_once(self, count: int) -> None:
+        await asyncio.gather(*(self.call() for _ in range(count)))
+
 
 @contextlib.asynccontextmanager
 async def swarm(security: Any = "tls") -> AsyncIterator[Swarm]:
@@ -80,16 +83,20 @@ async def test_calls_of_functions_and_turns_of_the_loops() -> None:
 
         await found.thread.profile(True)
         server = await least(found.calls, found.thread.snapshot, size=10, num_blocks=6)
+        server_of_8 = await least(found.calls_at_once, found.thread.snapshot, size=8, num_blocks=8)
         await found.thread.profile(False)
         sys.setprofile(mine)
         try:
             client = await least(found.calls, here, size=10, num_blocks=6)
+            client_of_8 = await least(found.calls_at_once, here, size=8, num_blocks=8)
         finally:
             sys.setprofile(None)
-    for side, costs in (("client", client), ("server", server)):
+    for side, costs, of_8 in (("client", client, client_of_8), ("server", server, server_of_8)):
         check(f"{side}: Python calls per small call", costs["python"])
         check(f"{side}: C calls per small call", costs["c"])
         check(f"{side}: turns of the loop per small call", costs["turns"])
+        check(f"{side}: Python calls per small call of eight at once", of_8["python"])
+        check(f"{side}: C calls per small call of eight at once", of_8["c"])
 
 
 async def test_frames_and_bytes() -> None:

@@ -303,7 +303,7 @@ def test_a_lost_expert_begins_anew_only_after_a_while_and_only_if_the_run_says_s
     if not may_restart:
         assert not later
         return
-    assert later[0][2].kind == "restart" and later[0][0] - start >= 20 * LEASE
+    assert later[0][2].kind == "restart" and later[0][0] - start >= 10 * LEASE
     assert Counter(step.kind for _, _, step in later)["restart"] == 1
 
 
@@ -312,16 +312,16 @@ def test_who_comes_back_to_a_stopped_run_first_waits_for_those_that_have_the_sta
     world = World([], pattern=ExpertPattern.parse("ffn.[0:2]"))
     world.now = days
     world.join(place(1, room=2))
-    for _ in range(60):
+    for _ in range(40):
         world.tick()
-    assert not world.did, "five minutes, and nothing is begun"
+    assert not world.did, "three minutes, and nothing is begun"
     world.join(place(2, room=2, parts={"ffn.0": Part(Role.HOLDS, 7, 7, version=300)}))
     world.tick()
     assert [(step.kind, step.uid) for _, one, step in world.did if one == peer(1)] == [("follow", "ffn.0")]
     while not has("ffn.1")(world):
         world.tick()
-        assert world.now < days + 300 + 21 * LEASE
-    assert world.now >= days + 20 * LEASE, "what nobody has begins after ten minutes"
+        assert world.now < days + 200 + 11 * LEASE
+    assert world.now >= days + 10 * LEASE, "what nobody has begins after five minutes"
 
 
 def test_a_newcomer_to_a_run_that_goes_on_begins_a_free_expert_at_once() -> None:

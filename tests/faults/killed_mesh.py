@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -118,8 +119,9 @@ class Trial:
         return found
 
 
-async def main(folder: Path) -> None:
-    found: dict[str, object] = {}
+async def trial_of(folder: Path) -> dict[str, Any]:
+    """Kill, stop, and tell to leave. Returns what was measured."""
+    found: dict[str, Any] = {}
     async with ta.TesseractNode() as node:
         trial = Trial(folder, node)
         training = asyncio.create_task(trial.train())
@@ -147,8 +149,8 @@ async def main(folder: Path) -> None:
             if trial.job.poll() is None:
                 os.killpg(trial.job.pid, signal.SIGKILL)
                 trial.job.wait()
-    print(json.dumps(found), flush=True)
+    return found
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    print(json.dumps(asyncio.run(trial_of(Path(sys.argv[1])))), flush=True)

@@ -53,6 +53,10 @@ def make_backend() -> ExpertBackend:
     )
 
 
+def weight_of(backend: ExpertBackend) -> float:
+    return float(backend.state()["module"]["weight"])
+
+
 async def backward(node: ServingNode, number: int) -> int:
     """Sends backward `number`; returns the version that it led to."""
     inputs, gradients = [torch.ones(1, 1)], [torch.full((1, 1), float(number % 1000))]
@@ -79,7 +83,7 @@ async def live(directory: str, pipe: int, numbers: list[int], last: bool) -> Non
     node, backend = ServingNode(), make_backend()
     async with Watched(node, {"x.0": backend}, checkpoint_dir=directory, checkpoint_period=0.003):  # type: ignore[arg-type]
         journal = [NUMBERS[key] for key in backend.applied]
-        say("restored", json.dumps({"version": backend.version, "w": backend.module.weight.item(), "journal": journal}))
+        say("restored", json.dumps({"version": backend.version, "w": weight_of(backend), "journal": journal}))
         left = iter(numbers)
 
         async def client() -> None:

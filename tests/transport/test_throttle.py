@@ -9,7 +9,7 @@ import pytest
 
 from tesseract_async.transport.base import PeerAddress, Pipe
 from tesseract_async.transport.tcp import TcpTransport
-from tesseract_async.transport.throttle import SMALL, Throttle
+from tesseract_async.transport.throttle import SMALL, Leftover, Throttle
 
 
 def test_bytes_are_paid_for() -> None:
@@ -121,3 +121,36 @@ async def test_real_pipes_keep_to_the_rate_together(direction: str) -> None:
     await asyncio.gather(*(one.lost.wait() for one in (*senders, *receivers)))
     await server.aclose()
     await client.aclose()
+
+
+def test_what_may_wait_gets_what_the_others_leave() -> None:
+    throttle = Throttle(upload_rate=1000.0)
+    leftover, now, sent, others = Leftover(1e9, throttle), 0.0, 0, 600.0
+    while now < 100.0:
+        if leftover.wait(now) == 0.0:
+            leftover.take(100, now)
+            throttle.sent(100, now)
+            sent += 100
+        throttle.sent(int(others * 0.05), now)
+        now += 0.05
+    assert 0.85 * 400 < sent / now < 1.15 * 400
+    begin, before, others = now, sent, 5000.0  # there is nothing left: it still goes on
+    while now < begin + 200.0:
+        if leftover.wait(now) == 0.0:
+            leftover.take(100, now)
+            throttle.sent(100, now)
+            sent += 100
+        throttle.sent(int(others * 0.05), now)
+        now += 0.05
+    assert 0.04 * 1000 < (sent - before) / (now - begin) < 0.07 * 1000
+
+
+def test_alone_it_has_the_whole_rate_and_without_a_limit_its_own() -> None:
+    for throttle, expected in ((Throttle(upload_rate=1000.0), 1000.0), (Throttle(), 5000.0), (None, 5000.0)):
+        leftover, now = Leftover(5000.0, throttle), 0.0
+        for _ in range(100):
+            now += leftover.take(100, now)
+            if throttle is not None:
+                throttle.sent(100, now)
+        assert now == pytest.approx(99 * 100 / expected, rel=0.02)
+        assert leftover.take(100, now + 50.0) == 0.0, "nothing is saved up, and nothing owed"

@@ -137,7 +137,9 @@ function drawGrids() {
     }
     const all = grid.size.reduce((a, b) => a * b, 1);
     const gone = grid.lost.length ? `, ${number(grid.lost.length)} lost` : "";
-    const line = `${grid.prefix}: ${number(answering(grid))} of ${number(all)} experts alive${gone} (${grid.size.join(" × ")})`;
+    const risky = (grid.standings ?? []).filter((one) => one[6] !== "safe").length;
+    const safety = risky ? `, ${number(risky)} at risk, not led or lost` : "";
+    const line = `${grid.prefix}: ${number(answering(grid))} of ${number(all)} experts alive${gone}${safety} (${grid.size.join(" × ")})`;
     box.querySelector("p").textContent = all > MAX_DRAWN_CELLS ? `${line}: too many to draw` : line;
     const canvas = box.querySelector("canvas");
     canvas.hidden = all > MAX_DRAWN_CELLS;
@@ -272,6 +274,14 @@ function describe(grid, cursor) {
     text = `${uid}: lost. It was alive, and nobody hosts it now.`;
   } else {
     text = `${uid}: nobody hosts this expert yet.`;
+  }
+  const standing = (grid.standings ?? []).find((one) => same(one[0]));
+  if (standing) {
+    const [, leader, followers, holders, version, losses, word] = standing;
+    const list = (some) => (some.length ? some.join(", ") : "nobody");
+    text += ` Led by ${leader ?? "nobody"}, followed by ${list(followers)}, held by ${list(holders)}; version `
+      + `${number(version)} certified; ${word}`
+      + (losses > 0 ? `: survives the loss of ${number(losses)} more member${losses === 1 ? "" : "s"}.` : ".");
   }
   const detail = $("detail");
   detail.hidden = false;

@@ -1,0 +1,138 @@
+"""Volunteers that leave for good, one after the other, while others come and trainers go on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+import torch
+
+import tesseract_async as ta
+from tesseract_async.errors import TesseractError
+from tests.server.run_members import Member, joined, make_run, member, standings, until
+
+X = torch.ones(2, 4)
+SYNC_EVERY = 2.0
+TRANSFER = 2.0
+"""Seconds for a state of a few KB to arrive, on a machine that does much else."""
+
+
+@dataclass
+class Watch:
+    """Who leads each expert, and how far it is, looked at ten times a second."""
+
+    num_experts: int
+    led_at: dict[str, float] = field(default_factory=dict)
+    longest: float = 0.0
+    """Seconds for which any expert was led by nobody."""
+    doubles: int = 0
+    """Looks at which two would take a step."""
+    acknowledged: defaultdict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+    furthest_back: float = 0.0
+    """Seconds of acknowledged steps that an expert fell back."""
+    epochs: dict[str, int] = field(default_factory=dict)
+    num_steps: int = 0
+
+    def look(self, members: list[Member], now: float) -> None:
+        for n in range(self.num_experts):
+            uid = f"ffn.{n}"
+            leading = [one for one in members if one.leads(uid)]
+            self.doubles += len(leading) > 1
+            if not leading:
+                continue
+            self.longest = max(self.longest, now - self.led_at.get(uid, now))
+            self.led_at[uid] = now
+            epoch, version = leading[0].keeper.tenures.tenure(uid).epoch, leading[0].version(uid)
+            if epoch != self.epochs.get(uid, epoch):
+                lost = [at for at, acknowledged in self.acknowledged[uid] if acknowledged > version]
+                self.furthest_back = max(self.furthest_back, max(lost, default=0.0) - min(lost, default=0.0))
+                self.acknowledged[uid] = []
+            self.epochs[uid] = epoch
+
+    async def run(self, members: list[Member]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self.look(members, loop.time())
+            await asyncio.sleep(0.1)
+
+
+async def train(trainer: ta.TesseractNode, watch: Watch, members: list[Member], random: Random) -> None:
+    """Take steps with random experts, one after the other."""
+    loop = asyncio.get_running_loop()
+    while True:
+        uid = f"ffn.{random.randrange(watch.num_experts)}"
+        with contextlib.suppress(TesseractError, TimeoutError):
+            expert = await trainer.get_expert(uid)
+            async with asyncio.timeout(5.0):
+                await ta.backward((await expert(X)).sum())
+            leading = [one.version(uid) for one in members if one.leads(uid)]
+            if len(leading) == 1:
+                watch.acknowledged[uid].append((loop.time(), leading[0]))
+                watch.num_steps += 1
+        await asyncio.sleep(0.2)
+
+
+async def churn(num_servers: int, per_server: int, seconds: float, *, lease: float, kill_every: float) -> Watch:
+    """Run so many servers, of which one is killed for good now and then, and another comes."""
+    num_experts, random, loop = num_servers * per_server, Random(7), asyncio.get_running_loop()
+    run = make_run(num_experts, lease=lease, sync_every=SYNC_EVERY)
+    members: list[Member] = []
+    stacks: dict[Member, contextlib.AsyncExitStack] = {}
+    watch = Watch(num_experts)
+    async with contextlib.AsyncExitStack() as stack:
+        seeds = [await stack.enter_async_context(ta.TesseractNode(public=True)) for _ in range(1)]
+        addresses = [one.address for one in seeds]
+
+        async def start(number: int) -> None:
+            own = await stack.enter_async_context(contextlib.AsyncExitStack())
+            one = await own.enter_async_context(
+                member(run, number, addresses, room=3 * per_server, files=8 * per_server)
+            )
+            stacks[one] = own
+            members.append(one)
+
+        for number in range(1, num_servers + 1):
+            await start(number)
+
+        def is_ready() -> bool:
+            found = standings(members, num_experts)
+            return all(one.leader is not None and one.losses >= 3 for one in found)
+
+        await until(is_ready, 240)
+        trainer = await stack.enter_async_context(joined(run, 5000, addresses))
+        tasks = [asyncio.create_task(watch.run(members)), asyncio.create_task(train(trainer, watch, members, random))]
+        began, number = loop.time(), 100
+        try:
+            while loop.time() - began < seconds:
+                await asyncio.sleep(kill_every)
+                victim = random.choice(members)
+                members.remove(victim)
+                await victim.kill()
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(stacks.pop(victim).aclose(), 5.0)
+                number += 1
+                await start(number)
+            await until(lambda: all(one.leader is not None for one in standings(members, num_experts)), 6 * lease)
+            await until(is_ready, 120)
+            watch.look(members, loop.time())
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    return watch
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(("num_servers", "per_server", "seconds"), [(5, 2, 40.0), (12, 4, 1200.0)])
+async def test_volunteers_leave_for_good_every_ten_seconds(num_servers: int, per_server: int, seconds: float) -> None:
+    """Takes most of two cores, all to itself: a lease of five seconds is no lease where the process stands still."""
+    lease = 5.0
+    watch = await churn(num_servers, per_server, seconds, lease=lease, kill_every=10.0)
+    assert len(watch.epochs) == num_servers * per_server and watch.num_steps, "no expert is lost"
+    assert watch.longest <= 2 * lease and not watch.doubles
+    assert watch.furthest_back <= SYNC_EVERY + TRANSFER
