@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all lint bench newcomer docs docs-refresh clean
+.PHONY: demo test test-all lint bench newcomer docs docs-refresh package clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tesseract demo $(DEMO_ARGS)
@@ -50,10 +50,18 @@ docs: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dashboard,docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Wheel and source archive, in dist/; the wheel is then installed into an environment of its own and tried.
+package: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) tests/newcomer/wheel.py dist
+
 # The outputs that README and tutorial show, by doing what they say; then the figures of bench.json, if there are any.
 docs-refresh: $(VENV)/.dev
 	$(BIN)/python docs/session.py
 	test ! -f bench.json || $(BIN)/python docs/plots.py
 
 clean:
-	rm -rf $(VENV) .venv-hivemind .venv-rpc .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist .venv-hivemind .venv-rpc .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -116,6 +116,10 @@ class Tenure:
         """True if another Seal of the same state would name nobody new: these are settled, and enough or everybody."""
         return self._own is not None and self._own.is_content(self._member.hosts.keys() - {self.me})
 
+    def waits_for_state(self, now: float, wall: float) -> bool:
+        """Return whether nobody shows a state of the expert, which it may have: it does not begin anew for now."""
+        return self.state is State.ABSENT and self._member.is_unsealed(now) and not self._member.may_begin(now, wall)
+
     def commands(self) -> list[Command]:
         """Take what is to be done now, in this order."""
         commands, self._commands = self._commands, []

@@ -171,13 +171,10 @@ _Heap = list[tuple[float, int, list[QueuedRequest]]]
 """The cells of requests, ordered by a number, then by arrival. The first one is never empty; later ones may be."""
 
 
-def _prune(heap: _Heap, num_waiting: int) -> None:
-    """Drop empty cells from the top, and all of them if they outnumber the account's `num_waiting` requests."""
-    if len(heap) > 2 * num_waiting + _SWEEP_ABOVE:
-        heap[:] = [entry for entry in heap if entry[2]]
-        heapq.heapify(heap)
-    while heap and not heap[0][2]:
-        heapq.heappop(heap)
+def _sweep(heap: _Heap) -> None:
+    """Drop all empty cells."""
+    heap[:] = [entry for entry in heap if entry[2]]
+    heapq.heapify(heap)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -213,7 +210,10 @@ class Account:
         self._age = None
         ready, kind = request.queue.ready, (request.priority, request.queue.head_start)
         for heap in (ready[self], self.classes[kind], self.deadlines):
-            _prune(heap, self.num_waiting)
+            while heap and not heap[0][2]:
+                heapq.heappop(heap)
+            if len(heap) > 2 * self.num_waiting + _SWEEP_ABOVE:
+                _sweep(heap)
         if not ready[self]:
             del ready[self]
         if not self.classes[kind]:
@@ -320,6 +320,11 @@ class Batcher:
         account = self._accounts.setdefault(peer, Account())
         account.num_bytes += num_bytes
         self._statistics.num_bytes += num_bytes
+
+    @property
+    def has_waiting(self) -> bool:
+        """True if rows wait to be dispatched."""
+        return bool(self._active)
 
     def remove(self, request: QueuedRequest) -> bool:
         """Drop the rows of a request that were not dispatched yet.
@@ -477,7 +482,7 @@ class Batcher:
         """Dispatch as many of the request's rows as there is room for."""
         start = request.next_row
         stop = min(request.num_rows, start + room)
-        batch.slices.append(RowSlice(request, start, stop))
+        batch.slices.append(tuple.__new__(RowSlice, (request, start, stop)))  # its own takes a Python call more
         batch.num_rows += stop - start
         request.next_row = stop
         request.num_running += 1

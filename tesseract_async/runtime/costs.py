@@ -76,11 +76,12 @@ class GroupChoice:
     one is taken, and the other is looked at again from time to time: what pays may change with what else is going on.
     """
 
-    __slots__ = ("_sizes", "_spent", "_lost")
+    __slots__ = ("_sizes", "spent", "_lost")
 
     def __init__(self) -> None:
         self._sizes: dict[tuple[int, int], _Size] = {}
-        self._spent = 0.0
+        self.spent = 0.0
+        """Seconds of all batches, also of those that shared no pass for want of others: these its owner adds."""
         self._lost = 0.0
 
     def gathers(self) -> bool:
@@ -98,18 +99,14 @@ class GroupChoice:
 
     def add(self, num_batches: int, num_rows: int, together: bool, seconds: float) -> None:
         """Learn what they took."""
-        self._spent += seconds
+        self.spent += seconds
         size = self._size(num_batches, num_rows)
         size.add(together, seconds / num_batches)
         if size.is_known:
             self._lost += max(0.0, seconds - num_batches * size.best)
 
-    def add_alone(self, seconds: float) -> None:
-        """Count the seconds of a batch that nothing was looked for to share the pass with."""
-        self._spent += seconds
-
     def _may_retry(self) -> bool:
-        return self._lost < RETRIED_SHARE * self._spent
+        return self._lost < RETRIED_SHARE * self.spent
 
     def _size(self, num_batches: int, num_rows: int) -> _Size:
         size = (num_batches.bit_length(), (num_rows // num_batches).bit_length())

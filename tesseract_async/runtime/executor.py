@@ -18,7 +18,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -194,8 +194,9 @@ class Executor:
                     attempt.outcomes |= {work: error for one in good for work in one.works}
                     return
             for one in good:
-                results = self.staging.download(_undamped(one.results, one.scales))
-                attempt.downloads.append(Download(one.slices, one.works, results, 0, version))
+                results = one.results if one.scales is None else _undamped(one.results, one.scales)
+                arriving = self.staging.download(results)
+                attempt.downloads.append(Download(one.slices, one.works, arriving, 0, version))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             self._lose(attempt, error)
 
@@ -205,14 +206,24 @@ class Executor:
             outcomes = dict(attempt.outcomes)
             for slices, works, download, row, version, is_alone in attempt.downloads:
                 tensors = download.wait()
-                is_whole = is_alone and len(slices) == 1
-                for one, work in zip(slices, works, strict=True):
-                    stop = row + one.stop - one.start
-                    share = tensors if is_whole else [None if x is None else x[row:stop] for x in tensors]
-                    row = stop
-                    result = _joined(one, work, WorkResult(share, version))
-                    if result is not None:
+                if is_alone and len(slices) == 1:
+                    shares: Iterable[Sequence[torch.Tensor | None]] = (tensors,)
+                else:
+                    counts = [stop - start for _, start, stop in slices]
+                    num_rows = sum(counts)
+                    shares = zip(
+                        *[
+                            itertools.repeat(None) if x is None else x[row : row + num_rows].split_with_sizes(counts)
+                            for x in tensors
+                        ],
+                        strict=False,
+                    )
+                for one, work, share in zip(slices, works, shares, strict=False):
+                    result = WorkResult(share, version)
+                    if one.stop - one.start == work.num_rows:
                         outcomes[work] = result
+                    elif (joined := _joined(one, work, result)) is not None:
+                        outcomes[work] = joined
             return outcomes
         except BaseException as error:  # the thread must live, and its callers must hear of it
             self._lose(attempt, error)
@@ -547,6 +558,13 @@ class _GoodState(NamedTuple):
 def _columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
     """Return the rows of each slice, tensor by tensor: inputs, then output gradients, then weights."""
     first = works[0]
+    if (
+        len(slices) == 1
+        and first.rows is None
+        and first.weights is None
+        and slices[0].stop - slices[0].start == first.num_rows
+    ):
+        return [None if x is None else (x,) for x in (*first.inputs, *(first.output_gradients or ()))]
     given = [[*by.inputs, *(by.output_gradients or ())] for by in works]
     columns: list[Sequence[torch.Tensor] | None] = []
     weights = [] if first.weights is None else [_cut(by.weights, one) for one, by in zip(slices, works, strict=True)]
@@ -567,14 +585,18 @@ def _columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
             if x is None:  # next to others that are present, an absent gradient is zero
                 rows.append(torch.zeros(one.stop - one.start, *spec.shape, dtype=spec.dtype))
             else:
-                rows.append(_cut(x, one) if by.rows is None else x.index_select(0, _cut(by.rows, one)))
+                if by.rows is not None:
+                    x = x.index_select(0, _cut(by.rows, one))
+                elif one.stop - one.start < by.num_rows:
+                    x = x[one.start : one.stop]
+                rows.append(x)
         columns.append(rows)
     return [*columns, weights] if weights else columns
 
 
 def _cut(x: torch.Tensor | None, one: RowSlice) -> torch.Tensor:
     assert x is not None
-    return x if one.start == 0 and one.is_last else x[one.start : one.stop]
+    return x if one.stop - one.start == one.request.num_rows else x[one.start : one.stop]
 
 
 class _NotNow(Exception):
@@ -648,9 +670,7 @@ def _check_alone(work: Work) -> None:
 
 
 def _joined(part: RowSlice, work: Work, result: WorkResult) -> WorkResult | None:
-    """Return the request's whole result if this was its last slice, or its only one."""
-    if part.start == 0 and part.is_last:
-        return result
+    """Return the request's whole result if this was its last slice."""
     work.results.append(result)
     if not part.is_last:
         return None

@@ -245,7 +245,10 @@ class TesseractRuntime(Uncopied):
         # requests that step alone, and split ones, whose chunks are summed for one step
         alone = backend.is_stochastic(training)
         if num_bytes is None:
-            num_bytes = sum([x.nbytes for x in (*inputs, *(output_gradients or ())) if x is not None])
+            num_bytes = 0
+            for x in (*inputs, *(output_gradients or ())):
+                if x is not None:
+                    num_bytes += x.nbytes
         if output_gradients is not None:
             alone = alone or num_rows > backend.max_batch_size or not backend.merges_backward
         # a backward that takes no step must not share a batch with one that does
@@ -274,7 +277,8 @@ class TesseractRuntime(Uncopied):
             if self._closing or self._thread is None:
                 raise _leaving()
             self._batcher.add(work, now)
-            self._wake_thread()
+            if self._is_idle:
+                self._wake_thread()
         return work
 
     @contextlib.contextmanager
@@ -406,8 +410,11 @@ class TesseractRuntime(Uncopied):
                     direction = _direction(batch)
                     self.metrics.count("runtime_failures", direction=direction)
                     _set_error(answer, outcome)  # type: ignore[arg-type]
-                if not work.alive and not work.num_running:
-                    _forget(work)
+                if not work.alive and not work.num_running:  # as `_forget`
+                    work.inputs, work.output_gradients, work.summed = (), None, None
+                    work.rows = work.weights = None
+                    if work.results:
+                        work.results.clear()
             direction = direction or _direction(batch)
             self.metrics.observe("runtime_batch_rows", batch.num_rows, bounds=ROWS_BUCKETS, direction=direction)
             self.metrics.observe("runtime_batch_seconds", seconds / len(batches), direction=direction)
@@ -438,21 +445,30 @@ class TesseractRuntime(Uncopied):
             closed = False
             if not left:
                 job, batches, expired, closed = self._next(wait=running is None)
-                left.extend(_passes(batches))
+                if len(batches) == 1:
+                    left.append(_Pass(batches, None))
+                elif batches:
+                    left.extend(_passes(batches))
             if expired:
                 self._post(_fail, expired, _expired)
             staged = left.popleft() if left else None
-            if staged is not None:
-                staged.stage(executor)
+            if staged is not None and staged.trial is not None and len(staged.batches) > 1:
+                slices = [batch.slices for batch in staged.batches]
+                staged.together = executor.stage_together(staged.trial.group, slices)
+            elif staged is not None:
+                staged.attempt = executor.stage(staged.batches[0].slices)
             if running is not None:
-                running.complete(executor)
+                _complete(executor, running)
             if staged is not None:
-                staged.launch(executor)
+                if staged.attempt is not None:
+                    executor.launch(staged.attempt)
+                elif staged.together is not None:
+                    executor.launch_together(staged.together)
             if running is not None:
                 self._finish(executor, running)
             running = staged
             if running is not None and not executor.staging.overlaps:
-                running.complete(executor)
+                _complete(executor, running)
                 self._finish(executor, running)
                 running = None
             if job is not None:  # between batches, never during one
@@ -472,7 +488,7 @@ class TesseractRuntime(Uncopied):
                 batch = self._batcher.pop_ready(now)
                 if batch is not None:
                     batches, group = [batch], batch.queue.group
-                    if isinstance(group, Group) and group.gathers():
+                    if isinstance(group, Group) and self._batcher.has_waiting and group.gathers():
                         batches += self._batcher.pop_group(batch, now)
                     if not self._num_running:
                         self._busy_since = now
@@ -487,7 +503,13 @@ class TesseractRuntime(Uncopied):
 
     def _finish(self, executor: Executor, computed: _Pass) -> None:
         """Hand out the results of a pass."""
-        outcomes, batches = computed.outcomes(executor), computed.batches
+        batches, trial = computed.batches, computed.trial
+        if computed.attempt is not None:
+            outcomes = executor.outcomes(computed.attempt)
+        else:
+            outcomes = {}
+            for one in computed.together.attempts if computed.together is not None else ():
+                outcomes |= executor.outcomes(one)
         now = time.monotonic()
         with self._lock:
             for work, outcome in outcomes.items():
@@ -498,7 +520,10 @@ class TesseractRuntime(Uncopied):
             self._num_running -= len(batches)
             self._busy_since = now if self._num_running else None
         self._post(self._deliver, batches, outcomes, now - batches[0].started)
-        computed.learn(executor, seconds)
+        if trial is not None:
+            computed.learn(executor, trial, seconds)
+        elif isinstance(group := batches[0].queue.group, Group):
+            group.choice.spent += seconds
         for batch in batches:
             if batch.queue in self._ungrouped:
                 self._ungrouped.discard(batch.queue)
@@ -539,49 +564,19 @@ class _Trial:
 
 
 class _Pass:
-    """Batches that the device computes at once."""
+    """Batches that the device computes at once: one as an attempt, several together."""
 
-    __slots__ = ("batches", "_trial", "_attempt", "_together")
+    __slots__ = ("batches", "trial", "attempt", "together")
 
     def __init__(self, batches: list[Batch], trial: _Trial | None) -> None:
         self.batches = batches
-        self._trial = trial
-        self._attempt: Attempt | None = None
-        self._together: Together | None = None
+        self.trial = trial
+        self.attempt: Attempt | None = None
+        self.together: Together | None = None
 
-    def stage(self, executor: Executor) -> None:
-        if len(self.batches) == 1:
-            self._attempt = executor.stage(self.batches[0].slices)
-        elif self._trial is not None:
-            self._together = executor.stage_together(self._trial.group, [batch.slices for batch in self.batches])
-
-    def launch(self, executor: Executor) -> None:
-        if self._attempt is not None:
-            executor.launch(self._attempt)
-        elif self._together is not None:
-            executor.launch_together(self._together)
-
-    def complete(self, executor: Executor) -> None:
-        if self._attempt is not None:
-            executor.complete(self._attempt)
-        elif self._together is not None:
-            executor.complete_together(self._together)
-
-    def outcomes(self, executor: Executor) -> Outcomes:
-        if self._attempt is not None:
-            return executor.outcomes(self._attempt)
-        outcomes: Outcomes = {}
-        for one in self._together.attempts if self._together is not None else ():
-            outcomes |= executor.outcomes(one)
-        return outcomes
-
-    def learn(self, executor: Executor, seconds: float) -> None:
+    def learn(self, executor: Executor, trial: _Trial, seconds: float) -> None:
         """Learn from what it took."""
-        trial, together = self._trial, self._together
-        if trial is None:
-            if isinstance(group := self.batches[0].queue.group, Group):
-                group.choice.add_alone(seconds)
-            return
+        together = self.together
         trial.seconds += seconds
         trial.num_left -= len(self.batches)
         if not trial.num_left and (together is None or together.is_measured):
@@ -591,10 +586,15 @@ class _Pass:
                 _find_group(executor, batch)
 
 
+def _complete(executor: Executor, computed: _Pass) -> None:
+    if computed.attempt is not None:
+        executor.complete(computed.attempt)
+    elif computed.together is not None:
+        executor.complete_together(computed.together)
+
+
 def _passes(batches: list[Batch]) -> list[_Pass]:
     """Return how batches that came together are computed: in one pass, or each in its own."""
-    if len(batches) < 2:
-        return [_Pass(batches, None)] if batches else []
     group = batches[0].queue.group
     assert isinstance(group, Group)
     trial = _Trial(group, batches)

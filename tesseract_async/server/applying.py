@@ -102,6 +102,7 @@ class _Share:
     """Its place in the request."""
     door: ExpertShares
     rows: torch.Tensor
+    num_rows: int
     num_bytes: int
     work: Work | None = None
     backward: BackwardUnderWay | None = None
@@ -154,7 +155,9 @@ class Wave:
                     gathering.enter_context(runtime.gathering())
                 for expert, door in some:
                     start, stop = offsets[expert], offsets[expert + 1]
-                    share = _Share(expert, door, rows[start:stop], row_bytes * (stop - start) + SHARE_BYTES)
+                    num_rows = stop - start
+                    num_bytes = row_bytes * num_rows + SHARE_BYTES
+                    share = _Share(expert, door, rows[start:stop], num_rows, num_bytes)
                     self._shares.append(share)
                     self._begin(share)
             if left:
@@ -262,7 +265,7 @@ class Wave:
                 seed=request.seed,
                 forward_version=int(request.versions[expert]),
                 rows=share.rows,
-                weights=self._weights[start : start + len(share.rows)],
+                weights=self._weights[start : start + share.num_rows],
                 num_bytes=share.num_bytes,
             )
         begun.num_waiting += 1
@@ -306,7 +309,7 @@ class Wave:
         if (
             len(gradients) != len(hosted.backend.input_specs)
             or weights is None
-            or any(x is not None and len(x) != len(share.rows) for x in answer.tensors)
+            or any([x is not None and x.shape[0] != share.num_rows for x in answer.tensors])
         ):
             raise RemoteError(f"another backward of {hosted.uid} came under this id")
         calls.check_led(hosted)

@@ -39,7 +39,7 @@ from tesseract_async.experts.tenure_words import (
     Send,
     State,
 )
-from tesseract_async.experts.terms import RECORDS_SECONDS, Seal
+from tesseract_async.experts.terms import RECORDS_SECONDS, Kind, Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
@@ -89,6 +89,8 @@ class _Expert:
     progress: tuple[int, int] | None = None
     """How far the sealed file is."""
     sealed_at: float = -math.inf
+    waited_for: bool = False
+    """It was told that this expert may have a state, which nobody shows."""
     wanted_root: bytes | None = None
     """The state that the run's owner named last."""
 
@@ -445,6 +447,9 @@ class Tenures:
                     self._node.metrics.count("experts_taken_over")
                     self.on_leading(expert.uid)
             case RoleChanged(is_primary, _):
+                term = expert.tenure.term
+                if is_primary and term is not None and term.kind is Kind.GENESIS and expert.waited_for:
+                    logger.error("nobody came with a state of %s: it begins anew, from genesis", expert.uid)
                 assert expert.hosted is not None
                 if is_primary != expert.hosted.is_primary:
                     self._node.metrics.count("experts_taken_over" if is_primary else "experts_given_up")
@@ -605,6 +610,9 @@ class Tenures:
                 hosts = {**self.places.get(uid, {}), **{owner_of(one): one.epoch for one in others}}
                 expert.tenure.set_hosts(hosts | {self._node.peer_id: expert.tenure.epoch}, *self._now())
                 expert.tenure.looked(*self._now())
+                if expert.tenure.waits_for_state(*self._now()) and not expert.waited_for:
+                    expert.waited_for = True
+                    logger.warning("nobody has a state of %s now: this server waits for whoever had one", uid)
                 await self._carry_out(expert)
 
     def _has_changed(self, uid: str, others: Iterable[ExpertReplica]) -> bool:

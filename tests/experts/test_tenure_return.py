@@ -76,11 +76,12 @@ def test_newcomers_wait_for_whoever_has_a_state() -> None:
     world, (first, *_), (newcomer, _) = stopped(5)
     newcomer.start()
     world.run(9 * world.authority.lease)
-    assert newcomer.machine.state is State.ABSENT
+    assert newcomer.machine.state is State.ABSENT and newcomer.machine.waits_for_state(world.now, newcomer.wall)
     first.start()
     assert world.run_until(lambda: first.leads, 4 * world.authority.lease)
     assert world.run_until(lambda: newcomer.machine.state is State.FOLLOWING, 4 * world.authority.lease)
     assert set(newcomer.steps) <= set(first.steps)
+    assert not newcomer.machine.waits_for_state(world.now, newcomer.wall)
 
 
 def test_a_young_run_waits_for_nobody() -> None:

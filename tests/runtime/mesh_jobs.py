@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -317,6 +318,62 @@ def resident(name: str) -> int:
     return int(line.split()[1]) << 10
 
 
+async def meet_replicas(spreads: Sequence[MeshBackend]) -> dict[str, Any]:
+    """A spread expert with a plain follower, and the other way around; then a hand-over."""
+    from tests.server import test_replicas
+
+    found: dict[str, Any] = {}
+
+    def plain() -> ExpertBackend:
+        module, schema = plain_linear()
+        return ExpertBackend(module, optimizer=partial(sgd, module), args_schema=schema)
+
+    def equal(*volunteers: Any) -> bool:
+        left, right = (
+            {name: whole(x) for name, x in one.server.experts[test_replicas.UID].state()["module"].items()}
+            for one in volunteers
+        )
+        return all(torch.equal(left[name], right[name]) for name in left)
+
+    for name, backends in (("spread leads", [spreads[0], plain()]), ("spread follows", [plain(), spreads[1]])):
+        given = iter(backends)
+        test_replicas.make_backend = lambda *_: next(given)  # type: ignore[assignment]  # noqa: B023
+        async with (
+            test_replicas.volunteer() as first,
+            test_replicas.volunteer([first.node.address], follow=True) as second,
+        ):
+            for _ in range(3):
+                await test_replicas.backward(first.node, first)
+            second.keeper.bare.forget(test_replicas.UID)
+            await second.keeper.look()
+            found[name] = [first.version, second.version, equal(first, second)]
+            await test_replicas.backward(first.node, first)
+            handed = await first.keeper.hand_over()
+            found[f"{name}, and hands over"] = [handed, second.leads, second.version, equal(first, second)]
+    return found
+
+
+def plain_linear() -> Built:
+    torch.manual_seed(0)
+    return nn.Linear(4, 4), (TensorSpec((4,)),)
+
+
+def replicas() -> None:
+    dist.init_process_group("gloo")  # somebody else has made it, and calls from a thread, as Ray Train does
+    thread = threading.Thread(target=_replicas)
+    thread.start()
+    thread.join()
+
+
+def _replicas() -> None:
+    spreads = [MeshBackend(plain_linear, mesh=whole_mesh(), optimizer=sgd) for _ in range(2)]
+    if dist.get_rank():
+        spreads[0].follow()
+        return
+    print(json.dumps(asyncio.run(meet_replicas(spreads))), flush=True)
+    spreads[0].leave()
+
+
 class Gauge:
     """In each process: builds experts, and says how much memory that process had at most."""
 
@@ -438,6 +495,7 @@ JOBS: Final[dict[str, Callable[..., None]]] = {
     "limit": limit,
     "memory": memory,
     "overhead": overhead,
+    "replicas": replicas,
 }
 
 

@@ -484,7 +484,7 @@ def test_the_faster_way_is_taken_and_the_other_looked_at_for_a_small_share_of_th
                 wasted += seconds[way] - min(seconds) if way is not faster else 0.0
             else:
                 assert not faster
-                choice.add_alone(1.0)
+                choice.spent += 1.0
                 total += 1.0
         assert wasted < 0.02 * total
         # what pays may change
@@ -493,7 +493,7 @@ def test_the_faster_way_is_taken_and_the_other_looked_at_for_a_small_share_of_th
                 way = choice.is_together(8, 32)
                 choice.add(8, 32, way, 1.0 if way is faster else 0.2)
             else:
-                choice.add_alone(1.0)
+                choice.spent += 1.0
         ways = []
         for _ in range(50):
             way = choice.gathers() and choice.is_together(8, 32)

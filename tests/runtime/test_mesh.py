@@ -118,3 +118,11 @@ def test_two_processes_train_what_is_twice_too_large_for_one() -> None:
 def test_a_command_costs_little_more_than_a_round_trip() -> None:
     (found,) = run("overhead", 2)
     assert found["least"] <= 50e-6
+
+
+@pytest.mark.slow
+def test_replicas_of_a_spread_expert_are_replicas_like_any_other() -> None:
+    (found,) = run("replicas", 2)
+    for name in ("spread leads", "spread follows"):
+        assert found[name] == [3, 3, True]
+        assert found[f"{name}, and hands over"] == [1, True, 4, True]

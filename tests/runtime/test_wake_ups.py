@@ -150,3 +150,20 @@ async def test_a_failure_in_what_was_posted_does_not_keep_the_others_waiting() -
         loop.set_exception_handler(None)
     assert seen == [1] and isinstance(logged[0]["exception"], ValueError)
     await runtime.aclose()
+
+
+async def test_what_comes_in_one_turn_of_the_loop_wakes_the_thread_once_and_is_computed_together() -> None:
+    runtime, expert = TesseractRuntime(), make_expert()
+    await runtime.start()
+    await runtime.call(int)
+    num_before = runtime.statistics().num_batches
+    works = []
+    for _ in range(5):
+        runtime.gather_turn()
+        works.append(runtime.submit(expert, [torch.ones(1, 1)]))
+    assert runtime._bell.empty(), "the turn goes on"
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(work.answer for work in works))
+        assert runtime.statistics().num_batches == num_before + 1
+        await runtime.forward(expert, [torch.ones(1, 1)])  # the next turn
+    await runtime.aclose()
