@@ -255,9 +255,8 @@ class SharedParameters(Uncopied, Generic[M]):
                 ]
                 found = _Found(self._own, fragments)
                 await self._host(found, follows=not self._is_bare)
-                if not self._is_bare or node.initial_peers:
-                    # another one may have begun at the same moment
-                    found = await self._look(False) or found
+                # another one may have begun at the same moment, or this one continues from its checkpoints
+                found = await self._look(False) or found
             elif self._hosts or (self._hosts is None and self._is_bare and await self._num_hosts() < NUM_HOSTS):
                 await self._host(found, follows=True)
         except BaseException:

@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.shared_parameters import SharedParameters, SharingReport
 from tesseract_async.sharing.layout import LayoutMismatch
+from tesseract_async.wire import messages
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
 
@@ -187,6 +189,55 @@ def test_with_a_background_node_calls_are_plain() -> None:
             assert report is None or report.error is None
         shared.flush()
         assert shared.steps == 6 and close(shared.merged(), model)
+
+
+@pytest.mark.slow
+async def test_two_that_begin_at_once_settle_on_one() -> None:
+    one, other = make_model(1), make_model(2)
+    async with contextlib.AsyncExitStack() as stack:
+        bootstrap = await stack.enter_async_context(ta.TesseractNode())
+        (_, first), (_, second) = await asyncio.gather(
+            *(stack.enter_async_context(sharing(model, bootstrap.address)) for model in (one, other))
+        )
+        await asyncio.gather(steps(first, 4, 1), steps(second, 4, 2))
+        async with asyncio.timeout(30.0):
+            while not same(first.merged(), second.merged()) or first.steps < 8:
+                await asyncio.gather(first.flush(), second.flush())
+
+
+async def test_strange_pushes_are_refused_and_count_nothing() -> None:
+    async with (
+        sharing(make_model(1), every=1) as (node, shared),
+        ta.TesseractNode(initial_peers=[node.address]) as liar,
+    ):
+        uid, (_, version, root) = shared._parts[0].uid, shared._parts[0].copy.base
+        (replica,) = await liar.directory.find(uid)
+        good = shared._parts[0].copy.push(torch.zeros(shared._parts[0].copy.cut.numel))
+        shared._parts[0].copy.cancel()
+        bodies: list[tuple[list[object], list[bytes]]] = [
+            ([uid], [good]),
+            ([uid, b"short", version, root, 1], [good]),
+            ([uid, bytes(16), version, root, 2**63], [good]),
+            ([uid, bytes(16), version, root, 1], []),
+            ([uid, bytes(16), version, root, 1], [good, good]),
+            ([uid, bytes(16), version, root, 1], [good[:-1]]),
+            ([uid, bytes(16), version, root, 1], [b"\xff" * len(good)]),
+        ]
+        for body, buffers in bodies:
+            with pytest.raises(ta.errors.RemoteError):
+                await liar.call_expert(replica.peer, messages.PUSH, body, buffers, timeout=10.0)
+        reply = await liar.call_expert(replica.peer, messages.PUSH, [uid, bytes(16), 5, root, 1], [good], timeout=10.0)
+        assert reply.body[:2] == [False, False]  # of a version that is not here
+        for method in (messages.FORWARD, messages.BACKWARD):
+            with pytest.raises(ta.errors.UnknownMethod):
+                await liar.call_expert(replica.peer, method, [uid], [], timeout=10.0)
+        await shared.flush()
+        assert shared._parts[0].copy.base == (0, version, root)
+
+
+def test_the_program_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs/how-to/one-model.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
 
 
 OWNER = ta.Identity.from_seed(bytes([9]) * 32)
