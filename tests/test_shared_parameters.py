@@ -240,6 +240,49 @@ def test_the_program_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> Non
     exec(page.split("```python\n")[1].split("```")[0], {})
 
 
+class Odd(nn.Module):
+    """Tied, frozen and bf16 parameters, floating and integer buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.table.weight
+        self.low = nn.Linear(8, 8, dtype=torch.bfloat16)
+        self.frozen = nn.Parameter(torch.randn(8), requires_grad=False)
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+
+
+async def test_odd_parameters_are_shared_each_in_its_way() -> None:
+    torch.manual_seed(3)
+    one, other = Odd(), Odd()
+    async with sharing(one) as (seed, first), sharing(other, seed.address) as (_, second):
+        assert same(one, other) and other.head.weight is other.table.weight
+        frozen = one.frozen.clone()
+        with torch.no_grad():
+            for number, model in enumerate((one, other), 1):
+                model.table.weight.add_(0.5 * number)
+                model.low.weight.add_(0.25)
+                model.frozen.add_(float(number))
+                model.get_buffer("scale").add_(float(number))
+                model.get_buffer("seen").add_(100 * number)
+        await second.step()
+        await second.step()  # it has more steps
+        await first.step()
+        await asyncio.gather(first.flush(), second.flush())
+        await first.flush()
+        merged = first.merged()
+        assert isinstance(merged, Odd) and same(merged, second.merged())
+        assert merged.low.weight.dtype == torch.bfloat16
+        assert merged.head.weight is merged.table.weight and not torch.equal(
+            merged.table.weight, one.table.weight - 0.5
+        )
+        assert torch.equal(merged.frozen, frozen) and torch.equal(other.frozen, frozen + 2.0)
+        assert bool((merged.get_buffer("scale") > 1.5).all())
+        assert merged.get_buffer("seen").tolist()[0] in (100, 200)
+
+
 OWNER = ta.Identity.from_seed(bytes([9]) * 32)
 
 

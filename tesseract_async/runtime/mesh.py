@@ -595,7 +595,9 @@ def join_job(timeout: float) -> None:
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
-        raise ValueError("--shard is for processes of one job: start them by torchrun -m tesseract_async serve ...")
+        raise ValueError(
+            "--shard is for processes of one job: start them by torchrun -m -- tesseract_async.cli serve ..."
+        )
     from torch._C._distributed_c10d import PrefixStore
 
     store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
