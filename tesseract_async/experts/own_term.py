@@ -7,7 +7,7 @@ from random import Random
 from typing import Final
 
 from tesseract_async.experts.tenure_words import Question, Send
-from tesseract_async.experts.terms import MAX_SUCCESSORS, Seal, Term, majority
+from tesseract_async.experts.terms import MAX_SUCCESSORS, Kind, Seal, Term, majority
 from tesseract_async.identity import PeerID
 
 NUM_SUCCESSORS: Final = 2
@@ -26,7 +26,10 @@ class OwnTerm:
     def __init__(
         self, term: Term, others: tuple[PeerID, ...], votes: Mapping[PeerID, tuple[float, Age]], *, now: float
     ) -> None:
-        """`others` decide at first. Their `votes` count as agreement: when each was asked, and its file's age."""
+        """`others` decide at first. Their `votes` count as agreement: when each was asked, and its file's age.
+
+        Those who voted have heard nothing of the former primary for a lease: it is replaced before it is waited for.
+        """
         self.term = term
         self.number = 0
         """The number of its newest Seal."""
@@ -40,6 +43,8 @@ class OwnTerm:
         self._age: Age = (0, 0)
         self._began = now
         self._agreed = {peer: sent for peer, (sent, _) in votes.items()}
+        if term.kind is Kind.TAKEOVER and term.seal is not None:
+            self._agreed.setdefault(term.seal.primary, NEVER)
         self._holds = {peer: held for peer, (_, held) in votes.items()}
 
     @property

@@ -212,7 +212,7 @@ class Tenure:
             self._look(now)  # what leads to that Term may be in the network
         elif question.kind == "probe":
             agrees, seal = self.is_primary(now), self.lineage.read(question.seal)
-            if self.held is not None and isinstance(seal, Seal) and seal.age < self.held.age:
+            if self.held is not None and (not isinstance(seal, Seal) or seal.age < self.held.age):
                 vote = self.held.blob
         elif question.kind == "vote":
             agrees = self.state is State.FOLLOWING and now < member.heard + self._lease / 2
@@ -236,6 +236,7 @@ class Tenure:
                 own.disagreed(peer)
             elif question.epoch == own.term.epoch:
                 own.agreed(peer, sent, answer.held)
+                self._renew_members(own, now, wall)
                 if self.state is State.FENCED:
                     self._recover(now)
         elif poll is not None and poll.settles(peer, question):
@@ -368,6 +369,7 @@ class Tenure:
             self.state, self._own, self._member.heard = State.FOLLOWING, None, own.fenced_at
         if own is not None and self.state in (State.PRIMARY, State.FENCED):
             if now >= own.beat_at:
+                self._renew_members(own, now, wall)
                 self._beat(own, now)
                 self._review(now, wall)
         elif self.state in (State.FOLLOWING, State.HOLDING):
@@ -516,6 +518,14 @@ class Tenure:
         self._commands += own.beats(kind, self._boot, self.lineage.seal_of(own.term), hosts, self._random)
         if now - self._member.looked_at >= self._lease / 3:
             self._look(now)
+
+    def _renew_members(self, own: OwnTerm, now: float, wall: float) -> None:
+        """Name others in the place of members that fell silent, in a Seal of the last state: that costs no transfer,
+        and the next state may be a while."""
+        held = self.held
+        if self.is_primary(now) and held is not None and held.term == own.term.digest:
+            if own.choose(now, self._lease, self._member.may_succeed) != own.named:
+                self.seal(held.root, held.size, held.version, now, wall)
 
     def _fence(self, now: float) -> None:
         assert self._own is not None

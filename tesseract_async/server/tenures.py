@@ -394,20 +394,19 @@ class Tenures:
                 await self._carry_out(expert)
 
     def look_for_newer(self, places: Mapping[PeerID, Place]) -> None:
-        """Ask those that say they hold a newer state than this server for its Seal: its signer may be gone, and the
-        network hears of few Seals."""
+        """Ask those that say they have a newer state than this server for its Seal: its signer may be gone, the network
+        hears of few Seals, and the file of one that lies there may be nowhere any more."""
         for uid, expert in self._experts.items():
-            held = expert.tenure.held
-            if held is None or expert.tenure.state not in (State.FOLLOWING, State.HOLDING):
+            tenure = expert.tenure
+            held = tenure.held
+            if tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING):
                 continue
             ages = [(part.age, peer) for peer, one in places.items() if (part := one.parts.get(uid)) and part.has_file]
             age, peer = max(ages, default=((0, 0), None))
-            if peer is not None and age > held.age and peer != self._node.peer_id:
-                best = expert.tenure.lineage.best
-                term = b"" if best is None else best.blob
-                self._spawn(
-                    self._send(expert, peer, Question("probe", expert.tenure.epoch, self._boot, term, held.blob))
-                )
+            if peer is not None and (held is None or age > held.age) and peer != self._node.peer_id:
+                best = tenure.lineage.best
+                records = (b"" if best is None else best.blob), (b"" if held is None else held.blob)
+                self._spawn(self._send(expert, peer, Question("probe", tenure.epoch, self._boot, *records)))
 
     async def _see_term_of(self, expert: _Expert, heir: PeerID) -> None:
         """Ask for the successor's Term, so that this server names it to trainers."""

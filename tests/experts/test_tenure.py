@@ -527,3 +527,51 @@ def test_commands_come_in_the_order_in_which_they_must_be_done() -> None:
     commands = machine.commands()
     kinds = [type(command).__name__ for command in commands]
     assert kinds.index("Persist") < kinds.index("Send") and not any(isinstance(c, Publish | Fetch) for c in commands)
+
+
+def test_members_that_fall_silent_are_replaced_before_the_next_state_is_due() -> None:
+    world = World(3, 6)
+    world.sync_every = 1e9  # one state is sealed, and none after it
+    for server in world.servers:
+        server.start()
+
+    def is_settled() -> bool:
+        own = [one.machine for one in world.leaders]
+        live = {one.peer for one in world.up}
+        return bool(own) and own[0].is_content and len(own[0].members) == 2 and set(own[0].members) <= live
+
+    assert world.run_until(is_settled, 20 * LEASE)
+    (leader,) = world.leaders
+    for _ in range(3):
+        victim = world.of(leader.machine.members[0])[0]
+        victim.kill()
+        assert world.run_until(is_settled, 1.6 * LEASE), "a dead member still counts in every majority"
+        assert world.leaders == [leader]
+    assert len({seal.root for seal in seals_of(world)}) == 1, "naming others takes no new state"
+
+
+def test_a_successor_replaces_the_dead_primary_among_its_members_at_once() -> None:
+    world = World(3, 6)
+    for server in world.servers:
+        server.start()
+    assert world.run_until(lambda: any(len(one.machine.members) == 2 for one in world.leaders), 20 * LEASE)
+    for _ in range(3):  # each one's death follows that of the one before by little more than a lease
+        (leader,) = world.leaders
+        leader.kill()
+        assert world.run_until(world.is_led, 1.3 * LEASE)
+        world.run(LEASE / 3)
+
+
+def test_a_newcomer_is_told_of_the_newest_seal_by_whoever_has_its_file() -> None:
+    world = World(3, 3)
+    first, second, newcomer = world.servers
+    first.start()
+    second.start()
+    assert world.run_until(lambda: second.machine.state is State.FOLLOWING, 20 * LEASE)
+    (leader,) = world.leaders
+    follower = second if leader is first else first
+    assert follower.machine.held is not None
+    question = Question("probe", 0, bytes(8), b"", b"")
+    answer = follower.machine.ask(newcomer.peer, question, world.now, follower.wall)
+    assert answer.vote == follower.machine.held.blob
+    assert not follower.machine.ask(identity(50).peer_id, question, world.now, follower.wall).vote

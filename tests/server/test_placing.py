@@ -52,3 +52,18 @@ async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor()
         await first.kill()
         heir = await stack.enter_async_context(member(run, 3, [holder.node.address], room=1))
         await until(lambda: heir.leads("ffn.0") and heir.version("ffn.0") == 3)
+
+
+async def test_a_newcomer_gets_the_state_although_the_seal_in_the_network_is_an_old_one() -> None:
+    run = make_run(1, num_replicas=2, sync_every=0.2)
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(member(run, 1, [], room=1))
+        seeds = [first.node.address]
+        second = await stack.enter_async_context(member(run, 2, seeds, room=1))
+        trainer = await stack.enter_async_context(joined(run, 50, seeds))
+        await until(lambda: standings([first, second], 1)[0].losses == 1)
+        for version in range(1, 5):  # of which the two newest are kept, and none is published
+            await ta.backward((await (await trainer.get_expert("ffn.0"))(X)).sum())
+            await until(lambda version=version: min(one.version("ffn.0") for one in (first, second)) == version)  # type: ignore[misc]
+        third = await stack.enter_async_context(member(run, 3, seeds, room=1))
+        await until(lambda: "ffn.0" in third.keeper.tenures.uids() and third.version("ffn.0") == 4, 15)
