@@ -321,3 +321,30 @@ async def test_in_a_run_the_role_decides_who_shares_and_who_hosts() -> None:
                     for part in third._parts:
                         part.steps_then = third._own_steps
             assert first._parts[0].steps == 8
+
+
+@pytest.mark.slow
+async def test_in_a_run_a_follower_takes_over_and_no_push_counts_twice() -> None:
+    manifest = RunManifest("shared", "ffn", (1,), "ffn", created=int(time.time() * 1000), lease=2.0)
+    run = sign_run(OWNER, manifest)
+    async with contextlib.AsyncExitStack() as stack:
+        bootstrap = await stack.enter_async_context(ta.TesseractNode())
+        dying = contextlib.AsyncExitStack()
+        trainers = []
+        for number in (1, 2, 3):
+            entered = dying if number == 1 else stack
+            node = await entered.enter_async_context(member(number, run, ("host", "share"), bootstrap.address))
+            shared = SharedParameters(node, make_model(number), run=run, every=2, host=True)
+            trainers.append(await entered.enter_async_context(shared))
+        await asyncio.gather(*(steps(one, 4, seed) for seed, one in enumerate(trainers)))
+        await asyncio.gather(*(one.flush() for one in trainers))
+        await asyncio.sleep(2.0)  # followers have the Seals' files
+        first, *others = trainers
+        first._node.network.mute()
+        await first._node.endpoint.aclose()  # as by SIGKILL: nothing is said
+        await asyncio.gather(*(steps(one, 4, 10 + seed) for seed, one in enumerate(others)))
+        await asyncio.gather(*(one.flush() for one in others))
+        await others[0].flush()
+        assert same(others[0].merged(), others[1].merged())
+        assert others[0].steps == 20
+        await dying.__aexit__(ConnectionError, ConnectionError(), None)
