@@ -32,7 +32,7 @@ import random
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import tesseract_async as ta
+from tesseract_async.endpoint.endpoint import Message
 from tesseract_async.errors import ExpertFailed
+from tesseract_async.wire.apply import ApplyPart, decode_part, decode_request, encode_part, encode_request
 
 VARIANTS = ("trained", "frozen", "dense")
 PUBLISHED = {5_120: 0.894, 10_240: 0.931, 20_480: 0.943}
@@ -230,12 +232,41 @@ class UnreliableNode(ta.TesseractNode):
     dice = random.Random(0)
     num_calls = 0
 
-    async def call_expert(self, peer: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        if in_training.get() and method != "expert.info":
-            self.num_calls += 1
-            if self.dice.random() < self.failure_rate:
-                raise ExpertFailed("lost on purpose")
-        return await super().call_expert(peer, method, *args, **kwargs)
+    async def apply_experts(
+        self, peer: Any, uids: Sequence[str], body: Any, buffers: Sequence[Any], **options: Any
+    ) -> AsyncGenerator[Message, None]:
+        """As if each expert were asked by itself: those that are lost are left out of the message."""
+        request, tensors = decode_request(body, [memoryview(buffer) for buffer in buffers])
+        is_sent = np.ones(len(uids), dtype=bool)
+        if in_training.get():
+            self.num_calls += len(uids)
+            is_sent[:] = [self.dice.random() >= self.failure_rate for _ in uids]
+        places, lost = np.flatnonzero(is_sent), np.flatnonzero(~is_sent)
+        if len(lost):
+            none, failures = np.empty(0, dtype=np.int64), [(int(at), ExpertFailed("lost on purpose")) for at in lost]
+            part = ApplyPart(none, none, none, failures, [], none.astype(np.float32))
+            yield Message(*encode_part(part, backward=request.backward))
+        if not len(places):
+            return
+        pairs, lengths = request.pairs(places), np.diff(request.offsets)[places]
+        sent = request._replace(
+            experts=request.experts[places],
+            ids=[request.ids[at] for at in places],
+            versions=request.versions[places],
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            rows=request.rows[pairs],
+            weights=request.weights[pairs],
+        )
+        body, numbers = encode_request(sent)
+        parts = super().apply_experts(peer, [uids[at] for at in places], body, (*numbers, *tensors), **options)
+        async with contextlib.aclosing(parts):
+            async for message in parts:
+                part, sums = decode_part(message.body, message.buffers, sent)
+                failures = [(int(places[at]), error) for at, error in part.failures]
+                body, numbers = encode_part(
+                    part._replace(experts=places[part.experts], failures=failures), backward=request.backward
+                )
+                yield Message(body, (*numbers, *sums))
 
 
 NO_SETTINGS = ("images", "labels", "out", "seeds", "variants", "no_plot", "summarize", "page", "serve", "run")

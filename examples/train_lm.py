@@ -1,11 +1,11 @@
-"""A small language model whose feed-forward layers are mixtures of remote experts.
+"""A small language model, trained by all who start this program: experts and everything else are one model's.
 
-By default it reads the Python standard library's own sources, byte by byte; --text takes any text file, such as
-Shakespeare. The experts live in this process unless --initial-peers says where they are hosted. --local trains the
-same model without a network, --compare one after the other. Ctrl-C stops it cleanly; the same command resumes
-it.
+    python examples/train_lm.py --text input.txt        # in one terminal, then in as many more as you like
 
-    python examples/train_lm.py --text input.txt --steps 500
+The first one starts a swarm and hosts the experts; the others find it at the same port and join. Each trains on
+samples of its own, and one model comes out. Without --text it reads the Python standard library's sources, as bytes.
+Ctrl-C stops cleanly; the first one goes on where it was when it is started again. --initial-peers joins a swarm on
+other computers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import contextlib
 import math
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.leaving import told_to_leave
 
-# ------------------------------------------------------------------------------------------------ data
+HEADS = 4
 
 
 def read_text(path: str | None, max_bytes: int) -> torch.Tensor:
@@ -39,77 +39,41 @@ def read_text(path: str | None, max_bytes: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
 
 
-def sample(
-    tokens: torch.Tensor, args: argparse.Namespace, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(tokens: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> list[torch.Tensor]:
     """Return random windows, and the same shifted by one token: ``[batch, length]`` each."""
     starts = torch.randint(len(tokens) - args.length - 1, (args.batch_size,), generator=generator)
     windows = torch.stack([tokens[start : start + args.length + 1] for start in starts.tolist()])
-    return windows[:, :-1], windows[:, 1:]
+    return [windows[:, :-1], windows[:, 1:]]
 
 
-# ------------------------------------------------------------------------------------------------ model
-
-
-class FeedForward(nn.Module):
+def feed_forward(width: int) -> nn.Module:
     """One expert: a transformer's feed-forward layer, with tokens as rows."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.into, self.out = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.out(F.gelu(self.into(x)))
-        return result
-
-
-class LocalMixture(nn.Module):
-    """The same mixture as `GatingFunction`, with the experts at hand: what the remote one is compared with."""
-
-    def __init__(self, experts: list[nn.Module], width: int, grid: int, k_best: int) -> None:
-        super().__init__()
-        self.experts, self.grid, self.k_best = nn.ModuleList(experts), grid, k_best
-        self.proj = nn.Linear(width, 2 * grid)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.flatten(0, -2)
-        first, second = self.proj(rows).split(self.grid, dim=1)
-        scores, best = (first[:, :, None] + second[:, None, :]).flatten(1).topk(self.k_best, dim=1)
-        weights = scores.softmax(1)
-        out = torch.zeros_like(rows)
-        for index, expert in enumerate(self.experts):
-            at, rank = (best == index).nonzero(as_tuple=True)
-            if len(at):
-                out = out.index_add(0, at, weights[at, rank, None] * expert(rows[at]))
-        return out.reshape(x.shape)
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
 
 class Block(nn.Module):
-    """Attention, then the mixture."""
+    """Attention, then a mixture of experts."""
 
-    def __init__(self, width: int, num_heads: int, mixture: nn.Module) -> None:
+    def __init__(self, width: int, mixture: nn.Module) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mixture_norm, self.mixture = nn.LayerNorm(width), mixture
 
     async def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, length, width = x.shape
-        heads = self.qkv(self.norm(x)).view(b, length, 3, self.num_heads, width // self.num_heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(b, length, width))
-        y = self.mixture(self.mixture_norm(x))
-        return x + (y if isinstance(y, torch.Tensor) else await y)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        y: torch.Tensor = await self.mixture(self.mixture_norm(x))
+        return x + y
 
 
 class Transformer(nn.Module):
     """Tokens to logits."""
 
-    def __init__(self, mixtures: list[nn.Module], args: argparse.Namespace) -> None:
+    def __init__(self, mixtures: Sequence[nn.Module], args: argparse.Namespace) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(256, args.width), nn.Embedding(args.length, args.width)
-        self.blocks = nn.ModuleList(Block(args.width, args.num_heads, mixture) for mixture in mixtures)
+        self.blocks = nn.ModuleList(Block(args.width, mixture) for mixture in mixtures)
         self.norm, self.head = nn.LayerNorm(args.width), nn.Linear(args.width, 256)
 
     async def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -120,169 +84,100 @@ class Transformer(nn.Module):
         return logits
 
 
-async def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+async def loss_of(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy per token, in nats."""
     tokens, targets = batch
     return F.cross_entropy((await model(tokens)).flatten(0, 1), targets.flatten())
 
 
-# ------------------------------------------------------------------------------------------------ training
+async def join(stack: contextlib.AsyncExitStack, args: argparse.Namespace) -> tuple[ta.TesseractNode, bool]:
+    """Return a node, and whether it is the swarm's first: the one that has the port."""
+    peers = args.initial_peers
+    if not peers:
+        with contextlib.suppress(OSError):
+            return await stack.enter_async_context(ta.TesseractNode(args.host, args.port)), True
+        peers = [f"127.0.0.1:{args.port}"]
+    return await stack.enter_async_context(ta.TesseractNode(args.host, initial_peers=peers)), False
 
 
 def make_experts(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """Return all experts by uid; equal seeds give equal experts."""
+    """All experts by uid; equal seeds give equal ones."""
     torch.manual_seed(args.seed)
     cells = [(i, a, b) for i in range(args.layers) for a in range(args.grid) for b in range(args.grid)]
-    return {f"layer{i}.{a}.{b}": FeedForward(args.width) for i, a, b in cells}
+    return {f"layer{i}.{a}.{b}": feed_forward(args.width) for i, a, b in cells}
 
 
-def backends(experts: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, ta.ExpertBackend]:
-    """The experts as a server hosts them, each with its own optimizer."""
-    spec = ta.TensorSpec((args.width,))
-    rows = args.batch_size * args.length
-    return {
+def hosted(node: ta.TesseractNode, args: argparse.Namespace) -> ta.TesseractServer:
+    """All experts, each with an optimizer of its own."""
+    experts = {
         uid: ta.ExpertBackend(
-            module, optimizer=torch.optim.Adam(module.parameters(), args.lr), args_schema=(spec,), max_batch_size=rows
+            module,
+            optimizer=torch.optim.Adam(module.parameters(), args.lr),
+            args_schema=(ta.TensorSpec((args.width,)),),
+            max_batch_size=4 * args.batch_size * args.length,
         )
-        for uid, module in experts.items()
+        for uid, module in make_experts(args).items()
     }
-
-
-async def train(
-    args: argparse.Namespace, out: Path, model: nn.Module, optimizers: list[Any], stop: asyncio.Event
-) -> float:
-    """Train, saving on the way, and return the perplexity; `optimizers` step local parameters (remote experts step
-    themselves)."""
-    tokens = read_text(args.text, args.max_bytes)
-    split = int(0.9 * len(tokens))
-    if len(tokens) - split < args.length + 2:
-        raise ValueError(f"the text has {len(tokens)} bytes, of which a tenth is shorter than --length")
-    train_tokens, valid_tokens = tokens[:split], tokens[split:]
-    saved = out / "trainer.pt"
-    step = 0
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        try:
-            model.load_state_dict(state["model"])
-            for optimizer, theirs in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(theirs)
-        except (RuntimeError, ValueError, KeyError):
-            raise ValueError(f"{saved} is of a model of other sizes: give those, or another --out") from None
-        step = state["step"]
-        print(f"goes on after step {step}")
-
-    def save() -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
-        torch.save(state, saved.with_suffix(".new"))
-        saved.with_suffix(".new").replace(saved)
-
-    async def perplexity() -> float:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            losses = [await loss_of(model, sample(valid_tokens, args, generator)) for _ in range(args.eval_batches)]
-        return math.exp(sum(loss.item() for loss in losses) / len(losses))
-
-    started = time.perf_counter()
-    try:
-        while step < args.steps and not stop.is_set():
-            batch = sample(train_tokens, args, torch.Generator().manual_seed(1_000_000 * args.seed + step))
-            loss = await loss_of(model, batch)
-            await ta.backward(loss)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            step += 1
-            if step % args.report_every == 0:
-                print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
-        reached = await perplexity()
-        print(f"perplexity after {step} steps: {reached:.3f} per byte", flush=True)
-        return reached
-    finally:
-        save()
+    return ta.TesseractServer(node, experts, checkpoint_dir=Path(args.out) / "experts")
 
 
 async def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    stop = asyncio.Event()
-    with told_to_leave(asyncio.get_running_loop(), lambda _: stop.set()):
-        await run_all(args, stop)
-
-
-async def run_all(args: argparse.Namespace, stop: asyncio.Event) -> None:
-    read_text(args.text, 1)  # before anything is trained or written
-    out = Path(args.out)
-    if not args.compare:
-        await run(args, out, stop, local=args.local)
-        return
-    print("the same model at hand:")
-    local = await run(args, out / "local", stop, local=True)
-    if stop.is_set():
-        return
-    print("with remote experts:")
-    remote = await run(args, out / "remote", stop, local=False)
-    if not stop.is_set():
-        print(f"perplexity: local {local:.3f}, remote {remote:.3f}, remote / local {remote / local:.4f}")
-
-
-async def run(args: argparse.Namespace, out: Path, stop: asyncio.Event, *, local: bool) -> float:
-    """Train one model, with local (`local`) or remote experts; return its perplexity."""
-    experts = make_experts(args)
+    torch.set_num_threads(1)
+    tokens = read_text(args.text, args.max_bytes)
+    held_out = len(tokens) // 10
+    if held_out < args.length + 2:
+        raise ValueError(f"the text has {len(tokens)} bytes, of which a tenth is shorter than --length")
+    stop, started, steps = asyncio.Event(), time.perf_counter(), 0
     async with contextlib.AsyncExitStack() as stack:
-        optimizers: list[Any] = []
-        if local:
-            size = args.grid**2
-            by_layer = [list(experts.values())[i * size : (i + 1) * size] for i in range(args.layers)]
-            torch.manual_seed(args.seed + 1)
-            mixtures: list[nn.Module] = [LocalMixture(e, args.width, args.grid, args.k_best) for e in by_layer]
-            optimizers += [torch.optim.Adam(expert.parameters(), args.lr) for expert in experts.values()]
-        else:
-            node = await stack.enter_async_context(ta.TesseractNode(args.host, initial_peers=args.initial_peers))
-            if not args.initial_peers:
-                checkpoints = out / "experts"
-                server = ta.TesseractServer(node, backends(experts, args), checkpoint_dir=checkpoints)
-                await stack.enter_async_context(server)
-            torch.manual_seed(args.seed + 1)
-            mixtures = [
-                ta.GatingFunction(
-                    node,
-                    uid_prefix=f"layer{i}",
-                    grid_size=(args.grid, args.grid),
-                    in_features=args.width,
-                    k_best=args.k_best,
-                    route="token",
-                )
-                for i in range(args.layers)
-            ]
+        stack.enter_context(told_to_leave(asyncio.get_running_loop(), lambda _: stop.set()))
+        node, is_first = await join(stack, args)
+        if is_first:
+            await stack.enter_async_context(hosted(node, args))
+        torch.manual_seed(args.seed + 1)
+        options = {"grid_size": (args.grid, args.grid), "in_features": args.width, "k_best": args.k_best}
+        prefixes = [f"layer{i}" for i in range(args.layers)]
+        mixtures = [ta.GatingFunction(node, uid_prefix=one, route="token", **options) for one in prefixes]
         model = Transformer(mixtures, args)
-        remote = {id(p) for expert in experts.values() for p in expert.parameters()}
-        optimizers.append(torch.optim.Adam([p for p in model.parameters() if id(p) not in remote], args.lr))
-        return await train(args, out, model, optimizers, stop)
+        optimizer = torch.optim.Adam(model.parameters(), args.lr)
+        kept = Path(args.out) / "shared" if is_first else None
+        shared = ta.SharedParameters(node, model, run="train-lm", every=args.every, checkpoint_dir=kept)
+        steps = (await stack.enter_async_context(shared)).steps
+        print(f"goes on after step {steps}; others join with --initial-peers {node.address}", flush=True)
+        # every trainer has samples of its own, which are others each time
+        draw = torch.Generator().manual_seed(args.seed + 1_000_000 * steps if is_first else torch.seed() % 2**31)
+        while steps < args.steps and not stop.is_set():
+            loss = await loss_of(model, sample(tokens[:-held_out], args, draw))
+            optimizer.zero_grad()
+            await ta.backward(loss)
+            optimizer.step()
+            await shared.step()
+            before, steps = steps, shared.steps
+            if steps // args.report_every > before // args.report_every:
+                print(f"step {steps}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+        await shared.flush()
+        steps, model = shared.steps, shared.merged()  # what all trainers have made together
+        draw.manual_seed(1)
+        with torch.no_grad():
+            losses = [await loss_of(model, sample(tokens[-held_out:], args, draw)) for _ in range(args.eval_batches)]
+        reached = math.exp(sum(loss.item() for loss in losses) / len(losses))
+        print(f"perplexity after {steps} steps: {reached:.3f} per byte", flush=True)
+        while is_first and node.endpoint.connections() and not stop.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.5)  # others still need the experts that are hosted here
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--text", help="a text file; the standard library's sources if not given")
-    add("--max-bytes", type=int, default=2_000_000)
-    add("--initial-peers", nargs="*", default=[], help="where the experts are hosted; here if not given")
-    add("--host", default="127.0.0.1", help="0.0.0.0 if the peers are on other computers")
-    add("--local", action="store_true", help="the same model without a network")
-    add("--compare", action="store_true", help="first without, then with remote experts")
-    add("--out", default="train_lm", help="folder for what is needed to go on")
-    add("--steps", type=int, default=500)
-    add("--seed", type=int, default=0)
-    add("--layers", type=int, default=2)
-    add("--grid", type=int, default=4, help="experts are a grid of this size, squared, in each layer")
-    add("--k-best", type=int, default=2)
-    add("--width", type=int, default=64)
-    add("--num-heads", type=int, default=4)
-    add("--length", type=int, default=64)
-    add("--batch-size", type=int, default=16)
+    add("--initial-peers", nargs="*", default=[], help="a swarm to join; else the one of this computer")
+    add("--host", default="127.0.0.1", help="0.0.0.0 if the others are on other computers")
+    add("--out", default="train_lm", help="folder for what the first one needs to go on")
+    add("--steps", type=int, default=500, help="of all trainers together")
+    numbers = {"port": 31415, "seed": 0, "every": 16, "layers": 2, "grid": 4, "k-best": 2, "width": 64, "length": 64}
+    numbers |= {"batch-size": 16, "report-every": 50, "eval-batches": 16, "max-bytes": 2_000_000}
+    for name, value in numbers.items():
+        add(f"--{name}", type=int, default=value)
     add("--lr", type=float, default=2e-3)
-    add("--threads", type=int, default=1)
-    add("--report-every", type=int, default=50)
-    add("--eval-batches", type=int, default=16)
     return parser.parse_args()
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import copy
 import logging
+import random
 import secrets
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -65,8 +66,10 @@ PAUSE: Final = 0.5
 FIND_TIMEOUT: Final = 60.0
 """Seconds that entering waits for others' fragments, where this trainer may not begin them itself."""
 FOUND_SECONDS: Final = 2.0
-"""Seconds that entering looks for others' fragments before it begins them."""
+"""Seconds that entering looks for others' fragments before it begins them: so many, up to twice as many."""
 FLUSH_TIMEOUT: Final = 60.0
+EXIT_TIMEOUT: Final = 20.0
+"""Seconds that leaving waits at most for the last steps to count: who hosts the fragments may have left before."""
 NUM_AT_ONCE: Final = 4
 """Fragments that are fetched at the same time."""
 _MAX_STATE_BYTES: Final = 16 * MAX_ELEMENTS + KEPT_UPDATES * 8 * MAX_ELEMENTS + MAX_LAYOUT_BYTES
@@ -218,16 +221,23 @@ class SharedParameters(Uncopied, Generic[M]):
     ) -> None:
         assert isinstance(self._given, PlainCalls)
         try:
-            if kind is None:
-                self._flush_plainly(FLUSH_TIMEOUT)
+            if kind is None and not self._is_shared:
+                self._flush_plainly(EXIT_TIMEOUT)
         except (TesseractError, TimeoutError) as failed:
             logger.warning("the last steps were not shared: %s", describe(failed))
         finally:
             self._given.run(self._leave())
 
+    @property
+    def _is_shared(self) -> bool:
+        """True if nothing was learned here since the last push that counted."""
+        parts = [part for part in self._parts if part.copy.cut.kind is not Kind.FIXED]
+        return all(part.steps_then == self._own_steps for part in parts)
+
     async def _flush_at_end(self) -> None:
         try:
-            await self._flush(FLUSH_TIMEOUT)
+            if not self._is_shared:
+                await self._flush(EXIT_TIMEOUT)
         except (TesseractError, TimeoutError) as error:
             logger.warning("the last steps were not shared: %s", describe(error))
 
@@ -255,9 +265,8 @@ class SharedParameters(Uncopied, Generic[M]):
                 ]
                 found = _Found(self._own, fragments)
                 await self._host(found, follows=not self._is_bare)
-                if not self._is_bare or node.initial_peers:
-                    # another one may have begun at the same moment
-                    found = await self._look(False) or found
+                # another one may have begun at the same moment, or this one continues from its checkpoints
+                found = await self._look(False) or found
             elif self._hosts or (self._hosts is None and self._is_bare and await self._num_hosts() < NUM_HOSTS):
                 await self._host(found, follows=True)
         except BaseException:
@@ -269,16 +278,18 @@ class SharedParameters(Uncopied, Generic[M]):
         """Return what is there; None if nothing is, and this trainer may begin it. Raises: ExpertNotFound."""
         loop = asyncio.get_running_loop()
         began = loop.time()
+        # not all that start together begin it together
+        patience = FOUND_SECONDS * (1 + random.random()) if self._node.initial_peers else 0.0
         while True:
             try:
                 return await self._fetch_all()
             except (ExpertNotFound, NotPrimary, Overloaded, PeerUnreachable, ConnectionLost, TimeoutError) as error:
                 waited, is_absent = loop.time() - began, isinstance(error, ExpertNotFound)
-                if founds and is_absent and waited >= (FOUND_SECONDS if self._node.initial_peers else 0.0):
+                if founds and is_absent and waited >= patience:
                     return None
                 if waited >= FIND_TIMEOUT:
                     raise
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(PAUSE / 2)
 
     async def _fetch_all(self) -> _Found:
         """Raises: LayoutMismatch, if the model is another one; ExpertNotFound; what the calls raise."""
@@ -539,6 +550,7 @@ class SharedParameters(Uncopied, Generic[M]):
                 return
             except RemoteError as error:
                 if not error.retryable and not isinstance(error, NotPrimary | Overloaded | ExpertNotFound):
+                    logger.warning("%s: what was learned here is refused: %s", part.uid, describe(error))
                     part.arrived = _Arrived(0, part.steps, error=error)
                     return
                 logger.info("%s: %s", part.uid, describe(error))

@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.shared_parameters import SharedParameters, SharingReport
 from tesseract_async.sharing.layout import LayoutMismatch
+from tesseract_async.wire import messages
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
 
@@ -187,6 +189,98 @@ def test_with_a_background_node_calls_are_plain() -> None:
             assert report is None or report.error is None
         shared.flush()
         assert shared.steps == 6 and close(shared.merged(), model)
+
+
+@pytest.mark.slow
+async def test_two_that_begin_at_once_settle_on_one() -> None:
+    one, other = make_model(1), make_model(2)
+    async with contextlib.AsyncExitStack() as stack:
+        bootstrap = await stack.enter_async_context(ta.TesseractNode())
+        (_, first), (_, second) = await asyncio.gather(
+            *(stack.enter_async_context(sharing(model, bootstrap.address)) for model in (one, other))
+        )
+        await asyncio.gather(steps(first, 4, 1), steps(second, 4, 2))
+        async with asyncio.timeout(30.0):
+            while not same(first.merged(), second.merged()) or first.steps < 8:
+                await asyncio.gather(first.flush(), second.flush())
+
+
+async def test_strange_pushes_are_refused_and_count_nothing() -> None:
+    async with (
+        sharing(make_model(1), every=1) as (node, shared),
+        ta.TesseractNode(initial_peers=[node.address]) as liar,
+    ):
+        uid, (_, version, root) = shared._parts[0].uid, shared._parts[0].copy.base
+        (replica,) = await liar.directory.find(uid)
+        good = shared._parts[0].copy.push(torch.zeros(shared._parts[0].copy.cut.numel))
+        shared._parts[0].copy.cancel()
+        bodies: list[tuple[list[object], list[bytes]]] = [
+            ([uid], [good]),
+            ([uid, b"short", version, root, 1], [good]),
+            ([uid, bytes(16), version, root, 2**63], [good]),
+            ([uid, bytes(16), version, root, 1], []),
+            ([uid, bytes(16), version, root, 1], [good, good]),
+            ([uid, bytes(16), version, root, 1], [good[:-1]]),
+            ([uid, bytes(16), version, root, 1], [b"\xff" * len(good)]),
+        ]
+        for body, buffers in bodies:
+            with pytest.raises(ta.errors.RemoteError):
+                await liar.call_expert(replica.peer, messages.PUSH, body, buffers, timeout=10.0)
+        reply = await liar.call_expert(replica.peer, messages.PUSH, [uid, bytes(16), 5, root, 1], [good], timeout=10.0)
+        assert reply.body[:2] == [False, False]  # of a version that is not here
+        for method in (messages.FORWARD, messages.BACKWARD):
+            with pytest.raises(ta.errors.UnknownMethod):
+                await liar.call_expert(replica.peer, method, [uid], [], timeout=10.0)
+        await shared.flush()
+        assert shared._parts[0].copy.base == (0, version, root)
+
+
+def test_the_program_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs/how-to/one-model.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+
+
+class Odd(nn.Module):
+    """Tied, frozen and bf16 parameters, floating and integer buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.table.weight
+        self.low = nn.Linear(8, 8, dtype=torch.bfloat16)
+        self.frozen = nn.Parameter(torch.randn(8), requires_grad=False)
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+
+
+async def test_odd_parameters_are_shared_each_in_its_way() -> None:
+    torch.manual_seed(3)
+    one, other = Odd(), Odd()
+    async with sharing(one) as (seed, first), sharing(other, seed.address) as (_, second):
+        assert same(one, other) and other.head.weight is other.table.weight
+        frozen = one.frozen.clone()
+        with torch.no_grad():
+            for number, model in enumerate((one, other), 1):
+                model.table.weight.add_(0.5 * number)
+                model.low.weight.add_(0.25)
+                model.frozen.add_(float(number))
+                model.get_buffer("scale").add_(float(number))
+                model.get_buffer("seen").add_(100 * number)
+        await second.step()
+        await second.step()  # it has more steps
+        await first.step()
+        await asyncio.gather(first.flush(), second.flush())
+        await first.flush()
+        merged = first.merged()
+        assert isinstance(merged, Odd) and same(merged, second.merged())
+        assert merged.low.weight.dtype == torch.bfloat16
+        assert merged.head.weight is merged.table.weight and not torch.equal(
+            merged.table.weight, one.table.weight - 0.5
+        )
+        assert torch.equal(merged.frozen, frozen) and torch.equal(other.frozen, frozen + 2.0)
+        assert bool((merged.get_buffer("scale") > 1.5).all())
+        assert merged.get_buffer("seen").tolist()[0] in (100, 200)
 
 
 OWNER = ta.Identity.from_seed(bytes([9]) * 32)

@@ -89,6 +89,8 @@ class CallsUnderWay:
         self.deadline = math.inf
         """When it is over, whatever has come."""
         self._stalled = 0.0
+        self._late: dict[ExpertCall, float] | None = None
+        """See `_late_times`; None while it has to be worked out anew."""
         self._usual: tuple[float, float] | None = None
         """Seconds and rows of the median answer, once half of those first asked (and not failed) have answered."""
 
@@ -113,7 +115,7 @@ class CallsUnderWay:
 
         `stalled`: seconds since the start in which the caller could not have heard from anybody.
         """
-        self._stalled = stalled
+        self._stalled, self._late = stalled, None
         if self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
             seconds = statistics.median([call.seconds for call in self.answers])
             self._usual = seconds, statistics.median([len(call.rows) for call in self.answers])
@@ -122,6 +124,8 @@ class CallsUnderWay:
         if not self.is_over:
             self._decide(now)
         fresh, self._fresh = self._fresh, []
+        if fresh:
+            self._late = None  # their senders set what is expected of them
         return fresh
 
     def timer_at(self) -> float:
@@ -159,12 +163,20 @@ class CallsUnderWay:
         raise NotImplementedError
 
     def _send(self, call: ExpertCall) -> None:
+        self._late = None
         self._fresh.append(call)
         self._under_way[call] = None
 
     def _ended(self, call: ExpertCall, now: float) -> None:
         del self._under_way[call]
+        self._late = None
         call.seconds = now - call.sent
+
+    def _late_times(self) -> dict[ExpertCall, float]:
+        """When each of the calls under way counts as slow."""
+        if self._late is None:
+            self._late = {call: self._late_at(call) for call in self._under_way}
+        return self._late
 
     def _late_at(self, call: ExpertCall) -> float:
         usual = self.usual_seconds(call)
@@ -174,7 +186,7 @@ class CallsUnderWay:
 
     def _give_up_at(self) -> float:
         """When waiting ends, if all rows have enough answers."""
-        return max((self._late_at(call) + call.grace for call in self._under_way), default=-math.inf)
+        return max((late_at + call.grace for call, late_at in self._late_times().items()), default=-math.inf)
 
     def _end(self, now: float, *, only_slow: bool = False) -> None:
         """Gives up the calls under way; with `only_slow` the others are not counted as given up."""
@@ -281,7 +293,7 @@ class ForwardDispatch(CallsUnderWay):
 
     def timer_at(self) -> float:
         """See `CallsUnderWay.timer_at`."""
-        late_at = min((self._late_at(call) for call in self._under_way if not call.is_slow), default=math.inf)
+        late_at = min((at for call, at in self._late_times().items() if not call.is_slow), default=math.inf)
         give_up_at = self._give_up_at() if self._all_enough else math.inf
         return min(self.deadline, give_up_at, late_at, self._free_at)
 
@@ -318,8 +330,8 @@ class ForwardDispatch(CallsUnderWay):
         return stuck_R
 
     def _mark_slow(self, now: float) -> None:
-        for call in self._under_way:
-            if not call.is_slow and now >= self._late_at(call):
+        for call, late_at in self._late_times().items():
+            if not call.is_slow and now >= late_at:
                 call.is_slow = True
                 self._num_slow_R[call.rows] += 1
 

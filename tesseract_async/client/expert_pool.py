@@ -82,6 +82,11 @@ class ExpertPool(nn.Module):
         self._view: tuple[GridView, dict[tuple[int, ...], Sequence[ExpertReplica]]] | None = None
         """The latest one of the directory, and of it the replicas of these experts."""
 
+    @property
+    def node(self) -> Node | PlainCalls:
+        """The node that makes its calls."""
+        return self._node
+
     def extra_repr(self) -> str:
         """Prefix and size, for ``repr``."""
         return f"{self.uid_prefix}, num_experts={self.num_experts}"

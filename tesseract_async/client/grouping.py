@@ -12,6 +12,7 @@ the primary does; where it fails, the expert is looked up anew.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -226,17 +227,16 @@ class Grouping:
     def _group(self, now: float) -> list[Request]:
         due, self._due = self._due, {}
         groups: dict[Hashable, list[tuple[ExpertCall, ExpertReplica]]] = {}
-        named: set[tuple[Hashable, int]] = set()
+        named: Counter[tuple[Hashable, int]] = Counter()
         for call in due:
             if (search := self._searches.get(call)) is None:
                 continue
             if search.left:
                 replica = search.left.pop(0)
                 key = self._key(call, replica)
-                if (key, call.expert) in named:  # it was asked about other rows, too
-                    key = key, call
-                named.add((key, call.expert))
-                groups.setdefault(key, []).append((call, replica))
+                num = named[key, call.expert]  # an expert that is asked about other rows, too, is in another message
+                named[key, call.expert] += 1
+                groups.setdefault((key, num), []).append((call, replica))
             elif not search.requests and call not in self._pausing:
                 self._exhausted(call, search, now)
         requests = []

@@ -8,6 +8,7 @@ import logging
 
 from torch import nn
 
+from tesseract_async.client.expert_pool import ExpertPool
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import TesseractError, describe
@@ -30,8 +31,9 @@ class ProgressOf:
         """Find the grids of the module's gates and experts; None: nothing is published."""
         self._grids: dict[str, TesseractNode] = {}
         for part in () if module is None else module.modules():
-            if isinstance(part, GatingFunction | RemoteExpert) and isinstance(part.node, TesseractNode):
-                prefix = part.uid_prefix if isinstance(part, GatingFunction) else split_uid(part.uid)[0]
+            if isinstance(part, GatingFunction | RemoteExpert | ExpertPool) and isinstance(part.node, TesseractNode):
+                uid = part.uid if isinstance(part, RemoteExpert) else f"{part.uid_prefix}.0"
+                prefix = split_uid(uid)[0]
                 if len(self._grids) < MAX_GRIDS:
                     self._grids[prefix] = part.node
         self._step, self._losses = 0, list[float]()

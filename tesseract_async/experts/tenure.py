@@ -211,7 +211,9 @@ class Tenure:
         elif question.kind == "beat" and now >= self._look_at:
             self._look(now)  # what leads to that Term may be in the network
         elif question.kind == "probe":
-            agrees = self.is_primary(now)
+            agrees, seal = self.is_primary(now), self.lineage.read(question.seal)
+            if self.held is not None and isinstance(seal, Seal) and seal.age < self.held.age:
+                vote = self.held.blob
         elif question.kind == "vote":
             agrees = self.state is State.FOLLOWING and now < member.heard + self._lease / 2
             vote = self._vote(peer, question, now)
@@ -224,6 +226,8 @@ class Tenure:
         """Take `peer`'s answer to what was sent to it at `sent`; None: there was none within the time for it."""
         if answer is not None and answer.term:
             self.sight(answer.term, now, wall)
+        if answer is not None and question.kind == "probe":
+            self.sight(answer.vote, now, wall)
         own, poll = self._own, self._poll
         if question.kind in ("beat", "rise"):
             if own is None or answer is None:

@@ -56,7 +56,7 @@ class Response(NamedTuple):
     term: bytes
     """The Term that holds by what it knows, where that is not the asker's."""
     vote: bytes
-    """Empty: no."""
+    """To a vote; empty: no. To a probe: the Seal that it holds, where that is newer than the asker's."""
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------

@@ -144,6 +144,7 @@ class Placing:
                 if part.has_file or part.role is Role.LEADS:
                     by_uid.setdefault(uid, {})[peer] = part.epoch
         self._tenures.places = by_uid
+        self._tenures.look_for_newer(places)
         passive = frozenset(peer for peer, place in places.items() if place.room == 0)
         for uid in self._tenures.uids():
             may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held

@@ -7,6 +7,7 @@ hash tree. It is copied between two batches, so training goes on while it is sen
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -15,6 +16,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.experts.merkle import leaves_of, root_from
 from tesseract_async.experts.pieces import LIST, PIECE_BYTES
+from tesseract_async.identity import PeerID
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import EncodedState, check_state, encode
 from tesseract_async.server.state_files import SealedFile
@@ -24,8 +26,8 @@ from tesseract_async.wire import messages
 MAX_COPIES_BYTES: Final = 1 << 30
 MAX_RATE: Final = 16 << 20
 """Bytes of states per second that a server sends at most: sending so much takes a twentieth of a core."""
-MAX_TURN: Final = 20.0
-"""Seconds that a piece may wait."""
+MAX_WAITING: Final = 64
+"""Pieces that wait to be sent to one peer."""
 KEEP_SECONDS: Final = 60.0
 """A copy that nobody asked for since then is dropped."""
 REUSE_SECONDS: Final = 2.0
@@ -91,6 +93,8 @@ class StateSource:
         to come back. `throttle`: the node's, of whose upload rate states get what other traffic leaves.
         """
         self._leftover = Leftover(MAX_RATE, throttle)
+        self._turn = asyncio.Lock()
+        self._waiting: Counter[PeerID] = Counter()
         self._max_bytes, self._reuse = max_bytes, reuse
         self._aside = aside
         self.find_sealed: Callable[[str, bytes], SealedFile | None] = lambda uid, root: None
@@ -115,19 +119,25 @@ class StateSource:
         file = sealed or copy
         if file is None:
             return Message(messages.encode(messages.StateReply(owner.version, messages.NO_ROOT, 0, request.piece)))
-        await self._take_turn(min(PIECE_BYTES, file.size))
+        await self._take_turn(call.peer_id, min(PIECE_BYTES, file.size))
         version = owner.version if copy is None else copy.version
         if copy is not None and not copy.file.is_spread:
             return _piece(version, copy, request.piece)
         reply: Message = await self._aside(lambda: _piece(version, file, request.piece))
         return reply
 
-    async def _take_turn(self, num_bytes: int) -> None:
-        """Wait until a piece may go out beside what is more urgent. Raises: Overloaded if that takes long."""
-        now = asyncio.get_running_loop().time()
-        if (wait := self._leftover.wait(now)) > MAX_TURN:
-            raise Overloaded("too many pieces of states wait to be sent", retry_after=wait / 2)
-        await asyncio.sleep(self._leftover.take(num_bytes, now))
+    async def _take_turn(self, peer: PeerID, num_bytes: int) -> None:
+        """Wait until a piece may go out beside what is more urgent. Raises: Overloaded if many of the peer's wait."""
+        if self._waiting[peer] >= MAX_WAITING:
+            raise Overloaded("too many pieces of states wait to be sent to you", retry_after=1.0)
+        self._waiting[peer] += 1
+        try:
+            async with self._turn:  # whoever gives up takes nothing
+                await asyncio.sleep(self._leftover.take(num_bytes, asyncio.get_running_loop().time()))
+        finally:
+            self._waiting[peer] -= 1
+            if not self._waiting[peer]:
+                del self._waiting[peer]
 
     async def _find_copy(self, owner: StateOwner, request: messages.StateRequest) -> _Copy | None:
         key, now = (owner.uid, request.weights_only), asyncio.get_running_loop().time()

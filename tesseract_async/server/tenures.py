@@ -25,6 +25,7 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.merkle import possession
+from tesseract_async.experts.placement import Place
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import (
     Command,
@@ -391,6 +392,22 @@ class Tenures:
             if not signed:
                 tenure.keep(self._elapsed())
                 await self._carry_out(expert)
+
+    def look_for_newer(self, places: Mapping[PeerID, Place]) -> None:
+        """Ask those that say they hold a newer state than this server for its Seal: its signer may be gone, and the
+        network hears of few Seals."""
+        for uid, expert in self._experts.items():
+            held = expert.tenure.held
+            if held is None or expert.tenure.state not in (State.FOLLOWING, State.HOLDING):
+                continue
+            ages = [(part.age, peer) for peer, one in places.items() if (part := one.parts.get(uid)) and part.has_file]
+            age, peer = max(ages, default=((0, 0), None))
+            if peer is not None and age > held.age and peer != self._node.peer_id:
+                best = expert.tenure.lineage.best
+                term = b"" if best is None else best.blob
+                self._spawn(
+                    self._send(expert, peer, Question("probe", expert.tenure.epoch, self._boot, term, held.blob))
+                )
 
     async def _see_term_of(self, expert: _Expert, heir: PeerID) -> None:
         """Ask for the successor's Term, so that this server names it to trainers."""

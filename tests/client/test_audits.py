@@ -17,7 +17,8 @@ from tesseract_async.client.audits import MAX_PENDING_BYTES, Verdict, deviation
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire import messages
-from tests.client.fake_node import FakeNode, FakeReplica
+from tesseract_async.wire.apply import APPLY
+from tests.client.fake_node import FakeNode, FakeReplica, gate_with
 
 Lie = Callable[[list[memoryview], Any], list[memoryview]]
 
@@ -258,3 +259,30 @@ async def test_a_server_that_lies_is_caught_and_asked_no_more() -> None:
                         await expert(torch.randn(3, 4))
                 await expert.audits.wait()
                 assert third.metrics.total("expert_calls_answered") == before
+
+
+@pytest.mark.parametrize("lies", [False, True])
+async def test_a_gates_audited_experts_are_asked_apart(lies: bool) -> None:
+    node = Swarm(a=None, b=None)
+    node.host("x.1", nn.Linear(8, 8), peers=("a", "b"))
+    gate = gate_with(node, "x", grid_size=(2,), in_features=8, k_best=2, audit_share=1.0)
+
+    def tamper(method: str, part: Any, buffers: list[memoryview]) -> Any:
+        return part, shifted(buffers, None) if lies and method == APPLY else buffers
+
+    node.tamper = tamper
+    with torch.no_grad():
+        await gate(torch.randn(4, 8))
+    await gate.audits.wait()
+    assert len(node.messages) == 2, "by no more than one message each"
+    assert all(len(asked.ids) == 1 and (asked.weights == 1).all() for _, asked in node.messages)
+    assert gate.audits.outcomes == ({Verdict.CAUGHT: 2} if lies else {Verdict.AGREED: 2})
+
+
+async def test_of_a_gate_that_audits_little_most_experts_are_asked_together() -> None:
+    node = Swarm(a=None, b=None)
+    node.host("x.1", nn.Linear(8, 8), peers=("a", "b"))
+    gate = gate_with(node, "x", grid_size=(2,), in_features=8, k_best=2, audit_share=1e-9)
+    with torch.no_grad():
+        await gate(torch.randn(4, 8))
+    assert [len(asked.ids) for _, asked in node.messages] == [2]

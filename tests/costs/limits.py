@@ -14,15 +14,15 @@ LIMITS: Final[dict[str, float]] = {
     # one expert call of one row of 1,024 numbers, without gradients, over TLS, one at a time, on asyncio's loop
     "client: Python calls per small call": 213,
     "client: C calls per small call": 209,
-    "server: Python calls per small call": 188,
+    "server: Python calls per small call": 185,
     "server: C calls per small call": 193,
     "client: turns of the loop per small call": 3,
     "server: turns of the loop per small call": 5,
     # the same, eight at once
     "client: Python calls per small call of eight at once": 184,
     "client: C calls per small call of eight at once": 188,
-    "server: Python calls per small call of eight at once": 105,
-    "server: C calls per small call of eight at once": 112,
+    "server: Python calls per small call of eight at once": 102,
+    "server: C calls per small call of eight at once": 109,
     # and what travels and stays
     "frames per small call, both ways": 2,
     "bytes per small call, both ways": 8351,

@@ -56,32 +56,31 @@ def perplexity(text: str, steps: int) -> float:
     return float(found[1])
 
 
-async def test_the_language_model_equals_its_local_twin(stem: Stem, tmp_path: Path) -> None:
-    text = await finish(await start(stem, "train_lm.py", "--compare", "--out", tmp_path, *SMALL_LM, "--steps", 12))
-    found = re.search(r"perplexity: local ([\d.]+), remote ([\d.]+), remote / local ([\d.]+)", text)
-    assert found, text
-    local, remote, ratio = map(float, found.groups())
-    assert local < 240  # of 256
-    assert remote == pytest.approx(local, rel=0.05) and ratio == pytest.approx(remote / local, rel=1e-2)
+async def test_several_language_models_are_one(stem: Stem, tmp_path: Path) -> None:
+    small = (*SMALL_LM, "--steps", 60, "--every", 4)
+    first = await start(stem, "train_lm.py", "--out", tmp_path, *small, "--port", 0)
+    assert first.stdout is not None
+    found = re.search(r"--initial-peers (\S+)", (await first.stdout.readline()).decode())
+    assert found
+    second = await start(stem, "train_lm.py", *small, "--initial-peers", found[1])
+    for text in await asyncio.gather(finish(first), finish(second)):
+        reached = re.search(r"perplexity after (\d+) steps: ([\d.]+)", text)
+        assert reached and int(reached[1]) >= 60 and float(reached[2]) < 200, text
 
 
 @pytest.mark.slow
 async def test_the_language_model_goes_on_after_ctrl_c(stem: Stem, tmp_path: Path) -> None:
-    small = (*SMALL_LM, "--steps", 60, "--report-every", 1)
-    local, cut = await asyncio.gather(
-        start(stem, "train_lm.py", "--local", "--out", tmp_path / "local", *small),
-        start(stem, "train_lm.py", "--out", tmp_path / "cut", *small),
-    )
+    small = (*SMALL_LM, "--steps", 60, "--report-every", 1, "--port", 0, "--out", tmp_path)
+    cut = await start(stem, "train_lm.py", *small)
     assert cut.stdout is not None
     while b"step 5:" not in (line := await cut.stdout.readline()):
         assert line
     cut.send_signal(signal.SIGINT)
-    first = await finish(cut)
-    assert "perplexity after" in first and "perplexity after 60 steps" not in first
-    wanted = perplexity(await finish(local), 60)
-    second = await finish(await start(stem, "train_lm.py", "--out", tmp_path / "cut", *small))
-    assert "goes on after step" in second
-    assert perplexity(second, 60) == pytest.approx(wanted, rel=0.05)
+    first = re.search(r"perplexity after (\d+) steps", await finish(cut))
+    assert first and 5 <= int(first[1]) < 60
+    second = await finish(await start(stem, "train_lm.py", *small))
+    assert f"goes on after step {first[1]};" in second
+    assert perplexity(second, 60) < 200
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

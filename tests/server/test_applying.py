@@ -638,6 +638,21 @@ async def test_a_block_that_does_not_fit_is_said_of_each_expert(
     assert [one.version for one in server.experts.values()] == [0, 0, 0]
 
 
+async def test_an_expert_of_another_schema_fails_alone(node: ServingNode) -> None:
+    wide = ExpertBackend(nn.Linear(9, 4), args_schema=(TensorSpec((9,)),))
+    whole = ExpertBackend(nn.Identity(), args_schema=(TensorSpec((8,), torch.int64),))
+    experts = {"ffn.0": make_backend(0), "ffn.1": wide, "ffn.2": make_backend(2), "ffn.3": whole}
+    async with TesseractServer(node, experts, settings=ServerSettings(drain_timeout=0.0)):  # type: ignore[arg-type]
+        wave = Wave()
+        replied = await forward(node, wave)
+        assert isinstance(replied.failures["ffn.1"], SchemaMismatch) and set(replied.versions) == {"ffn.0", "ffn.2"}
+        replied = await backward(node, wave, torch.ones(5, 4))
+        assert isinstance(replied.failures["ffn.1"], SchemaMismatch) and set(replied.versions) == {"ffn.0", "ffn.2"}
+        numbers = Wave(x=torch.ones(5, 8, dtype=torch.int64), pairs={"ffn.3": {0: 1.0}})
+        replied = await forward(node, numbers)
+        assert "whole numbers" in str(replied.failures["ffn.3"])
+
+
 async def test_malformed_messages_are_refused_as_a_whole(node: ServingNode, server: TesseractServer) -> None:
     request, tensors = Wave().request()
     for changes in (
@@ -680,7 +695,11 @@ async def test_the_backwards_of_answered_forwards_are_waited_for(node: ServingNo
         wave = Wave()
         await forward(node, wave)
         draining = asyncio.create_task(server.drain(timeout=30.0))
+        while node.declared:  # noqa: ASYNC110 (they are withdrawn first)
+            await asyncio.sleep(0)
         for uid in UIDS:
+            for _ in range(20):
+                await asyncio.sleep(0)
             assert not draining.done()
             one = Wave(x=wave.x, pairs={uid: wave.pairs[uid]}, ids=wave.ids)
             assert not (await backward(node, one, torch.ones(5, 4))).failures

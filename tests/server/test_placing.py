@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 
 import tesseract_async as ta
@@ -30,3 +31,24 @@ async def test_a_run_shares_itself_out_and_a_killed_server_is_made_up_for() -> N
             await until(lambda: all(sum(one.leads(f"ffn.{n}") for one in rest) == 1 for n in range(4)))
             assert all(one.version(f"ffn.{n}") >= 1 for n in range(4) for one in rest if one.leads(f"ffn.{n}"))
             await until(lambda: all(one.losses >= 2 for one in standings(rest, 4)))
+
+
+@pytest.mark.slow
+async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor() -> None:
+    run = make_run(1, num_replicas=2)
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(member(run, 1, [], room=1))
+        seeds = [first.node.address]
+        holder = await stack.enter_async_context(member(run, 2, seeds, room=0))
+        trainer = await stack.enter_async_context(joined(run, 50, seeds))
+        await until(lambda: first.leads("ffn.0"))
+        for _ in range(3):
+            await ta.backward((await (await trainer.get_expert("ffn.0"))(X)).sum())
+        await until(lambda: "ffn.0" in holder.keeper.tenures.uids() and holder.version("ffn.0") == 3)
+        assert not holder.server.experts and not first.keeper.tenures.tenure("ffn.0").members
+        (standing,) = standings([first, holder], 1)
+        assert (standing.losses, standing.word, standing.holders) == (1, "safe", (holder.node.peer_id,))
+        # who comes next gets the state, be it from the holder alone
+        await first.kill()
+        heir = await stack.enter_async_context(member(run, 3, [holder.node.address], room=1))
+        await until(lambda: heir.leads("ffn.0") and heir.version("ffn.0") == 3)

@@ -22,7 +22,7 @@ from tesseract_async.server import checkpoint
 from tesseract_async.server.checkpoint import check_state, difference, largest_state
 from tesseract_async.server.fetching import MIN_RATE, NUM_RETRIES, fetch_state
 from tesseract_async.server.state_files import SealedFiles
-from tesseract_async.server.state_transfer import KEEP_SECONDS, SealedState, StateSource
+from tesseract_async.server.state_transfer import KEEP_SECONDS, MAX_RATE, MAX_WAITING, SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tests.client.fake_node import until
@@ -153,6 +153,35 @@ async def test_a_copy_that_was_being_made_when_it_was_dropped_is_given_to_nobody
     assert (follower.result(), heir.result()) == (0, 1)
     assert await ask() == 1
     node.source.close()
+
+
+@in_made_up_time
+async def test_whoever_asks_for_much_or_gives_up_takes_little_from_the_others(tmp_path: Path) -> None:
+    node, files = StateNode(), SealedFiles(tmp_path)
+    file = files.keep("ffn.0", [bytes(4 * PIECE_BYTES)])
+    node.source.find_sealed = files.find
+    body = messages.encode(messages.StateRequest("ffn.0", False, 0, file.root, 1))
+
+    def ask(peer: bytes) -> asyncio.Task[Message]:
+        call = IncomingCall(ta.PeerID(peer * 32), messages.STATE, body, (), 0.0, 0)
+        return asyncio.create_task(node.source.answer(node.hosted, call))
+
+    async def seconds() -> float:
+        begin = asyncio.get_running_loop().time()
+        await ask(b"b")
+        return asyncio.get_running_loop().time() - begin
+
+    greedy = [ask(b"a") for _ in range(1000)]
+    assert await seconds() <= (MAX_WAITING + 2) * PIECE_BYTES / MAX_RATE
+    answers = await asyncio.gather(*greedy, return_exceptions=True)
+    assert sum(isinstance(one, Overloaded) for one in answers) == 1000 - MAX_WAITING
+    for _ in range(20):
+        tasks = [ask(b"a") for _ in range(MAX_WAITING)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert await seconds() <= 22 * PIECE_BYTES / MAX_RATE
 
 
 async def test_a_piece_that_a_file_does_not_have(node: StateNode) -> None:
