@@ -350,7 +350,8 @@ def test_the_slurm_script_starts_what_there_is() -> None:
 
 def check_torchrun(words: list[str]) -> Any:
     """Whether torchrun and `tesseract` take these words. Returns torchrun's options."""
-    options = get_args_parser().parse_args(words)
+    options = get_args_parser().parse_args([*words, "--run", "name"])  # which torchrun could take for its own
+    assert options.training_script_args[-2:] == ["--run", "name"]
     assert options.module and options.training_script == "tesseract_async.cli"
     check(["tesseract", *options.training_script_args])
     left = next(one for one in options.training_script_args if one.startswith("--leave-within"))

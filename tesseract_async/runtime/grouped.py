@@ -23,7 +23,7 @@ import enum
 import logging
 import types
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -206,6 +206,17 @@ def _key_of(value: object) -> Hashable:
     return type(value), id(value)
 
 
+def _opaque(value: object) -> Iterator[object]:
+    """Yield the objects in an attribute that are known by their identity only."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, tuple | list | set | frozenset):
+        for item in value:
+            yield from _opaque(item)
+    elif _key_of(value) == (type(value), id(value)):
+        yield value
+
+
 def _sharing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Return, for each tensor, the place of the first one that is the same."""
     seen: dict[int, int] = {}
@@ -216,8 +227,11 @@ class Kind:
     """Experts that differ in numbers only, and how they are computed together."""
 
     def __init__(self, example: ExpertBackend) -> None:
+        attributes = [value for part in example.module.modules() for value in _attributes_of(part)[1]]
+        # objects that are compared by identity are all the same ones here: copies would be others, if they can be made
+        shared = {id(one): one for value in attributes for one in _opaque(value)}
         try:
-            self._skeleton = copy.deepcopy(example.module).to("meta")
+            self._skeleton = copy.deepcopy(example.module, shared).to("meta")
         except Exception as error:  # a module may refuse to be copied
             raise Unfit from error
         self._attributes = [(vars(part), *_attributes_of(part)) for part in self._skeleton.modules()]

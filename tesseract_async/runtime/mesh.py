@@ -316,7 +316,6 @@ class MeshBackend(ExpertBackend):
             self._states.clear()
         self._sums.pop(number, None)
         self._states.pop(number, None)
-        self.link.states.pop(number, None)
 
     def _prepare(self) -> None:
         super().prepare()
@@ -458,6 +457,8 @@ class MeshBackend(ExpertBackend):
 
     def _receive(self, leaf: Any, like: torch.Tensor) -> torch.Tensor:
         """Return this process's part of a tensor that only the leader has, block by block."""
+        if isinstance(like, DTensor) and tuple(leaf.shape) != tuple(like.shape):  # everywhere, before any block
+            raise ValueError(f"it has {tuple(leaf.shape)} for what has the shape {tuple(like.shape)} here")
         offsets, sizes = box_of(like) if isinstance(like, DTensor) else ([0] * len(leaf.shape), list(leaf.shape))
         mine = torch.empty(sizes, dtype=leaf.dtype, device=self._place)
         rows = mine if mine.dim() else mine.view(1)
@@ -595,7 +596,9 @@ def join_job(timeout: float) -> None:
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
-        raise ValueError("--shard is for processes of one job: start them by torchrun -m tesseract_async serve ...")
+        raise ValueError(
+            "--shard is for processes of one job: start them by torchrun -m -- tesseract_async.cli serve ..."
+        )
     from torch._C._distributed_c10d import PrefixStore
 
     store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from tesseract_async.runtime.backend import ExpertBackend
-from tesseract_async.server.footprint import measure, probe, size_text
+from tesseract_async.server.footprint import measure, probe, size_text, template_of
 from tesseract_async.server.state_files import NUM_SEALED
 
 MAX_ROOM: Final = 64
@@ -64,10 +64,9 @@ def measure_capacity(
         free = shutil.disk_usage(tempfile.gettempdir() if folder is None else folder).free
         hold_bytes = min(MAX_HOLD_BYTES, int(DISK_SHARE * free))
     num_held = hold_bytes // (NUM_SEALED * footprint.state)
-    backend.module.to("meta")
     computes = f"computes up to {room} of the run's experts, about {speed:,.0f} rows/s, and " if room else ""
     sentence = f"this computer {computes}holds up to {num_held} on disk ({size_text(hold_bytes)})"
-    return Capacity(room, room + num_held, speed, sentence), backend
+    return Capacity(room, room + num_held, speed, sentence), template_of(backend)
 
 
 def speed_of(backend: ExpertBackend, device: str) -> float:

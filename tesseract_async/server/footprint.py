@@ -170,6 +170,15 @@ def _parts_of(module: nn.Module) -> list[nn.Module]:
     return inner or [module]
 
 
+def template_of(backend: ExpertBackend) -> ExpertBackend:
+    """Return an expert without its weights, of which shapes and sizes count: this one, or like one that is spread."""
+    if backend.rebuild is None:
+        backend.module.to("meta")
+        return backend
+    with torch.device("meta"):
+        return _on_meta(backend, backend.rebuild())
+
+
 def _on_meta(backend: ExpertBackend, module: nn.Module | None = None) -> ExpertBackend:
     module = copy.deepcopy(backend.module).to("meta") if module is None else module
     parameters = [one for one in module.parameters() if one.requires_grad] if backend.parameters else []

@@ -392,6 +392,26 @@ def test_experts_that_differ_in_more_than_numbers_are_of_other_kinds() -> None:
     assert group_of(executor, frozen) is None
 
 
+def test_objects_that_modules_hold_are_shared_and_not_copied() -> None:
+    class Settings:
+        def __deepcopy__(self, memo: object) -> object:
+            raise AssertionError("it was copied")
+
+    def holding(settings: object) -> Callable[[], nn.Module]:
+        def make() -> nn.Module:
+            module = FeedForward()
+            module.settings = settings  # type: ignore[assignment]
+            return module
+
+        return make
+
+    executor, settings = Executor(), Settings()
+    for same in (settings, [settings], {"all": (settings,)}):
+        assert group_of(executor, backends(2, holding(same))) is not None
+    others = [*backends(1, holding(settings)), *backends(1, holding(Settings()))]
+    assert group_of(executor, others) is None
+
+
 def test_a_hook_or_another_attribute_takes_an_expert_out_of_its_kind_at_once() -> None:
     for change in (
         lambda module: module.up.register_forward_hook(lambda part, args, y: y * 2),
