@@ -24,7 +24,7 @@ from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.membership import Leave
-from tesseract_async.experts.merkle import possession
+from tesseract_async.experts.merkle import leaves_of, possession, root_from
 from tesseract_async.experts.placement import Place
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import (
@@ -45,7 +45,7 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import encode, largest_state
 from tesseract_async.server.fetching import SealFetcher
-from tesseract_async.server.fragments import FragmentBackend
+from tesseract_async.server.fragments import FragmentBackend, replay
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
@@ -503,6 +503,8 @@ class Tenures:
         backend = self.template if expert.hosted is None else expert.hosted.backend
         if backend is None:
             return False
+        if not command.check and not command.aside and await self._replay(expert, seal):
+            return True
         sources = [address for peer in command.sources if (address := self._addresses.get(peer)) is not None]
         file = await self._fetcher.fetch(uid, seal, sources, max_bytes=largest_state(backend))
         if command.check:
@@ -517,6 +519,28 @@ class Tenures:
             await aside(partial(self.files.put_aside, uid, seal.root))
         await aside(partial(self.files.take_in, uid, file))
         self._node.metrics.count("states_pulled")
+        return True
+
+    async def _replay(self, expert: _Expert, seal: Seal) -> bool:
+        """Come to the sealed state of a fragment by its primary's updates: a thousandth of the bytes."""
+        uid, hosted, aside = expert.uid, expert.hosted, self._server.call_aside
+        primary = self._addresses.get(seal.primary)
+        if hosted is None or not isinstance(hosted.backend, FragmentBackend) or primary is None:
+            return False
+        if expert.tenure.state is not State.FOLLOWING:
+            return False
+        try:
+            if not await replay(self._node, hosted, primary, up_to=seal.version, timeout=self._call_timeout):
+                return False
+        except (TesseractError, TimeoutError) as error:
+            logger.info("%s could not be followed by its updates: %s", uid, describe(error))
+            return False
+        file = encode(await hosted.snapshot())
+        if await aside(lambda: root_from(leaves_of(file), file.size)) != seal.root:
+            return False
+        await aside(lambda: self.files.keep(uid, file))
+        hosted.shared_version, expert.progress = hosted.version, hosted.backend.progress
+        self._node.metrics.count("fragments_replayed")
         return True
 
     async def _take(self, hosted: HostedState, authority: Authority, state: StateDict, *, aside: bool) -> None:

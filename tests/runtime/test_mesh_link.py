@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,5 +49,23 @@ def test_a_process_that_reads_nothing_is_noticed() -> None:
     with pytest.raises(Overloaded, match="comes back from its last checkpoint"):
         leader.command(leader.add(told), "work", ["x" * (32 << 20)])  # more than what is sent and not read may be
     assert time.monotonic() - started < 5.0
+    leader._close()
+    follower._close()
+
+
+def test_a_follower_obeys_nobody_who_has_not_read_the_token() -> None:
+    store = HashStore()
+    with socket.create_server(("127.0.0.1", 0)) as impostor, ThreadPoolExecutor(1) as pool:
+        # where a leader listened that is gone
+        store.set("tesseract/mesh", f"127.0.0.1 {impostor.getsockname()[1]} {'0' * 64}")
+        joined = pool.submit(MeshLink, store, 1, 2, timeout=10.0)
+        with impostor.accept()[0] as one:
+            one.sendall(bytes(16 + 32))  # a nonce, and what should be a proof
+            one.settimeout(3.0)
+            while one.recv(4096):  # the follower hangs up at once
+                pass
+        leader = MeshLink(store, 0, 2)
+        follower = joined.result()
+    assert follower.token == leader.token != "0" * 64
     leader._close()
     follower._close()
