@@ -77,8 +77,8 @@ async def test_two_trainers_end_with_one_model() -> None:
     async with sharing(one) as (seed, first), sharing(other, seed.address) as (_, second):
         assert same(one, other)
         await asyncio.gather(steps(first, 8, 1), steps(second, 8, 2))
-        await asyncio.gather(first.flush(), second.flush())
-        await first.flush()
+        for _ in range(2):  # the second time with what the other one sent last
+            await asyncio.gather(first.flush(), second.flush())
         assert same(first.merged(), second.merged())
         assert first.steps == second.steps == 16
         async with sharing(make_model(3), seed.address, host=False) as (_, third):  # a newcomer takes what is there
@@ -254,6 +254,7 @@ class Odd(nn.Module):
         self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
 
 
+@pytest.mark.slow
 async def test_odd_parameters_are_shared_each_in_its_way() -> None:
     torch.manual_seed(3)
     one, other = Odd(), Odd()
@@ -270,8 +271,8 @@ async def test_odd_parameters_are_shared_each_in_its_way() -> None:
         await second.step()
         await second.step()  # it has more steps
         await first.step()
-        await asyncio.gather(first.flush(), second.flush())
-        await first.flush()
+        for _ in range(2):  # the second time with what the other one sent last
+            await asyncio.gather(first.flush(), second.flush())
         merged = first.merged()
         assert isinstance(merged, Odd) and same(merged, second.merged())
         assert merged.low.weight.dtype == torch.bfloat16
@@ -310,8 +311,8 @@ async def test_in_a_run_the_role_decides_who_shares_and_who_hosts() -> None:
             async with SharedParameters(node, make_model(2), run=run, every=2) as second:
                 assert same(first.model, second.model)
                 await asyncio.gather(steps(first, 4, 1), steps(second, 4, 2))
-                await asyncio.gather(first.flush(), second.flush())
-                await first.flush()
+                for _ in range(2):
+                    await asyncio.gather(first.flush(), second.flush())
                 assert same(first.merged(), second.merged()) and first.steps == 8
                 async with SharedParameters(no, make_model(3), run=run, every=2) as third:
                     await steps(third, 2, 3)
@@ -321,3 +322,31 @@ async def test_in_a_run_the_role_decides_who_shares_and_who_hosts() -> None:
                     for part in third._parts:
                         part.steps_then = third._own_steps
             assert first._parts[0].steps == 8
+
+
+@pytest.mark.slow
+async def test_in_a_run_a_follower_takes_over_and_no_push_counts_twice() -> None:
+    manifest = RunManifest("shared", "ffn", (1,), "ffn", created=int(time.time() * 1000), lease=2.0)
+    run = sign_run(OWNER, manifest)
+    async with contextlib.AsyncExitStack() as stack:
+        bootstrap = await stack.enter_async_context(ta.TesseractNode())
+        dying = contextlib.AsyncExitStack()
+        trainers = []
+        for number in (1, 2, 3):
+            entered = dying if number == 1 else stack
+            node = await entered.enter_async_context(member(number, run, ("host", "share"), bootstrap.address))
+            shared = SharedParameters(node, make_model(number), run=run, every=2, host=True)
+            trainers.append(await entered.enter_async_context(shared))
+        await asyncio.gather(*(steps(one, 4, seed) for seed, one in enumerate(trainers)))
+        await asyncio.gather(*(one.flush() for one in trainers))
+        await asyncio.sleep(2.0)  # followers have the Seals' files
+        first, *others = trainers
+        assert sum(one._node.metrics.total("fragments_replayed") for one in trainers) > 0
+        first._node.network.mute()
+        await first._node.endpoint.aclose()  # as by SIGKILL: nothing is said
+        await asyncio.gather(*(steps(one, 4, 10 + seed) for seed, one in enumerate(others)))
+        for _ in range(2):  # the second time with what the other one sent last
+            await asyncio.gather(*(one.flush() for one in others))
+        assert same(others[0].merged(), others[1].merged())
+        assert others[0].steps == 20
+        await dying.__aexit__(ConnectionError, ConnectionError(), None)

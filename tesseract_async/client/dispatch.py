@@ -24,7 +24,7 @@ import torch
 from tesseract_async.client.latency import ABANDON_SECONDS, BLOCK_SECONDS
 from tesseract_async.client.routing import Candidates, Indices, group, within_capacity
 from tesseract_async.client.settings import MixtureSettings
-from tesseract_async.errors import NotEnoughExperts, Overloaded
+from tesseract_async.errors import NotEnoughExperts, Overloaded, describe
 
 Direction = Literal["forward", "backward"]
 
@@ -53,6 +53,8 @@ class ExpertCall:
     """It takes longer than is usual: its rows are sent elsewhere, and only those wait for it that must."""
     seconds: float = 0.0
     """Seconds until it was answered or given up."""
+    error: BaseException | None = None
+    """The first one that a replica answered, or that kept it from being asked; set by the sender."""
 
 
 class CallsUnderWay:
@@ -197,7 +199,8 @@ class CallsUnderWay:
                 continue
             call.seconds = now - call.sent
             self.given_up.append(call)
-            self.errors.setdefault(call.uid, TimeoutError(f"{call.uid} sent no {_SENT[self.direction]} in time"))
+            why = "" if call.error is None else f" after {describe(call.error)}"
+            self.errors.setdefault(call.uid, TimeoutError(f"{call.uid} sent no {_SENT[self.direction]} in time{why}"))
             if call.is_slow:
                 self.left_out.setdefault(call.uid, self.errors[call.uid])
 

@@ -121,6 +121,9 @@ class ExpertPool(nn.Module):
         return deliver(self._node, isolated(self._call(arguments, values, pairs), modes=NO_GRAD))
 
     def _check(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        for name, given in (("x", x), ("index", index), ("weights", weights)):
+            if not isinstance(given, torch.Tensor):
+                raise TypeError(f"{name} is a tensor, not a {type(given).__name__}")
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise TypeError(f"an index of experts holds whole numbers, not {index.dtype}")
         if not weights.is_floating_point():
@@ -130,8 +133,8 @@ class ExpertPool(nn.Module):
             raise ValueError(f"x, index and weights are [rows, ...], [rows, k] and [rows, k]; got {shapes}")
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.num_experts):
             raise ValueError(f"the experts of {self.uid_prefix} have the numbers 0 to {self.num_experts - 1}")
-        if not bool(torch.isfinite(weights).all()):
-            raise ValueError("weights are finite numbers")
+        if not bool(torch.isfinite(weights.detach().float().abs().sum(1)).all()):
+            raise ValueError("weights are finite numbers, and so is their sum in float32")
 
     @staticmethod
     def _pairs(index_RK: Indices) -> list[tuple[int, Indices]]:

@@ -91,8 +91,6 @@ class _Search:
     """Those to ask next."""
     requests: list[Request] = field(default_factory=list)
     """Those in which it is open."""
-    error: BaseException | None = None
-    """The first one."""
     strange: list[tuple[ExpertReplica, SchemaMismatch]] = field(default_factory=list)
     """Replicas that take something else."""
     num_lookups: int = 0
@@ -219,7 +217,7 @@ class Grouping:
         try:
             search.known = self._rank(call, found, now)
         except TesseractError as error:
-            search.known, search.error = (), search.error or error
+            search.known, call.error = (), call.error or error
         strange = [replica.peer for replica, _ in search.strange]
         search.left = [replica for replica in search.known if replica.peer not in strange]
         if not self._takes_any:
@@ -269,7 +267,7 @@ class Grouping:
         """A replica did not answer."""
         search = self._searches[call]
         search.requests.remove(request)
-        search.error = search.error or error
+        call.error = call.error or error
         self._due[call] = None
         if isinstance(error, SchemaMismatch):
             search.strange.append((replica, error))
@@ -290,7 +288,7 @@ class Grouping:
 
     def _fail(self, call: ExpertCall, search: _Search, now: float) -> None:
         self._give_up(call, search)
-        self.calls.failed(call, now, search.error or ExpertNotFound(f"no live server hosts the expert {call.uid}"))
+        self.calls.failed(call, now, call.error or ExpertNotFound(f"no live server hosts the expert {call.uid}"))
 
     def _give_up(self, call: ExpertCall, search: _Search) -> None:
         """It is over for this call, wherever else it is open."""

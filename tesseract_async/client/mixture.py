@@ -33,6 +33,7 @@ from tesseract_async.errors import InputsForgotten, TesseractError, TooStale, de
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.encoding import pack
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest
+from tesseract_async.wire.codecs import Codecs
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec, flatten
 
@@ -40,6 +41,8 @@ Values = npt.NDArray[np.floating[Any]]
 
 _MAX_GAP: Final = 30.0
 """Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
+_MAX_GAP_HALF: Final = 10.0
+"""The same for sums in fp16, whose smallest number is 6e-8: what is less adds no more than is rounded off."""
 
 
 @dataclass(slots=True, eq=False)
@@ -182,7 +185,7 @@ class _ForwardPass(Pass):
             block.scales_R = np.full(len(block.rows), -np.inf, dtype=values_P.dtype)
             np.maximum.at(block.scales_R, block.numbers_P, values_P)
             gaps_P = values_P - block.scales_R[block.numbers_P]
-            block.weights_P = np.exp(np.maximum(gaps_P, -_MAX_GAP)).astype(np.float32)
+            block.weights_P = np.exp(np.maximum(gaps_P, -_max_gap(self.codecs))).astype(np.float32)
         elif self._audited.get(block.calls[0]):  # it is alone, and its answer is needed as it is
             block.weights_P, block.scales_R = np.ones(len(values_P), dtype=np.float32), values_P
         else:
@@ -308,6 +311,11 @@ class _BackwardPass(Pass):
         self._matrix: Values = np.nan_to_num(inputs[-1].numpy(), posinf=1e30, neginf=-1e30)
         self._gradients, of_weights = gradients[:-1], gradients[-1]
         self._of_weights_R: Values = np.zeros(len(self._matrix)) if of_weights is None else of_weights.numpy()
+        if call.is_normalized:
+            # weights travel as shares of what answered, gradients as those of the average: a row whose best experts
+            # all failed has tiny weights and huge gradients, which a codec or float32 may not hold
+            self._of_weights_R = self._of_weights_R * call.weights_R
+            self._gradients = [None if x is None else x * _factor(call.weights_R, x) for x in self._gradients]
         self._forward_calls = dispatch.forward_calls
         self.reply_specs = [
             TensorSpec(spec.shape, _sum_dtype(spec.dtype)) if _is_differentiable(spec.dtype) else None
@@ -344,7 +352,11 @@ class _BackwardPass(Pass):
             block.rows, block.numbers_P = kept.rows, np.searchsorted(kept.rows, block.rows_P)
         weights_P = self._call.values(self._matrix, block.rows_P, block.experts_P())
         if self._call.is_normalized:
-            weights_P = np.exp(np.maximum(weights_P - self._call.top_R[block.rows_P], -2 * _MAX_GAP))
+            scales_P = np.concatenate([self._scales(call) for call in block.calls])
+            gaps_P = (
+                np.maximum(weights_P - scales_P, -_max_gap(self.codecs)) + scales_P - self._call.top_R[block.rows_P]
+            )
+            weights_P = np.exp(gaps_P) / self._call.weights_R[block.rows_P]
         block.weights_P = weights_P.astype(np.float32)
         inputs = [] if kept is not None else _rows_of(self._inputs, block.rows)
         rows = torch.from_numpy(block.rows)
@@ -375,6 +387,12 @@ class _BackwardPass(Pass):
             kept=None if kept is None else kept.kept,
         )
         return block, asked, buffers
+
+    def _scales(self, call: ExpertCall) -> Values:
+        """What the weights of the forward's message were relative to, for each row of the call."""
+        block = self._call.answers[self._forward_calls[call]].block
+        assert block.scales_R is not None
+        return block.scales_R[np.searchsorted(block.rows, call.rows)]
 
     def failed(self, call: ExpertCall, replica: ExpertReplica, error: BaseException) -> None:
         """See `Pass.failed`."""
@@ -409,8 +427,7 @@ class _BackwardPass(Pass):
         sums = self._totals
         if self._call.settings.rescale_backward:
             # a row that lost nearly all of its weight is not blown up to noise
-            share_R = self._arrived_R / np.maximum(self._call.weights_R, 1e-30)
-            scale_R = 1 / np.maximum(share_R, 0.05)
+            scale_R = 1 / np.maximum(self._arrived_R, 0.05)
             sums = [None if total is None else total * _factor(scale_R, total) for total in sums]
         found = [None if total is None else total.to(x.dtype) for total, x in zip(sums, self._inputs, strict=True)]
         return [*found, self._of_values]
@@ -422,6 +439,10 @@ def _rows_of(tensors: Sequence[torch.Tensor], rows: Indices) -> list[torch.Tenso
         return list(tensors)
     at = torch.from_numpy(rows)
     return [tensor.index_select(0, at) for tensor in tensors]
+
+
+def _max_gap(codecs: Codecs) -> float:
+    return _MAX_GAP_HALF if codecs.outputs == "fp16" else _MAX_GAP
 
 
 def _is_differentiable(dtype: torch.dtype) -> bool:

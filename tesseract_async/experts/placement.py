@@ -215,7 +215,7 @@ class Step(NamedTuple):
     peer: PeerID | None = None
 
 
-@lru_cache(maxsize=1 << 20)
+@lru_cache(maxsize=1 << 17)
 def score(peer: PeerID, uid: str) -> bytes:
     """Return the place of a member in the order in which it takes this expert: lower comes first."""
     return hashlib.sha256(uid.encode() + b"/" + peer).digest()[:8]

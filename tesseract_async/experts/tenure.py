@@ -584,6 +584,10 @@ class Tenure:
             member = State.FOLLOWING if self.me in seal.members else State.HOLDING
             self.state = member if in_line else State.ASIDE
         is_newer = held is None or not in_line or held.age < seal.age
+        if held is not None and in_line and is_newer and not self._has_own_steps and held.root == seal.root:
+            self._member.held = seal  # the file is here: only the members are others
+            self._persist()
+            return
         if self.state is State.ASIDE or is_newer:
             self._fetch(best, seal if held is None or is_newer else held, check=False)
 

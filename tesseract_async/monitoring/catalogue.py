@@ -52,6 +52,10 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "checkpoints_failed": ("rounds", "Times that writing the checkpoints failed."),
     "manifest_holders": ("nodes", "Nodes that held this server's manifest when it was last published."),
     "manifest_stores_failed": ("stores", "Attempts to publish this server's manifest that no node accepted."),
+    "fragments_replayed": (
+        "fragments",
+        "Times that a fragment followed its primary by updates alone.",
+    ),
     "states_pulled": ("states", "States of experts fetched from their primaries."),
     "experts_taken_over": ("experts", "Experts of which this server became the primary."),
     "run_experts_led": ("experts", "Experts of a run that this member leads."),

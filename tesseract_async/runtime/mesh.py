@@ -316,7 +316,6 @@ class MeshBackend(ExpertBackend):
             self._states.clear()
         self._sums.pop(number, None)
         self._states.pop(number, None)
-        self.link.states.pop(number, None)
 
     def _prepare(self) -> None:
         super().prepare()
@@ -458,6 +457,8 @@ class MeshBackend(ExpertBackend):
 
     def _receive(self, leaf: Any, like: torch.Tensor) -> torch.Tensor:
         """Return this process's part of a tensor that only the leader has, block by block."""
+        if isinstance(like, DTensor) and tuple(leaf.shape) != tuple(like.shape):  # everywhere, before any block
+            raise ValueError(f"it has {tuple(leaf.shape)} for what has the shape {tuple(like.shape)} here")
         offsets, sizes = box_of(like) if isinstance(like, DTensor) else ([0] * len(leaf.shape), list(leaf.shape))
         mine = torch.empty(sizes, dtype=leaf.dtype, device=self._place)
         rows = mine if mine.dim() else mine.view(1)

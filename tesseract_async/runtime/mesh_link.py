@@ -31,6 +31,7 @@ import struct
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -113,7 +114,7 @@ class MeshLink:
         self.retry_after = 5.0
         """Seconds after which callers of a lost mesh are told to ask again."""
         self._sockets: dict[tuple[int, int], socket.socket] = {}  # by channel and rank; a follower's are of rank 0
-        self._forgotten: list[tuple[int, int]] = []
+        self._forgotten: deque[tuple[int, int]] = deque()  # filled from any thread
         self._commanding = threading.Lock()
         self._reading = [threading.Lock() for _ in range(size)]
         self._noticed: Callable[[], None] = lambda: None
@@ -266,7 +267,7 @@ class MeshLink:
         """
         with self._commanding:
             self.check()
-            forgotten, self._forgotten = self._forgotten, []
+            forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
             frame = _frame([number, name, args, forgotten])
             follower = self._followers[number]()
             assert follower is not None
@@ -274,7 +275,9 @@ class MeshLink:
             result = None
             try:
                 for rank in range(1, self.size):
-                    self._sockets[_COMMANDS, rank].sendall(frame)
+                    one = self._sockets[_COMMANDS, rank]
+                    one.settimeout(self.timeout)  # one that is stopped reads nothing
+                    one.sendall(frame)
                 self._forget(forgotten)
                 result = follower.carry_out(name, args)
             except BaseException as error:  # a module may raise anything
@@ -444,6 +447,7 @@ class MeshLink:
 
     def _forget(self, forgotten: Sequence[Sequence[int]]) -> None:
         for index, number in forgotten:
+            self.states.pop(number, None)  # which may outlive its expert
             if (follower := self._followers[index]()) is not None:
                 follower.carry_out("forget", [number])
             if not number:

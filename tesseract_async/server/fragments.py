@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
@@ -25,9 +25,13 @@ from tesseract_async.server.hosted import HostedState
 from tesseract_async.sharing.fragment import KEPT_UPDATES, ROOT_BYTES, Fragment, Update
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.sharing.rounds import Push, Rounds, judge
+from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.compression import encoded_bytes
 from tesseract_async.wire.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
 
 MAX_STEPS: Final = 1024
 """Optimizer steps that a push counts as, at most."""
@@ -131,6 +135,8 @@ class FragmentBackend(ExpertBackend):
         self.manifest, self.number, self.fragment, self.steps = manifest, number, fragment, steps
         self._tensors = _Tensors(manifest, number, fragment, steps)
         super().__init__(self._tensors, args_schema=(TensorSpec((1,)),), max_batch_size=2)
+        self.recent: dict[int, tuple[int, bytes]] = {}
+        """By version: `steps` then, and the journal's keys of the pushes that led there, as other hosts must know."""
         self._take(fragment, steps)
 
     def _take(self, fragment: Fragment, steps: int) -> None:
@@ -150,9 +156,21 @@ class FragmentBackend(ExpertBackend):
 
     def close_round(self, rounds: Rounds, pushes: Sequence[Push]) -> None:
         """Take a step on what these pushes come to, and journal them."""
-        fragment, tensors = self.fragment, self._tensors
+        fragment = self.fragment
         update = fragment.step(rounds.merge(pushes, fragment.cut, fragment.outer))
-        self.steps += sum(min(max(1, push.steps), MAX_STEPS) for push in pushes)
+        steps = self.steps + sum(min(max(1, push.steps), MAX_STEPS) for push in pushes)
+        self._stepped(update, steps, b"".join(journal_key(push.peer, push.call_id) for push in pushes))
+
+    def replay(self, updates: Sequence[Update], journal: Sequence[tuple[int, bytes]]) -> None:
+        """Take steps that the primary took, with `recent` of each. Raises: ProtocolError; the rest is not taken."""
+        for update, (steps, keys) in zip(updates, journal, strict=True):
+            if update.version > self.version:
+                self.fragment.replay([update])
+                self._stepped(update, steps, keys)
+
+    def _stepped(self, update: Update, steps: int, keys: bytes) -> None:
+        fragment, tensors = self.fragment, self._tensors
+        self.steps = steps
         tensors.anchor = fragment.anchor
         if fragment.has_momentum:
             assert fragment.momentum is not None
@@ -160,8 +178,10 @@ class FragmentBackend(ExpertBackend):
         tensors.put(update)
         tensors.counts = torch.tensor([self.steps, len(fragment.updates)])
         self.version = fragment.version
-        for push in pushes:
-            self.applied[journal_key(push.peer, push.call_id)] = self.version
+        self.recent[self.version] = steps, keys
+        self.recent.pop(self.version - KEPT_UPDATES, None)
+        for at in range(0, len(keys), 16):
+            self.applied[keys[at : at + 16]] = self.version
         while self.applied and next(iter(self.applied.values())) <= self.version - JOURNALED_VERSIONS:
             self.applied.popitem(last=False)
 
@@ -188,8 +208,9 @@ class FragmentCalls:
         """Answer with the updates since a base. Raises only RemoteErrors."""
         with self._calls.answering(call):
             request = messages.decode(messages.PullRequest, call.body)
-            await self._calls.check_leads(hosted)
-            return _updates(hosted, request, counted=False)
+            if not request.journal:  # hosts ask one that hands the fragment over, too, and check where updates lead
+                await self._calls.check_leads(hosted)
+            return _updates(hosted, request, counted=False, journal=request.journal)
 
     async def push(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Count a push, once, and answer when its round has closed. Raises only RemoteErrors."""
@@ -281,14 +302,58 @@ def _backend(hosted: HostedState) -> FragmentBackend:
     return hosted.backend
 
 
-def _updates(hosted: HostedState, base: messages.PushRequest | messages.PullRequest, *, counted: bool) -> Message:
+def _updates(
+    hosted: HostedState,
+    base: messages.PushRequest | messages.PullRequest,
+    *,
+    counted: bool,
+    journal: bool = False,
+) -> Message:
     backend = _backend(hosted)
     updates = backend.fragment.since(base.version, base.root)
+    rows = [backend.recent.get(one.version) for one in updates or ()] if journal else []
+    if None in rows:  # taken before this server had the fragment
+        updates, rows = None, []
     version = backend.version if not updates else updates[-1].version
     reply = messages.UpdatesReply(
-        counted, updates is not None, hosted.epoch, version, backend.steps, [one.root for one in updates or ()]
+        counted,
+        updates is not None,
+        hosted.epoch,
+        version,
+        backend.steps,
+        [one.root for one in updates or ()],
+        [list(row) for row in rows if row is not None],
     )
     return Message(messages.encode(reply), tuple(memoryview(one.data) for one in updates or ()))
+
+
+async def replay(node: TesseractNode, hosted: HostedState, primary: PeerAddress, *, up_to: int, timeout: float) -> bool:
+    """Follow a fragment's primary by its updates, up to this version. False if the state must be fetched whole.
+
+    Raises: ProtocolError for updates that lie; what the call raises.
+    """
+    backend = _backend(hosted)
+    base = backend.fragment
+    request = messages.PullRequest(hosted.uid, base.version, base.root, True)
+    message = await node.call_expert(primary, messages.PULL, messages.encode(request), timeout=timeout, idempotent=True)
+    reply = messages.decode(messages.UpdatesReply, message.body)
+    if not reply.known:
+        return False
+    updates = read_updates(request.version, reply, message.buffers)
+    journal = [_journal_row(row) for row in reply.journal]
+    if len(journal) != len(updates):
+        raise ProtocolError("updates without their journal")
+    num = sum(one.version <= up_to for one in updates)
+    await hosted.runtime.call(partial(backend.replay, updates[:num], journal[:num]))
+    return backend.version == up_to
+
+
+def _journal_row(row: object) -> tuple[int, bytes]:
+    if type(row) is not list or len(row) != 2 or type(row[0]) is not int or not 0 <= row[0] < 2**62:
+        raise ProtocolError("a malformed journal of a fragment")
+    if type(row[1]) is not bytes or len(row[1]) % 16:
+        raise ProtocolError("a malformed journal of a fragment")
+    return row[0], row[1]
 
 
 def read_updates(base: int, reply: messages.UpdatesReply, buffers: Sequence[memoryview]) -> list[Update]:

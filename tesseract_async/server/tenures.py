@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -24,7 +25,8 @@ from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.membership import Leave
-from tesseract_async.experts.merkle import possession
+from tesseract_async.experts.merkle import leaves_of, possession, root_from
+from tesseract_async.experts.place_directory import MAX_MEMBERS
 from tesseract_async.experts.placement import Place
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import (
@@ -45,7 +47,7 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import encode, largest_state
 from tesseract_async.server.fetching import SealFetcher
-from tesseract_async.server.fragments import FragmentBackend
+from tesseract_async.server.fragments import FragmentBackend, replay
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
@@ -65,6 +67,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_ADDRESSES: Final = 2 * MAX_MEMBERS
+"""Members whose addresses are remembered."""
+MAX_ASKED: Final = 3
+"""Members of whom a newer state is asked for at a time."""
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
@@ -84,6 +90,8 @@ class _Expert:
     authority: Authority
     tenure: Tenure
     carrying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    installing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held from where a state is chosen to where the machine knows that it is here. Taken before `carrying`."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set after every command; those who wait for something look again, and clear it."""
     progress: tuple[int, int] | None = None
@@ -219,21 +227,17 @@ class Tenures:
         Raises: CheckpointError, ProtocolError if the file does not fit it; OSError; ValueError.
         """
         expert = self._experts[uid]
-        state = None
-        while (held := expert.tenure.held) is not None:
-            file = self.files.find(uid, held.root)
-            if file is None:
-                raise CheckpointError(f"the sealed file of {uid} is gone")
-            state = await self._server.call_aside(partial(_check_file, uid, backend, file))
-            if expert.tenure.held is held:  # no newer one came meanwhile
-                break
-        self._node.unhost_expert(uid)
-        try:
-            expert.hosted = await self._server.add(uid, backend, state)
-        except BaseException:
-            self._answer_as_file(uid)
-            raise
-        expert.progress = None if state is None else backend.progress
+        async with expert.installing:  # a newer one that has come meanwhile waits, and is taken by the expert
+            state = None
+            if (held := expert.tenure.held) is not None:
+                file = self.files.find(uid, held.root)
+                if file is None:
+                    raise CheckpointError(f"the sealed file of {uid} is gone")
+                state = await self._server.call_aside(partial(_check_file, uid, backend, file))
+            # until then the file answers: a primary that says nothing is taken for dead
+            leave = partial(self._node.unhost_expert, uid)
+            expert.hosted = await self._server.add(uid, backend, state, ready=leave)
+            expert.progress = None if state is None else backend.progress
         expert.hosted.epoch = expert.tenure.epoch
         await self._server.set_primary(uid, expert.tenure.state is State.PRIMARY, announce=False)
         self._wants_announcement.set()
@@ -241,11 +245,12 @@ class Tenures:
     async def rest(self, uid: str) -> None:
         """Keep an expert, of which this server is not the primary, as a file alone. Raises: CheckpointError."""
         expert = self._experts[uid]
-        if expert.hosted is not None and expert.tenure.state in (State.FOLLOWING, State.HOLDING):
-            await self._server.remove(uid)
-            expert.hosted, expert.progress = None, None
-            self._answer_as_file(uid)
-            self._wants_announcement.set()
+        async with expert.installing:
+            if expert.hosted is not None and expert.tenure.state in (State.FOLLOWING, State.HOLDING):
+                await self._server.remove(uid)
+                expert.hosted, expert.progress = None, None
+                self._answer_as_file(uid)
+                self._wants_announcement.set()
 
     async def drop(self, uid: str, *, even_primary: bool = False) -> None:
         """Give an expert up, and its file, unless this server is its primary.
@@ -254,7 +259,7 @@ class Tenures:
         """
         expert = self._experts[uid]
         await self.rest(uid)
-        async with expert.carrying:
+        async with expert.installing, expert.carrying:
             if expert.hosted is None and (even_primary or expert.tenure.state is not State.PRIMARY):
                 del self._experts[uid], self._authorities[uid]
                 self._node.unhost_expert(uid)
@@ -271,8 +276,9 @@ class Tenures:
         return list(self._experts)
 
     def knows(self, addresses: Mapping[PeerID, PeerAddress]) -> None:
-        """Take where members can be dialed."""
-        self._addresses |= addresses
+        """Take where members can be dialed. Of those that come and go, the last are remembered."""
+        known = {peer: one for peer, one in self._addresses.items() if peer not in addresses} | dict(addresses)
+        self._addresses = dict(itertools.islice(known.items(), max(0, len(known) - MAX_ADDRESSES), None))
 
     async def aclose(self) -> None:
         """Stop. Nothing is answered or trained any more."""
@@ -397,16 +403,19 @@ class Tenures:
         """Ask those that say they have a newer state than this server for its Seal: its signer may be gone, the network
         hears of few Seals, and the file of one that lies there may be nowhere any more."""
         for uid, expert in self._experts.items():
-            tenure = expert.tenure
-            held = tenure.held
-            if tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING):
+            held, best = expert.tenure.held, expert.tenure.lineage.best
+            if expert.tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING):
                 continue
-            ages = [(part.age, peer) for peer, one in places.items() if (part := one.parts.get(uid)) and part.has_file]
-            age, peer = max(ages, default=((0, 0), None))
-            if peer is not None and (held is None or age > held.age) and peer != self._node.peer_id:
-                best = tenure.lineage.best
-                records = (b"" if best is None else best.blob), (b"" if held is None else held.blob)
-                self._spawn(self._send(expert, peer, Question("probe", tenure.epoch, self._boot, *records)))
+            age, blob = ((0, 0), b"") if held is None else (held.age, held.blob)
+            newer = [
+                peer
+                for peer, one in places.items()
+                if (part := one.parts.get(uid)) and part.has_file and part.age > age and peer != self._node.peer_id
+            ]
+            question = Question("probe", expert.tenure.epoch, self._boot, b"" if best is None else best.blob, blob)
+            # any, not the newest: who only says so must not keep it from the others
+            for peer in self._random.sample(newer, min(MAX_ASKED, len(newer))):
+                self._spawn(self._send(expert, peer, question))
 
     async def _see_term_of(self, expert: _Expert, heir: PeerID) -> None:
         """Ask for the successor's Term, so that this server names it to trainers."""
@@ -485,30 +494,39 @@ class Tenures:
             return None
 
     async def _fetch(self, expert: _Expert, command: Fetch) -> None:
-        found = False
-        try:
-            found = await self._pull(expert, command)
-        except (TesseractError, TimeoutError, OSError) as error:
-            logger.info("the state of %s could not be fetched: %s", expert.uid, describe(error))
-        expert.tenure.fetched(command, found, *self._now())
-        await self._carry_out(expert)
+        found, uid = False, expert.uid
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                found = await self._pull(expert, command, stack)
+            except (TesseractError, TimeoutError, OSError) as error:
+                logger.info("the state of %s could not be fetched: %s", uid, describe(error))
+            expert.tenure.fetched(command, found, *self._now())
+        if self._experts.get(uid) is expert:
+            await self._carry_out(expert)
+        else:  # it was given up meanwhile
+            await self._server.call_aside(partial(self.files.forget_parts, uid))
 
-    async def _pull(self, expert: _Expert, command: Fetch) -> bool:
+    async def _pull(self, expert: _Expert, command: Fetch, stack: contextlib.AsyncExitStack) -> bool:
         """Take the sealed state, from this server's own files or from others. False if it is not wanted any more.
 
+        `stack` holds `installing` afterwards.
         Raises: as `SealFetcher.fetch` and `check_fitting`; then nothing has changed.
         """
         uid, seal, aside = expert.uid, command.seal, self._server.call_aside
         backend = self.template if expert.hosted is None else expert.hosted.backend
         if backend is None:
             return False
+        if not command.check and not command.aside and await self._replay(expert, seal):
+            return True
         sources = [address for peer in command.sources if (address := self._addresses.get(peer)) is not None]
         file = await self._fetcher.fetch(uid, seal, sources, max_bytes=largest_state(backend))
         if command.check:
             return True
         state = await aside(partial(_check_file, uid, backend, file))
-        if expert.tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE):
-            return False  # it was long on its way: this server has become the primary, or is about to
+        await stack.enter_async_context(expert.installing)
+        is_free = expert.tenure.state in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE)
+        if not is_free or self._experts.get(uid) is not expert:
+            return False  # it was long on its way: this server is the primary now, or about to be, or gave it up
         if (hosted := expert.hosted) is not None:
             await self._take(hosted, expert.authority, state, aside=command.aside)
             expert.progress = hosted.backend.progress
@@ -516,6 +534,28 @@ class Tenures:
             await aside(partial(self.files.put_aside, uid, seal.root))
         await aside(partial(self.files.take_in, uid, file))
         self._node.metrics.count("states_pulled")
+        return True
+
+    async def _replay(self, expert: _Expert, seal: Seal) -> bool:
+        """Come to the sealed state of a fragment by its primary's updates: a thousandth of the bytes."""
+        uid, hosted, aside = expert.uid, expert.hosted, self._server.call_aside
+        primary = self._addresses.get(seal.primary)
+        if hosted is None or not isinstance(hosted.backend, FragmentBackend) or primary is None:
+            return False
+        if expert.tenure.state is not State.FOLLOWING:
+            return False
+        try:
+            if not await replay(self._node, hosted, primary, up_to=seal.version, timeout=self._call_timeout):
+                return False
+        except (TesseractError, TimeoutError) as error:
+            logger.info("%s could not be followed by its updates: %s", uid, describe(error))
+            return False
+        file = encode(await hosted.snapshot())
+        if await aside(lambda: root_from(leaves_of(file), file.size)) != seal.root:
+            return False
+        await aside(lambda: self.files.keep(uid, file))
+        hosted.shared_version, expert.progress = hosted.version, hosted.backend.progress
+        self._node.metrics.count("fragments_replayed")
         return True
 
     async def _take(self, hosted: HostedState, authority: Authority, state: StateDict, *, aside: bool) -> None:

@@ -207,6 +207,8 @@ class PullRequest(NamedTuple):
     uid: str
     version: int
     root: bytes
+    journal: bool = False
+    """With all that another host of the fragment needs, to have the same state."""
 
 
 class UpdatesReply(NamedTuple):
@@ -222,6 +224,8 @@ class UpdatesReply(NamedTuple):
     """Optimizer steps of all members, that were pushed ever."""
     roots: list[Value]
     """The root after each update."""
+    journal: list[Value] = []  # noqa: RUF012  (a named tuple's default)
+    """If asked for: steps of all members after each update, and the journal's keys of what it counts, 16 bytes each."""
 
 
 Body = TypeVar(

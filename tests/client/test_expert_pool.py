@@ -150,6 +150,23 @@ async def test_who_did_not_answer_and_why_is_in_the_error(node: FakeNode, method
 
 
 @in_made_up_time
+async def test_one_that_is_still_being_tried_when_time_is_up_says_what_stood_in_the_way(node: FakeNode) -> None:
+    pool, _ = make_pool(node, timeout=2.0)
+    x, index, weights = routed()
+    index[0, 0] = 3
+    await pool(x, index, weights)
+
+    async def gone(method: str, uid: str, number: int) -> None:
+        if uid == "m.0.3":
+            await asyncio.sleep(0.7)
+            raise ConnectionLost("its peer", "it is switched off")
+
+    node.fault = gone
+    with pytest.raises(NotEnoughExperts, match=r"m.0.3 sent no answer in time after ConnectionLost: .*switched off"):
+        await pool(x, index, weights)
+
+
+@in_made_up_time
 async def test_an_expert_that_nobody_hosts_is_named_and_one_that_comes_is_found(node: FakeNode) -> None:
     pool, _ = make_pool(node)
     x, index, weights = routed()
@@ -192,6 +209,9 @@ async def test_several_at_once_are_each_their_own(node: FakeNode) -> None:
         (lambda x, i, w: (x, i, w.long()), TypeError, "floating-point"),
         (lambda x, i, w: (x, i + NUM_EXPERTS, w), ValueError, "0 to 11"),
         (lambda x, i, w: (x, i, w * torch.nan), ValueError, "finite"),
+        (lambda x, i, w: (x, i, w.double() * 1e300), ValueError, "finite"),
+        (lambda x, i, w: (x, i * 0, w * 0 + 2e38), ValueError, "finite"),
+        (lambda x, i, w: (x, i.tolist(), w), TypeError, "index is a tensor, not a list"),
         (lambda x, i, w: (x[1:], i, w), ValueError, r"\[rows, k\].*\(9, 8\), \(10, 4\)"),
         (lambda x, i, w: (x, i[:, 0], w[:, 0]), ValueError, r"\[rows, k\]"),
     ],

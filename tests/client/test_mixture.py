@@ -13,7 +13,7 @@ from torch import nn
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction, SwitchGatingFunction
-from tesseract_async.errors import ConnectionLost, NotEnoughExperts, SchemaMismatch
+from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, FakeReplica, Slope, gate_with
@@ -443,3 +443,25 @@ def test_answers_that_came_too_late_to_count_are_not_kept_for_the_backward() -> 
         assert await num_kept(1) == await num_kept(5)
 
     run_in_virtual_time(main())
+
+
+@pytest.mark.parametrize("gap", [20.0, 50.0, 200.0])
+async def test_an_expert_that_stands_in_for_a_far_better_one_gets_all_of_the_gradient(gap: float) -> None:
+    node = FakeNode()
+    for i in range(2):  # at one server: both weights travel in one message
+        node.host(UIDS[i], Slope(i + 1.0), TensorSpec((2,)), peers=["peer"])
+    gate = gate_with(node, "ffn", grid_size=(2,), in_features=2, k_best=2)
+    with torch.no_grad():
+        gate.proj.weight.zero_()
+        gate.proj.bias.copy_(torch.tensor([gap, 0.0]))
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        if uid == UIDS[0]:
+            raise ExpertFailed("no")
+
+    node.fault = fault
+    x = torch.randn(3, 2, requires_grad=True)
+    y = await gate(x)
+    torch.testing.assert_close(y, 2 * x)
+    await backward(y.sum())
+    torch.testing.assert_close(x.grad, torch.full((3, 2), 2.0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import os
 import resource
 import shutil
@@ -148,6 +149,13 @@ def compare(spread: MeshBackend, one: ExpertBackend) -> dict[str, Any]:
     found["moments"] = worst(*moments)
     if states[1]["accumulated"] is not None:
         found["accumulated"] = worst(*(state["accumulated"] for state in states))
+        # what does not fit is refused by all alike, also where only some have a part of it
+        short = {**states[1], "accumulated": [states[1]["accumulated"][0][:1, :3], *states[1]["accumulated"][1:]]}
+        try:
+            spread.load_state(short)
+            found["misfit"] = math.inf
+        except ValueError:
+            found["misfit"] = 0.0
     # the file tells of no spreading, and goes on elsewhere; one from elsewhere goes on here
     files = [b"".join(checkpoint.encode(state)) for state in states]
     encoded = checkpoint.encode(states[0])

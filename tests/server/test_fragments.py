@@ -62,6 +62,20 @@ def test_a_state_goes_through_a_file(num_rounds: int) -> None:
     assert [pushed(one, 99) for one in (backend, other)] and backend.fragment.root == other.fragment.root
 
 
+def test_a_follower_that_replays_has_the_same_file() -> None:
+    backend, other = make_backend(), make_backend()
+    for seed in range(3):
+        pushed(backend, seed)
+    other.load_state(through_a_file(backend))
+    for seed in range(3, 12):
+        version, root = other.version, other.fragment.root
+        pushed(backend, seed, PEERS[seed % 3])
+        updates = backend.fragment.since(version, root) or ()
+        other.replay(updates, [backend.recent[one.version] for one in updates])
+        assert b"".join(encode(other.state())) == b"".join(encode(backend.state()))
+    assert len(backend.recent) <= 8
+
+
 def test_states_that_lie_are_refused() -> None:
     backend = make_backend()
     for seed in range(3):

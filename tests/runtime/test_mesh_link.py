@@ -1,0 +1,71 @@
+"""Commands between the processes of a mesh, without torch's collectives."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from tesseract_async.errors import Overloaded
+from tesseract_async.runtime.mesh_link import MeshLink
+
+
+class Told:
+    """Carries out what it is told."""
+
+    def carry_out(self, name: str, args: Sequence[Any]) -> Any:
+        return name
+
+    def recover(self) -> None:
+        raise AssertionError("nothing fails here")
+
+
+def test_what_outlives_its_expert_is_forgotten_by_itself() -> None:
+    link = MeshLink(HashStore(), 0, 1)
+    gone, stays = Told(), Told()
+    number, other = link.add(gone), link.add(stays)
+    link.states[7] = [torch.zeros(3)]  # a copy of its state that is still being saved
+    del gone
+    assert link.command(other, "work") == ["work"] and link.read(0, 7, 0, 0, 3) == bytes(12)
+    link.forget(number, 7)
+    assert link.command(other, "work") == ["work"] and not link.states
+
+
+@pytest.mark.timeout(30)
+def test_a_process_that_reads_nothing_is_noticed() -> None:
+    store = HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(MeshLink, store, 1, 2)
+        leader = MeshLink(store, 0, 2, timeout=0.5, grace=0.1)
+        follower = joined.result()
+    told = Told()
+    started = time.monotonic()
+    with pytest.raises(Overloaded, match="comes back from its last checkpoint"):
+        leader.command(leader.add(told), "work", ["x" * (32 << 20)])  # more than what is sent and not read may be
+    assert time.monotonic() - started < 5.0
+    leader._close()
+    follower._close()
+
+
+def test_a_follower_obeys_nobody_who_has_not_read_the_token() -> None:
+    store = HashStore()
+    with socket.create_server(("127.0.0.1", 0)) as impostor, ThreadPoolExecutor(1) as pool:
+        # where a leader listened that is gone
+        store.set("tesseract/mesh", f"127.0.0.1 {impostor.getsockname()[1]} {'0' * 64}")
+        joined = pool.submit(MeshLink, store, 1, 2, timeout=10.0)
+        with impostor.accept()[0] as one:
+            one.sendall(bytes(16 + 32))  # a nonce, and what should be a proof
+            one.settimeout(3.0)
+            while one.recv(4096):  # the follower hangs up at once
+                pass
+        leader = MeshLink(store, 0, 2)
+        follower = joined.result()
+    assert follower.token == leader.token != "0" * 64
+    leader._close()
+    follower._close()
