@@ -469,3 +469,28 @@ async def test_backward_ends_when_its_node_closes(what: str) -> None:
             with pytest.raises((errors.TesseractError, RuntimeError)):
                 await asyncio.wait_for(backward, 60)
             assert x.grad is None
+
+
+@pytest.mark.parametrize("codec", ["bf16", "fp16"])
+async def test_an_expert_that_stands_in_for_a_far_better_one_is_not_rounded_off(codec: str) -> None:
+    class Fails(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.detach().any():  # not when its schema is found out
+                raise ValueError("no")
+            return super().forward(x)
+
+    good = nn.Linear(WIDTH, WIDTH)
+    experts = {"ffn.0": linear_backend(Fails(WIDTH, WIDTH)), "ffn.1": linear_backend(copy.deepcopy(good))}
+    async with swarm(experts) as (_, guest):
+        settings = ta.MixtureSettings(calls=ta.CallOptions(codec=codec))
+        gate = ta.GatingFunction(
+            guest, uid_prefix="ffn", grid_size=(2,), in_features=WIDTH, k_best=2, settings=settings
+        )
+        with torch.no_grad():
+            gate.proj.weight.zero_()
+            gate.proj.bias.copy_(torch.tensor([20.0, 0.0]))
+        x = torch.randn(4, WIDTH, requires_grad=True)
+        y = await gate(x)
+        torch.testing.assert_close(y, good(x), atol=0.03, rtol=0.03)
+        await ta.backward(y.sum())
+        torch.testing.assert_close(x.grad, good.weight.sum(0).expand(4, -1), atol=0.03, rtol=0.03)
