@@ -45,7 +45,7 @@ async def read_places(
     places: Places = {}
     addresses: dict[PeerID, PeerAddress] = {}
     num_parts: dict[PeerID, int] = {}
-    latest = authority.epoch(now) + SKEW
+    latest, pattern = authority.epoch(now) + SKEW, authority.run.manifest.pattern
     for number, entry in enumerate(sorted(entries, key=lambda entry: entry.expiration)):  # what is newest counts
         owner = entry.owner
         if number % 16 == 15:
@@ -70,7 +70,7 @@ async def read_places(
         mine = {
             uid: one
             for uid, one in part.parts.items()
-            if one.epoch <= latest and authority.may(owner, "host", uid, now=None)
+            if uid in pattern and one.epoch <= latest and authority.may(owner, "host", uid, now=None)
         }
         room, files, speed, moved_ago, uptime = part.numbers
         addresses[owner] = PeerAddress(owner, direct, passing)

@@ -95,9 +95,15 @@ def encode_place(
     found = []
     for start in range(0, max(1, len(items)), per_part):
         some = items[start : start + per_part]
-        body = b"".join(struct.pack(f">{num_dims}I", *coords) + _PART.pack(*part) for coords, part in some)
+        body = b"".join(struct.pack(f">{num_dims}I", *coords) + _pack(part) for coords, part in some)
         found.append(head + bytes([num_dims, len(some)]) + body)
     return found
+
+
+def _pack(part: Part) -> bytes:
+    # its primary's numbers, who may sign for any
+    epoch, number, version = (min(number, 2**32 - 1) for number in (part.epoch, part.number, part.version))
+    return _PART.pack(part.role, epoch, number, version, min(part.rate, 2.0**31), min(part.waiting, 2**32 - 1))
 
 
 def decode_place(value: object) -> PlacePart:

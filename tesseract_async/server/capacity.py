@@ -63,7 +63,7 @@ def measure_capacity(
     if hold_bytes is None:
         free = shutil.disk_usage(tempfile.gettempdir() if folder is None else folder).free
         hold_bytes = min(MAX_HOLD_BYTES, int(DISK_SHARE * free))
-    num_held = hold_bytes // (NUM_SEALED * footprint.state)
+    num_held = hold_bytes // ((NUM_SEALED + 1) * footprint.state)  # and one on its way
     computes = f"computes up to {room} of the run's experts, about {speed:,.0f} rows/s, and " if room else ""
     sentence = f"this computer {computes}holds up to {num_held} on disk ({size_text(hold_bytes)})"
     return Capacity(room, room + num_held, speed, sentence), template_of(backend)

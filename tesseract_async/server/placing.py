@@ -112,6 +112,8 @@ class Placing:
                 await self.look()
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.info("the members of %s could not be read: %s", self._authority.run.full_name, describe(error))
+            except (ValueError, LookupError) as error:  # no address at the moment, or an expert just given up
+                logger.warning("this member's place in %s: %s", self._authority.run.full_name, describe(error))
             self._looked.set()
             # a wish that nobody contests is fulfilled soon
             await asyncio.sleep(min(self._period, 1.0) if self.placement.wishes or self._wanted else self._period)

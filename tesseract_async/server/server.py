@@ -364,9 +364,12 @@ class TesseractServer(Uncopied):
     ) -> HostedState:
         return HostedState(uid, backend, runtime, is_primary=is_primary, store=self._store, writer=self.runtimes[0])
 
-    async def add(self, uid: str, backend: ExpertBackend, state: StateDict | None) -> HostedState:
+    async def add(
+        self, uid: str, backend: ExpertBackend, state: StateDict | None, *, ready: Callable[[], None] = lambda: None
+    ) -> HostedState:
         """Host one more expert from now on, as a follower, in this state (None: as it is). `announce` follows.
 
+        `ready` is called once it can be computed, right before calls for it come here.
         Raises: CheckpointError if the state does not fit; ValueError if the uid or the backend is hosted already.
         """
         if uid in self.experts or self._closed:
@@ -382,6 +385,7 @@ class TesseractServer(Uncopied):
                 hosted.shared_version = backend.version
             await runtime.call(backend.prepare)
             self._handlers[uid] = self._handlers_of(hosted)
+            ready()
             self.node.host_expert(uid, self._handlers[uid])
         except BaseException:
             backend.host = None

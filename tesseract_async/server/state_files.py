@@ -272,9 +272,15 @@ class SealedFiles:
             self._open.discard(path)
 
     def forget(self, uid: str) -> None:
-        """Delete an expert's sealed files. Its checkpoints, and what a `Tenure` promised, stay."""
+        """Delete an expert's sealed files and parts. Its checkpoints, and what a `Tenure` promised, stay."""
         for file in self._files.pop(uid, []):
             file.path.unlink(missing_ok=True)
+        self.forget_parts(uid)
+
+    def forget_parts(self, uid: str) -> None:
+        """Delete what arrived of files that nobody is fetching now."""
+        for path in set(self._folder(uid).glob("*.part")) - self._open:
+            path.unlink(missing_ok=True)
 
     def find(self, uid: str, root: bytes) -> SealedFile | None:
         """Return the file with this root."""

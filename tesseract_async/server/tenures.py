@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.merkle import leaves_of, possession, root_from
+from tesseract_async.experts.place_directory import MAX_MEMBERS
 from tesseract_async.experts.placement import Place
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import (
@@ -65,6 +67,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_ADDRESSES: Final = 2 * MAX_MEMBERS
+"""Members whose addresses are remembered."""
+MAX_ASKED: Final = 3
+"""Members of whom a newer state is asked for at a time."""
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
@@ -84,6 +90,8 @@ class _Expert:
     authority: Authority
     tenure: Tenure
     carrying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    installing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held from where a state is chosen to where the machine knows that it is here. Taken before `carrying`."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set after every command; those who wait for something look again, and clear it."""
     progress: tuple[int, int] | None = None
@@ -219,21 +227,17 @@ class Tenures:
         Raises: CheckpointError, ProtocolError if the file does not fit it; OSError; ValueError.
         """
         expert = self._experts[uid]
-        state = None
-        while (held := expert.tenure.held) is not None:
-            file = self.files.find(uid, held.root)
-            if file is None:
-                raise CheckpointError(f"the sealed file of {uid} is gone")
-            state = await self._server.call_aside(partial(_check_file, uid, backend, file))
-            if expert.tenure.held is held:  # no newer one came meanwhile
-                break
-        self._node.unhost_expert(uid)
-        try:
-            expert.hosted = await self._server.add(uid, backend, state)
-        except BaseException:
-            self._answer_as_file(uid)
-            raise
-        expert.progress = None if state is None else backend.progress
+        async with expert.installing:  # a newer one that has come meanwhile waits, and is taken by the expert
+            state = None
+            if (held := expert.tenure.held) is not None:
+                file = self.files.find(uid, held.root)
+                if file is None:
+                    raise CheckpointError(f"the sealed file of {uid} is gone")
+                state = await self._server.call_aside(partial(_check_file, uid, backend, file))
+            # until then the file answers: a primary that says nothing is taken for dead
+            leave = partial(self._node.unhost_expert, uid)
+            expert.hosted = await self._server.add(uid, backend, state, ready=leave)
+            expert.progress = None if state is None else backend.progress
         expert.hosted.epoch = expert.tenure.epoch
         await self._server.set_primary(uid, expert.tenure.state is State.PRIMARY, announce=False)
         self._wants_announcement.set()
@@ -241,11 +245,12 @@ class Tenures:
     async def rest(self, uid: str) -> None:
         """Keep an expert, of which this server is not the primary, as a file alone. Raises: CheckpointError."""
         expert = self._experts[uid]
-        if expert.hosted is not None and expert.tenure.state in (State.FOLLOWING, State.HOLDING):
-            await self._server.remove(uid)
-            expert.hosted, expert.progress = None, None
-            self._answer_as_file(uid)
-            self._wants_announcement.set()
+        async with expert.installing:
+            if expert.hosted is not None and expert.tenure.state in (State.FOLLOWING, State.HOLDING):
+                await self._server.remove(uid)
+                expert.hosted, expert.progress = None, None
+                self._answer_as_file(uid)
+                self._wants_announcement.set()
 
     async def drop(self, uid: str, *, even_primary: bool = False) -> None:
         """Give an expert up, and its file, unless this server is its primary.
@@ -254,7 +259,7 @@ class Tenures:
         """
         expert = self._experts[uid]
         await self.rest(uid)
-        async with expert.carrying:
+        async with expert.installing, expert.carrying:
             if expert.hosted is None and (even_primary or expert.tenure.state is not State.PRIMARY):
                 del self._experts[uid], self._authorities[uid]
                 self._node.unhost_expert(uid)
@@ -271,8 +276,9 @@ class Tenures:
         return list(self._experts)
 
     def knows(self, addresses: Mapping[PeerID, PeerAddress]) -> None:
-        """Take where members can be dialed."""
-        self._addresses |= addresses
+        """Take where members can be dialed. Of those that come and go, the last are remembered."""
+        known = {peer: one for peer, one in self._addresses.items() if peer not in addresses} | dict(addresses)
+        self._addresses = dict(itertools.islice(known.items(), max(0, len(known) - MAX_ADDRESSES), None))
 
     async def aclose(self) -> None:
         """Stop. Nothing is answered or trained any more."""
@@ -400,14 +406,16 @@ class Tenures:
             held = expert.tenure.held
             if held is None or expert.tenure.state not in (State.FOLLOWING, State.HOLDING):
                 continue
-            ages = [(part.age, peer) for peer, one in places.items() if (part := one.parts.get(uid)) and part.has_file]
-            age, peer = max(ages, default=((0, 0), None))
-            if peer is not None and age > held.age and peer != self._node.peer_id:
-                best = expert.tenure.lineage.best
-                term = b"" if best is None else best.blob
-                self._spawn(
-                    self._send(expert, peer, Question("probe", expert.tenure.epoch, self._boot, term, held.blob))
-                )
+            newer = [
+                peer
+                for peer, one in places.items()
+                if (part := one.parts.get(uid)) and part.has_file and part.age > held.age and peer != self._node.peer_id
+            ]
+            best = expert.tenure.lineage.best
+            question = Question("probe", expert.tenure.epoch, self._boot, b"" if best is None else best.blob, held.blob)
+            # any, not the newest: who only says so must not keep it from the others
+            for peer in self._random.sample(newer, min(MAX_ASKED, len(newer))):
+                self._spawn(self._send(expert, peer, question))
 
     async def _see_term_of(self, expert: _Expert, heir: PeerID) -> None:
         """Ask for the successor's Term, so that this server names it to trainers."""
@@ -486,17 +494,22 @@ class Tenures:
             return None
 
     async def _fetch(self, expert: _Expert, command: Fetch) -> None:
-        found = False
-        try:
-            found = await self._pull(expert, command)
-        except (TesseractError, TimeoutError, OSError) as error:
-            logger.info("the state of %s could not be fetched: %s", expert.uid, describe(error))
-        expert.tenure.fetched(command, found, *self._now())
-        await self._carry_out(expert)
+        found, uid = False, expert.uid
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                found = await self._pull(expert, command, stack)
+            except (TesseractError, TimeoutError, OSError) as error:
+                logger.info("the state of %s could not be fetched: %s", uid, describe(error))
+            expert.tenure.fetched(command, found, *self._now())
+        if self._experts.get(uid) is expert:
+            await self._carry_out(expert)
+        else:  # it was given up meanwhile
+            await self._server.call_aside(partial(self.files.forget_parts, uid))
 
-    async def _pull(self, expert: _Expert, command: Fetch) -> bool:
+    async def _pull(self, expert: _Expert, command: Fetch, stack: contextlib.AsyncExitStack) -> bool:
         """Take the sealed state, from this server's own files or from others. False if it is not wanted any more.
 
+        `stack` holds `installing` afterwards.
         Raises: as `SealFetcher.fetch` and `check_fitting`; then nothing has changed.
         """
         uid, seal, aside = expert.uid, command.seal, self._server.call_aside
@@ -510,8 +523,10 @@ class Tenures:
         if command.check:
             return True
         state = await aside(partial(_check_file, uid, backend, file))
-        if expert.tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE):
-            return False  # it was long on its way: this server has become the primary, or is about to
+        await stack.enter_async_context(expert.installing)
+        is_free = expert.tenure.state in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE)
+        if not is_free or self._experts.get(uid) is not expert:
+            return False  # it was long on its way: this server is the primary now, or about to be, or gave it up
         if (hosted := expert.hosted) is not None:
             await self._take(hosted, expert.authority, state, aside=command.aside)
             expert.progress = hosted.backend.progress

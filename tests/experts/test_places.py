@@ -74,6 +74,12 @@ def test_what_is_said_is_read(some: dict[tuple[int, int], Part]) -> None:
     assert found == said
 
 
+def test_a_primary_that_signs_for_any_number_silences_nobody_who_holds_its_state() -> None:
+    liar = Part(Role.HOLDS, 5, 2**63 - 1, 2**63 - 1, 1e30, 2**40)
+    (blob,) = encode(Place(MEMBER.peer_id, 1, 1, parts={"ffn.0.1": liar}))
+    assert decode_place(blob).parts["ffn.0.1"][:4] == (Role.HOLDS, 5, 2**32 - 1, 2**32 - 1)
+
+
 @given(st.binary(max_size=900), st.integers(0, 900), st.integers(0, 255))
 def test_garbage_is_refused(junk: bytes, at: int, byte: int) -> None:
     (good,) = encode(Place(MEMBER.peer_id, 1, 1, parts={"ffn.0.1": Part(Role.HOLDS, 1, 2, 3)}))
@@ -95,6 +101,9 @@ async def test_only_members_are_read_and_only_what_they_may_say() -> None:
     found = await read([entry(blob), entry(foreign, STRANGER), entry(blob, STRANGER), entry(b"tsp\1", MEMBER, "1")])
     assert list(found) == [MEMBER.peer_id]
     assert found[MEMBER.peer_id].parts.keys() == {"ffn.0.1"}, "no epoch from the future"
+    outside = {"ffn.9.1": Part(Role.LEADS, 1, 2, 3), "ffn.0.64": Part(Role.HOLDS, 1, 2, 3)}
+    (blob,) = encode(Place(MEMBER.peer_id, parts=outside, **NUMBERS))  # type: ignore[arg-type]
+    assert not (await read([entry(blob)]))[MEMBER.peer_id].parts, "no expert that the run does not have"
     many = [entry(encode(Place(MEMBER.peer_id, n, 1))[0], subkey=str(n)) for n in range(200)]
     assert (await read(many))[MEMBER.peer_id].room <= MAX_PARTS
 

@@ -235,3 +235,16 @@ def test_a_grant_is_checked_once_however_often_it_is_shown(monkeypatch: pytest.M
             trust.introduced(host.peer_id, [words.grant])
             assert trust.may_host(host.peer_id, "ffn.3.7")
     assert len(checked) <= 2 * len(hosts), "once where it was signed here, once where it was read"
+
+
+def test_what_trainers_share_is_the_runs_too() -> None:
+    trust, shown = in_run(), grant(HOST)
+    with pytest.raises(ProtocolError):
+        trust.believed(STRANGER.peer_id, manifest(TAG, prefix="ffn-shared"))
+    assert trust.believed(HOST.peer_id, manifest(TAG, shown, prefix="ffn-shared")).prefix == "ffn-shared"
+    assert trust.may_host(HOST.peer_id, "ffn-shared.0") and not trust.may_host(STRANGER.peer_id, "ffn-shared.0")
+    assert not trust.may_ask(HOST.peer_id, "share", "ffn-shared.0")  # it may only host
+    assert grid_key("ffn-shared", TAG) != grid_key("ffn", TAG)
+    with pytest.raises(ValueError, match="'ffn-shared' are those of the run"):
+        trust.add(Authority(sign_run(OWNER, RunManifest("other", "ffn-shared", (8,), "ffn"))))
+    assert trust.shown() == []

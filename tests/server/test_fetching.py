@@ -262,3 +262,13 @@ async def test_two_who_want_one_file_fetch_it_once(tmp_path: Path) -> None:
     assert files[0] == files[1]
     pieces = Counter(piece for _, piece in swarm.asked.elements())
     assert pieces.pop(0) <= 2 and set(pieces.values()) == {1}
+
+
+def test_an_expert_that_was_given_up_leaves_no_part_of_a_file_behind(tmp_path: Path) -> None:
+    files = SealedFiles(tmp_path)
+    files.keep("ffn.0", [b"state"])
+    with files.open_part("ffn.0", b"1" * 32) as part:
+        files.forget("ffn.0")
+        assert os.path.exists(part.name), "it is being written"
+    files.forget_parts("ffn.0")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

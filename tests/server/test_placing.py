@@ -33,6 +33,31 @@ async def test_a_run_shares_itself_out_and_a_killed_server_is_made_up_for() -> N
             await until(lambda: all(one.losses >= 2 for one in standings(rest, 4)))
 
 
+async def test_a_file_answers_until_its_expert_can_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    prepare, unhost = ta.ExpertBackend.prepare, ta.TesseractNode.unhost_expert
+    monkeypatch.setattr(ta.ExpertBackend, "prepare", lambda self: (done.append("prepared"), prepare(self))[1])
+    monkeypatch.setattr(
+        ta.TesseractNode, "unhost_expert", lambda self, uid: (done.append("left"), unhost(self, uid))[1]
+    )
+    async with member(make_run(1), 1, [], room=1) as one:
+        await until(lambda: one.leads("ffn.0"))
+        assert done == ["prepared", "left"]
+
+
+async def test_a_member_goes_on_after_a_moment_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    async def fails() -> None:
+        nonlocal looks
+        looks += 1
+        raise ValueError("no address")
+
+    async with member(make_run(1), 1, [], room=0) as one:
+        monkeypatch.setattr(one.placing, "look", fails)
+        await until(lambda: looks >= 2)
+
+
 @pytest.mark.slow
 async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor() -> None:
     run = make_run(1, num_replicas=2)

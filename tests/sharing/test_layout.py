@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import msgpack
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +13,9 @@ from torch import nn
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing import layout as layouts
+from tesseract_async.sharing.fragment import Outer
 from tesseract_async.sharing.layout import Cut, Entry, Kind, Layout, LayoutMismatch
+from tesseract_async.sharing.manifest import SharedManifest
 
 
 class Model(nn.Module):
@@ -136,3 +141,26 @@ def test_a_layout_of_endless_size_is_refused() -> None:
 
 def test_cut_of_integers_keeps_64_bits() -> None:
     assert Cut(Kind.NEWEST, 0, 1).dtype == torch.int64
+
+
+def packed(value: object) -> bytes:
+    data: bytes = msgpack.packb(value)
+    return data
+
+
+@given(
+    st.binary(max_size=60) | st.lists(st.none() | st.floats() | st.text(max_size=4) | st.binary(max_size=9)).map(packed)
+)
+def test_a_strangers_manifest_is_read_or_refused(data: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        assert SharedManifest.decode(data).layout.cuts
+
+
+def test_a_manifest_comes_back() -> None:
+    manifest = SharedManifest(Layout.of(nn.Linear(3, 4)), Outer(learning_rate=0.5, momentum=0.0, codec="none"))
+    read = SharedManifest.decode(manifest.encode())
+    assert read.outer == manifest.outer and read.layout.entries == manifest.layout.entries
+    assert read.part(0) == manifest.encode() and len(read.part(1)) == 32
+    for wrong in ([0.5, 2.0, "none", b""], [0.5, 0.0, "zip", b""], [0.5, 0.0, "none", "x"], [1, 0.0, "none", b""]):
+        with pytest.raises(ProtocolError):
+            SharedManifest.decode(packed(wrong))
