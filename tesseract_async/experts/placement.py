@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
@@ -46,6 +46,8 @@ WAIT_SECONDS: Final = 30.0
 """Rows that wait are demand as if they had come within this time."""
 MAX_STEPS: Final = 8
 """Experts that a member takes at once."""
+MAX_BEGUN: Final = 64
+"""Experts that are left to one member to begin at a time, whatever room it claims."""
 MAX_SCANNED: Final = 1 << 16
 """Uids of a grid that are looked at for experts that nobody has."""
 NEVER: Final = 1e9
@@ -222,11 +224,17 @@ def score(peer: PeerID, uid: str) -> bytes:
 
 
 def assign(
-    survey: Survey, *, num_copies: int, pattern: ExpertPattern, may: Callable[[PeerID, str], bool]
+    survey: Survey,
+    *,
+    num_copies: int,
+    pattern: ExpertPattern,
+    may: Callable[[PeerID, str], bool],
+    idle: Collection[PeerID] = (),
 ) -> dict[PeerID, list[Step]]:
-    """Return what each member should take, by what all can see. `may`: whether a member may host an expert."""
+    """Return what each member should take, by what all can see. `may`: whether a member may host an expert; `idle`: who
+    takes nothing of what falls to it."""
     steps: defaultdict[PeerID, list[Step]] = defaultdict(list)
-    free = {peer: place.files - len(place.parts) for peer, place in survey.places.items()}
+    free = {peer: 0 if peer in idle else place.files - len(place.parts) for peer, place in survey.places.items()}
     room = {peer: place.room - place.num_computed for peer, place in survey.places.items()}
     for uid in sorted(survey.alive):
         for peer in _missing(survey, uid, num_copies, free, may):
@@ -279,7 +287,10 @@ def _begin(
         parts = survey.parts[uid]
         wanted.update(list(parts))
         steps[min(parts, key=lambda peer: score(peer, uid))].append(Step("begin", uid))
-    rest = {peer: min(place.room - place.num_led - wanted[peer], free[peer]) for peer, place in survey.places.items()}
+    rest = {
+        peer: min(place.room - place.num_led - wanted[peer], free[peer], MAX_BEGUN)
+        for peer, place in survey.places.items()
+    }
     # what is only followed gives way where there is no other room
     spare = {peer: place.room - place.num_computed - wanted[peer] for peer, place in survey.places.items()}
     room = {peer: min(left, rest[peer]) for peer, left in spare.items()}
@@ -393,6 +404,8 @@ class Placement:
         self._surplus: dict[str, float] = {}
         self._empty: dict[tuple[PeerID, str], float] = {}
         self._came: dict[str, tuple[PeerID, float]] = {}
+        self._given: dict[PeerID, tuple[frozenset[str], float]] = {}  # who is to take more: what it had, since when
+        self._idle: dict[PeerID, float] = {}  # who took nothing of it: until when
 
     def came(self, uid: str, source: PeerID, now: float) -> None:
         """This member leads the expert now, which `source` moved to it: it does not go back there soon."""
@@ -413,7 +426,9 @@ class Placement:
     def decide(self, places: Mapping[PeerID, Place], now: float, wall: float) -> list[Step]:
         """Return what to do now. `places` has this member's own, with the `wishes` in it."""
         survey = self.survey(places, now)
-        assigned = assign(survey, num_copies=self._num_copies, pattern=self._pattern, may=self._may)
+        self._idle = {peer: until for peer, until in self._idle.items() if until > now}
+        assigned = assign(survey, num_copies=self._num_copies, pattern=self._pattern, may=self._may, idle=self._idle)
+        self._note_idle(survey, assigned, now, wall)
         return self.choose(survey, assigned.get(self._me, []), now, wall)
 
     def choose(self, survey: Survey, assigned: Sequence[Step], now: float, wall: float) -> list[Step]:
@@ -434,6 +449,21 @@ class Placement:
                 steps.append(Step("restart" if uid in self.lost else "begin", uid))
                 del self.wishes[uid]
         return steps + self._drops(survey, now)
+
+    def _note_idle(self, survey: Survey, assigned: Mapping[PeerID, Sequence[Step]], now: float, wall: float) -> None:
+        """Notice members that claim room and take nothing: what falls to them falls to others for a while."""
+        given: dict[PeerID, tuple[frozenset[str], float]] = {}
+        for peer, steps in assigned.items():
+            kinds = {
+                step.kind for step in steps if step.kind != "begin" or self._may_begin(survey, step.uid, now, wall)
+            }
+            if peer != self._me and kinds & {"begin", "hold", "follow"}:
+                has = frozenset(survey.places[peer].parts)
+                before = self._given.get(peer)
+                given[peer] = before if before is not None and before[0] == has else (has, now)
+                if now - given[peer][1] > STUCK_AFTER:
+                    self._idle[peer] = now + DROP_AFTER
+        self._given = given
 
     def _note_states(self, survey: Survey, now: float) -> None:
         self._known |= survey.alive

@@ -158,6 +158,8 @@ class MeshBackend(ExpertBackend):
         self.groups = _groups(module, mesh, self._rows)
         """Process groups that its collectives use."""
         for unit in self._units:
+            # a plan's outermost is not, by default: its weights would then be PyTorch's, of memory that may be gone
+            unit.set_reshard_after_forward(True, recurse=False)
             if self._rows is not None:  # rows are divided, not repeated: their gradients add up
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)  # gloo has no other

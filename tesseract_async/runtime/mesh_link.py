@@ -170,7 +170,7 @@ class MeshLink:
                     oldest = next(iter(waiting))  # if it is one of ours, it comes again
                     del waiting[oldest]
                     oldest.close()
-                waiting[one] = _Stranger(now + HELLO_TIMEOUT)
+                waiting[one] = _Stranger(time.monotonic() + HELLO_TIMEOUT)
                 one.setblocking(False)
                 one.send(waiting[one].nonce)
 

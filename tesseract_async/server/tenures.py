@@ -516,8 +516,11 @@ class Tenures:
         backend = self.template if expert.hosted is None else expert.hosted.backend
         if backend is None:
             return False
-        if not command.check and not command.aside and await self._replay(expert, seal):
-            return True
+        if not command.check and not command.aside:
+            await stack.enter_async_context(expert.installing)
+            if await self._replay(expert, seal):
+                return True
+            await stack.aclose()  # nobody waits for what comes from afar
         sources = [address for peer in command.sources if (address := self._addresses.get(peer)) is not None]
         file = await self._fetcher.fetch(uid, seal, sources, max_bytes=largest_state(backend))
         if command.check:

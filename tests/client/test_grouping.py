@@ -323,3 +323,18 @@ def test_of_what_others_answered_meanwhile_a_sum_does_not_count_and_the_rest_is_
     assert list(again.asked) == [other] and again.peer == first.peer
     assert machine.part(again, [other], {}, 2.0)
     assert not machine.step(2.0).send and calls.is_over and calls.answers == [one, other]
+
+
+def test_others_are_asked_too_once_the_slowest_of_a_message_is_due() -> None:
+    calls = AllAtOnce("forward", [0, 1])
+    grouping = Grouping(
+        calls,
+        rank=lambda call, found, now: [FakeReplica(call.uid, peer) for peer in "ab"],  # type: ignore[misc]
+        key=lambda call, replica: replica.peer,
+        hedge_after=lambda replica: {"f.0": 1.0, "f.1": 3.0}[replica.uid],
+    )
+    calls.start(0.0)
+    (request,) = grouping.step(0.0).send
+    assert grouping.timer_at() == 3.0 and not grouping.step(2.0).send
+    (hedge,) = grouping.step(3.0).send
+    assert str(hedge.peer) == "b" and list(hedge.asked) == list(request.asked)

@@ -335,6 +335,21 @@ def test_a_newcomer_to_a_run_that_goes_on_begins_a_free_expert_at_once() -> None
         assert world.now - start < 30
 
 
+def test_who_claims_room_for_everything_and_takes_nothing_holds_the_others_up_for_a_minute_only() -> None:
+    world = World([place(n, room=8) for n in range(4)], num_copies=2, pattern=ExpertPattern.parse("ffn.[0:24]"))
+    liar = place(9, room=60000, files=2**31)
+    world.places[liar.peer] = liar  # what falls to it is not done: it is no machine
+    while world.now < 4 * STUCK_AFTER:
+        world.now += 5.0
+        named = {one: dict.fromkeys(machine.wishes, Part(Role.HOLDS)) for one, machine in world.machines.items()}
+        seen = {one: replace(at, parts={**named.get(one, {}), **at.parts}) for one, at in world.places.items()}
+        for one, machine in world.machines.items():
+            for step in machine.decide(seen, world.now, world.now):
+                world.carry_out(one, step)
+    standings = [world.survey.standing(f"ffn.{n}") for n in range(24)]
+    assert all(one.leader is not None and one.losses == 2 for one in standings)
+
+
 # -- load --------------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.fsdp import fully_shard
 
 from tesseract_async.errors import Overloaded, TesseractError
 from tesseract_async.files import mapped, write_whole
@@ -96,6 +97,12 @@ def both(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
     grid = init_device_mesh(mesh.device_type, (mesh.size() // 2, 2), mesh_dim_names=("rows", "tensors"))
     tensor_parallel(module, grid["tensors"])
     return fsdp(module, grid["rows"])
+
+
+def layers_alone(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
+    """Leaves each process the whole of what lies outside."""
+    fully_shard(module.layers, mesh=mesh)
+    return mesh
 
 
 def whole_mesh() -> DeviceMesh:
@@ -186,7 +193,7 @@ def _shapes(value: Any) -> Any:
 def equality(*cases: str) -> None:
     """Each case is ``PLAN KIND OPTIMIZER`` and perhaps settings."""
     join_job(20.0)
-    plans = {**PLANS, "both": both}
+    plans = {**PLANS, "both": both, "some": layers_alone}
     made = {}
     for case in cases:
         plan, kind, optimizer, *settings = case.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from torch.distributed import HashStore
 
 from tesseract_async.errors import Overloaded
+from tesseract_async.runtime import mesh_link
 from tesseract_async.runtime.mesh_link import MeshLink
 
 
@@ -67,5 +69,73 @@ def test_a_follower_obeys_nobody_who_has_not_read_the_token() -> None:
         leader = MeshLink(store, 0, 2)
         follower = joined.result()
     assert follower.token == leader.token != "0" * 64
+    leader._close()
+    follower._close()
+
+
+def test_strangers_are_few_and_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, late = HashStore(), 0.3
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as open_ones:
+        leading = pool.submit(MeshLink, store, 0, 2)
+        host, port, _ = store.get("tesseract/mesh").decode().split()
+
+        def stranger() -> socket.socket:
+            return open_ones.enter_context(socket.create_connection((host, int(port)), timeout=3.0))
+
+        def hear_end(one: socket.socket) -> None:
+            while one.recv(4096):
+                pass
+
+        silent = [stranger() for _ in range(mesh_link.MAX_STRANGERS + 1)]
+        hear_end(silent[0])  # it made room for the last
+        monkeypatch.setattr(mesh_link, "HELLO_TIMEOUT", late)
+        started = time.monotonic()
+        hear_end(stranger())
+        assert time.monotonic() - started >= late
+        follower = MeshLink(store, 1, 2)
+        leader = leading.result()
+    leader._close()
+    follower._close()
+
+
+class Failing(Told):
+    """Raises when it is told to, and takes a fault that all had."""
+
+    def carry_out(self, name: str, args: Sequence[Any]) -> Any:
+        if name == "raise":
+            raise LookupError("mine")
+        return name
+
+    def recover(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("command", "fault", "count", "is_lost"),
+    [
+        ("raise", "process 1: mine", 5, False),  # all had it, after as many collectives
+        ("raise", "process 1: mine", 6, True),
+        ("raise", None, 5, True),
+        ("work", "process 1: mine", 5, True),
+    ],
+)
+def test_only_a_fault_that_all_had_at_one_point_is_survived(
+    command: str, fault: str | None, count: int, is_lost: bool
+) -> None:
+    store, ranks = HashStore(), [0, 1]
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(MeshLink, store, 1, 2)
+        leader = MeshLink(store, 0, 2, grace=2.0)
+        follower = joined.result()
+        leader.counts = lambda: [(ranks, 5)]
+        told, one = Failing(), follower._sockets[mesh_link._COMMANDS, 0]
+        asked = pool.submit(leader.command, leader.add(told), command)
+        assert mesh_link._receive(one)[1] == command
+        mesh_link._send(one, [fault, [[ranks, count]], None])
+        with pytest.raises(Overloaded if is_lost else LookupError):
+            asked.result()
+        assert (leader.lost is not None) == is_lost
+        if not is_lost:
+            assert mesh_link._receive(one) is None, "go on"
     leader._close()
     follower._close()

@@ -150,7 +150,7 @@ def test_finite_answers_may_overflow_together() -> None:
 
 
 def test_what_is_ready_waits_little_and_a_slow_expert_holds_up_nothing_else() -> None:
-    gathered, now, sent = Parts(sample(300), now=0.0), 0.0, []
+    gathered, now, sent = Parts(sample(301), now=0.0), 0.0, []
     result = WorkResult([torch.zeros(1, 2)], 0)
     for expert in range(299):  # one each 15 ms, for 4.5 seconds
         now += 0.015
@@ -160,8 +160,9 @@ def test_what_is_ready_waits_little_and_a_slow_expert_holds_up_nothing_else() ->
     assert len(sent) == MAX_PARTS - 2 and gathered.due_at() < 6.0
     part, _ = gathered.take(gathered.due_at())
     assert sum(len(one.experts) for _, one in sent) + len(part.experts) == 299
-    assert gathered.due_at() == math.inf
-    gathered.failed(299, Overloaded("full"))
+    gathered.answered(299, result, 0)
+    assert gathered.due_at() == math.inf, "the last part is all that is left"
+    gathered.failed(300, Overloaded("full"))
     assert gathered.due_at() == -math.inf and not gathered.is_over
     gathered.take(60.0)
     assert gathered.is_over
