@@ -301,6 +301,8 @@ def unpack_plain(
         name, sizes, codec = meta
         if codec != "none" or name != DTYPE_NAMES[spec.dtype] or type(sizes) is not list or sizes[1:] != spec.sizes:
             return None
+        if not sizes:
+            return None  # no rows at all
         num_rows = num_rows or sizes[0]
         known = compression.CASTABLE.get(spec.dtype)
         if known is None or type(num_rows) is not int or num_rows != sizes[0] or not spec.row_bytes:

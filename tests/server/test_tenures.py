@@ -271,6 +271,7 @@ async def test_put_aside_by_a_silent_adopter_it_goes_on_from_its_own_sealed_file
         assert first.version == 3 and list(tmp_path.rglob("*.aside"))  # noqa: ASYNC240  (once)
 
 
+@pytest.mark.slow
 async def test_nobody_begins_anew_what_a_host_that_is_away_has_sealed(tmp_path: Path) -> None:
     async with ta.TesseractNode() as seed:
         peers = [seed.address]

@@ -78,3 +78,7 @@ def test_usual_tensors_are_plain_and_others_are_not() -> None:
     assert unpack_plain([["float64", [1, 4], "none"]], received, [spec], num_rows=1) is None
     assert unpack_plain(metas * 2, received * 2, [spec, TensorSpec((4,), torch.float64)]) is None
     assert DTYPE_NAMES[spec.dtype] == metas[0][0]  # type: ignore[index]
+
+
+def test_a_tensor_without_rows_is_not_plain() -> None:
+    assert unpack_plain([["float32", [], "none"]], [memoryview(bytearray(4))], [TensorSpec(())]) is None
