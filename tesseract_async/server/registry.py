@@ -409,6 +409,7 @@ class FeedForward(nn.Module):
     def __init__(self, in_features: int, hidden_features: int, out_features: int, *, seed: int | None = None) -> None:
         """`seed` decides the first weights; PyTorch's global generator does without it."""
         super().__init__()
+        self.hidden_features = hidden_features
         numbers = np.random.SFC64(int(torch.randint(2**62, ())) if seed is None else seed)
         self.layers = nn.Sequential(
             _Linear(in_features, hidden_features).draw(numbers),
@@ -424,7 +425,9 @@ class FeedForward(nn.Module):
         return y if self.norm is None else self.norm(x + y)
 
     def tensor_plan(self, num_processes: int) -> dict[str, str]:
-        """Return how `runtime.mesh_plans.tensor_parallel` divides it."""
+        """Return how `runtime.mesh_plans.tensor_parallel` divides it. Raises: ValueError if its width cannot be."""
+        if self.hidden_features % num_processes:
+            raise ValueError(f"{self.hidden_features} hidden features cannot be divided over {num_processes} processes")
         return {"layers.0": "columns", "layers.2": "rows", "layers.4": "gathered columns"}
 
 

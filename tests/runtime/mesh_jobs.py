@@ -47,7 +47,7 @@ from tesseract_async.server.registry import Built, build_module
 from tesseract_async.wire.tensors import TensorSpec
 
 SIZES: Final[dict[str, dict[str, object]]] = {
-    "ffn": {"in_features": 16, "hidden_features": 50},
+    "ffn": {"in_features": 16, "hidden_features": 52},
     "block": {"in_features": 16, "num_heads": 4, "sequence_length": 3},
     "transformer": {"in_features": 16, "num_heads": 4, "sequence_length": 3},
 }

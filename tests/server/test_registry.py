@@ -92,3 +92,17 @@ def returns(number: int = 0) -> object:  # type: ignore[arg-type]
 def test_what_is_no_module_with_schemas_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match=":returns returns a .*, not a module and the schemas of its arguments"):
         registry.build_module(f"{__name__}:returns", {"number": number}, marked=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("ffn", {"in_features": 8, "hidden_features": 50}),
+        ("block", {"in_features": 12, "num_heads": 6, "sequence_length": 2}),
+    ],
+)
+def test_what_tensor_parallelism_cannot_divide_is_said_before_it_is_tried(name: str, sizes: dict[str, int]) -> None:
+    module, _ = registry.EXPERTS[name](**sizes)
+    assert module.tensor_plan(2)
+    with pytest.raises(ValueError, match="cannot be divided over 4 processes"):
+        module.tensor_plan(4)
