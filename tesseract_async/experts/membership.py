@@ -173,7 +173,7 @@ class Membership:
         """Return whether nobody has a state of the expert.
 
         Where the network may have forgotten it, or another host's manifest names an epoch of which nothing is known,
-        whoever has it is given ten leases to come; then the run must let experts begin anew.
+        a server that has it is given ten leases to come; then the run must let experts begin anew.
         """
         if not self.is_unsealed(now):
             return False

@@ -2,7 +2,7 @@
 
 The module is built on PyTorch's ``meta`` device first, where nothing takes memory, and spread there, which says what of
 each parameter is this process's. Then it is built for real; as soon as the next layer is begun, the one before is cut
-down to that. So no process ever holds more than its part and one layer, whoever wrote the builder. Where that cannot be
+down to that. So no process ever holds more than its part and one layer, with any builder. Where that cannot be
 (the builder does not run on ``meta``, or goes back to weights that it made before), the module is built whole.
 """
 

@@ -92,7 +92,7 @@ class Placing:
     async def __aenter__(self) -> Placing:
         self._tenures.on_leading = self._lead
         for uid in self._tenures.stored(self._authority):
-            await self._hold(uid)  # what was held before, whoever holds it now
+            await self._hold(uid)  # what was held before, also where others hold it now
         self._spawn(self._run())
         return self
 

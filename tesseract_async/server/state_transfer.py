@@ -132,7 +132,7 @@ class StateSource:
             raise Overloaded("too many pieces of states wait to be sent to you", retry_after=1.0)
         self._waiting[peer] += 1
         try:
-            async with self._turn:  # whoever gives up takes nothing
+            async with self._turn:  # a request that gives up takes nothing
                 await asyncio.sleep(self._leftover.take(num_bytes, asyncio.get_running_loop().time()))
         finally:
             self._waiting[peer] -= 1

@@ -562,7 +562,7 @@ class Tenures:
         return True
 
     async def _take(self, hosted: HostedState, authority: Authority, state: StateDict, *, aside: bool) -> None:
-        """Continue from this state, and say how the own steps that it lacks can be had back."""
+        """Continue from this state, and say how to get back the steps of this server that it lacks."""
         uid, path = hosted.uid, await hosted.take(state, aside=aside)
         if path is not None:
             root = (await self._server.call_aside(partial(read_sealed, path))).root
@@ -654,7 +654,7 @@ class Tenures:
                 expert.tenure.looked(*self._now())
                 if expert.tenure.waits_for_state(*self._now()) and not expert.waited_for:
                     expert.waited_for = True
-                    logger.warning("nobody has a state of %s now: this server waits for whoever had one", uid)
+                    logger.warning("nobody has a state of %s now: this server waits for one that had it", uid)
                 await self._carry_out(expert)
 
     def _has_changed(self, uid: str, others: Iterable[ExpertReplica]) -> bool:
