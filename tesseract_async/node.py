@@ -190,8 +190,6 @@ class TesseractNode(Uncopied):
         self.client_state: object = None
         """State that the client modules of this node keep in it (`client.experience`)."""
 
-    # ------------------------------------------------------------------------------------------------ life
-
     async def start(self) -> None:
         """Bind the port, and start the DHT and the endpoint. Cancelled or failed, it leaves nothing behind.
 
@@ -293,6 +291,7 @@ class TesseractNode(Uncopied):
             grants=self.trust.shown,
             on_grants=self.trust.introduced,
             admits=lambda peer_id: self.trust.admits(peer_id, self._table.uids),
+            throttle=self.throttle,
         )
         reach = Reach(
             endpoint=endpoint,
@@ -304,7 +303,6 @@ class TesseractNode(Uncopied):
             public=self._public,
             upnp=self._upnp,
             settings=self._reach_settings,
-            throttle=self.throttle,
         )
         return _Started(asyncio.get_running_loop(), address, endpoint, reach)
 
@@ -344,8 +342,6 @@ class TesseractNode(Uncopied):
         self._set_scope(self._started.address.host)
         for watcher in list(self._address_watchers):
             watcher()
-
-    # ------------------------------------------------------------------------------------------------ who and where
 
     @property
     def peer_id(self) -> PeerID:
@@ -396,8 +392,6 @@ class TesseractNode(Uncopied):
     def is_connected(self, peer_id: PeerID) -> bool:
         """Return whether `peer_id` is this node or a peer with an open connection, dialed by either side."""
         return peer_id == self.peer_id or self.endpoint.is_connected(peer_id)
-
-    # ------------------------------------------------------------------------------------------------ experts
 
     async def get_expert(self, uid: str) -> RemoteExpert:
         """Return the expert `uid`, found through the DHT: a module whose call is awaited.

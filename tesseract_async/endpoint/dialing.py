@@ -30,6 +30,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel
+from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.tls import TlsMachine
 from tesseract_async.wire.frames import FrameReader
 from tesseract_async.wire.heads import Hello
@@ -59,6 +60,7 @@ class Dialer:
         make_connection: Callable[[PeerID, Hello, PeerAddress | None, Pipe], Connection],
         grants: Callable[[], Sequence[bytes]],
         features: frozenset[str],
+        throttle: Throttle | None = None,
     ) -> None:
         self._peer_id = identity.peer_id
         self._contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
@@ -75,6 +77,7 @@ class Dialer:
         self._make_connection = make_connection
         self._grants = grants
         self._features = features
+        self._throttle = throttle
         self._dials: dict[PeerAddress, asyncio.Task[Connection]] = {}
         self._half_open: set[Handshake] = set()
         room = room_for(descriptor_limit())
@@ -97,8 +100,6 @@ class Dialer:
             handshake.abort()
         waits: list[Awaitable[object]] = [*dials, *(handshake.done for handshake in handshakes)]
         await asyncio.gather(*waits, return_exceptions=True)
-
-    # ---- dialing
 
     async def connect(self, peer: PeerAddress, *, deadline: float, what: str) -> Connection:
         """A new connection, or one that came while this waited for its turn after failures.
@@ -206,8 +207,6 @@ class Dialer:
             handshake.abort()
             raise
 
-    # ---- accepting
-
     def accept(self, pipe: Pipe) -> None:
         """Begin the handshake on a pipe that a peer opened. Where too many are half open, an old one of the largest
         crowd is dropped for it."""
@@ -270,8 +269,6 @@ class Dialer:
         victim.abort("it was idle, and there are too many")
         return True
 
-    # ---- both
-
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
         bounds = self._bounds
         limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
@@ -294,6 +291,7 @@ class Dialer:
             expected=expected,
             established=established,
             timeout=self._bounds.handshake_timeout,
+            throttle=self._throttle,
         )
         self._half_open.add(handshake)
         handshake.done.add_done_callback(lambda done: self._handshake_ended(handshake, pipe))

@@ -161,8 +161,6 @@ class SwarmObserver:
             "log": [list(line) for line in self.log],
         }
 
-    # ------------------------------------------------------------------------------------------------ looking
-
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
@@ -299,8 +297,6 @@ class SwarmObserver:
         self.log.append((round(time.time(), 3), sentence, kind))
         self.num_log_lines += 1
         log.info("%s", sentence)
-
-    # ------------------------------------------------------------------------------------------------ showing
 
     def _seed(self) -> str:
         """Return the address by which others join: this node's seed, or this node if it has none."""

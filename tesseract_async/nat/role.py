@@ -199,8 +199,6 @@ class RoleMachine:
         if self._is_declared_client:
             self._take(Reachability(tcp=False))
 
-    # ---- what others are told
-
     @property
     def outside_port(self) -> int:
         """Where others dial this node by IPv4: its own port, or the router's that leads to it."""
@@ -236,8 +234,6 @@ class RoleMachine:
     @property
     def symmetric(self) -> bool:
         return self.reachability.nat == "symmetric"
-
-    # ---- the cycle
 
     def events(self) -> Iterator[RoleEvent]:
         while self._events:
@@ -291,8 +287,6 @@ class RoleMachine:
         wait = CHECK_PERIOD if is_known else self._watch_period
         self._check_at = now if self._check_again else now + wait
         self._check_again = False
-
-    # ---- inside
 
     def _next_check(self) -> CheckDue:
         if self._is_declared_public:
