@@ -146,57 +146,56 @@ class Dialer:
         """A new connection over the best of these paths, preferred by later calls. Raises: PeerUnreachable."""
         made: list[Connection] = []
 
-        async def attempt(path: DialPath) -> Connection:
-            def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
-                if made:
-                    raise HandshakeFailed("late", "another path to the peer was faster")
-                known = PeerAddress(peer_id, peer.addresses, peer.rendezvous)
-                connection = self._make_connection(peer_id, hello, known, channel.pipe)
-                connection.attach(MAIN, channel, reader)
-                made.append(connection)
+        def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
+            if made:
+                raise HandshakeFailed("late", "another path to the peer was faster")
+            known = PeerAddress(peer_id, peer.addresses, peer.rendezvous)
+            made.append(self._make_connection(peer_id, hello, known, channel.pipe))
+            made[0].attach(MAIN, channel, reader)
 
-            await self._shake(await path.open(), peer.peer_id, self._hello(os.urandom(16), bulk=False), established)
-            return made[0]
-
-        connection, errors = await self._race(peer, paths, attempt)
-        if connection is None:
-            raise PeerUnreachable(peer.short, errors)
-        return connection
+        await self._race(peer, paths, peer.peer_id, lambda: self._hello(os.urandom(16), bulk=False), established)
+        return made[0]
 
     async def open_bulk(self, connection: Connection) -> None:
         """Open the second channel of a connection that was dialed here. Raises: PeerUnreachable."""
         peer = connection.dialed
         assert peer is not None
 
-        async def attempt(path: DialPath) -> bool:
-            def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
-                if not connection.is_open or connection.has_bulk:
-                    raise HandshakeFailed("late", "the connection needs no bulk channel any more")
-                connection.attach(BULK, channel, reader)
+        def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
+            if not connection.is_open or connection.has_bulk:
+                raise HandshakeFailed("late", "the connection needs no bulk channel any more")
+            connection.attach(BULK, channel, reader)
 
-            await self._shake(
-                await path.open(), connection.peer_id, self._hello(connection.session, bulk=True), established
-            )
-            return True
-
-        opened, errors = await self._race(peer, self.paths(peer), attempt)
-        if not opened:
-            raise PeerUnreachable(peer.short, errors)
+        hello = self._hello(connection.session, bulk=True)
+        await self._race(peer, self.paths(peer), connection.peer_id, lambda: hello, established)
 
     def paths(self, peer: PeerAddress) -> list[DialPath]:
         """All ways to `peer` that the transports know."""
         return [path for transport in self._transports for path in transport.paths(peer)]
 
     async def _race(
-        self, peer: PeerAddress, paths: Sequence[DialPath], attempt: Callable[[DialPath], Awaitable[Result]]
-    ) -> tuple[Result | None, dict[str, BaseException]]:
+        self,
+        peer: PeerAddress,
+        paths: Sequence[DialPath],
+        expected: PeerID | None,
+        hello: Callable[[], Hello],
+        established: Established,
+    ) -> None:
+        """Shake hands over the first of these paths on which that works. Raises: PeerUnreachable."""
+
+        async def attempt(path: DialPath) -> bool:
+            await self._shake(await path.open(), expected, hello(), established)
+            return True
+
         def finished(path: DialPath, error: BaseException | None) -> None:
             if error is not None:
                 self._metrics.count("endpoint_dials_failed", reason=reason_of(error))
             for transport in self._transports:
                 transport.path_finished(peer, path, error)
 
-        return await race(paths, attempt, finished=finished)
+        opened, errors = await race(paths, attempt, finished=finished)
+        if not opened:
+            raise PeerUnreachable(peer.short, errors)
 
     async def _shake(self, pipe: Pipe, expected: PeerID | None, hello: Hello, established: Established) -> None:
         """Raises: OSError, ProtocolError."""

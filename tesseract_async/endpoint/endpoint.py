@@ -165,18 +165,14 @@ class Endpoint(Uncopied):
         self.dialer.accept(pipe)
 
     def _answer(self, call: IncomingCall) -> Answer:
-        action = self._table.action_of(call.method)
-        if not self.policy.allows(call.peer_id, action):
-            raise self._refused(call.peer_id, action)
+        if (error := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
+            raise error
         return self._table.find(call)(call)
 
     def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
         """Return why `peer_id` may not take this action (by a large request), and count the refusal; None if it may."""
         if self.policy.allows(peer_id, action) and not (large and not self._admits(peer_id)):
             return None
-        return self._refused(peer_id, action)
-
-    def _refused(self, peer_id: PeerID, action: Action) -> NotAllowed:
         self.metrics.count("endpoint_calls_refused", action=action)
         return NotAllowed(f"{self.peer_id.short} does not let {peer_id.short} {action}: ask its owner")
 

@@ -6,9 +6,9 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import tesseract_async
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
@@ -18,6 +18,7 @@ from tesseract_async.transport.base import PeerAddress
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
+    from tesseract_async.server.server import TesseractServer
 
 METHOD = "node.status"
 MAX_STATUS_BYTES = 2**20
@@ -56,38 +57,10 @@ class NodeStatus:
     """uid -> status."""
 
 
-class _Statistics(Protocol):
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def num_waiting_rows(self) -> int: ...
-
-
-class _Runtime(Protocol):
-    @property
-    def busy_seconds(self) -> float: ...
-    def statistics(self) -> _Statistics: ...
-
-
-class _Backend(Protocol):
-    @property
-    def version(self) -> int: ...
-
-
-class Server(Protocol):
-    """The part of a `TesseractServer` that is read here."""
-
-    @property
-    def experts(self) -> Mapping[str, _Backend]: ...
-    @property
-    def runtimes(self) -> Sequence[_Runtime]: ...
-    def is_primary(self, uid: str) -> bool: ...
-
-
 class StatusService:
     """Answers ``node.status`` for a node and the servers on it. Use it as an async context manager, or call `close`."""
 
-    def __init__(self, node: TesseractNode, *servers: Server) -> None:
+    def __init__(self, node: TesseractNode, *servers: TesseractServer) -> None:
         """Let the node answer. Raises: RuntimeError before the node is started; ValueError if it has one."""
         self._node = node
         self._servers = servers

@@ -6,13 +6,12 @@ when to look again. Its driver is `reach`.
 
 from __future__ import annotations
 
-import ipaddress
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from tesseract_async.transport.base import ip_version, join_host_port, split_host_port
+from tesseract_async.transport.base import ip_version, is_loopback, join_host_port, split_host_port
 
 CHECK_PERIOD: Final = 600.0
 """Seconds after which a node whose role is known finds out anew whether it can be reached."""
@@ -43,7 +42,7 @@ class ListeningAddress:
 
     @property
     def is_loopback(self) -> bool:
-        return not self.is_wildcard and ipaddress.ip_address(self.host).is_loopback
+        return is_loopback(self.host)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from tesseract_async.transport.base import (
     PeerAddress,
     Pipe,
     PipeReceiver,
+    is_loopback,
     join_host_port,
     split_host_port,
 )
@@ -202,11 +202,7 @@ class DialBudget:
 
 def _targets(address: str) -> dict[str, float]:
     host = split_host_port(address)[0]
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    return {address: 1.0} if loopback else {address: 1.0, host: DIALS_PER_HOST}
+    return {address: 1.0} if is_loopback(host) else {address: 1.0, host: DIALS_PER_HOST}
 
 
 class TcpTransport:
