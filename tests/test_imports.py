@@ -76,7 +76,6 @@ MUST_BE_PURE = {
     "transport/token_bucket.py",
     "nat/offers.py",
     "nat/preamble.py",
-    "nat/webrtc/congestion.py",
     "nat/webrtc/message_stream.py",
     "experts/authority.py",
     "experts/choice.py",

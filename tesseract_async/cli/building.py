@@ -120,7 +120,6 @@ class SpreadBuilder(ExpertBuilder):
 
     @property
     def leads(self) -> bool:
-        """True in the process that has the node."""
         return self.link.rank == 0
 
     async def build_all(
@@ -139,7 +138,6 @@ class SpreadBuilder(ExpertBuilder):
         return built
 
     def carry_out(self, name: str, args: Sequence[Any]) -> ExpertBackend | None:
-        """Build one, as the leader says."""
         uid, blob = args
         backend = super().build(uid, None if blob is None else RUNS.read(blob))
         return backend if self.leads else None
@@ -148,6 +146,5 @@ class SpreadBuilder(ExpertBuilder):
         """Do nothing: what could not be built is not there."""
 
     def follow(self) -> None:
-        """Do what the leader does, until it leaves."""
         click.echo(f"process {self.link.rank} of {self.link.size} follows", err=True)
         self.link.follow()

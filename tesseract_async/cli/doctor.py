@@ -81,7 +81,6 @@ async def command(
 async def examine(
     seeds: Sequence[str], *, host: str | None, port: int, upnp: bool, checkpoint_dir: Path
 ) -> AsyncIterator[Check]:
-    """Check this computer, then what each seed sees of it."""
     host = host_towards(seeds) if host is None else host
     listening = await port_pair(host, port)
     for check in (*software(), *room(checkpoint_dir), listening):
@@ -124,7 +123,6 @@ def software() -> Iterator[Check]:
 
 
 def room(folder: Path) -> Iterator[Check]:
-    """Check the disk for checkpoints, and the limit of open files."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     advice = (

@@ -224,7 +224,6 @@ class Hosting:
             )
 
     async def _place(self, server: TesseractServer, replicas: ReplicaKeeper, authority: Authority) -> Placing:
-        """Return what has this server take its part in the run, by what it can."""
         serving, uid = self.serving, next(iter(authority.run.manifest.pattern))
         chooses = not serving.patterns
         room = serving.num_experts if chooses else len(server.experts)
@@ -325,7 +324,6 @@ class Hosting:
 
     @contextlib.asynccontextmanager
     async def _leading(self, link: MeshLink) -> AsyncIterator[None]:
-        """Let the other processes go in the end."""
         watcher = asyncio.create_task(self._watch_mesh(link), name="mesh")
         try:
             yield
@@ -352,7 +350,6 @@ class Hosting:
 
 
 async def _save_on_demand(server: TesseractServer) -> None:
-    """Write checkpoints at each SIGUSR1, where there are such signals."""
     if not hasattr(signal, "SIGUSR1"):
         return
     asked, loop = asyncio.Event(), asyncio.get_running_loop()

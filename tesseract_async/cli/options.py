@@ -82,7 +82,6 @@ class Sectioned(click.Command):
         self.sections = sections
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections."""
         records = {max(one.opts, key=len): one.get_help_record(ctx) for one in self.get_params(ctx)}
         named = {flag for flags in self.sections.values() for flag in flags}
         rest = {"Advanced": [flag for flag in records if flag not in named]}
@@ -256,7 +255,6 @@ class Visit:
 
 
 def identity_option(flag: str = "--identity") -> Decorator:
-    """Return the option that says which member of a closed swarm a visitor is."""
     return click.option(flag, type=FILE, help="Join with the key in this file, if only listed members may join.")
 
 

@@ -53,7 +53,6 @@ class _Room:
 
     @classmethod
     def divide(cls, state: State, height: int | None) -> _Room:
-        """Divide so that servers, legend and events stay in sight however large the grids are."""
         num_grids, num_peers, num_trainers = len(state["grids"]), len(state["peers"]), len(state["losses"])
         if height is None:
             return cls(num_grids, MAX_ROWS, num_peers, min(8, num_trainers), MAX_EVENTS)
@@ -171,7 +170,6 @@ def _describe_standings(standings: list[list[Any]]) -> list[str]:
 
 
 def _draw_grid(grid: State, peers: list[State], width: int, height: int, signs: dict[str, str]) -> RenderableType:
-    """Draw a sign for each expert, or for each block of them where there are too many."""
     size = grid["size"]
     rows, columns = (size[0], math.prod(size[1:])) if len(size) > 1 else (1, size[0])
     down, across = math.ceil(rows / height), math.ceil(columns / width)

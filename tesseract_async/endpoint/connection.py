@@ -127,7 +127,6 @@ class Connection:
 
     @property
     def has_bulk(self) -> bool:
-        """True while the bulk channel is there."""
         return self._channels[BULK] is not None
 
     def count_bytes(self) -> None:
@@ -176,7 +175,6 @@ class Connection:
         return stream, future
 
     def call_ended(self, stream: int) -> None:
-        """Forget the future of a call."""
         del self._futures[stream]
 
     async def call_parts(
@@ -227,7 +225,6 @@ class Connection:
     # ---- bytes
 
     def _look(self) -> None:
-        """Handle what a cycle has led to, here and at other connections."""
         if self._budgets.changed:
             self._budgets.deliver()
         if self.protocol.core.events:
@@ -276,7 +273,6 @@ class Connection:
             self._look()  # others may have lost their room to it
 
     def _count_unsent(self, num_bytes: int) -> None:
-        """Small frames that a peer does not read count like large replies that it does not take."""
         if self._unsent is not None:
             self._unsent.release()
             self._unsent = None
@@ -372,7 +368,6 @@ class Connection:
     # ---- the end
 
     def _tell_dropped(self, reason: str, why: str) -> None:
-        """One line and one count for each peer that is dropped, never without the reason."""
         self._metrics.count("endpoint_connections_dropped", reason=reason)
         logger.warning("connection to %s dropped: %s", self.protocol.peer, why)
 

@@ -88,7 +88,6 @@ class Arrival:
         """Bytes that its lane had brought at `progress`, when `left` were to come."""
 
     def look(self, now: float) -> None:
-        """Note whether enough came since the last look."""
         came = self.left - self.assembly.left
         if came:
             self.granted_at = None
@@ -149,7 +148,6 @@ class ConnectionCore:
             raise ProtocolError("the peer sends a flood of frames that do nothing")
 
     def add_deadline(self, deadline: float, stream: int, *, own: bool) -> None:
-        """Add the deadline of a call that is under way."""
         heap = self.deadlines
         heapq.heappush(heap, (deadline, stream, own))
         if len(heap) > 64 and len(heap) > 4 * sum(map(len, self._calls.values())):  # most calls end long before
@@ -347,7 +345,6 @@ class ConnectionCore:
         self.want_bulk()
 
     def want_bulk(self) -> None:
-        """Have the dialer open the bulk lane, unless it is open or being opened."""
         if self.lanes[BULK].open or self._bulk_wanted or self.now < self._bulk_retry_at:
             return
         self._bulk_wanted = True

@@ -85,11 +85,9 @@ class Dialer:
 
     @property
     def num_callers(self) -> int:
-        """Pipes that came in and whose handshake is not done."""
         return len(self._callers)
 
     async def aclose(self) -> None:
-        """Give up every dial and every half-open channel."""
         self._closed = True
         dials = list(self._dials.values())
         for dial in dials:
@@ -318,7 +316,6 @@ def group_of(origin: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """One word for the counters."""
     if isinstance(error, HandshakeFailed):
         return error.reason
     if isinstance(error, UnsupportedVersion):

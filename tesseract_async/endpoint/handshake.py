@@ -49,11 +49,9 @@ class Handshake:
         self._timer = loop.call_later(timeout, self._timed_out, timeout)
 
     def start(self) -> None:
-        """Begin the TLS handshake and what follows."""
         self._channel.start()
 
     def abort(self) -> None:
-        """Give the channel up."""
         self._channel.abort(HandshakeFailed("aborted", "this node is closing"))
 
     def _timed_out(self, timeout: float) -> None:

@@ -36,7 +36,6 @@ class Pace:
     """Time of the last small request."""
 
     def portion(self, now: float) -> int:
-        """Bytes of large messages that one turn of the loop may move on one lane."""
         return CHUNK_BYTES[BULK] if now - self.small_at > CALM else SMALL_PORTION
 
 
@@ -110,12 +109,10 @@ class Lane:
     # ---- out
 
     def put(self, data: bytes) -> None:
-        """Queue whole frames that are no chunks."""
         self.small.append(data)
         self.small_bytes += len(data)
 
     def drop(self, sending: Sending) -> None:
-        """Send nothing more of this message."""
         sending.left = 0
         if sending in self.large:
             self.large.remove(sending)

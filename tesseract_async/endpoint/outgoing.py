@@ -109,13 +109,11 @@ class OutgoingCalls:
         self.cancel(call.stream)
 
     def expire(self, stream: int) -> None:
-        """The deadline of a call, if it is still under way, has passed."""
         call = self._calls.get(stream)
         if call is not None:
             self.fail(call, TimeoutError(f"{call.head.method} at {self._core.peer} was not answered in time"))
 
     def stalled(self, call: OutgoingCall) -> None:
-        """The rest of the reply does not come."""
         self.fail(call, ConnectionLost(self._core.peer, f"the reply of {call.head.method} stalled on its way"))
 
     def room_changed(self, call: OutgoingCall, room: Reservation) -> None:
@@ -186,7 +184,6 @@ class OutgoingCalls:
             self._waiting.popleft()
 
     def request_granted(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        """A GRANT_REQUEST frame."""
         call = self._calls.get(stream)
         if call is not None:
             self._core.granted(call)
@@ -226,7 +223,6 @@ class OutgoingCalls:
         self._part_arrived(call, body, error, buffers, more=more)
 
     def reply_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        """A BEGIN_REPLY frame."""
         core = self._core
         announced = Announced(payload, flags, lane, max_message=core.bounds.max_message)
         call = self._expecting(stream)
@@ -284,7 +280,6 @@ class OutgoingCalls:
             raise ProtocolError("a part of a reply that was not granted")
 
     def arrived(self, call: OutgoingCall) -> None:
-        """All chunks of a reply, or of a part of one, are here."""
         assert call.arrival is not None
         assembly, more = call.arrival.assembly, call.more
         body, error = heads.decode_reply(frames.unpack(assembly.head))

@@ -95,7 +95,6 @@ class ConnectionProtocol:
 
     @property
     def was_called(self) -> bool:
-        """True once the peer has made a call."""
         return self.incoming.last_seen > 0
 
     @property
@@ -134,13 +133,11 @@ class ConnectionProtocol:
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes of small frames that wait to be sent."""
         main, bulk = self.lanes
         return main.small_bytes + bulk.small_bytes
 
     @property
     def backlog(self) -> int:
-        """Bytes of small frames and of large replies that wait to be sent."""
         main, bulk = self.lanes
         return main.small_bytes + bulk.small_bytes + self.incoming.waiting.num_bytes
 
@@ -150,7 +147,6 @@ class ConnectionProtocol:
         self.life.received(count, now, lane)
 
     def events(self) -> list[Event]:
-        """Return the events since the last call."""
         events, self.core.events = self.core.events, []
         return events
 
@@ -221,7 +217,6 @@ class ConnectionProtocol:
             core.arena.release()
 
     def farewell(self, reason: str) -> None:
-        """Queue the CLOSE frame, after which nothing may be sent."""
         close = frames.frame(frames.CLOSE, stream=self.incoming.last_seen, payload=reason.encode()[:500])
         self.lanes[MAIN].put(close)
 

@@ -36,7 +36,6 @@ class Use:
             self.num_bytes = max(0.0, self.num_bytes - share * quota.num_bytes)
 
     def wait_for_call(self, quota: Quota) -> float:
-        """Seconds until one more call is within the quota."""
         if quota.calls is None:
             return 0.0
         return max(0.0, self.calls + 1 - max(1.0, quota.calls)) * quota.period / quota.calls

@@ -61,7 +61,6 @@ class Windows:
     # ---- ours, for the peer
 
     def open(self) -> None:
-        """Open our window, if it is not open and the budget can spare it."""
         if not self.in_bytes:
             self._widen(self._first_bytes)
 

@@ -81,7 +81,6 @@ class Dashboard:
 
     @property
     def url(self) -> str:
-        """The address for a browser, including the token."""
         assert self._runner is not None, "entered"
         host, port = self._runner.addresses[0][:2]
         host = f"[{host}]" if ":" in host else host

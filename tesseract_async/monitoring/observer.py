@@ -115,7 +115,6 @@ class SwarmObserver:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def wait_changed(self) -> None:
-        """Return after the next look."""
         await self._changed.wait()
 
     async def look(self) -> None:
@@ -180,7 +179,6 @@ class SwarmObserver:
             self.node.directory.watch(prefix, size)
 
     async def _meet_contacts(self) -> None:
-        """Discover grids of the servers among this node's contacts."""
         limit = asyncio.Semaphore(NUM_ASKED_AT_ONCE)
         contacts = self.node.network.public_contacts(NUM_CONTACTS_ASKED)
         strangers = [Peer(one) for one in contacts if one.peer_id and self.node.trust.may_be_read(one.peer_id)]

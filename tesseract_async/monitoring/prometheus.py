@@ -45,7 +45,6 @@ class _Collector:
 
 
 def render(metrics: Metrics) -> bytes:
-    """Return all figures of this moment as text."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(metrics))
     return generate_latest(registry)

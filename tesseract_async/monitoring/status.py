@@ -101,11 +101,9 @@ class StatusService:
         self.close()
 
     def close(self) -> None:
-        """Stop answering."""
         self._node.endpoint.unhandle(METHOD)
 
     def status(self) -> NodeStatus:
-        """Return the figures of this moment."""
         runtimes = [runtime for server in self._servers for runtime in server.runtimes]
         statistics = [runtime.statistics() for runtime in runtimes]
         return NodeStatus(
@@ -128,7 +126,6 @@ class StatusService:
 
 
 def encode_status(status: NodeStatus) -> dict[str, object]:
-    """Return the status as a dictionary for msgpack."""
     body = {field.name: getattr(status, field.name) for field in dataclasses.fields(status)}
     uids = list(status.experts)
     if (last := len(uids) - 1) >= MAX_EXPERTS:

@@ -74,7 +74,6 @@ class DialBack:
         self._learned: LRU[PeerID, tuple[str, ...]] = LRU(MAX_LEARNT)
 
     def start(self) -> None:
-        """Dial others from now on."""
         self._endpoint.handle(DIAL_BACK, self._dial_back)
 
     async def _dial_back(self, call: IncomingCall) -> Message:
@@ -125,7 +124,6 @@ class DialBack:
         await asyncio.gather(*(self._ask(helper, port) for helper in unheard[:4]))
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
-        """Somebody dialed back."""
         arrived = self._expected.get(token)
         if arrived is not None:
             arrived.set()

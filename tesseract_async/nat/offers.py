@@ -77,7 +77,6 @@ class Description:
     candidates: tuple[Candidate, ...]
 
     def pack(self) -> dict[str, object]:
-        """Return it as msgpack can hold it."""
         return {
             "username": self.username,
             "password": self.password,
@@ -105,7 +104,6 @@ class ReverseBody:
     token: bytes
 
     def pack(self) -> dict[str, object]:
-        """Return it as msgpack can hold it."""
         return {"addresses": list(self.addresses), "token": self.token}
 
     @classmethod
@@ -125,7 +123,6 @@ class RelayBody:
     token: bytes
 
     def pack(self) -> dict[str, object]:
-        """Return it as msgpack can hold it."""
         return {"relay": bytes(self.relay), "token": self.token}
 
     @classmethod

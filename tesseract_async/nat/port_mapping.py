@@ -89,7 +89,6 @@ class PortMapper:
         """Why there is no mapping, for people."""
 
     def start(self) -> None:
-        """Ask for the mapping in the background, and keep it."""
         self._task = asyncio.get_running_loop().create_task(self._keep())
 
     def renew(self) -> None:
@@ -97,7 +96,6 @@ class PortMapper:
         self._again.set()
 
     async def aclose(self) -> None:
-        """Take the mapping back."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -107,7 +105,6 @@ class PortMapper:
                 await self._remove()
 
     def sentence(self) -> str:
-        """Say what came of it."""
         if self.outside_port is not None:
             return f"The router maps its port {self.outside_port} to this node."
         return self.trouble

@@ -237,12 +237,10 @@ class Reach:
 
     @property
     def reachability(self) -> Reachability:
-        """How others reach this node."""
         return self.role.reachability
 
     @property
     def rendezvous(self) -> tuple[PeerAddress, ...]:
-        """The nodes through which others can send offers to this one."""
         return self._client.rendezvous
 
     @property
@@ -387,7 +385,6 @@ class Reach:
         return own_addresses() if self._address.is_wildcard else [self._address.host]
 
     def _own_v4(self) -> str | None:
-        """Return this computer's address in the router's network."""
         if not self._address.is_wildcard and ":" not in self._address.host:
             return self._address.host
         return address_towards(socket.AF_INET) or next((host for host in self._own_hosts() if ":" not in host), None)

@@ -125,7 +125,6 @@ class RelayLedger:
             self._by_token.pop(token, None)
 
     def expired(self, *, now: float) -> list[Splice]:
-        """Return the splices that were not completed in time, or are silent."""
         silent_before = now - SILENT_TIMEOUT
         return [
             splice
@@ -268,7 +267,6 @@ class _Half:
         self.end()
 
     def end(self) -> None:
-        """Send what was taken over already, and close."""
         if self._resume is not None:
             self._resume.cancel()
         self.pipe.close()

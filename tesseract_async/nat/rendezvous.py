@@ -95,12 +95,10 @@ class RendezvousLedger:
         self._recipients: Counter[PeerID] = Counter()
 
     def __len__(self) -> int:
-        """Registered nodes."""
         return len(self._clients)
 
     @property
     def num_offers(self) -> int:
-        """Offers under way."""
         return self._shares.used
 
     def register(self, peer_id: PeerID, origin: str, *, is_connected: Callable[[PeerID], bool], now: float) -> bool:
@@ -124,7 +122,6 @@ class RendezvousLedger:
         return neighbors < MAX_CLIENTS_PER_RANGE
 
     def is_registered(self, peer_id: PeerID, *, now: float) -> bool:
-        """Return whether offers are carried to this node."""
         client = self._clients.get(peer_id)
         return client is not None and client.until > now
 
@@ -147,7 +144,6 @@ class RendezvousLedger:
         self._recipients -= Counter((recipient,))
 
     def clear(self) -> None:
-        """Forget all registrations."""
         self._clients.clear()
 
 
@@ -344,7 +340,6 @@ class RendezvousClient:
                 pass
 
     async def _renew(self) -> None:
-        """Renew what is due or has lost its connection, and fill up from the contacts."""
         loop = asyncio.get_running_loop()
         connected = {info.peer_id for info in self._endpoint.connections()}
         due = [

@@ -39,12 +39,10 @@ class ListeningAddress:
 
     @property
     def is_wildcard(self) -> bool:
-        """Return whether the sockets listen on every interface."""
         return self.host in WILDCARDS
 
     @property
     def is_loopback(self) -> bool:
-        """Return whether only this computer can reach the sockets."""
         return not self.is_wildcard and ipaddress.ip_address(self.host).is_loopback
 
 
@@ -72,7 +70,6 @@ class Reachability:
         return "public" if self.tcp else "unknown"
 
     def sentences(self, port: int) -> list[str]:
-        """Say what was found, and what the user can do about it."""
         where = join_host_port(self.host, port) if self.host else f"port {port}"
         v6 = [join_host_port(host, port) for host in self.open_hosts if ":" in host and host != self.host]
         closed_v6 = [host for host in self.closed_hosts if ":" in host and host != self.host]
@@ -238,13 +235,11 @@ class RoleMachine:
 
     @property
     def symmetric(self) -> bool:
-        """Return whether this node's NAT takes another port for each destination."""
         return self.reachability.nat == "symmetric"
 
     # ---- the cycle
 
     def events(self) -> Iterator[RoleEvent]:
-        """Drain what is to be done, in order."""
         while self._events:
             yield self._events.popleft()
 

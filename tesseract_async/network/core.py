@@ -265,7 +265,6 @@ class Core:
         self._unreachable.pop(raw, None)
 
     def enter(self, contact: Contact, now: float) -> None:
-        """List a contact that has proven its id, or note that it was seen."""
         known = self.table.get(contact.peer_id)
         doubtful = self.table.add(contact, now)
         if known is not contact and self.table.get(contact.peer_id) is contact:
@@ -274,12 +273,10 @@ class Core:
             self.ping(doubtful, now)
 
     def lost(self, contact: Contact, now: float) -> None:
-        """Drop a contact that answered no attempt of a call."""
         self._unreachable[contact.raw] = now + UNREACHABLE_FOR
         self._drop(contact, "no_reply", ask_again=self.table.get(contact.peer_id) is contact)
 
     def farewell(self, peer_id: bytes, address: Address) -> None:
-        """Drop the contact with that id, if it is listed at that address."""
         contact = self.table.get(peer_id)
         if contact is not None and contact.address == address:
             self._drop(contact, "farewell", ask_again=False)

@@ -99,7 +99,6 @@ class DatagramDialBack(Caller):
     """One node's part in finding out its own role and that of others."""
 
     def __init__(self, core: Core, thirds: ThirdNodes, now: float) -> None:
-        """A node that is public from the start never asks."""
         self._core = core
         self.thirds = thirds
         self._timer = None if core.public else core.timers.start(now, self.ask)

@@ -68,7 +68,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
         self._waiters: dict[int, asyncio.Future[ReadFinished | WriteFinished]] = {}
 
     def now(self) -> float:
-        """Return the loop time."""
         return self._loop.time()
 
     async def read(self, key: bytes) -> ReadFinished:
@@ -207,7 +206,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
             logger.warning("the clock of this computer differs from the others' by %.0f s: set it", event.seconds)
 
     async def _wait(self, operation: int) -> ReadFinished | WriteFinished:
-        """Return the event that ends an operation that has just been started."""
         waiter: asyncio.Future[ReadFinished | WriteFinished] = self._loop.create_future()
         self._waiters[operation] = waiter
         try:
@@ -248,7 +246,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
 
 
 def families(sock: socket.socket) -> tuple[socket.AddressFamily, ...]:
-    """Return the kinds of addresses that this socket can send to."""
     if sock.family != socket.AF_INET6:
         return (socket.AF_INET,)
     if sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) or sock.getsockname()[0] != "::":

@@ -160,7 +160,6 @@ class PathCache:
         return kept is None or record.sequence > kept.sequence
 
     def put(self, record: SignedRecord, until: float) -> None:
-        """Keep a verified record until then, or until it expires."""
         self._copies[record.key] = (min(until, record.expiration), record)
 
     def drop(self, key: bytes) -> None:
@@ -168,7 +167,6 @@ class PathCache:
         self._copies.pop(key, None)
 
     def expire(self, wall: float) -> None:
-        """Drop copies whose time is over."""
         for key in [key for key, (until, _) in self._copies.items() if until <= wall]:
             del self._copies[key]
 

@@ -53,7 +53,6 @@ class Tokens:
         self._until = now + wire.TOKEN_LIFETIME
 
     def give(self, packed_address: bytes) -> bytes:
-        """Return the present token of an address."""
         return _token(self._secrets[0], packed_address)
 
     def holds(self, token: bytes, packed_address: bytes) -> bool:
@@ -61,7 +60,6 @@ class Tokens:
         return any(token == _token(secret, packed_address) for secret in self._secrets)
 
     def rotate(self, now: float) -> None:
-        """Change the secret when its time has come."""
         if now >= self._until:
             self._secrets = (self._random.randbytes(16), self._secrets[0])
             self._until = now + wire.TOKEN_LIFETIME
@@ -135,7 +133,6 @@ class NetworkProtocol:
         return self._start(Write(self.core, records), now)
 
     def cancel(self, operation: int) -> None:
-        """Forget a read or a write. Stores that were sent already may take effect."""
         started = self._operations.pop(operation, None)
         if started is not None:
             started.cancelled = True
@@ -182,7 +179,6 @@ class NetworkProtocol:
         return datagrams
 
     def events(self) -> list[Event]:
-        """Return what happened since the last call, in order."""
         events, self.core.outbox.events = self.core.outbox.events, []
         for event in events:
             if isinstance(event, ReadFinished | WriteFinished):
@@ -312,7 +308,6 @@ class NetworkProtocol:
         core.outbox.send(wire.encode(kind, flags, datagram.transaction, core.own_id, body), address)
 
     def _heard_from(self, datagram: wire.Datagram, address: Address, address_proven: bool, now: float) -> None:
-        """Learn from a request of an id that claims to live at an address."""
         core = self.core
         if datagram.flags & wire.FLAG_CLIENT:
             if address_proven:

@@ -265,7 +265,6 @@ class Read:
             self._go_on(now)
 
     def fetched(self, fetch: _Fetch, now: float) -> None:
-        """Note that a fetch is complete, or all its holders failed."""
         self._num_fetching -= 1
         self._go_on(now)
 
@@ -284,7 +283,6 @@ class Read:
         self.core.outbox.emit(event)
 
     def _repair(self, merged: dict[EntryID, SignedRecord], now: float) -> None:
-        """Send holders the entries that they lack, verbatim, as far as what they hold is known."""
         for holding in self._holdings:
             if holding.records is None or holding.is_copy:
                 continue
@@ -332,7 +330,6 @@ class _Fetch(Caller):
         return _Fetch(self.read, start, last, self.sources[:-1])
 
     def ask(self, now: float) -> None:
-        """Ask for the next page."""
         if not self.sources or self.read.cancelled:
             self.read.complete = False
             self.read.fetched(self, now)

@@ -109,7 +109,6 @@ class Rpcs:
         self.repeat(call, now)
 
     def repeat(self, call: Call, now: float) -> None:
-        """Write the request with the contact's present token and send it."""
         contact = call.contact
         flags = self._outbox.flags()
         if call.expected is not None:

@@ -52,7 +52,6 @@ class Timers:
                 self._num_cancelled = 0
 
     def run(self, now: float) -> None:
-        """Do what is due."""
         while self._heap and self._heap[0][0] <= now:
             timer = heapq.heappop(self._heap)[2]
             action, timer.action = timer.action, None

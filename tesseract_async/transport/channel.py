@@ -68,7 +68,6 @@ class Channel:
         self._abort_timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin the handshake."""
         self.pipe.start(self)
         try:
             if self._tls is not None:
@@ -89,7 +88,6 @@ class Channel:
         return self.pipe.bytes_sent if self._tls is None and self.pipe.unsent else None
 
     def loan_ended(self, mark: int) -> bool:
-        """Return whether all that was written before the mark was taken has left."""
         return self._lost or self.pipe.bytes_sent - self.pipe.unsent >= mark
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:

@@ -76,7 +76,6 @@ class TrainerTask:
 
 
 def all_uids() -> list[str]:
-    """Return every expert of the demo's grid."""
     return list(PATTERN)
 
 

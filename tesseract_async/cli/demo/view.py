@@ -80,7 +80,6 @@ def program_name() -> str:
 
 
 def describe(progress: Progress) -> str:
-    """Return the state of training in one line."""
     parts = [
         f"{name}: step {one.step}, loss {_number(one.loss)}, accuracy {_number(one.accuracy)}"
         for name, one in progress.trainers.items()
@@ -89,7 +88,6 @@ def describe(progress: Progress) -> str:
 
 
 def draw(progress: Progress, now: float) -> RenderableType:
-    """Return one frame."""
     share = progress.share
     bar = Table.grid(padding=(0, 1))
     bar.add_row("training", ProgressBar(total=1.0, completed=share, width=40), f"{share:4.0%}", f"{now:5.1f} s")

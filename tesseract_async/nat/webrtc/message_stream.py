@@ -59,7 +59,6 @@ class MessageStream:
 
     @property
     def paused(self) -> bool:
-        """Return whether enough is waiting."""
         return self.unsent > HIGH_WATER
 
     def write(self, data: bytes | memoryview) -> None:
