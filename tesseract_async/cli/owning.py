@@ -24,7 +24,7 @@ from tesseract_async.cli.options import (
 from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
 from tesseract_async.cli.types import EXISTING_FILE, FILE, PATTERN, PEER, Number, Parsed, counted
-from tesseract_async.experts.grants import Grant, Role, grant_text
+from tesseract_async.experts.grants import Grant, Invite, Role, grant_text
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.ownership import MEMBER, RunOwner
 from tesseract_async.experts.pattern import ExpertPattern
@@ -142,9 +142,9 @@ async def grant(
         if renew:
             click.echo(f"{counted(len(await acting.renew()), 'grant')} renewed", err=True)
         elif invite:
-            made, key = acting.invite(roles, seconds=days * DAY, pattern=pattern)
-            click.echo(f"the invite of {made.peer}, {_said(made)}", err=True)
-            click.echo(grant_text(made, invite=key))
+            made, text = acting.invite(roles, seconds=days * DAY, pattern=pattern)
+            click.echo(f"the invite of {made.peer}, {_said(made)}, for `tesseract join`", err=True)
+            click.echo(Invite(acting.authority.run.full_name, owner.initial_peers, text).text())
         else:
             for made in await acting.grant(members, roles, seconds=days * DAY, pattern=pattern):
                 click.echo(f"a grant of {made.peer}, {_said(made)}", err=True)
