@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Final, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from tesseract_async.metrics import Key, Metrics
-from tesseract_async.monitoring.catalogue import METRICS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "tesseract_"
+METRICS: Final[dict[str, tuple[str, str]]] = {
+    name: (unit, sentence)
+    for name, (unit, sentence) in tomllib.loads((Path(__file__).parent / "metrics.toml").read_text("utf-8")).items()
+}
+"""name -> (unit, sentence): all metrics of a node."""
 
 Labels = tuple[tuple[str, str], ...]
 T = TypeVar("T")

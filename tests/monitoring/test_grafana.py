@@ -10,8 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.monitoring.catalogue import METRICS
-from tesseract_async.monitoring.prometheus import render
+from tesseract_async.monitoring.prometheus import METRICS, render
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "dashboard.json"
 PACKAGE = Path(__file__).parents[2] / "tesseract_async"
