@@ -4,6 +4,26 @@ from __future__ import annotations
 
 from typing import Final
 
+SWARM_METRICS: Final[dict[str, tuple[str, str]]] = {
+    "swarm_server_up": ("0 or 1", "1 while this server answers the viewer, by server and its name."),
+    "swarm_server_rows": ("rows", "Rows that this server has computed."),
+    "swarm_server_calls": ("calls", "Calls to experts that this server was sent."),
+    "swarm_server_busy_seconds": ("seconds", "Time that this server's devices have computed."),
+    "swarm_server_waiting_rows": ("rows", "Rows that wait at this server."),
+    "swarm_server_memory_bytes": ("bytes", "Memory of this server's process."),
+    "swarm_expert_version": ("steps", "Optimizer steps that this expert has taken."),
+    "swarm_expert_replicas": ("servers", "Servers that host this expert."),
+    "swarm_expert_behind_steps": ("steps", "Steps by which this expert's oldest replica is behind its newest."),
+    "swarm_expert_calls": ("calls", "Requests that this expert has computed, by expert and server."),
+    "swarm_expert_failures": ("calls", "Requests to this expert whose computation failed, by expert and server."),
+    "swarm_expert_slow_seconds": ("seconds", "What 99 of 100 requests to this expert do not exceed, by server."),
+    "swarm_experts_lost": ("experts", "Experts of a grid that were seen before and that nobody hosts now."),
+    "swarm_trainer_loss": ("loss", "The latest loss that a trainer has published."),
+    "swarm_trainer_step": ("steps", "The step of that loss."),
+    "swarm_thanks_rows": ("rows", "Rows that trainers say, signed, that they received in the last day, by server."),
+}
+"""What a viewer (`tesseract dashboard`) adds: the swarm as it sees it."""
+
 METRICS: Final[dict[str, tuple[str, str]]] = {
     # experts that this node calls
     "expert_calls": ("calls", "Calls to experts that this node made, by method."),
