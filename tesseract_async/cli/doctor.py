@@ -21,7 +21,8 @@ from tesseract_async.cli.running import asynchronous, spinner
 from tesseract_async.cli.types import FOLDER, PORT, counted
 from tesseract_async.errors import NotAllowed, TesseractError, describe
 from tesseract_async.monitoring import NodeStatus, ask_status
-from tesseract_async.node import TesseractNode, bind_pair
+from tesseract_async.nat.interfaces import bind_pair
+from tesseract_async.node import TesseractNode
 
 MIN_FREE_BYTES = 10**9
 MIN_OPEN_FILES = 1024

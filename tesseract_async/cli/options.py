@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import ipaddress
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
 from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
-from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.transport.base import PeerAddress, is_loopback, split_host_port
 from tesseract_async.transport.throttle import Throttle
 
 Function = Callable[..., object]
@@ -270,14 +269,7 @@ def host_towards(seeds: Sequence[str]) -> str:
     From a socket on loopback nothing leaves this computer. Raises: ValueError for a malformed seed.
     """
     hosts = [split_host_port(address)[0] for seed in seeds for address in PeerAddress.parse(seed).addresses]
-    local, speaks_v6 = True, False
-    for host in hosts:
-        try:
-            ip = ipaddress.ip_address(host.partition("%")[0])
-        except ValueError:
-            local = local and host == "localhost"
-        else:
-            local, speaks_v6 = local and ip.is_loopback, speaks_v6 or ip.version == 6
+    local, speaks_v6 = all(map(is_loopback, hosts)), any(":" in host for host in hosts)
     if local:
         return "::1" if speaks_v6 else "127.0.0.1"
     return "::" if speaks_v6 else "0.0.0.0"

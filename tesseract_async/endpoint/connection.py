@@ -139,8 +139,6 @@ class Connection:
                 self._metrics.count("transport_bytes_received", received - old_received)
                 self._metrics.count("transport_bytes_sent", sent - old_sent)
 
-    # ---- calls made here
-
     def _start_call(
         self,
         head: RequestHead,
@@ -222,8 +220,6 @@ class Connection:
         if cancelled:
             raise asyncio.CancelledError
 
-    # ---- bytes
-
     def _look(self) -> None:
         if self._budgets.changed:
             self._budgets.deliver()
@@ -286,8 +282,6 @@ class Connection:
         self._tell_dropped("peer_does_not_read", why)
         self.abort(why)
 
-    # ---- events
-
     def _handle_events(self) -> None:
         for event in self.protocol.events():
             match event:
@@ -333,8 +327,6 @@ class Connection:
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
             self.protocol.core.bulk_failed(self._loop.time())
 
-    # ---- time
-
     def _arm_timer(self) -> None:
         if self._lost_reason is not None:
             return
@@ -364,8 +356,6 @@ class Connection:
             elif now - self._drained_at[lane] > UNREAD_TIMEOUT:
                 self._drop_unread()
         self._wake()
-
-    # ---- the end
 
     def _tell_dropped(self, reason: str, why: str) -> None:
         self._metrics.count("endpoint_connections_dropped", reason=reason)
@@ -452,13 +442,13 @@ class _LanePort:
             if not self._paused and self._turn_bytes > self._protocol.pace.portion(now):
                 # uvloop would go on for as long as the socket has any, and small calls would wait
                 self._paused = True
-                self._channel.pipe.pause_reading()
+                self._channel.pause_reading()
 
     def _next_turn(self) -> None:
         self._turn_bytes = 0
         if self._paused:
             self._paused = False
-            self._channel.pipe.resume_reading()
+            self._channel.resume_reading()
 
     def channel_drained(self) -> None:
         self._connection._schedule_flush()

@@ -155,8 +155,6 @@ class ConnectionCore:
             heap[:] = [entry for entry in heap if entry[1] in (outgoing if entry[2] else incoming)]
             heapq.heapify(heap)
 
-    # ---- large messages out
-
     def choose_lane(self, call: CallState) -> None:
         """Settle on which lane all of a large message, or of a reply in parts, travels."""
         if self.lanes[BULK].open:
@@ -208,8 +206,6 @@ class ConnectionCore:
             raise ProtocolError("a grant that was not asked for")
         sending.granted = True
         self.lanes[call.lane].large.append(sending)
-
-    # ---- large messages in
 
     def reserve(self, call: CallState, announced: Announced) -> None:
         """Make room for a message that was announced, now or when its sender's earlier ones leave some.
@@ -329,8 +325,6 @@ class ConnectionCore:
                 )
             )
         ]
-
-    # ---- the bulk lane
 
     def bulk_failed(self, now: float) -> None:
         """The bulk lane could not be opened: large messages stay on the main lane, in chunks between small frames."""

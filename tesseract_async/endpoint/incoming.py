@@ -106,8 +106,6 @@ class IncomingCalls:
         self._small_cost = 0  # of the small calls under way: each costs far more than its bytes
         self._counted = STEP  # what of it the node's budget has counted
 
-    # ---- requests
-
     def _begin(self, lane: int, flags: int, stream: int) -> ReceivedCall:
         bounds = self._core.bounds
         if stream in self._calls:
@@ -220,8 +218,6 @@ class IncomingCalls:
             self._end(call)
             if call.delivered:
                 self._core.events.append(CallCancelled(stream))
-
-    # ---- replies
 
     def reply(
         self, stream: int, body: object, buffers: tuple[memoryview, ...], *, now: float, more: bool = False

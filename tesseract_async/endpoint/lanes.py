@@ -106,8 +106,6 @@ class Lane:
         self._handlers = handlers
         self._chunk_started = chunk_started
 
-    # ---- out
-
     def put(self, data: bytes) -> None:
         self.small.append(data)
         self.small_bytes += len(data)
@@ -161,8 +159,6 @@ class Lane:
             elif now - self._chunk_at < 0.25:
                 self._chunk_bytes = min(CHUNK_BYTES[self.index], self._chunk_bytes * 2)
         self._chunk_at = now
-
-    # ---- in: frames.FrameSink
 
     def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
         handler = self._handlers.get(kind)

@@ -137,8 +137,6 @@ class OutgoingCalls:
             self._core.events.append(CallFailed(call.stream, kind(self._core.peer, reason)))
             self._end(call)
 
-    # ---- requests
-
     def _send(self, call: OutgoingCall, encoded: bytes = b"", size: int = 0) -> bool:
         """Send the request unless the peer's limits forbid it now. `encoded`: its head, if that has not changed."""
         core = self._core
@@ -189,8 +187,6 @@ class OutgoingCalls:
             self._core.granted(call)
         else:
             self._core.count_idle()
-
-    # ---- replies
 
     def _expecting(self, stream: int) -> OutgoingCall | None:
         """Return the call that a reply is for; None if it was cancelled or expired meanwhile. Raises: ProtocolError."""

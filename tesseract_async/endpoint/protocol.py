@@ -111,8 +111,6 @@ class ConnectionProtocol:
         elif isinstance(call, ReceivedCall):
             self.incoming.room_changed(call, room)
 
-    # ---- bytes
-
     def data_to_send(self, lane: int, room: int) -> list[bytes | memoryview]:
         """Return what to write to the lane's channel now, in order: small frames, then chunks of about `room` bytes.
 
@@ -150,8 +148,6 @@ class ConnectionProtocol:
         events, self.core.events = self.core.events, []
         return events
 
-    # ---- frames
-
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
         call = self.core.chunk_finished(kind, stream, length)
         if isinstance(call, OutgoingCall):
@@ -184,8 +180,6 @@ class ConnectionProtocol:
     def _close(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._peer_saw = stream
         self.core.events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
-
-    # ---- time and the end
 
     def timer_at(self) -> float:
         """Return the time at which to call `handle_timer`."""

@@ -37,8 +37,6 @@ class Windows:
         self._burst_last = now
         self._burst_bytes = 0
 
-    # ---- the peer's, for us
-
     def try_use(self, size: int) -> bool:
         """Take `size` bytes of the peer's window, if they are there."""
         if self.out_used + size > self.out_bytes:
@@ -57,8 +55,6 @@ class Windows:
         if size < self.out_bytes or size > 2**48:
             raise ProtocolError("a flow-control window never shrinks")
         self.out_bytes = size
-
-    # ---- ours, for the peer
 
     def open(self) -> None:
         if not self.in_bytes:

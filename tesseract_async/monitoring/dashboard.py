@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import hmac
-import ipaddress
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +19,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.monitoring import prometheus
 from tesseract_async.monitoring.observer import SwarmObserver
+from tesseract_async.transport.base import is_loopback
 
 PAGE = Path(__file__).parent / "page"
 FILES = {"": "index.html", "style.css": "style.css", "page.js": "page.js", "icon.svg": "icon.svg"}
@@ -46,7 +46,7 @@ class Dashboard:
         self, observer: SwarmObserver, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
     ) -> None:
         """`token`: the visitors' password; made up if none is given and `host` is not loopback."""
-        if token is None and not _is_loopback(host):
+        if token is None and not is_loopback(host):
             token = secrets.token_urlsafe(16)
         self.token = token
         self._observer = observer
@@ -87,7 +87,7 @@ class Dashboard:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self.token is None:
             # a foreign page could point its own name at this address; without a token the name must be a loopback one
-            if not _is_loopback(_host_of(request)):
+            if not is_loopback(_host_of(request)):
                 raise web.HTTPForbidden(text="ask for this page by its own address\n")
         else:
             bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -204,15 +204,6 @@ class _Told:
         self._num_points = dict(observer.history.num_points)
         self._grids |= {grid["prefix"]: json.dumps(grid) for grid in state["grids"]}
         return json.dumps({"whole": before is None, **state}, separators=(",", ":"))
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _host_of(request: web.Request) -> str:

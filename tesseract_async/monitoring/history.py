@@ -30,8 +30,9 @@ class History:
         for name, span in SPANS.items():
             open_ = self._open[name]
             open_.append(point)
-            if point["time"] - open_[0]["time"] >= 0.99 * span / NUM_POINTS or not self.points[name]:
-                self.points[name].append(_mean(open_))
+            points = self.points[name]
+            if not points or point["time"] - points[-1]["time"] >= 0.99 * span / NUM_POINTS:
+                points.append(_mean(open_))
                 self.num_points[name] += 1
                 open_.clear()
 

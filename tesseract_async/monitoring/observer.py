@@ -179,8 +179,6 @@ class SwarmObserver:
             "log": [list(line) for line in self.log],
         }
 
-    # ------------------------------------------------------------------------------------------------ looking
-
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
@@ -346,8 +344,6 @@ class SwarmObserver:
         self.log.append((round(time.time(), 3), sentence, kind))
         self.num_log_lines += 1
         log.info("%s", sentence)
-
-    # ------------------------------------------------------------------------------------------------ showing
 
     def contributors(self) -> list[Picture]:
         """Return who gave how much in the last day, by the signed words of trainers: the most first."""

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -23,6 +23,9 @@ from tesseract_async.transport.base import PeerAddress
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
+    from tesseract_async.runtime.backend import ExpertBackend
+    from tesseract_async.runtime.runtime import TesseractRuntime
+    from tesseract_async.server.server import TesseractServer
 
 METHOD = "node.status"
 MAX_STATUS_BYTES = 2**20
@@ -76,57 +79,10 @@ class NodeStatus:
     """Of its largest expert."""
 
 
-class _Statistics(Protocol):
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def num_waiting_rows(self) -> int: ...
-
-
-class _Latencies(Protocol):
-    def quantile(self, share: float) -> float | None: ...
-
-
-class _Figures(Protocol):
-    @property
-    def num_calls(self) -> int: ...
-    @property
-    def num_failures(self) -> int: ...
-    @property
-    def latencies(self) -> _Latencies: ...
-
-
-class _Runtime(Protocol):
-    @property
-    def device(self) -> object: ...
-    @property
-    def busy_seconds(self) -> float: ...
-    @property
-    def figures(self) -> Mapping[Any, _Figures]: ...
-    def statistics(self) -> _Statistics: ...
-
-
-class _Backend(Protocol):
-    @property
-    def version(self) -> int: ...
-    @property
-    def module(self) -> Any: ...
-
-
-class Server(Protocol):
-    """The part of a `TesseractServer` that is read here."""
-
-    @property
-    def experts(self) -> Mapping[str, _Backend]: ...
-    @property
-    def runtimes(self) -> Sequence[_Runtime]: ...
-    def is_primary(self, uid: str) -> bool: ...
-
-
 class StatusService:
     """Answers ``node.status`` for a node and the servers on it. Use it as an async context manager, or call `close`."""
 
-    def __init__(self, node: TesseractNode, *servers: Server, name: str = "") -> None:
+    def __init__(self, node: TesseractNode, *servers: TesseractServer, name: str = "") -> None:
         """Let the node answer. `name`: of this machine, for people.
 
         Raises: RuntimeError before the node is started; ValueError if it has one, or for a name that is too long.
@@ -179,7 +135,7 @@ class StatusService:
         return Message(encode_status(self.status()))
 
 
-def _figures(backend: _Backend, runtimes: Sequence[_Runtime]) -> tuple[int, int, float, float]:
+def _figures(backend: ExpertBackend, runtimes: Sequence[TesseractRuntime]) -> tuple[int, int, float, float]:
     """Return calls, failures, and the seconds that half and 99 of 100 of them took at most."""
     for runtime in runtimes:
         if backend in runtime.figures:

@@ -51,9 +51,6 @@ def field(body: object, name: str, kind: type[T]) -> T:
     return value
 
 
-# ---- bodies
-
-
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One address under which a side of a future data channel may be reached by UDP (RFC 8445)."""
@@ -176,9 +173,6 @@ def _address(raw: object) -> str:
     return join_host_port(_ip(host), port)
 
 
-# ---- envelopes
-
-
 @dataclass(frozen=True, slots=True)
 class Offer:
     """An offer whose signature holds. `body` is still untrusted: unpack it by `kind`."""
@@ -271,8 +265,6 @@ def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, int, tuple
         raise InvalidRecord(f"an {what} whose signature does not hold")
     return PeerID.from_public_key(data[64:96]), values[3], (values[2], values[4], values[5])
 
-
-# ---- limits
 
 MAX_SKEW: Final = 120.0
 """Seconds by which the sender's clock and travel time may differ from ours."""

@@ -42,7 +42,6 @@ from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport.base import PeerAddress, Transport, ip_version, split_host_port
 from tesseract_async.transport.tcp import TcpTransport
-from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +100,6 @@ class Reach:
         upnp: bool = False,
         find_router: Callable[[str], Awaitable[Gateway | None]] | None = None,
         settings: ReachSettings | None = None,
-        throttle: Throttle | None = None,
     ) -> None:
         """`sock`: the TCP socket that is bound to `address`. `scope`: where this node may send on a stranger's word.
         `on_change` is called on the loop when `addresses` or `rendezvous_texts` have changed. `public`: the user says
@@ -128,7 +126,7 @@ class Reach:
             check_all_versions=settings.on_loopback,
             watch_period=settings.watch_period,
         )
-        listener = TcpTransport(sock, throttle=throttle)
+        listener = TcpTransport(sock)
         self._mapper: PortMapper | None = None
         if upnp and self.enabled and 4 in address.versions and not public:
             self._mapper = PortMapper(
@@ -138,7 +136,9 @@ class Reach:
                 changed=self._port_mapped,
                 metrics=metrics,
             )
-        self._relay = Relay(settings=settings.relay, metrics=metrics) if settings.relay is not None else None
+        self._relay: Relay | None = None
+        if settings.relay is not None:
+            self._relay = Relay(settings=settings.relay, metrics=metrics, throttle=endpoint.throttle)
         self._dial_back = DialBack(
             endpoint,
             own_addresses=lambda: self.role.public_addresses,
@@ -155,11 +155,10 @@ class Reach:
             own_hosts=self._own_hosts,
             stun_server=self._stun.server,
             turn=settings.turn,
-            throttle=throttle,
             enabled=settings.punch_holes,
         )
         self._puncher = puncher
-        self._answerer = OfferAnswerer(endpoint, puncher=puncher, scope=scope, throttle=throttle)
+        self._answerer = OfferAnswerer(endpoint, puncher=puncher, scope=scope)
         self._server = RendezvousServer(endpoint, relay=self._relay, own_addresses=lambda: self.role.public_addresses)
         self._client = RendezvousClient(
             endpoint,
@@ -177,7 +176,6 @@ class Reach:
             puncher=puncher,
             direct_paths=listener.paths,
             scope=scope,
-            throttle=throttle,
             head_start=settings.head_start,
             offer_timeout=settings.offer_timeout,
         )
@@ -190,8 +188,6 @@ class Reach:
         self.transports: tuple[Transport, ...] = (listener,)
         if self.enabled:
             self.transports = (PreambleDemultiplexer(listener, handlers=handlers, metrics=metrics), self._traversal)
-
-    # ---- life
 
     def start(self) -> None:
         """Begin to find out, in the background. The endpoint and the network have been started."""
@@ -232,8 +228,6 @@ class Reach:
         await self._answerer.tasks.aclose()
         if self._relay is not None:
             await self._relay.aclose()
-
-    # ---- what is known
 
     @property
     def reachability(self) -> Reachability:
@@ -283,8 +277,6 @@ class Reach:
             names = ", ".join(peer.short for peer in self.rendezvous)
             lines.append(f"Others find it through {names}." if names else "No node carries offers for it yet.")
         return lines
-
-    # ---- the cycle: feed the machine, act on its events, arm one timer
 
     def look_again(self) -> None:
         """Find out now whether others can dial this node: something may have changed."""
@@ -375,8 +367,6 @@ class Reach:
 
     async def _answer(self, offer: bytes, origin: str) -> bytes:
         return await self._answerer.answer(offer, origin=origin, relays=self.rendezvous)
-
-    # ---- this computer
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -145,10 +145,18 @@ class RelayLedger:
 class Relay:
     """Give it every accepted pipe that began with a relay's preamble."""
 
-    def __init__(self, *, settings: RelaySettings, metrics: Metrics, waiting_timeout: float = WAITING_TIMEOUT) -> None:
+    def __init__(
+        self,
+        *,
+        settings: RelaySettings,
+        metrics: Metrics,
+        throttle: Throttle | None = None,
+        waiting_timeout: float = WAITING_TIMEOUT,
+    ) -> None:
         most = room_for(descriptor_limit()).splices
         self.ledger = RelayLedger(settings, max_splices=most, waiting_timeout=waiting_timeout)
         self.metrics = metrics
+        self.throttle = throttle
         # received bytes are copied within the call that tells of them, so one block serves all halves
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._halves: dict[Splice, list[_Half]] = {}
@@ -244,6 +252,9 @@ class _Half:
         if wait is None:
             relay._part(self._splice, "max_bytes")
             return
+        if relay.throttle is not None:
+            now = self._time()
+            wait = max(wait, relay.throttle.received(count, now), relay.throttle.sent(count, now))
         relay.metrics.count("relay_bytes", count)
         other.pipe.write(bytes(relay.scratch[:count]))
         if other.pipe.paused:
@@ -272,14 +283,12 @@ class _Half:
         self.pipe.close()
 
 
-async def meet_at_relay(
-    relay: PeerAddress, token: bytes, *, scope: AddressScope, throttle: Throttle | None = None
-) -> Pipe:
+async def meet_at_relay(relay: PeerAddress, token: bytes, *, scope: AddressScope) -> Pipe:
     """Return a pipe to the holder of the other token of this pair. Raises: PeerUnreachable, OSError."""
     errors: dict[str, BaseException] = {}
     for address in (one for one in relay.addresses if scope.allows(split_host_port(one)[0])):
         try:
-            pipe = await tcp.connect(address, throttle=throttle)
+            pipe = await tcp.connect(address)
         except OSError as error:
             errors[address] = error
             continue

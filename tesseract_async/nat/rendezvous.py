@@ -303,8 +303,6 @@ class RendezvousClient:
         except ProtocolError as error:  # already counted; the sender's fault, nothing to log here
             raise NotAllowed(describe(error)) from None
 
-    # ---- registrations
-
     def start(self) -> None:
         """Keep registered from now on. Repeating it does nothing."""
         if self._keeper is None:

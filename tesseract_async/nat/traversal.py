@@ -29,7 +29,6 @@ from tesseract_async.nat.rendezvous import RendezvousClient
 from tesseract_async.nat.role import RoleMachine
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
-from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,6 @@ class NatTransport:
         puncher: HolePuncher,
         direct_paths: Callable[[PeerAddress], Sequence[DialPath]],
         scope: AddressScope,
-        throttle: Throttle | None = None,
         head_start: float = HEAD_START,
         offer_timeout: float = OFFER_TIMEOUT,
     ) -> None:
@@ -73,14 +71,11 @@ class NatTransport:
         self._direct_paths = direct_paths
         self._metrics = endpoint.metrics
         self._scope = scope
-        self._throttle = throttle
         self._head_start = head_start
         self._offer_timeout = offer_timeout
         self._expected: dict[bytes, asyncio.Future[Pipe]] = {}
         self._best: LRU[PeerID, str] = LRU(MAX_REMEMBERED)
         self.upgrader = PathUpgrader(endpoint, better_paths=self._better_paths)
-
-    # ---- base.Transport
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         pass  # what others ask for comes to `answering`
@@ -118,8 +113,6 @@ class NatTransport:
 
     async def aclose(self) -> None:
         await self.upgrader.tasks.aclose()
-
-    # ---- paths
 
     def _reverse(self, peer: PeerAddress, peer_id: PeerID, delay: float) -> DialPath:
         return DialPath("reverse", delay, lambda: self._open_reverse(peer, peer_id))
@@ -180,7 +173,7 @@ class NatTransport:
                 continue
             try:
                 mine, theirs = await self._signalling.reserve_relay(via, timeout=self._offer_timeout)
-                pipe = await meet_at_relay(via, mine, scope=self._scope, throttle=self._throttle)
+                pipe = await meet_at_relay(via, mine, scope=self._scope)
                 try:
                     body = RelayBody(via.peer_id, theirs)
                     await self._offer(peer, peer_id, offers.RELAY, body.pack(), via=[via])

@@ -128,8 +128,6 @@ class Core:
         """Return a random factor around 1, so that nodes do not do the same at the same time."""
         return 0.75 + 0.5 * self.random.random()
 
-    # Calls
-
     def call(
         self,
         caller: Caller,
@@ -211,8 +209,6 @@ class Core:
         statement = wire.proof_statement(call.challenge, self.own_id, sender, reply.observed)
         return self.verify(public_key, signature, statement)
 
-    # Contacts
-
     def admits(self, peer_id: bytes, address: Address) -> bool:
         """Return True if that id may be a contact at that address: at a seed's, only the one that was named."""
         expected = self.expected_at.get(address)
@@ -287,8 +283,6 @@ class Core:
         contact.proven = False
         self.table.remove(contact)
         self.listener.contact_left(contact, ask_again=ask_again)
-
-    # Upkeep
 
     def keep_house(self, now: float) -> None:
         """Forget what is over, and look at the clock. Due every few seconds."""

@@ -152,8 +152,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
             self._transport.close()
             await self._closed
 
-    # Called by asyncio
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.DatagramTransport, transport)
 
@@ -174,8 +172,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self._closed.done():
             self._closed.set_result(None)
-
-    # Inside
 
     def _deliver(self, event: Event) -> None:
         if isinstance(event, ReadFinished | WriteFinished):

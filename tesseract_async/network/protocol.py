@@ -118,8 +118,6 @@ class NetworkProtocol:
         """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
         return self.core.outbox.role
 
-    # Requests of the driver
-
     def set_seeds(self, seeds: Iterable[Seed], now: float, *, remembered: Iterable[Seed] = ()) -> None:
         """Set the seeds; see `NetworkMembership.set_seeds`."""
         self.membership.set_seeds(seeds, now, remembered=remembered)
@@ -142,8 +140,6 @@ class NetworkProtocol:
         for contact in self.core.table.contacts():
             if contact.token_until > now:
                 self.core.outbox.send_one_way(wire.LEAVE, (), contact.address, contact.token, now)
-
-    # Input
 
     def receive_datagram(self, data: bytes, address: Address, now: float) -> None:
         """Take one datagram as it came from the network, from a numeric `address`."""
@@ -170,8 +166,6 @@ class NetworkProtocol:
     def handle_timer(self, now: float) -> None:
         """Do what is due. Calling it early or late is harmless."""
         self.core.timers.run(now)
-
-    # Output
 
     def datagrams_to_send(self) -> list[tuple[bytes, Address]]:
         """Return the datagrams to send, in order; each is handed out once."""
@@ -208,8 +202,6 @@ class NetworkProtocol:
         self.membership.end_dial_wait()
         # those nearest hear from this node without the client flag, and list it
         self.membership.look_up_neighborhood((), now)
-
-    # Requests of other nodes
 
     def _receive_request(self, datagram: wire.Datagram, length: int, address: Address, now: float) -> None:
         core = self.core
@@ -330,8 +322,6 @@ class NetworkProtocol:
         elif core.is_unreachable(raw, now):
             return
         core.ping(core.contact_at(raw), now)
-
-    # Upkeep
 
     def _keep_house(self, now: float) -> None:
         core = self.core

@@ -363,7 +363,10 @@ async def test_a_run_comes_first_and_each_expert_and_server_has_a_page(browser: 
     async with visiting(browser, observer) as visit:
         assert await visit.text("#title") == "digits" and "2\nservers" in await visit.text("#totals")
         run = await visit.text("#run")
-        assert "digits@abababab…, granted: 16 experts (ffn), 16K parameters in total" in run and "survives the loss of 2 more members" in run
+        assert (
+            "digits@abababab…, granted: 16 experts (ffn), 16K parameters in total" in run
+            and "survives the loss of 2 more members" in run
+        )
         assert "attic (0000000c)" in await visit.text("#thanks") and "1,234,567" in await visit.text("#thanks")
         assert "left 1 min ago" in await visit.text("#peers tr.left"), "greyed for an hour"
         first = "#peers tr:first-child td:first-child"

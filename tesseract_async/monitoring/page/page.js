@@ -6,6 +6,8 @@ const PLOT_HEIGHT = 132, PLOT_LEFT = 44, PLOT_BOTTOM = 20, PLOT_TOP = 8;
 const WORDS = { version: "optimizer steps", busy: "load of the server", replicas: "replicas", lag: "steps behind" };
 const COLUMN = { version: 3, busy: 4, replicas: 2, lag: 5 }; // of an expert's row in a grid
 
+const SPANS = { "5 min": 300, "1 h": 3600, "1 day": 86400 };
+
 const $ = (id) => document.getElementById(id);
 let state = null;
 let dark = false, colours = {};
@@ -349,7 +351,8 @@ function ceiling(value) {
 
 function drawPlot(canvas) {
   const series = canvas.dataset.series, caption = canvas.parentElement.querySelector("figcaption");
-  const history = state.history[$("span").value], points = history.filter((point) => point[series] !== undefined);
+  const all = state.history[$("span").value], since = (all.at(-1)?.time ?? 0) - SPANS[$("span").value];
+  const history = all.filter((point) => point.time >= since), points = history.filter((point) => point[series] !== undefined);
   const width = canvas.parentElement.clientWidth, draw = prepare(canvas, width, PLOT_HEIGHT);
   const right = width - 6, bottom = PLOT_HEIGHT - PLOT_BOTTOM;
   draw.font = "12px system-ui, 'DejaVu Sans', sans-serif";
