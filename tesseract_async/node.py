@@ -32,6 +32,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Role
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
+from tesseract_async.experts.thanks import Thanks
 from tesseract_async.experts.trust import Trust, belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
@@ -176,6 +177,8 @@ class TesseractNode(Uncopied):
         self._presence = Presence(self.network, on_older_twin=self._withdraw) if is_lasting else None
         self._watch_for_twin: asyncio.Task[None] | None = None
         self._started: _Started | None = None
+        self.thanks = Thanks()
+        """The counts of what servers gave to this node: `publish_progress` tells others."""
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
         self._table.add(APPLY, self._apply)
         self._apply_handlers: list[CallHandler] = []

@@ -30,7 +30,7 @@ from torch.distributed.run import get_args_parser
 import tesseract_async as ta
 from tesseract_async.cli.config_file import read_config
 from tesseract_async.cli.main import COMMANDS, main
-from tesseract_async.monitoring.prometheus import METRICS
+from tesseract_async.monitoring.catalogue import METRICS
 from tests import manifests
 from tests.stem import Stem
 

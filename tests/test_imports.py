@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shared_parameters": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
-    "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node", "server"},
+    "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server"},
     "cli": LOWER
     | {"transport", "network", "endpoint", "nat", "experts", "node", "runtime", "server", "client", "testing"}
     | {"monitoring", "leaving"},

@@ -28,6 +28,7 @@ SECTIONS = {
         "--device",
         "--max-memory",
         "--checkpoint-dir",
+        "--name",
     ),
     "Experts": (
         "--expert-class",
@@ -58,7 +59,16 @@ SECTIONS = {
         "--peer-concurrent",
         "--peer-period",
     ),
-    "Network": ("--port", "--announce", "--public", "--upnp", "--relay", "--stun-server", "--turn-server"),
+    "Network": (
+        "--port",
+        "--announce",
+        "--public",
+        "--upnp",
+        "--relay",
+        "--stun-server",
+        "--turn-server",
+        "--metrics-port",
+    ),
 }
 """The options in the order of the help; those that are not here follow as the advanced ones."""
 

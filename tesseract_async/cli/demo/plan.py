@@ -52,7 +52,7 @@ class DemoOptions:
     """The control: experts without an optimizer. The accuracy then shows what gates alone can do."""
 
 
-UIDS = list(PATTERN)
+UIDS = [*PATTERN]
 """Every expert of the demo's grid."""
 
 
