@@ -336,7 +336,7 @@ class Reach:
     async def _run_check(self, check: CheckDue) -> None:
         try:
             found = await self._observe(check)
-        except Exception:
+        except Exception:  # whatever it is, nodes go on: the next check may do better
             logger.exception("a check of how others reach this node failed; the next one follows")
             found = Observation({})
         udp = {"public": True, "client": False}.get(self._network.role)
