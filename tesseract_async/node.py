@@ -581,7 +581,7 @@ def _as_by_the_network(method: str) -> Iterator[None]:
         yield
     except (RemoteError, TimeoutError):
         raise
-    except Exception as error:
+    except Exception as error:  # a handler may raise anything
         logger.exception("the handler of %s failed", method)
         raise RemoteError(describe(error)) from error
 

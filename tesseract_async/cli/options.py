@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -75,10 +74,8 @@ def grouped(name: str | None, make: Callable[..., object], *options: Decorator) 
 class Sectioned(click.Command):
     """A command whose help lists its options in sections."""
 
-    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]], **extra: Any) -> None:
-        """`sections`: title -> flags. Options that none of them names come last, as the advanced ones."""
-        super().__init__(*args, **extra)
-        self.sections = sections
+    sections: Mapping[str, Sequence[str]] = {}
+    """title -> flags. Options that none of them names come last, as the advanced ones."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = {max(one.opts, key=len): one.get_help_record(ctx) for one in self.get_params(ctx)}

@@ -85,7 +85,6 @@ SIZES = {
 @click.command(
     "serve",
     cls=Sectioned,
-    sections=SECTIONS,
     epilog="\b\nSizes of the ready-made classes (--expert-class, --size):\n"
     + "\n".join(f"  {name}: {sizes}" for name, sizes in SIZES.items()),
 )
@@ -142,6 +141,9 @@ async def command(
         builder=builder,
     )
     return await hosting.main()
+
+
+command.sections = SECTIONS
 
 
 def manifest_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> dict[str, object]:

@@ -43,7 +43,7 @@ class Deferred(Awaitable[Result], Generic[Result]):
         except asyncio.CancelledError:
             self.cancel()
             raise
-        except Exception:
+        except Exception:  # the work's own
             pass  # `finish` meets it, too
         return self.finish()
 
@@ -129,7 +129,7 @@ class Handlers:
         stream = event.stream
         try:
             answer = self._answer(call)
-        except Exception as error:
+        except Exception as error:  # a handler may raise anything
             self._fail(stream, call.method, error)
             self._done()
             return
@@ -168,7 +168,7 @@ class Handlers:
             if self._running.get(stream) is asyncio.current_task():
                 self._fail(stream, method, error)
             raise
-        except Exception as error:
+        except Exception as error:  # a handler may raise anything
             self._fail(stream, method, error)
         finally:
             if self._running.get(stream) is asyncio.current_task():  # a peer may use its number anew meanwhile

@@ -126,7 +126,6 @@ class Reach:
             check_all_versions=settings.on_loopback,
             watch_period=settings.watch_period,
         )
-        listener = TcpTransport(sock)
         self._mapper: PortMapper | None = None
         if upnp and self.enabled and 4 in address.versions and not public:
             self._mapper = PortMapper(
@@ -174,7 +173,7 @@ class Reach:
             signalling=self._client,
             role=self.role,
             puncher=puncher,
-            direct_paths=listener.paths,
+            direct_paths=lambda peer: self.transports[0].paths(peer),
             scope=scope,
             head_start=settings.head_start,
             offer_timeout=settings.offer_timeout,
@@ -185,9 +184,9 @@ class Reach:
         }
         if self._relay is not None:
             handlers[preamble.RELAY] = self._relay.pipe_arrived
-        self.transports: tuple[Transport, ...] = (listener,)
+        self.transports: tuple[Transport, ...] = (TcpTransport(sock),)
         if self.enabled:
-            self.transports = (PreambleDemultiplexer(listener, handlers=handlers, metrics=metrics), self._traversal)
+            self.transports = (PreambleDemultiplexer(sock, handlers=handlers, metrics=metrics), self._traversal)
 
     def start(self) -> None:
         """Begin to find out, in the background. The endpoint and the network have been started."""
@@ -337,7 +336,7 @@ class Reach:
     async def _run_check(self, check: CheckDue) -> None:
         try:
             found = await self._observe(check)
-        except Exception:
+        except Exception:  # whatever it is, nodes go on: the next check may do better
             logger.exception("a check of how others reach this node failed; the next one follows")
             found = Observation({})
         udp = {"public": True, "client": False}.get(self._network.role)

@@ -31,12 +31,12 @@ from tesseract_async.network.contacts import (
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import ClockSkewed, WrongPeer
 from tesseract_async.network.outbox import Outbox
-from tesseract_async.network.rate_limiter import RateLimiter
 from tesseract_async.network.routing_table import Density, K, RoutingTable
 from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, Storage
 from tesseract_async.network.timers import Timers
+from tesseract_async.transport.token_bucket import RateLimiter
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups in progress, with their proofs and tokens."""

@@ -11,7 +11,7 @@ from tesseract_async.errors import InvalidRecord
 from tesseract_async.identity import SignedRecord
 from tesseract_async.lru import LRU
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.contacts import Address, Contact, address_range
+from tesseract_async.network.contacts import Address, Contact, address_range, source_of
 from tesseract_async.network.core import Core
 from tesseract_async.network.routing_table import K
 from tesseract_async.network.shares import Source
@@ -77,7 +77,7 @@ class Holder:
             outcome = core.storage.check(record, core.wall(now), source)
             if outcome is not None:
                 return outcome
-            if not core.limiter.allows(address, CHECK_COST, now):
+            if not core.limiter.allows(source_of(address), CHECK_COST, now):
                 return StoreOutcome.FULL
             self._check(record)
         except InvalidRecord:
@@ -113,7 +113,7 @@ class Holder:
         if not seconds or not core.public or core.storage.summary(key) is not None:
             return
         if self.copies.wants(record, wall) and core.policy.allows(record.owner, "host"):
-            if not core.limiter.allows(address, CHECK_COST, now):
+            if not core.limiter.allows(source_of(address), CHECK_COST, now):
                 core.outbox.drop("rate")
                 return
             self._check(record)

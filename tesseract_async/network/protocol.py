@@ -21,7 +21,15 @@ from tesseract_async.identity import Identity, SignedRecord, Verifier, verify
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.address_scope import AddressScope
-from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contact, pack_address, unpack_address
+from tesseract_async.network.contacts import (
+    V4_BYTES,
+    V6_BYTES,
+    Address,
+    Contact,
+    pack_address,
+    source_of,
+    unpack_address,
+)
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import AMPLIFICATION, MAX_DATAGRAM_BYTES, MIN_REQUEST_BYTES
 from tesseract_async.network.dial_back import DatagramDialBack, Probation, ThirdNodes
@@ -208,7 +216,7 @@ class NetworkProtocol:
         request = wire.read_request(datagram)
         packed_address = pack_address(address)
         address_proven = bool(request.token) and self.tokens.holds(request.token, packed_address)
-        if not core.limiter.allows(address, 5.0 if request.challenge else 1.0, now):
+        if not core.limiter.allows(source_of(address), 5.0 if request.challenge else 1.0, now):
             core.outbox.drop("rate")
             return
         if datagram.kind == wire.DIALED:

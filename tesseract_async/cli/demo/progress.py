@@ -65,10 +65,9 @@ class Progress:
 
     def __init__(self, options: plan.DemoOptions) -> None:
         self.options = options
-        self.trainers = {plan.trainer_name(number): Trainer() for number in range(plan.NUM_TRAINERS)}
+        self.trainers = {f"trainer {number + 1}": Trainer() for number in range(plan.NUM_TRAINERS)}
         self.servers = {
-            plan.server_name(number): ServerProgress(uids)
-            for number, uids in enumerate(plan.assign(options.num_servers))
+            f"server {number + 1}": ServerProgress(uids) for number, uids in enumerate(plan.assign(options.num_servers))
         }
         self.log: list[tuple[float, str]] = []
         self.killed_at: float | None = None
