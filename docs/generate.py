@@ -246,6 +246,12 @@ def write_pages() -> None:
             (DOCS / name).write_text(text, encoding="utf-8")
 
 
+def on_config(config: Any) -> None:
+    """MkDocs' hook: where the repository is known, each page links to its source there."""
+    if config["repo_url"]:
+        config["edit_uri"] = "edit/main/docs/"
+
+
 def on_pre_build(config: object) -> None:
     """MkDocs' hook."""
     write_pages()

@@ -51,7 +51,7 @@ MAX_SENTENCE = 240
 MAX_VERSIONS = 120
 """Points of an expert's version over time, one a minute."""
 HOURS_PER_LOOK = 4
-THANKS_EVERY = 30.0
+THANKS_EVERY = 10.0
 """Seconds between two reads of what trainers thank for in this hour and the one before."""
 SHOW_DEAD_FOR = 3600.0
 """Seconds that a server which left without a farewell is shown, greyed, after its manifests have expired."""

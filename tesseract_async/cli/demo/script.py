@@ -103,6 +103,7 @@ class Script:
             "--ttl": plan.TTL,
             "--report-period": 0.5,
             "--seed": self.options.seed,
+            "--name": f"server {number + 1}",
         }
         words += [str(word) for pair in flags.items() for word in pair]
         words += [word for uid in plan.assign(self.options.num_servers)[number] for word in ("--experts", uid)]

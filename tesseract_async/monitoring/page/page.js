@@ -504,12 +504,12 @@ function drawPeers() {
       : peer.path ?? peer.addresses[0] ?? "–";
     const order = [
       nameOf(peer), path, peer.rtt, peer.num_experts, peer.calls_per_second, peer.rows_per_second, peer.steps_per_second,
-      peer.busy, peer.slow, peer.failures, peer.waiting_rows, peer.uptime, peer.answered_ago,
+      peer.busy, peer.slow, peer.failures, peer.uptime, peer.answered_ago,
     ];
     return [[
       first, path, seconds(peer.rtt), number(peer.num_experts), number(peer.calls_per_second, 1),
       number(peer.rows_per_second), number(peer.steps_per_second, 1), `${number(100 * peer.busy)} %`,
-      peer.slow ? seconds(peer.slow) : "–", number(peer.failures), number(peer.waiting_rows), duration(peer.uptime),
+      peer.slow ? seconds(peer.slow) : "–", number(peer.failures), duration(peer.uptime),
       peer.answered_ago === null ? "never" : `${duration(peer.answered_ago)} ago`,
     ], left ? "left" : peer.error ? "silent" : "", order];
   });
@@ -620,7 +620,7 @@ function drawOne() {
       parts.push(facts([
         ["answers", peer.error ? `no: ${peer.error}` : `${duration(peer.answered_ago)} ago`],
         ["hardware", peer.hardware || "not told"], ["memory", peer.memory ? `${number(peer.memory / 2 ** 30, 1)} GiB` : "–"],
-        ["load", `${number(100 * peer.busy)} %`], ["rows per second", number(peer.rows_per_second)],
+        ["load", `${number(100 * peer.busy)} %`], ["rows per second", number(peer.rows_per_second)], ["rows that wait", number(peer.waiting_rows)],
         ["up", duration(peer.uptime)], ["path", peer.path ?? "–"], ["software", peer.software ?? "–"],
         ["address", peer.addresses.join(", ") || "–"], ["peer id", peer.peer_id],
       ]));
