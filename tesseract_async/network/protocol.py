@@ -336,7 +336,7 @@ class NetworkProtocol:
         core.timers.start(now + HOUSEKEEPING_PERIOD * core.jitter(), self._keep_house)
         core.keep_house(now)
         self.tokens.rotate(now)
-        self.holder.copies.expire(core.wall(now))
+        self.holder.expire_copies(core.wall(now))
         if len(core.table) >= K and not core.density.was_sampled:
             probe_density(core, now)
         if core.joined:

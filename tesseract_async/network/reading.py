@@ -280,7 +280,7 @@ class Read:
                 self.core.call(Caller(), wire.STORE, (items,), holding.contact, now)
 
     def _leave_copy(self, now: float) -> None:
-        """Leave a copy of a single value with the nearest contact that had none (see `holding.PathCache`)."""
+        """Leave a copy of a single value with the nearest contact that had none (see `holding.Holder`)."""
         if len(self._merged) != 1 or not self._without:
             return
         (record,) = self._merged.values()
