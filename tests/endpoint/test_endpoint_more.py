@@ -200,7 +200,7 @@ async def test_another_wire_version_is_named_by_both_sides() -> None:
 
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as newer, client_of(PLAIN) as client:
         address = PeerAddress.parse(f"127.0.0.1:{newer.sockets[0].getsockname()[1]}")
-        with pytest.raises(PeerUnreachable, match="wire version 7, this node 1: upgrade this node"):
+        with pytest.raises(PeerUnreachable, match="wire version 7, this node 2: upgrade this node"):
             await client.call(address, "echo", timeout=30)
     async with serving(PLAIN) as (server, address), RawPeer.connected(address, greet=False) as peer:
         peer.writer.write(future)
