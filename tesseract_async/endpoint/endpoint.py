@@ -210,7 +210,7 @@ class Endpoint(Uncopied):
                 try:
                     return await future
                 except BaseException:  # cancelled or failed: the other end is told
-                    await connection.cancel_call(stream)
+                    connection.cancel_call(stream)
                     raise
                 finally:
                     connection.call_ended(stream)
