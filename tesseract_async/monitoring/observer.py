@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
@@ -311,13 +310,8 @@ class SwarmObserver:
             del self.thanks[key]
 
     async def _read_hour(self, prefix: str, hour: int) -> None:
-        self.thanks[prefix, hour] = await read_thanks(self.node.network, prefix, hour, partial(self._may_train, prefix))
-
-    def _may_train(self, prefix: str, peer_id: PeerID) -> bool:
-        authority = self.node.trust.authority(prefix)
-        if authority is not None and not authority.may(peer_id, "train", now=None):
-            return False
-        return self.node.policy.allows(peer_id, "train")
+        node, authority = self.node, self.node.trust.authority(prefix)
+        self.thanks[prefix, hour] = await read_thanks(node.network, prefix, hour, node.policy, authority=authority)
 
     def _remember(self) -> None:
         peers = [peer for peer in self.peers.values() if peer.uids and not peer.is_gone]
