@@ -28,7 +28,6 @@ SECTIONS = {
         "--device",
         "--max-memory",
         "--checkpoint-dir",
-        "--name",
     ),
     "Experts": (
         "--expert-class",
@@ -40,7 +39,7 @@ SECTIONS = {
         "--shard",
         "--checkpoint-period",
     ),
-    "Run": ("--hold", "--allow-module"),
+    "Run": ("--hold", "--allow-module", "--name"),
     "Limits": (
         "--threads",
         "--max-upload",

@@ -219,3 +219,30 @@ async def test_a_hundred_starts_at_the_same_port_after_kill_9(stem: Stem, tmp_pa
                 server.send_signal(signal.SIGKILL)
                 await server.wait()
         assert max(times) < 5, sorted(times)[-10:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+async def test_a_terminal_is_asked_once(tmp_path: Path) -> None:
+    async with a_seed() as seed:
+        facts = await created(tmp_path, seed)
+        ours, theirs = os.openpty()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tesseract_async", "join", facts["invite"], "--folder", str(tmp_path / "joined")),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        try:
+            said = b""
+            while b"Lend this? [Y/n]" not in said:
+                said += await asyncio.to_thread(os.read, ours, 4096)
+            assert b"memory: up to" in said and b"serve.toml, and join again" in said
+            os.write(ours, b"n\n")
+            assert await process.wait() == 1
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            os.close(theirs)
+            os.close(ours)
