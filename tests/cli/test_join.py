@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import tesseract_async as ta
 from tesseract_async.cli import doctor
 from tesseract_async.cli.main import main
+from tesseract_async.cli.start_run import reach_of
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import TesseractError
 from tesseract_async.experts.grants import Invite, grant_text, sign_grant
@@ -74,6 +75,19 @@ def test_a_damaged_invite_is_never_taken_for_another(change: tuple[int, str], cu
         except ValueError as error:
             assert "invite" in str(error)
     assert Invite.parse("\n ".join(whole[place : place + 60] for place in range(0, len(whole), 60))).text() == whole
+
+
+@pytest.mark.parametrize(
+    ("seeds", "where"),
+    [
+        (["127.0.0.1:4"], "on this computer"),
+        (["192.168.1.7:4", "[fd00::1]:4"], "in this private network"),
+        (["192.168.1.7:4", "8.8.8.8:4"], "everywhere"),
+        (["seed.example.org:4"], "everywhere"),
+    ],
+)
+def test_an_owner_is_told_from_where_an_invite_is_good(seeds: list[str], where: str) -> None:
+    assert reach_of(seeds) == where
 
 
 @pytest.mark.parametrize(
