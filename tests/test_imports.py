@@ -36,6 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "node": LOWER | {"transport", "network", "endpoint", "nat", "experts"},
     "runtime": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "sharing": LOWER | {"runtime"},
+    "transformers": LOWER
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "shared_parameters": LOWER
@@ -44,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER
     | {"transport", "network", "endpoint", "nat", "experts", "node", "runtime", "server", "client", "testing"}
-    | {"monitoring", "leaving"},
+    | {"monitoring", "leaving", "transformers"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
 EXCEPTIONS = {("node.py", "client")}
