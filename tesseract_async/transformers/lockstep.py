@@ -26,7 +26,7 @@ from tesseract_async.errors import ExpertNotFound, UnknownMethod
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
-from tesseract_async.wire.lockstep import LOCKSTEP, LockstepReply, LockstepRequest
+from tesseract_async.wire.messages import LOCKSTEP, LockstepReply, LockstepRequest
 
 ANCHOR: Final = "remote_gradient"
 ROUND: Final = "remote_round"
@@ -142,25 +142,25 @@ class Lockstep(Uncopied):
 
     async def _ask_all(self, action: str, optimizer: str, options: Mapping[str, float]) -> list[LockstepReply]:
         """The replies of all servers that train experts of the model."""
-        servers: dict[object, PeerAddress] = {}
+        servers: dict[object, tuple[str, PeerAddress]] = {}
         for pool in self._pools:
             replicas = await pool.replicas()
             if len(replicas) < pool.num_experts:
                 missing = next(number for number in range(pool.num_experts) if number not in replicas)
                 raise ExpertNotFound(f"no live server hosts the expert {pool.uid_prefix}.{missing}")
             for found in replicas.values():
-                peer = next((replica for replica in found if replica.primary), found[0]).peer
-                servers[peer.peer_id or peer] = peer
-        body = messages.encode(LockstepRequest(self._prefix, action, self.round or 0, optimizer, dict(options)))
+                one = next((replica for replica in found if replica.primary), found[0])
+                servers[one.peer.peer_id or one.peer] = one.uid, one.peer
 
-        async def ask(peer: PeerAddress) -> LockstepReply:
+        async def ask(uid: str, peer: PeerAddress) -> LockstepReply:
+            body = messages.encode(LockstepRequest(uid, action, self.round or 0, optimizer, dict(options)))
             try:
                 reply = await self._node.node.call_expert(peer, LOCKSTEP, body, timeout=self._timeout)
             except UnknownMethod:  # it knows of no lockstep at all
                 return LockstepReply(0, 0, 0.0)
             return messages.decode(LockstepReply, reply.body)
 
-        return await asyncio.gather(*map(ask, servers.values()))
+        return await asyncio.gather(*(ask(uid, peer) for uid, peer in servers.values()))
 
     def _module(self) -> nn.Module:
         first = None if self._first is None else self._first()

@@ -43,7 +43,7 @@ def experts_forward(
     anchor = getattr(module.tesseract_first, ANCHOR)
     if not torch.compiler.is_compiling():
         layer.lockstep.belongs_to(module.tesseract_first)
-    return operator.experts(
+    answer: tuple[torch.Tensor, torch.Tensor] = operator.experts(
         hidden_states,
         top_k_index,
         top_k_weights,
@@ -52,7 +52,8 @@ def experts_forward(
         module.training,
         torch.is_grad_enabled(),
         torch.compiler.is_compiling(),
-    )[0]
+    )
+    return answer[0]
 
 
 @contextlib.contextmanager
@@ -96,9 +97,8 @@ def remote_experts(
         for experts in [one for one in unplaced if one in within]:
             unplaced.remove(experts)
             num_layers += 1
-            pool = ExpertPool(
-                node, f"{prefix}.{name}", num_experts=experts.num_experts, options=options, timeout=timeout
-            )
+            num_experts: int = vars(experts)["num_experts"]
+            pool = ExpertPool(node, f"{prefix}.{name}", num_experts=num_experts, options=options, timeout=timeout)
             _place(experts, parent, node, pool, Lockstep(node, prefix, timeout=timeout))
 
     handle = register_module_module_registration_hook(registered)
@@ -125,10 +125,11 @@ def is_stand_in(name: str) -> bool:
 
 def _strip(experts: nn.Module) -> None:
     """Take the parameters away; the loader then has no use for their tensors, and does not read them."""
-    check_config(experts.config)
-    experts.config._experts_implementation = IMPLEMENTATION
+    config = vars(experts)["config"]
+    check_config(config)
+    config._experts_implementation = IMPLEMENTATION
     # saved with the model, it makes plain Transformers refuse a folder in which the experts are not
-    experts.config.experts_implementation = IMPLEMENTATION
+    config.experts_implementation = IMPLEMENTATION
     shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in experts._parameters.items() if parameter is not None}
     experts._parameters.clear()
     vars(experts).update(tesseract_shapes=shapes, _is_hf_initialized=True)
