@@ -96,7 +96,7 @@ class ExpertBuilder:
 class CheckpointBuilder(ExpertBuilder):
     """Reads them from a checkpoint of Hugging Face Transformers."""
 
-    def __init__(self, serving: ServeOptions, computing: Mapping[str, Any], max_bytes: int | None) -> None:
+    def __init__(self, serving: ServeOptions, computing: Mapping[str, object], max_bytes: int | None) -> None:
         """Reads the checkpoint's configuration. Blocking. Raises: ValueError."""
         super().__init__(serving, computing, max_bytes)
         from tesseract_async.transformers.serving import CheckpointExperts, CheckpointOptions
@@ -109,7 +109,7 @@ class CheckpointBuilder(ExpertBuilder):
             optimizer_options={"learning_rate": serving.learning_rate},
             max_batch_size=serving.max_batch_size,
         )
-        self._experts = CheckpointExperts(serving.hf_checkpoint, options, BackendSettings(**computing))
+        self._experts = CheckpointExperts(serving.hf_checkpoint, options, BackendSettings(**computing))  # type: ignore[arg-type]
 
     async def build_all(
         self, uids: Sequence[str], run: SignedRun | None, *, on_built: Callable[[], None]

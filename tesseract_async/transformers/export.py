@@ -21,7 +21,7 @@ from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.fetching import fetch_state
 from tesseract_async.transformers.families import library
 from tesseract_async.transformers.operator import RemoteLayer
-from tesseract_async.transformers.remote import is_stand_in, remote_layers
+from tesseract_async.transformers.remote import is_stand_in, lockstep_of, remote_layers
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
@@ -35,10 +35,10 @@ _AT_ONCE: Final = 8
 def export_checkpoint(model: nn.Module, folder: str | Path, *, timeout: float = 60.0) -> None:
     """Write the model with its remote experts into a new `folder`, as its checkpoint was: plain Transformers opens it.
 
-    Names and layout are those that ``save_pretrained`` of the whole model would give, and the experts' dtype is that in
-    which the model was made. Each expert is as its primary has it now: in lockstep all of the model's step, else each at
-    least as new as when it was asked. The folder comes into being whole, or not at all. At most one layer's experts are
-    in memory. `timeout`: seconds for each piece of an expert's state.
+    Names and layout are those that ``save_pretrained`` of the whole model would give, and the experts' dtype is the
+    model's. In lockstep all experts are of the model's step; otherwise each is as new as when it is asked for. The
+    folder comes into being whole, or not at all. At most one layer's experts are in memory. `timeout`: seconds for each
+    piece of an expert's state.
 
     Raises: ValueError for a model without remote experts, with an adapter (merge it first), and if a server's experts
     are not of the model's step or shape; FileExistsError; what fetching raises; OSError.
@@ -47,7 +47,7 @@ def export_checkpoint(model: nn.Module, folder: str | Path, *, timeout: float = 
     from transformers.core_model_loading import revert_weight_conversion
 
     layers = remote_layers(model)
-    round = next(iter(layers.values())).__dict__["tesseract_layer"].lockstep.agree()
+    round = lockstep_of(model).agree()
     if hasattr(model, "peft_config"):
         raise ValueError("this model has an adapter: merge it first (model.merge_and_unload()), or save it alone")
     folder = Path(folder)

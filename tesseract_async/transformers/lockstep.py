@@ -28,12 +28,32 @@ from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import LOCKSTEP, LockstepReply, LockstepRequest
 
-ANCHOR: Final = "remote_gradient"
-ROUND: Final = "remote_round"
-"""A buffer beside the anchor: the steps that that the experts had taken beside these weights."""
-
 _OPTIMIZERS: Final = {torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd"}
 _UNKNOWN_SETTINGS: Final = ("amsgrad", "maximize", "nesterov", "dampening")
+
+
+class StandIn(nn.Module):
+    """What a local model has of its remote experts' steps: a part of its first experts module."""
+
+    round: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1, device="cpu", dtype=torch.float32))
+        self.register_buffer("round", torch.zeros((), device="cpu", dtype=torch.int64))
+        """The steps that the experts had taken beside these weights."""
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return False
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        """Transformers leaves memory as it finds it where a file lacks a tensor, and says here that it is done."""
+        with torch.no_grad():
+            for tensor in (self.anchor, self.round):
+                if not getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta:
+                    tensor.zero_()
 
 
 class Lockstep(Uncopied):
@@ -42,7 +62,7 @@ class Lockstep(Uncopied):
     def __init__(self, node: BackgroundNode, prefix: str, *, timeout: float) -> None:
         self._node, self._prefix, self._timeout = node, prefix, timeout
         self._pools: list[ExpertPool] = []
-        self._first: weakref.ref[nn.Module] | None = None
+        self._stand_in: weakref.ref[StandIn] | None = None
         self.round: int | None = None
         """The steps that the experts have taken; None before they were asked, and if they are not in lockstep."""
         self._was_asked = False
@@ -58,11 +78,15 @@ class Lockstep(Uncopied):
         """One more of the model's layers."""
         self._pools.append(pool)
 
-    def belongs_to(self, first: nn.Module) -> None:
-        """`first` has the anchor of the model that is computed now: a copy may be another one's."""
-        if self._first is None or self._first() is not first:
-            self._first = weakref.ref(first)
-            getattr(first, ANCHOR).tesseract_lockstep = self
+    def belongs_to(self, stand_in: StandIn) -> None:
+        """That is of the model that is computed now: a copy may be another one's."""
+        if (
+            getattr(stand_in.anchor, "tesseract_lockstep", None) is not self
+            or self._stand_in is None
+            or self._stand_in() is not stand_in
+        ):
+            self._stand_in = weakref.ref(stand_in)
+            stand_in.anchor.tesseract_lockstep = self  # type: ignore[attr-defined]
 
     def backward_begins(self) -> None:
         """Before the gradients of a layer's experts leave, in the engine's thread; once per layer.
@@ -73,8 +97,7 @@ class Lockstep(Uncopied):
         if task == self._task:
             return
         self._task, self._scale = task, noted_scale(task) or 1.0
-        first = self._module()
-        anchor: nn.Parameter = getattr(first, ANCHOR)
+        anchor = self._local().anchor
         if not anchor.requires_grad or self.agree() is None:
             return
         if self._holds_some and (anchor.grad is None or not bool(anchor.grad.any())):
@@ -86,10 +109,16 @@ class Lockstep(Uncopied):
         if self._task is None:
             return
         self._task = None
-        anchor: nn.Parameter = getattr(self._module(), ANCHOR)
+        anchor = self._local().anchor
         if self.round is None or not anchor.requires_grad:
             return
-        self._norm = math.sqrt(sum(reply.squared_norm for reply in self._ask("status")))
+        replies = self._ask("status")
+        for reply in replies:
+            if (
+                reply.num_experts and reply.round != self.round
+            ):  # another trainer's, or a server went back to an older checkpoint
+                raise ValueError(self._of_another_step(self.round, reply.round))
+        self._norm = math.sqrt(sum(reply.squared_norm for reply in replies))
         anchor.grad = torch.full_like(anchor, self._norm * self._scale)
 
     def step(self, anchor: nn.Parameter, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
@@ -105,7 +134,7 @@ class Lockstep(Uncopied):
             raise
         self._holds_some = False
         self.round += 1
-        getattr(self._module(), ROUND).fill_(self.round)
+        self._local().round.fill_(self.round)
 
     def save(self) -> int:
         """Have the servers write checkpoints; return the round. Raises: ValueError if they are not in lockstep."""
@@ -116,7 +145,7 @@ class Lockstep(Uncopied):
         return self.round
 
     def agree(self) -> int | None:
-        """The experts' round, which is the model's; None if they are not in lockstep. Raises: ValueError if it isn't."""
+        """The round of experts and model; None if they are not in lockstep. Raises: ValueError if they differ."""
         if not self._was_asked:
             replies = self._ask("status")
             num_experts, wanted = sum(reply.num_experts for reply in replies), sum(p.num_experts for p in self._pools)
@@ -127,17 +156,18 @@ class Lockstep(Uncopied):
                     f"{', '.join(map(str, sorted(rounds)))}: they have to go together, from one save point"
                 )
             self.round, self._was_asked = min(rounds, default=None), True
-        mine = getattr(self._module(), ROUND)
-        if self.round is not None and int(mine) != self.round:
-            raise ValueError(
-                f"these weights are of step {int(mine)}, and the remote experts of {self._prefix} have taken "
-                f"{self.round}: start the servers, or load the model, from the same save point"
-            )
+        mine = int(self._local().round)
+        if self.round is not None and mine != self.round:
+            raise ValueError(self._of_another_step(mine, self.round))
         return self.round
 
-    def _ask(
-        self, action: str, optimizer: str = "", options: Mapping[str, float] | None = None
-    ) -> list[LockstepReply]:
+    def _of_another_step(self, mine: int, theirs: int) -> str:
+        return (
+            f"these weights are of step {mine}, and the remote experts of {self._prefix} have taken {theirs}: start "
+            "the servers, or load the model, from the same save point"
+        )
+
+    def _ask(self, action: str, optimizer: str = "", options: Mapping[str, float] | None = None) -> list[LockstepReply]:
         return self._node.run(self._ask_all(action, optimizer, options or {}))
 
     async def _ask_all(self, action: str, optimizer: str, options: Mapping[str, float]) -> list[LockstepReply]:
@@ -162,11 +192,11 @@ class Lockstep(Uncopied):
 
         return await asyncio.gather(*(ask(uid, peer) for uid, peer in servers.values()))
 
-    def _module(self) -> nn.Module:
-        first = None if self._first is None else self._first()
-        if first is None:
+    def _local(self) -> StandIn:
+        found = None if self._stand_in is None else self._stand_in()
+        if found is None:
             raise RuntimeError("the model of these remote experts is gone")
-        return first
+        return found
 
 
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, float]:
@@ -189,5 +219,6 @@ def _before_step(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
                 lockstep.step(parameter, optimizer, group)
 
 
+_before_step._is_trainers = True  # type: ignore[attr-defined]
 # of all optimizers in this process: which one a model will be given to, nothing says beforehand
 register_optimizer_step_pre_hook(_before_step)

@@ -152,9 +152,7 @@ class _Context(Protocol):
     def save_for_backward(self, *tensors: torch.Tensor) -> None: ...
 
 
-def _keep(
-    ctx: _Context, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def _keep(ctx: _Context, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, _, weights, anchor, *_ = inputs
     ctx.token = output[1]  # checkpoints drop what is saved, and need the call when they run the forward again
     ctx.save_for_backward(output[1], x, weights, anchor)

@@ -19,12 +19,12 @@ from tesseract_async.client.expert_pool import ExpertPool
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions
 from tesseract_async.transformers import operator
 from tesseract_async.transformers.families import WITHOUT_HOOK, check_config, experts_of, is_experts, library
-from tesseract_async.transformers.lockstep import ANCHOR, ROUND, Lockstep
+from tesseract_async.transformers.lockstep import Lockstep, StandIn
 
 IMPLEMENTATION: Final = "tesseract"
 _IGNORED: Final = {
     "_keys_to_ignore_on_load_unexpected": {r"(^|\.)experts\."},
-    "_keys_to_ignore_on_load_missing": {rf"\.({ANCHOR}|{ROUND})$"},
+    "_keys_to_ignore_on_load_missing": {r"\.experts\.remote\."},
 }
 """What the loader is not to warn of: the experts' weights in the files, and that what stands for them is not there."""
 _NOT_INSIDE: Final = (
@@ -40,14 +40,14 @@ def experts_forward(
     layer = getattr(module, "tesseract_layer", None)
     if layer is None:
         raise RuntimeError(_NOT_INSIDE)
-    anchor = getattr(module.tesseract_first, ANCHOR)
+    stand_in: StandIn = module.tesseract_first.remote  # type: ignore[union-attr, assignment]
     if not torch.compiler.is_compiling():
-        layer.lockstep.belongs_to(module.tesseract_first)
+        layer.lockstep.belongs_to(stand_in)
     answer: tuple[torch.Tensor, torch.Tensor] = operator.experts(
         hidden_states,
         top_k_index,
         top_k_weights,
-        anchor,
+        stand_in.anchor,
         layer.number,
         module.training,
         torch.is_grad_enabled(),
@@ -118,9 +118,17 @@ def remote_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def lockstep_of(model: nn.Module) -> Lockstep:
+    """Who speaks for this model to the servers. Raises: as `remote_layers`."""
+    one = vars(next(iter(remote_layers(model).values())))
+    layer: operator.RemoteLayer = one["tesseract_layer"]
+    layer.lockstep.belongs_to(one["tesseract_first"].remote)
+    return layer.lockstep
+
+
 def is_stand_in(name: str) -> bool:
     """Return whether this entry of a model's state stands for what is remote."""
-    return name.endswith((f".{ANCHOR}", f".{ROUND}"))
+    return name.endswith((".experts.remote.anchor", ".experts.remote.round"))
 
 
 def _strip(experts: nn.Module) -> None:
@@ -130,20 +138,21 @@ def _strip(experts: nn.Module) -> None:
     config._experts_implementation = IMPLEMENTATION
     # saved with the model, it makes plain Transformers refuse a folder in which the experts are not
     config.experts_implementation = IMPLEMENTATION
-    shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in experts._parameters.items() if parameter is not None}
+    shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in experts.named_parameters()}
     experts._parameters.clear()
     vars(experts).update(tesseract_shapes=shapes, _is_hf_initialized=True)
 
 
-def _place(experts: nn.Module, layers: nn.ModuleList, node: BackgroundNode, pool: ExpertPool, lockstep: Lockstep) -> None:
-    """Say where they are, and which of the experts' modules in `layers` has the model's anchor; `lockstep` is for the
-    first of them."""
-    first = next((one for one in layers.modules() if hasattr(one, ANCHOR)), None)
+def _place(
+    experts: nn.Module, layers: nn.ModuleList, node: BackgroundNode, pool: ExpertPool, lockstep: Lockstep
+) -> None:
+    """Say where they are, and which of the experts' modules in `layers` has the model's stand-in; `lockstep` is for
+    the first of them."""
+    first = next((one for one in layers.modules() if isinstance(getattr(one, "remote", None), StandIn)), None)
     if first is None:
         first = experts
-        first.register_parameter(ANCHOR, nn.Parameter(torch.zeros(1, device="cpu", dtype=torch.float32)))
-        first.register_buffer(ROUND, torch.zeros((), device="cpu", dtype=torch.int64))
-        lockstep.belongs_to(first)
+        first.remote = StandIn()
+        lockstep.belongs_to(first.remote)
         vars(layers).update(_IGNORED)
     else:
         lockstep = vars(first)["tesseract_layer"].lockstep
@@ -158,5 +167,4 @@ def save_point(model: nn.Module) -> int:
     Save the model at the same step, as with ``model.save_pretrained``: that number is part of it, and training goes on
     only with servers that have it too. Raises: ValueError if the experts are not in lockstep, or of another step.
     """
-    layer: operator.RemoteLayer = vars(next(iter(remote_layers(model).values())))["tesseract_layer"]
-    return layer.lockstep.save()
+    return lockstep_of(model).save()
