@@ -29,7 +29,6 @@ SECTIONS = {
         "--device",
         "--max-memory",
         "--checkpoint-dir",
-        "--name",
     ),
     "Experts": (
         "--expert-class",
@@ -45,7 +44,7 @@ SECTIONS = {
         "--shard",
         "--checkpoint-period",
     ),
-    "Run": ("--hold", "--allow-module"),
+    "Run": ("--hold", "--allow-module", "--name"),
     "Limits": (
         "--threads",
         "--max-upload",

@@ -24,6 +24,8 @@ NUM_HOURS: Final = 24
 PUBLISH_EVERY: Final = 60.0
 SERVERS_PER_PART: Final = 16
 MAX_PARTS: Final = 16
+MAX_THANKS: Final = 4096
+"""Pairs of trainer and server that are read of an hour."""
 GRANT: Final = "grant"
 """The subkey of the trainer's grant: who looks on has not met it."""
 _MAX_SERVERS: Final = SERVERS_PER_PART * MAX_PARTS
@@ -113,7 +115,7 @@ async def read_thanks(
         if entry.subkey == GRANT or not policy.allows(entry.owner, "train"):
             continue
         for server, rows, steps in _lines(entry.value):
-            if server != entry.owner:
+            if server != entry.owner and len(found) < MAX_THANKS:
                 found[entry.owner, server] = Thank(entry.owner, server, hour, rows, steps)
     return list(found.values())
 

@@ -43,6 +43,7 @@ MAX_CELLS = 2**16
 MAX_GRIDS = 16
 """Grids that are discovered and shown, at most."""
 MAX_TRAINERS = 64
+MAX_CONTRIBUTORS = 100
 MAX_CURVES = 8
 """Trainers whose loss is kept over time."""
 MAX_SENTENCE = 240
@@ -340,7 +341,7 @@ class SwarmObserver:
         log.info("%s", sentence)
 
     def contributors(self) -> list[Picture]:
-        """Return who gave how much in the last day, by the signed words of trainers: the most first."""
+        """Return who gave how much in the last day, by the signed words of trainers: the first of them."""
         found: dict[PeerID, Picture] = {}
         for lines in self.thanks.values():
             for line in lines:
@@ -359,7 +360,7 @@ class SwarmObserver:
             }
             for peer_id, one in found.items()
         ]
-        return sorted(counts, key=lambda one: (-one["rows"], one["peer_id"]))
+        return sorted(counts, key=lambda one: (-one["rows"], one["peer_id"]))[:MAX_CONTRIBUTORS]
 
     def expert(self, uid: str) -> Picture:
         """Return what its page shows: who serves it, how well, and its version over time."""

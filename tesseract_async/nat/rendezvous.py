@@ -67,7 +67,7 @@ MAX_OWN_OFFERS: Final = 16
 NUM_RENDEZVOUS: Final = 3
 """Public nodes with which a client node keeps a connection."""
 RENEW_PERIOD: Final = 30.0
-"""Seconds between renewals of a registration."""
+"""Seconds between renewals of a registration, which also keep its connection from being idle."""
 CHECK_PERIOD: Final = 2.0
 """Seconds between looks at whether the connections are still there."""
 REGISTER_TIMEOUT: Final = 5.0
@@ -310,8 +310,7 @@ class RendezvousClient:
         if keeper is not None:
             keeper.cancel()
             await asyncio.wait([keeper])
-        for peer_id in list(self._registered):
-            self._forget(peer_id)
+        self._registered.clear()
 
     async def _keep(self) -> None:
         while True:
@@ -355,17 +354,12 @@ class RendezvousClient:
             relays = field(reply.body, "relay", bool)
         except (TesseractError, TimeoutError) as error:
             logger.info("%s is not a rendezvous for this node: %s", peer.short, describe(error))
-            self._forget(peer.peer_id)
+            self._registered.pop(peer.peer_id, None)
             is_gone = isinstance(error, PeerUnreachable | TimeoutError)
             self._failed[peer.peer_id] = loop.time() + (RETRY_UNREACHABLE if is_gone else RETRY_REFUSED)
         else:
             known = _with_other_version(peer, reply.body.get("addresses"), self._scope)
             self._registered[peer.peer_id] = _Rendezvous(known, loop.time() + RENEW_PERIOD, relays)
-            self._endpoint.keep(peer.peer_id)
-
-    def _forget(self, peer_id: PeerID) -> None:
-        if self._registered.pop(peer_id, None) is not None:
-            self._endpoint.unkeep(peer_id)
 
 
 async def _deliver(endpoint: Endpoint, recipient: PeerID, offer: bytes, *, origin: str, timeout: float) -> bytes:

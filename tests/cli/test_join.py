@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import tesseract_async as ta
 from tesseract_async.cli import doctor
 from tesseract_async.cli.main import main
+from tesseract_async.cli.start_run import reach_of
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import TesseractError
 from tesseract_async.experts.grants import Invite, grant_text, sign_grant
@@ -74,6 +75,19 @@ def test_a_damaged_invite_is_never_taken_for_another(change: tuple[int, str], cu
         except ValueError as error:
             assert "invite" in str(error)
     assert Invite.parse("\n ".join(whole[place : place + 60] for place in range(0, len(whole), 60))).text() == whole
+
+
+@pytest.mark.parametrize(
+    ("seeds", "where"),
+    [
+        (["127.0.0.1:4"], "on this computer"),
+        (["192.168.1.7:4", "[fd00::1]:4"], "in this private network"),
+        (["192.168.1.7:4", "8.8.8.8:4"], "everywhere"),
+        (["seed.example.org:4"], "everywhere"),
+    ],
+)
+def test_an_owner_is_told_from_where_an_invite_is_good(seeds: list[str], where: str) -> None:
+    assert reach_of(seeds) == where
 
 
 @pytest.mark.parametrize(
@@ -219,3 +233,30 @@ async def test_a_hundred_starts_at_the_same_port_after_kill_9(stem: Stem, tmp_pa
                 server.send_signal(signal.SIGKILL)
                 await server.wait()
         assert max(times) < 5, sorted(times)[-10:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+async def test_a_terminal_is_asked_once(tmp_path: Path) -> None:
+    async with a_seed() as seed:
+        facts = await created(tmp_path, seed)
+        ours, theirs = os.openpty()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tesseract_async", "join", facts["invite"], "--folder", str(tmp_path / "joined")),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        try:
+            said = b""
+            while b"Lend this? [Y/n]" not in said:
+                said += await asyncio.to_thread(os.read, ours, 4096)
+            assert b"memory: up to" in said and b"serve.toml, and join again" in said
+            os.write(ours, b"n\n")
+            assert await process.wait() == 1
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            os.close(theirs)
+            os.close(ours)

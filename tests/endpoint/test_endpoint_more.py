@@ -86,11 +86,10 @@ async def test_an_idle_connection_is_closed_and_comes_back() -> None:
     async with serving() as (server, address), client_of(settings) as client:
         await client.call(address, "echo", timeout=30)
         (connection,) = client.pool.connections()
-        client.keep(server.peer_id)
-        connection.last_used -= 301
+        connection.last_used -= 299
         client.tick()
-        assert client.connections(), "kept"
-        client.unkeep(server.peer_id)
+        assert client.connections()
+        connection.last_used -= 2
         client.tick()
         await connection.closed
         assert not client.connections()
