@@ -66,7 +66,7 @@ _HOMES = {
     "SharedParameters": "shared_parameters",
     "TensorSpec": "wire.tensors",
 }
-_MODULES = ("errors", "testing")
+_MODULES = ("errors", "testing", "transformers")
 
 __all__ = [*sorted(_HOMES), *_MODULES]
 

@@ -152,7 +152,7 @@ class SwarmObserver:
                     group.create_task(self._ask(peer, limit))
             group.create_task(self._read_losses())
             group.create_task(self._read_places())
-            group.create_task(self.read_thanks())
+            group.create_task(self._read_some_thanks())
         self._remember()
         self.num_looks += 1
         self._changed.set()
@@ -296,6 +296,12 @@ class SwarmObserver:
             if (authority := node.trust.authority(prefix)) is not None:
                 places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
                 self.surveys[prefix] = Survey(places)
+
+    async def _read_some_thanks(self) -> None:
+        """Read what a period has time for: the rest follows at later looks, where dead nodes make reads slow."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.period):
+                await self.read_thanks()
 
     async def read_thanks(self) -> None:
         """Read this hour's and the last one's now and then, and some of the hours before until all are known."""
