@@ -36,15 +36,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "node": LOWER | {"transport", "network", "endpoint", "nat", "experts"},
     "runtime": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "sharing": LOWER | {"runtime"},
+    "transformers": LOWER
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
+    "shared_pieces": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server"},
     "shared_parameters": LOWER
-    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
+    | {"shared_pieces"},
+    "saving": LOWER
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
+    | {"shared_pieces", "shared_parameters"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
-    "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
+    "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server"},
     "cli": LOWER
     | {"transport", "network", "endpoint", "nat", "experts", "node", "runtime", "server", "client", "testing"}
-    | {"monitoring", "leaving"},
+    | {"monitoring", "leaving", "transformers", "saving", "shared_pieces"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
 EXCEPTIONS = {("node.py", "client")}
@@ -76,7 +83,6 @@ MUST_BE_PURE = {
     "transport/token_bucket.py",
     "nat/offers.py",
     "nat/preamble.py",
-    "nat/webrtc/congestion.py",
     "nat/webrtc/message_stream.py",
     "experts/authority.py",
     "experts/choice.py",
@@ -230,6 +236,7 @@ PROCESS_WIDE = {
     "server/registry.py": {"EXPERTS", "_MARKED"},  # filled by decorators, when modules are imported
     "server/state_files.py": {"_held"},  # some file systems' locks are a process's
     "transport/channel.py": {"_blocks"},  # a buffer for each event loop, gone with it
+    "transformers/operator.py": {"_calls", "_layers"},  # an operator of torch is given numbers, no objects
     "wire/frames.py": {"_packers"},  # at hand for whoever packs next
     "wire/names.py": {"_names"},  # random numbers in store, thrown away after a fork
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import click
@@ -32,6 +33,10 @@ SECTIONS = {
     "Experts": (
         "--expert-class",
         "--size",
+        "--hf-checkpoint",
+        "--dtype",
+        "--master",
+        "--step",
         "--optimizer",
         "--learning-rate",
         "--max-batch-size",
@@ -39,7 +44,7 @@ SECTIONS = {
         "--shard",
         "--checkpoint-period",
     ),
-    "Run": ("--hold", "--allow-module"),
+    "Run": ("--hold", "--allow-module", "--name"),
     "Limits": (
         "--threads",
         "--max-upload",
@@ -58,7 +63,16 @@ SECTIONS = {
         "--peer-concurrent",
         "--peer-period",
     ),
-    "Network": ("--port", "--announce", "--public", "--upnp", "--relay", "--stun-server", "--turn-server"),
+    "Network": (
+        "--port",
+        "--announce",
+        "--public",
+        "--upnp",
+        "--relay",
+        "--stun-server",
+        "--turn-server",
+        "--metrics-port",
+    ),
 }
 """The options in the order of the help; those that are not here follow as the advanced ones."""
 
@@ -75,7 +89,6 @@ SIZES = {
 @click.command(
     "serve",
     cls=Sectioned,
-    sections=SECTIONS,
     epilog="\b\nSizes of the ready-made classes (--expert-class, --size):\n"
     + "\n".join(f"  {name}: {sizes}" for name, sizes in SIZES.items()),
 )
@@ -107,6 +120,8 @@ async def command(
     def is_given(name: str) -> bool:
         return click.get_current_context().get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
+    if serving.hf_checkpoint is not None and not is_given("optimizer"):
+        serving = dataclasses.replace(serving, optimizer="adamw")  # as Transformers trains
     if ":" in f"{serving.expert_class}{serving.shard}" or serving.allowed_modules:
         find_code_here()
     if serving.checkpoint_dir is not None:
@@ -132,6 +147,9 @@ async def command(
         builder=builder,
     )
     return await hosting.main()
+
+
+command.sections = SECTIONS
 
 
 def manifest_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> dict[str, object]:

@@ -35,7 +35,7 @@ from tesseract_async.experts.run import RUNS, SignedRun
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.files import mapped, write_whole
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.saving.structure import Described, build_module
+from tesseract_async.runtime.structure import Described, build_module
 from tesseract_async.server.checkpoint import check_state, decode, encode
 from tesseract_async.server.run_experts import build_run_module
 

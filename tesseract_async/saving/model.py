@@ -19,10 +19,10 @@ from tesseract_async.client.trainer import AsyncTrainer
 from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import Identity
+from tesseract_async.runtime.structure import Described, build_module, describe_module
 from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
 from tesseract_async.saving.restorer import enter_owned, restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
-from tesseract_async.saving.structure import Described, build_module, describe_module
 from tesseract_async.shared_parameters import SharedParameters
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.saving.structure import describe_module
+from tesseract_async.runtime.structure import describe_module
 from tesseract_async.server.state_files import CheckpointStore
 
 logger = logging.getLogger(__name__)

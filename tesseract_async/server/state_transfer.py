@@ -56,7 +56,7 @@ class StateOwner(Protocol):
     async def snapshot(self) -> StateDict: ...
 
     def structure(self) -> StateDict | None:
-        """Return how its module is built (`saving.structure`), as far as it is known."""
+        """Return how its module is built (`runtime.structure`), as far as it is known."""
 
 
 @dataclass(frozen=True, slots=True)

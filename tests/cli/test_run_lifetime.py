@@ -1,4 +1,4 @@
-"""A run from its signature to its saved weights, with the commands as processes: what a volunteer and an organizer do."""
+"""A run from its signature to its saved weights, by commands as processes: what volunteers and an organizer do."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tesseract_async.cli.serve import command
 from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.experts import ExpertReplica
 from tesseract_async.experts.run import RunMismatch
-from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.saving.folder import load_experts
+from tesseract_async.server.contract import VolunteerSettings
 from tests.cli.processes import event, finish, tesseract
 from tests.stem import Stem
 

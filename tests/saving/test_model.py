@@ -180,6 +180,7 @@ async def test_going_on_from_a_save_point_equals_never_having_stopped(swarm: Swa
     assert list((tmp_path / "experts").glob("*/*.aside"))
 
 
+@pytest.mark.slow
 async def test_a_save_point_is_of_one_moment(swarm: Swarm, tmp_path: Path) -> None:
     trainer = ta.AsyncTrainer((first := swarm.trainer()).module, first.optimizer, in_flight=4, publish=False)
     reports = trainer.run(loss_of, batches(0, 40))
@@ -215,7 +216,7 @@ async def test_shared_parameters_are_saved_and_restored_with_their_pieces(tmp_pa
         for x, y in batches(start, 8):
             loss = nn.functional.cross_entropy(shared.model(x), y)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             await shared.step()
             await shared._wait_answers()  # alone, a round closes when its push has come

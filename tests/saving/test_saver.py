@@ -22,9 +22,9 @@ from tesseract_async.experts.placement import Part, Place, Role
 from tesseract_async.experts.places import encode_place, places_key
 from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
+from tesseract_async.runtime.structure import describe_module
 from tesseract_async.saving.folder import load_experts, open_folder_or_make
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
-from tesseract_async.saving.structure import describe_module
 from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.run_experts import build_run_backend, complete
 from tesseract_async.server.state_files import SealedFiles
