@@ -79,9 +79,8 @@ async def save(
         shared = {name + SHARED: True for name in shared_names}
         if run_name is not None:
             signed = await find_run(joined.network, run_name, trust=joined.trust)
-            if signed.tag is not None:
-                await joined.join_run(signed)
-                shared[signed.manifest.prefix + SHARED] = False
+            await joined.join_run(signed)
+            shared[signed.manifest.prefix + SHARED] = False
             store.add_run(signed)
             origins |= await find_origins(joined, signed.manifest.prefix, signed.manifest.grid_size)
         for pattern in patterns:

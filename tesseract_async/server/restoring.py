@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, NotAllowed, Overloaded, ProtocolError, RemoteError, describe
@@ -26,7 +26,7 @@ from tesseract_async.transport.base import split_host_port
 from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
-    from tesseract_async.server.server import TesseractServer
+    from tesseract_async.node import TesseractNode
 
 MAX_UNDER_WAY: Final = 16
 """States that arrive at a time, at one server."""
@@ -46,8 +46,16 @@ class _Arriving:
 class Restoring:
     """Takes states that are sent in pieces, in order. Lives on the node's loop."""
 
-    def __init__(self, server: TesseractServer) -> None:
-        self._server = server
+    def __init__(
+        self,
+        node: TesseractNode,
+        folder: Path | None,
+        aside: Callable[[Callable[[], Any]], Awaitable[Any]],
+        drop: Callable[[str], None],
+    ) -> None:
+        """`folder`: where what arrives is written; None: where temporary files are. `aside` runs work on files; `drop`
+        forgets the copies of an expert's state."""
+        self._node, self._folder, self._aside, self._drop = node, folder, aside, drop
         self._arriving: dict[tuple[PeerID, str], _Arriving] = {}
         self.lay_aside: Callable[[str, memoryview], Path | None] = lambda uid, data: None
         """Keeps the state of an expert of a run, until the run's owner names it; None if it cannot."""
@@ -83,7 +91,7 @@ class Restoring:
 
     def _check_caller(self, uid: str, peer: PeerID) -> None:
         """Raises: NotAllowed unless the caller owns the expert's run, or it is a machine of one's own."""
-        node = self._server.node
+        node = self._node
         if (authority := node.trust.authority(split_uid(uid)[0])) is not None:
             if not authority.rules(peer):
                 raise NotAllowed(f"only the owner of {authority.run.full_name} restores its experts")
@@ -111,12 +119,12 @@ class Restoring:
                 self._arriving.pop(old).file.close()
         if len(self._arriving) >= MAX_UNDER_WAY:
             raise Overloaded("other states are being restored here", retry_after=5.0)
-        file: BinaryIO = tempfile.TemporaryFile(dir=self._server.checkpoint_dir)  # noqa: SIM115
+        file: BinaryIO = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
         one = self._arriving[at] = _Arriving(file, request.root, request.size, 0, now)
         return one
 
     async def _take(self, hosted: HostedState, one: _Arriving) -> None:
-        aside, uid = self._server.call_aside, hosted.uid
+        aside, uid = self._aside, hosted.uid
         one.file.flush()
         data = mapped_file(one.file)
 
@@ -129,9 +137,9 @@ class Restoring:
             state = await aside(check)
         except ProtocolError as error:
             raise CheckpointError(str(error)) from error
-        if self._server.node.trust.authority(split_uid(uid)[0]) is not None:
+        if self._node.trust.authority(split_uid(uid)[0]) is not None:
             if await aside(partial(self.lay_aside, uid, data)) is None:
                 raise CheckpointError("this server keeps no checkpoints (--checkpoint-dir)")
             return
         await hosted.take(state, aside=True)
-        self._server.states.drop(uid)
+        self._drop(uid)

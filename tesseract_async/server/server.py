@@ -137,7 +137,7 @@ class TesseractServer(Uncopied):
         self._fragments = FragmentCalls(self.calls)
         self.states = StateSource(self.call_aside, throttle=node.throttle, points_dir=directory)
         """Sends the experts' states."""
-        self.restoring = Restoring(self)
+        self.restoring = Restoring(node, directory, self.call_aside, self.states.drop)
         """Takes them back to older ones."""
         self._methods: dict[str, ExpertHandler] = {}
         self._handlers = {uid: self._handlers_of(one) for uid, one in self.hosted.items()}
