@@ -9,7 +9,8 @@ import pytest
 
 from tests.transformers.tiny import make_checkpoint
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
+transformers.utils.logging.disable_progress_bar()  # its thread would outlive a test
 
 
 @pytest.fixture(scope="session")
