@@ -20,7 +20,14 @@ from tesseract_async.admission import Policy
 from tesseract_async.cli.access import describe_policy
 from tesseract_async.cli.building import ExpertBuilder
 from tesseract_async.cli.options import JOIN_TIMEOUT, NodeOptions
-from tesseract_async.cli.running import progress_bar, say, spare_the_collector, spinner, until_told_to_leave
+from tesseract_async.cli.running import (
+    importing_dashboard,
+    progress_bar,
+    say,
+    spare_the_collector,
+    spinner,
+    until_told_to_leave,
+)
 from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.cli.types import counted
 from tesseract_async.errors import CheckpointError, TesseractError, describe
@@ -28,7 +35,7 @@ from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
 from tesseract_async.experts.run import SignedRun
-from tesseract_async.experts.run_directory import BareRun, RunKeeper, RunNotFound
+from tesseract_async.experts.run_directory import RunNotFound
 from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import ExpertBackend
@@ -43,6 +50,7 @@ from tesseract_async.server.server import FAREWELL_TIMEOUT, ServerSettings, Tess
 from tesseract_async.server.state_files import CheckpointStore, FolderLock, stored_uids
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
+from tesseract_async.transport.base import split_host_port
 from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -78,7 +86,7 @@ class Hosting:
         self._builder = builder
         self._run: SignedRun | None = None
         self._authority: Authority | None = None
-        """Who may do what in the run; None without one, and for runs of version 0.1."""
+        """Who may do what in the run; None without one."""
         self._memory: MemoryPlan | None = None
         """How the volunteer's memory is divided, once an expert was measured; None without a limit."""
         throttle = Throttle(upload_rate=limits.max_upload_rate, download_rate=limits.max_download_rate)
@@ -123,15 +131,17 @@ class Hosting:
             )
             with spinner("making the experts known"):
                 await stack.enter_async_context(server)
-            await stack.enter_async_context(StatusService(self.node, server))
+            await stack.enter_async_context(StatusService(self.node, server, name=serving.name))
+            if serving.metrics_port is not None:
+                with importing_dashboard("--metrics-port"):
+                    from tesseract_async.monitoring.dashboard import serving_metrics
+                host, port = split_host_port(serving.metrics_port)
+                url = await stack.enter_async_context(serving_metrics(self.node.metrics, host, port))
+                click.echo(f"metrics are at {url}", err=True)
             if claim is not None:
                 await claim.release()
             replicas = ReplicaKeeper(server, settings=self._replica_settings())
             await stack.enter_async_context(replicas)
-            if self._run is not None and self._authority is None:
-                keeper = RunKeeper(self.node.network, self._run)
-                keeper.start()
-                stack.push_async_callback(keeper.aclose)
             volunteer = VolunteerKeeper(
                 server,
                 self._limits,
@@ -197,18 +207,14 @@ class Hosting:
         await self._joined()
         for attempt in range(FIND_ATTEMPTS):
             try:
-                self._authority = await self.node.join_run(self.serving.run_name, grant=self.serving.grant)
-                self._run = run = self._authority.run
-                break
-            except BareRun as bare:  # of version 0.1
-                self._run = run = bare.signed
+                authority = await self.node.join_run(self.serving.run_name, grant=self.serving.grant)
                 break
             except RunNotFound:
                 if attempt == FIND_ATTEMPTS - 1:
                     raise
                 await asyncio.sleep(1.0)  # the network may still be finding its nodes
-        if self._authority is not None:
-            self._check_admitted(self._authority)
+        self._authority, self._run = authority, (run := authority.run)
+        self._check_admitted(authority)
         run.manifest.check(self._given, run=run.full_name)
         click.echo(f"the run is {run.full_name}", err=True)
 
@@ -224,7 +230,6 @@ class Hosting:
             )
 
     async def _place(self, server: TesseractServer, replicas: ReplicaKeeper, authority: Authority) -> Placing:
-        """Return what has this server take its part in the run, by what it can."""
         serving, uid = self.serving, next(iter(authority.run.manifest.pattern))
         chooses = not serving.patterns
         room = serving.num_experts if chooses else len(server.experts)
@@ -325,7 +330,6 @@ class Hosting:
 
     @contextlib.asynccontextmanager
     async def _leading(self, link: MeshLink) -> AsyncIterator[None]:
-        """Let the other processes go in the end."""
         watcher = asyncio.create_task(self._watch_mesh(link), name="mesh")
         try:
             yield
@@ -352,7 +356,6 @@ class Hosting:
 
 
 async def _save_on_demand(server: TesseractServer) -> None:
-    """Write checkpoints at each SIGUSR1, where there are such signals."""
     if not hasattr(signal, "SIGUSR1"):
         return
     asked, loop = asyncio.Event(), asyncio.get_running_loop()

@@ -23,6 +23,7 @@ from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport
+from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import frames, heads
 from tesseract_async.wire.frames import Buffer
@@ -75,10 +76,11 @@ class Endpoint(Uncopied):
         on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None,
         admits: Callable[[PeerID], bool] = lambda peer_id: True,
         features: frozenset[str] = heads.FEATURES,
+        throttle: Throttle | None = None,
     ) -> None:
         """`grants`: what this node shows to each peer it meets (`Hello.grants`). `on_grants` is called with what a peer
         shows, before any of its calls. `admits`: whether a peer that the policy allows may send large requests.
-        `features`: what this node says it understands."""
+        `features`: what this node says it understands. `throttle`: what all connections keep to."""
         self.identity = identity
         self.peer_id = identity.peer_id
         self.metrics = metrics if metrics is not None else Metrics()
@@ -88,6 +90,7 @@ class Endpoint(Uncopied):
         self._transports = list(transports)
         self._table = table if table is not None else CallTable(self.peer_id.short)
         self._features = features
+        self.throttle = throttle
         self.budgets = NodeBudgets(settings.max_receive_bytes)
         """Memory that all connections share."""
         self.quotas = Quotas(
@@ -106,16 +109,14 @@ class Endpoint(Uncopied):
             make_connection=self._make_connection,
             grants=grants,
             features=features,
+            throttle=throttle,
         )
-        self._kept: set[PeerID] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
         self._on_grants = on_grants
         self._admits = admits
-
-    # ---- life
 
     async def start(self, transports: Sequence[Transport] = ()) -> None:
         """Let every transport listen. `transports`: further ones, which need this endpoint to be built."""
@@ -140,8 +141,6 @@ class Endpoint(Uncopied):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    # ---- being called
-
     def handle(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
         """Answer calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
 
@@ -165,22 +164,16 @@ class Endpoint(Uncopied):
         self.dialer.accept(pipe)
 
     def _answer(self, call: IncomingCall) -> Answer:
-        action = self._table.action_of(call.method)
-        if not self.policy.allows(call.peer_id, action):
-            raise self._refused(call.peer_id, action)
+        if (error := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
+            raise error
         return self._table.find(call)(call)
 
     def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
         """Return why `peer_id` may not take this action (by a large request), and count the refusal; None if it may."""
         if self.policy.allows(peer_id, action) and not (large and not self._admits(peer_id)):
             return None
-        return self._refused(peer_id, action)
-
-    def _refused(self, peer_id: PeerID, action: Action) -> NotAllowed:
         self.metrics.count("endpoint_calls_refused", action=action)
         return NotAllowed(f"{self.peer_id.short} does not let {peer_id.short} {action}: ask its owner")
-
-    # ---- calling
 
     async def call(
         self,
@@ -216,7 +209,7 @@ class Endpoint(Uncopied):
                 try:
                     return await future
                 except BaseException:  # cancelled or failed: the other end is told
-                    await connection.cancel_call(stream)
+                    connection.cancel_call(stream)
                     raise
                 finally:
                     connection.call_ended(stream)
@@ -298,8 +291,6 @@ class Endpoint(Uncopied):
             connection.known = peer
         return connection
 
-    # ---- connections
-
     def connections(self) -> list[ConnectionInfo]:
         """Every open connection."""
         return [
@@ -351,14 +342,6 @@ class Endpoint(Uncopied):
         for connection in self.pool.connections():
             connection.retired = connection.retired or connection.dialed is not None
 
-    def keep(self, peer_id: PeerID) -> None:
-        """Spare this peer's connections when idle ones are closed."""
-        self._kept.add(peer_id)
-
-    def unkeep(self, peer_id: PeerID) -> None:
-        """End `keep`."""
-        self._kept.discard(peer_id)
-
     def _make_connection(self, peer_id: PeerID, hello: Hello, dialed: PeerAddress | None, pipe: Pipe) -> Connection:
         connection = Connection(
             peer_id,
@@ -385,8 +368,6 @@ class Endpoint(Uncopied):
             self._arm_timer()
         return connection
 
-    # ---- housekeeping
-
     def _arm_timer(self) -> None:
         loop = asyncio.get_running_loop()
         self._timer_at = loop.time() + TICK
@@ -406,7 +387,7 @@ class Endpoint(Uncopied):
             connection.count_bytes()
             if connection.dialed is None or not connection.is_open or connection.protocol.num_calls:
                 continue
-            idle = now - connection.last_used > IDLE_TIMEOUT and connection.peer_id not in self._kept
+            idle = now - connection.last_used > IDLE_TIMEOUT
             if idle or connection.retired:
                 task = loop.create_task(connection.aclose("idle"))
                 self._closing.add(task)

@@ -13,6 +13,7 @@ from tesseract_async.experts.grants import (
     Appointment,
     Grant,
     Role,
+    grant_text,
     sign_appointment,
     sign_grant,
     sign_revocations,
@@ -42,8 +43,7 @@ class RunOwner:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`clock` gives seconds since 1970. Raises: ValueError if the identity has no say in the run."""
-        assert keeper.authority is not None
-        self.authority: Authority = keeper.authority
+        self.authority = keeper.authority
         self._network = network
         self._identity = identity
         self._keeper = keeper
@@ -67,14 +67,17 @@ class RunOwner:
 
     def invite(
         self, roles: Sequence[Role], *, seconds: float, pattern: ExpertPattern | None = None
-    ) -> tuple[Grant, Identity]:
-        """Return a grant, and the key by which everybody may use it. Raises: ValueError for a delegate's."""
+    ) -> tuple[Grant, str]:
+        """Return a grant, and its text with the key by which everybody may use it.
+
+        Raises: ValueError for a delegate's.
+        """
         if self._identity.peer_id in self.authority.delegates:
             raise ValueError("only the run's owner makes invites: a delegate grants one by one")
         key = Identity.generate()
         grant = self._grant(key.peer_id, [*roles, "admit"], seconds, pattern)
         self._keeper.save()
-        return grant, key
+        return grant, grant_text(grant, invite=key)
 
     def _grant(self, peer_id: PeerID, roles: Sequence[Role], seconds: float, pattern: ExpertPattern | None) -> Grant:
         now = self._clock()

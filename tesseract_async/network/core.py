@@ -15,7 +15,6 @@ from typing import Protocol
 
 from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity, PeerID, Verifier
-from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.address_scope import PUBLIC, AddressScope, kind_of
@@ -31,17 +30,15 @@ from tesseract_async.network.contacts import (
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import ClockSkewed, WrongPeer
 from tesseract_async.network.outbox import Outbox
-from tesseract_async.network.rate_limiter import RateLimiter
 from tesseract_async.network.routing_table import Density, K, RoutingTable
 from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, Storage
 from tesseract_async.network.timers import Timers
+from tesseract_async.transport.token_bucket import RateLimiter
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups in progress, with their proofs and tokens."""
-MAX_OBSERVED = 16
-"""Opinions kept on what this node's address is."""
 MAX_PINGS = 64
 """Contacts pinged at a time."""
 UNREACHABLE_FOR = 60.0
@@ -99,8 +96,6 @@ class Core:
         """True while others are known and this node's own neighborhood was looked up."""
         self.expected_at: dict[Address, AnyOf] = {}
         """The ids that may be contacts at a seed's address."""
-        self.observed: LRU[PeerID, Address] = LRU(MAX_OBSERVED)
-        """The address at which the latest contacts see this node."""
         self.table = RoutingTable(self.own_id, now=now)
         self.density = Density(self.table)
         self.storage = Storage(self.settings.max_storage_bytes, own_number=self.table.own_number)
@@ -127,8 +122,6 @@ class Core:
     def jitter(self) -> float:
         """Return a random factor around 1, so that nodes do not do the same at the same time."""
         return 0.75 + 0.5 * self.random.random()
-
-    # Calls
 
     def call(
         self,
@@ -186,7 +179,6 @@ class Core:
         contact.late = False
         contact.last_seen = now
         contact.token, contact.token_until = reply.token, now + wire.TOKEN_LIFETIME
-        self.observed[PeerID(contact.peer_id)] = reply.observed
         self._skews.append(reply.wall - self.wall((call.sent_at + now) / 2))
         call.contact = contact
         self._rpcs.observe_round_trip(call, now)
@@ -210,8 +202,6 @@ class Core:
             return False
         statement = wire.proof_statement(call.challenge, self.own_id, sender, reply.observed)
         return self.verify(public_key, signature, statement)
-
-    # Contacts
 
     def admits(self, peer_id: bytes, address: Address) -> bool:
         """Return True if that id may be a contact at that address: at a seed's, only the one that was named."""
@@ -265,7 +255,6 @@ class Core:
         self._unreachable.pop(raw, None)
 
     def enter(self, contact: Contact, now: float) -> None:
-        """List a contact that has proven its id, or note that it was seen."""
         known = self.table.get(contact.peer_id)
         doubtful = self.table.add(contact, now)
         if known is not contact and self.table.get(contact.peer_id) is contact:
@@ -274,12 +263,10 @@ class Core:
             self.ping(doubtful, now)
 
     def lost(self, contact: Contact, now: float) -> None:
-        """Drop a contact that answered no attempt of a call."""
         self._unreachable[contact.raw] = now + UNREACHABLE_FOR
         self._drop(contact, "no_reply", ask_again=self.table.get(contact.peer_id) is contact)
 
     def farewell(self, peer_id: bytes, address: Address) -> None:
-        """Drop the contact with that id, if it is listed at that address."""
         contact = self.table.get(peer_id)
         if contact is not None and contact.address == address:
             self._drop(contact, "farewell", ask_again=False)
@@ -290,8 +277,6 @@ class Core:
         contact.proven = False
         self.table.remove(contact)
         self.listener.contact_left(contact, ask_again=ask_again)
-
-    # Upkeep
 
     def keep_house(self, now: float) -> None:
         """Forget what is over, and look at the clock. Due every few seconds."""

@@ -41,7 +41,7 @@ from tesseract_async.network.contacts import ID_BYTES, V4_BYTES, V6_BYTES, Addre
 from tesseract_async.network.storage import NUM_RANGES, StoreOutcome, Summary
 
 MAGIC = 0x54
-VERSION = 1
+VERSION = 2
 MAX_DATAGRAM_BYTES = 1200
 """No datagram is longer: it fits every path of the internet without fragments (RFC 9000, section 14)."""
 MIN_REQUEST_BYTES = 400
@@ -111,7 +111,6 @@ class RpcReply(NamedTuple):
 
 
 def encode(kind: int, flags: int, transaction: bytes, sender: bytes, body: Sequence[object]) -> bytes:
-    """Encode one datagram."""
     return _HEAD.pack(MAGIC, VERSION, kind, flags, transaction, sender) + bytes(_pack(body))
 
 
@@ -221,7 +220,6 @@ def read_outcomes(results: list[object], count: int) -> list[StoreOutcome]:
 
 
 def write_summary(summary: Summary) -> tuple[int, bytes]:
-    """Return count and digests as a GET reply holds them."""
     return summary.count, _DIGESTS.pack(*summary.digests)
 
 

@@ -10,9 +10,10 @@ datagrams: `to_ask` says whom to ask, and the caller reports `answered`, `stalle
 from __future__ import annotations
 
 import enum
-from bisect import bisect
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from random import Random
 
 from tesseract_async.network.contacts import Contact, few_per_range
@@ -56,8 +57,6 @@ class LookupPath:
     """The candidates that one path has heard of, nearest first."""
 
     candidates: list[LookupCandidate] = field(default_factory=list)
-    distances: list[int] = field(default_factory=list)
-    """Their distances, in the same order."""
     starts: list[LookupCandidate] = field(default_factory=list)
     """The candidates known at the start that are asked in any case."""
     seen: set[bytes] = field(default_factory=set)
@@ -107,7 +106,6 @@ class Lookup:
             path.starts = path.candidates[: -(-alpha // num_paths)]
 
     def to_ask(self) -> list[Contact]:
-        """Return the contacts to ask now. Each is counted as asked."""
         asked: list[Contact] = []
         alpha = -(-self.max_in_progress // len(self._paths))
         room = self.max_in_progress - sum(path.num_asked for path in self._paths)
@@ -151,7 +149,6 @@ class Lookup:
             candidate.state = CandidateState.FAILED
 
     def failed(self, contact: Contact) -> None:
-        """Note that a contact did not answer, or not as itself."""
         candidate = self._candidates[contact.raw]
         path = self._leave(candidate)
         if candidate.state is CandidateState.ASKED:
@@ -174,7 +171,6 @@ class Lookup:
         return [item.contact for item in answered if radius is None or item.distance < radius]
 
     def heard_of(self) -> list[Contact]:
-        """Return all contacts, answered or not, except those that failed."""
         return [item.contact for item in self._candidates.values() if item.state is not CandidateState.FAILED]
 
     def closest(self, *, max_per_range: int | None = None) -> list[Contact]:
@@ -237,11 +233,8 @@ class Lookup:
             candidate = LookupCandidate(contact, contact.number ^ self.target, round_number, teller)
             self._candidates[contact.raw] = candidate
         path.seen.add(contact.raw)
-        position = bisect(path.distances, candidate.distance)
-        path.distances.insert(position, candidate.distance)
-        path.candidates.insert(position, candidate)
+        insort(path.candidates, candidate, key=attrgetter("distance"))
         if len(path.candidates) > MAX_PER_PATH:
-            path.distances.pop()
             dropped = path.candidates.pop().contact
             path.seen.discard(dropped.raw)
             if dropped.range is not None:

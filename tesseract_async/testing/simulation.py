@@ -20,6 +20,7 @@ from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import Address, Contact
+from tesseract_async.network.entries import Entry, single_view
 from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.routing_table import ID_BITS, K
@@ -101,7 +102,6 @@ class SimulatedNode:
     def sign(
         self, key: str, value: Value, *, ttl: float, subkey: str | None = None, tombstone: bool = False
     ) -> SignedRecord:
-        """Return a record of this node, newer than all before."""
         wall = self.protocol.core.wall(self.network.clock.now)
         self._sequence = max(self._sequence + 1, int(wall * 1e6))
         return SignedRecord.sign(
@@ -115,7 +115,6 @@ class SimulatedNode:
         )
 
     def receive(self, data: bytes, source: Address) -> None:
-        """Take a datagram from the simulated network."""
         if not self.alive:
             return
         now = self.network.clock.now
@@ -190,13 +189,11 @@ class SimulatedNetwork:
     # Nodes
 
     def identity(self) -> SimulatedIdentity:
-        """Return a new identity that this network's nodes can verify."""
         identity = SimulatedIdentity(b"%d/%d" % (self._seed, len(self._secrets)))
         self.know(identity)
         return identity
 
     def know(self, identity: SimulatedIdentity) -> None:
-        """Have this network's nodes accept what an identity signs."""
         self._secrets[identity.public_key] = identity._secret
 
     def verify(self, public_key: bytes, signature: bytes, data: bytes) -> bool:
@@ -296,19 +293,16 @@ class SimulatedNetwork:
         return nodes
 
     def kill(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
-        """Let nodes vanish without a farewell."""
         for node in [nodes] if isinstance(nodes, SimulatedNode) else nodes:
             node.alive = False
 
     def leave(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
-        """Let nodes leave with a farewell."""
         for node in [nodes] if isinstance(nodes, SimulatedNode) else nodes:
             node.protocol.leave(self.clock.now)
             node.cycle()
             node.alive = False
 
     def alive(self) -> list[SimulatedNode]:
-        """Return all living nodes, in order of joining."""
         return [node for node in self.nodes.values() if node.alive]
 
     # The network
@@ -318,7 +312,6 @@ class SimulatedNetwork:
         self._groups = {node.address: index for index, group in enumerate(groups, 1) for node in group}
 
     def heal(self) -> None:
-        """End the partition."""
         self._groups = {}
 
     def transmit(self, data: bytes, source: Address, target: Address) -> None:
@@ -340,7 +333,6 @@ class SimulatedNetwork:
     # Whole operations, in virtual time
 
     def run(self, seconds: float) -> None:
-        """Let time pass."""
         self.clock.run(seconds)
 
     def store(
@@ -376,15 +368,10 @@ class SimulatedNetwork:
     def value_of(self, node: SimulatedNode, finished: ReadFinished) -> Value:
         """Return None, a single value, or a dictionary, as `TesseractNetwork.get` does."""
         wall = node.protocol.core.wall(self.clock.now)
-        shown: dict[str | None, SignedRecord] = {}
-        for record in finished.records:
-            if not record.tombstone and record.expiration > wall:
-                held = shown.get(record.subkey)
-                if held is None or (record.sequence, record.owner) > (held.sequence, held.owner):
-                    shown[record.subkey] = record
-        values = {subkey: msgpack.unpackb(record.value, strict_map_key=False) for subkey, record in shown.items()}
-        single = values.pop(None, None)
-        return values or single
+        live = (record for record in finished.records if not record.tombstone and record.expiration > wall)
+        return single_view(
+            [Entry("", one.subkey, one.owner, one.sequence, one.expiration, msgpack.unpackb(one.value)) for one in live]
+        )
 
     def _wait(self, finished: Sequence[object], timeout: float) -> None:
         if not self.clock.run_until(lambda: bool(finished), timeout=timeout):

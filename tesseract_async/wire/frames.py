@@ -20,7 +20,7 @@ from tesseract_async.errors import MessageTooLarge, ProtocolError
 from tesseract_async.wire import packed
 from tesseract_async.wire.packed import Value
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 HEADER = struct.Struct(">BBHIQ")
 """kind, flags, zero, payload bytes, stream (number of the call; its caller counts up from 1)."""
@@ -82,7 +82,6 @@ Buffer = bytes | bytearray | memoryview
 
 
 def frame(kind: int, *, stream: int = 0, flags: int = 0, payload: bytes = b"") -> bytes:
-    """One whole frame."""
     return HEADER.pack(kind, flags, 0, len(payload), stream) + payload
 
 
@@ -338,7 +337,6 @@ class FrameReader:
             self._start = self._end = 0
 
     def forget(self, assembly: Assembly) -> None:
-        """Skip what still comes of this message, and let go of its memory."""
         if self._assembly is assembly:
             self._assembly = None
             self._direct = False

@@ -10,7 +10,8 @@ import pytest
 from tests.transformers.tiny import make_checkpoint
 
 transformers = pytest.importorskip("transformers")
-transformers.utils.logging.disable_progress_bar()  # its thread would outlive a test
+transformers.utils.logging.disable_progress_bar()
+pytest.importorskip("tqdm").tqdm.monitor_interval = 0  # its thread would outlive a test
 
 
 @pytest.fixture(scope="session")
