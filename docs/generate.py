@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))  # the clone that the documents describe, wherever
 import click  # noqa: E402
 
 from tesseract_async.cli.main import COMMANDS, CONTEXT, main  # noqa: E402
-from tesseract_async.monitoring.catalogue import METRICS  # noqa: E402
+from tesseract_async.monitoring.catalogue import METRICS, SWARM_METRICS  # noqa: E402
+from tesseract_async.monitoring.prometheus import SWARM_COUNTERS  # noqa: E402
 
 PREFIX = "tesseract_"
 KINDS = {"count": "counter", "set": "gauge", "observe": "histogram"}
@@ -167,6 +168,19 @@ def metrics() -> str:
         lines.append(
             f"| `{shown}` | {kind} | {unit} | {', '.join(f'`{one}`' for one in sorted(labels))} | {sentence} |"
         )
+    lines += [
+        "",
+        "## The swarm",
+        "",
+        "`tesseract dashboard` adds the swarm as it sees it. Servers are named by their peer id and by their `--name`.",
+        "",
+        "| name | kind | unit | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, (unit, sentence) in SWARM_METRICS.items():
+        is_counter = name in SWARM_COUNTERS
+        shown, kind = f"{PREFIX}{name}{'_total' if is_counter else ''}", "counter" if is_counter else "gauge"
+        lines.append(f"| `{shown}` | {kind} | {unit} | {sentence} |")
     return "\n".join(lines) + "\n"
 
 
@@ -230,6 +244,12 @@ def write_pages() -> None:
         text = write()
         if not (DOCS / name).exists() or (DOCS / name).read_text(encoding="utf-8") != text:
             (DOCS / name).write_text(text, encoding="utf-8")
+
+
+def on_config(config: Any) -> None:
+    """MkDocs' hook: where the repository is known, each page links to its source there."""
+    if config["repo_url"]:
+        config["edit_uri"] = "edit/main/docs/"
 
 
 def on_pre_build(config: object) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-VIEWPORT = {"width": 1120, "height": 1180}
+VIEWPORT = {"width": 1280, "height": 1180}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 COMMAND = (sys.executable, "-m", "tesseract_async.cli")
 
@@ -96,7 +96,7 @@ async def take(folder: Path, chromium: str, *, steps: int = 600) -> dict[str, st
                     )
                     await page.select_option("#colour", "version")
                     await page.wait_for_function(
-                        "() => state.history.filter((point) => point.loss).length > 8", timeout=120_000
+                        "() => state.history['5 min'].filter((point) => point.loss).length > 8", timeout=120_000
                     )
                     await shoot(page, "healthy")
                     await page.select_option("#colour", "server")

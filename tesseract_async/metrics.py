@@ -33,6 +33,16 @@ class Histogram:
         self.count += 1
         self.sum += value
 
+    def quantile(self, share: float) -> float | None:
+        """Return a value that this share of the observations does not exceed, as near as the bounds tell; None before
+        the first."""
+        left = share * self.count
+        for low, high, count in zip((0.0, *self.bounds), (*self.bounds, self.bounds[-1]), self.counts, strict=True):
+            if count and left <= count:
+                return low + (high - low) * max(0.0, left) / count
+            left -= count
+        return None
+
 
 class Metrics(Uncopied):
     """All figures of one node. Not thread-safe: used on the node's loop only."""

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import importlib.util
-import ipaddress
 import logging
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -34,16 +32,17 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Role
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
+from tesseract_async.experts.thanks import Thanks
 from tesseract_async.experts.trust import Trust, belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat.interfaces import address_towards, own_addresses
+from tesseract_async.nat.interfaces import bind_pair, hosts_to_announce, own_addresses
 from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.nat.role import WILDCARDS, ListeningAddress
 from tesseract_async.network.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
-from tesseract_async.transport.base import PeerAddress, ip_version, join_host_port, split_host_port
+from tesseract_async.transport.base import PeerAddress, ip_version, is_loopback, join_host_port, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.apply import APPLY
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NUM_PORT_TRIES = 32
 MAX_RECEIVE_BYTES = 3 * 2**29
 # a primary that hands its expert over acts as a server: it need not be among those who train
 EXPERT_METHODS: dict[str, Action] = {
@@ -161,10 +159,8 @@ class TesseractNode(Uncopied):
         self.directory = ExpertDirectory(
             self.network, refresh_period=refresh_period, metrics=self.metrics, trust=self.trust, scope=self.scope
         )
-        self._host = host
-        self._port = port
-        self._public = public
-        self._upnp = upnp
+        self._host, self._port = host, port
+        self._public, self._upnp = public, upnp
         self.throttle = throttle
         """The limits that all connections together keep to; None: none."""
         self._max_receive_bytes = max_receive_bytes
@@ -181,6 +177,8 @@ class TesseractNode(Uncopied):
         self._presence = Presence(self.network, on_older_twin=self._withdraw) if is_lasting else None
         self._watch_for_twin: asyncio.Task[None] | None = None
         self._started: _Started | None = None
+        self.thanks = Thanks()
+        """The counts of what servers gave to this node: `publish_progress` tells others."""
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
         self._table.add(APPLY, self._apply)
         self._apply_handlers: list[CallHandler] = []
@@ -189,8 +187,6 @@ class TesseractNode(Uncopied):
         self._closed = False
         self.client_state: object = None
         """State that the client modules of this node keep in it (`client.experience`)."""
-
-    # ------------------------------------------------------------------------------------------------ life
 
     async def start(self) -> None:
         """Bind the port, and start the DHT and the endpoint. Cancelled or failed, it leaves nothing behind.
@@ -280,8 +276,8 @@ class TesseractNode(Uncopied):
         self._set_scope(host)
         announced = self._announce
         if not announced:
-            hosts = _outside_hosts(host, sock.family, self.initial_peers)
-            announced = tuple(join_host_port(one, port) for one in hosts)
+            known = [split_host_port(address) for peer in self.initial_peers for address in peer.addresses]
+            announced = tuple(join_host_port(one, port) for one in hosts_to_announce(host, sock.family, known))
         v6 = (4, 6) if host == "::" else (6,)
         address = ListeningAddress(host, port, announced, versions=v6 if sock.family == socket.AF_INET6 else (4,))
         endpoint = Endpoint(
@@ -293,6 +289,7 @@ class TesseractNode(Uncopied):
             grants=self.trust.shown,
             on_grants=self.trust.introduced,
             admits=lambda peer_id: self.trust.admits(peer_id, self._table.uids),
+            throttle=self.throttle,
         )
         reach = Reach(
             endpoint=endpoint,
@@ -304,17 +301,13 @@ class TesseractNode(Uncopied):
             public=self._public,
             upnp=self._upnp,
             settings=self._reach_settings,
-            throttle=self.throttle,
         )
         return _Started(asyncio.get_running_loop(), address, endpoint, reach)
 
     def _warn_of_seeds_elsewhere(self, own_host: str) -> None:
-        """Warn that a socket on loopback reaches only this computer: seeds elsewhere would just seem to be silent."""
-        if not ipaddress.ip_address(own_host).is_loopback:
-            return
         seeds = [address for peer in self.initial_peers for address in peer.addresses if ip_version(address)]
-        beyond = [one for one in seeds if not ipaddress.ip_address(split_host_port(one)[0]).is_loopback]
-        if beyond:
+        beyond = [one for one in seeds if not is_loopback(split_host_port(one)[0])]
+        if beyond and is_loopback(own_host):
             logger.warning(
                 "this node listens on %s and reaches this computer only: to join by %s it needs "
                 "host='0.0.0.0' (--host 0.0.0.0)",
@@ -344,8 +337,6 @@ class TesseractNode(Uncopied):
         self._set_scope(self._started.address.host)
         for watcher in list(self._address_watchers):
             watcher()
-
-    # ------------------------------------------------------------------------------------------------ who and where
 
     @property
     def peer_id(self) -> PeerID:
@@ -396,8 +387,6 @@ class TesseractNode(Uncopied):
     def is_connected(self, peer_id: PeerID) -> bool:
         """Return whether `peer_id` is this node or a peer with an open connection, dialed by either side."""
         return peer_id == self.peer_id or self.endpoint.is_connected(peer_id)
-
-    # ------------------------------------------------------------------------------------------------ experts
 
     async def get_expert(self, uid: str) -> RemoteExpert:
         """Return the expert `uid`, found through the DHT: a module whose call is awaited.
@@ -592,7 +581,7 @@ def _as_by_the_network(method: str) -> Iterator[None]:
         yield
     except (RemoteError, TimeoutError):
         raise
-    except Exception as error:
+    except Exception as error:  # a handler may raise anything
         logger.exception("the handler of %s failed", method)
         raise RemoteError(describe(error)) from error
 
@@ -611,60 +600,3 @@ def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:
             raise ValueError(f"each of initial_peers is a string, such as '192.0.2.1:31337'; got {peer!r}")
         found += [peer] if isinstance(peer, PeerAddress) else map(PeerAddress.parse, peer.split(","))
     return tuple(found)
-
-
-async def bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:
-    """Return a listening TCP socket and a UDP socket that share one port number; with port 0 the pair is retried."""
-    loop = asyncio.get_running_loop()
-    if not host:  # everything that this machine has
-        host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
-    try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise OSError(error.errno, f"cannot listen on {host!r}: it is no address of this machine") from None
-    family, _, _, _, address = found[0]
-    both = address[0] == "::" and socket.has_dualstack_ipv6()
-    for _ in range(NUM_PORT_TRIES if port == 0 else 1):
-        tcp = socket.socket(family, socket.SOCK_STREAM)
-        udp = socket.socket(family, socket.SOCK_DGRAM)
-        try:
-            if family == socket.AF_INET6:
-                for sock in (tcp, udp):
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-            if hasattr(socket, "SO_REUSEPORT"):  # POSIX: a port in TIME_WAIT is free; on Windows the option means theft
-                tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tcp.bind(address)
-            tcp.listen(1024)
-            udp.bind((address[0], tcp.getsockname()[1], *address[2:]))
-            tcp.setblocking(False)
-            udp.setblocking(False)
-            return tcp, udp
-        except BaseException as error:  # the sockets have no owner yet
-            tcp.close()
-            udp.close()
-            if not isinstance(error, OSError):
-                raise
-            if error.errno != errno.EADDRINUSE or port != 0:
-                raise _bind_error(error, host, port) from None
-    raise OSError(errno.EADDRINUSE, f"no port on {host} is free for both UDP and TCP")
-
-
-def _bind_error(error: OSError, host: str, port: int) -> OSError:
-    sentences = {
-        errno.EADDRINUSE: f"port {port} on {host} is in use: choose another one, or 0 for any that is free",
-        errno.EADDRNOTAVAIL: f"cannot listen on {host}: it is no address of this machine",
-        errno.EACCES: f"may not listen on port {port}: ports below 1024 need privileges",
-    }
-    return OSError(error.errno, sentences[error.errno]) if error.errno in sentences else error
-
-
-def _outside_hosts(host: str, family: int, peers: Sequence[PeerAddress]) -> list[str]:
-    """Return the addresses that others see: `host`, or for a wildcard those of the interfaces towards the seeds."""
-    if host not in WILDCARDS:
-        return [host]
-    known = [split_host_port(address) for peer in peers for address in peer.addresses]
-    families = (socket.AF_INET, socket.AF_INET6) if family == socket.AF_INET6 else (socket.AF_INET,)
-    found = [own for one in families if (own := address_towards(one, known)) is not None]
-    if not found:
-        raise ValueError(f"listening on {host} does not tell others where to dial: say announce='host:port'")
-    return found

@@ -264,11 +264,11 @@ async def test_a_program_without_a_loop_uses_an_expert(
 
 async def test_the_cells_of_the_notebook_run(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    torch.manual_seed(0)  # twenty batches of noise: with some the last loss is above the first
+    torch.manual_seed(0)
     for block in blocks(DOCS / "how-to/notebook.md", "python"):
         await execute(block, names)
     shown = re.search(r"from ([\d.]+) to ([\d.]+)", capsys.readouterr().out)
-    assert shown and float(shown[2]) < float(shown[1])
+    assert shown and float(shown[2]) < 0.25 * float(shown[1]), "it learns"
 
 
 async def test_a_swarm_is_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:

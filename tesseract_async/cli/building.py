@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 import torch
@@ -17,6 +17,7 @@ from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.server.footprint import process_bytes
 from tesseract_async.server.registry import build_all, make_backend
 from tesseract_async.server.run_experts import build_run_backend
+from tesseract_async.wire.packed import Value
 
 if TYPE_CHECKING:
     from tesseract_async.runtime.mesh import Spread
@@ -51,7 +52,7 @@ class ExpertBuilder:
     link: MeshLink | None = None
     """To the other processes, where experts are spread."""
 
-    def __init__(self, serving: ServeOptions, computing: Mapping[str, Any], max_bytes: int | None) -> None:
+    def __init__(self, serving: ServeOptions, computing: Mapping[str, object], max_bytes: int | None) -> None:
         """`computing`: how this computer computes (`BackendSettings`). `max_bytes`: of an expert; None: what fits."""
         self._serving, self._computing, self._max_bytes = serving, computing, max_bytes
         self.devices: Sequence[str] = serving.devices
@@ -83,7 +84,7 @@ class ExpertBuilder:
             # the same first weights at each start, others for each expert
             seed=zlib.crc32(f"{serving.seed}/{uid}".encode()),
             sizes=dict(serving.sizes),
-            settings=BackendSettings(**self._computing),
+            settings=BackendSettings(**self._computing),  # type: ignore[arg-type]
             max_bytes=self._max_bytes,
             spread=self.spread,
         )
@@ -94,7 +95,7 @@ class SpreadBuilder(ExpertBuilder):
 
     link: MeshLink
 
-    def __init__(self, serving: ServeOptions, computing: Mapping[str, Any], max_bytes: int | None) -> None:
+    def __init__(self, serving: ServeOptions, computing: Mapping[str, object], max_bytes: int | None) -> None:
         """Meet the others. Blocking. Raises: ValueError for an unknown plan, or without a job; TimeoutError."""
         import torch.distributed as dist
 
@@ -120,7 +121,6 @@ class SpreadBuilder(ExpertBuilder):
 
     @property
     def leads(self) -> bool:
-        """True in the process that has the node."""
         return self.link.rank == 0
 
     async def build_all(
@@ -138,8 +138,7 @@ class SpreadBuilder(ExpertBuilder):
         built: ExpertBackend = self.link.command(self._index, "build", [uid, None if run is None else run.blob])[0]
         return built
 
-    def carry_out(self, name: str, args: Sequence[Any]) -> ExpertBackend | None:
-        """Build one, as the leader says."""
+    def carry_out(self, name: str, args: Sequence[Value]) -> ExpertBackend | None:
         uid, blob = args
         backend = super().build(uid, None if blob is None else RUNS.read(blob))
         return backend if self.leads else None
@@ -148,6 +147,5 @@ class SpreadBuilder(ExpertBuilder):
         """Do nothing: what could not be built is not there."""
 
     def follow(self) -> None:
-        """Do what the leader does, until it leaves."""
         click.echo(f"process {self.link.rank} of {self.link.size} follows", err=True)
         self.link.follow()

@@ -12,7 +12,7 @@ from tesseract_async.cli.options import (
     run_option,
     visit_options,
 )
-from tesseract_async.cli.running import asynchronous, say, until_told_to_leave
+from tesseract_async.cli.running import asynchronous, importing_dashboard, say, until_told_to_leave
 from tesseract_async.cli.types import PORT, seconds
 from tesseract_async.experts import ExpertPattern
 from tesseract_async.monitoring import SwarmObserver
@@ -45,12 +45,8 @@ async def command(
     PATTERNS name the grids to show, such as 'ffn.[0:16].[0:16]'; without any, the page shows what nearby servers host.
     On any address but loopback the page asks for a token. Metrics for Prometheus are under /metrics.
     """
-    try:
+    with importing_dashboard("the dashboard"):
         from tesseract_async.monitoring.dashboard import Dashboard
-    except ImportError as error:
-        raise click.ClickException(
-            f"the dashboard needs {error.name}: pip install -e '.[dashboard]' in the clone"
-        ) from None
     async with visit.node(refresh_period=period) as node:
         grid = await enter(node, run_name)
         async with (

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import click
 
@@ -20,12 +20,15 @@ from tesseract_async.cli.options import host_towards, initial_peers_option, json
 from tesseract_async.cli.running import asynchronous, spinner
 from tesseract_async.cli.types import FOLDER, PORT, counted
 from tesseract_async.errors import NotAllowed, TesseractError, describe
-from tesseract_async.monitoring import ask_status
-from tesseract_async.node import TesseractNode, bind_pair
+from tesseract_async.monitoring import NodeStatus, ask_status
+from tesseract_async.nat.interfaces import bind_pair
+from tesseract_async.node import TesseractNode
 
 MIN_FREE_BYTES = 10**9
 MIN_OPEN_FILES = 1024
 MAX_CLOCK_OFFSET = 5.0
+SEED_TIMEOUT = 5.0
+"""Seconds that a seed has to answer."""
 
 Grade = Literal["good", "note", "bad"]
 MARKS = {"good": "ok  ", "note": "note", "bad": "BAD "}
@@ -39,6 +42,11 @@ class Check:
     what: str
     found: str
     advice: str = ""
+
+
+class _Timing(NamedTuple):
+    seconds: float
+    clock_ahead: float
 
 
 @click.command("doctor")
@@ -74,7 +82,6 @@ async def command(
 async def examine(
     seeds: Sequence[str], *, host: str | None, port: int, upnp: bool, checkpoint_dir: Path
 ) -> AsyncIterator[Check]:
-    """Check this computer, then what each seed sees of it."""
     host = host_towards(seeds) if host is None else host
     listening = await port_pair(host, port)
     for check in (*software(), *room(checkpoint_dir), listening):
@@ -117,7 +124,6 @@ def software() -> Iterator[Check]:
 
 
 def room(folder: Path) -> Iterator[Check]:
-    """Check the disk for checkpoints, and the limit of open files."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     advice = (
@@ -148,37 +154,51 @@ async def port_pair(host: str, port: int) -> Check:
     return Check("good", "listening", f"possible at {where}, TCP and UDP")
 
 
-async def reach(peer: str, host: str, port: int, *, upnp: bool) -> AsyncIterator[Check]:
-    """Check that this seed answers by UDP and by TCP, how far the clocks differ, and how others see `port` here."""
+async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool = False) -> AsyncIterator[Check]:
+    """Check that this seed answers by UDP and by TCP, how far the clocks differ, and how others see `port` here.
+
+    `is_quick`: without how others see it, which can take as long as all the rest.
+    """
+    what = f"seed {peer}"
     async with TesseractNode(host, port, initial_peers=[peer], upnp=upnp) as node:
-        if not await node.network.wait_joined(5.0):
+        asking = asyncio.create_task(_ask(node))
+        joined = await node.network.wait_joined(SEED_TIMEOUT)
+        status, timing, error = await asking
+        if node.network.wrong_seeds:
+            yield Check("bad", what, node.network.trouble or "", "Ask its operator for its peer id.")
+            return
+        if not joined:
+            said = "answers by TCP" if error is None else f"nor by TCP: {describe(error)}"
             advice = "Does it run? Is UDP to its port let through, here and there?"
-            if node.network.wrong_seeds:
-                yield Check("bad", f"seed {peer}", node.network.trouble or "", "Ask its operator for its peer id.")
-            else:
-                yield Check("bad", f"seed {peer}", "no answer by UDP in 5 s", advice)
+            yield Check("bad", what, f"no answer by UDP in {SEED_TIMEOUT:.0f} s; {said}", advice)
             return
-        yield Check("good", f"seed {peer}", f"answers by UDP; {counted(node.network.num_contacts, 'contact')}")
-        address = node.initial_peers[0]
-        started, before = asyncio.get_running_loop().time(), time.time()
-        try:
-            status = await ask_status(node, address, timeout=5.0)
-        except NotAllowed as error:
+        yield Check("good", what, f"answers by UDP; {counted(node.network.num_contacts, 'contact')}")
+        if isinstance(error, NotAllowed):
             advice = "TCP is let through. A node with an identity that its owner listed may still be answered."
-            yield Check("note", f"seed {peer}", f"answers by TCP, and refuses: {describe(error)}", advice)
+            yield Check("note", what, f"answers by TCP, and refuses: {describe(error)}", advice)
             return
-        except (TesseractError, TimeoutError) as error:
-            yield Check(
-                "bad", f"seed {peer}", f"no answer by TCP: {describe(error)}", "Is TCP to its port let through?"
-            )
+        if status is None:
+            assert error is not None
+            yield Check("bad", what, f"no answer by TCP: {describe(error)}", "Is TCP to its port let through?")
             return
-        seconds = asyncio.get_running_loop().time() - started
-        yield Check("good", f"seed {peer}", f"answers by TCP in {1000 * seconds:.0f} ms, version {status.software}")
-        offset = status.time - (before + seconds / 2)
-        far = abs(offset) > MAX_CLOCK_OFFSET
+        yield Check("good", what, f"answers by TCP in {1000 * timing.seconds:.0f} ms, version {status.software}")
+        far = abs(timing.clock_ahead) > MAX_CLOCK_OFFSET
         advice = "Records expire by the clock: synchronize it (NTP)." if far else ""
-        yield Check("bad" if far else "good", "clock", f"{offset:+.1f} s from that of {peer}", advice)
+        yield Check("bad" if far else "good", "clock", f"{timing.clock_ahead:+.1f} s from that of {peer}", advice)
+        if is_quick:
+            return
         known = await node.wait_reachable(15.0)
         found, *advised = node.reach.report()
         reached = node.reach.reachability.role == "public" or not node.reach.enabled
         yield Check("good" if known and reached else "note", "seen from outside", found, " ".join(advised))
+
+
+async def _ask(node: TesseractNode) -> tuple[NodeStatus | None, _Timing, TesseractError | TimeoutError | None]:
+    """Return the seed's status, how long that took and by how many seconds its clock is ahead; or the error."""
+    started, before = asyncio.get_running_loop().time(), time.time()
+    try:
+        status = await ask_status(node, node.initial_peers[0], timeout=SEED_TIMEOUT)
+    except (TesseractError, TimeoutError) as error:
+        return None, _Timing(0.0, 0.0), error
+    seconds = asyncio.get_running_loop().time() - started
+    return status, _Timing(seconds, status.time - (before + seconds / 2)), None

@@ -20,7 +20,14 @@ from tesseract_async.admission import Policy
 from tesseract_async.cli.access import describe_policy
 from tesseract_async.cli.building import ExpertBuilder
 from tesseract_async.cli.options import JOIN_TIMEOUT, NodeOptions
-from tesseract_async.cli.running import progress_bar, say, spare_the_collector, spinner, until_told_to_leave
+from tesseract_async.cli.running import (
+    importing_dashboard,
+    progress_bar,
+    say,
+    spare_the_collector,
+    spinner,
+    until_told_to_leave,
+)
 from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.cli.types import counted
 from tesseract_async.errors import CheckpointError, TesseractError, describe
@@ -43,6 +50,7 @@ from tesseract_async.server.server import FAREWELL_TIMEOUT, ServerSettings, Tess
 from tesseract_async.server.state_files import CheckpointStore, FolderLock, stored_uids
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
+from tesseract_async.transport.base import split_host_port
 from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -123,7 +131,13 @@ class Hosting:
             )
             with spinner("making the experts known"):
                 await stack.enter_async_context(server)
-            await stack.enter_async_context(StatusService(self.node, server))
+            await stack.enter_async_context(StatusService(self.node, server, name=serving.name))
+            if serving.metrics_port is not None:
+                with importing_dashboard("--metrics-port"):
+                    from tesseract_async.monitoring.dashboard import serving_metrics
+                host, port = split_host_port(serving.metrics_port)
+                url = await stack.enter_async_context(serving_metrics(self.node.metrics, host, port))
+                click.echo(f"metrics are at {url}", err=True)
             if claim is not None:
                 await claim.release()
             replicas = ReplicaKeeper(server, settings=self._replica_settings())
@@ -224,7 +238,6 @@ class Hosting:
             )
 
     async def _place(self, server: TesseractServer, replicas: ReplicaKeeper, authority: Authority) -> Placing:
-        """Return what has this server take its part in the run, by what it can."""
         serving, uid = self.serving, next(iter(authority.run.manifest.pattern))
         chooses = not serving.patterns
         room = serving.num_experts if chooses else len(server.experts)
@@ -325,7 +338,6 @@ class Hosting:
 
     @contextlib.asynccontextmanager
     async def _leading(self, link: MeshLink) -> AsyncIterator[None]:
-        """Let the other processes go in the end."""
         watcher = asyncio.create_task(self._watch_mesh(link), name="mesh")
         try:
             yield
@@ -352,7 +364,6 @@ class Hosting:
 
 
 async def _save_on_demand(server: TesseractServer) -> None:
-    """Write checkpoints at each SIGUSR1, where there are such signals."""
     if not hasattr(signal, "SIGUSR1"):
         return
     asked, loop = asyncio.Event(), asyncio.get_running_loop()

@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": ("doctor", "command", "Look for what would keep this machine from taking part."),
     "export": ("export", "command", "Collect the weights of every live expert of a run."),
     "get": ("records", "get", "Show every entry that the network holds under a key."),
+    "join": ("join", "command", "Take part in a run, with nothing but its invite."),
     "keygen": ("keygen", "command", "Make an identity."),
     "put": ("records", "put", "Store a value under a key."),
     "run": ("owning", "command", "Start a training run, and manage who takes part in it."),
@@ -86,8 +87,9 @@ class LazyGroup(click.Group):
 def main() -> None:
     """Train one large mixture-of-experts model on computers that volunteers lend.
 
-    Try `tesseract demo` first. To train across machines, run `tesseract dht` on one that all others can reach, and
-    `tesseract serve` on each that is to host experts; `tesseract top` shows the swarm at work.
+    Try `tesseract demo` first. With an invite to a run, `tesseract join INVITE` is all it takes. To train across
+    machines, run `tesseract dht` on one that all others can reach, and `tesseract serve` on each that is to host
+    experts; `tesseract top` shows the swarm at work.
 
     Every option may also be given as an environment variable, such as TESSERACT_SERVE_DEVICE=cuda.
     """

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import ipaddress
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -35,7 +33,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
 from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
-from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.transport.base import PeerAddress, is_loopback, split_host_port
 from tesseract_async.transport.throttle import Throttle
 
 Function = Callable[..., object]
@@ -76,13 +74,10 @@ def grouped(name: str | None, make: Callable[..., object], *options: Decorator) 
 class Sectioned(click.Command):
     """A command whose help lists its options in sections."""
 
-    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]], **extra: Any) -> None:
-        """`sections`: title -> flags. Options that none of them names come last, as the advanced ones."""
-        super().__init__(*args, **extra)
-        self.sections = sections
+    sections: Mapping[str, Sequence[str]] = {}
+    """title -> flags. Options that none of them names come last, as the advanced ones."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections."""
         records = {max(one.opts, key=len): one.get_help_record(ctx) for one in self.get_params(ctx)}
         named = {flag for flags in self.sections.values() for flag in flags}
         rest = {"Advanced": [flag for flag in records if flag not in named]}
@@ -256,7 +251,6 @@ class Visit:
 
 
 def identity_option(flag: str = "--identity") -> Decorator:
-    """Return the option that says which member of a closed swarm a visitor is."""
     return click.option(flag, type=FILE, help="Join with the key in this file, if only listed members may join.")
 
 
@@ -272,14 +266,7 @@ def host_towards(seeds: Sequence[str]) -> str:
     From a socket on loopback nothing leaves this computer. Raises: ValueError for a malformed seed.
     """
     hosts = [split_host_port(address)[0] for seed in seeds for address in PeerAddress.parse(seed).addresses]
-    local, speaks_v6 = True, False
-    for host in hosts:
-        try:
-            ip = ipaddress.ip_address(host.partition("%")[0])
-        except ValueError:
-            local = local and host == "localhost"
-        else:
-            local, speaks_v6 = local and ip.is_loopback, speaks_v6 or ip.version == 6
+    local, speaks_v6 = all(map(is_loopback, hosts)), any(":" in host for host in hosts)
     if local:
         return "::1" if speaks_v6 else "127.0.0.1"
     return "::" if speaks_v6 else "0.0.0.0"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,15 +24,16 @@ from tesseract_async.cli.options import (
 from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
 from tesseract_async.cli.types import EXISTING_FILE, FILE, PATTERN, PEER, Number, Parsed, counted
-from tesseract_async.experts.grants import Grant, Role, grant_text
+from tesseract_async.experts.grants import Grant, Invite, Role, grant_text
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.ownership import MEMBER, RunOwner
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.place_directory import fetch_places
-from tesseract_async.experts.placement import Standing, Survey
+from tesseract_async.experts.placement import Standing
 from tesseract_async.experts.run import split_run_name
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
+from tesseract_async.experts.thanks import NUM_HOURS
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.monitoring.observer import HOURS_PER_LOOK, SwarmObserver
 from tesseract_async.node import TesseractNode
 
 DAY = 86400
@@ -142,9 +143,9 @@ async def grant(
         if renew:
             click.echo(f"{counted(len(await acting.renew()), 'grant')} renewed", err=True)
         elif invite:
-            made, key = acting.invite(roles, seconds=days * DAY, pattern=pattern)
-            click.echo(f"the invite of {made.peer}, {_said(made)}", err=True)
-            click.echo(grant_text(made, invite=key))
+            made, text = acting.invite(roles, seconds=days * DAY, pattern=pattern)
+            click.echo(f"the invite of {made.peer}, {_said(made)}, for `tesseract join`", err=True)
+            click.echo(Invite(acting.authority.run.full_name, owner.initial_peers, text).text())
         else:
             for made in await acting.grant(members, roles, seconds=days * DAY, pattern=pattern):
                 click.echo(f"a grant of {made.peer}, {_said(made)}", err=True)
@@ -227,12 +228,16 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
         authority = keeper.authority
         assert authority is not None
         manifest = authority.run.manifest
-        live = await node.directory.read_grid(manifest.prefix, manifest.grid_size)  # whose manifests show grants
-        places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
+        observer = SwarmObserver(node, patterns=[manifest.pattern])
+        await observer.look()  # whose manifests show grants
+        for _ in range(NUM_HOURS // HOURS_PER_LOOK):
+            await observer.read_thanks()
         keeper.save()
-    hosts = Counter(str(replica.peer.peer_id) for replicas in live.values() for replica in replicas)
+    hosts = {str(peer_id): len(peer.uids) for peer_id, peer in observer.peers.items() if peer.uids}
+    num_live = len(set().union(*(peer.uids for peer in observer.peers.values())))
+    contributors = observer.contributors()
     members = sorted(authority.grants(), key=lambda one: one.not_after)
-    survey = Survey(places)
+    survey = observer.surveys[manifest.prefix]
     standings = {uid: survey.standing(uid) for uid in sorted(survey.named, key=split_uid)}
     num_copies = manifest.num_replicas
     if as_json:
@@ -241,9 +246,10 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
             on_terminal=True,
             run=authority.run.full_name,
             mode=authority.mode,
-            live=len(live),
+            live=num_live,
             experts={uid: _standing(one) for uid, one in standings.items()},
             hosts=hosts,
+            contributors=contributors,
             members=[_facts(one) for one in members],
             delegates=list(map(str, authority.delegates)),
             revoked=list(map(str, authority.revoked())),
@@ -251,8 +257,10 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
         )
         return 0
     size = len(manifest.pattern)
-    click.echo(f"{authority.run.full_name}, {authority.mode}: {len(live)} of {counted(size, 'expert')} live")
-    for line in _safety(standings, len(places), num_copies):
+    click.echo(f"{authority.run.full_name}, {authority.mode}: {num_live} of {counted(size, 'expert')} live")
+    for line in _safety(standings, len(survey.places), num_copies):
+        click.echo(line)
+    for line in thanks(contributors):
         click.echo(line)
     for one in members:
         hosted = f", hosts {counted(hosts[str(one.peer)], 'expert')}" if str(one.peer) in hosts else ""
@@ -319,6 +327,15 @@ def _safety(standings: Mapping[str, Standing], num_members: int, num_copies: int
             leader = "nobody" if one.leader is None else one.leader.short
             lines.append(f"{uid} is {one.word}: led by {leader}, version {one.version}")
     return lines
+
+
+def thanks(contributors: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each contributor of the last day, by what trainers have signed."""
+    return [
+        f"thanks to {one['name'] or one['short']}: {counted(one['rows'], 'row')} and {counted(one['steps'], 'step')} "
+        f"in {counted(one['hours'], 'hour')} of the last day, by the word of {counted(one['trainers'], 'trainer')}"
+        for one in contributors
+    ]
 
 
 def _facts(one: Grant) -> dict[str, object]:

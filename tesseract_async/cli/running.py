@@ -150,6 +150,15 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def importing_dashboard(what: str) -> Iterator[None]:
+    """Import the packages of the extra "dashboard". Raises: click.ClickException where they are missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise click.ClickException(f"{what} needs {error.name}: pip install -e '.[dashboard]' in the clone") from None
+
+
 def spare_the_collector() -> None:
     """Leave all present objects out of later garbage collections, and make these rarer, in a program that has started.
 

@@ -28,6 +28,7 @@ SECTIONS = {
         "--device",
         "--max-memory",
         "--checkpoint-dir",
+        "--name",
     ),
     "Experts": (
         "--expert-class",
@@ -58,7 +59,16 @@ SECTIONS = {
         "--peer-concurrent",
         "--peer-period",
     ),
-    "Network": ("--port", "--announce", "--public", "--upnp", "--relay", "--stun-server", "--turn-server"),
+    "Network": (
+        "--port",
+        "--announce",
+        "--public",
+        "--upnp",
+        "--relay",
+        "--stun-server",
+        "--turn-server",
+        "--metrics-port",
+    ),
 }
 """The options in the order of the help; those that are not here follow as the advanced ones."""
 
@@ -75,7 +85,6 @@ SIZES = {
 @click.command(
     "serve",
     cls=Sectioned,
-    sections=SECTIONS,
     epilog="\b\nSizes of the ready-made classes (--expert-class, --size):\n"
     + "\n".join(f"  {name}: {sizes}" for name, sizes in SIZES.items()),
 )
@@ -132,6 +141,9 @@ async def command(
         builder=builder,
     )
     return await hosting.main()
+
+
+command.sections = SECTIONS
 
 
 def manifest_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> dict[str, object]:

@@ -17,7 +17,17 @@ from tesseract_async.cli.options import (
     sizes_option,
     threads_option,
 )
-from tesseract_async.cli.types import FOLDER, LEARNING_RATE, PATTERN, PERIOD, ROWS, SECONDS, TEXT_OR_FILE, Value
+from tesseract_async.cli.types import (
+    FOLDER,
+    LEARNING_RATE,
+    METRICS_ADDRESS,
+    PATTERN,
+    PERIOD,
+    ROWS,
+    SECONDS,
+    TEXT_OR_FILE,
+    Value,
+)
 from tesseract_async.experts.pattern import ExpertPattern
 
 MAX_EXPERTS = 4096
@@ -54,6 +64,8 @@ class ServeOptions:
     leave_within: float
     report_period: float | None
     shard: str | None = None
+    name: str = ""
+    metrics_port: str | None = None
 
     def __post_init__(self) -> None:
         """Raises: ValueError, click.BadParameter."""
@@ -73,6 +85,13 @@ class ServeOptions:
 serve_options = grouped(
     "serving",
     ServeOptions,
+    click.option("--name", default="", help="Call this machine so in dashboards and lists of contributors."),
+    click.option(
+        "--metrics-port",
+        metavar="[HOST:]PORT",
+        type=METRICS_ADDRESS,
+        help="Serve this node's metrics for Prometheus there, under /metrics.",
+    ),
     click.option(
         "--experts",
         "patterns",

@@ -13,6 +13,7 @@ from tesseract_async.cli.options import (
     NodeOptions,
     expert_class_option,
     find_code_here,
+    host_towards,
     join,
     max_batch_size_option,
     node_options,
@@ -21,10 +22,12 @@ from tesseract_async.cli.options import (
 )
 from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
 from tesseract_async.cli.types import GRID, LEARNING_RATE, PAIR, PEER, Value, counted, seconds
-from tesseract_async.experts.ownership import adopt_servers, with_delegates
+from tesseract_async.experts.grants import GRANT_SECONDS, Invite
+from tesseract_async.experts.ownership import MEMBER, RunOwner, adopt_servers, with_delegates
 from tesseract_async.experts.run import RunManifest, sign_run
-from tesseract_async.experts.run_directory import publish_run
+from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
+from tesseract_async.node import TesseractNode
 
 Pairs = tuple[tuple[str, Value], ...]
 
@@ -105,10 +108,10 @@ async def create(
 ) -> int:
     """Start a training run: sign the description of all its experts.
 
-    Volunteers then join by the run's name alone. Prints the full name, NAME@PEER_ID. Then stays
+    Prints the full name, NAME@PEER_ID, and an invite: with it, `tesseract join` is all that others need. Then stays
     until Ctrl-C, keeps the description known and renews grants before they end; servers that take part keep it known,
-    too. The run belongs to the key in --identity: keep that file, and a copy (tesseract run backup-key). To let others
-    take part, see tesseract run grant.
+    too. The run belongs to the key in --identity: keep that file, and a copy (tesseract run backup-key). To choose who
+    takes part, see tesseract run grant.
     """
     if node.identity is None:
         raise click.UsageError("say --identity FILE: the run belongs to the key in it")
@@ -153,14 +156,25 @@ async def create(
                 raise click.ClickException(f"no server hosts experts of the bare prefix {prefix!r} now")
             holders = await publish_run(author.network, signed)
             authority = await author.join_run(signed)
+            keeper = await enter_run(
+                author.network, author.trust, signed, identity=author.identity, identity_file=node.identity
+            )
         adopted = sorted(map(str, await adopt_servers(author.network, author.identity, authority, hosting)))
         for peer_id in adopted:
             click.echo(f"{peer_id} may go on: start it again with --run {signed.full_name}", err=True)
         click.echo(f"the run is {signed.full_name}, known to {counted(holders, 'node')}", err=True)
+        invite = invite_of(RunOwner(author.network, author.identity, keeper), author)
+        if invite is not None:
+            click.echo(f"everybody who has this may take part: tesseract join {invite}", err=True)
+            if host_towards(Invite.parse(invite).seeds) in ("127.0.0.1", "::1"):
+                click.echo(
+                    "it leads to this computer only: for others, give --host 0.0.0.0 or a seed of theirs", err=True
+                )
         say(
             "run",
             run=signed.full_name,
             address=str(author.peer_address),
+            invite=invite,
             holders=holders,
             manifest=manifest.fields() | {"delegates": list(map(str, delegates))},
             adopted=adopted,
@@ -169,3 +183,17 @@ async def create(
             return 0 if holders else 1
         await until_told_to_leave()
     return 0
+
+
+def invite_of(owner: RunOwner, node: TesseractNode) -> str | None:
+    """Return the invite for a new run; None where one is out already (`tesseract run grant --invite` makes more)."""
+    authority = owner.authority
+    if any("admit" in one.role_names and one.peer not in authority.delegates for one in authority.grants()):
+        return None
+    is_open = authority.mode == "open"
+    seeds = node.initial_peers or [node.peer_address]
+    return Invite(
+        authority.run.full_name,
+        tuple(map(str, seeds)),
+        "" if is_open else owner.invite(MEMBER, seconds=GRANT_SECONDS)[1],
+    ).text()

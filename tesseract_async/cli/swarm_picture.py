@@ -23,11 +23,21 @@ MAX_EVENTS = 8
 SIGNS = {"alive": "●", "some": "◐", "silent": "○", "lost": "x", "nobody": "·"}
 ASCII_SIGNS = {"alive": "o", "some": "-", "silent": "?", "lost": "x", "nobody": "."}
 COLUMNS = {
-    **{"peer": 8, "path": 20, "round trip": 10, "experts": 7, "calls/s": 8, "rows/s": 9, "steps/s": 8, "load": 4},
+    **{
+        "peer": 8,
+        "name": 12,
+        "path": 20,
+        "round trip": 10,
+        "experts": 7,
+        "calls/s": 8,
+        "rows/s": 9,
+        "steps/s": 8,
+        "load": 4,
+    },
     **{"waiting": 7, "answered": 9},
 }
 """Columns of the table of servers, with the width that each wants."""
-LEFT_OUT = ("waiting", "rows/s", "steps/s", "answered", "experts", "load", "calls/s", "round trip")
+LEFT_OUT = ("name", "waiting", "rows/s", "steps/s", "answered", "experts", "load", "calls/s", "round trip")
 """Columns that a narrow terminal does without, in this order; the peer and its path always stay."""
 COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
 
@@ -53,12 +63,13 @@ class _Room:
 
     @classmethod
     def divide(cls, state: State, height: int | None) -> _Room:
-        """Divide so that servers, legend and events stay in sight however large the grids are."""
         num_grids, num_peers, num_trainers = len(state["grids"]), len(state["peers"]), len(state["losses"])
         if height is None:
             return cls(num_grids, MAX_ROWS, num_peers, min(8, num_trainers), MAX_EVENTS)
         # the head, and a blank line, a head and a word about the rest of each part
-        left = height - 5 - (num_trainers > 0)
+        # and in a run its line, and who contributed
+        left = height - 5 - (num_trainers > 0) - (height > 20 and state.get("run") is not None)
+        left -= height > 30 and bool(state.get("contributors"))
         trainers = min(num_trainers, max(1, left // 8))
         events = max(1, min(MAX_EVENTS, left // 5))
         peers = max(1, min(num_peers, left // 5))
@@ -68,8 +79,13 @@ class _Room:
         return cls(grids, max(1, left // grids - 3), peers, trainers, events)
 
 
-def draw(state: State, width: int = 120, height: int | None = None, *, signs: dict[str, str] = SIGNS) -> RenderableType:
-    """Return one frame of `SwarmObserver.state` for so many columns and lines (None: as many lines as it takes)."""
+def draw(
+    state: State, width: int = 120, height: int | None = None, *, first: int = 0, signs: dict[str, str] = SIGNS
+) -> RenderableType:
+    """Return one frame of `SwarmObserver.state` for so many columns and lines (None: as many lines as it takes).
+
+    `first`: the server, trainer and event that the lists begin with, scrolled down so far.
+    """
     totals, room = state["totals"], _Room.divide(state, height)
     experts, servers = (counted(round(totals.get(f"{noun}s", 0)), noun) for noun in ("expert", "server"))
     head = Text.assemble(
@@ -82,6 +98,8 @@ def draw(state: State, width: int = 120, height: int | None = None, *, signs: di
         overflow="ellipsis",
     )
     parts: list[RenderableType] = [head]
+    if (run := state.get("run")) is not None and (height is None or height > 20):
+        parts.append(Text(_describe_run(run), style="dim", no_wrap=height is not None, overflow="ellipsis"))
     for grid in state["grids"][: room.grids]:
         parts += [Text(), _describe_grid(grid), _draw_grid(grid, state["peers"], width, room.grid_lines, signs)]
     parts += _and_more(len(state["grids"]) - room.grids, "grid")
@@ -102,16 +120,18 @@ def draw(state: State, width: int = 120, height: int | None = None, *, signs: di
         left_out.add(column)
     shown = [column for column in COLUMNS if column not in left_out]
     for column in shown:
-        left = column in ("peer", "path")
+        left = column in ("peer", "name", "path")
         fold = column == "path" and height is None
         table.add_column(
             column, justify="left" if left else "right", no_wrap=not fold, overflow="fold" if fold else "ellipsis"
         )
-    for peer in state["peers"][: room.peers]:
+    begin = max(0, min(first, len(state["peers"]) - room.peers))
+    for peer in state["peers"][begin : begin + room.peers]:
         waiting = peer["waiting_rows"]
         cells: dict[str, str | Text] = {
             "peer": Text(peer["short"], style=_color(peer)),
-            "path": Text(peer["error"] or peer["path"] or "-"),
+            "name": Text(peer.get("name", "")),
+            "path": Text(_where(peer)),
             "round trip": "-" if peer["rtt"] is None else f"{1000 * peer['rtt']:.1f} ms",
             "experts": str(peer["num_experts"]),
             "calls/s": f"{peer['calls_per_second']:,.1f}",
@@ -123,16 +143,46 @@ def draw(state: State, width: int = 120, height: int | None = None, *, signs: di
         }
         table.add_row(*(cells[column] for column in shown), style="red" if peer["error"] else None)
     parts += [Text(), table, *_and_more(len(state["peers"]) - room.peers, "server")]
+    thanks = state.get("contributors", [])[: 3 if height is None or height > 30 else 0]
+    if thanks:
+        names = ", ".join(f"{one['name'] or one['short']} ({one['rows']:,} rows)" for one in thanks)
+        parts.append(Text(f"thanks, last 24 h: {names}", no_wrap=height is not None, overflow="ellipsis"))
     trainers = [
         f"{name}: step {step}, loss {loss:.4f}" + (f", {left_out} left out" if left_out else "")
         for name, (step, loss, left_out) in state["losses"].items()
     ]
     if trainers:
-        parts += [Text(), Text("\n".join(trainers[: room.trainers]))]
+        begin = max(0, min(first, len(trainers) - room.trainers))
+        parts += [Text(), Text("\n".join(trainers[begin : begin + room.trainers]))]
     lines = "\n".join(
-        f"{datetime.fromtimestamp(when):%H:%M:%S}  {sentence}" for when, sentence, _ in state["log"][-room.events :]
+        f"{datetime.fromtimestamp(when):%H:%M:%S}  {sentence}"
+        for when, sentence, _ in _latest(state["log"], room.events, first)
     )
     return Group(*parts, Text(), Text(lines, style="dim", no_wrap=height is not None, overflow="ellipsis"))
+
+
+def _latest(log: list[Any], number: int, back: int) -> list[Any]:
+    """Return the latest lines; `back`: those so many lines before them."""
+    end = max(min(number, len(log)), len(log) - back)
+    return log[max(0, end - number) : end]
+
+
+def _where(peer: State) -> str:
+    """Return its path, or why it does not answer."""
+    if peer.get("left_ago") is not None:
+        return f"left {peer['left_ago'] // 60:.0f} min ago"
+    return str(peer["error"] or peer["path"] or "-")
+
+
+def _describe_run(run: State) -> str:
+    losses = run["losses"]
+    if losses is None:
+        safety = "how safe it is, is not known yet"
+    elif losses > 0:
+        safety = f"survives the loss of {counted(losses, 'more member')}, whichever they are"
+    else:
+        safety = "does not survive the loss of one more member"
+    return f"{run['name']}, {run['mode']}: {counted(run['num_experts'], 'expert')} ({run['expert']}); {safety}"
 
 
 def _and_more(number: int, noun: str) -> list[RenderableType]:
@@ -171,7 +221,6 @@ def _describe_standings(standings: list[list[Any]]) -> list[str]:
 
 
 def _draw_grid(grid: State, peers: list[State], width: int, height: int, signs: dict[str, str]) -> RenderableType:
-    """Draw a sign for each expert, or for each block of them where there are too many."""
     size = grid["size"]
     rows, columns = (size[0], math.prod(size[1:])) if len(size) > 1 else (1, size[0])
     down, across = math.ceil(rows / height), math.ceil(columns / width)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -13,7 +14,7 @@ import click
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from tesseract_async.cli.options import Visit, enter, patterns_argument, run_option, visit_options
+from tesseract_async.cli.options import Visit, enter, patterns_argument, visit_options
 from tesseract_async.cli.running import asynchronous, spinner, until_told_to_leave
 from tesseract_async.cli.swarm_picture import draw, signs_for
 from tesseract_async.cli.types import seconds
@@ -26,6 +27,9 @@ try:
 except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
+SCROLLS = {"j": 1, "k": -1, "\x1b[b": 1, "\x1b[a": -1, "\x1b[6~": 10, "\x1b[5~": -10}
+"""Lines that a key scrolls: j and k, the arrows, page down and up."""
+_KEY = re.compile(r"\x1b\[[0-9]*[A-Za-z~]|.", re.DOTALL)
 MAX_LOOKS = 4
 """The most looks that `--once` takes until it has met a server."""
 
@@ -33,7 +37,13 @@ MAX_LOOKS = 4
 @click.command("top")
 @patterns_argument
 @visit_options
-@run_option
+@click.option(
+    "--watch-run",
+    "--run",
+    "run_name",
+    metavar="NAME[@PEER_ID]",
+    help="Watch this run: its experts, how safe they are, and who contributes.",
+)
 @click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look at the swarm this often.")
 @click.option("--once", is_flag=True, help="Print one picture and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, for programs; needs --once.")
@@ -50,7 +60,8 @@ async def command(
     """Show the swarm live in the terminal: experts on their grids, servers, load, and recent events.
 
     PATTERNS name the grids to show, such as 'ffn.[0:16].[0:16]'; without any, the picture shows what nearby servers
-    host. Grids that are larger than the terminal are drawn in blocks. Ctrl-C or q ends it.
+    host. Grids that are larger than the terminal are drawn in blocks. The arrow keys, or j and k, scroll the lists of
+    servers, trainers and events; Ctrl-C or q ends it.
     """
     if as_json and not once:
         raise click.UsageError("--json goes with --once")
@@ -77,15 +88,24 @@ async def command(
                 console.print(draw(observer.state(), console.width, signs=signs))
             return 0
         async with observer:
+            first, scrolled = 0, asyncio.Event()
 
             def frame() -> RenderableType:
                 height = console.height if console.is_terminal else None
-                return draw(observer.state(), console.width, height, signs=signs)
+                return draw(observer.state(), console.width, height, first=first, signs=signs)
+
+            def pressed(key: str) -> None:
+                nonlocal first
+                if key == "q":
+                    leaving.cancel()
+                elif key in SCROLLS:
+                    first = max(0, min(first + SCROLLS[key], len(observer.peers) + len(observer.log)))
+                    scrolled.set()
 
             leaving = asyncio.create_task(until_told_to_leave())
             await asyncio.sleep(0)  # it must listen before anything is shown
             with (
-                _keys("q", leaving.cancel),
+                _keys(pressed),
                 Live(
                     None if is_dumb else frame(),
                     console=console,
@@ -94,9 +114,11 @@ async def command(
                 ) as live,
             ):
                 while not leaving.done():
-                    changed = asyncio.create_task(observer.wait_changed())
-                    await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
-                    changed.cancel()
+                    waits = {asyncio.create_task(one) for one in (observer.wait_changed(), scrolled.wait())}
+                    await asyncio.wait({leaving, *waits}, return_when=asyncio.FIRST_COMPLETED)
+                    for wait in waits:
+                        wait.cancel()
+                    scrolled.clear()
                     if is_dumb:  # it cannot go back
                         console.print(frame())
                     else:
@@ -105,8 +127,8 @@ async def command(
 
 
 @contextlib.contextmanager
-def _keys(wanted: str, pressed: Callable[[], object]) -> Iterator[None]:
-    """Call `pressed` when one of the `wanted` keys is pressed, where there is a keyboard."""
+def _keys(pressed: Callable[[str], object]) -> Iterator[None]:
+    """Call `pressed` with each key, where there is a keyboard."""
     if termios is None or not sys.stdin.isatty() or os.tcgetpgrp(number := sys.stdin.fileno()) != os.getpgrp():
         yield
         return
@@ -116,8 +138,8 @@ def _keys(wanted: str, pressed: Callable[[], object]) -> Iterator[None]:
         keys = os.read(number, 64)
         if not keys:  # the terminal is gone
             loop.remove_reader(number)
-        if any(key in wanted for key in keys.decode(errors="replace").lower()):
-            pressed()
+        for key in _KEY.findall(keys.decode(errors="replace")):
+            pressed(key.lower())
 
     tty.setcbreak(number, termios.TCSANOW)  # keeps a key that was pressed already
     loop.add_reader(number, read)

@@ -142,6 +142,8 @@ SECONDS: Final = seconds()
 PERIOD: Final = seconds(least=0.001)
 """Seconds between two of something."""
 ADDRESS: Final = Parsed("address", _address)
+METRICS_ADDRESS: Final = Parsed("address", lambda text: _address(text if ":" in text else f"127.0.0.1:{text}"))
+"""``HOST:PORT``; a port alone is one of this computer's loopback."""
 TURN_SERVER: Final = Parsed("TURN server", TurnServer.parse)
 PEER: Final = Parsed("peer", PeerID.parse)
 PEERS: Final = Parsed("peers", _peers)

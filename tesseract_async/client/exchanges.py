@@ -50,6 +50,11 @@ class Exchange(Generic[T]):
         """Uncompressed bytes both ways together; 0 if it is little."""
         return 0
 
+    @property
+    def gives(self) -> tuple[int, int]:
+        """Rows and optimizer steps that its answer is worth (`experts.thanks`)."""
+        return 0, 0
+
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         """Those of `replicas` that may answer. Raises: ExpertNotFound."""
         return replicas
@@ -90,6 +95,11 @@ class ForwardExchange(Exchange[Forwarded]):
     def num_bytes(self) -> int:
         """See `Exchange.num_bytes`."""
         return self.inputs[0].shape[0] * self.forward.schema.row_bytes
+
+    @property
+    def gives(self) -> tuple[int, int]:
+        """See `Exchange.gives`."""
+        return self.inputs[0].shape[0], 0
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         """See `eligible`."""
@@ -143,6 +153,11 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
     inputs: Sequence[torch.Tensor]
     output_gradients: Sequence[torch.Tensor | None]
     call_id: bytes = field(default_factory=new_name)
+
+    @property
+    def gives(self) -> tuple[int, int]:
+        """See `Exchange.gives`."""
+        return 0, 1
 
     async def send(self, replica: ExpertReplica, timeout: float) -> list[torch.Tensor | None]:
         """The inputs' gradients (None where there is none), on the CPU. See `Exchange.send`."""

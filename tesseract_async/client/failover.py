@@ -25,6 +25,7 @@ from tesseract_async.errors import (
     TooStale,
 )
 from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.transport.base import PeerAddress
 
 T = TypeVar("T")
@@ -216,6 +217,8 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
         raise
     if exchange.is_timed:
         book.observe(key, now() - start, path=experience.path_seconds(replica, exchange.num_bytes))
+    if any(exchange.gives):
+        experience.node.thanks.add(split_uid(replica.uid)[0], replica.peer.peer_id, *exchange.gives)
     experience.node.directory.report_answer(replica)
     return result
 

@@ -28,6 +28,7 @@ from tesseract_async.client.settings import CallOptions
 from tesseract_async.endpoint.call_table import Message
 from tesseract_async.errors import ExpertFailed, ProtocolError, TesseractError, TooStale
 from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.runtime.encoding import unpack
 from tesseract_async.runtime.gradients import are_finite
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Weights, decode_part, encode_request
@@ -271,6 +272,8 @@ class Pass:
         if not self._grouping.part(request, calls, errors, now) or not calls:
             return
         path = experience.path_seconds(request.asked[calls[0]], self._num_bytes(block))
+        given = (0, len(calls)) if asked.backward else (len(rows), 0)
+        experience.node.thanks.add(split_uid(calls[0].uid)[0], request.peer.peer_id, *given)
         for call in calls:
             replica = request.asked[call]
             self.settled(call, replica, now - request.sent, path)

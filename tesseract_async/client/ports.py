@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 
 from tesseract_async.endpoint.call_table import Message
 from tesseract_async.experts.directory import ExpertDirectory
+from tesseract_async.experts.thanks import Thanks
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import PeerAddress
@@ -26,6 +27,9 @@ class Node(Protocol):
 
     @property
     def metrics(self) -> Metrics: ...
+
+    @property
+    def thanks(self) -> Thanks: ...
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
         """Round trip (seconds) and bytes per second (0.0: not known) of the path to `peer`; None without one."""

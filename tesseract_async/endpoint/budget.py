@@ -70,7 +70,6 @@ class Reservation:
         self.use.taken.pop(self, None)
 
     def give_up(self) -> None:
-        """Give the room back and note it for the holder."""
         if not self.released:
             self.release()
             self._budget.changed.append(self)
@@ -111,12 +110,10 @@ class Budget:
 
     @property
     def num_waiting(self) -> int:
-        """Reservations in the lines."""
         return sum(len(use.line) for peers in self._groups.values() for use in peers.values())
 
     @property
     def num_peers(self) -> int:
-        """Number of peers that hold, await or were promised anything."""
         return sum(map(len, self._groups.values()))
 
     def ask(self, owner: Owner, size: int, call: object = None) -> Reservation:
@@ -188,7 +185,6 @@ class Budget:
         return True
 
     def leave(self, reservation: Reservation) -> None:
-        """Count this reservation no more."""
         use = reservation.use
         use.taken.pop(reservation, None)
         use.num_reservations -= 1

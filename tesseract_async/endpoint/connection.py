@@ -127,7 +127,6 @@ class Connection:
 
     @property
     def has_bulk(self) -> bool:
-        """True while the bulk channel is there."""
         return self._channels[BULK] is not None
 
     def count_bytes(self) -> None:
@@ -139,8 +138,6 @@ class Connection:
                 channel.bytes_counted = (received, sent)
                 self._metrics.count("transport_bytes_received", received - old_received)
                 self._metrics.count("transport_bytes_sent", sent - old_sent)
-
-    # ---- calls made here
 
     def _start_call(
         self,
@@ -176,7 +173,6 @@ class Connection:
         return stream, future
 
     def call_ended(self, stream: int) -> None:
-        """Forget the future of a call."""
         del self._futures[stream]
 
     async def call_parts(
@@ -224,10 +220,7 @@ class Connection:
         if cancelled:
             raise asyncio.CancelledError
 
-    # ---- bytes
-
     def _look(self) -> None:
-        """Handle what a cycle has led to, here and at other connections."""
         if self._budgets.changed:
             self._budgets.deliver()
         if self.protocol.core.events:
@@ -276,7 +269,6 @@ class Connection:
             self._look()  # others may have lost their room to it
 
     def _count_unsent(self, num_bytes: int) -> None:
-        """Small frames that a peer does not read count like large replies that it does not take."""
         if self._unsent is not None:
             self._unsent.release()
             self._unsent = None
@@ -289,8 +281,6 @@ class Connection:
         why = "the peer does not read its replies"
         self._tell_dropped("peer_does_not_read", why)
         self.abort(why)
-
-    # ---- events
 
     def _handle_events(self) -> None:
         for event in self.protocol.events():
@@ -337,8 +327,6 @@ class Connection:
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
             self.protocol.core.bulk_failed(self._loop.time())
 
-    # ---- time
-
     def _arm_timer(self) -> None:
         if self._lost_reason is not None:
             return
@@ -369,10 +357,7 @@ class Connection:
                 self._drop_unread()
         self._wake()
 
-    # ---- the end
-
     def _tell_dropped(self, reason: str, why: str) -> None:
-        """One line and one count for each peer that is dropped, never without the reason."""
         self._metrics.count("endpoint_connections_dropped", reason=reason)
         logger.warning("connection to %s dropped: %s", self.protocol.peer, why)
 
@@ -457,13 +442,13 @@ class _LanePort:
             if not self._paused and self._turn_bytes > self._protocol.pace.portion(now):
                 # uvloop would go on for as long as the socket has any, and small calls would wait
                 self._paused = True
-                self._channel.pipe.pause_reading()
+                self._channel.pause_reading()
 
     def _next_turn(self) -> None:
         self._turn_bytes = 0
         if self._paused:
             self._paused = False
-            self._channel.pipe.resume_reading()
+            self._channel.resume_reading()
 
     def channel_drained(self) -> None:
         self._connection._schedule_flush()

@@ -67,7 +67,6 @@ class WaitingRoom(Generic[Guest]):
         return len(self._group_of)
 
     def guests(self) -> list[Guest]:
-        """All of them."""
         return list(self._group_of)
 
     def enter(self, guest: Guest, group: Hashable, now: float) -> tuple[bool, Guest | None]:

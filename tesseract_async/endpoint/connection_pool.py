@@ -41,14 +41,12 @@ class ConnectionPool:
         return None
 
     def find_session(self, peer_id: PeerID, session: bytes) -> Connection | None:
-        """The open connection that a bulk channel wants to join."""
         for connection in self._by_peer.get(peer_id, ()):
             if connection.session == session and connection.is_open and connection.dialed is None:
                 return connection
         return None
 
     def add(self, connection: Connection) -> None:
-        """A connection was established."""
         mine = self._by_peer.setdefault(connection.peer_id, [])
         if connection.dialed is None:
             # before older ones: when a NAT forgets its mapping, the peer comes back while its old connection
@@ -60,7 +58,6 @@ class ConnectionPool:
                 self._by_address[address] = connection.peer_id
 
     def remove(self, connection: Connection) -> None:
-        """A connection has ended."""
         mine = self._by_peer.get(connection.peer_id, [])
         if connection in mine:
             mine.remove(connection)
@@ -72,16 +69,13 @@ class ConnectionPool:
                     del self._by_address[address]
 
     def connections(self) -> list[Connection]:
-        """All that have not ended."""
         return [connection for mine in self._by_peer.values() for connection in mine]
 
     @property
     def num_connections(self) -> int:
-        """Number of connections that have not ended."""
         return sum(map(len, self._by_peer.values()))
 
     def num_connections_with(self, peer_id: PeerID) -> int:
-        """Number of connections that this peer opened."""
         return sum(connection.dialed is None for connection in self._by_peer.get(peer_id, ()))
 
     def retry_at(self, peer: PeerAddress) -> float:
@@ -95,5 +89,4 @@ class ConnectionPool:
         self._backoffs[peer] = min(failures + 1, 32), now + wait * self._rng.uniform(0.5, 1.0)
 
     def dial_succeeded(self, peer: PeerAddress) -> None:
-        """Forget the failures."""
         self._backoffs.pop(peer, None)

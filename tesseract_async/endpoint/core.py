@@ -88,7 +88,6 @@ class Arrival:
         """Bytes that its lane had brought at `progress`, when `left` were to come."""
 
     def look(self, now: float) -> None:
-        """Note whether enough came since the last look."""
         came = self.left - self.assembly.left
         if came:
             self.granted_at = None
@@ -149,15 +148,12 @@ class ConnectionCore:
             raise ProtocolError("the peer sends a flood of frames that do nothing")
 
     def add_deadline(self, deadline: float, stream: int, *, own: bool) -> None:
-        """Add the deadline of a call that is under way."""
         heap = self.deadlines
         heapq.heappush(heap, (deadline, stream, own))
         if len(heap) > 64 and len(heap) > 4 * sum(map(len, self._calls.values())):  # most calls end long before
             outgoing, incoming = self._calls.values()
             heap[:] = [entry for entry in heap if entry[1] in (outgoing if entry[2] else incoming)]
             heapq.heapify(heap)
-
-    # ---- large messages out
 
     def choose_lane(self, call: CallState) -> None:
         """Settle on which lane all of a large message, or of a reply in parts, travels."""
@@ -210,8 +206,6 @@ class ConnectionCore:
             raise ProtocolError("a grant that was not asked for")
         sending.granted = True
         self.lanes[call.lane].large.append(sending)
-
-    # ---- large messages in
 
     def reserve(self, call: CallState, announced: Announced) -> None:
         """Make room for a message that was announced, now or when its sender's earlier ones leave some.
@@ -332,8 +326,6 @@ class ConnectionCore:
             )
         ]
 
-    # ---- the bulk lane
-
     def bulk_failed(self, now: float) -> None:
         """The bulk lane could not be opened: large messages stay on the main lane, in chunks between small frames."""
         self._bulk_wanted = False
@@ -347,7 +339,6 @@ class ConnectionCore:
         self.want_bulk()
 
     def want_bulk(self) -> None:
-        """Have the dialer open the bulk lane, unless it is open or being opened."""
         if self.lanes[BULK].open or self._bulk_wanted or self.now < self._bulk_retry_at:
             return
         self._bulk_wanted = True

@@ -30,6 +30,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel
+from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.tls import TlsMachine
 from tesseract_async.wire.frames import FrameReader
 from tesseract_async.wire.heads import Hello
@@ -59,6 +60,7 @@ class Dialer:
         make_connection: Callable[[PeerID, Hello, PeerAddress | None, Pipe], Connection],
         grants: Callable[[], Sequence[bytes]],
         features: frozenset[str],
+        throttle: Throttle | None = None,
     ) -> None:
         self._peer_id = identity.peer_id
         self._contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
@@ -75,6 +77,7 @@ class Dialer:
         self._make_connection = make_connection
         self._grants = grants
         self._features = features
+        self._throttle = throttle
         self._dials: dict[PeerAddress, asyncio.Task[Connection]] = {}
         self._half_open: set[Handshake] = set()
         room = room_for(descriptor_limit())
@@ -85,11 +88,9 @@ class Dialer:
 
     @property
     def num_callers(self) -> int:
-        """Pipes that came in and whose handshake is not done."""
         return len(self._callers)
 
     async def aclose(self) -> None:
-        """Give up every dial and every half-open channel."""
         self._closed = True
         dials = list(self._dials.values())
         for dial in dials:
@@ -99,8 +100,6 @@ class Dialer:
             handshake.abort()
         waits: list[Awaitable[object]] = [*dials, *(handshake.done for handshake in handshakes)]
         await asyncio.gather(*waits, return_exceptions=True)
-
-    # ---- dialing
 
     async def connect(self, peer: PeerAddress, *, deadline: float, what: str) -> Connection:
         """A new connection, or one that came while this waited for its turn after failures.
@@ -147,57 +146,56 @@ class Dialer:
         """A new connection over the best of these paths, preferred by later calls. Raises: PeerUnreachable."""
         made: list[Connection] = []
 
-        async def attempt(path: DialPath) -> Connection:
-            def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
-                if made:
-                    raise HandshakeFailed("late", "another path to the peer was faster")
-                known = PeerAddress(peer_id, peer.addresses, peer.rendezvous)
-                connection = self._make_connection(peer_id, hello, known, channel.pipe)
-                connection.attach(MAIN, channel, reader)
-                made.append(connection)
+        def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
+            if made:
+                raise HandshakeFailed("late", "another path to the peer was faster")
+            known = PeerAddress(peer_id, peer.addresses, peer.rendezvous)
+            made.append(self._make_connection(peer_id, hello, known, channel.pipe))
+            made[0].attach(MAIN, channel, reader)
 
-            await self._shake(await path.open(), peer.peer_id, self._hello(os.urandom(16), bulk=False), established)
-            return made[0]
-
-        connection, errors = await self._race(peer, paths, attempt)
-        if connection is None:
-            raise PeerUnreachable(peer.short, errors)
-        return connection
+        await self._race(peer, paths, peer.peer_id, lambda: self._hello(os.urandom(16), bulk=False), established)
+        return made[0]
 
     async def open_bulk(self, connection: Connection) -> None:
         """Open the second channel of a connection that was dialed here. Raises: PeerUnreachable."""
         peer = connection.dialed
         assert peer is not None
 
-        async def attempt(path: DialPath) -> bool:
-            def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
-                if not connection.is_open or connection.has_bulk:
-                    raise HandshakeFailed("late", "the connection needs no bulk channel any more")
-                connection.attach(BULK, channel, reader)
+        def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
+            if not connection.is_open or connection.has_bulk:
+                raise HandshakeFailed("late", "the connection needs no bulk channel any more")
+            connection.attach(BULK, channel, reader)
 
-            await self._shake(
-                await path.open(), connection.peer_id, self._hello(connection.session, bulk=True), established
-            )
-            return True
-
-        opened, errors = await self._race(peer, self.paths(peer), attempt)
-        if not opened:
-            raise PeerUnreachable(peer.short, errors)
+        hello = self._hello(connection.session, bulk=True)
+        await self._race(peer, self.paths(peer), connection.peer_id, lambda: hello, established)
 
     def paths(self, peer: PeerAddress) -> list[DialPath]:
         """All ways to `peer` that the transports know."""
         return [path for transport in self._transports for path in transport.paths(peer)]
 
     async def _race(
-        self, peer: PeerAddress, paths: Sequence[DialPath], attempt: Callable[[DialPath], Awaitable[Result]]
-    ) -> tuple[Result | None, dict[str, BaseException]]:
+        self,
+        peer: PeerAddress,
+        paths: Sequence[DialPath],
+        expected: PeerID | None,
+        hello: Callable[[], Hello],
+        established: Established,
+    ) -> None:
+        """Shake hands over the first of these paths on which that works. Raises: PeerUnreachable."""
+
+        async def attempt(path: DialPath) -> bool:
+            await self._shake(await path.open(), expected, hello(), established)
+            return True
+
         def finished(path: DialPath, error: BaseException | None) -> None:
             if error is not None:
                 self._metrics.count("endpoint_dials_failed", reason=reason_of(error))
             for transport in self._transports:
                 transport.path_finished(peer, path, error)
 
-        return await race(paths, attempt, finished=finished)
+        opened, errors = await race(paths, attempt, finished=finished)
+        if not opened:
+            raise PeerUnreachable(peer.short, errors)
 
     async def _shake(self, pipe: Pipe, expected: PeerID | None, hello: Hello, established: Established) -> None:
         """Raises: OSError, ProtocolError."""
@@ -207,8 +205,6 @@ class Dialer:
         except asyncio.CancelledError:
             handshake.abort()
             raise
-
-    # ---- accepting
 
     def accept(self, pipe: Pipe) -> None:
         """Begin the handshake on a pipe that a peer opened. Where too many are half open, an old one of the largest
@@ -272,8 +268,6 @@ class Dialer:
         victim.abort("it was idle, and there are too many")
         return True
 
-    # ---- both
-
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
         bounds = self._bounds
         limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
@@ -296,6 +290,7 @@ class Dialer:
             expected=expected,
             established=established,
             timeout=self._bounds.handshake_timeout,
+            throttle=self._throttle,
         )
         self._half_open.add(handshake)
         handshake.done.add_done_callback(lambda done: self._handshake_ended(handshake, pipe))
@@ -318,7 +313,6 @@ def group_of(origin: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """One word for the counters."""
     if isinstance(error, HandshakeFailed):
         return error.reason
     if isinstance(error, UnsupportedVersion):

@@ -23,6 +23,7 @@ from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport
+from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import frames, heads
 from tesseract_async.wire.frames import Buffer
@@ -75,10 +76,11 @@ class Endpoint(Uncopied):
         on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None,
         admits: Callable[[PeerID], bool] = lambda peer_id: True,
         features: frozenset[str] = heads.FEATURES,
+        throttle: Throttle | None = None,
     ) -> None:
         """`grants`: what this node shows to each peer it meets (`Hello.grants`). `on_grants` is called with what a peer
         shows, before any of its calls. `admits`: whether a peer that the policy allows may send large requests.
-        `features`: what this node says it understands."""
+        `features`: what this node says it understands. `throttle`: what all connections keep to."""
         self.identity = identity
         self.peer_id = identity.peer_id
         self.metrics = metrics if metrics is not None else Metrics()
@@ -88,6 +90,7 @@ class Endpoint(Uncopied):
         self._transports = list(transports)
         self._table = table if table is not None else CallTable(self.peer_id.short)
         self._features = features
+        self.throttle = throttle
         self.budgets = NodeBudgets(settings.max_receive_bytes)
         """Memory that all connections share."""
         self.quotas = Quotas(
@@ -106,6 +109,7 @@ class Endpoint(Uncopied):
             make_connection=self._make_connection,
             grants=grants,
             features=features,
+            throttle=throttle,
         )
         self._kept: set[PeerID] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -114,8 +118,6 @@ class Endpoint(Uncopied):
         self._closed = False
         self._on_grants = on_grants
         self._admits = admits
-
-    # ---- life
 
     async def start(self, transports: Sequence[Transport] = ()) -> None:
         """Let every transport listen. `transports`: further ones, which need this endpoint to be built."""
@@ -140,8 +142,6 @@ class Endpoint(Uncopied):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    # ---- being called
-
     def handle(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
         """Answer calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
 
@@ -165,22 +165,16 @@ class Endpoint(Uncopied):
         self.dialer.accept(pipe)
 
     def _answer(self, call: IncomingCall) -> Answer:
-        action = self._table.action_of(call.method)
-        if not self.policy.allows(call.peer_id, action):
-            raise self._refused(call.peer_id, action)
+        if (error := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
+            raise error
         return self._table.find(call)(call)
 
     def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
         """Return why `peer_id` may not take this action (by a large request), and count the refusal; None if it may."""
         if self.policy.allows(peer_id, action) and not (large and not self._admits(peer_id)):
             return None
-        return self._refused(peer_id, action)
-
-    def _refused(self, peer_id: PeerID, action: Action) -> NotAllowed:
         self.metrics.count("endpoint_calls_refused", action=action)
         return NotAllowed(f"{self.peer_id.short} does not let {peer_id.short} {action}: ask its owner")
-
-    # ---- calling
 
     async def call(
         self,
@@ -298,8 +292,6 @@ class Endpoint(Uncopied):
             connection.known = peer
         return connection
 
-    # ---- connections
-
     def connections(self) -> list[ConnectionInfo]:
         """Every open connection."""
         return [
@@ -384,8 +376,6 @@ class Endpoint(Uncopied):
         if self._timer is None and not self._closed:
             self._arm_timer()
         return connection
-
-    # ---- housekeeping
 
     def _arm_timer(self) -> None:
         loop = asyncio.get_running_loop()

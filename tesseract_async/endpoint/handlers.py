@@ -43,7 +43,7 @@ class Deferred(Awaitable[Result], Generic[Result]):
         except asyncio.CancelledError:
             self.cancel()
             raise
-        except Exception:
+        except Exception:  # the work's own
             pass  # `finish` meets it, too
         return self.finish()
 
@@ -96,7 +96,6 @@ class Handlers:
             running.cancel()
 
     def part_wanted(self, stream: int) -> None:
-        """Let the handler of a reply in parts send the next one."""
         if (may_send := self._may_send.get(stream)) is not None:
             may_send.set()
 
@@ -130,7 +129,7 @@ class Handlers:
         stream = event.stream
         try:
             answer = self._answer(call)
-        except Exception as error:
+        except Exception as error:  # a handler may raise anything
             self._fail(stream, call.method, error)
             self._done()
             return
@@ -148,7 +147,6 @@ class Handlers:
             answer.close()
 
     def _finish(self, stream: int, method: str, deferred: Deferred[Message], _: object) -> None:
-        """Send a deferred answer."""
         if self._running.get(stream) is not deferred:  # cancelled
             return
         del self._running[stream]
@@ -170,7 +168,7 @@ class Handlers:
             if self._running.get(stream) is asyncio.current_task():
                 self._fail(stream, method, error)
             raise
-        except Exception as error:
+        except Exception as error:  # a handler may raise anything
             self._fail(stream, method, error)
         finally:
             if self._running.get(stream) is asyncio.current_task():  # a peer may use its number anew meanwhile
@@ -178,7 +176,6 @@ class Handlers:
             self._done()
 
     def _fail(self, stream: int, method: str, error: BaseException) -> None:
-        """Answer with what a handler raised."""
         if isinstance(error, asyncio.CancelledError):  # not by us: it cancelled itself, or the program stops
             error = RemoteError(f"{method} was cancelled")
         elif not isinstance(error, RemoteError):  # what a handler raises is not ours to know
@@ -187,7 +184,6 @@ class Handlers:
         self._protocol.fail(stream, error)
 
     async def _send_parts(self, stream: int, parts: AsyncGenerator[Message, None]) -> None:
-        """Ask the handler for one part after the other, each once the caller is ready for it."""
         may_send = self._may_send[stream] = asyncio.Event()
         try:
             async with contextlib.aclosing(parts):

@@ -9,6 +9,7 @@ from tesseract_async.errors import HandshakeFailed, ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import Pipe
 from tesseract_async.transport.channel import Channel
+from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.tls import TlsMachine
 from tesseract_async.wire import frames, heads
 from tesseract_async.wire.heads import Hello
@@ -32,6 +33,7 @@ class Handshake:
         expected: PeerID | None,
         established: Callable[[Channel, frames.FrameReader, PeerID, Hello], None],
         timeout: float,
+        throttle: Throttle | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.done: asyncio.Future[None] = loop.create_future()
@@ -45,22 +47,18 @@ class Handshake:
         self._established = established
         self._peer_id: PeerID | None = None
         self._reader = frames.FrameReader(self)
-        self._channel = Channel(pipe, tls, self)
+        self._channel = Channel(pipe, tls, self, throttle=throttle)
         self._timer = loop.call_later(timeout, self._timed_out, timeout)
 
     def start(self) -> None:
-        """Begin the TLS handshake and what follows."""
         self._channel.start()
 
     def abort(self) -> None:
-        """Give the channel up."""
         self._channel.abort(HandshakeFailed("aborted", "this node is closing"))
 
     def _timed_out(self, timeout: float) -> None:
         sentence = f"the peer did not finish the handshake within {timeout:g} s"
         self._channel.abort(HandshakeFailed("timeout", sentence))
-
-    # ---- ChannelReceiver
 
     def channel_opened(self, peer_id: PeerID | None) -> None:
         self._peer_id = peer_id
@@ -83,8 +81,6 @@ class Handshake:
         self._timer.cancel()
         if not self.done.done():
             self.done.set_exception(error or HandshakeFailed("eof", "the peer hung up during the handshake"))
-
-    # ---- FrameSink
 
     def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
         if kind != frames.HELLO:

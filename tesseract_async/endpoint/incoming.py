@@ -106,8 +106,6 @@ class IncomingCalls:
         self._small_cost = 0  # of the small calls under way: each costs far more than its bytes
         self._counted = STEP  # what of it the node's budget has counted
 
-    # ---- requests
-
     def _begin(self, lane: int, flags: int, stream: int) -> ReceivedCall:
         bounds = self._core.bounds
         if stream in self._calls:
@@ -126,7 +124,6 @@ class IncomingCalls:
         return call
 
     def request_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        """A REQUEST frame."""
         core = self._core
         call = self._begin(lane, flags, stream)
         call.small = len(payload)
@@ -155,14 +152,12 @@ class IncomingCalls:
         return True
 
     def _settle(self) -> None:
-        """Give back what the node's budget counts beyond the small calls under way."""
         less = (self._counted - max(self._small_cost, STEP)) // STEP * STEP
         if less > 0:
             self._counted -= less
             self._core.budgets.small_calls.give_back(self._core.owner, less)
 
     def request_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        """A BEGIN_REQUEST frame."""
         core = self._core
         announced = Announced(payload, flags, lane, max_message=core.bounds.max_message)
         call = self._begin(lane, flags, stream)
@@ -197,7 +192,6 @@ class IncomingCalls:
         return False
 
     def arrived(self, call: ReceivedCall) -> None:
-        """All chunks of a request are here."""
         assert call.room is not None and call.arrival is not None
         call.room.keep()
         assembly, call.arrival = call.arrival.assembly, None
@@ -212,7 +206,6 @@ class IncomingCalls:
         self._core.events.append(CallReceived(call.stream, head, buffers, deadline, call.in_parts))
 
     def cancel_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        """A CANCEL frame."""
         if stream in self._calls:
             self.cancel(stream)
         else:
@@ -225,8 +218,6 @@ class IncomingCalls:
             self._end(call)
             if call.delivered:
                 self._core.events.append(CallCancelled(stream))
-
-    # ---- replies
 
     def reply(
         self, stream: int, body: object, buffers: tuple[memoryview, ...], *, now: float, more: bool = False
@@ -286,7 +277,6 @@ class IncomingCalls:
         return call is None or call.takes_part
 
     def sent(self, sending: Sending) -> None:
-        """The last byte of a large reply, or of a part of one, has left."""
         if sending.kind != frames.CHUNK_REPLY:
             return
         call = self._calls[sending.stream]
@@ -327,11 +317,9 @@ class IncomingCalls:
         return False
 
     def stalled(self, call: ReceivedCall) -> None:
-        """The rest of the request does not come."""
         self.fail(call.stream, Overloaded("the request stalled on its way", retry_after=1.0))
 
     def _not_taken(self, call: ReceivedCall) -> None:
-        """The memory of a reply is wanted back."""
         self.fail(call.stream, Overloaded("the reply was not taken in time", retry_after=1.0))
         if call.num_parts:  # its handler has more of them
             self._core.events.append(CallCancelled(call.stream))
@@ -348,7 +336,6 @@ class IncomingCalls:
             self._not_taken(call)
 
     def handle_timer(self, now: float) -> None:
-        """End replies that are not taken."""
         for call in self.waiting.overdue(self._calls.values(), now):
             self._not_taken(call)
         self._settle()
@@ -409,7 +396,6 @@ class WaitingReplies:
             call.reply_held = None
 
     def overdue(self, calls: Iterable[ReceivedCall], now: float) -> list[ReceivedCall]:
-        """The calls whose replies are not taken."""
         overdue = [call for call in self.in_parts.values() if call.waits_too_long(now)]
         if not self.num_bytes:
             return overdue

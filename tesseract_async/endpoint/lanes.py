@@ -36,7 +36,6 @@ class Pace:
     """Time of the last small request."""
 
     def portion(self, now: float) -> int:
-        """Bytes of large messages that one turn of the loop may move on one lane."""
         return CHUNK_BYTES[BULK] if now - self.small_at > CALM else SMALL_PORTION
 
 
@@ -107,15 +106,11 @@ class Lane:
         self._handlers = handlers
         self._chunk_started = chunk_started
 
-    # ---- out
-
     def put(self, data: bytes) -> None:
-        """Queue whole frames that are no chunks."""
         self.small.append(data)
         self.small_bytes += len(data)
 
     def drop(self, sending: Sending) -> None:
-        """Send nothing more of this message."""
         sending.left = 0
         if sending in self.large:
             self.large.remove(sending)
@@ -164,8 +159,6 @@ class Lane:
             elif now - self._chunk_at < 0.25:
                 self._chunk_bytes = min(CHUNK_BYTES[self.index], self._chunk_bytes * 2)
         self._chunk_at = now
-
-    # ---- in: frames.FrameSink
 
     def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
         handler = self._handlers.get(kind)

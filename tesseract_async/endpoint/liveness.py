@@ -56,19 +56,16 @@ class Liveness:
         self._lanes[BULK].pinged = False
 
     def bulk_used(self, now: float) -> None:
-        """One more call uses the bulk lane."""
         if not self.num_on_bulk:
             self.bulk_moved(now)
         self.num_on_bulk += 1
 
     def send_ping(self, now: float) -> None:
-        """Measure the round-trip time, unless a ping is under way."""
         if self._pinged_at is None:
             self._pinged_at = now
             self._lanes[MAIN].put(frames.frame(frames.PING))
 
     def send_pong(self, now: float, *, flags: int = 0) -> None:
-        """Answer, or report, with how much has come in on the bulk lane."""
         self._told_at = now
         self._untold = 0
         count = self._lanes[BULK].bytes_received

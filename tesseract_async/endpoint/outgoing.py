@@ -109,13 +109,11 @@ class OutgoingCalls:
         self.cancel(call.stream)
 
     def expire(self, stream: int) -> None:
-        """The deadline of a call, if it is still under way, has passed."""
         call = self._calls.get(stream)
         if call is not None:
             self.fail(call, TimeoutError(f"{call.head.method} at {self._core.peer} was not answered in time"))
 
     def stalled(self, call: OutgoingCall) -> None:
-        """The rest of the reply does not come."""
         self.fail(call, ConnectionLost(self._core.peer, f"the reply of {call.head.method} stalled on its way"))
 
     def room_changed(self, call: OutgoingCall, room: Reservation) -> None:
@@ -138,8 +136,6 @@ class OutgoingCalls:
             kind = ConnectionLost if seen and call.sent else RequestUnseen
             self._core.events.append(CallFailed(call.stream, kind(self._core.peer, reason)))
             self._end(call)
-
-    # ---- requests
 
     def _send(self, call: OutgoingCall, encoded: bytes = b"", size: int = 0) -> bool:
         """Send the request unless the peer's limits forbid it now. `encoded`: its head, if that has not changed."""
@@ -186,14 +182,11 @@ class OutgoingCalls:
             self._waiting.popleft()
 
     def request_granted(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        """A GRANT_REQUEST frame."""
         call = self._calls.get(stream)
         if call is not None:
             self._core.granted(call)
         else:
             self._core.count_idle()
-
-    # ---- replies
 
     def _expecting(self, stream: int) -> OutgoingCall | None:
         """Return the call that a reply is for; None if it was cancelled or expired meanwhile. Raises: ProtocolError."""
@@ -226,7 +219,6 @@ class OutgoingCalls:
         self._part_arrived(call, body, error, buffers, more=more)
 
     def reply_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        """A BEGIN_REPLY frame."""
         core = self._core
         announced = Announced(payload, flags, lane, max_message=core.bounds.max_message)
         call = self._expecting(stream)
@@ -284,7 +276,6 @@ class OutgoingCalls:
             raise ProtocolError("a part of a reply that was not granted")
 
     def arrived(self, call: OutgoingCall) -> None:
-        """All chunks of a reply, or of a part of one, are here."""
         assert call.arrival is not None
         assembly, more = call.arrival.assembly, call.more
         body, error = heads.decode_reply(frames.unpack(assembly.head))

@@ -95,7 +95,6 @@ class ConnectionProtocol:
 
     @property
     def was_called(self) -> bool:
-        """True once the peer has made a call."""
         return self.incoming.last_seen > 0
 
     @property
@@ -111,8 +110,6 @@ class ConnectionProtocol:
             self.outgoing.room_changed(call, room)
         elif isinstance(call, ReceivedCall):
             self.incoming.room_changed(call, room)
-
-    # ---- bytes
 
     def data_to_send(self, lane: int, room: int) -> list[bytes | memoryview]:
         """Return what to write to the lane's channel now, in order: small frames, then chunks of about `room` bytes.
@@ -134,13 +131,11 @@ class ConnectionProtocol:
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes of small frames that wait to be sent."""
         main, bulk = self.lanes
         return main.small_bytes + bulk.small_bytes
 
     @property
     def backlog(self) -> int:
-        """Bytes of small frames and of large replies that wait to be sent."""
         main, bulk = self.lanes
         return main.small_bytes + bulk.small_bytes + self.incoming.waiting.num_bytes
 
@@ -150,11 +145,8 @@ class ConnectionProtocol:
         self.life.received(count, now, lane)
 
     def events(self) -> list[Event]:
-        """Return the events since the last call."""
         events, self.core.events = self.core.events, []
         return events
-
-    # ---- frames
 
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
         call = self.core.chunk_finished(kind, stream, length)
@@ -189,8 +181,6 @@ class ConnectionProtocol:
         self._peer_saw = stream
         self.core.events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
 
-    # ---- time and the end
-
     def timer_at(self) -> float:
         """Return the time at which to call `handle_timer`."""
         deadlines, due = self.core.deadlines, self.life.timer_at()
@@ -221,7 +211,6 @@ class ConnectionProtocol:
             core.arena.release()
 
     def farewell(self, reason: str) -> None:
-        """Queue the CLOSE frame, after which nothing may be sent."""
         close = frames.frame(frames.CLOSE, stream=self.incoming.last_seen, payload=reason.encode()[:500])
         self.lanes[MAIN].put(close)
 

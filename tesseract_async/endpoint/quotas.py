@@ -8,6 +8,7 @@ from typing import Final
 
 from tesseract_async.admission import Quota
 from tesseract_async.identity import PeerID
+from tesseract_async.transport.token_bucket import TokenBucket
 
 MAX_PEERS: Final = 8192
 """Peers whose use is remembered; beyond that the one that was seen longest ago is forgotten, unless it has calls under
@@ -19,27 +20,12 @@ BUSY_RETRY: Final = 0.2
 
 @dataclass(slots=True)
 class Use:
-    """The use of one peer at time `at`, which decays evenly."""
+    """The use of one peer under its quota."""
 
-    at: float
-    calls: float = 0.0
-    num_bytes: float = 0.0
+    quota: Quota
+    calls: TokenBucket | None
+    num_bytes: TokenBucket | None
     under_way: int = 0
-
-    def pass_time(self, quota: Quota, now: float) -> None:
-        """Give back what has come back until `now`."""
-        share = max(0.0, now - self.at) / quota.period
-        self.at = now
-        if quota.calls is not None:
-            self.calls = max(0.0, self.calls - share * quota.calls)
-        if quota.num_bytes is not None:
-            self.num_bytes = max(0.0, self.num_bytes - share * quota.num_bytes)
-
-    def wait_for_call(self, quota: Quota) -> float:
-        """Seconds until one more call is within the quota."""
-        if quota.calls is None:
-            return 0.0
-        return max(0.0, self.calls + 1 - max(1.0, quota.calls)) * quota.period / quota.calls
 
 
 class Quotas:
@@ -72,56 +58,51 @@ class Quotas:
         quota = self._quota_of(peer_id)
         if quota is None:
             return None
-        use = self._uses.pop(peer_id, None) or Use(now)
+        use = self._uses.pop(peer_id, None)
+        if use is None or use.quota != quota:
+            per_call, per_byte = (
+                None if amount is None else TokenBucket(amount / quota.period, burst=max(1.0, amount), now=now)
+                for amount in (quota.calls, quota.num_bytes)
+            )
+            use = Use(quota, per_call, per_byte, 0 if use is None else use.under_way)
         self._uses[peer_id] = use
         if len(self._uses) > self._max_peers:
             idle = next((one for one, use in self._uses.items() if not use.under_way), None)
             if idle is not None:
                 del self._uses[idle]
-        use.pass_time(quota, now)
         if quota.concurrent is not None and use.under_way >= quota.concurrent:
             self._refused("concurrent")
             return BUSY_RETRY
-        wait = use.wait_for_call(quota)
-        reason = "calls" if wait else ""
-        if quota.num_bytes is not None and use.num_bytes >= quota.num_bytes:
-            until = (use.num_bytes - quota.num_bytes) * quota.period / quota.num_bytes
-            if until >= wait:
-                wait, reason = until, "bytes"
-        if reason:
-            self._refused(reason)
-            return _bounded(wait)
-        use.calls += 1
-        use.num_bytes += num_bytes
+        for_calls, for_bytes = (
+            0.0 if bucket is None else bucket.wait(now, 1.0) for bucket in (use.calls, use.num_bytes)
+        )
+        if for_calls or for_bytes:
+            self._refused("bytes" if for_bytes >= for_calls else "calls")
+            return min(max(for_calls, for_bytes, 0.001), 3600.0)
+        if use.calls is not None:
+            use.calls.take(1, now)
+        if use.num_bytes is not None:
+            use.num_bytes.take(num_bytes, now)
         use.under_way += 1
         return 0.0
 
     def add(self, peer_id: PeerID, now: float) -> float:
         """A call under way asks for one more thing, which counts as another call. Seconds until that may come back, or
         0.0 if it may go on."""
-        use, quota = self._uses.get(peer_id), self._quota_of(peer_id)
-        if use is None or quota is None:
+        use = self._uses.get(peer_id)
+        if use is None or use.calls is None or use.calls.spend(1, now):
             return 0.0
-        use.pass_time(quota, now)
-        if wait := use.wait_for_call(quota):
-            self._refused("calls")
-            return _bounded(wait)
-        use.calls += 1
-        return 0.0
+        self._refused("calls")
+        return min(max(use.calls.wait(now, 1.0), 0.001), 3600.0)
 
     def charge(self, peer_id: PeerID, num_bytes: int, now: float) -> None:
         """A reply of `num_bytes` goes out."""
-        use, quota = self._uses.get(peer_id), self._quota_of(peer_id)
-        if use is not None and quota is not None:
-            use.pass_time(quota, now)
-            use.num_bytes += num_bytes
+        use = self._uses.get(peer_id)
+        if use is not None and use.num_bytes is not None:
+            use.num_bytes.take(num_bytes, now)
 
     def end(self, peer_id: PeerID) -> None:
         """A call for which `begin` said 0.0 has ended, however."""
         use = self._uses.get(peer_id)
         if use is not None:
             use.under_way -= 1
-
-
-def _bounded(wait: float) -> float:
-    return min(max(wait, 0.001), 3600.0)

@@ -37,8 +37,6 @@ class Windows:
         self._burst_last = now
         self._burst_bytes = 0
 
-    # ---- the peer's, for us
-
     def try_use(self, size: int) -> bool:
         """Take `size` bytes of the peer's window, if they are there."""
         if self.out_used + size > self.out_bytes:
@@ -58,10 +56,7 @@ class Windows:
             raise ProtocolError("a flow-control window never shrinks")
         self.out_bytes = size
 
-    # ---- ours, for the peer
-
     def open(self) -> None:
-        """Open our window, if it is not open and the budget can spare it."""
         if not self.in_bytes:
             self._widen(self._first_bytes)
 

@@ -9,15 +9,21 @@ it has.
 from __future__ import annotations
 
 import base64
+import hashlib
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal
+
+import msgpack
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.manifest import RUN_ID_BYTES
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.signed import Format, listed, number, octets, optional, peer, peers
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire import packed
 from tesseract_async.wire.heads import MAX_GRANT_BYTES
 
 Role = Literal["host", "train", "share", "admit"]
@@ -34,6 +40,11 @@ MAX_PATTERN_BYTES: Final = 64
 MAX_RECORD_BYTES: Final = 850
 """Most bytes of a revocation or appointment: as much as fits an entry of the network."""
 PEERS_PER_PART: Final = 20
+INVITE_PREFIX: Final = "tesseract1-"
+"""The beginning of an invite's text; the number is that of its form."""
+_INVITE: Final = re.compile(r"tesseract\d+-")
+MAX_INVITE: Final = 8192
+"""Most letters of an invite."""
 MAX_SERIAL: Final = 2**40
 """Serials of grants and revocations are below this, so that no delegate puts a peer beyond the owner's reach."""
 
@@ -102,8 +113,7 @@ def sign_grant(
 
 def grant_text(grant: Grant, *, invite: Identity | None = None) -> str:
     """A grant in letters and digits, to hand on. With `invite`, whose grant it is, anybody may use it."""
-    blob = b"g" + grant.blob if invite is None else b"i" + invite.seed + grant.blob
-    return base64.urlsafe_b64encode(blob).decode().rstrip("=")
+    return _lettered(b"g" + grant.blob if invite is None else b"i" + invite.seed + grant.blob)
 
 
 def read_grant_text(text: str, peer_id: PeerID, *, now: float) -> Grant:
@@ -112,14 +122,15 @@ def read_grant_text(text: str, peer_id: PeerID, *, now: float) -> Grant:
     Raises: ValueError.
     """
     sentence = "this is neither a grant nor an invite, as `tesseract run grant` prints them"
+    if _INVITE.match(text.strip()):
+        text = Invite.parse(text).grant
     try:
-        letters = "".join(text.split())
-        packed = base64.b64decode(letters + "=" * (-len(letters) % 4), altchars=b"-_", validate=True)
-        grant = GRANTS.read(packed[33:] if packed[:1] == b"i" else packed[1:])
+        blob = _unlettered(text)
+        grant = GRANTS.read(blob[33:] if blob[:1] == b"i" else blob[1:])
     except (ValueError, ProtocolError):
         raise ValueError(sentence) from None
-    if packed[:1] == b"i":
-        invite = Identity.from_seed(packed[1:33])
+    if blob[:1] == b"i":
+        invite = Identity.from_seed(blob[1:33])
         roles = [role for role in grant.role_names if role != "admit"]
         serial = min(int(now), grant.not_after)
         return sign_grant(
@@ -129,11 +140,65 @@ def read_grant_text(text: str, peer_id: PeerID, *, now: float) -> Grant:
             pattern=grant.pattern,
             via=grant,
         )
-    if packed[:1] != b"g":
+    if blob[:1] != b"g":
         raise ValueError(sentence)
     if grant.peer != peer_id:
         raise ValueError(f"this grant is for {grant.peer}, but this node is {peer_id}: give the --identity it is for")
     return grant
+
+
+@dataclass(frozen=True, slots=True)
+class Invite:
+    """All that a newcomer needs to take part in a run; its text is one string."""
+
+    run: str
+    """``NAME@PEER_ID``."""
+    seeds: tuple[str, ...]
+    """Addresses to join by."""
+    grant: str = ""
+    """The `grant_text`; empty where everybody may take part."""
+    not_after: int | None = None
+    """Seconds since 1970 at which the grant ends; None without one."""
+
+    def text(self) -> str:
+        """Return it in letters and digits, with a checksum."""
+        body = msgpack.packb([self.run, list(self.seeds), _unlettered(self.grant)])
+        return f"{INVITE_PREFIX}{_lettered(body + hashlib.sha256(body).digest()[:4])}"
+
+    @classmethod
+    def parse(cls, text: str) -> Invite:
+        """Read `text`, whose line breaks do not matter. Untrusted. Raises: ValueError."""
+        letters = "".join(text.split())
+        if (version := _INVITE.match(letters)) is None or len(letters) > MAX_INVITE:
+            raise ValueError(f"this is no invite: one begins with {INVITE_PREFIX}, as `tesseract run create` prints it")
+        if version[0] != INVITE_PREFIX:
+            raise ValueError("this invite was made by a newer version of Tesseract: upgrade this one")
+        try:
+            blob = _unlettered(letters[len(INVITE_PREFIX) :])
+            body, check = blob[:-4], blob[-4:]
+            if hashlib.sha256(body).digest()[:4] != check:
+                raise ValueError
+            run, seeds, grant = packed.unpack(body, max_bytes=MAX_INVITE)
+            if type(run) is not str or type(seeds) is not list or type(grant) is not bytes or not 0 < len(seeds) <= 16:
+                raise ValueError
+            name, _, owner = run.partition("@")
+            PeerID.parse(owner)
+            for seed in seeds:
+                PeerAddress.parse(seed)
+            ends = GRANTS.read(grant[33:] if grant[:1] == b"i" else grant[1:]).not_after if grant else None
+        except (ValueError, TypeError, AttributeError, ProtocolError):
+            raise ValueError("this invite is damaged: letters are missing or changed; copy all of it") from None
+        return cls(run, tuple(seeds), _lettered(grant), ends)
+
+
+def _lettered(blob: bytes) -> str:
+    return base64.urlsafe_b64encode(blob).decode().rstrip("=")
+
+
+def _unlettered(text: str) -> bytes:
+    """Raises: ValueError."""
+    letters = "".join(text.split())
+    return base64.b64decode(letters + "=" * (-len(letters) % 4), altchars=b"-_", validate=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from tesseract_async.experts.grants import (
     Appointment,
     Grant,
     Role,
+    grant_text,
     sign_appointment,
     sign_grant,
     sign_revocations,
@@ -67,14 +68,17 @@ class RunOwner:
 
     def invite(
         self, roles: Sequence[Role], *, seconds: float, pattern: ExpertPattern | None = None
-    ) -> tuple[Grant, Identity]:
-        """Return a grant, and the key by which everybody may use it. Raises: ValueError for a delegate's."""
+    ) -> tuple[Grant, str]:
+        """Return a grant, and its text with the key by which everybody may use it.
+
+        Raises: ValueError for a delegate's.
+        """
         if self._identity.peer_id in self.authority.delegates:
             raise ValueError("only the run's owner makes invites: a delegate grants one by one")
         key = Identity.generate()
         grant = self._grant(key.peer_id, [*roles, "admit"], seconds, pattern)
         self._keeper.save()
-        return grant, key
+        return grant, grant_text(grant, invite=key)
 
     def _grant(self, peer_id: PeerID, roles: Sequence[Role], seconds: float, pattern: ExpertPattern | None) -> Grant:
         now = self._clock()

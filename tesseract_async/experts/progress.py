@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final, Protocol
 
+from tesseract_async.experts.thanks import Thanks, publish_thanks
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 
@@ -22,6 +23,10 @@ class OnNetwork(Protocol):
     @property
     def metrics(self) -> Metrics:
         """Its counters."""
+
+    @property
+    def thanks(self) -> Thanks:
+        """The counts of what servers gave."""
 
 
 def progress_key(prefix: str) -> str:
@@ -44,9 +49,12 @@ def read_progress(value: object) -> tuple[int, float, int] | None:
 
 async def publish_progress(node: OnNetwork, prefix: str, *, step: int, loss: float, trainer: str = "") -> None:
     """Show observers the progress of training the grid `prefix`, and how many answers and gradients the node's gates
-    went on without. Call it every few seconds, not at every step.
+    went on without. Call it every few seconds, not at every step. Once a minute it also thanks the servers, by name,
+    for the rows and steps that the node received (`experts.thanks`).
 
     `AsyncTrainer.run` does so by itself. `trainer` tells several trainers on one node apart.
     """
     left_out = int(node.metrics.total("answers_left_out"))
     await node.network.store(progress_key(prefix), [step, loss, left_out], ttl=PROGRESS_TTL, subkey=trainer)
+    if node.thanks.is_due(prefix):
+        await publish_thanks(node.network, prefix, node.thanks)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hmac
-import ipaddress
 import json
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from aiohttp import web
 
+from tesseract_async.identity import PeerID
+from tesseract_async.metrics import Metrics
 from tesseract_async.monitoring import prometheus
 from tesseract_async.monitoring.observer import SwarmObserver
+from tesseract_async.transport.base import is_loopback
 
 PAGE = Path(__file__).parent / "page"
 FILES = {"": "index.html", "style.css": "style.css", "page.js": "page.js", "icon.svg": "icon.svg"}
@@ -43,7 +46,7 @@ class Dashboard:
         self, observer: SwarmObserver, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
     ) -> None:
         """`token`: the visitors' password; made up if none is given and `host` is not loopback."""
-        if token is None and not _is_loopback(host):
+        if token is None and not is_loopback(host):
             token = secrets.token_urlsafe(16)
         self.token = token
         self._observer = observer
@@ -59,16 +62,10 @@ class Dashboard:
             app.router.add_get(f"/{path}", self._file)
         app.router.add_get("/api/state", self._state)
         app.router.add_get("/api/events", self._events)
+        app.router.add_get("/api/expert", self._expert)
+        app.router.add_get("/api/server", self._server)
         app.router.add_get("/metrics", self._metrics)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, self._host, self._port).start()
-        except OSError as error:
-            await self._runner.cleanup()
-            advice = "choose another port" if error.errno == errno.EADDRINUSE else "is it an address of this machine?"
-            sentence = f"the dashboard cannot listen on {self._host} port {self._port}: {advice}"
-            raise OSError(error.errno, sentence) from None
+        self._runner = await _listen(app, self._host, self._port, "the dashboard")
         return self
 
     async def __aexit__(
@@ -81,7 +78,6 @@ class Dashboard:
 
     @property
     def url(self) -> str:
-        """The address for a browser, including the token."""
         assert self._runner is not None, "entered"
         host, port = self._runner.addresses[0][:2]
         host = f"[{host}]" if ":" in host else host
@@ -91,7 +87,7 @@ class Dashboard:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self.token is None:
             # a foreign page could point its own name at this address; without a token the name must be a loopback one
-            if not _is_loopback(_host_of(request)):
+            if not is_loopback(_host_of(request)):
                 raise web.HTTPForbidden(text="ask for this page by its own address\n")
         else:
             bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -115,9 +111,20 @@ class Dashboard:
     async def _state(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(self._observer.state())
 
+    async def _expert(self, request: web.Request) -> web.StreamResponse:
+        try:
+            return web.json_response(self._observer.expert(request.query.get("uid", "")))
+        except ValueError as error:
+            raise web.HTTPNotFound(text=f"{error}\n") from None
+
+    async def _server(self, request: web.Request) -> web.StreamResponse:
+        try:
+            return web.json_response(self._observer.server(PeerID.parse(request.query.get("peer", ""))))
+        except (ValueError, KeyError):
+            raise web.HTTPNotFound(text="this server is not known\n") from None
+
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        body = prometheus.render(self._observer.node.metrics)
-        return web.Response(body=body, headers={"Content-Type": prometheus.CONTENT_TYPE})
+        return _exposed(self._observer.node.metrics, self._observer)
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
@@ -138,6 +145,39 @@ class Dashboard:
             self._streams.discard(task)
 
 
+@contextlib.asynccontextmanager
+async def serving_metrics(metrics: Metrics, host: str, port: int) -> AsyncIterator[str]:
+    """Serve a node's figures under ``/metrics`` meanwhile; gives the address. Raises: OSError with a sentence."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return _exposed(metrics)
+
+    app = web.Application()
+    app.router.add_get("/metrics", answer)
+    runner = await _listen(app, host, port, "the page of metrics")
+    try:
+        yield f"http://{host}:{runner.addresses[0][1]}/metrics"
+    finally:
+        await runner.cleanup()
+
+
+def _exposed(metrics: Metrics, observer: SwarmObserver | None = None) -> web.Response:
+    body = prometheus.render(metrics, observer)
+    return web.Response(body=body, headers={"Content-Type": prometheus.CONTENT_TYPE})
+
+
+async def _listen(app: web.Application, host: str, port: int, what: str) -> web.AppRunner:
+    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        advice = "choose another port" if error.errno == errno.EADDRINUSE else "is it an address of this machine?"
+        raise OSError(error.errno, f"{what} cannot listen on {host} port {port}: {advice}") from None
+    return runner
+
+
 class _Told:
     """The messages for one visitor: the whole state first, then changes only.
 
@@ -148,6 +188,7 @@ class _Told:
         self.num_looks: int | None = None
         """The observer's count when this visitor was told last."""
         self._num_lines = 0
+        self._num_points: dict[str, int] = {}
         self._grids: dict[str, str] = {}
 
     def news(self, observer: SwarmObserver) -> str:
@@ -157,21 +198,12 @@ class _Told:
         lines = observer.num_log_lines - self._num_lines
         self.num_looks, self._num_lines = observer.num_looks, observer.num_log_lines
         if before is not None:
-            points = observer.num_looks - before
-            state["history"] = state["history"][-points:] if points else []
+            state["history"] = observer.history.since(self._num_points)
             state["log"] = state["log"][-lines:] if lines else []
             state["grids"] = [grid for grid in state["grids"] if self._grids.get(grid["prefix"]) != json.dumps(grid)]
+        self._num_points = dict(observer.history.num_points)
         self._grids |= {grid["prefix"]: json.dumps(grid) for grid in state["grids"]}
         return json.dumps({"whole": before is None, **state}, separators=(",", ":"))
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _host_of(request: web.Request) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
@@ -17,7 +19,9 @@ from tesseract_async.experts import ExpertPattern, GridView, split_uid
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Survey
 from tesseract_async.experts.progress import progress_key, read_progress
+from tesseract_async.experts.thanks import HOUR, NUM_HOURS, Thank, read_thanks
 from tesseract_async.identity import PeerID
+from tesseract_async.monitoring.history import History
 from tesseract_async.monitoring.status import NodeStatus, ask_status
 from tesseract_async.transport.base import PeerAddress
 
@@ -32,7 +36,6 @@ Picture = dict[str, Any]
 RATES = ("calls_per_second", "rows_per_second", "steps_per_second")
 NUM_CONTACTS_ASKED = 32
 NUM_ASKED_AT_ONCE = 16
-HISTORY_LENGTH = 600
 LOG_LENGTH = 200
 FIRST_READ_TIMEOUT = 2.0
 """Seconds that `look` waits for a grid that was not read yet."""
@@ -41,9 +44,16 @@ MAX_CELLS = 2**16
 MAX_GRIDS = 16
 """Grids that are discovered and shown, at most."""
 MAX_TRAINERS = 64
+MAX_CURVES = 8
+"""Trainers whose loss is kept over time."""
 MAX_SENTENCE = 240
 """Characters of a line of the log, which may contain strangers' errors."""
-SHOW_DEAD_FOR = 60.0
+MAX_VERSIONS = 120
+"""Points of an expert's version over time, one a minute."""
+HOURS_PER_LOOK = 4
+THANKS_EVERY = 10.0
+"""Seconds between two reads of what trainers thank for in this hour and the one before."""
+SHOW_DEAD_FOR = 3600.0
 """Seconds that a server which left without a farewell is shown, greyed, after its manifests have expired."""
 
 
@@ -88,13 +98,18 @@ class SwarmObserver:
         """(wall-clock time, sentence, kind): kinds are joined, left, failed and changed."""
         self.num_log_lines = 0
         """Lines ever written; `log` holds the last of them."""
-        self.history: deque[dict[str, float]] = deque(maxlen=HISTORY_LENGTH)
+        self.history = History()
         self.losses: dict[str, tuple[int, float, int]] = {}
         """Trainers' progress (`publish_progress`): trainer -> (step, loss, answers left out)."""
         self.lost: dict[str, set[tuple[int, ...]]] = {}
         """prefix -> coordinates of experts that were seen before and are not hosted now."""
         self.surveys: dict[str, Survey] = {}
         """prefix -> who leads, follows and holds its experts, by the words of all members; of grids in a run."""
+        self.thanks: dict[tuple[str, int], list[Thank]] = {}
+        """(prefix, hour) -> what trainers received."""
+        self.versions: dict[str, deque[tuple[int, int]]] = {}
+        """uid -> (wall-clock time, version), a minute apart."""
+        self._thanks_read_at = -math.inf
         self._seen: dict[str, set[tuple[int, ...]]] = {}
         self._num_met = 0
         self._grids: dict[str, tuple[int, ...]] = {}
@@ -115,7 +130,6 @@ class SwarmObserver:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def wait_changed(self) -> None:
-        """Return after the next look."""
         await self._changed.wait()
 
     async def look(self) -> None:
@@ -138,6 +152,7 @@ class SwarmObserver:
                     group.create_task(self._ask(peer, limit))
             group.create_task(self._read_losses())
             group.create_task(self._read_places())
+            group.create_task(self.read_thanks())
         self._remember()
         self.num_looks += 1
         self._changed.set()
@@ -154,15 +169,15 @@ class SwarmObserver:
                 "role": self.node.network.role,
                 "join": self._seed(),
             },
-            "totals": self.history[-1] if self.history else {},
+            "run": self._run_state(),
+            "totals": self.history.last,
             "grids": [self._grid_state(prefix, size, hosts) for prefix, size in self._grids.items()],
             "peers": [self._peer_state(peer_id, peer) for peer_id, peer in self.peers.items()],
-            "history": list(self.history),
+            "history": self.history.since({}),
+            "contributors": self.contributors(),
             "losses": {name: list(value) for name, value in self.losses.items()},
             "log": [list(line) for line in self.log],
         }
-
-    # ------------------------------------------------------------------------------------------------ looking
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -180,7 +195,6 @@ class SwarmObserver:
             self.node.directory.watch(prefix, size)
 
     async def _meet_contacts(self) -> None:
-        """Discover grids of the servers among this node's contacts."""
         limit = asyncio.Semaphore(NUM_ASKED_AT_ONCE)
         contacts = self.node.network.public_contacts(NUM_CONTACTS_ASKED)
         strangers = [Peer(one) for one in contacts if one.peer_id and self.node.trust.may_be_read(one.peer_id)]
@@ -283,6 +297,28 @@ class SwarmObserver:
                 places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
                 self.surveys[prefix] = Survey(places)
 
+    async def read_thanks(self) -> None:
+        """Read this hour's and the last one's now and then, and some of the hours before until all are known."""
+        loop, hour = asyncio.get_running_loop(), int(time.time()) // HOUR
+        if is_due := loop.time() - self._thanks_read_at >= THANKS_EVERY:
+            self._thanks_read_at = loop.time()
+        async with asyncio.TaskGroup() as group:
+            for prefix in self._grids:
+                missing = [one for one in range(hour, hour - NUM_HOURS, -1) if (prefix, one) not in self.thanks]
+                for one in {*missing[:HOURS_PER_LOOK], *((hour, hour - 1) if is_due else ())}:
+                    group.create_task(self._read_hour(prefix, one))
+        for key in [key for key in self.thanks if key[1] <= hour - NUM_HOURS]:
+            del self.thanks[key]
+
+    async def _read_hour(self, prefix: str, hour: int) -> None:
+        self.thanks[prefix, hour] = await read_thanks(self.node.network, prefix, hour, partial(self._may_train, prefix))
+
+    def _may_train(self, prefix: str, peer_id: PeerID) -> bool:
+        authority = self.node.trust.authority(prefix)
+        if authority is not None and not authority.may(peer_id, "train", now=None):
+            return False
+        return self.node.policy.allows(peer_id, "train")
+
     def _remember(self) -> None:
         peers = [peer for peer in self.peers.values() if peer.uids and not peer.is_gone]
         losses = [loss for _, loss, _ in self.losses.values()]
@@ -294,7 +330,14 @@ class SwarmObserver:
         }
         if losses:
             point["loss"] = sum(losses) / len(losses)
-        self.history.append({name: round(value, 4) for name, value in point.items()})
+            point |= {f"loss {name}": loss for name, (_, loss, _) in list(self.losses.items())[:MAX_CURVES]}
+        self.history.add({name: round(value, 4) for name, value in point.items()})
+        now = int(time.time())
+        for peer in peers:
+            for uid, one in peer.status.experts.items() if peer.status is not None else ():
+                known = self.versions.setdefault(uid, deque(maxlen=MAX_VERSIONS))
+                if uid in peer.uids and one.primary and (not known or now - known[-1][0] >= 60):
+                    known.append((now, one.version))
 
     def _note(self, sentence: str, kind: str) -> None:
         sentence = sentence if len(sentence) <= MAX_SENTENCE else sentence[: MAX_SENTENCE - 1] + "…"
@@ -302,7 +345,77 @@ class SwarmObserver:
         self.num_log_lines += 1
         log.info("%s", sentence)
 
-    # ------------------------------------------------------------------------------------------------ showing
+    def contributors(self) -> list[Picture]:
+        """Return who gave how much in the last day, by the signed words of trainers: the most first."""
+        found: dict[PeerID, Picture] = {}
+        for lines in self.thanks.values():
+            for line in lines:
+                one = found.setdefault(line.server, {"rows": 0, "steps": 0, "hours": set(), "trainers": set()})
+                one["rows"], one["steps"] = one["rows"] + line.rows, one["steps"] + line.steps
+                one["hours"].add(line.hour)
+                one["trainers"].add(line.trainer)
+        counts = [
+            {
+                "peer_id": str(peer_id),
+                "short": peer_id.short,
+                "name": self._name(peer_id),
+                **one,
+                "hours": len(one["hours"]),
+                "trainers": len(one["trainers"]),
+            }
+            for peer_id, one in found.items()
+        ]
+        return sorted(counts, key=lambda one: (-one["rows"], one["peer_id"]))
+
+    def expert(self, uid: str) -> Picture:
+        """Return what its page shows: who serves it, how well, and its version over time."""
+        servers: list[Picture] = []
+        for peer_id, peer in self.peers.items():
+            status = None if peer.status is None else peer.status.experts.get(uid)
+            if uid in peer.uids or status is not None:
+                figures = {} if status is None else dataclasses.asdict(status)
+                servers.append({"peer_id": str(peer_id), **figures} | self._label(peer_id))
+        prefix, coords = split_uid(uid)
+        standing = next((one for one in self._standings(prefix) if one[0] == list(coords)), None)
+        return {
+            "uid": uid,
+            "servers": sorted(servers, key=lambda one: not one.get("primary")),
+            "standing": standing,
+            "versions": [list(point) for point in self.versions.get(uid, ())],
+        }
+
+    def server(self, peer_id: PeerID) -> Picture:
+        """Return what its page shows beyond `state`: its experts. Raises: KeyError if it is not known."""
+        peer = self.peers[peer_id]
+        status = {} if peer.status is None else peer.status.experts
+        uids = sorted({*peer.uids, *status}, key=split_uid)
+        experts = [{"uid": uid, **(dataclasses.asdict(status[uid]) if uid in status else {})} for uid in uids]
+        return {"peer_id": str(peer_id), "experts": experts}
+
+    def _label(self, peer_id: PeerID) -> Picture:
+        return {"short": peer_id.short, "name": self._name(peer_id)}
+
+    def _name(self, peer_id: PeerID) -> str:
+        peer = self.peers.get(peer_id)
+        return "" if peer is None or peer.status is None else peer.status.name
+
+    def _run_state(self) -> Picture | None:
+        """Return the run's name, size and safety; None outside of runs."""
+        for prefix in self._grids:
+            if (authority := self.node.trust.authority(prefix)) is None:
+                continue
+            manifest, survey = authority.run.manifest, self.surveys.get(prefix)
+            standings = [] if survey is None else [survey.standing(uid) for uid in survey.named]
+            return {
+                "name": authority.run.full_name,
+                "mode": authority.mode,
+                "num_experts": len(manifest.pattern),
+                "expert": manifest.expert,
+                "sizes": dict(manifest.sizes),
+                "losses": min((one.losses for one in standings), default=None),
+                "at_risk": sum(one.word != "safe" for one in standings),
+            }
+        return None
 
     def _seed(self) -> str:
         """Return the address by which others join: this node's seed, or this node if it has none."""
@@ -376,9 +489,21 @@ class SwarmObserver:
             "uptime": None if status is None else status.uptime,
             "answered_ago": None if status is None else round(asyncio.get_running_loop().time() - peer.seen_at, 1),
             "software": None if status is None else status.software,
+            "name": "" if status is None else status.name,
+            "hardware": "" if status is None else status.hardware,
+            "memory": None if status is None else status.memory_bytes,
+            "failures": 0 if status is None else sum(one.num_failures for one in status.experts.values()),
+            "median": None if status is None else _middle([one.median_seconds for one in status.experts.values()]),
+            "slow": None if status is None else max((one.slow_seconds for one in status.experts.values()), default=0.0),
+            "parameters": 0 if status is None else status.num_parameters,
+            "left_ago": None if peer.left_at is None else round(asyncio.get_running_loop().time() - peer.left_at),
             "error": peer.error,
             "gone": peer.is_gone,
         }
+
+
+def _middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0
 
 
 def _reason(error: BaseException) -> str:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from tesseract_async.experts.manifest import join_uid
 from tesseract_async.metrics import Key, Metrics
-from tesseract_async.monitoring.catalogue import METRICS
+from tesseract_async.monitoring.catalogue import METRICS, SWARM_METRICS
+
+if TYPE_CHECKING:
+    from tesseract_async.monitoring.observer import SwarmObserver
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "tesseract_"
+SWARM_COUNTERS = frozenset(
+    (
+        *("swarm_server_rows", "swarm_server_calls", "swarm_server_busy_seconds"),
+        *("swarm_expert_calls", "swarm_expert_failures"),
+    )
+)
 
 Labels = tuple[tuple[str, str], ...]
 T = TypeVar("T")
@@ -44,10 +54,60 @@ class _Collector:
             yield histograms
 
 
-def render(metrics: Metrics) -> bytes:
-    """Return all figures of this moment as text."""
+class _Swarm:
+    """The swarm as an observer sees it. Names are what strangers say: they are label values, bounded in number."""
+
+    def __init__(self, observer: SwarmObserver) -> None:
+        self._observer = observer
+
+    def collect(self) -> Iterator[Metric]:
+        found: dict[str, list[tuple[dict[str, str], float]]] = defaultdict(list)
+        state = self._observer.state()
+        for peer_id, peer in self._observer.peers.items():
+            server = {"server": str(peer_id), "name": "" if peer.status is None else peer.status.name}
+            found["swarm_server_up"].append((server, float(peer.status is not None and peer.error is None)))
+            if (status := peer.status) is None:
+                continue
+            for name, value in (
+                ("rows", status.num_rows),
+                ("calls", status.num_calls),
+                ("busy_seconds", status.busy_seconds),
+                ("waiting_rows", status.num_waiting_rows),
+                ("memory_bytes", status.memory_bytes),
+            ):
+                found[f"swarm_server_{name}"].append((server, value))
+            for uid, one in status.experts.items():
+                at = {"expert": uid, "server": str(peer_id)}
+                found["swarm_expert_calls"].append((at, one.num_calls))
+                found["swarm_expert_failures"].append((at, one.num_failures))
+                found["swarm_expert_slow_seconds"].append((at, one.slow_seconds))
+        for grid in state["grids"]:
+            found["swarm_experts_lost"].append(({"grid": grid["prefix"]}, len(grid["lost"])))
+            for coords, _, replicas, version, _, behind in grid["experts"]:
+                expert = {"expert": join_uid(grid["prefix"], coords)}
+                found["swarm_expert_replicas"].append((expert, replicas))
+                found["swarm_expert_behind_steps"].append((expert, behind))
+                if version is not None:
+                    found["swarm_expert_version"].append((expert, version))
+        for trainer, (step, loss, _) in self._observer.losses.items():
+            found["swarm_trainer_loss"].append(({"trainer": trainer}, loss))
+            found["swarm_trainer_step"].append(({"trainer": trainer}, step))
+        for given in self._observer.contributors():
+            found["swarm_thanks_rows"].append(({"server": given["peer_id"], "name": given["name"]}, given["rows"]))
+        for name, samples in found.items():
+            kind = CounterMetricFamily if name in SWARM_COUNTERS else GaugeMetricFamily
+            family = kind(PREFIX + name, SWARM_METRICS[name][1], labels=list(samples[0][0]))
+            for labels, value in samples:
+                family.add_metric(list(labels.values()), value)
+            yield family
+
+
+def render(metrics: Metrics, observer: SwarmObserver | None = None) -> bytes:
+    """Return all figures of this moment as text; with an `observer` also those of the swarm that it sees."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(metrics))
+    if observer is not None:
+        registry.register(_Swarm(observer))
     return generate_latest(registry)
 
 

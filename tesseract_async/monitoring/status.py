@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import math
+import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+import psutil
 
 import tesseract_async
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
@@ -18,9 +23,14 @@ from tesseract_async.transport.base import PeerAddress
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
+    from tesseract_async.runtime.backend import ExpertBackend
+    from tesseract_async.runtime.runtime import TesseractRuntime
+    from tesseract_async.server.server import TesseractServer
 
 METHOD = "node.status"
 MAX_STATUS_BYTES = 2**20
+MAX_NAME = 64
+"""Characters of a machine's name, and of other words about it."""
 MAX_EXPERTS = 2000
 """Experts in one status."""
 
@@ -32,6 +42,12 @@ class ExpertStatus:
     version: int
     """Optimizer steps that it has taken."""
     primary: bool
+    num_calls: int = 0
+    num_failures: int = 0
+    median_seconds: float = 0.0
+    """Seconds from a request's arrival to its answer; 0 before the first."""
+    slow_seconds: float = 0.0
+    """The same, which 99 of 100 requests do not exceed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,43 +70,28 @@ class NodeStatus:
     """Time that its devices have spent computing."""
     experts: Mapping[str, ExpertStatus]
     """uid -> status."""
-
-
-class _Statistics(Protocol):
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def num_waiting_rows(self) -> int: ...
-
-
-class _Runtime(Protocol):
-    @property
-    def busy_seconds(self) -> float: ...
-    def statistics(self) -> _Statistics: ...
-
-
-class _Backend(Protocol):
-    @property
-    def version(self) -> int: ...
-
-
-class Server(Protocol):
-    """The part of a `TesseractServer` that is read here."""
-
-    @property
-    def experts(self) -> Mapping[str, _Backend]: ...
-    @property
-    def runtimes(self) -> Sequence[_Runtime]: ...
-    def is_primary(self, uid: str) -> bool: ...
+    name: str = ""
+    """The machine's, as its operator calls it (`serve --name`)."""
+    hardware: str = ""
+    memory_bytes: int = 0
+    """Memory of the process."""
+    num_parameters: int = 0
+    """Of its largest expert."""
 
 
 class StatusService:
     """Answers ``node.status`` for a node and the servers on it. Use it as an async context manager, or call `close`."""
 
-    def __init__(self, node: TesseractNode, *servers: Server) -> None:
-        """Let the node answer. Raises: RuntimeError before the node is started; ValueError if it has one."""
+    def __init__(self, node: TesseractNode, *servers: TesseractServer, name: str = "") -> None:
+        """Let the node answer. `name`: of this machine, for people.
+
+        Raises: RuntimeError before the node is started; ValueError if it has one, or for a name that is too long.
+        """
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(f"a machine's name is one line of at most {MAX_NAME} characters: {name[:80]!r}")
         self._node = node
         self._servers = servers
+        self._name = name
         self._started_at = asyncio.get_running_loop().time()
         node.endpoint.handle(METHOD, self._answer)
 
@@ -101,11 +102,9 @@ class StatusService:
         self.close()
 
     def close(self) -> None:
-        """Stop answering."""
         self._node.endpoint.unhandle(METHOD)
 
     def status(self) -> NodeStatus:
-        """Return the figures of this moment."""
         runtimes = [runtime for server in self._servers for runtime in server.runtimes]
         statistics = [runtime.statistics() for runtime in runtimes]
         return NodeStatus(
@@ -117,24 +116,54 @@ class StatusService:
             num_waiting_rows=sum(one.num_waiting_rows for one in statistics),
             busy_seconds=sum(runtime.busy_seconds for runtime in runtimes),
             experts={
-                uid: ExpertStatus(backend.version, server.is_primary(uid))
+                uid: ExpertStatus(backend.version, server.is_primary(uid), *_figures(backend, runtimes))
                 for server in self._servers
                 for uid, backend in server.experts.items()
             },
+            name=self._name,
+            hardware=hardware({str(runtime.device) for runtime in runtimes}),
+            memory_bytes=psutil.Process().memory_info().rss,
+            num_parameters=max(self._sizes(), default=0),
         )
+
+    def _sizes(self) -> Iterator[int]:
+        for server in self._servers:
+            for kind in {type(backend.module): backend for backend in server.experts.values()}.values():
+                yield sum(parameter.numel() for parameter in kind.module.parameters())
 
     async def _answer(self, call: IncomingCall) -> Message:
         return Message(encode_status(self.status()))
 
 
+def _figures(backend: ExpertBackend, runtimes: Sequence[TesseractRuntime]) -> tuple[int, int, float, float]:
+    """Return calls, failures, and the seconds that half and 99 of 100 of them took at most."""
+    for runtime in runtimes:
+        if backend in runtime.figures:
+            one = runtime.figures[backend]
+            median, slow = (one.latencies.quantile(share) or 0.0 for share in (0.5, 0.99))
+            return one.num_calls, one.num_failures, median, slow
+    return 0, 0, 0.0, 0.0
+
+
+@functools.cache
+def _machine() -> str:
+    return f"{os.cpu_count() or 1} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+
+
+def hardware(devices: Collection[str]) -> str:
+    """Return in words what computes at a node that has these devices."""
+    torch = sys.modules.get("torch")  # a device is there only once it is loaded
+    gpus = [torch.cuda.get_device_name(one) for one in sorted(devices) if torch is not None and one.startswith("cuda")]
+    return ", ".join([_machine(), *gpus])[:MAX_NAME]
+
+
 def encode_status(status: NodeStatus) -> dict[str, object]:
-    """Return the status as a dictionary for msgpack."""
     body = {field.name: getattr(status, field.name) for field in dataclasses.fields(status)}
     uids = list(status.experts)
     if (last := len(uids) - 1) >= MAX_EXPERTS:
         # evenly from the first to the last, so that they show the size of the grid
         uids = [uids[place * last // (MAX_EXPERTS - 1)] for place in range(MAX_EXPERTS)]
-    body["experts"] = {uid: [status.experts[uid].version, status.experts[uid].primary] for uid in uids}
+    body["experts"] = {uid: list(dataclasses.astuple(status.experts[uid])) for uid in uids}
     return body
 
 
@@ -144,12 +173,12 @@ def decode_status(body: object) -> NodeStatus:
         raise ProtocolError("a status is a map")
     values: dict[str, Any] = {}
     for field in dataclasses.fields(NodeStatus):
-        value = body.get(field.name)
+        value = body.get(field.name, field.default)
         if field.name == "experts":
             value = _experts(value)
-        elif field.name == "software":
-            if type(value) is not str or len(value) > 64 or not value.isprintable():
-                raise ProtocolError("a malformed software version")
+        elif str(field.type) == "str":
+            if type(value) is not str or len(value) > MAX_NAME or not value.isprintable():
+                raise ProtocolError(f"status: {field.name} is missing or malformed")
         elif str(field.type) == "int":
             if type(value) is not int or not 0 <= value < 2**63:
                 raise ProtocolError(f"status: {field.name} is missing or malformed")
@@ -165,13 +194,18 @@ def _experts(value: object) -> dict[str, ExpertStatus]:
     experts = {}
     for uid, fields in value.items():
         try:
-            version, primary = fields
+            version, primary, *figures = fields  # which a version 0.1 does not tell
             split_uid(uid)
         except (TypeError, ValueError, AttributeError):
             raise ProtocolError("status: a malformed expert") from None
         if type(version) is not int or not 0 <= version < 2**63 or type(primary) is not bool:
             raise ProtocolError("status: a malformed expert")
-        experts[uid] = ExpertStatus(version, primary)
+        counts, seconds = figures[:2], figures[2:4]
+        if not all(type(one) is int and 0 <= one < 2**63 for one in counts) or not all(
+            type(one) is float and math.isfinite(one) and one >= 0 for one in seconds
+        ):
+            raise ProtocolError("status: a malformed expert")
+        experts[uid] = ExpertStatus(version, primary, *counts, *seconds)
     return experts
 
 

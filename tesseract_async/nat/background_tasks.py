@@ -44,12 +44,10 @@ class BackgroundTasks:
             self._metrics.count("nat_offers_failed", reason=reason)
 
     async def wait_done(self) -> None:
-        """Wait until no task is left."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     async def aclose(self) -> None:
-        """Cancel all tasks."""
         self.is_closed = True
         for task in self._tasks:
             task.cancel()

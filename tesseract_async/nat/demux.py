@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from tesseract_async.endpoint.connection_limits import WaitingRoom, descriptor_limit, room_for
 from tesseract_async.errors import ProtocolError
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
-from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, range_of
+from tesseract_async.transport.base import Pipe, range_of
 from tesseract_async.transport.tcp import TcpPipe, TcpTransport
 
 TIMEOUT: Final = 5.0
@@ -24,19 +25,19 @@ PipeHandler = Callable[[bytes, Pipe], None]
 """Takes a token, and the pipe that began with it."""
 
 
-class PreambleDemultiplexer:
-    """A `base.Transport` around a listening one: pipes with a preamble go to the handler of its kind, others on."""
+class PreambleDemultiplexer(TcpTransport):
+    """Listens for TCP connections: those with a preamble go to the handler of its kind, the others on."""
 
     def __init__(
         self,
-        transport: TcpTransport,
+        sock: socket.socket,
         *,
         handlers: Mapping[int, PipeHandler],
         metrics: Metrics,
         timeout: float = TIMEOUT,
         max_per_range: int = MAX_WAITING_PER_RANGE,
     ) -> None:
-        self._inner = transport
+        super().__init__(sock)
         self._handlers = handlers
         self._metrics = metrics
         self._timeout = timeout
@@ -44,21 +45,12 @@ class PreambleDemultiplexer:
         self._visitors: WaitingRoom[_Visitor] = WaitingRoom(most=most, most_per_group=max_per_range)
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
-        await self._inner.listen(lambda pipe: self._pipe_accepted(pipe, accept))
-
-    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
-        return self._inner.paths(peer)
-
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
-        self._inner.path_finished(peer, path, error)
-
-    def peer_known(self, peer: PeerAddress) -> None:
-        self._inner.peer_known(peer)
+        await super().listen(lambda pipe: self._pipe_accepted(pipe, accept))
 
     async def aclose(self) -> None:
         for visitor in self._visitors.guests():
             self._refuse(visitor, "closing")
-        await self._inner.aclose()
+        await super().aclose()
 
     def _pipe_accepted(self, pipe: Pipe, accept: Callable[[Pipe], None]) -> None:
         """Wait for the first bytes, within the limits."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -23,6 +23,7 @@ from tesseract_async.nat import preamble
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress, Pipe, ip_version, join_host_port
+from tesseract_async.transport.token_bucket import TokenBucket
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +70,11 @@ class DialBack:
         self._dial_timeout = dial_timeout
         self._proof_timeout = proof_timeout
         self._dialing: Counter[str] = Counter()
-        self._recent: deque[float] = deque()
+        self._rate = TokenBucket(MAX_DIALS_PER_MINUTE / 60, burst=MAX_DIALS_PER_MINUTE)
         self._expected: dict[bytes, asyncio.Event] = {}
         self._learned: LRU[PeerID, tuple[str, ...]] = LRU(MAX_LEARNT)
 
     def start(self) -> None:
-        """Dial others from now on."""
         self._endpoint.handle(DIAL_BACK, self._dial_back)
 
     async def _dial_back(self, call: IncomingCall) -> Message:
@@ -85,16 +85,13 @@ class DialBack:
             raise NotAllowed("dialing back takes a port and a token of 16 bytes")
         if not call.origin:
             raise NotAllowed("you have no address")
-        while self._recent and self._recent[0] <= now - 60:
-            self._recent.popleft()
         if (
             self._dialing.total() >= MAX_DIALS
             or self._dialing[call.origin] >= MAX_DIALS_PER_HOST
-            or len(self._recent) >= MAX_DIALS_PER_MINUTE
+            or not self._rate.spend(1, now)
         ):
             self._endpoint.metrics.count("dial_backs_refused", reason="too_many")
             raise Overloaded("too many nodes want to be dialed back", retry_after=10.0)
-        self._recent.append(now)
         self._dialing[call.origin] += 1
         try:
             async with asyncio.timeout(self._dial_timeout):
@@ -125,7 +122,6 @@ class DialBack:
         await asyncio.gather(*(self._ask(helper, port) for helper in unheard[:4]))
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
-        """Somebody dialed back."""
         arrived = self._expected.get(token)
         if arrived is not None:
             arrived.set()

@@ -10,7 +10,6 @@ from tesseract_async.nat.offers import Candidate, Description
 from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.network.address_scope import PUBLIC, kind_of
 from tesseract_async.transport.base import range_of
-from tesseract_async.transport.throttle import Throttle
 
 if TYPE_CHECKING:
     from tesseract_async.nat.webrtc.pipe import Negotiation
@@ -28,7 +27,6 @@ class HolePuncher:
     stun_server: Callable[[], Awaitable[tuple[str, int] | None]]
     """Returns an IPv4 server that is known to answer."""
     turn: TurnServer | None = None
-    throttle: Throttle | None = None
     enabled: bool = True
     """True if this node makes data channels at all."""
 
@@ -48,7 +46,6 @@ class HolePuncher:
             addresses=self.own_hosts(),
             stun_server=await self.stun_server(),
             turn=self.turn,
-            throttle=self.throttle,
         )
 
 

@@ -22,7 +22,6 @@ from tesseract_async.nat.relay import meet_at_relay
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress, split_host_port
-from tesseract_async.transport.throttle import Throttle
 
 if TYPE_CHECKING:
     from tesseract_async.nat.webrtc.pipe import Negotiation
@@ -40,7 +39,6 @@ class OfferAnswerer:
         *,
         puncher: HolePuncher,
         scope: AddressScope,
-        throttle: Throttle | None = None,
         max_negotiations: int = MAX_NEGOTIATIONS,
     ) -> None:
         """`scope`: where this node may send on a stranger's word."""
@@ -49,7 +47,6 @@ class OfferAnswerer:
         self._puncher = puncher
         self._metrics = endpoint.metrics
         self._scope = scope
-        self._throttle = throttle
         self._max_negotiations = max_negotiations
         self._guard = OfferGuard()
         self.num_negotiations = 0
@@ -138,10 +135,10 @@ class OfferAnswerer:
             self.num_negotiations -= 1
 
     async def _dial(self, address: str, token: bytes) -> None:
-        pipe = await tcp.connect(address, throttle=self._throttle)
+        pipe = await tcp.connect(address)
         pipe.write(preamble.encode_preamble(preamble.REVERSE, token))
         pipe.description = f"reverse {address}"
         self._accept(pipe)
 
     async def _meet(self, relay: PeerAddress, token: bytes) -> None:
-        self._accept(await meet_at_relay(relay, token, scope=self._scope, throttle=self._throttle))
+        self._accept(await meet_at_relay(relay, token, scope=self._scope))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -21,7 +20,9 @@ import msgpack
 
 from tesseract_async.errors import InvalidRecord, MessageTooLarge, ProtocolError
 from tesseract_async.identity import Identity, PeerID, verify
+from tesseract_async.lru import LRU
 from tesseract_async.transport.base import join_host_port, split_host_port
+from tesseract_async.transport.token_bucket import RateLimiter, TokenBucket
 from tesseract_async.wire import packed
 
 REVERSE: Final = "reverse"
@@ -51,9 +52,6 @@ def field(body: object, name: str, kind: type[T]) -> T:
     return value
 
 
-# ---- bodies
-
-
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One address under which a side of a future data channel may be reached by UDP (RFC 8445)."""
@@ -77,7 +75,6 @@ class Description:
     candidates: tuple[Candidate, ...]
 
     def pack(self) -> dict[str, object]:
-        """Return it as msgpack can hold it."""
         return {
             "username": self.username,
             "password": self.password,
@@ -105,7 +102,6 @@ class ReverseBody:
     token: bytes
 
     def pack(self) -> dict[str, object]:
-        """Return it as msgpack can hold it."""
         return {"addresses": list(self.addresses), "token": self.token}
 
     @classmethod
@@ -125,7 +121,6 @@ class RelayBody:
     token: bytes
 
     def pack(self) -> dict[str, object]:
-        """Return it as msgpack can hold it."""
         return {"relay": bytes(self.relay), "token": self.token}
 
     @classmethod
@@ -177,9 +172,6 @@ def _address(raw: object) -> str:
     if port == 0:
         raise ProtocolError("a malformed address in an offer")
     return join_host_port(_ip(host), port)
-
-
-# ---- envelopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +267,6 @@ def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, int, tuple
     return PeerID.from_public_key(data[64:96]), values[3], (values[2], values[4], values[5])
 
 
-# ---- limits
-
 MAX_SKEW: Final = 120.0
 """Seconds by which the sender's clock and travel time may differ from ours."""
 MAX_PER_SENDER: Final = 20
@@ -291,29 +281,23 @@ class OfferGuard:
     """Decides which offers are worth work: fresh, never seen, and not too many. Bounded by `MAX_PER_MINUTE`."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[bytes, float] = OrderedDict()
-        self._recent: deque[tuple[float, PeerID, str]] = deque()
-        self._counts: Counter[PeerID | str] = Counter()  # of senders, and of targets
+        # as many as can have been accepted while the oldest of them was fresh
+        self._seen: LRU[bytes, None] = LRU(int(MAX_PER_MINUTE * (1 + 2 * MAX_SKEW / 60)))
+        self._all = TokenBucket(MAX_PER_MINUTE / 60, burst=MAX_PER_MINUTE)
+        self._senders = RateLimiter(rate=MAX_PER_SENDER / 60, burst=MAX_PER_SENDER)
+        self._targets = RateLimiter(rate=MAX_PER_TARGET / 60, burst=MAX_PER_TARGET)
 
     def refuse(self, offer: Offer, *, now: float, wall: float, target: str = "") -> str | None:
         """Return why not (a label for counters), or None: then the offer counts. `wall`: wall-clock seconds. `target`:
         the host that this node would send to.
         """
-        while self._recent and self._recent[0][0] <= now - 60:
-            _, sender, past = self._recent.popleft()
-            self._counts.subtract((sender, past))
-            self._counts += Counter()  # drops zeros
-        while self._seen and next(iter(self._seen.values())) <= now - 2 * MAX_SKEW:
-            self._seen.popitem(last=False)
         if abs(offer.time - wall) > MAX_SKEW:
             return "stale"
         if offer.hash in self._seen:
             return "replayed"
-        if len(self._recent) >= MAX_PER_MINUTE or self._counts[offer.sender] >= MAX_PER_SENDER:
+        if not self._senders.allows(offer.sender, 1, now) or (target and not self._targets.allows(target, 1, now)):
             return "too_many"
-        if target and self._counts[target] >= MAX_PER_TARGET:
+        if not self._all.spend(1, now):
             return "too_many"
-        self._seen[offer.hash] = now
-        self._recent.append((now, offer.sender, target))
-        self._counts.update((offer.sender, target))
+        self._seen[offer.hash] = None
         return None

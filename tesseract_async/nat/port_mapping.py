@@ -37,16 +37,12 @@ class PortTaken(GatewayRefused):
 
 
 class Gateway(Protocol):
-    """A router that maps ports if it is asked. All of it may raise GatewayRefused."""
+    """A router that maps ports if it is asked. Raises: GatewayRefused; `add` also PortTaken."""
 
     async def add(self, protocol: str, outside_port: int, host: str, port: int, *, lease: float) -> None:
-        """Pass what arrives at `outside_port` on to `host` (this computer's IPv4 address) for `lease` seconds.
+        """Pass what arrives at `outside_port` on to `host` (this computer's IPv4 address) for `lease` seconds."""
 
-        Raises: PortTaken.
-        """
-
-    async def remove(self, protocol: str, outside_port: int) -> None:
-        """End `add`."""
+    async def remove(self, protocol: str, outside_port: int) -> None: ...
 
 
 class PortMapper:
@@ -89,7 +85,6 @@ class PortMapper:
         """Why there is no mapping, for people."""
 
     def start(self) -> None:
-        """Ask for the mapping in the background, and keep it."""
         self._task = asyncio.get_running_loop().create_task(self._keep())
 
     def renew(self) -> None:
@@ -97,7 +92,6 @@ class PortMapper:
         self._again.set()
 
     async def aclose(self) -> None:
-        """Take the mapping back."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -107,10 +101,8 @@ class PortMapper:
                 await self._remove()
 
     def sentence(self) -> str:
-        """Say what came of it."""
-        if self.outside_port is not None:
-            return f"The router maps its port {self.outside_port} to this node."
-        return self.trouble
+        mapped = f"The router maps its port {self.outside_port} to this node."
+        return self.trouble if self.outside_port is None else mapped
 
     async def _keep(self) -> None:
         while True:

@@ -42,7 +42,6 @@ from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport.base import PeerAddress, Transport, ip_version, split_host_port
 from tesseract_async.transport.tcp import TcpTransport
-from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +100,6 @@ class Reach:
         upnp: bool = False,
         find_router: Callable[[str], Awaitable[Gateway | None]] | None = None,
         settings: ReachSettings | None = None,
-        throttle: Throttle | None = None,
     ) -> None:
         """`sock`: the TCP socket that is bound to `address`. `scope`: where this node may send on a stranger's word.
         `on_change` is called on the loop when `addresses` or `rendezvous_texts` have changed. `public`: the user says
@@ -128,7 +126,6 @@ class Reach:
             check_all_versions=settings.on_loopback,
             watch_period=settings.watch_period,
         )
-        listener = TcpTransport(sock, throttle=throttle)
         self._mapper: PortMapper | None = None
         if upnp and self.enabled and 4 in address.versions and not public:
             self._mapper = PortMapper(
@@ -138,7 +135,9 @@ class Reach:
                 changed=self._port_mapped,
                 metrics=metrics,
             )
-        self._relay = Relay(settings=settings.relay, metrics=metrics) if settings.relay is not None else None
+        self._relay: Relay | None = None
+        if settings.relay is not None:
+            self._relay = Relay(settings=settings.relay, metrics=metrics, throttle=endpoint.throttle)
         self._dial_back = DialBack(
             endpoint,
             own_addresses=lambda: self.role.public_addresses,
@@ -155,11 +154,10 @@ class Reach:
             own_hosts=self._own_hosts,
             stun_server=self._stun.server,
             turn=settings.turn,
-            throttle=throttle,
             enabled=settings.punch_holes,
         )
         self._puncher = puncher
-        self._answerer = OfferAnswerer(endpoint, puncher=puncher, scope=scope, throttle=throttle)
+        self._answerer = OfferAnswerer(endpoint, puncher=puncher, scope=scope)
         self._server = RendezvousServer(endpoint, relay=self._relay, own_addresses=lambda: self.role.public_addresses)
         self._client = RendezvousClient(
             endpoint,
@@ -175,9 +173,8 @@ class Reach:
             signalling=self._client,
             role=self.role,
             puncher=puncher,
-            direct_paths=listener.paths,
+            direct_paths=lambda peer: self.transports[0].paths(peer),
             scope=scope,
-            throttle=throttle,
             head_start=settings.head_start,
             offer_timeout=settings.offer_timeout,
         )
@@ -187,11 +184,9 @@ class Reach:
         }
         if self._relay is not None:
             handlers[preamble.RELAY] = self._relay.pipe_arrived
-        self.transports: tuple[Transport, ...] = (listener,)
+        self.transports: tuple[Transport, ...] = (TcpTransport(sock),)
         if self.enabled:
-            self.transports = (PreambleDemultiplexer(listener, handlers=handlers, metrics=metrics), self._traversal)
-
-    # ---- life
+            self.transports = (PreambleDemultiplexer(sock, handlers=handlers, metrics=metrics), self._traversal)
 
     def start(self) -> None:
         """Begin to find out, in the background. The endpoint and the network have been started."""
@@ -233,16 +228,12 @@ class Reach:
         if self._relay is not None:
             await self._relay.aclose()
 
-    # ---- what is known
-
     @property
     def reachability(self) -> Reachability:
-        """How others reach this node."""
         return self.role.reachability
 
     @property
     def rendezvous(self) -> tuple[PeerAddress, ...]:
-        """The nodes through which others can send offers to this one."""
         return self._client.rendezvous
 
     @property
@@ -285,8 +276,6 @@ class Reach:
             names = ", ".join(peer.short for peer in self.rendezvous)
             lines.append(f"Others find it through {names}." if names else "No node carries offers for it yet.")
         return lines
-
-    # ---- the cycle: feed the machine, act on its events, arm one timer
 
     def look_again(self) -> None:
         """Find out now whether others can dial this node: something may have changed."""
@@ -347,7 +336,7 @@ class Reach:
     async def _run_check(self, check: CheckDue) -> None:
         try:
             found = await self._observe(check)
-        except Exception:
+        except Exception:  # whatever it is, nodes go on: the next check may do better
             logger.exception("a check of how others reach this node failed; the next one follows")
             found = Observation({})
         udp = {"public": True, "client": False}.get(self._network.role)
@@ -378,8 +367,6 @@ class Reach:
     async def _answer(self, offer: bytes, origin: str) -> bytes:
         return await self._answerer.answer(offer, origin=origin, relays=self.rendezvous)
 
-    # ---- this computer
-
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -387,7 +374,6 @@ class Reach:
         return own_addresses() if self._address.is_wildcard else [self._address.host]
 
     def _own_v4(self) -> str | None:
-        """Return this computer's address in the router's network."""
         if not self._address.is_wildcard and ":" not in self._address.host:
             return self._address.host
         return address_towards(socket.AF_INET) or next((host for host in self._own_hosts() if ":" not in host), None)

@@ -125,7 +125,6 @@ class RelayLedger:
             self._by_token.pop(token, None)
 
     def expired(self, *, now: float) -> list[Splice]:
-        """Return the splices that were not completed in time, or are silent."""
         silent_before = now - SILENT_TIMEOUT
         return [
             splice
@@ -146,10 +145,18 @@ class RelayLedger:
 class Relay:
     """Give it every accepted pipe that began with a relay's preamble."""
 
-    def __init__(self, *, settings: RelaySettings, metrics: Metrics, waiting_timeout: float = WAITING_TIMEOUT) -> None:
+    def __init__(
+        self,
+        *,
+        settings: RelaySettings,
+        metrics: Metrics,
+        throttle: Throttle | None = None,
+        waiting_timeout: float = WAITING_TIMEOUT,
+    ) -> None:
         most = room_for(descriptor_limit()).splices
         self.ledger = RelayLedger(settings, max_splices=most, waiting_timeout=waiting_timeout)
         self.metrics = metrics
+        self.throttle = throttle
         # received bytes are copied within the call that tells of them, so one block serves all halves
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._halves: dict[Splice, list[_Half]] = {}
@@ -245,6 +252,9 @@ class _Half:
         if wait is None:
             relay._part(self._splice, "max_bytes")
             return
+        if relay.throttle is not None:
+            now = self._time()
+            wait = max(wait, relay.throttle.received(count, now), relay.throttle.sent(count, now))
         relay.metrics.count("relay_bytes", count)
         other.pipe.write(bytes(relay.scratch[:count]))
         if other.pipe.paused:
@@ -268,20 +278,17 @@ class _Half:
         self.end()
 
     def end(self) -> None:
-        """Send what was taken over already, and close."""
         if self._resume is not None:
             self._resume.cancel()
         self.pipe.close()
 
 
-async def meet_at_relay(
-    relay: PeerAddress, token: bytes, *, scope: AddressScope, throttle: Throttle | None = None
-) -> Pipe:
+async def meet_at_relay(relay: PeerAddress, token: bytes, *, scope: AddressScope) -> Pipe:
     """Return a pipe to the holder of the other token of this pair. Raises: PeerUnreachable, OSError."""
     errors: dict[str, BaseException] = {}
     for address in (one for one in relay.addresses if scope.allows(split_host_port(one)[0])):
         try:
-            pipe = await tcp.connect(address, throttle=throttle)
+            pipe = await tcp.connect(address)
         except OSError as error:
             errors[address] = error
             continue

@@ -95,12 +95,10 @@ class RendezvousLedger:
         self._recipients: Counter[PeerID] = Counter()
 
     def __len__(self) -> int:
-        """Registered nodes."""
         return len(self._clients)
 
     @property
     def num_offers(self) -> int:
-        """Offers under way."""
         return self._shares.used
 
     def register(self, peer_id: PeerID, origin: str, *, is_connected: Callable[[PeerID], bool], now: float) -> bool:
@@ -124,7 +122,6 @@ class RendezvousLedger:
         return neighbors < MAX_CLIENTS_PER_RANGE
 
     def is_registered(self, peer_id: PeerID, *, now: float) -> bool:
-        """Return whether offers are carried to this node."""
         client = self._clients.get(peer_id)
         return client is not None and client.until > now
 
@@ -147,7 +144,6 @@ class RendezvousLedger:
         self._recipients -= Counter((recipient,))
 
     def clear(self) -> None:
-        """Forget all registrations."""
         self._clients.clear()
 
 
@@ -307,8 +303,6 @@ class RendezvousClient:
         except ProtocolError as error:  # already counted; the sender's fault, nothing to log here
             raise NotAllowed(describe(error)) from None
 
-    # ---- registrations
-
     def start(self) -> None:
         """Keep registered from now on. Repeating it does nothing."""
         if self._keeper is None:
@@ -344,7 +338,6 @@ class RendezvousClient:
                 pass
 
     async def _renew(self) -> None:
-        """Renew what is due or has lost its connection, and fill up from the contacts."""
         loop = asyncio.get_running_loop()
         connected = {info.peer_id for info in self._endpoint.connections()}
         due = [

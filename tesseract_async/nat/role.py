@@ -6,13 +6,12 @@ when to look again. Its driver is `reach`.
 
 from __future__ import annotations
 
-import ipaddress
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from tesseract_async.transport.base import ip_version, join_host_port, split_host_port
+from tesseract_async.transport.base import ip_version, is_loopback, join_host_port, split_host_port
 
 CHECK_PERIOD: Final = 600.0
 """Seconds after which a node whose role is known finds out anew whether it can be reached."""
@@ -39,13 +38,11 @@ class ListeningAddress:
 
     @property
     def is_wildcard(self) -> bool:
-        """Return whether the sockets listen on every interface."""
         return self.host in WILDCARDS
 
     @property
     def is_loopback(self) -> bool:
-        """Return whether only this computer can reach the sockets."""
-        return not self.is_wildcard and ipaddress.ip_address(self.host).is_loopback
+        return is_loopback(self.host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,6 @@ class Reachability:
         return "public" if self.tcp else "unknown"
 
     def sentences(self, port: int) -> list[str]:
-        """Say what was found, and what the user can do about it."""
         where = join_host_port(self.host, port) if self.host else f"port {port}"
         v6 = [join_host_port(host, port) for host in self.open_hosts if ":" in host and host != self.host]
         closed_v6 = [host for host in self.closed_hosts if ":" in host and host != self.host]
@@ -202,8 +198,6 @@ class RoleMachine:
         if self._is_declared_client:
             self._take(Reachability(tcp=False))
 
-    # ---- what others are told
-
     @property
     def outside_port(self) -> int:
         """Where others dial this node by IPv4: its own port, or the router's that leads to it."""
@@ -238,13 +232,9 @@ class RoleMachine:
 
     @property
     def symmetric(self) -> bool:
-        """Return whether this node's NAT takes another port for each destination."""
         return self.reachability.nat == "symmetric"
 
-    # ---- the cycle
-
     def events(self) -> Iterator[RoleEvent]:
-        """Drain what is to be done, in order."""
         while self._events:
             yield self._events.popleft()
 
@@ -296,8 +286,6 @@ class RoleMachine:
         wait = CHECK_PERIOD if is_known else self._watch_period
         self._check_at = now if self._check_again else now + wait
         self._check_again = False
-
-    # ---- inside
 
     def _next_check(self) -> CheckDue:
         if self._is_declared_public:

@@ -156,7 +156,6 @@ async def ask(
 
 
 async def _resolve(host: str, port: int) -> list[Address]:
-    """Return the addresses of a server that was configured by name, one of each version of IP."""
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     except OSError as error:

@@ -29,7 +29,6 @@ from tesseract_async.nat.rendezvous import RendezvousClient
 from tesseract_async.nat.role import RoleMachine
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
-from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,6 @@ class NatTransport:
         puncher: HolePuncher,
         direct_paths: Callable[[PeerAddress], Sequence[DialPath]],
         scope: AddressScope,
-        throttle: Throttle | None = None,
         head_start: float = HEAD_START,
         offer_timeout: float = OFFER_TIMEOUT,
     ) -> None:
@@ -73,14 +71,11 @@ class NatTransport:
         self._direct_paths = direct_paths
         self._metrics = endpoint.metrics
         self._scope = scope
-        self._throttle = throttle
         self._head_start = head_start
         self._offer_timeout = offer_timeout
         self._expected: dict[bytes, asyncio.Future[Pipe]] = {}
         self._best: LRU[PeerID, str] = LRU(MAX_REMEMBERED)
         self.upgrader = PathUpgrader(endpoint, better_paths=self._better_paths)
-
-    # ---- base.Transport
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         pass  # what others ask for comes to `answering`
@@ -119,8 +114,6 @@ class NatTransport:
     async def aclose(self) -> None:
         await self.upgrader.tasks.aclose()
 
-    # ---- paths
-
     def _reverse(self, peer: PeerAddress, peer_id: PeerID, delay: float) -> DialPath:
         return DialPath("reverse", delay, lambda: self._open_reverse(peer, peer_id))
 
@@ -128,7 +121,6 @@ class NatTransport:
         return DialPath("datachannel", delay, lambda: self._open_channel(peer, peer_id))
 
     def _better_paths(self, peer: PeerAddress, peer_id: PeerID, kind: str) -> list[DialPath]:
-        """Return what is better than a path of this kind, and possible."""
         paths = list(self._direct_paths(peer))
         if peer.rendezvous and self._role.public_addresses:
             paths.append(self._reverse(peer, peer_id, 0.0))
@@ -137,7 +129,6 @@ class NatTransport:
         return paths
 
     async def _open_reverse(self, peer: PeerAddress, peer_id: PeerID) -> Pipe:
-        """Ask the peer to dial us. What arrives with our token is the pipe on which we open TLS."""
         token = os.urandom(offers.TOKEN_BYTES)
         arrived: asyncio.Future[Pipe] = asyncio.get_running_loop().create_future()
         self._expected[token] = arrived
@@ -156,7 +147,6 @@ class NatTransport:
         return pipe
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
-        """Take a connection that begins with the preamble of a reverse dial."""
         arrived = self._expected.get(token)
         if arrived is None or arrived.done():
             self._metrics.count("nat_refused", reason="unknown_token")
@@ -176,7 +166,6 @@ class NatTransport:
             raise
 
     async def _open_relay(self, peer: PeerAddress, peer_id: PeerID) -> Pipe:
-        """Meet the peer at one of its rendezvous nodes."""
         errors: dict[str, BaseException] = {}
         for text in peer.rendezvous:
             via = PeerAddress.parse(text)
@@ -184,7 +173,7 @@ class NatTransport:
                 continue
             try:
                 mine, theirs = await self._signalling.reserve_relay(via, timeout=self._offer_timeout)
-                pipe = await meet_at_relay(via, mine, scope=self._scope, throttle=self._throttle)
+                pipe = await meet_at_relay(via, mine, scope=self._scope)
                 try:
                     body = RelayBody(via.peer_id, theirs)
                     await self._offer(peer, peer_id, offers.RELAY, body.pack(), via=[via])
@@ -242,13 +231,11 @@ class PathUpgrader:
         self.tasks = BackgroundTasks(endpoint.metrics)
 
     def watch(self, peer: PeerAddress, peer_id: PeerID) -> None:
-        """Look for a better path to this peer from now on."""
         if peer_id not in self._watched:
             one = self._watched[peer_id] = _Watched(peer)
             self.tasks.spawn(self._improve(one, peer_id))
 
     def peer_known(self, peer: PeerAddress) -> None:
-        """Look now if this peer is known at other addresses than before."""
         one = self._watched.get(peer.peer_id) if peer.peer_id is not None else None
         if one is not None and peer != one.peer:
             is_news = bool(set(peer.addresses) - set(one.peer.addresses))
@@ -262,7 +249,6 @@ class PathUpgrader:
             one.again.set()
 
     async def _improve(self, one: _Watched, peer_id: PeerID) -> None:
-        """Look for a better path now and then, and when told, until there can be none."""
         attempt = 0
         try:
             while True:

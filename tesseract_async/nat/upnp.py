@@ -7,6 +7,7 @@ else, may say so many bytes and take so many seconds, and its XML is read by a p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -83,11 +84,10 @@ async def search_network(own_host: str) -> list[tuple[str, str]]:
     except OSError as error:
         raise GatewayRefused(f"The local network cannot be asked for a router: {describe(error)}") from None
     try:
-        async with asyncio.timeout(SEARCH_TIMEOUT):
-            listener.async_search()
-            await first.wait()
-    except TimeoutError:
-        pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SEARCH_TIMEOUT):
+                listener.async_search()
+                await first.wait()
     finally:
         listener.async_stop()
         await asyncio.sleep(0)  # the socket closes in the loop's next turn
@@ -102,23 +102,20 @@ class _UpnpGateway:
 
     async def add(self, protocol: str, outside_port: int, host: str, port: int, *, lease: float) -> None:
         try:
-            await self._add(protocol, outside_port, host, port, lease)
+            await self._device.async_add_port_mapping(
+                remote_host=ANYWHERE,
+                external_port=outside_port,
+                protocol=protocol,
+                internal_port=port,
+                internal_client=IPv4Address(host),
+                enabled=True,
+                description="tesseract",
+                lease_duration=timedelta(seconds=lease),
+            )
         except Exception as error:  # a router's nonsense makes the library raise whatever
             if not lease or not isinstance(error, UpnpActionError) or error.error_code != ONLY_PERMANENT:
                 raise _refusal(error, outside_port) from None
             await self.add(protocol, outside_port, host, port, lease=0.0)
-
-    async def _add(self, protocol: str, outside_port: int, host: str, port: int, lease: float) -> None:
-        await self._device.async_add_port_mapping(
-            remote_host=ANYWHERE,
-            external_port=outside_port,
-            protocol=protocol,
-            internal_port=port,
-            internal_client=IPv4Address(host),
-            enabled=True,
-            description="tesseract",
-            lease_duration=timedelta(seconds=lease),
-        )
 
     async def remove(self, protocol: str, outside_port: int) -> None:
         try:

@@ -63,6 +63,11 @@ def address_range(address: Address) -> bytes | None:
     return packed[:3] if len(packed) == V4_BYTES else packed[:6]
 
 
+def source_of(address: Address) -> bytes:
+    """Return what counts as one source: an address range, or an address and port where ranges say nothing."""
+    return address_range(address) or pack_address(address)
+
+
 @dataclass(slots=True, eq=False)
 class Contact:
     """An id at an address, and what this node knows about it.

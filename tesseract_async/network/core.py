@@ -31,12 +31,12 @@ from tesseract_async.network.contacts import (
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import ClockSkewed, WrongPeer
 from tesseract_async.network.outbox import Outbox
-from tesseract_async.network.rate_limiter import RateLimiter
 from tesseract_async.network.routing_table import Density, K, RoutingTable
 from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, Storage
 from tesseract_async.network.timers import Timers
+from tesseract_async.transport.token_bucket import RateLimiter
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups in progress, with their proofs and tokens."""
@@ -128,8 +128,6 @@ class Core:
         """Return a random factor around 1, so that nodes do not do the same at the same time."""
         return 0.75 + 0.5 * self.random.random()
 
-    # Calls
-
     def call(
         self,
         caller: Caller,
@@ -211,8 +209,6 @@ class Core:
         statement = wire.proof_statement(call.challenge, self.own_id, sender, reply.observed)
         return self.verify(public_key, signature, statement)
 
-    # Contacts
-
     def admits(self, peer_id: bytes, address: Address) -> bool:
         """Return True if that id may be a contact at that address: at a seed's, only the one that was named."""
         expected = self.expected_at.get(address)
@@ -265,7 +261,6 @@ class Core:
         self._unreachable.pop(raw, None)
 
     def enter(self, contact: Contact, now: float) -> None:
-        """List a contact that has proven its id, or note that it was seen."""
         known = self.table.get(contact.peer_id)
         doubtful = self.table.add(contact, now)
         if known is not contact and self.table.get(contact.peer_id) is contact:
@@ -274,12 +269,10 @@ class Core:
             self.ping(doubtful, now)
 
     def lost(self, contact: Contact, now: float) -> None:
-        """Drop a contact that answered no attempt of a call."""
         self._unreachable[contact.raw] = now + UNREACHABLE_FOR
         self._drop(contact, "no_reply", ask_again=self.table.get(contact.peer_id) is contact)
 
     def farewell(self, peer_id: bytes, address: Address) -> None:
-        """Drop the contact with that id, if it is listed at that address."""
         contact = self.table.get(peer_id)
         if contact is not None and contact.address == address:
             self._drop(contact, "farewell", ask_again=False)
@@ -290,8 +283,6 @@ class Core:
         contact.proven = False
         self.table.remove(contact)
         self.listener.contact_left(contact, ask_again=ask_again)
-
-    # Upkeep
 
     def keep_house(self, now: float) -> None:
         """Forget what is over, and look at the clock. Due every few seconds."""

@@ -111,7 +111,6 @@ class RpcReply(NamedTuple):
 
 
 def encode(kind: int, flags: int, transaction: bytes, sender: bytes, body: Sequence[object]) -> bytes:
-    """Encode one datagram."""
     return _HEAD.pack(MAGIC, VERSION, kind, flags, transaction, sender) + bytes(_pack(body))
 
 
@@ -221,7 +220,6 @@ def read_outcomes(results: list[object], count: int) -> list[StoreOutcome]:
 
 
 def write_summary(summary: Summary) -> tuple[int, bytes]:
-    """Return count and digests as a GET reply holds them."""
     return summary.count, _DIGESTS.pack(*summary.digests)
 
 

@@ -28,14 +28,14 @@ from functools import partial
 from tesseract_async.errors import ProtocolError
 from tesseract_async.lru import LRU
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.contacts import Address, Contact, pack_address, unpack_address
+from tesseract_async.network.contacts import Address, Contact, pack_address, source_of, unpack_address
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import NodeRoleChanged
 from tesseract_async.network.outbox import FILTER_LIFETIME
-from tesseract_async.network.rate_limiter import RateLimiter
 from tesseract_async.network.routing_table import K
 from tesseract_async.network.rpcs import Call, Caller
+from tesseract_async.transport.token_bucket import RateLimiter
 
 MIN_BACKOFF = 2.0
 MAX_BACKOFF = 120.0
@@ -99,7 +99,6 @@ class DatagramDialBack(Caller):
     """One node's part in finding out its own role and that of others."""
 
     def __init__(self, core: Core, thirds: ThirdNodes, now: float) -> None:
-        """A node that is public from the start never asks."""
         self._core = core
         self.thirds = thirds
         self._timer = None if core.public else core.timers.start(now, self.ask)
@@ -165,7 +164,7 @@ class DatagramDialBack(Caller):
         target = unpack_address(packed)
         if not trusted or not self._core.scope.allows(target[0]):
             self._core.outbox.drop("dial")
-        elif self._asked.allows(source, 1.0, now) and self._dialed.allows((target[0], 1), 1.0, now):
+        elif self._asked.allows(source_of(source), 1, now) and self._dialed.allows(source_of((target[0], 1)), 1, now):
             self._core.outbox.send_one_way(wire.DIALED, (nonce, *report), target, b"", now, padded=False)
         else:
             self._core.outbox.drop("rate")

@@ -68,7 +68,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
         self._waiters: dict[int, asyncio.Future[ReadFinished | WriteFinished]] = {}
 
     def now(self) -> float:
-        """Return the loop time."""
         return self._loop.time()
 
     async def read(self, key: bytes) -> ReadFinished:
@@ -153,8 +152,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
             self._transport.close()
             await self._closed
 
-    # Called by asyncio
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.DatagramTransport, transport)
 
@@ -175,8 +172,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self._closed.done():
             self._closed.set_result(None)
-
-    # Inside
 
     def _deliver(self, event: Event) -> None:
         if isinstance(event, ReadFinished | WriteFinished):
@@ -207,7 +202,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
             logger.warning("the clock of this computer differs from the others' by %.0f s: set it", event.seconds)
 
     async def _wait(self, operation: int) -> ReadFinished | WriteFinished:
-        """Return the event that ends an operation that has just been started."""
         waiter: asyncio.Future[ReadFinished | WriteFinished] = self._loop.create_future()
         self._waiters[operation] = waiter
         try:
@@ -248,7 +242,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
 
 
 def families(sock: socket.socket) -> tuple[socket.AddressFamily, ...]:
-    """Return the kinds of addresses that this socket can send to."""
     if sock.family != socket.AF_INET6:
         return (socket.AF_INET,)
     if sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) or sock.getsockname()[0] != "::":

@@ -64,7 +64,6 @@ class NetworkMembership:
         self._ask_at(now)
 
     def ask_seeds(self, now: float) -> None:
-        """Ask the seeds, and the contacts that were lost if nobody else is left."""
         core = self._core
         num_contacts = len(core.table)
         addresses: dict[Address, AnyOf] = dict.fromkeys(self._remembered) if not num_contacts else {}

@@ -107,7 +107,6 @@ class Lookup:
             path.starts = path.candidates[: -(-alpha // num_paths)]
 
     def to_ask(self) -> list[Contact]:
-        """Return the contacts to ask now. Each is counted as asked."""
         asked: list[Contact] = []
         alpha = -(-self.max_in_progress // len(self._paths))
         room = self.max_in_progress - sum(path.num_asked for path in self._paths)
@@ -151,7 +150,6 @@ class Lookup:
             candidate.state = CandidateState.FAILED
 
     def failed(self, contact: Contact) -> None:
-        """Note that a contact did not answer, or not as itself."""
         candidate = self._candidates[contact.raw]
         path = self._leave(candidate)
         if candidate.state is CandidateState.ASKED:
@@ -174,7 +172,6 @@ class Lookup:
         return [item.contact for item in answered if radius is None or item.distance < radius]
 
     def heard_of(self) -> list[Contact]:
-        """Return all contacts, answered or not, except those that failed."""
         return [item.contact for item in self._candidates.values() if item.state is not CandidateState.FAILED]
 
     def closest(self, *, max_per_range: int | None = None) -> list[Contact]:

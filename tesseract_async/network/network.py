@@ -348,8 +348,6 @@ class TesseractNetwork(Uncopied):
         event = await self._running().write([record])
         return event.num_holders[0]
 
-    # Inside
-
     def _remembered_peers(self) -> list[PeerAddress]:
         if self._peers_file is None or not self._peers_file.exists():
             return []

@@ -90,7 +90,6 @@ class Search(Caller):
                 on_end(self.lookup, now)
 
     def stop(self) -> None:
-        """Take no further replies."""
         if not self.ended:
             self.ended = True
             # these lead back here: without them all is freed now, not some day by the garbage collector
@@ -173,7 +172,6 @@ def refresh(core: Core, index: int, now: float) -> None:
 
 
 def probe_density(core: Core, now: float) -> None:
-    """Take samples of the density of ids at places that nobody could choose."""
 
     def ended(lookup: Lookup, now: float) -> None:
         core.density.note(lookup.target, lookup.closest())

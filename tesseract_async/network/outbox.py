@@ -39,11 +39,9 @@ class Outbox:
         return self.role == "public" and not self.forced_client
 
     def flags(self) -> int:
-        """The flags of a datagram's head."""
         return 0 if self.public else wire.FLAG_CLIENT
 
     def send(self, data: bytes, address: Address) -> None:
-        """Queue one datagram."""
         assert len(data) <= wire.MAX_DATAGRAM_BYTES, f"a datagram of {len(data)} bytes"
         self.datagrams.append((data, address))
         self.metrics.count("network_bytes_sent", len(data))
@@ -67,15 +65,12 @@ class Outbox:
         self.send(data, address)
 
     def new_transaction(self) -> bytes:
-        """Return 64 random bits, which only the receiver of a request can repeat."""
         return self.random.randbytes(wire.TRANSACTION_BYTES)
 
     def emit(self, event: Event) -> None:
-        """Queue an event for the driver."""
         self.events.append(event)
 
     def drop(self, reason: str) -> None:
-        """Count something that was dropped."""
         self.metrics.count("network_datagrams_dropped", reason=reason)
 
     def note_sent(self, address: Address, now: float) -> None:

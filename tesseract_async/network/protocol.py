@@ -21,7 +21,15 @@ from tesseract_async.identity import Identity, SignedRecord, Verifier, verify
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.address_scope import AddressScope
-from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contact, pack_address, unpack_address
+from tesseract_async.network.contacts import (
+    V4_BYTES,
+    V6_BYTES,
+    Address,
+    Contact,
+    pack_address,
+    source_of,
+    unpack_address,
+)
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import AMPLIFICATION, MAX_DATAGRAM_BYTES, MIN_REQUEST_BYTES
 from tesseract_async.network.dial_back import DatagramDialBack, Probation, ThirdNodes
@@ -53,7 +61,6 @@ class Tokens:
         self._until = now + wire.TOKEN_LIFETIME
 
     def give(self, packed_address: bytes) -> bytes:
-        """Return the present token of an address."""
         return _token(self._secrets[0], packed_address)
 
     def holds(self, token: bytes, packed_address: bytes) -> bool:
@@ -61,7 +68,6 @@ class Tokens:
         return any(token == _token(secret, packed_address) for secret in self._secrets)
 
     def rotate(self, now: float) -> None:
-        """Change the secret when its time has come."""
         if now >= self._until:
             self._secrets = (self._random.randbytes(16), self._secrets[0])
             self._until = now + wire.TOKEN_LIFETIME
@@ -120,8 +126,6 @@ class NetworkProtocol:
         """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
         return self.core.outbox.role
 
-    # Requests of the driver
-
     def set_seeds(self, seeds: Iterable[Seed], now: float, *, remembered: Iterable[Seed] = ()) -> None:
         """Set the seeds; see `NetworkMembership.set_seeds`."""
         self.membership.set_seeds(seeds, now, remembered=remembered)
@@ -135,7 +139,6 @@ class NetworkProtocol:
         return self._start(Write(self.core, records), now)
 
     def cancel(self, operation: int) -> None:
-        """Forget a read or a write. Stores that were sent already may take effect."""
         started = self._operations.pop(operation, None)
         if started is not None:
             started.cancelled = True
@@ -145,8 +148,6 @@ class NetworkProtocol:
         for contact in self.core.table.contacts():
             if contact.token_until > now:
                 self.core.outbox.send_one_way(wire.LEAVE, (), contact.address, contact.token, now)
-
-    # Input
 
     def receive_datagram(self, data: bytes, address: Address, now: float) -> None:
         """Take one datagram as it came from the network, from a numeric `address`."""
@@ -174,15 +175,12 @@ class NetworkProtocol:
         """Do what is due. Calling it early or late is harmless."""
         self.core.timers.run(now)
 
-    # Output
-
     def datagrams_to_send(self) -> list[tuple[bytes, Address]]:
         """Return the datagrams to send, in order; each is handed out once."""
         datagrams, self.core.outbox.datagrams = self.core.outbox.datagrams, []
         return datagrams
 
     def events(self) -> list[Event]:
-        """Return what happened since the last call, in order."""
         events, self.core.outbox.events = self.core.outbox.events, []
         for event in events:
             if isinstance(event, ReadFinished | WriteFinished):
@@ -213,14 +211,12 @@ class NetworkProtocol:
         # those nearest hear from this node without the client flag, and list it
         self.membership.look_up_neighborhood((), now)
 
-    # Requests of other nodes
-
     def _receive_request(self, datagram: wire.Datagram, length: int, address: Address, now: float) -> None:
         core = self.core
         request = wire.read_request(datagram)
         packed_address = pack_address(address)
         address_proven = bool(request.token) and self.tokens.holds(request.token, packed_address)
-        if not core.limiter.allows(address, 5.0 if request.challenge else 1.0, now):
+        if not core.limiter.allows(source_of(address), 5.0 if request.challenge else 1.0, now):
             core.outbox.drop("rate")
             return
         if datagram.kind == wire.DIALED:
@@ -312,7 +308,6 @@ class NetworkProtocol:
         core.outbox.send(wire.encode(kind, flags, datagram.transaction, core.own_id, body), address)
 
     def _heard_from(self, datagram: wire.Datagram, address: Address, address_proven: bool, now: float) -> None:
-        """Learn from a request of an id that claims to live at an address."""
         core = self.core
         if datagram.flags & wire.FLAG_CLIENT:
             if address_proven:
@@ -336,14 +331,12 @@ class NetworkProtocol:
             return
         core.ping(core.contact_at(raw), now)
 
-    # Upkeep
-
     def _keep_house(self, now: float) -> None:
         core = self.core
         core.timers.start(now + HOUSEKEEPING_PERIOD * core.jitter(), self._keep_house)
         core.keep_house(now)
         self.tokens.rotate(now)
-        self.holder.copies.expire(core.wall(now))
+        self.holder.expire_copies(core.wall(now))
         if len(core.table) >= K and not core.density.was_sampled:
             probe_density(core, now)
         if core.joined:

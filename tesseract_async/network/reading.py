@@ -56,8 +56,7 @@ class Read:
     """A read: it finds holders, compares their digests, fetches what differs once, merges, and repairs.
 
     It ends when `NUM_EQUAL_HOLDERS` report equal digests, else when the k nodes closest to the key have answered. At
-    first it asks as many at a time as it still needs, and one to spare: nearly every question meets a holder once one
-    is found. A read that takes longer than `NARROW_FOR` asks more; a holder does where an answer differs from its own.
+    first it asks as many at a time as it needs, and one to spare: nearly all know a holder once one is found.
     """
 
     def __init__(self, core: Core, key: bytes) -> None:
@@ -77,7 +76,6 @@ class Read:
         self.complete = True
         """False once some part that holders reported could be had from none of them."""
         self._number = 0
-        self._narrow = True
         self._widens: Timer | None = None
         self._in_region = False
         self._num_answers = 0
@@ -94,10 +92,8 @@ class Read:
             self._holdings.append(Holding(None, summary, own))
         start = self.core.table.closest(int.from_bytes(self.key, "big"), K)
         self._search = Search(self.core, self.key, start, now, on_answer=self._hear, on_end=self._searched)
-        # where this node is a holder, it is one of those that are needed
-        self._expect(NUM_EQUAL_HOLDERS - bool(own))
-        if not own:
-            self._widens = self.core.timers.start(now + NARROW_FOR, self._hurry)
+        self._search.lookup.max_in_progress = NUM_EQUAL_HOLDERS + 1
+        self._widens = self.core.timers.start(now + NARROW_FOR, self._widen)
         self._search.advance(now)
 
     def _hear(self, contact: Contact, reply: RpcReply, now: float) -> None:
@@ -106,8 +102,6 @@ class Read:
             return
         summary, bodies = wire.read_value(reply.results)
         if summary is None:
-            if self._is_holder:
-                self._widen()
             self._without.append(contact)
             return
         records: dict[EntryID, SignedRecord] | None = None
@@ -128,14 +122,6 @@ class Read:
         if missing <= 0 and not all(item.is_copy for item in equal) and not self._may_be_captured:
             self._search.stop()
             self._settle(now, equal)
-        elif self._is_holder and equal[0] is not self._holdings[0]:
-            self._widen()
-        elif missing > 0:
-            self._expect(missing)
-
-    @property
-    def _is_holder(self) -> bool:
-        return bool(self._holdings) and self._holdings[0].contact is None
 
     @property
     def _may_be_captured(self) -> bool:
@@ -175,19 +161,11 @@ class Read:
         self._search = search
         search.advance(now)
 
-    def _expect(self, num_answers: int) -> None:
-        if self._narrow:
-            self._search.lookup.max_in_progress = min(num_answers + 1, ALPHA)
-
-    def _widen(self) -> None:
-        self._narrow = False
-        self._search.lookup.max_in_progress = ALPHA
-
-    def _hurry(self, now: float) -> None:
+    def _widen(self, now: float) -> None:
         if self.cancelled:
             self._search.stop()
         else:
-            self._widen()
+            self._search.lookup.max_in_progress = ALPHA
             self._search.advance(now)
 
     def _verify(self, body: bytes) -> SignedRecord:
@@ -265,7 +243,6 @@ class Read:
             self._go_on(now)
 
     def fetched(self, fetch: _Fetch, now: float) -> None:
-        """Note that a fetch is complete, or all its holders failed."""
         self._num_fetching -= 1
         self._go_on(now)
 
@@ -284,7 +261,6 @@ class Read:
         self.core.outbox.emit(event)
 
     def _repair(self, merged: dict[EntryID, SignedRecord], now: float) -> None:
-        """Send holders the entries that they lack, verbatim, as far as what they hold is known."""
         for holding in self._holdings:
             if holding.records is None or holding.is_copy:
                 continue
@@ -304,7 +280,7 @@ class Read:
                 self.core.call(Caller(), wire.STORE, (items,), holding.contact, now)
 
     def _leave_copy(self, now: float) -> None:
-        """Leave a copy of a single value with the nearest contact that had none (see `holding.PathCache`)."""
+        """Leave a copy of a single value with the nearest contact that had none (see `holding.Holder`)."""
         if len(self._merged) != 1 or not self._without:
             return
         (record,) = self._merged.values()
@@ -332,7 +308,6 @@ class _Fetch(Caller):
         return _Fetch(self.read, start, last, self.sources[:-1])
 
     def ask(self, now: float) -> None:
-        """Ask for the next page."""
         if not self.sources or self.read.cancelled:
             self.read.complete = False
             self.read.fetched(self, now)

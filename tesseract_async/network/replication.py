@@ -68,7 +68,6 @@ class Replicator:
         self._timer = self._core.timers.start(now, self._step)
 
     def _step(self, now: float) -> None:
-        """Work off a slice."""
         assert self._work is not None
         self._now = now
         pause = next(self._work, None)

@@ -31,7 +31,6 @@ MAX_SAMPLES = 15
 
 
 def common_prefix(one: int, other: int) -> int:
-    """Return how many leading bits two 256-bit ids share."""
     return ID_BITS - (one ^ other).bit_length()
 
 
@@ -64,11 +63,9 @@ class RoutingTable:
         return isinstance(peer_id, bytes) and peer_id in self._bucket_of(int.from_bytes(peer_id, "big")).contacts
 
     def contacts(self) -> list[Contact]:
-        """Return all contacts, farthest bucket first."""
         return [contact for bucket in self.buckets for contact in bucket.contacts.values()]
 
     def get(self, peer_id: bytes) -> Contact | None:
-        """Return the contact with that id, if the table holds one."""
         return self._bucket_of(int.from_bytes(peer_id, "big")).contacts.get(peer_id)
 
     def wants(self, peer_id: bytes) -> bool:
@@ -171,7 +168,6 @@ class RoutingTable:
         return self.buckets[shared] if shared < len(self.buckets) else self.buckets[-1]
 
     def _range_allows(self, bucket: Bucket, contact: Contact) -> bool:
-        """Return True if the limits by address range leave room for one more."""
         if contact.range is None:
             return True
         in_bucket = sum(1 for item in bucket.contacts.values() if item.range == contact.range)
@@ -213,7 +209,6 @@ class Density:
 
     @property
     def was_sampled(self) -> bool:
-        """True if anything but this node's own neighborhood is known."""
         return bool(self._samples)
 
     def note(self, target: int, closest: Sequence[Contact]) -> None:

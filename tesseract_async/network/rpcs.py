@@ -14,11 +14,11 @@ from functools import partial
 from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.contacts import Address, Contact
+from tesseract_async.network.contacts import Address, Contact, source_of
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.outbox import Outbox
-from tesseract_async.network.rate_limiter import RateLimiter
 from tesseract_async.network.timers import Timer, Timers
+from tesseract_async.transport.token_bucket import RateLimiter
 
 MAX_CALLS = 512
 """Calls in progress at one node; more wait for their turn."""
@@ -97,7 +97,11 @@ class Rpcs:
         if len(self.by_transaction) >= MAX_CALLS:
             self._waiting.append(call)
             return
-        if call.contact is not None and not call.contact.proven and not self._strangers.allows(call.address, 1.0, now):
+        if (
+            call.contact is not None
+            and not call.contact.proven
+            and not self._strangers.allows(source_of(call.address), 1.0, now)
+        ):
             # that they live there is only hearsay: a third party must not be flooded for that
             self._outbox.drop("hearsay")
             self._timers.start(now, partial(call.caller.call_failed, call))
@@ -109,7 +113,6 @@ class Rpcs:
         self.repeat(call, now)
 
     def repeat(self, call: Call, now: float) -> None:
-        """Write the request with the contact's present token and send it."""
         contact = call.contact
         flags = self._outbox.flags()
         if call.expected is not None:

@@ -45,11 +45,9 @@ class Shares:
         return len(self._source_of)
 
     def sources(self, key: bytes) -> dict[Source, int]:
-        """Return how many entries of a key came from each source."""
         return self._in_key.get(key, {})
 
     def source_of(self, name: Name) -> Source | None:
-        """Return where an entry came from."""
         return self._source_of.get(name)
 
     def move(self, name: Name, size: int, source: Source | None) -> None:
@@ -88,7 +86,6 @@ class Shares:
         return most
 
     def some_of(self, source: Source, count: int) -> list[Name]:
-        """Return the oldest entries of a source."""
         return list(islice(self._sizes[source], count))
 
     def _count(self, name: Name, source: Source, entries: int, size: int) -> None:

@@ -153,7 +153,6 @@ class Storage:
         self.num_bytes = 0
 
     def keys(self) -> list[bytes]:
-        """Return every key that has entries."""
         return list(self._keys)
 
     def check(self, record: SignedRecord, wall: float, source: Source | None = None) -> StoreOutcome | None:
@@ -335,7 +334,6 @@ class Storage:
 
 
 def summarize(records: Iterator[SignedRecord] | list[SignedRecord]) -> Summary:
-    """Return what a holder of exactly these records would report."""
     digests = [0] * NUM_RANGES
     count = 0
     for record in records:

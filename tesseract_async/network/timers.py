@@ -8,9 +8,6 @@ from dataclasses import dataclass
 
 Action = Callable[[float], None]
 
-SLACK = 64
-"""Canceled timers that may lie about before they are swept out."""
-
 
 @dataclass(slots=True, eq=False)
 class Timer:
@@ -29,10 +26,9 @@ class Timers:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer]] = []
         self._num_started = 0
-        self._num_cancelled = 0
 
     def __len__(self) -> int:
-        return len(self._heap) - self._num_cancelled
+        return sum(timer.action is not None for _, _, timer in self._heap)
 
     def start(self, at: float, action: Action) -> Timer:
         """Call ``action(now)`` once `run` is called at `at` or later."""
@@ -43,27 +39,18 @@ class Timers:
 
     def cancel(self, timer: Timer | None) -> None:
         """Forget a timer. Harmless where it has been run or canceled, or is None."""
-        if timer is not None and timer.action is not None:
+        if timer is not None:
             timer.action = None
-            self._num_cancelled += 1
-            if self._num_cancelled > SLACK + len(self._heap) // 2:
-                self._heap = [item for item in self._heap if item[2].action is not None]
-                heapq.heapify(self._heap)
-                self._num_cancelled = 0
 
     def run(self, now: float) -> None:
-        """Do what is due."""
         while self._heap and self._heap[0][0] <= now:
             timer = heapq.heappop(self._heap)[2]
             action, timer.action = timer.action, None
-            if action is None:
-                self._num_cancelled -= 1
-            else:
+            if action is not None:
                 action(now)
 
     def next_at(self) -> float:
         """Return when the next one is due; infinity if there is none."""
         while self._heap and self._heap[0][2].action is None:
             heapq.heappop(self._heap)
-            self._num_cancelled -= 1
         return self._heap[0][0] if self._heap else float("inf")

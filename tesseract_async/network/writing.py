@@ -18,17 +18,16 @@ from tesseract_async.network.rpcs import STALL, Call, Caller
 from tesseract_async.network.storage import StoreOutcome
 
 PATIENCE = 4.0
-"""A late holder is waited for so many times as long as the others needed."""
-SHORTEST_WAIT = 0.05
-"""Seconds for which the last few are waited for in any case: event loops pause."""
+"""Late holders are waited for so many times as long as the others needed."""
+SHORTEST_WAIT = 0.15
+"""Seconds for which all are waited for in any case: event loops pause."""
 
 
 class Write:
     """A write of records, each to the k nodes closest to its key. Records that share a holder share datagrams.
 
-    It ends when every holder has answered. Once half of them have, those that are late are not waited for beyond
-    `PATIENCE` times as long as these needed: a dead one would cost every writer a second. Once three quarters have,
-    nobody is: on a quick network the first timeout of a dead one is thirty times what the others take.
+    It ends when every holder has answered. Once half of them have, the others are not waited for beyond `PATIENCE`
+    times as long as these needed: a dead one would cost every writer a second.
     """
 
     def __init__(self, core: Core, records: Sequence[SignedRecord]) -> None:
@@ -45,7 +44,6 @@ class Write:
         self._to_send: dict[bytes, tuple[Contact, list[int]]] = {}
         self._num_sent = 0
         self._num_waiting = 0
-        self._num_late = 0
         self._sent_at = 0.0
         self._answered_at = 0.0
 
@@ -105,21 +103,13 @@ class Write:
             self._answered_at = now
         self._end_if_done(now)
 
-    def _late(self, change: int, now: float) -> None:
-        self._num_late += change
-        self._end_if_done(now)
-
     def _end_if_done(self, now: float) -> None:
         if self.cancelled:
             return
         if self._num_waiting:
-            answered = self._num_sent - self._num_waiting
-            num_missed = 0 if 4 * answered >= 3 * self._num_sent else self._num_waiting - self._num_late
-            if num_missed > 0 or 2 * answered < self._num_sent:
+            if 2 * self._num_waiting > self._num_sent:
                 return
-            give_up_at = self._sent_at + PATIENCE * (self._answered_at - self._sent_at)
-            if self._num_waiting > self._num_late:
-                give_up_at = max(give_up_at, self._sent_at + SHORTEST_WAIT)
+            give_up_at = self._sent_at + max(SHORTEST_WAIT, PATIENCE * (self._answered_at - self._sent_at))
             if now < give_up_at:
                 self.core.timers.start(give_up_at, lambda now: self._give_up(give_up_at, now))
                 return
@@ -148,9 +138,6 @@ class _Store(Caller):
     def __init__(self, write: Write, contact: Contact, indices: list[int], now: float) -> None:
         self.write = write
         self.indices = indices
-        # a node that is late with another request already is not waited for again
-        self.late = contact.late
-        write._num_late += contact.late
         self.repeated = False
         self._send(contact, now)
 
@@ -161,9 +148,6 @@ class _Store(Caller):
 
     def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
         assert call.contact is not None
-        if self.late:
-            self.late = False
-            self.write._late(-1, now)
         outcomes = wire.read_outcomes(reply.results, len(self.indices))
         if StoreOutcome.BAD_TOKEN in outcomes and not self.repeated:
             # the holder changed its secret since: its reply brought a new token
@@ -172,13 +156,5 @@ class _Store(Caller):
         else:
             self.write._stored(self.indices, outcomes, now)
 
-    def call_stalled(self, call: Call, now: float) -> None:
-        if not self.late:
-            self.late = True
-            self.write._late(1, now)
-
     def call_failed(self, call: Call, now: float) -> None:
-        if self.late:
-            self.late = False
-            self.write._num_late -= 1
         self.write._stored(self.indices, [], now)

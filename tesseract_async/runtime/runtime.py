@@ -13,17 +13,17 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, Queue
 from typing import Final, TypeVar
 
 import torch
 
 from tesseract_async.errors import Overloaded
-from tesseract_async.metrics import Metrics
+from tesseract_async.metrics import SECONDS_BUCKETS, Histogram, Metrics
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import (
     MAX_QUEUE_BYTES,
@@ -71,6 +71,16 @@ class RuntimeSettings:
     than what stops the process allows."""
 
 
+@dataclass(slots=True)
+class ExpertFigures:
+    """What one expert has computed."""
+
+    num_calls: int = 0
+    num_failures: int = 0
+    latencies: Histogram = field(default_factory=lambda: Histogram(SECONDS_BUCKETS))
+    """Seconds from the arrival of each batch's first request to its answer."""
+
+
 class TesseractRuntime(Uncopied):
     """Runs experts on one device, on a thread of its own.
 
@@ -94,6 +104,8 @@ class TesseractRuntime(Uncopied):
             raise ValueError("the device 'meta' computes nothing; an expert needs one such as 'cpu' or 'cuda:0'")
         self.settings = settings
         self.metrics = metrics or Metrics()
+        self.figures: dict[ExpertBackend, ExpertFigures] = defaultdict(ExpertFigures)
+        """What each expert has computed since it is held here."""
         self._make_staging = make_staging
         self._batcher = Batcher(max_queue_bytes=settings.max_queue_bytes)
         self._queues: dict[_QueueKind, BatchQueue] = {}
@@ -383,6 +395,7 @@ class TesseractRuntime(Uncopied):
     def forget(self, backend: ExpertBackend) -> None:
         """Hold an expert no longer that is not computed here any more."""
         self._queues = {kind: queue for kind, queue in self._queues.items() if kind[0] is not backend}
+        self.figures.pop(backend, None)
 
     def _add_queue(self, kind: _QueueKind) -> BatchQueue:
         backend, is_backward, *_ = kind
@@ -397,8 +410,11 @@ class TesseractRuntime(Uncopied):
         return queue
 
     def _deliver(self, batches: Sequence[Batch], outcomes: Outcomes, seconds: float) -> None:
-        direction = ""
+        direction, now = "", time.monotonic()
         for batch in batches:
+            figures = self.figures[batch.queue.name[0]]  # type: ignore[index]
+            figures.num_calls += len(batch.slices)
+            figures.latencies.observe(now - batch.slices[0].request.arrival)
             for request, _, _ in batch.slices:
                 work: Work = request  # type: ignore[assignment]
                 outcome, answer = outcomes.get(work), work.answer
@@ -408,6 +424,7 @@ class TesseractRuntime(Uncopied):
                     answer.set_result(outcome)
                 else:
                     direction = _direction(batch)
+                    figures.num_failures += 1
                     self.metrics.count("runtime_failures", direction=direction)
                     _set_error(answer, outcome)  # type: ignore[arg-type]
                 if not work.alive and not work.num_running:  # as `_forget`

@@ -101,7 +101,6 @@ class SimulatedNode:
     def sign(
         self, key: str, value: Value, *, ttl: float, subkey: str | None = None, tombstone: bool = False
     ) -> SignedRecord:
-        """Return a record of this node, newer than all before."""
         wall = self.protocol.core.wall(self.network.clock.now)
         self._sequence = max(self._sequence + 1, int(wall * 1e6))
         return SignedRecord.sign(
@@ -115,7 +114,6 @@ class SimulatedNode:
         )
 
     def receive(self, data: bytes, source: Address) -> None:
-        """Take a datagram from the simulated network."""
         if not self.alive:
             return
         now = self.network.clock.now
@@ -190,13 +188,11 @@ class SimulatedNetwork:
     # Nodes
 
     def identity(self) -> SimulatedIdentity:
-        """Return a new identity that this network's nodes can verify."""
         identity = SimulatedIdentity(b"%d/%d" % (self._seed, len(self._secrets)))
         self.know(identity)
         return identity
 
     def know(self, identity: SimulatedIdentity) -> None:
-        """Have this network's nodes accept what an identity signs."""
         self._secrets[identity.public_key] = identity._secret
 
     def verify(self, public_key: bytes, signature: bytes, data: bytes) -> bool:
@@ -296,19 +292,16 @@ class SimulatedNetwork:
         return nodes
 
     def kill(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
-        """Let nodes vanish without a farewell."""
         for node in [nodes] if isinstance(nodes, SimulatedNode) else nodes:
             node.alive = False
 
     def leave(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
-        """Let nodes leave with a farewell."""
         for node in [nodes] if isinstance(nodes, SimulatedNode) else nodes:
             node.protocol.leave(self.clock.now)
             node.cycle()
             node.alive = False
 
     def alive(self) -> list[SimulatedNode]:
-        """Return all living nodes, in order of joining."""
         return [node for node in self.nodes.values() if node.alive]
 
     # The network
@@ -318,7 +311,6 @@ class SimulatedNetwork:
         self._groups = {node.address: index for index, group in enumerate(groups, 1) for node in group}
 
     def heal(self) -> None:
-        """End the partition."""
         self._groups = {}
 
     def transmit(self, data: bytes, source: Address, target: Address) -> None:
@@ -340,7 +332,6 @@ class SimulatedNetwork:
     # Whole operations, in virtual time
 
     def run(self, seconds: float) -> None:
-        """Let time pass."""
         self.clock.run(seconds)
 
     def store(

@@ -27,6 +27,14 @@ def split_host_port(text: str) -> tuple[str, int]:
     return bare, int(port)
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a host, by name or address, is this computer itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def join_host_port(host: str, port: int) -> str:
     """Undo `split_host_port`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

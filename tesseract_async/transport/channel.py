@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from tesseract_async.errors import HandshakeFailed, ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import Pipe
+from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.tls import TlsMachine
 
 CIPHERTEXT_BYTES: Final = 256 * 1024
@@ -54,7 +55,9 @@ class ChannelReceiver(Protocol):
 class Channel:
     """See the module. `receiver` may be replaced at any time."""
 
-    def __init__(self, pipe: Pipe, tls: TlsMachine | None, receiver: ChannelReceiver) -> None:
+    def __init__(
+        self, pipe: Pipe, tls: TlsMachine | None, receiver: ChannelReceiver, *, throttle: Throttle | None = None
+    ) -> None:
         self.pipe = pipe
         self.receiver = receiver
         self.bytes_counted = (0, 0)
@@ -66,9 +69,12 @@ class Channel:
         self._lost = False
         self._error: Exception | None = None
         self._abort_timer: asyncio.TimerHandle | None = None
+        self._throttle = throttle
+        self._reading_again: asyncio.TimerHandle | None = None
+        self._sending_again: asyncio.TimerHandle | None = None
+        self._reading_paused = False
 
     def start(self) -> None:
-        """Begin the handshake."""
         self.pipe.start(self)
         try:
             if self._tls is not None:
@@ -82,25 +88,51 @@ class Channel:
     @property
     def paused(self) -> bool:
         """Return whether enough is waiting to be sent; `channel_drained` follows."""
-        return self.pipe.paused
+        return self.pipe.paused or self._sending_again is not None
 
     def loan_mark(self) -> int | None:
         """Return a mark for `loan_ended`, or None if no memory given to `write` is in use."""
         return self.pipe.bytes_sent if self._tls is None and self.pipe.unsent else None
 
     def loan_ended(self, mark: int) -> bool:
-        """Return whether all that was written before the mark was taken has left."""
         return self._lost or self.pipe.bytes_sent - self.pipe.unsent >= mark
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Send the pieces, in order; ignored after the end. Without TLS their memory is on loan, see `loan_mark`."""
         if self._closed:
             return
+        before = self.pipe.bytes_sent
         target = self.pipe if self._tls is None else self._tls
         for piece in _joined(pieces) if len(pieces) > 1 else pieces:
             target.write(piece)
         if self._tls is not None:
             self.pipe.write(self._tls.data_to_send())
+        if self._throttle is not None:
+            loop = asyncio.get_running_loop()
+            wait = self._throttle.sent(self.pipe.bytes_sent - before, loop.time())
+            if wait > 0:
+                if self._sending_again is not None:
+                    self._sending_again.cancel()
+                self._sending_again = loop.call_later(wait, self._send_again)
+
+    def _send_again(self) -> None:
+        self._sending_again = None
+        self.pipe_drained()
+
+    def pause_reading(self) -> None:
+        """Leave what arrives to the peer's and the network's buffers."""
+        self._reading_paused = True
+        self.pipe.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._reading_paused = False
+        if self._reading_again is None:
+            self.pipe.resume_reading()
+
+    def _read_again(self) -> None:
+        self._reading_again = None
+        if not self._reading_paused:
+            self.pipe.resume_reading()
 
     def close(self) -> None:
         """Say farewell, send what was written, end. Repeating it does nothing."""
@@ -123,8 +155,6 @@ class Channel:
         self._closed = True
         self.pipe.abort()
 
-    # ---- PipeReceiver
-
     def get_buffer(self) -> memoryview:
         if self._tls is None:
             return self.receiver.get_buffer()
@@ -135,6 +165,12 @@ class Channel:
     def buffer_updated(self, count: int) -> None:
         if self._closed:
             return
+        if self._throttle is not None:
+            loop = asyncio.get_running_loop()
+            wait = self._throttle.received(count, loop.time())
+            if wait > 0 and self._reading_again is None:
+                self.pipe.pause_reading()
+                self._reading_again = loop.call_later(wait, self._read_again)
         try:
             if self._tls is None:
                 self.receiver.buffer_updated(count)
@@ -177,12 +213,14 @@ class Channel:
         self._close_pipe()
 
     def pipe_drained(self) -> None:
-        self.receiver.channel_drained()
+        if not self.paused:
+            self.receiver.channel_drained()
 
     def pipe_lost(self, error: Exception | None) -> None:
         self._closed = self._lost = True
-        if self._abort_timer is not None:
-            self._abort_timer.cancel()
+        for timer in (self._abort_timer, self._reading_again, self._sending_again):
+            if timer is not None:
+                timer.cancel()
         reason = self._error or error
         if reason is None and not self._open:
             reason = HandshakeFailed("eof", "the peer hung up during the handshake")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -17,10 +16,10 @@ from tesseract_async.transport.base import (
     PeerAddress,
     Pipe,
     PipeReceiver,
+    is_loopback,
     join_host_port,
     split_host_port,
 )
-from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.token_bucket import TokenBucket
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ MAX_TARGETS: Final = 4096
 class TcpPipe(asyncio.BufferedProtocol):
     """See `base.Pipe`. Made by `connect` and `TcpTransport`; what arrives before `start` is kept for it."""
 
-    def __init__(self, opened: Callable[[TcpPipe], None] | None = None, *, throttle: Throttle | None = None) -> None:
+    def __init__(self, opened: Callable[[TcpPipe], None] | None = None) -> None:
         self.paused = False
         self.description = "tcp"
         self.origin = ""
@@ -57,15 +56,10 @@ class TcpPipe(asyncio.BufferedProtocol):
         self._opened = opened
         self._transport: asyncio.Transport | None = None
         self._receiver: PipeReceiver | None = None
-        self._throttle = throttle
-        self._reading_paused = False  # by the receiver's wish
-        self._reading_again: asyncio.TimerHandle | None = None
-        self._sending_again: asyncio.TimerHandle | None = None
+        self._reading_paused = False
         # a peer that speaks before `start`: uvloop cannot pause a transport in connection_made
         self._early = bytearray()
         self._early_buffer = memoryview(b"")
-
-    # ---- asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
@@ -94,8 +88,6 @@ class TcpPipe(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self.bytes_received += nbytes
-        if self._throttle is not None:
-            self._throttle_reading(self._throttle, nbytes)
         if self._receiver is not None:
             self._receiver.buffer_updated(nbytes)
             return
@@ -110,53 +102,15 @@ class TcpPipe(asyncio.BufferedProtocol):
         self.paused = True
 
     def resume_writing(self) -> None:
-        if self._sending_again is None:
-            self.paused = False
-            if self._receiver is not None:
-                self._receiver.pipe_drained()
+        self.paused = False
+        if self._receiver is not None:
+            self._receiver.pipe_drained()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        for timer in (self._reading_again, self._sending_again):
-            if timer is not None:
-                timer.cancel()
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.pipe_lost(exc)
-
-    # ---- throttling
-
-    def _throttle_reading(self, throttle: Throttle, count: int) -> None:
-        loop = asyncio.get_running_loop()
-        wait = throttle.received(count, loop.time())
-        if wait > 0 and self._transport is not None and self._reading_again is None:
-            if not self._reading_paused:
-                self._transport.pause_reading()
-            self._reading_again = loop.call_later(wait, self._read_again)
-
-    def _read_again(self) -> None:
-        self._reading_again = None
-        if self._transport is not None and not self._reading_paused:
-            self._transport.resume_reading()
-
-    def _throttle_writing(self, throttle: Throttle, count: int) -> None:
-        loop = asyncio.get_running_loop()
-        wait = throttle.sent(count, loop.time())
-        if wait > 0:
-            self.paused = True
-            if self._sending_again is not None:
-                self._sending_again.cancel()
-            self._sending_again = loop.call_later(wait, self._send_again)
-
-    def _send_again(self) -> None:
-        self._sending_again = None
-        if not self.unsent:
-            self.resume_writing()
-        elif self._transport is not None:
-            # resume_writing follows when the rest has left, which below the mark would not be told
-            self._sending_again = asyncio.get_running_loop().call_later(0.01, self._send_again)
-
-    # ---- base.Pipe
 
     def start(self, receiver: PipeReceiver) -> None:
         self._receiver = receiver
@@ -182,20 +136,18 @@ class TcpPipe(asyncio.BufferedProtocol):
         if self._transport is not None:
             self.bytes_sent += len(data)
             self._transport.write(data)
-            if self._throttle is not None:
-                self._throttle_writing(self._throttle, len(data))
 
     @property
     def unsent(self) -> int:
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def pause_reading(self) -> None:
-        if self._transport is not None and not self._reading_paused and self._reading_again is None:
+        if self._transport is not None and not self._reading_paused:
             self._transport.pause_reading()
         self._reading_paused = True
 
     def resume_reading(self) -> None:
-        if self._transport is not None and self._reading_paused and self._reading_again is None:
+        if self._transport is not None and self._reading_paused:
             self._transport.resume_reading()
         self._reading_paused = False
 
@@ -208,13 +160,13 @@ class TcpPipe(asyncio.BufferedProtocol):
             self._transport.abort()
 
 
-async def connect(address: str, *, throttle: Throttle | None = None) -> TcpPipe:
+async def connect(address: str) -> TcpPipe:
     """Dial ``host:port``. Raises: OSError, TimeoutError, ValueError."""
     host, port = split_host_port(address)
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT):
-            _, pipe = await loop.create_connection(lambda: TcpPipe(throttle=throttle), host, port)
+            _, pipe = await loop.create_connection(TcpPipe, host, port)
     except TimeoutError:
         raise TimeoutError(f"nothing answered within {CONNECT_TIMEOUT:g} s") from None
     return pipe
@@ -250,22 +202,14 @@ class DialBudget:
 
 def _targets(address: str) -> dict[str, float]:
     host = split_host_port(address)[0]
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    return {address: 1.0} if loopback else {address: 1.0, host: DIALS_PER_HOST}
+    return {address: 1.0} if is_loopback(host) else {address: 1.0, host: DIALS_PER_HOST}
 
 
 class TcpTransport:
-    """See `base.Transport`. `sock`: a bound TCP socket to accept on, owned from `listen` on; None only dials.
+    """See `base.Transport`. `sock`: a bound TCP socket to accept on, owned from `listen` on; None only dials."""
 
-    `throttle` limits all pipes of this transport together.
-    """
-
-    def __init__(self, sock: socket.socket | None = None, *, throttle: Throttle | None = None) -> None:
+    def __init__(self, sock: socket.socket | None = None) -> None:
         self._sock = sock
-        self._throttle = throttle
         self._server: asyncio.Server | None = None
         self._worked: LRU[PeerID, str] = LRU(MAX_REMEMBERED)
         self._budget = DialBudget()
@@ -273,7 +217,7 @@ class TcpTransport:
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         if self._sock is not None:
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: TcpPipe(accept, throttle=self._throttle), sock=self._sock, backlog=1024
+                lambda: TcpPipe(accept), sock=self._sock, backlog=1024
             )
 
     def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
@@ -294,7 +238,7 @@ class TcpTransport:
 
     async def _open(self, address: str) -> Pipe:
         self._budget.check(address, asyncio.get_running_loop().time())
-        return await connect(address, throttle=self._throttle)
+        return await connect(address)
 
     def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
         kind, _, address = path.name.partition(" ")

@@ -23,7 +23,6 @@ class TlsMachine:
         self._expected = expected
 
     def receive_data(self, data: memoryview) -> None:
-        """Take ciphertext (a copy)."""
         self._incoming.write(data)
 
     def data_to_send(self) -> bytes:
@@ -79,7 +78,6 @@ class TlsMachine:
             raise ProtocolError(f"TLS: {error.reason or error}") from None
 
     def close(self) -> None:
-        """Queue the farewell (close_notify)."""
         try:
             self._tls.unwrap()
         except ssl.SSLError:

@@ -1,6 +1,13 @@
-"""A token bucket: how long to wait so that bytes keep to a rate. No I/O: time is given to it."""
+"""Token buckets: how long to wait so that bytes keep to a rate. No I/O: time is given to them."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Final
+
+from tesseract_async.lru import LRU
+
+MAX_SOURCES: Final = 4096
 
 
 class TokenBucket:
@@ -40,12 +47,28 @@ class TokenBucket:
         self._level -= amount
         return True
 
-    def wait(self, now: float) -> float:
-        """Return the seconds until bytes may pass again; 0 if they may now."""
+    def wait(self, now: float, amount: float = 0.0) -> float:
+        """Return the seconds until there is as much as `amount`; without it, until debts are paid. 0: at once."""
         self._refill(now)
-        return max(0.0, -self._level / self.rate)
+        return max(0.0, (amount - self._level) / self.rate)
 
     def _refill(self, now: float) -> None:
         if now > self._at:
             self._level = min(self.burst, self._level + (now - self._at) * self.rate)
             self._at = now
+
+
+class RateLimiter:
+    """A token bucket for each source. Beyond `MAX_SOURCES`, those that have been idle longest start afresh."""
+
+    def __init__(self, *, rate: float, burst: float) -> None:
+        """`rate`: what a source may spend per second; `burst`: what it may save up."""
+        self._rate = rate
+        self._burst = burst
+        self._buckets: LRU[Hashable, TokenBucket] = LRU(MAX_SOURCES)
+
+    def allows(self, source: Hashable, cost: float, now: float) -> bool:
+        """Spend `cost` of the source's budget; return False, and spend nothing, if it has less."""
+        bucket = self._buckets.get(source) or TokenBucket(self._rate, burst=self._burst, now=now)
+        self._buckets[source] = bucket
+        return bucket.spend(cost, now)

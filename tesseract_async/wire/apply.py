@@ -80,7 +80,6 @@ class ApplyRequest(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the block."""
         return int(next(meta[1][0] for meta in self.tensors if meta is not None))
 
     def pairs(self, experts: npt.NDArray[np.integer[Any]]) -> Numbers:
@@ -121,7 +120,6 @@ class ApplyPart(NamedTuple):
 
 
 def encode_request(request: ApplyRequest) -> tuple[list[Value], list[memoryview]]:
-    """Return the body, and the buffers that go before those of the tensors."""
     body: list[Value] = [
         request.prefix,
         request.experts.astype(_U4).tobytes(),
@@ -193,7 +191,6 @@ def decode_request(body: Value, buffers: Sequence[memoryview]) -> tuple[ApplyReq
 
 
 def encode_part(part: ApplyPart, *, backward: bool) -> tuple[list[Value], list[memoryview]]:
-    """Return the body, and the buffers that go before those of the sums."""
     body: list[Value] = [
         part.experts.astype(_U4).tobytes(),
         part.versions.astype(_I8).tobytes(),
@@ -238,7 +235,6 @@ def decode_part(
 
 
 def _told(error: RemoteError) -> tuple[str, str, float, bytes | None]:
-    """Return the code of an error, its sentence, when to ask again, and who is the primary."""
     code, sentence = text_of(lambda: error.code), text_of(lambda: str(error))[:MAX_SENTENCE_LENGTH]
     primary = error.details.get("primary")
     return code, sentence, error.details.get("retry_after", 0.0), None if primary is None else bytes(primary)

@@ -82,7 +82,6 @@ class CodecPolicy:
             raise SchemaMismatch(f"{expert}: codec {codec[:40]!r} {known}; accepted: {', '.join(accepted)}")
 
     def encode(self) -> dict[str, list[str]]:
-        """As msgpack holds it."""
         return {name: list(getattr(self, name)) for name in Codecs._fields}
 
     @classmethod

@@ -82,7 +82,6 @@ Buffer = bytes | bytearray | memoryview
 
 
 def frame(kind: int, *, stream: int = 0, flags: int = 0, payload: bytes = b"") -> bytes:
-    """One whole frame."""
     return HEADER.pack(kind, flags, 0, len(payload), stream) + payload
 
 
@@ -338,7 +337,6 @@ class FrameReader:
             self._start = self._end = 0
 
     def forget(self, assembly: Assembly) -> None:
-        """Skip what still comes of this message, and let go of its memory."""
         if self._assembly is assembly:
             self._assembly = None
             self._direct = False

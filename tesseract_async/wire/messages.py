@@ -274,7 +274,6 @@ _FIELDS: dict[type, list[_Field]] = {
 
 
 def encode(message: Body) -> list[Value]:
-    """The message as a msgpack list of its fields."""
     return list(message)
 
 

@@ -2,8 +2,8 @@
 
 Two ends in one process, with aiortc's own DTLS and SCTP between them and a link in memory instead of ICE: a rate, a
 delay, a queue of 100 ms that drops what does not fit, and losses at random (seeded). The associations share the link.
-The rules: aiortc's own congestion control (TCP Reno's), and this package's (`nat/webrtc/congestion.py`). At last one of
-each shares a link, to see what is left for the other. The same seed gives the same figures up to the sizes of DTLS'
+The rules: aiortc's own congestion control, TCP Reno's, and this package's (`nat/webrtc/association.py`). At last one
+of each shares a link, to see what is left for the other. The same seed gives the same figures up to the sizes of DTLS'
 random numbers, on a busy machine, too. What a processor carries is `nat_associations`' matter. One line of JSON per
 figure.
 """

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 
 import tesseract_async as ta
@@ -138,9 +139,7 @@ def main() -> None:
                 for each in workers:
                     each.receive(60)
         # a third of the rounds: by the first figures a run takes a second or two
-        begin = time.perf_counter()
-        while not any(each.pipe.poll() for each in workers) and time.perf_counter() - begin < 0.2:
-            time.sleep(0.01)
+        connection.wait([each.pipe for each in workers], timeout=0.2)
         doomed.process.kill()
         results: list[WorkResult] = [each.receive(120) for each in workers]
     seconds = max(result.end for result in results) - min(result.begin for result in results)

@@ -87,8 +87,8 @@ def test_an_owner_lets_members_in_and_out(tmp_path: Path) -> None:
                 facts = last_json(out)
                 assert status == 0 and facts["mode"] == "granted" and facts["hosts"] == {str(me): 1}
                 roles = {one["peer"]: one["roles"] for one in facts["members"]}
-                assert roles[str(me)] == ["host"] and roles[other] == ["train"] and len(roles) == 3
-                (invited,) = (peer for peer, has in roles.items() if "admit" in has)
+                assert roles[str(me)] == ["host"] and roles[other] == ["train"] and len(roles) == 4
+                (invited,) = (peer for peer, has in roles.items() if has == ["host", "admit"])
 
                 status, out, _ = invoke("run", "appoint", run, "ffn.0.[0:2]", str(me), *signed)
                 assert status == 0 and last_json(out)["peer"] == str(me)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import tesseract_async as ta
 from tesseract_async.cli import swarm_picture as picture
+from tesseract_async.cli import top
 from tests.cli.processes import ENVIRONMENT, ROOT
 
 
@@ -71,6 +72,29 @@ def test_servers_legend_and_events_stay_in_sight(
     for wanted in ("tesseract top", "00000000", "tcp 192.0.2.0", "alive", "nobody", left_out, "event 19"):
         assert wanted in text, (wanted, text)
     assert num_peers < 40 or "servers more" in text
+
+
+def test_lists_scroll_and_a_run_is_described() -> None:
+    swarm = state((4, 4), num_peers=40)
+    swarm["run"] = {"name": "digits@ab", "mode": "granted", "num_experts": 16, "expert": "ffn", "losses": 2}
+    swarm["contributors"] = [{"name": "attic", "short": "0", "rows": 1234567}]
+    swarm["peers"][7] |= {"name": "cellar", "left_ago": 600}
+    for first, begins, ends in (
+        (0, "00000000", "event 19"),
+        (7, "00000007", "event 12"),
+        (999, "00000027", "event 5 "),
+    ):
+        console = Console(width=130, file=io.StringIO())
+        with console.capture() as captured:
+            console.print(picture.draw(swarm, 130, 40, first=first))
+        text = captured.get()
+        assert begins in text and ends in text and len(text.splitlines()) <= 40, text
+        assert "survives the loss of 2 more members" in text and "thanks, last 24 h: attic (1,234,567 rows)" in text
+        assert first != 7 or ("cellar" in text and "left 10 min ago" in text)
+
+
+def test_keys_are_told_apart() -> None:
+    assert top._KEY.findall("q\x1b[Bj\x1b[6~") == ["q", "\x1b[B", "j", "\x1b[6~"]
 
 
 def test_large_grids_are_drawn_in_blocks() -> None:

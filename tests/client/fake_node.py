@@ -18,6 +18,7 @@ from torch import nn
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.settings import CallOptions, MixtureSettings
 from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten, RemoteError, TooStale
+from tesseract_async.experts.thanks import Thanks
 from tesseract_async.metrics import Metrics
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages, packed
@@ -230,6 +231,7 @@ class FakeNode(Uncopied):
     def __init__(self) -> None:
         self.directory = FakeDirectory()
         self.metrics = Metrics()
+        self.thanks = Thanks()
         self.client_state: object = None
         self.hosted: dict[str, Hosted] = {}
         self.delay: float | Callable[[str], float] = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.grants import read_grant_text
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.ownership import RunOwner, adopt_servers, with_delegates
 from tesseract_async.experts.pattern import ExpertPattern
@@ -51,8 +52,9 @@ async def test_an_owner_lets_peers_in_and_out() -> None:
 async def test_who_came_by_an_invite_goes_with_it() -> None:
     swarm, run = FakeSwarm(), a_run()
     owner = acting(OWNER, run, swarm)
-    made, key = owner.invite(["train"], seconds=DAY)
-    assert made.peer == key.peer_id and set(made.role_names) == {"train", "admit"}
+    made, text = owner.invite(["train"], seconds=DAY)
+    came = read_grant_text(text, STRANGER.peer_id, now=swarm.clock())
+    assert came.signer == made.peer and set(made.role_names) == {"train", "admit"}
     await owner.revoke([], [made.peer])
     assert made.peer in owner.authority.revoked()
 

@@ -11,7 +11,7 @@ import pytest
 from tesseract_async.admission import Policy
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.grants import GRANT_SECONDS, Grant, grant_text, sign_grant, sign_revocations
+from tesseract_async.experts.grants import GRANT_SECONDS, Grant, Invite, grant_text, sign_grant, sign_revocations
 from tesseract_async.experts.run import RunManifest, SignedRun, run_key, sign_run, split_run
 from tesseract_async.experts.run_directory import (
     NUM_COPIES,
@@ -283,7 +283,9 @@ async def test_a_wrong_grant_and_a_run_of_before_are_sentences() -> None:
     assert keeper.authority is not None and keeper.authority.grant_of(BOB.peer_id) == mine
     invite = Identity.from_seed(b"i" * 32)
     admit = sign_grant(ALICE, run_id, invite.peer_id, ["host", "admit"], serial=1, not_after=2**39)
-    came = await enter(grant_text(admit, invite=invite))
+    text = Invite(run.full_name, ("198.51.100.7:31337",), grant_text(admit, invite=invite)).text()
+    assert Invite.parse(text).seeds == ("198.51.100.7:31337",) and Invite.parse(text).not_after == 2**39
+    came = await enter(text)
     assert came.authority is not None and came.authority.may(BOB.peer_id, "host", "ffn.1", now=NOW)
     with pytest.raises(BareRun, match="version 0.1"):
         await enter(grant_text(mine), sign_run(ALICE, dataclasses.replace(run.manifest, mode="bare")))

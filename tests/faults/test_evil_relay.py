@@ -104,7 +104,7 @@ async def relayed(spoiler: Spoiler, *, handshake_timeout: float = 5.0) -> AsyncI
     sock = bound_socket()
     address = f"127.0.0.1:{sock.getsockname()[1]}"
     demultiplexer = PreambleDemultiplexer(
-        tcp.TcpTransport(sock),
+        sock,
         handlers={preamble.RELAY: lambda token, pipe: relay.pipe_arrived(token, SpoiledPipe(pipe, spoiler))},  # type: ignore[arg-type]
         metrics=Metrics(),
     )

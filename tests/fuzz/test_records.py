@@ -124,9 +124,11 @@ def fuzz_sealed_offers(pick: random.Random) -> None:
 
 def fuzz_stun(pick: random.Random) -> None:
     if pick.random() < 0.5:
-        stun.decode_request(mutate(pick, stun.encode_request(bytes(12))))
+        stun.answer(mutate(pick, stun.encode_request(bytes(12))), ("10.0.0.1", 5))
     else:
-        stun.decode_response(mutate(pick, stun.encode_response(bytes(12), pick.choice(("10.0.0.1", "::1")), 5)))
+        stun.decode_response(
+            mutate(pick, stun.answer(stun.encode_request(bytes(12)), (pick.choice(("10.0.0.1", "::1")), 5)) or b"")
+        )
 
 
 def fuzz_preamble(pick: random.Random) -> None:

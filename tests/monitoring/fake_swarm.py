@@ -7,7 +7,9 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.monitoring.history import History
 
 NOW = 1_700_000_000.0
 VERSION = "0.1.0"
@@ -21,14 +23,16 @@ class FakeObserver:
     ) -> None:
         """Experts are dealt out to the servers like cards; nobody hosts anything where there is no server."""
         self.node = SimpleNamespace(metrics=Metrics())
-        self.num_looks = self.num_log_lines = 0
+        self.num_looks = self.num_log_lines = self.num_points = 0
         self.peers = [self._peer(number, size) for number in range(num_servers)]
         cells = [[row, column] for row in range(size[0]) for column in range(size[1])]
         self.grids: list[dict[str, Any]] = []
         if num_servers:
             experts = [[at, n % num_servers, 1 + n % 2, 10 * n, 0.25, n % 3] for n, at in enumerate(cells)]
             self.grids = [{"prefix": prefix, "size": list(size), "experts": experts, "lost": []}]
-        self.history: list[dict[str, float]] = []
+        self.history = History()
+        self.run: dict[str, Any] | None = None
+        self.thanks: list[dict[str, Any]] = []
         self.log: list[list[Any]] = []
         self.losses: dict[str, list[float]] = {}
         for peer in self.peers:
@@ -57,12 +61,21 @@ class FakeObserver:
             "answered_ago": 0.4,
             "software": VERSION,
             "error": None,
+            "name": f"machine {number}",
+            "hardware": "8 cores, 16 GiB",
+            "memory": 2**30,
+            "failures": number,
+            "median": 0.01,
+            "slow": 0.05,
+            "parameters": 1000,
+            "left_ago": None,
         }
 
     def add_point(self) -> None:
         """One more look at throughput and loss."""
-        n = len(self.history)
-        self.history.append(
+        n = self.num_points
+        self.num_points += 1
+        self.history.add(
             {
                 "time": NOW + 2.0 * n,
                 "experts": float(sum(len(grid["experts"]) for grid in self.grids)),
@@ -76,7 +89,7 @@ class FakeObserver:
         self.num_looks += 1
 
     def note(self, sentence: str, kind: str) -> None:
-        self.log.append([NOW + 2.0 * len(self.history), sentence, kind])
+        self.log.append([NOW + 2.0 * self.num_points, sentence, kind])
         self.num_log_lines += 1
 
     def changed(self) -> None:
@@ -88,14 +101,36 @@ class FakeObserver:
     async def wait_changed(self) -> None:
         await self._changed.wait()
 
+    def contributors(self) -> list[dict[str, Any]]:
+        return self.thanks
+
+    def expert(self, uid: str) -> dict[str, Any]:
+        facts = {"version": 70, "num_calls": 400, "num_failures": 2, "median_seconds": 0.004, "slow_seconds": 0.09}
+        servers = [
+            {key: peer[key] for key in ("peer_id", "short", "name")} | facts | {"primary": not number}
+            for number, peer in enumerate(self.peers[:2])
+        ]
+        standing = [[0, 1], "0000000a", ["0000000b"], ["0000000c"], 70, 2, "safe"]
+        versions = [[int(NOW) + 60 * minute, 10 * minute] for minute in range(8)]
+        return {"uid": uid, "servers": servers, "standing": standing, "versions": versions}
+
+    def server(self, peer_id: PeerID) -> dict[str, Any]:
+        if not any(peer["peer_id"] == str(peer_id) for peer in self.peers):
+            raise KeyError(peer_id)
+        facts = {"version": 70, "primary": True, "num_calls": 400, "num_failures": 2}
+        experts = [{"uid": f"ffn.0.{n}", **facts, "median_seconds": 0.004, "slow_seconds": 0.09} for n in range(4)]
+        return {"peer_id": str(peer_id), "experts": experts}
+
     def state(self) -> dict[str, Any]:
         return {
             "time": NOW,
             "node": {"peer_id": "ab" * 32, "address": "127.0.0.1:4", "role": "public", "join": "127.0.0.1:31337"},
-            "totals": self.history[-1] if self.history else {},
+            "run": self.run,
+            "totals": self.history.last,
             "grids": self.grids,
             "peers": self.peers,
-            "history": self.history[-600:],
+            "history": self.history.since({}),
+            "contributors": self.thanks,
             "losses": self.losses,
             "log": self.log[-200:],
         }

@@ -132,11 +132,12 @@ async def test_a_healthy_swarm(browser: Any) -> None:
         assert "ffn: 16 of 16 experts alive" in await visit.text("#grids")
         servers = await visit.text("#peers")
         assert "0000000b" in servers and "direct" in servers and "relay through 0a1b2c3d" in servers
-        assert "24.6 ms" in servers and "12.5" in servers and "41 %" in servers and "0.1.0" in servers
+        assert "24.6 ms" in servers and "12.5" in servers and "41 %" in servers and "machine 1 (0000000b)" in servers
         assert "0000000a one" in await visit.text("#losses")
         assert "joined with 16 experts" in await visit.text("#log")
         label = await visit.page.get_attribute("canvas[data-series=loss]", "aria-label")
         assert label.startswith("Loss, mean: now ") and "between" in label
+        await visit.page.select_option("#colour", "server")
         one, two, three, again = await colours(visit, (0, 0), (0, 1), (0, 2), (0, 3))
         assert len({one, two, three}) == 3 and one == again, "each server has a colour"
         await visit.page.select_option("#colour", "version")
@@ -147,6 +148,7 @@ async def test_a_healthy_swarm(browser: Any) -> None:
 async def test_a_server_was_killed(browser: Any) -> None:
     observer = FakeObserver(num_servers=3, num_points=30)
     async with visiting(browser, observer) as visit:
+        await visit.page.select_option("#colour", "server")
         alive = (await colours(visit, (0, 1)))[0]
         observer.peers[1]["error"] = "nobody listens at 192.0.2.2:31337"
         observer.note("0000000b does not answer: nobody listens at 192.0.2.2:31337", "failed")
@@ -194,8 +196,8 @@ async def test_a_page_lives_by_events_and_is_told_only_what_is_new(browser: Any)
             observer.changed()
             await visit.wait_text("#log", f"something happened {step}")
             await visit.wait_text("#grids", f"{9 - step} of 16")
-        assert await visit.page.evaluate("state.history.length") == 600, "bounded, and complete"
-        assert await visit.page.evaluate("state.history.at(-1).time") == observer.history[-1]["time"]
+        assert await visit.page.evaluate("state.history['5 min'].length") == 300, "bounded, and complete"
+        assert await visit.page.evaluate("state.history['5 min'].at(-1).time") == observer.history.last["time"]
         assert await visit.page.evaluate("state.log.length") == observer.num_log_lines
         assert await visit.page.evaluate("state.whole") is False
         assert await visit.page.evaluate("window.stays"), "without loading the page again"
@@ -347,7 +349,48 @@ async def test_everything_can_be_reached_by_keyboard(browser: Any) -> None:
         assert (await visit.text("#detail")).startswith("ffn.0.1: on server 0000000b, 2 replicas, version 10")
         await visit.page.focus("#colour")
         await visit.page.keyboard.press("ArrowDown")
-        assert await visit.page.input_value("#colour") == "version"
+        assert await visit.page.input_value("#colour") == "server"
+
+
+async def test_a_run_comes_first_and_each_expert_and_server_has_a_page(browser: Any) -> None:
+    observer = FakeObserver(num_servers=3, num_points=5)
+    observer.run = {"name": "digits@" + "ab" * 32, "mode": "granted", "num_experts": 16, "expert": "ffn"}
+    observer.run |= {"sizes": {}, "losses": 2, "at_risk": 0}
+    peer = observer.peers[2]
+    peer |= {"left_ago": 60, "error": "no answer in time", "gone": True}
+    observer.thanks = [{"peer_id": peer["peer_id"], "short": peer["short"], "name": "attic"}]
+    observer.thanks[0] |= {"rows": 1_234_567, "steps": 89, "hours": 3, "trainers": 2}
+    async with visiting(browser, observer) as visit:
+        assert await visit.text("#title") == "digits" and "2\nservers" in await visit.text("#totals")
+        run = await visit.text("#run")
+        assert (
+            "digits@abababab…, granted: 16 experts (ffn), 16K parameters in total" in run
+            and "survives the loss of 2 more members" in run
+        )
+        assert "attic (0000000c)" in await visit.text("#thanks") and "1,234,567" in await visit.text("#thanks")
+        assert "left 1 min ago" in await visit.text("#peers tr.left"), "greyed for an hour"
+        first = "#peers tr:first-child td:first-child"
+        for words in ("machine 1", "machine 0"):  # the most failures first, then the fewest
+            await visit.page.click("#servers th:nth-child(10) button")
+            if words == "machine 1":
+                assert "machine 2" in await visit.text(first), "sorted by failures"
+        await visit.page.select_option("#span", "1 day")
+        where = await visit.page.evaluate("document.querySelector('#legend').offsetTop")
+        await visit.page.focus(".grid canvas")
+        await visit.page.keyboard.press("ArrowRight")
+        moved = await visit.page.evaluate("document.querySelector('#legend').offsetTop")
+        assert moved == where, "nothing shifts"
+        await visit.page.keyboard.press("Enter")
+        await visit.wait_text("#one", "trains it")
+        page = await visit.text("#one")
+        assert "Expert ffn.0.1" in page and "0.5 %" in page and "90 ms" in page and "survives 2 more" in page
+        assert not await visit.page.is_visible("#servers")
+        await visit.page.click("#one-rows a")
+        await visit.wait_text("#one", "8 cores, 16 GiB")
+        assert "Server machine 0 (0000000a)" in await visit.text("#one") and "ffn.0.3" in await visit.text("#one")
+        await visit.page.keyboard.press("Escape")
+        await visit.page.wait_for_selector("#servers")
+        assert not await visit.page.is_visible("#one")
 
 
 async def test_what_strangers_say_stays_text(browser: Any) -> None:

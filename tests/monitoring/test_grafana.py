@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.monitoring.catalogue import METRICS
-from tesseract_async.monitoring.prometheus import render
+from tesseract_async.monitoring.catalogue import METRICS, SWARM_METRICS
+from tesseract_async.monitoring.prometheus import SWARM_COUNTERS, render
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "dashboard.json"
 PACKAGE = Path(__file__).parents[2] / "tesseract_async"
@@ -35,6 +36,8 @@ def exposed() -> set[str]:
             metrics.set(name, 1.0)
         else:
             metrics.observe(name, 1.0)
+    for name in SWARM_METRICS:
+        (metrics.count if name in SWARM_COUNTERS else partial(metrics.set, value=1.0))(name)
     families = text_string_to_metric_families(render(metrics).decode())
     return {sample.name for family in families for sample in family.samples}
 
@@ -74,13 +77,13 @@ def test_every_metric_that_grafana_asks_for_exists() -> None:
             assert any(re.fullmatch(pattern, name) for name in names), expression
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", sorted(METRICS | SWARM_METRICS))
 def test_names_follow_the_conventions(name: str) -> None:
     """What promtool would say: base units, spelled out, and no suffix that the type adds."""
-    unit, sentence = METRICS[name]
+    unit, sentence = (METRICS | SWARM_METRICS)[name]
     assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name)
     assert not re.search(r"_(total|count|sum|bucket|ms|millis|milliseconds|us|kb|mb|minutes|percent)($|_)", name)
     if unit in ("seconds", "bytes"):
         assert unit in name.split("_"), f"{name} says its unit"
     assert sentence.endswith(".")
-    assert kinds().get(name) in KINDS.values(), "it is used, and as one kind"
+    assert name in SWARM_METRICS or kinds().get(name) in KINDS.values(), "it is used, and as one kind"

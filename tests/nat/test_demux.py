@@ -24,10 +24,9 @@ class House:
         self.metrics = Metrics()
         self.ordinary: asyncio.Queue[Pipe] = asyncio.Queue()
         self.special: asyncio.Queue[tuple[int, bytes, Pipe]] = asyncio.Queue()
-        transport = tcp.TcpTransport(self.sock)
         handlers = {kind: functools.partial(self.arrived, kind) for kind in preamble.KINDS}
         self.demultiplexer = PreambleDemultiplexer(
-            transport, handlers=handlers, metrics=self.metrics, timeout=timeout, max_per_range=max_per_range
+            self.sock, handlers=handlers, metrics=self.metrics, timeout=timeout, max_per_range=max_per_range
         )
 
     def arrived(self, kind: int, token: bytes, pipe: Pipe) -> None:

@@ -29,7 +29,7 @@ class Node:
         self.sock.bind(("127.0.0.1", 0))
         self.port = self.sock.getsockname()[1]
         demultiplexer = PreambleDemultiplexer(
-            tcp.TcpTransport(self.sock),
+            self.sock,
             handlers={preamble.PROBE: lambda token, pipe: self.dial_back.pipe_arrived(token, pipe)},
             metrics=Metrics(),
         )

@@ -165,7 +165,7 @@ def test_the_guard_counts_those_who_would_be_sent_to() -> None:
             sender, BOB.peer_id, kind=offers.CHANNEL, body={}, nonce=bytes([number]) * 16, now=NOW
         )
         offer = offers.decode_offer(data, BOB.peer_id)
-        answers.append(guard.refuse(offer, now=float(number), wall=NOW, target="8.8.8.8"))
+        answers.append(guard.refuse(offer, now=0.0, wall=NOW, target="8.8.8.8"))
     assert answers == [None] * MAX_PER_TARGET + ["too_many"] * 2
     assert guard.refuse(offer, now=20.0, wall=NOW, target="8.8.4.4") is None
     late = offers.decode_offer(data, BOB.peer_id)

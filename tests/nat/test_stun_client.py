@@ -34,7 +34,13 @@ class Server(asyncio.DatagramProtocol):
         if self.num_asked > self.num_lost:
             answer = stun.answer(data, self.seen)
             assert answer is not None
-            for reply in (b"noise", answer[:-1], stun.encode_response(bytes(12), "9.9.9.9", 9), answer, answer):
+            for reply in (
+                b"noise",
+                answer[:-1],
+                stun.answer(stun.encode_request(bytes(12)), ("9.9.9.9", 9)),
+                answer,
+                answer,
+            ):
                 self.transport.sendto(reply, addr)  # type: ignore[attr-defined]
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -21,7 +21,6 @@ from tesseract_async.nat.rendezvous import RendezvousClient
 from tesseract_async.nat.role import RoleMachine
 from tesseract_async.nat.traversal import NatTransport
 from tesseract_async.network.address_scope import AddressScope
-from tesseract_async.transport import tcp
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 from tests.transport.pipes import bound_socket
 
@@ -64,7 +63,7 @@ class Place:
             scope=scope,
         )
         handlers = {preamble.RELAY: self.relay.pipe_arrived, preamble.REVERSE: self.nat.pipe_arrived}
-        self.demultiplexer = PreambleDemultiplexer(tcp.TcpTransport(sock), handlers=handlers, metrics=self.metrics)
+        self.demultiplexer = PreambleDemultiplexer(sock, handlers=handlers, metrics=self.metrics)
 
     async def no_stun_server(self) -> tuple[str, int] | None:
         return None

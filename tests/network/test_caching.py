@@ -12,7 +12,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Contact
 from tesseract_async.network.events import ReadFinished
-from tesseract_async.network.holding import MAX_COPIES, PathCache, RecordCheck, lifetime
+from tesseract_async.network.holding import COPY_SECONDS, MAX_COPIES, RecordCheck
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
@@ -32,32 +32,6 @@ def record(
 
 def contact(number: int) -> Contact:
     return Contact(number.to_bytes(32, "big"), ("10.0.0.1", 4000))
-
-
-def test_a_copy_lives_half_as_long_with_each_doubling_of_the_nodes_between() -> None:
-    closest = [contact(number) for number in range(1, 21)]  # the farthest is 20: five bits
-    lives = [lifetime(own, 0, closest, k=20) for own in (19, 21, 31, 32, 64, 128, 1 << 8, 1 << 9)]
-    assert lives == [0.0, 30.0, 30.0, 15.0, 7.5, 3.75, 1.875, 0.0]
-    assert lifetime(1 << 8, 0, closest[:19], k=20) == 0.0, "a node that knows fewer than k is a holder"
-
-
-def test_the_cache_keeps_the_newest_single_values_for_a_while() -> None:
-    cache = PathCache()
-    assert cache.wants(record(), WALL)
-    assert not cache.wants(record(subkey="a"), WALL)
-    assert not cache.wants(record(tombstone=True), WALL)
-    assert not cache.wants(record(ttl=-1.0), WALL)
-    cache.put(record(sequence=2), WALL + 10.0)
-    assert not cache.wants(record(sequence=2), WALL) and not cache.wants(record(sequence=1), WALL)
-    assert cache.wants(record(sequence=3), WALL)
-    assert cache.get(KEY, WALL + 9.0) == record(sequence=2) and cache.get(KEY, WALL + 10.0) is None
-    cache.put(record(ttl=5.0), WALL + 10.0)
-    assert cache.get(KEY, WALL + 6.0) is None, "not beyond its expiration"
-    for index in range(2 * MAX_COPIES):
-        cache.put(record(key=index.to_bytes(32, "big")), WALL + index)
-    assert len(cache) == MAX_COPIES
-    cache.expire(WALL + 1.5 * MAX_COPIES)
-    assert len(cache) == MAX_COPIES // 2 - 1
 
 
 def far_node(*checks: RecordCheck) -> NetworkProtocol:
@@ -95,6 +69,7 @@ def test_a_copy_is_served_as_such_and_only_what_may_be_copied_is_kept() -> None:
     for body, what in (
         (record(subkey="a").body, "an entry of a dictionary"),
         (record(tombstone=True).body, "a withdrawal"),
+        (record(ttl=-1.0).body, "an expired one"),
         (bytes(forged), "a forged one"),
     ):
         send(node, wire.COPY, KEY + body, token=token)
@@ -106,8 +81,17 @@ def test_a_copy_is_served_as_such_and_only_what_may_be_copied_is_kept() -> None:
     (answer,) = send(node, wire.GET, KEY, token=token)
     results = wire.read_reply(answer).results
     assert wire.read_value(results)[1] == [record().body] and wire.is_copy(results)
+    send(node, wire.COPY, KEY + record(sequence=0).body, token=token)
+    assert node.holder.copies[KEY][1] == record(), "an older one"
+    node.holder.expire_copies(WALL + COPY_SECONDS - 1.0)
+    assert len(node.holder.copies) == 1
+    node.holder.expire_copies(WALL + COPY_SECONDS)
+    assert len(node.holder.copies) == 0
+    for index in range(2 * MAX_COPIES):
+        node.holder.copies[index.to_bytes(32, "big")] = (WALL, record())
+    assert len(node.holder.copies) == MAX_COPIES
     send(node, wire.STORE, [KEY + record(sequence=2).body], token=token)
-    assert len(node.holder.copies) == 0, "a holder keeps no copy"
+    assert KEY not in node.holder.copies, "a holder keeps no copy"
     (answer,) = send(node, wire.GET, KEY, token=token)
     results = wire.read_reply(answer).results
     assert wire.read_value(results)[1] == [record(sequence=2).body] and not wire.is_copy(results)
@@ -159,8 +143,8 @@ def test_what_many_read_is_answered_on_the_way_and_a_replaced_value_never(
         assert network.get(node, "hot") == 2, "a copy that was left behind is not believed"
     network.run(31.0)
     assert read(network, readers[0], "hot").num_holders >= 3
-    network.run(31.0)
-    assert not any(node.protocol.holder.copies.get(record().key, WALL) for node in nodes)
+    network.run(45.0)
+    assert not copies(nodes)
 
 
 def test_dictionaries_are_never_copied(swarm: tuple[SimulatedNetwork, list[SimulatedNode]]) -> None:
@@ -184,7 +168,7 @@ def test_a_node_with_a_copy_still_gets_the_record_once_it_is_a_holder(
     # the 21st holds a copy; then a holder vanishes, and it belongs among the k nearest
     heir = next(node for node in in_order if not node.protocol.core.storage.records(key))
     kept = in_order[0].protocol.core.storage.records(key)[0]
-    heir.protocol.holder.copies.put(kept, heir.protocol.core.wall(network.clock.now) + 3000.0)
+    heir.protocol.holder.copies[key] = (heir.protocol.core.wall(network.clock.now) + 3000.0, kept)
     network.kill(in_order[5:8])
     network.run(2 * network.settings.republish_period)
     assert heir.protocol.core.storage.records(key) == [kept]

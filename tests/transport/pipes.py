@@ -76,10 +76,10 @@ async def _listening(
     sock = bound_socket()
     address = f"127.0.0.1:{sock.getsockname()[1]}"
     accepted: asyncio.Queue[Pipe] = asyncio.Queue()
-    transport: tcp.TcpTransport | PreambleDemultiplexer = tcp.TcpTransport(sock)
+    transport: tcp.TcpTransport = tcp.TcpTransport(sock)
     if handler is not None:
         handlers = dict.fromkeys(preamble.KINDS, handler)
-        transport = PreambleDemultiplexer(tcp.TcpTransport(sock), handlers=handlers, metrics=Metrics())
+        transport = PreambleDemultiplexer(sock, handlers=handlers, metrics=Metrics())
     await transport.listen(accepted.put_nowait)
     yield address, accepted
     await transport.aclose()

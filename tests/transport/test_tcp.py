@@ -22,29 +22,11 @@ from tests.transport.conformance import Pipes, Receiver
 pytestmark = pytest.mark.both_loops
 
 
-class Limit:
-    """A throttle that lets `rate` bytes per second through, each way."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self.ready = [0.0, 0.0]
-
-    def _wait(self, way: int, count: int, now: float) -> float:
-        self.ready[way] = max(self.ready[way], now) + count / self.rate
-        return self.ready[way] - now
-
-    def received(self, count: int, now: float) -> float:
-        return self._wait(0, count, now)
-
-    def sent(self, count: int, now: float) -> float:
-        return self._wait(1, count, now)
-
-
 @contextlib.asynccontextmanager
-async def tcp_pair(throttle: Limit | None = None) -> AsyncIterator[tuple[Pipe, Pipe]]:
+async def tcp_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
     sock = socket.create_server(("127.0.0.1", 0))
     accepted: asyncio.Future[Pipe] = asyncio.get_running_loop().create_future()
-    listening, dialing = TcpTransport(sock), TcpTransport(throttle=throttle)
+    listening, dialing = TcpTransport(sock), TcpTransport()
     await listening.listen(accepted.set_result)
     (path,) = dialing.paths(PeerAddress(None, (join_host_port(*sock.getsockname()),)))
     pair = await path.open(), await accepted
@@ -130,34 +112,6 @@ async def test_the_kernel_gives_up_a_dead_peer_as_soon_as_the_heartbeat_does() -
             sock = pipe._transport.get_extra_info("socket")
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 15_000
             pipe.start(Receiver())
-
-
-async def test_a_throttle_slows_both_directions() -> None:
-    loop = asyncio.get_running_loop()
-    async with tcp_pair(Limit(1_000_000)) as (dialed, accepted):
-        mine, theirs = Receiver(), Receiver()
-        dialed.start(mine)
-        accepted.start(theirs)
-        begun = loop.time()
-        for _ in range(2):
-            dialed.write(bytes(50_000))
-            assert dialed.paused
-            await mine.until(lambda: not dialed.paused)
-        assert 0.09 < loop.time() - begun < 10.0
-        begun = loop.time()
-        accepted.write(bytes(100_000))
-        await mine.until(lambda: len(mine.data) == 100_000)
-        dialed.pause_reading()  # the receiver's wish outlives the throttle's
-        accepted.write(b"x")
-        throttled = dialed._reading_again
-        assert throttled is not None
-        await asyncio.sleep(throttled.when() - loop.time() + 0.001)  # the throttle would let it in from now on
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert len(mine.data) == 100_000
-        dialed.resume_reading()
-        await mine.until(lambda: len(mine.data) == 100_001)
-        assert loop.time() - begun > 0.03
 
 
 def test_addresses_are_read_and_written() -> None:

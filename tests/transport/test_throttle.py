@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import cast
 
 import pytest
 
-from tesseract_async.transport.base import PeerAddress, Pipe
-from tesseract_async.transport.tcp import TcpTransport
+from tesseract_async.identity import PeerID
+from tesseract_async.transport.base import Pipe, join_host_port
+from tesseract_async.transport.channel import Channel
+from tesseract_async.transport.tcp import TcpTransport, connect
 from tesseract_async.transport.throttle import SMALL, Leftover, Throttle
 
 
@@ -59,68 +62,86 @@ class Receiver:
         if self.received >= self.expected:
             self.complete.set()
 
-    def pipe_drained(self) -> None:
+    def channel_opened(self, peer_id: PeerID | None) -> None: ...
+
+    def channel_drained(self) -> None:
         self.drained.set()
 
-    def pipe_lost(self, error: Exception | None) -> None:
+    def channel_lost(self, error: Exception | None) -> None:
         self.lost.set()
 
 
 @pytest.mark.both_loops
 @pytest.mark.parametrize("direction", ["upload", "download"])
-async def test_real_pipes_keep_to_the_rate_together(direction: str) -> None:
-    """Two pipes carry 250 kB each through one throttle of 800 kB/s: some pass at once, the rest in its time."""
+async def test_real_channels_keep_to_the_rate_together(direction: str) -> None:
+    """Two channels carry 250 kB each through one throttle of 800 kB/s: some pass at once, the rest in its time."""
     rate, size = 800_000.0, 250_000
     throttle = Throttle(upload_rate=rate) if direction == "upload" else Throttle(download_rate=rate)
-    accepted: list[Pipe] = []
-    two = asyncio.Event()
-
-    def accept(pipe: Pipe) -> None:
-        accepted.append(pipe)
-        if len(accepted) == 2:
-            two.set()
-
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    server = TcpTransport(sock, throttle=throttle if direction == "download" else None)
-    client = TcpTransport(throttle=throttle if direction == "upload" else None)
-    await server.listen(accept)
-    peer = PeerAddress(None, (f"127.0.0.1:{sock.getsockname()[1]}",))
-    pipes: list[Pipe] = []
-    for _ in range(2):
-        (path,) = client.paths(peer)
-        pipes.append(await path.open())
-    await two.wait()
-    receivers = [Receiver(size) for _ in accepted]
-    senders = [Receiver() for _ in pipes]
+    accepted: asyncio.Queue[Pipe] = asyncio.Queue()
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = TcpTransport(sock)
+    await server.listen(accepted.put_nowait)
+    receivers, senders = [Receiver(size), Receiver(size)], [Receiver(), Receiver()]
+    incoming, outgoing = [], []
+    for receiver, sender in zip(receivers, senders, strict=True):
+        pipe = await connect(join_host_port(*sock.getsockname()))
+        outgoing.append(Channel(pipe, None, sender, throttle=throttle if direction == "upload" else None))
+        limit = throttle if direction == "download" else None
+        incoming.append(Channel(await accepted.get(), None, receiver, throttle=limit))
     loop = asyncio.get_running_loop()
     started = loop.time()
-    for pipe, receiver in zip(accepted, receivers, strict=True):
-        pipe.start(receiver)
-    for pipe, sender in zip(pipes, senders, strict=True):
-        pipe.start(sender)
+    for channel in (*incoming, *outgoing):
+        channel.start()
 
-    async def send(pipe: Pipe, sender: Receiver) -> None:
+    async def send(channel: Channel, sender: Receiver) -> None:
         for _ in range(10):
-            pipe.write(bytes(size // 10))
-            if pipe.paused:
+            channel.write([bytes(size // 10)])
+            if channel.paused:
                 sender.drained.clear()
                 await sender.drained.wait()
 
-    await asyncio.gather(*map(send, pipes, senders), *(receiver.complete.wait() for receiver in receivers))
+    await asyncio.gather(*map(send, outgoing, senders), *(receiver.complete.wait() for receiver in receivers))
     seconds = loop.time() - started
     # a quarter of a second's worth passes at once; the last pieces are not waited for
-    least = (
-        (2 * size - rate / 4 - 2 * 65536) / rate if direction == "download" else (2 * size - rate / 4 - 20_000) / rate
-    )
-    assert seconds >= max(0.0, least)
-    assert seconds < 10
+    least = (2 * size - rate / 4 - (2 * 65536 if direction == "download" else 20_000)) / rate
+    assert max(0.0, least) <= seconds < 10
     assert throttle.num_bytes_sent + throttle.num_bytes_received == 2 * size
-    for pipe in (*pipes, *accepted):
-        pipe.abort()
+    for channel in (*outgoing, *incoming):
+        channel.abort()
     await asyncio.gather(*(one.lost.wait() for one in (*senders, *receivers)))
     await server.aclose()
-    await client.aclose()
+
+
+class SlowPipe:
+    """A pipe that notes whether it is read."""
+
+    paused, bytes_sent, unsent, is_read = False, 0, 0, True
+
+    def start(self, receiver: object) -> None: ...
+
+    def pause_reading(self) -> None:
+        self.is_read = False
+
+    def resume_reading(self) -> None:
+        self.is_read = True
+
+
+@pytest.mark.both_loops
+async def test_a_receiver_that_pauses_stays_paused_when_the_throttle_lets_more_in() -> None:
+    pipe, receiver = SlowPipe(), Receiver()
+    channel = Channel(cast(Pipe, pipe), None, receiver, throttle=Throttle(download_rate=1e6))
+    channel.start()
+    channel.get_buffer()
+    channel.buffer_updated(260_000)
+    channel.pause_reading()
+    channel.resume_reading()
+    assert not pipe.is_read, "the throttle has not let it in yet"
+    channel.pause_reading()
+    await asyncio.sleep(0.02)
+    assert not pipe.is_read
+    channel.resume_reading()
+    assert pipe.is_read and receiver.received == 260_000
+    channel.pipe_lost(None)
 
 
 def test_what_may_wait_gets_what_the_others_leave() -> None:

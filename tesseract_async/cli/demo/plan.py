@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 
 from tesseract_async.experts import ExpertPattern
@@ -54,35 +52,13 @@ class DemoOptions:
     """The control: experts without an optimizer. The accuracy then shows what gates alone can do."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerTask:
-    """The task of a trainer, as its command line gives it."""
-
-    initial_peers: list[str]
-    number: int
-    """Which trainer it is: each draws its own batches."""
-    seed: int
-    steps: int
-    go_on: str
-    """At `WAIT_AT`, the trainer waits until all experts live and this file exists."""
-
-    def encode(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def decode(cls, text: str) -> TrainerTask:
-        """Raises: TypeError, ValueError."""
-        return cls(**json.loads(text))
-
-
-def all_uids() -> list[str]:
-    """Return every expert of the demo's grid."""
-    return list(PATTERN)
+UIDS = [*PATTERN]
+"""Every expert of the demo's grid."""
 
 
 def assign(num_servers: int) -> list[list[str]]:
     """Return the uids of each server, dealt out like cards, so that a lost server leaves holes everywhere."""
-    return [all_uids()[number::num_servers] for number in range(num_servers)]
+    return [UIDS[number::num_servers] for number in range(num_servers)]
 
 
 def expert_arguments(options: DemoOptions) -> list[str]:
@@ -102,13 +78,3 @@ def commands_to_join(options: DemoOptions, address: str, program: str) -> list[s
         f"{program} dashboard -p {address}",
         f"{program} serve -p {address} --experts '{PATTERN}' --num-experts 4 {words}",
     ]
-
-
-def server_name(number: int) -> str:
-    """Return ``server 1`` for number 0."""
-    return f"server {number + 1}"
-
-
-def trainer_name(number: int) -> str:
-    """Return ``trainer 1`` for number 0."""
-    return f"trainer {number + 1}"

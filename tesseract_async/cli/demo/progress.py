@@ -31,7 +31,6 @@ class Trainer:
 
     @property
     def loss(self) -> float | None:
-        """Mean of the last ten steps."""
         last = [loss for _, loss in self.losses[-10:]]
         return sum(last) / len(last) if last else None
 
@@ -58,7 +57,6 @@ class ServerProgress:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of all its experts."""
         return sum(self.versions.values())
 
 
@@ -67,10 +65,9 @@ class Progress:
 
     def __init__(self, options: plan.DemoOptions) -> None:
         self.options = options
-        self.trainers = {plan.trainer_name(number): Trainer() for number in range(plan.NUM_TRAINERS)}
+        self.trainers = {f"trainer {number + 1}": Trainer() for number in range(plan.NUM_TRAINERS)}
         self.servers = {
-            plan.server_name(number): ServerProgress(uids)
-            for number, uids in enumerate(plan.assign(options.num_servers))
+            f"server {number + 1}": ServerProgress(uids) for number, uids in enumerate(plan.assign(options.num_servers))
         }
         self.log: list[tuple[float, str]] = []
         self.killed_at: float | None = None
@@ -80,11 +77,9 @@ class Progress:
         """The address for others to join; known once the bootstrap node is ready."""
 
     def note(self, now: float, sentence: str) -> None:
-        """Add a line to the log that the user sees."""
         self.log.append((now, sentence))
 
     def take(self, name: str, facts: dict[str, Any], now: float) -> None:
-        """Take a line that a process printed."""
         if name in self.trainers:
             self._take_trainer(self.trainers[name], facts, now)
         elif name in self.servers and "versions" in facts:
@@ -108,12 +103,10 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """The share of the training that is done, 0 to 1, by the slower trainer."""
         return min(trainer.step for trainer in self.trainers.values()) / self.options.steps
 
     @property
     def live(self) -> frozenset[str]:
-        """Experts that at least one trainer sees."""
         return frozenset().union(*(trainer.live for trainer in self.trainers.values()))
 
     @property
@@ -124,5 +117,4 @@ class Progress:
 
     @property
     def passed(self) -> bool:
-        """True if the demo shows what it promises."""
         return self.accuracy is not None and self.accuracy >= plan.REQUIRED_ACCURACY

@@ -12,7 +12,6 @@ from tesseract_async.cli.types import counted
 
 
 def summary(progress: Progress) -> Table:
-    """Return the figures of a finished run."""
     table = Table(title="What happened", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
@@ -41,7 +40,6 @@ def summary(progress: Progress) -> Table:
 
 
 def verdict(progress: Progress) -> str:
-    """Return one sentence on the result of the demo, or of the control."""
     if progress.accuracy is None:
         return "No trainer validated: the demo shows nothing."
     reached = f"{progress.accuracy:.3f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Script:
             self._address: str = (await bootstrap.ready(timeout=START_TIMEOUT))["address"]
             self.progress.address = self._address.partition("/")[0]
 
-            self._note(f"starting {counted(self.options.num_servers, 'server')} with {len(plan.all_uids())} experts")
+            self._note(f"starting {counted(self.options.num_servers, 'server')} with {len(plan.UIDS)} experts")
             numbers = range(self.options.num_servers)
             servers = await asyncio.gather(*(self._bring_up(family, number) for number in numbers))
 
@@ -75,7 +76,7 @@ class Script:
         if len(servers) <= VICTIM:
             self._go_on.touch()
             return
-        name = plan.server_name(VICTIM)
+        name = f"server {VICTIM + 1}"
         state = self.progress.servers[name]
         await self._until(lambda: self.progress.share >= plan.KILL_AT)
         await servers[VICTIM].kill()
@@ -102,24 +103,25 @@ class Script:
             "--ttl": plan.TTL,
             "--report-period": 0.5,
             "--seed": self.options.seed,
+            "--name": f"server {number + 1}",
         }
         words += [str(word) for pair in flags.items() for word in pair]
         words += [word for uid in plan.assign(self.options.num_servers)[number] for word in ("--experts", uid)]
-        server = await self._start(family, plan.server_name(number), words)
+        server = await self._start(family, f"server {number + 1}", words)
         await server.ready(timeout=START_TIMEOUT)
         self.progress.servers[server.name].alive = True
         return server
 
     async def _trainer(self, family: list[Child], number: int) -> Child:
-        task = plan.TrainerTask(
-            initial_peers=[self._address],
-            number=number,
-            seed=self.options.seed,
-            steps=self.options.steps,
-            go_on=str(self._go_on),
-        )
-        words = ["-m", "tesseract_async.cli.demo.trainer", task.encode()]
-        return await self._start(family, plan.trainer_name(number), words)
+        task = {
+            "initial_peers": [self._address],
+            "number": number,
+            "seed": self.options.seed,
+            "steps": self.options.steps,
+            "go_on": str(self._go_on),
+        }
+        words = ["-m", "tesseract_async.cli.demo.trainer", json.dumps(task)]
+        return await self._start(family, f"trainer {number + 1}", words)
 
     async def _start(self, family: list[Child], name: str, words: list[str]) -> Child:
         self.progress.num_processes += 1

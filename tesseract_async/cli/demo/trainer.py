@@ -9,6 +9,7 @@ It reports in lines of JSON on standard output: ``ready``, one ``step`` after th
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -53,20 +54,28 @@ WAIT_FOR_EVERYBODY = 30.0
 
 
 async def train(
-    task: plan.TrainerTask,
     *,
+    initial_peers: list[str],
+    number: int,
+    seed: int,
+    steps: int,
+    go_on: str,
     report: Callable[..., None] = say,
     rows: int = plan.ROWS,
     validate_every: int = plan.VALIDATE_EVERY,
 ) -> int:
-    """Join the swarm, train, and report until all steps are taken. Returns the exit status."""
-    wait_at = max(1, round(plan.WAIT_AT * task.steps))
+    """Join the swarm, train, and report until all steps are taken. Returns the exit status.
+
+    `number`: which trainer it is: each draws its own batches. `go_on`: at `WAIT_AT`, the trainer waits until all
+    experts live and this file exists.
+    """
+    wait_at = max(1, round(plan.WAIT_AT * steps))
     x_train, y_train, x_val, y_val = load_digits()
-    torch.manual_seed(task.seed * 1000 + task.number)
-    node = ta.TesseractNode(initial_peers=task.initial_peers, refresh_period=plan.REFRESH_PERIOD)
+    torch.manual_seed(seed * 1000 + number)
+    node = ta.TesseractNode(initial_peers=initial_peers, refresh_period=plan.REFRESH_PERIOD)
     losses: list[tuple[int, float]] = []
     async with node, asyncio.TaskGroup() as group:
-        publishing = group.create_task(publish_losses(node, plan.trainer_name(task.number), losses))
+        publishing = group.create_task(publish_losses(node, f"trainer {number + 1}", losses))
         gate = ta.GatingFunction(
             node, uid_prefix=plan.PREFIX, grid_size=plan.GRID_SIZE, in_features=plan.NUM_PIXELS, k_best=plan.K_BEST
         )
@@ -75,9 +84,9 @@ async def train(
         await node.directory.wait_warm(plan.PREFIX)
         report("ready")
 
-        for step in range(1, task.steps + 1):
+        for step in range(1, steps + 1):
             if step == wait_at:
-                await wait_for_everybody(node, Path(task.go_on).exists)
+                await wait_for_everybody(node, Path(go_on).exists)
             batch = torch.randint(0, len(x_train), (rows,))
             x, y = x_train[batch], y_train[batch]
             x = x + plan.NOISE * torch.randn_like(x)
@@ -89,7 +98,7 @@ async def train(
                 optimizer.step()
                 facts["loss"] = loss.item()
                 losses.append((step, facts["loss"]))
-                if step % validate_every == 0 or step == task.steps:
+                if step % validate_every == 0 or step == steps:
                     with torch.no_grad():
                         logits = await gate(x_val)
                     facts["accuracy"] = (logits.argmax(1) == y_val).float().mean().item()
@@ -130,13 +139,13 @@ async def wait_for_everybody(node: ta.TesseractNode, may_go_on: Callable[[], boo
     deadline = loop.time() + WAIT_FOR_EVERYBODY
     while loop.time() < deadline:
         view = node.directory.live(plan.PREFIX)
-        if view is not None and len(view) == len(plan.all_uids()) and may_go_on():
+        if view is not None and len(view) == len(plan.UIDS) and may_go_on():
             return
         await asyncio.sleep(0.1)
 
 
 if __name__ == "__main__":
     set_up_logging()
-    given = plan.TrainerTask.decode(sys.argv[1])
+    given = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    run(lambda: train(given), leave_with_parent=True)
+    run(lambda: train(**given), leave_with_parent=True)

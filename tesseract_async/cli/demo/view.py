@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import sys
@@ -25,36 +26,32 @@ PLAIN_PERIOD = 5.0
 
 
 async def show(progress: Progress, now: Callable[[], float], console: Console) -> None:
-    """Draw until cancelled."""
-    if not console.is_terminal:
-        await _show_plain(progress, now, console)
-        return
-    told = False
-    with Live(draw(progress, now()), console=console, auto_refresh=False, transient=True) as live:
-        try:
-            while True:
-                await asyncio.sleep(1 / FRAMES_PER_SECOND)
-                told = told or _tell_how_to_join(progress, console)
-                live.update(draw(progress, now()), refresh=True)
-        finally:
-            live.update(draw(progress, now()), refresh=True)
-
-
-async def _show_plain(progress: Progress, now: Callable[[], float], console: Console) -> None:
+    """Draw until cancelled: a live picture, or plain lines where there is no terminal."""
     shown, last, told = 0, 0.0, False
-    try:
-        while True:
-            told = told or _tell_how_to_join(progress, console)
-            for at, sentence in progress.log[shown:]:
-                console.print(f"{at:6.1f} s  {sentence}", highlight=False)
-            shown = len(progress.log)
-            if now() - last >= PLAIN_PERIOD:
-                last = now()
-                console.print(f"{last:6.1f} s  {describe(progress)}", highlight=False)
-            await asyncio.sleep(0.25)
-    finally:
+
+    def plainly() -> None:
+        nonlocal shown
         for at, sentence in progress.log[shown:]:
             console.print(f"{at:6.1f} s  {sentence}", highlight=False)
+        shown = len(progress.log)
+
+    with contextlib.ExitStack() as stack:
+        live = None
+        if console.is_terminal:
+            live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True))
+            stack.callback(lambda: live.update(draw(progress, now()), refresh=True))
+        else:
+            stack.callback(plainly)
+        while True:
+            told = told or _tell_how_to_join(progress, console)
+            if live is not None:
+                live.update(draw(progress, now()), refresh=True)
+            else:
+                plainly()
+                if now() - last >= PLAIN_PERIOD:
+                    last = now()
+                    console.print(f"{last:6.1f} s  {describe(progress)}", highlight=False)
+            await asyncio.sleep(1 / FRAMES_PER_SECOND)
 
 
 def _tell_how_to_join(progress: Progress, console: Console) -> bool:
@@ -80,16 +77,14 @@ def program_name() -> str:
 
 
 def describe(progress: Progress) -> str:
-    """Return the state of training in one line."""
     parts = [
         f"{name}: step {one.step}, loss {_number(one.loss)}, accuracy {_number(one.accuracy)}"
         for name, one in progress.trainers.items()
     ]
-    return "; ".join([*parts, f"{len(progress.live)} of {len(plan.all_uids())} experts alive"])
+    return "; ".join([*parts, f"{len(progress.live)} of {len(plan.UIDS)} experts alive"])
 
 
 def draw(progress: Progress, now: float) -> RenderableType:
-    """Return one frame."""
     share = progress.share
     bar = Table.grid(padding=(0, 1))
     bar.add_row("training", ProgressBar(total=1.0, completed=share, width=40), f"{share:4.0%}", f"{now:5.1f} s")
@@ -118,7 +113,7 @@ def draw_grid(progress: Progress) -> RenderableType:
         color |= dict.fromkeys(server.uids, SERVER_COLORS[number % len(SERVER_COLORS)])
     live = progress.live
     grid = Text()
-    uids = plan.all_uids()
+    uids = plan.UIDS
     for start in range(0, len(uids), plan.GRID_SIZE[-1]):
         for uid in uids[start : start + plan.GRID_SIZE[-1]]:
             # different signs, not colors alone: terminals and eyes differ

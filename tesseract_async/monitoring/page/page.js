@@ -1,16 +1,20 @@
 "use strict";
 // Draws what /api/events sends. Everything that comes from the swarm is set as text, never as markup.
 
-const HISTORY_LENGTH = 600, LOG_LENGTH = 200, MAX_DRAWN_CELLS = 65536;
+const HISTORY_LENGTH = 300, LOG_LENGTH = 200, MAX_DRAWN_CELLS = 65536;
 const PLOT_HEIGHT = 132, PLOT_LEFT = 44, PLOT_BOTTOM = 20, PLOT_TOP = 8;
 const WORDS = { version: "optimizer steps", busy: "load of the server", replicas: "replicas", lag: "steps behind" };
 const COLUMN = { version: 3, busy: 4, replicas: 2, lag: 5 }; // of an expert's row in a grid
+
+const SPANS = { "5 min": 300, "1 h": 3600, "1 day": 86400 };
 
 const $ = (id) => document.getElementById(id);
 let state = null;
 let dark = false, colours = {};
 const cursors = {}; // prefix -> [row, column]
 const pointed = {}; // series -> x of the pointer over its plot
+const sorting = {}; // table -> [column, 1 or -1]
+let opened = null; // the address of the page of one expert or server, and what the node told of it
 
 // ---------------------------------------------------------------------------------------------- words and colours
 
@@ -58,13 +62,16 @@ function drawTotals() {
   const totals = state.totals;
   const alive = state.grids.reduce((sum, grid) => sum + answering(grid), 0);
   const all = state.grids.reduce((sum, grid) => sum + grid.size.reduce((a, b) => a * b, 1), 0);
-  const silent = state.peers.filter((peer) => peer.error).length;
+  const present = state.peers.filter((peer) => peer.left_ago === null || peer.left_ago === undefined);
+  const silent = present.filter((peer) => peer.error).length;
+  const thanked = state.contributors.reduce((sum, one) => sum + one.rows, 0);
   const cards = [
     ["live experts", number(alive), all ? ` of ${number(all)}` : "", false],
-    [state.peers.length === 1 ? "server" : "servers", number(state.peers.length), silent ? ` ${silent} silent` : "", silent > 0],
+    [present.length === 1 ? "server" : "servers", number(present.length), silent ? ` ${silent} silent` : "", silent > 0],
     ["calls per second", number(totals.calls_per_second ?? 0, 0)],
     ["rows per second", number(totals.rows_per_second ?? 0)],
     ["steps per second", number(totals.steps_per_second ?? 0, 1)],
+    ["rows in 24 h", short(thanked)],
     ["loss", totals.loss === undefined ? "–" : number(totals.loss, 4)],
   ];
   $("totals").replaceChildren(...cards.map(([label, value, more, bad]) => {
@@ -73,6 +80,23 @@ function drawTotals() {
     card.append(strong, element("span", label));
     return card;
   }));
+}
+
+function drawRun() {
+  const run = state.run;
+  $("title").textContent = run ? run.name.split("@")[0] : "Tesseract swarm";
+  if (!run) {
+    $("run").textContent = state.grids.length ? "Experts outside of runs." : "";
+    return;
+  }
+  const parameters = Math.max(0, ...state.peers.map((peer) => peer.parameters ?? 0)) * run.num_experts;
+  const safety = run.losses === null ? "how safe they are is not known yet"
+    : run.losses > 0 ? `survives the loss of ${number(run.losses)} more member${run.losses === 1 ? "" : "s"}, whichever they are`
+    : "does not survive the loss of one more member";
+  const risky = run.at_risk ? `; ${number(run.at_risk)} expert${run.at_risk === 1 ? " is" : "s are"} at risk, led by nobody or lost` : "";
+  $("run").title = run.name;
+  $("run").textContent = `Run ${run.name.replace(/@(.{8}).*/, "@$1…")}, ${run.mode}: ${number(run.num_experts)} experts (${run.expert})`
+    + (parameters ? `, ${short(parameters)} parameters in total` : "") + `; ${safety}${risky}.`;
 }
 
 // ---------------------------------------------------------------------------------------------- grids
@@ -130,7 +154,7 @@ function drawGrids() {
       canvas.setAttribute("role", "application");
       canvas.addEventListener("keydown", (event) => moveCursor(event, grid.prefix));
       canvas.addEventListener("pointermove", (event) => pointAt(event, grid.prefix));
-      canvas.addEventListener("pointerdown", (event) => pointAt(event, grid.prefix));
+      canvas.addEventListener("click", (event) => { pointAt(event, grid.prefix); openCursor(grid.prefix); });
       canvas.addEventListener("focus", () => { cursors[grid.prefix] ??= [0, 0]; show(grid.prefix); });
       box.append(element("p"), canvas);
       holder.append(box);
@@ -168,7 +192,8 @@ function prepare(canvas, width, height) {
 
 function drawSheet(canvas, grid) {
   const { rows, columns } = sheet(grid), width = canvas.parentElement.clientWidth, by = $("colour").value;
-  const cell = Math.min(80, width / columns, Math.max(3, 640 / rows));
+  // a third of the first screen at most
+  const cell = Math.min(64, width / columns, Math.max(3, 0.34 * innerHeight / rows));
   const draw = prepare(canvas, Math.floor(cell * columns), Math.ceil(cell * rows));
   const gap = cell > 14 ? 2 : cell > 5 ? 1 : 0, side = Math.max(1, cell - gap), all = grid.size.reduce((a, b) => a * b, 1);
   const fill = (coords, colour) => {
@@ -284,11 +309,16 @@ function describe(grid, cursor) {
       + (losses > 0 ? `: survives the loss of ${number(losses)} more member${losses === 1 ? "" : "s"}.` : ".");
   }
   const detail = $("detail");
-  detail.hidden = false;
   if (detail.textContent !== text) detail.textContent = text;
 }
 
+function openCursor(prefix) {
+  const grid = state.grids.find((one) => one.prefix === prefix);
+  if (grid && cursors[prefix]) location.hash = `expert/${prefix}.${coordsAt(grid, cursors[prefix]).join(".")}`;
+}
+
 function moveCursor(event, prefix) {
+  if (event.key === "Enter") { openCursor(prefix); return; }
   const grid = state.grids.find((one) => one.prefix === prefix), { rows, columns } = sheet(grid);
   const [r, c] = cursors[prefix] ?? [0, 0];
   const to = {
@@ -321,7 +351,8 @@ function ceiling(value) {
 
 function drawPlot(canvas) {
   const series = canvas.dataset.series, caption = canvas.parentElement.querySelector("figcaption");
-  const points = state.history.filter((point) => point[series] !== undefined);
+  const all = state.history[$("span").value], since = (all.at(-1)?.time ?? 0) - SPANS[$("span").value];
+  const history = all.filter((point) => point.time >= since), points = history.filter((point) => point[series] !== undefined);
   const width = canvas.parentElement.clientWidth, draw = prepare(canvas, width, PLOT_HEIGHT);
   const right = width - 6, bottom = PLOT_HEIGHT - PLOT_BOTTOM;
   draw.font = "12px system-ui, 'DejaVu Sans', sans-serif";
@@ -335,8 +366,11 @@ function drawPlot(canvas) {
     canvas.setAttribute("aria-label", `${caption.firstChild.textContent}: ${why}`);
     return;
   }
-  const values = points.map((point) => point[series]), top = ceiling(Math.max(...values));
-  const until = state.history.at(-1).time, from = state.history[0].time, span = Math.max(10, until - from);
+  const values = points.map((point) => point[series]);
+  // each trainer's loss beside the mean of all
+  const others = series === "loss" ? [...new Set(points.flatMap(Object.keys))].filter((name) => name.startsWith("loss ")) : [];
+  const top = ceiling(Math.max(...values, ...others.flatMap((name) => points.map((point) => point[name] ?? 0))));
+  const until = history.at(-1).time, from = history[0].time, span = Math.max(10, until - from);
   const x = (time) => right - (until - time) / span * (right - PLOT_LEFT);
   const y = (value) => bottom - Math.max(0, value) / top * (bottom - PLOT_TOP);
   draw.strokeStyle = colours.line;
@@ -364,6 +398,14 @@ function drawPlot(canvas) {
     draw.stroke();
   }
   draw.setLineDash([]);
+  others.forEach((name, place) => {
+    draw.beginPath();
+    points.filter((point) => point[name] !== undefined)
+      .forEach((point, index) => draw[index ? "lineTo" : "moveTo"](x(point.time), y(point[name])));
+    draw.strokeStyle = `hsl(${(205 + place * 137.5) % 360} 45% ${dark ? 60 : 55}%)`;
+    draw.lineWidth = 1;
+    draw.stroke();
+  });
   draw.beginPath();
   points.forEach((point, index) => draw[index ? "lineTo" : "moveTo"](x(point.time), y(point[series])));
   draw.strokeStyle = colours.accent;
@@ -402,41 +444,211 @@ for (const canvas of plots) {
 
 // ---------------------------------------------------------------------------------------------- lists
 
+const nameOf = (one) => one.name ? `${one.name} (${one.short})` : one.short;
+
+function link(hash, text) {
+  const made = element("a", text);
+  made.href = `#${hash}`;
+  return made;
+}
+
+// rows of [cells, className, order]: what is shown, and by which the columns are sorted
+function fill(body, rows) {
+  const table = body.closest("table"), heads = [...table.querySelectorAll("th")];
+  const labels = heads.map((head) => head.dataset.label ?? head.textContent);
+  heads.forEach((head, column) => {
+    if (!head.dataset.label) {
+      head.dataset.label = head.textContent;
+      const button = element("button", head.textContent);
+      button.type = "button";
+      button.addEventListener("click", () => {
+        const [before, way] = sorting[body.id] ?? [];
+        sorting[body.id] = [column, before === column ? -way : column ? -1 : 1]; // numbers: the largest first
+        draw();
+      });
+      head.replaceChildren(button);
+    }
+    const [by, way] = sorting[body.id] ?? [];
+    head.setAttribute("aria-sort", by !== column ? "none" : way > 0 ? "ascending" : "descending");
+  });
+  if (sorting[body.id]) {
+    const [column, way] = sorting[body.id];
+    const least = (value) => value === null || value === undefined ? -Infinity : value;
+    rows = rows.slice().sort((a, b) => {
+      const [x, y] = [least(a[2][column]), least(b[2][column])];
+      return way * (x < y ? -1 : x > y ? 1 : 0);
+    });
+  }
+  body.replaceChildren(...rows.map(([cells, className]) => {
+    const row = element("tr", undefined, className);
+    row.append(...cells.map((content, index) => {
+      const cell = element("td");
+      cell.append(content instanceof Node ? content : String(content));
+      cell.dataset.label = labels[index];
+      return cell;
+    }));
+    return row;
+  }));
+}
+
 function drawPeers() {
   $("no-peers").hidden = state.peers.length > 0;
   $("peers").closest("table").hidden = state.peers.length === 0;
-  const labels = [...document.querySelectorAll("#servers th")].map((head) => head.textContent);
-  $("peers").replaceChildren(...state.peers.map((peer) => {
-    const row = element("tr", undefined, peer.error ? "silent" : "");
-    const chip = element("span", undefined, `swatch${peer.error ? " silent" : ""}`);
-    if (!peer.error) chip.style.background = serverColour(peer);
-    const cells = [
-      "", peer.error ? `does not answer: ${peer.error}` : peer.path ?? peer.addresses[0] ?? "–", seconds(peer.rtt),
-      number(peer.num_experts), number(peer.calls_per_second, 1), number(peer.rows_per_second), number(peer.steps_per_second, 1),
-      `${number(100 * peer.busy)} %`, number(peer.waiting_rows), duration(peer.uptime),
-      peer.answered_ago === null ? "never" : `${duration(peer.answered_ago)} ago`, peer.software ?? "–",
-    ].map((text, index) => {
-      const cell = element("td", text);
-      cell.dataset.label = labels[index];
-      return cell;
-    });
-    cells[0].append(chip, document.createTextNode(peer.short));
-    row.append(...cells);
-    row.title = peer.peer_id;
-    return row;
-  }));
+  const rows = state.peers.map((peer) => {
+    const left = peer.left_ago !== null && peer.left_ago !== undefined, first = element("span");
+    const chip = element("span", undefined, `swatch${left ? " empty" : peer.error ? " silent" : ""}`);
+    if (!peer.error && !left) chip.style.background = serverColour(peer);
+    first.append(chip, link(`server/${peer.peer_id}`, nameOf(peer)));
+    first.title = peer.peer_id;
+    const path = left ? `left ${duration(peer.left_ago)} ago` : peer.error ? `does not answer: ${peer.error}`
+      : peer.path ?? peer.addresses[0] ?? "–";
+    const order = [
+      nameOf(peer), path, peer.rtt, peer.num_experts, peer.calls_per_second, peer.rows_per_second, peer.steps_per_second,
+      peer.busy, peer.slow, peer.failures, peer.uptime, peer.answered_ago,
+    ];
+    return [[
+      first, path, seconds(peer.rtt), number(peer.num_experts), number(peer.calls_per_second, 1),
+      number(peer.rows_per_second), number(peer.steps_per_second, 1), `${number(100 * peer.busy)} %`,
+      peer.slow ? seconds(peer.slow) : "–", number(peer.failures), duration(peer.uptime),
+      peer.answered_ago === null ? "never" : `${duration(peer.answered_ago)} ago`,
+    ], left ? "left" : peer.error ? "silent" : "", order];
+  });
+  rows.sort((a, b) => (a[1] === "left") - (b[1] === "left"));
+  fill($("peers"), rows);
+}
+
+function drawContributors() {
+  const some = state.contributors;
+  $("no-thanks").hidden = some.length > 0;
+  $("thanks").closest("table").hidden = some.length === 0;
+  fill($("thanks"), some.map((one) => [
+    [link(`server/${one.peer_id}`, nameOf(one)), number(one.rows), number(one.steps), number(one.hours), number(one.trainers)],
+    "", [nameOf(one), one.rows, one.steps, one.hours, one.trainers],
+  ]));
 }
 
 function drawTrainers() {
   const trainers = Object.entries(state.losses);
   $("trainers").hidden = trainers.length === 0;
-  $("losses").replaceChildren(...trainers.map(([name, [step, loss, leftOut]]) => {
-    const row = element("tr");
-    row.append(
-      element("td", name), element("td", number(step)), element("td", number(loss, 4)), element("td", number(leftOut)),
-    );
-    return row;
-  }));
+  fill($("losses"), trainers.map(([name, [step, loss, leftOut]]) => [
+    [name, number(step), number(loss, 4), number(leftOut)], "", [name, step, loss, leftOut],
+  ]));
+}
+
+// ---------------------------------------------------------------------------------------------- one expert, one server
+
+async function open() {
+  const [kind, ...rest] = decodeURIComponent(location.hash.slice(1)).split("/"), name = rest.join("/");
+  document.body.classList.toggle("one", kind === "expert" || kind === "server");
+  if (kind !== "expert" && kind !== "server") { opened = null; drawOne(); return; }
+  const address = kind === "expert" ? `api/expert?uid=${encodeURIComponent(name)}` : `api/server?peer=${encodeURIComponent(name)}`;
+  const fresh = opened?.address !== address;
+  if (fresh) opened = { address, kind, name, told: null };
+  try {
+    const answer = await fetch(address), told = answer.ok ? await answer.json() : { error: (await answer.text()).trim() };
+    if (opened?.address === address) opened.told = told;
+  } catch { /* the header says that the node does not answer */ }
+  drawOne();
+  if (fresh && opened) $("one-title")?.focus();
+}
+
+function facts(pairs) {
+  const list = element("dl");
+  for (const [what, said] of pairs) {
+    const box = element("div"), value = element("dd");
+    value.append(said instanceof Node ? said : String(said));
+    box.append(element("dt", what), value);
+    list.append(box);
+  }
+  return list;
+}
+
+function plainTable(id, heads, rows) {
+  const table = element("table"), head = element("thead"), line = element("tr"), body = element("tbody");
+  heads.forEach((text) => { const cell = element("th", text); cell.scope = "col"; line.append(cell); });
+  head.append(line);
+  body.id = id;
+  table.append(head, body);
+  fill(body, rows);
+  return table;
+}
+
+const figuresOf = (one) => [
+  number(one.version), number(one.num_calls), one.num_calls ? `${number(100 * one.num_failures / one.num_calls, 2)} %` : "–",
+  one.median_seconds ? seconds(one.median_seconds) : "–", one.slow_seconds ? seconds(one.slow_seconds) : "–",
+];
+const orderOf = (one) => [one.version, one.num_calls, one.num_failures / (one.num_calls || 1), one.median_seconds, one.slow_seconds];
+const FIGURES = ["version", "calls", "failed", "half within", "99 % within"];
+
+function drawOne() {
+  const box = $("one");
+  box.hidden = opened === null;
+  if (opened === null || !state) return;
+  const { kind, name, told } = opened, title = element("h2", kind === "expert" ? `Expert ${name}` : `Server ${name.slice(0, 8)}`);
+  title.id = "one-title";
+  title.tabIndex = -1;
+  const had = document.activeElement?.id === "one-title";
+  const parts = [link("", "← the whole swarm"), title];
+  if (!told) parts.push(element("p", "asking the node …", "quiet"));
+  else if (told.error) parts.push(element("p", told.error, "quiet"));
+  else if (kind === "expert") {
+    if (told.standing) {
+      const [, leader, followers, holders, version, losses, word] = told.standing;
+      const list = (some) => (some.length ? some.join(", ") : "nobody");
+      parts.push(facts([
+        ["led by", leader ?? "nobody"], ["followed by", list(followers)], ["held by", list(holders)],
+        ["certified version", number(version)], ["state", losses > 0 ? `${word}: survives ${number(losses)} more` : word],
+      ]));
+    }
+    parts.push(plainTable("one-rows", ["server", "role", ...FIGURES], told.servers.map((one) => [
+      [link(`server/${one.peer_id}`, nameOf(one)), one.primary ? "trains it" : "follows", ...figuresOf(one)], "",
+      [nameOf(one), one.primary ? "trains it" : "follows", ...orderOf(one)],
+    ])));
+    if (told.servers.length === 0) parts.push(element("p", "No server hosts it now.", "quiet"));
+    const first = told.versions[0], last = told.versions.at(-1);
+    if (told.versions.length > 1) {
+      const canvas = element("canvas");
+      canvas.setAttribute("role", "img");
+      canvas.setAttribute("aria-label", `version ${first[1]} to ${last[1]} in ${duration(last[0] - first[0])}`);
+      parts.push(element("p", `Version over the last ${duration(last[0] - first[0])}`, "quiet"), canvas);
+      requestAnimationFrame(() => drawVersions(canvas, told.versions));
+    }
+  } else {
+    const peer = state.peers.find((one) => one.peer_id === told.peer_id);
+    if (peer) {
+      title.textContent = `Server ${nameOf(peer)}`;
+      parts.push(facts([
+        ["answers", peer.error ? `no: ${peer.error}` : `${duration(peer.answered_ago)} ago`],
+        ["hardware", peer.hardware || "not told"], ["memory", peer.memory ? `${number(peer.memory / 2 ** 30, 1)} GiB` : "–"],
+        ["load", `${number(100 * peer.busy)} %`], ["rows per second", number(peer.rows_per_second)], ["rows that wait", number(peer.waiting_rows)],
+        ["up", duration(peer.uptime)], ["path", peer.path ?? "–"], ["software", peer.software ?? "–"],
+        ["address", peer.addresses.join(", ") || "–"], ["peer id", peer.peer_id],
+      ]));
+    }
+    parts.push(plainTable("one-rows", ["expert", "role", ...FIGURES], told.experts.map((one) => [
+      [link(`expert/${one.uid}`, one.uid), one.primary ? "trains it" : "follows", ...figuresOf(one)], "",
+      [one.uid, one.primary ? "trains it" : "follows", ...orderOf(one)],
+    ])));
+  }
+  box.replaceChildren(...parts);
+  if (had) title.focus();
+}
+
+function drawVersions(canvas, points) {
+  const width = canvas.parentElement.clientWidth - 34, draw = prepare(canvas, width, PLOT_HEIGHT);
+  const [from, until] = [points[0][0], points.at(-1)[0]], low = points[0][1], top = Math.max(low + 1, points.at(-1)[1]);
+  draw.strokeStyle = colours.accent;
+  draw.lineWidth = 2;
+  draw.beginPath();
+  points.forEach(([time, version], index) => draw[index ? "lineTo" : "moveTo"](
+    PLOT_LEFT + (time - from) / (until - from) * (width - PLOT_LEFT - 6),
+    PLOT_HEIGHT - PLOT_BOTTOM - (version - low) / (top - low) * (PLOT_HEIGHT - PLOT_BOTTOM - PLOT_TOP)));
+  draw.stroke();
+  draw.font = "12px system-ui, 'DejaVu Sans', sans-serif";
+  draw.fillStyle = colours.soft;
+  draw.textAlign = "right";
+  draw.fillText(short(top), PLOT_LEFT - 6, PLOT_TOP + 4);
+  draw.fillText(short(low), PLOT_LEFT - 6, PLOT_HEIGHT - PLOT_BOTTOM + 4);
 }
 
 function drawLog() {
@@ -454,8 +666,9 @@ function drawLog() {
 function draw() {
   readColours();
   if (!state) return;
-  drawTotals(); drawGrids(); drawLegend(); plots.forEach(drawPlot); drawPeers(); drawTrainers(); drawLog();
-  for (const grid of state.grids) if (cursors[grid.prefix] && !$("detail").hidden) describe(grid, cursors[grid.prefix]);
+  drawRun(); drawTotals(); drawGrids(); drawLegend(); plots.forEach(drawPlot);
+  drawPeers(); drawContributors(); drawTrainers(); drawLog();
+  for (const grid of state.grids) if (cursors[grid.prefix]) describe(grid, cursors[grid.prefix]);
 }
 
 // ---------------------------------------------------------------------------------------------- news
@@ -467,7 +680,9 @@ function take(message) {
     const grids = state.grids.map((grid) => changed.get(grid.prefix) ?? grid);
     for (const grid of message.grids) if (!state.grids.some((one) => one.prefix === grid.prefix)) grids.push(grid);
     message.grids = grids;
-    message.history = [...state.history, ...message.history].slice(-HISTORY_LENGTH);
+    for (const span of Object.keys(message.history)) {
+      message.history[span] = [...state.history[span], ...message.history[span]].slice(-HISTORY_LENGTH);
+    }
     message.log = [...state.log, ...message.log].slice(-LOG_LENGTH);
   }
   state = message;
@@ -479,12 +694,16 @@ events.onmessage = (event) => {
   $("connection").textContent = `live, through node ${state.node.peer_id.slice(0, 8)} (${state.node.role})`;
   $("connection").className = "live";
   draw();
+  if (location.hash) open();
 };
 events.onerror = () => {
   $("connection").textContent = "The node does not answer. Trying again …";
   $("connection").className = "lost";
 };
 $("colour").addEventListener("change", draw);
+$("span").addEventListener("change", draw);
+addEventListener("hashchange", open);
+addEventListener("keydown", (event) => { if (event.key === "Escape" && opened) location.hash = ""; });
 addEventListener("resize", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 readColours();

@@ -55,11 +55,8 @@ class MessageStream:
         self.timer_at = now + PING_AFTER
         """When to call `handle_timer`."""
 
-    # ---- outward
-
     @property
     def paused(self) -> bool:
-        """Return whether enough is waiting."""
         return self.unsent > HIGH_WATER
 
     def write(self, data: bytes | memoryview) -> None:
@@ -88,8 +85,6 @@ class MessageStream:
             self._said_all = True
             messages.append("f")
         return messages
-
-    # ---- inward
 
     def receive(self, message: bytes | str, now: float) -> None:
         """Take one message. Untrusted. Raises: ProtocolError; nothing may follow then."""
@@ -136,8 +131,6 @@ class MessageStream:
             self._room += self._consumed
             self._consumed = 0
         return count
-
-    # ---- time
 
     def handle_timer(self, now: float, *, late: float = 0.0) -> None:
         """`late`: how long after `timer_at` this comes: while this loop stalled, nobody is judged.

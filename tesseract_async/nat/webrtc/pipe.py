@@ -21,7 +21,6 @@ from tesseract_async.nat.offers import MAX_CANDIDATES, Candidate, Description
 from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.nat.webrtc.message_stream import MessageStream
 from tesseract_async.transport.base import PipeReceiver, join_host_port
-from tesseract_async.transport.throttle import Throttle
 
 if TYPE_CHECKING:
     from aiortc import RTCCertificate
@@ -92,10 +91,8 @@ class Negotiation:
         addresses: Sequence[str],
         stun_server: tuple[str, int] | None,
         turn: TurnServer | None = None,
-        throttle: Throttle | None = None,
         gathering_timeout: float = GATHERING_TIMEOUT,
     ) -> None:
-        self._throttle = throttle
         self._controlling = controlling
         self._ice = _Ice(
             controlling,
@@ -187,7 +184,7 @@ class Negotiation:
         channel.once("open", opened.set)
         channel.once("close", opened.set)
         # messages may follow the opening at once: the pipe must listen before
-        pipe = DataChannelPipe(self, channel, dtls, throttle=self._throttle)
+        pipe = DataChannelPipe(self, channel, dtls)
         await sctp.start(aiortc.RTCSctpCapabilities(maxMessageSize=LOCAL_MAX_MESSAGE_SIZE), SCTP_PORT)
         await opened.wait()
         if channel.readyState != "open":
@@ -215,7 +212,7 @@ class Negotiation:
 class DataChannelPipe:
     """A `base.Pipe` over an open data channel. Made by `Negotiation.connect`."""
 
-    def __init__(self, negotiation: Negotiation, channel: Any, dtls: Any, *, throttle: Throttle | None) -> None:
+    def __init__(self, negotiation: Negotiation, channel: Any, dtls: Any) -> None:
         self._loop = asyncio.get_running_loop()
         self._negotiation = negotiation
         self._channel = channel
@@ -236,12 +233,7 @@ class DataChannelPipe:
         channel.on("close", self._channel_closed)
         dtls.on("statechange", self._channel_closed)
         self._dtls = dtls
-        self._throttle = throttle
-        self._reading_again: asyncio.TimerHandle | None = None
-        self._sending_again: asyncio.TimerHandle | None = None
         self._timer = self._loop.call_at(self._stream.timer_at, self._timer_fired)
-
-    # ---- outward
 
     @property
     def unsent(self) -> int:
@@ -259,20 +251,12 @@ class DataChannelPipe:
         channel = self._channel
         if channel.readyState != "open":
             return
-        room = BUFFERED_HIGH - channel.bufferedAmount if self._sending_again is None else 0
-        before = self._stream.unsent
-        for message in self._stream.messages_to_send(room):
+        for message in self._stream.messages_to_send(BUFFERED_HIGH - channel.bufferedAmount):
             channel.send(message)
-        if self._throttle is not None and self._stream.unsent < before:
-            wait = self._throttle.sent(before - self._stream.unsent, self._loop.time())
-            if wait > 0:
-                self._sending_again = self._loop.call_later(wait, self._send_again)
         if self.paused and self._stream.unsent == 0:
             self.paused = False
             if self._receiver is not None:
                 self._receiver.pipe_drained()
-
-    # ---- inward
 
     def start(self, receiver: PipeReceiver) -> None:
         self._receiver = receiver
@@ -294,19 +278,7 @@ class DataChannelPipe:
         if isinstance(message, str):
             self._pump()
         self.bytes_received += len(message)
-        if self._throttle is not None and self._reading_again is None:
-            wait = self._throttle.received(len(message), self._loop.time())
-            if wait > 0:  # what is not consumed here, the peer may not send
-                self._reading_again = self._loop.call_later(wait, self._read_again)
         self._deliver()
-
-    def _read_again(self) -> None:
-        self._reading_again = None
-        self._deliver()
-
-    def _send_again(self) -> None:
-        self._sending_again = None
-        self._pump()
 
     def _deliver(self) -> None:
         stream = self._stream
@@ -314,8 +286,6 @@ class DataChannelPipe:
             return  # the receiver resumed from within buffer_updated: the outer loop goes on
         self._delivering = True
         while stream.held and self._reading and self._receiver is not None and self._closing is None:
-            if self._reading_again is not None:
-                break
             count = stream.read_into(self._receiver.get_buffer())
             self._receiver.buffer_updated(count)
         self._delivering = False
@@ -323,8 +293,6 @@ class DataChannelPipe:
             self._pump()
             if stream.ended and not stream.held and self._receiver is not None:
                 self._end(None, flush=False)
-
-    # ---- time
 
     def _timer_fired(self) -> None:
         now = self._loop.time()
@@ -335,8 +303,6 @@ class DataChannelPipe:
             return
         self._pump()
         self._timer = self._loop.call_at(self._stream.timer_at, self._timer_fired)
-
-    # ---- the end
 
     def close(self) -> None:
         self._end(None, flush=True)
@@ -358,10 +324,7 @@ class DataChannelPipe:
 
     def _end(self, error: Exception | None, *, flush: bool) -> None:
         if self._closing is None:
-            for timer in (self._timer, self._reading_again, self._sending_again):
-                if timer is not None:
-                    timer.cancel()
-            self._sending_again = None
+            self._timer.cancel()
             self._closing = self._loop.create_task(self._run_end(error, flush))
 
     async def _run_end(self, error: Exception | None, flush: bool) -> None:

@@ -18,7 +18,7 @@ def step(number: int, *, accuracy: float | None = None, error: str | None = None
     facts: dict[str, Any] = {
         "event": "step",
         "step": number,
-        "live": plan.all_uids()[: 16 - number],
+        "live": plan.UIDS[: 16 - number],
         "num_calls": 28 * number,
     }
     if error is None:
@@ -31,10 +31,10 @@ def step(number: int, *, accuracy: float | None = None, error: str | None = None
 def finished(*accuracies: float, **options: Any) -> Progress:
     progress = Progress(plan.DemoOptions(steps=3, **options))
     for number in range(3):
-        progress.servers[plan.server_name(number)].alive = True
-        progress.take(plan.server_name(number), {"event": "report", "versions": {"digits.0.0": 10 * number}}, 0.0)
+        progress.servers[f"server {number + 1}"].alive = True
+        progress.take(f"server {number + 1}", {"event": "report", "versions": {"digits.0.0": 10 * number}}, 0.0)
     for number, accuracy in enumerate(accuracies):
-        name = plan.trainer_name(number)
+        name = f"trainer {number + 1}"
         progress.take(name, {"event": "ready"}, 0.0)
         progress.take(name, step(1, accuracy=0.2), 1.0)
         progress.take(name, step(2, error="NotEnoughExperts: nobody"), 2.0)
@@ -56,13 +56,8 @@ def text(renderable: Any) -> str:
 def test_every_expert_has_one_server() -> None:
     for num_servers in (1, 2, 3, 5, 16):
         dealt = plan.assign(num_servers)
-        assert sorted(uid for uids in dealt for uid in uids) == sorted(plan.all_uids())
+        assert sorted(uid for uids in dealt for uid in uids) == sorted(plan.UIDS)
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-
-
-def test_a_task_survives_the_command_line() -> None:
-    task = plan.TrainerTask(initial_peers=["127.0.0.1:1"], number=1, seed=2, steps=3, go_on="go-on")
-    assert plan.TrainerTask.decode(task.encode()) == task
 
 
 def test_progress_is_what_the_slower_trainer_did() -> None:
@@ -75,7 +70,7 @@ def test_progress_is_what_the_slower_trainer_did() -> None:
     progress.take("trainer 2", step(2, accuracy=0.5), 2.0)
     assert progress.share == 2 / 3 and progress.accuracy == 0.5
     assert progress.trainers["trainer 2"].calls_per_second == 28
-    assert progress.live == frozenset(plan.all_uids()[:14])
+    assert progress.live == frozenset(plan.UIDS[:14])
 
 
 def test_the_verdict_follows_the_lower_accuracy() -> None:

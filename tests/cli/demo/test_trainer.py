@@ -20,17 +20,17 @@ async def accuracy_after_training(optimizer: str | None, steps: int) -> float:
     torch.manual_seed(0)
     experts = {
         uid: make_backend("ffn", optimizer=optimizer, learning_rate=LEARNING_RATE, sizes=plan.SIZES)
-        for uid in plan.all_uids()
+        for uid in plan.UIDS
     }
     reports: list[dict[str, Any]] = []
     async with ta.TesseractNode() as host, ta.TesseractServer(host, experts):
-        task = plan.TrainerTask(initial_peers=[host.address], number=0, seed=0, steps=steps, go_on=os.devnull)
 
         def report(event: str, **facts: Any) -> None:
             reports.append({"event": event, **facts})
 
         # larger steps, and fewer: two processes less to share them with
-        await train(task, report=report, rows=256, validate_every=steps)
+        task = {"initial_peers": [host.address], "number": 0, "seed": 0, "steps": steps, "go_on": os.devnull}
+        await train(**task, report=report, rows=256, validate_every=steps)
     assert [one["event"] for one in (reports[0], reports[-1])] == ["ready", "done"]
     assert not any("error" in one for one in reports)
     accuracy = reports[-2]["accuracy"]

@@ -6,7 +6,6 @@ In virtual time, over links in memory (`benchmarks/nat_links`).
 from __future__ import annotations
 
 import asyncio
-import random
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -24,8 +23,6 @@ from aiortc.rtcsctptransport import (
     ReconfigChunk,
     SackChunk,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tesseract_async.errors import ConnectionLost, ProtocolError
 from tesseract_async.nat.webrtc import pipe as webrtc
@@ -39,7 +36,7 @@ from tesseract_async.nat.webrtc.association import (
 )
 from tests.benchmarks import nat_links
 from tests.benchmarks.nat_links import MEGABIT, End, Link, Total
-from tests.nat.webrtc.watched import FULL_PACKET, PORT, Nowhere, Plain, Side, Watched
+from tests.nat.webrtc.watched import Side, Watched
 from tests.transport.pipes import Receiver
 
 
@@ -127,7 +124,7 @@ def lose_next(side: Side, out: Spoilt, times: int) -> list[int]:
     return side.association.sent
 
 
-def test_what_is_lost_a_second_time_is_not_waited_for_in_silence() -> None:
+def test_what_is_lost_a_second_time_is_sent_after_one_silence() -> None:
     async def work(here: Side, there: Side, out: Spoilt) -> None:
         total, unused = Total(), Total()
         here.pipe.start(End(unused))
@@ -137,7 +134,7 @@ def test_what_is_lost_a_second_time_is_not_waited_for_in_silence() -> None:
         sent = lose_next(here, out, times=2)
         here.pipe.write(bytes(2**20))
         await until(lambda: total.count == 2**19 + 2**20)
-        assert sent.count(sent[0]) == 3 and here.association.num_silences == 0
+        assert sent.count(sent[0]) == 3 and here.association.num_silences <= 2
         assert len(sent) - len(set(sent)) <= out.num_dropped + 2
 
     over_links(work, rate=10 * MEGABIT, delay=0.02)
@@ -156,34 +153,6 @@ def test_after_a_silence_nothing_is_sent_again_that_has_arrived() -> None:
         association.be_silent()
         assert any(one.again for one in association.queue)
         assert not any(one.again and one.arrived for one in association.queue)
-        assert association.window.starting and association.window.size < 2000
-
-    over_links(work)
-
-
-def test_losses_that_are_more_than_chance_cost_half_of_the_window() -> None:
-    async def work(here: Side, there: Side, out: Spoilt) -> None:
-        total, unused = Total(), Total()
-        here.pipe.start(End(unused))
-        there.pipe.start(End(total))
-        here.pipe.write(bytes(2**20))
-        await until(lambda: total.count > 2**18)
-        window, sizes, seen = here.association.window, [0], 0
-
-        def spoil() -> bool:
-            nonlocal seen
-            seen += 1
-            return seen <= 200 and seen % 5 == 0
-
-        out.spoil = spoil
-
-        def halved() -> bool:
-            sizes.append(window.size)
-            return sizes[-1] <= 0.6 * max(sizes)
-
-        await until(lambda: halved() or total.count == 2**20)
-        assert out.num_dropped > 3 and max(sizes) > 2**17
-        assert halved() and window.size > 2000 and not window.starting, "no silence either"
 
     over_links(work)
 
@@ -222,53 +191,6 @@ def test_many_gaps_do_not_stop_a_channel() -> None:
         assert out.num_dropped > MAX_GAPS
 
     over_links(work, delay=0.1)
-
-
-def alone(kind: type[Watched], begin: int) -> Watched:
-    """An association that knows nobody, whose first TSN and whose peer's is `begin`."""
-    made = kind(Nowhere(), PORT, lambda error: None)
-    made.be_alone(begin)
-    return made
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([5, 2**32 - 20]), st.floats(0.0, 0.5))
-def test_acknowledgements_are_taken_as_by_going_through_everything(seed: int, begin: int, loss: float) -> None:
-    """The same packets count as arrived and as lost, and the same ones are sent, whatever arrives in which order."""
-    rng = random.Random(seed)
-
-    async def main() -> None:
-        senders = mine, reference = alone(Watched, begin), alone(Plain, begin)
-        receiver = alone(Watched, begin)
-        arrived: set[int] = set()
-        on_the_way: list[int] = []
-        for sender in senders:
-            await sender.send_data(bytes(40 * FULL_PACKET))
-        for step in range(100):
-            assert mine.sent == reference.sent
-            on_the_way += [(tsn - begin) % 2**32 for tsn in mine.sent if rng.random() >= loss]
-            mine.sent.clear()
-            reference.sent.clear()
-            if step % 40 == 39 or not on_the_way:
-                for sender in senders:
-                    sender.be_silent()
-                await asyncio.sleep(0)
-            else:
-                number = on_the_way.pop(rng.randrange(min(4, len(on_the_way))))
-                assert receiver.take_number((begin + number) % 2**32) == (number in arrived)
-                arrived.add(number)
-                complete = next(one for one in range(50) if one not in arrived)
-                assert receiver.last_received == (begin + complete - 1) % 2**32
-                assert receiver.out_of_order == {(begin + one) % 2**32 for one in arrived if one > complete}
-                sack = await receiver.send_acknowledgement()
-                if rng.random() >= loss:
-                    for sender in senders:
-                        await sender.take_acknowledgement(sack)
-            assert mine.sender_state == reference.sender_state
-        for sender in senders:
-            sender.stop_timer()
-
-    asyncio.run(main())
 
 
 # ---- what no peer sends
@@ -381,7 +303,9 @@ def test_a_peer_that_never_acknowledges_the_first_has_little_kept_for_it() -> No
 
     async def work(here: Side, there: Side, out: Spoilt) -> None:
         here.pipe.start(Receiver())
-        await asyncio.sleep(1)
+        there.pipe.start(Receiver())
+        here.pipe.write(bytes(2**21))
+        await asyncio.sleep(3)
         there.association.deaf_to = here.association.next_tsn
         here.pipe.write(bytes(2**21))
         for _ in range(300):
@@ -405,9 +329,8 @@ def test_beside_another_version_of_the_library_there_are_no_channels_and_no_surp
 
 
 def test_what_is_overridden_is_there() -> None:
-    own = {"_break", "_take_gaps", "_arrived", "_strike", "_let_be_judged_again"}
     for name, value in vars(Association).items():
-        if callable(value) and not name.startswith("__") and name not in own:
+        if callable(value) and not name.startswith("__"):
             assert callable(getattr(RTCSctpTransport, name))
 
 
@@ -446,7 +369,6 @@ def test_acknowledgements_of_what_was_never_sent_cost_nothing(gaps: list[tuple[i
             sack.cumulative_tsn = (association.last_acknowledged + ahead) % 2**32
             sack.advertised_rwnd, sack.gaps = 2**20, gaps
             await association.take_acknowledgement(sack)
-        assert association.num_missing <= association.num_looked_at <= len(association.queue)
         assert 0 < before <= association.in_flight and not association.broken
         await until(lambda: total.count == 2**20)
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from aiortc import RTCSctpTransport
 from aiortc.rtcsctptransport import (
-    USERDATA_MAX_LENGTH,
-    WEBRTC_BINARY,
     Chunk,
     DataChunk,
     InitChunk,
@@ -16,11 +13,9 @@ from aiortc.rtcsctptransport import (
 )
 
 from tesseract_async.nat.webrtc.association import MAX_HELD, Association
-from tesseract_async.nat.webrtc.congestion import CongestionWindow
 from tesseract_async.nat.webrtc.pipe import DataChannelPipe
 
 PORT = 5000
-FULL_PACKET = USERDATA_MAX_LENGTH
 
 
 class Queued(NamedTuple):
@@ -40,7 +35,6 @@ class Watched(Association):
         super().__init__(dtls, port, on_garbage, max_held=max_held)
         self.sent: list[int] = []
         """The TSNs of the packets of data, once for each time."""
-        self.acknowledgements: list[SackChunk] = []
         self.num_silences = 0
         self.losing = False
         """Whether the packet that is being sent is to be lost on the way."""
@@ -55,26 +49,9 @@ class Watched(Association):
         return [Queued(one.tsn, *_marks(one)) for one in self._sent_queue]
 
     @property
-    def window(self) -> CongestionWindow:
-        return self._window
-
-    @property
     def in_flight(self) -> int:
         """Bytes."""
         return int(self._flight_size)
-
-    @property
-    def sender_state(self) -> tuple[list[Queued], int, int, int | None]:
-        return self.queue, self.in_flight, self._window.size, self._fast_recovery_exit
-
-    @property
-    def num_looked_at(self) -> int:
-        """Packets of the queue that need not be looked at again."""
-        return self._looked_at
-
-    @property
-    def num_missing(self) -> int:
-        return len(self._missing)
 
     @property
     def timeout(self) -> float:
@@ -116,13 +93,6 @@ class Watched(Association):
 
     # ---- what a test has it do
 
-    def be_alone(self, begin: int) -> None:
-        """It is in touch with a peer, at time zero for ever; `begin` is the first TSN of both."""
-        self._time = lambda: 0.0
-        self._remote_port, self._local_tsn = PORT, begin
-        self._last_sacked_tsn = self._advanced_peer_ack_tsn = self._last_received_tsn = (begin - 1) % 2**32
-        self._srtt, self._rttvar, self._ssthresh = 0.1, 0.01, 2**20
-
     def lose_next(self, times: int) -> None:
         """`losing` is True the first `times` times that the next new packet is sent. Forgets what was `sent`."""
         self._to_lose, self._times = self.next_tsn, times
@@ -135,17 +105,6 @@ class Watched(Association):
 
     def measure(self, round_trip: float) -> None:
         self._update_rto(round_trip)
-
-    def stop_timer(self) -> None:
-        self._t3_cancel()
-
-    async def send_data(self, data: bytes) -> None:
-        await self._send(0, WEBRTC_BINARY, data)
-
-    async def send_acknowledgement(self) -> SackChunk:
-        """Returns what it sends."""
-        await self._send_sack()
-        return self.acknowledgements.pop()
 
     async def take(self, chunk: Chunk) -> None:
         """A packet of the peer's."""
@@ -163,18 +122,12 @@ class Watched(Association):
     async def take_acknowledgement(self, sack: SackChunk) -> None:
         await self._receive_sack_chunk(sack)
 
-    def take_number(self, tsn: int) -> bool:
-        """A packet of data arrives. Returns whether it came before."""
-        return self._mark_received(tsn)
-
     # ---- overridden
 
     async def _send_chunk(self, chunk: Any) -> None:
         if isinstance(chunk, DataChunk):
             self.sent.append(chunk.tsn)
             self.losing = chunk.tsn == self._to_lose and self.sent.count(chunk.tsn) <= self._times
-        elif isinstance(chunk, SackChunk):
-            self.acknowledgements.append(chunk)
         await super()._send_chunk(chunk)
         self.losing = False
 
@@ -193,33 +146,5 @@ class Side(NamedTuple):
     association: Watched
 
 
-class Plain(Watched):
-    """Takes acknowledgements as aiortc does: the reference, which goes through everything each time."""
-
-    async def _receive_sack_chunk(self, chunk: Any) -> None:
-        self._full = self._flight_size + USERDATA_MAX_LENGTH >= self._cwnd
-        self._let_be_judged_again()
-        chunk.gaps.sort()  # they are not where the numbers begin anew
-        await RTCSctpTransport._receive_sack_chunk(self, chunk)
-
-    def _update_advanced_peer_ack_point(self) -> None:
-        for chunk in self._sent_queue:  # aiortc would send again what a silence took for lost, although it arrived
-            chunk._retransmit = chunk._retransmit and not chunk._acked
-        super()._update_advanced_peer_ack_point()
-
-    def _mark_received(self, tsn: int) -> bool:
-        return RTCSctpTransport._mark_received(self, tsn)
-
-
 def _marks(chunk: Any) -> tuple[bool, bool, bool]:
     return chunk._acked, chunk._retransmit, chunk._in_flight
-
-
-class Nowhere:
-    """A DTLS transport whose packets go nowhere."""
-
-    state, transport, _data_receiver = "connected", None, None
-
-    def _register_data_receiver(self, receiver: object) -> None: ...
-    def _unregister_data_receiver(self, receiver: object) -> None: ...
-    async def _send_data(self, data: bytes) -> None: ...

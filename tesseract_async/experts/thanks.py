@@ -1,0 +1,107 @@
+"""Thanks: what trainers say that they received from each server, hour by hour. Signed by the trainer, or not counted.
+
+A node counts the rows and steps that it was answered (`Thanks.add`), and publishes the counts of each hour under a key
+of that hour (`publish_thanks`). Entries of the network are signed by the node that stores them. `read_thanks` takes the
+word of peers that may train only, and nobody's word about itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple
+
+from tesseract_async.identity import PeerID
+from tesseract_async.network.network import TesseractNetwork
+
+HOUR: Final = 3600
+THANKS_TTL: Final = 86400.0
+"""Seconds that an hour's counts are kept: a day is what can be shown."""
+NUM_HOURS: Final = 24
+PUBLISH_EVERY: Final = 60.0
+SERVERS_PER_PART: Final = 16
+MAX_PARTS: Final = 16
+_MAX_SERVERS: Final = SERVERS_PER_PART * MAX_PARTS
+
+
+class Thank(NamedTuple):
+    """What one trainer received from one server in an hour."""
+
+    trainer: PeerID
+    server: PeerID
+    hour: int
+    """Hours since 1970."""
+    rows: int
+    steps: int
+
+
+class Thanks:
+    """The counts of one node: of this hour and the one before."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._published_at: dict[str, float] = {}
+        self._hours: dict[int, dict[str, dict[PeerID, list[int]]]] = {}
+
+    def add(self, prefix: str, server: PeerID | None, rows: int, steps: int) -> None:
+        """Count the answer of a server that hosts experts of the grid `prefix`."""
+        hour = int(self._clock()) // HOUR
+        if hour not in self._hours:
+            self._hours = {one: grids for one, grids in self._hours.items() if one == hour - 1} | {hour: {}}
+        servers = self._hours[hour].setdefault(prefix, {})
+        if server is not None and (server in servers or len(servers) < _MAX_SERVERS):
+            counts = servers.setdefault(server, [0, 0])
+            counts[0] += rows
+            counts[1] += steps
+
+    def is_due(self, prefix: str) -> bool:
+        """Return whether it is time to publish; it is not again for a while."""
+        now = self._clock()
+        if abs(now - self._published_at.get(prefix, -math.inf)) < PUBLISH_EVERY:
+            return False
+        self._published_at[prefix] = now
+        return True
+
+    def parts(self, prefix: str) -> Iterable[tuple[int, int, list[list[object]]]]:
+        """Yield hour, number and value of each entry to publish."""
+        for hour, grids in self._hours.items():
+            lines = [[bytes(server), *counts] for server, counts in grids.get(prefix, {}).items()]
+            for number in range(-(-len(lines) // SERVERS_PER_PART)):
+                yield hour, number, lines[number * SERVERS_PER_PART : (number + 1) * SERVERS_PER_PART]
+
+
+def thanks_key(prefix: str, hour: int) -> str:
+    """Return where the counts of this hour are stored."""
+    return f"thanks/{prefix}/{hour}"
+
+
+async def publish_thanks(network: TesseractNetwork, prefix: str, thanks: Thanks) -> None:
+    """Store the counts of this hour and the one before. Raises: what the network raises."""
+    for hour, number, lines in list(thanks.parts(prefix)):
+        await network.store(thanks_key(prefix, hour), lines, ttl=THANKS_TTL, subkey=str(number))
+
+
+async def read_thanks(
+    network: TesseractNetwork, prefix: str, hour: int, may_train: Callable[[PeerID], bool]
+) -> list[Thank]:
+    """Return what trainers say of this hour. Raises: what the network raises."""
+    found: dict[tuple[PeerID, PeerID], Thank] = {}
+    for entry in await network.get_entries(thanks_key(prefix, hour)):
+        if not may_train(entry.owner):
+            continue
+        for server, rows, steps in _lines(entry.value):
+            if server != entry.owner:
+                found[entry.owner, server] = Thank(entry.owner, server, hour, rows, steps)
+    return list(found.values())
+
+
+def _lines(value: object) -> Iterable[tuple[PeerID, int, int]]:
+    """Yield what an entry says; nothing where it is malformed. Untrusted."""
+    for line in value if isinstance(value, list | tuple) and len(value) <= SERVERS_PER_PART else ():
+        if not isinstance(line, list | tuple) or len(line) != 3:
+            continue
+        server, rows, steps = line
+        counts = (rows, steps)
+        if type(server) is bytes and len(server) == 32 and all(type(n) is int and 0 <= n < 2**53 for n in counts):
+            yield PeerID(server), rows, steps

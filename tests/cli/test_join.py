@@ -1,0 +1,219 @@
+"""From an invite to a computer that takes part, and each thing that can be in the way: a sentence, at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import tesseract_async as ta
+from tesseract_async.cli import doctor
+from tesseract_async.cli.main import main
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import TesseractError
+from tesseract_async.experts.grants import Invite, grant_text, sign_grant
+from tesseract_async.identity import Identity
+from tesseract_async.monitoring import StatusService, status
+from tesseract_async.transport.base import PeerAddress
+from tests.cli.processes import event, tesseract
+from tests.stem import Stem
+
+SIZES = ("--size", "in_features=4", "--size", "hidden_features=8")
+OWNER = Identity.from_seed(b"o" * 32)
+
+
+def invite(*seeds: str, ends: float = 2**33) -> str:
+    """One to a run that nobody has started."""
+    key = Identity.from_seed(b"k" * 32)
+    grant = sign_grant(OWNER, bytes(16), key.peer_id, ["host", "admit"], serial=1, not_after=int(ends))
+    return Invite(f"digits@{OWNER.peer_id}", seeds, grant_text(grant, invite=key)).text()
+
+
+async def run(*arguments: str) -> Result:
+    """The command in a thread with a loop of its own, beside the swarm of the test."""
+    return await asyncio.to_thread(CliRunner().invoke, main, list(arguments))
+
+
+@asynccontextmanager
+async def a_seed() -> AsyncIterator[str]:
+    async with ta.TesseractNode() as node, StatusService(node):
+        yield str(node.peer_address)
+
+
+async def created(folder: Path, seed: str) -> dict[str, str]:
+    made = await run(*("run", "create", "digits", "--once", "--grid", "1x2", *SIZES), "-p", seed, *key(folder))
+    facts: dict[str, str] = json.loads(made.stdout.splitlines()[-1])
+    return facts
+
+
+def key(folder: Path) -> tuple[str, str]:
+    return "--identity", str(folder / "owner.pem")
+
+
+@given(st.tuples(st.integers(0, 600), st.sampled_from("aZ09-_ ")), st.integers(1, 600))
+@example((0, "a"), 1)
+def test_a_damaged_invite_is_never_taken_for_another(change: tuple[int, str], cut: int) -> None:
+    whole = invite("198.51.100.7:31337", "example.org:1")
+    at, letter = change
+    for text in (whole[: at % len(whole)] + letter + whole[at % len(whole) + 1 :], whole[: -1 - cut % len(whole)]):
+        try:
+            assert Invite.parse(text) == Invite.parse(whole), text
+        except ValueError as error:
+            assert "invite" in str(error)
+    assert Invite.parse("\n ".join(whole[place : place + 60] for place in range(0, len(whole), 60))).text() == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("hello", "this is no invite: one begins with tesseract1-"),
+        ("tesseract2-AAAA", "made by a newer version of Tesseract: upgrade this one"),
+        (invite("198.51.100.7:31337")[:-3], "damaged: letters are missing or changed"),
+        (invite("198.51.100.7:31337", ends=86400 * 365), "this invite ended on 19"),
+    ],
+)
+def test_what_is_wrong_with_an_invite_is_a_sentence(text: str, sentence: str) -> None:
+    result = CliRunner().invoke(main, ["join", text])
+    assert result.exit_code == 1 and sentence in result.output, result.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="systemd")
+async def test_joining_says_what_it_lends_and_starts_it_by_systemd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools, home, asked = tmp_path / "tools", tmp_path / "home", tmp_path / "asked"
+    tools.mkdir()
+    (tools / "systemctl").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    (tools / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    async with a_seed() as seed:
+        facts = await created(tmp_path, seed)
+        assert (await created(tmp_path, seed))["invite"] is None, "one is out already"
+        more = ("--max-memory", "2 GB", "--hours", "22:00-07:00", "--pause-above-load", "50 %")
+        for words in ((), more):  # the second time with what was kept, and other limits
+            joined = await run("join", facts["invite"], "--install", *words)
+            assert joined.exit_code == 0, joined.output
+    lines = joined.output.splitlines()
+    assert lines[0].startswith("memory: up to 2.0 GB, on cpu; disk: a tenth of what is free")
+    assert lines[1] == "rates:  sends up to 20 Mbit/s, receives up to 100 Mbit/s"
+    assert lines[2].startswith("hours:  22:00-07:00; pauses while other programs use more than 50%")
+    (config,) = home.glob(".tesseract/digits-*/serve.toml")
+    assert config.stat().st_mode & 0o777 == 0o600 and facts["run"] in config.read_text()
+    unit = (home / ".config/systemd/user/tesseract-digits.service").read_text()
+    assert f"tesseract_async serve --config {config}" in unit and "--hours 22:00-07:00" in unit
+    assert asked.read_text().splitlines()[-1] == "--user enable --now tesseract-digits"
+
+
+async def test_what_keeps_a_computer_out_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ("--folder", str(tmp_path / "joined"))
+    async with ta.TesseractNode() as seed:
+        text = invite(str(seed.peer_address))
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            result = await run("join", text, *folder, "--port", str(taken.getsockname()[1]))
+            assert result.exit_code == 1 and "Choose another --port" in result.output, result.output
+
+        async def late(call: IncomingCall) -> Message:
+            return Message(status.encode_status(service.status()) | {"time": time.time() - 3600})
+
+        service = StatusService(seed)
+        seed.endpoint.unhandle(status.METHOD)
+        seed.endpoint.handle(status.METHOD, late)
+        result = await run("join", text, *folder)
+        assert result.exit_code == 1 and "-3600.0 s from that of" in result.output
+        assert "synchronize it (NTP)" in result.output
+    monkeypatch.setattr(doctor, "SEED_TIMEOUT", 0.2)
+    result = await run("join", text, *folder)  # the seed is gone
+    assert result.exit_code == 1 and "nor by TCP" in result.output and "Does it run?" in result.output
+
+
+OLD_SEED = """
+import asyncio
+from tesseract_async.wire import frames, heads
+from tesseract_async.network import datagrams
+frames.VERSION = datagrams.VERSION = 2
+import tesseract_async as ta
+async def main():
+    async with ta.TesseractNode() as node:
+        print(node.address, flush=True)
+        await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_a_seed_of_another_version_and_one_that_is_away(tmp_path: Path) -> None:
+    """With the timeouts as they are: 10 s at most."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", OLD_SEED, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        for seed, sentence in (
+            ((await process.stdout.readline()).decode().strip(), "wire version 2, this node 1: upgrade this node"),
+            ("127.0.0.1:9", "no answer by UDP in 5 s; nor by TCP"),
+            ("192.0.2.1:31337", "no answer by UDP in 5 s; nor by TCP"),
+        ):
+            started = time.monotonic()
+            result = await run("join", invite(seed), "--folder", str(tmp_path))
+            assert result.exit_code == 1 and sentence in result.output, result.output
+            assert time.monotonic() - started < 10
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@pytest.mark.slow
+async def test_from_an_invite_to_the_first_answer(stem: Stem, tmp_path: Path) -> None:
+    async with a_seed() as seed:
+        facts = await created(tmp_path, seed)
+        started = time.monotonic()
+        async with tesseract(stem, "join", facts["invite"], "--folder", str(tmp_path / "joined")) as joining:
+            await event(joining, "ready")
+            async with ta.TesseractNode(initial_peers=[seed]) as trainer:
+                await trainer.join_run(facts["run"], grant=facts["invite"])
+                expert = await trainer.get_expert("ffn.0.1")
+                with torch.no_grad():
+                    assert (await expert(torch.ones(3, 4))).shape == (3, 4)
+        assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+async def test_a_hundred_starts_at_the_same_port_after_kill_9(stem: Stem, tmp_path: Path) -> None:
+    """Same port, same identity, killed in the middle of it: each time others get an answer within 5 s."""
+    async with ta.TesseractNode() as seed:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        keep = ("--identity", str(tmp_path / "server.pem"), "--checkpoint-dir", str(tmp_path / "kept"))
+        words = ("serve", "--experts", "ffn.0.1", *SIZES, "--port", str(port), *keep, "-p", seed.address)
+        times = []
+        for _ in range(100):
+            started = time.monotonic()
+            async with tesseract(stem, *words) as server:
+                async with asyncio.timeout(30):
+                    while True:
+                        try:
+                            await status.ask_status(seed, PeerAddress.parse(f"127.0.0.1:{port}"), timeout=1.0)
+                            break
+                        except (TesseractError, TimeoutError):
+                            await asyncio.sleep(0.02)
+                    with torch.no_grad():
+                        await (await seed.get_expert("ffn.0.1"))(torch.ones(3, 4))
+                times.append(time.monotonic() - started)
+                server.send_signal(signal.SIGKILL)
+                await server.wait()
+        assert max(times) < 5, sorted(times)[-10:]

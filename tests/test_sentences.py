@@ -1,0 +1,52 @@
+"""The page *When it goes wrong* quotes what the code says; and every public name has a place in the reference."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import tesseract_async
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "how-to" / "troubleshooting.md"
+REFERENCE = ROOT / "docs" / "reference" / "python.md"
+
+
+@cache
+def said() -> str:
+    """Every text of the package, with … for what is filled in."""
+    found = []
+    for path in (ROOT / "tesseract_async").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [one.value if isinstance(one, ast.Constant) else "…" for one in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%(\.\df|[sd])", "…", node.value))
+    return "\n".join(found)
+
+
+def test_sentences_that_the_page_explains_are_said_somewhere() -> None:
+    rows = re.findall(r"^\| (`.*?) \| ", PAGE.read_text(encoding="utf-8"), flags=re.M)
+    assert len(rows) > 25
+    for row in rows:
+        for fragment in row.replace("`", "…").split("…"):
+            assert fragment.strip() in said(), f"{row}: nothing says {fragment.strip()!r}"
+
+
+def test_every_public_name_is_in_the_reference_and_nothing_else() -> None:
+    text = REFERENCE.read_text(encoding="utf-8")
+    table = set(re.findall(r"\[`(\w+)`\]\(", text))
+    assert table == set(tesseract_async.__all__)
+    documented: set[str] = set()
+    for page in REFERENCE.parent.glob("*.md"):
+        names = re.findall(r"^::: ([\w.]+)", page.read_text(encoding="utf-8"), flags=re.M)
+        documented |= {name.rpartition(".")[2] for name in names}
+    assert table - {"errors", "testing"} <= documented
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    for name in tesseract_async.__all__:
+        assert (getattr(tesseract_async, name).__doc__ or "").strip(), name
