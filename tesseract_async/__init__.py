@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tesseract_async.shared_parameters import SharedParameters as SharedParameters
     from tesseract_async.wire.tensors import TensorSpec as TensorSpec
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "backward": "client.autograd",
@@ -66,7 +66,7 @@ _HOMES = {
     "SharedParameters": "shared_parameters",
     "TensorSpec": "wire.tensors",
 }
-_MODULES = ("errors", "testing")
+_MODULES = ("errors", "testing", "transformers")
 
 __all__ = [*sorted(_HOMES), *_MODULES]
 

@@ -46,7 +46,18 @@ from tesseract_async.transport.base import PeerAddress, ip_version, is_loopback,
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.apply import APPLY
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, PULL, PUSH, STATE, TAKE_OVER, TENURE, uid_of
+from tesseract_async.wire.messages import (
+    BACKWARD,
+    FORWARD,
+    INFO,
+    LOCKSTEP,
+    PULL,
+    PUSH,
+    STATE,
+    TAKE_OVER,
+    TENURE,
+    uid_of,
+)
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -64,9 +75,17 @@ EXPERT_METHODS: dict[str, Action] = {
     TENURE: "host",
     PUSH: "train",
     PULL: "call",
+    LOCKSTEP: "train",
 }
 # what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", TENURE: "host", PUSH: "share"}
+_ROLES: dict[str, Role] = {
+    BACKWARD: "train",
+    LOCKSTEP: "train",
+    STATE: "host",
+    TAKE_OVER: "host",
+    TENURE: "host",
+    PUSH: "share",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,7 +439,6 @@ class TesseractNode(Uncopied):
         keeper = await enter_run(
             self.network, self.trust, run, identity=self.identity, grant=grant, identity_file=self._identity_file
         )
-        assert keeper.authority is not None
         keeper.on_own_grant = self.endpoint.say_anew
         self.endpoint.say_anew()
         self.directory.forget(keeper.authority.prefix)

@@ -36,6 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "node": LOWER | {"transport", "network", "endpoint", "nat", "experts"},
     "runtime": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "sharing": LOWER | {"runtime"},
+    "transformers": LOWER
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "shared_parameters": LOWER
@@ -44,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server"},
     "cli": LOWER
     | {"transport", "network", "endpoint", "nat", "experts", "node", "runtime", "server", "client", "testing"}
-    | {"monitoring", "leaving"},
+    | {"monitoring", "leaving", "transformers"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
 EXCEPTIONS = {("node.py", "client")}
@@ -229,6 +231,7 @@ PROCESS_WIDE = {
     "server/registry.py": {"EXPERTS", "_MARKED"},  # filled by decorators, when modules are imported
     "server/state_files.py": {"_held"},  # some file systems' locks are a process's
     "transport/channel.py": {"_blocks"},  # a buffer for each event loop, gone with it
+    "transformers/operator.py": {"_calls", "_layers"},  # an operator of torch is given numbers, no objects
     "wire/frames.py": {"_packers"},  # at hand for whoever packs next
     "wire/names.py": {"_names"},  # random numbers in store, thrown away after a fork
 }

@@ -38,10 +38,13 @@ def make_builder(serving: ServeOptions, limits: VolunteerSettings, *, keeps_lear
         "cuda_graphs": serving.cuda_graphs,
         "own_options": ("lr",) if keeps_learning_rate else (),
         "preferred_sizes": tuple(sorted(serving.preferred_sizes)),
+        "lockstep": serving.step == "lockstep",
     }
     limit = limits.max_memory_bytes
     # what the process leaves; measured exactly later, but this is known before anything is built
     max_bytes = None if limit is None else max(0, limit - process_bytes())
+    if serving.hf_checkpoint is not None:
+        return CheckpointBuilder(serving, computing, max_bytes)
     return (ExpertBuilder if serving.shard is None else SpreadBuilder)(serving, computing, max_bytes)
 
 
@@ -88,6 +91,38 @@ class ExpertBuilder:
             max_bytes=self._max_bytes,
             spread=self.spread,
         )
+
+
+class CheckpointBuilder(ExpertBuilder):
+    """Reads them from a checkpoint of Hugging Face Transformers."""
+
+    def __init__(self, serving: ServeOptions, computing: Mapping[str, object], max_bytes: int | None) -> None:
+        """Reads the checkpoint's configuration. Blocking. Raises: ValueError."""
+        super().__init__(serving, computing, max_bytes)
+        from tesseract_async.transformers.serving import CheckpointExperts, CheckpointOptions
+
+        assert serving.hf_checkpoint is not None
+        options = CheckpointOptions(
+            dtype=None if serving.dtype is None else getattr(torch, serving.dtype),
+            master=None if serving.master is None else getattr(torch, serving.master),
+            optimizer=serving.optimizer,
+            optimizer_options={"learning_rate": serving.learning_rate},
+            max_batch_size=serving.max_batch_size,
+        )
+        self._experts = CheckpointExperts(serving.hf_checkpoint, options, BackendSettings(**computing))  # type: ignore[arg-type]
+
+    async def build_all(
+        self, uids: Sequence[str], run: SignedRun | None, *, on_built: Callable[[], None]
+    ) -> dict[str, ExpertBackend]:
+        """Return them by uid: their weights are read together. Raises: ValueError."""
+        found = await asyncio.to_thread(self._experts.build, uids)
+        for _ in found:
+            on_built()
+        return found
+
+    def build(self, uid: str, run: SignedRun | None) -> ExpertBackend:
+        """Return one. Blocking. Raises: ValueError."""
+        return self._experts.build([uid])[uid]
 
 
 class SpreadBuilder(ExpertBuilder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import click
@@ -28,11 +29,14 @@ SECTIONS = {
         "--device",
         "--max-memory",
         "--checkpoint-dir",
-        "--name",
     ),
     "Experts": (
         "--expert-class",
         "--size",
+        "--hf-checkpoint",
+        "--dtype",
+        "--master",
+        "--step",
         "--optimizer",
         "--learning-rate",
         "--max-batch-size",
@@ -40,7 +44,7 @@ SECTIONS = {
         "--shard",
         "--checkpoint-period",
     ),
-    "Run": ("--hold", "--allow-module"),
+    "Run": ("--hold", "--allow-module", "--name"),
     "Limits": (
         "--threads",
         "--max-upload",
@@ -116,6 +120,8 @@ async def command(
     def is_given(name: str) -> bool:
         return click.get_current_context().get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
+    if serving.hf_checkpoint is not None and not is_given("optimizer"):
+        serving = dataclasses.replace(serving, optimizer="adamw")  # as Transformers trains
     if ":" in f"{serving.expert_class}{serving.shard}" or serving.allowed_modules:
         find_code_here()
     if serving.checkpoint_dir is not None:

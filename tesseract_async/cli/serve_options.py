@@ -30,7 +30,7 @@ from tesseract_async.cli.types import (
 )
 from tesseract_async.experts.pattern import ExpertPattern
 
-MAX_EXPERTS = 4096
+MAX_EXPERTS = 16384
 """Experts that one server hosts."""
 
 
@@ -64,6 +64,10 @@ class ServeOptions:
     leave_within: float
     report_period: float | None
     shard: str | None = None
+    hf_checkpoint: Path | None = None
+    dtype: str | None = None
+    master: str | None = None
+    step: str = "async"
     name: str = ""
     metrics_port: str | None = None
 
@@ -73,6 +77,10 @@ class ServeOptions:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
         if self.shard is not None and (self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1):
             raise click.UsageError("--shard goes with one --device, and without --compile and --cuda-graphs")
+        if self.hf_checkpoint is None and (self.dtype or self.master):
+            raise click.UsageError("--dtype and --master go with --hf-checkpoint")
+        if self.hf_checkpoint is not None and (self.shard or self.sizes or self.autocast):
+            raise click.UsageError("--hf-checkpoint goes without --shard, --size and --autocast (say --dtype)")
         for pattern in self.patterns if self.num_experts is None else ():
             if (size := pattern.num_uids) > MAX_EXPERTS:
                 raise click.BadParameter(
@@ -125,6 +133,27 @@ serve_options = grouped(
     ),
     expert_class_option,
     sizes_option,
+    click.option(
+        "--hf-checkpoint",
+        type=FOLDER,
+        help="Host the experts of this mixture-of-experts checkpoint of Hugging Face, as PREFIX.LAYER.EXPERT.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Compute the checkpoint's experts in this number type, not in the checkpoint's.",
+    ),
+    click.option(
+        "--master",
+        type=click.Choice(["float32"]),
+        help="Keep and train the checkpoint's weights in this number type, whatever they are computed in.",
+    ),
+    click.option(
+        "--step",
+        type=click.Choice(["async", "lockstep"]),
+        default="async",
+        help="Step each expert as gradients come, or all at once when their one trainer says so.",
+    ),
     optimizer_option,
     click.option(
         "--learning-rate",

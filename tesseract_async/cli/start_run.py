@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
+from collections.abc import Sequence
 
 import click
 
@@ -28,6 +30,7 @@ from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
+from tesseract_async.transport.base import PeerAddress, split_host_port
 
 Pairs = tuple[tuple[str, Value], ...]
 
@@ -166,9 +169,11 @@ async def create(
         invite = invite_of(RunOwner(author.network, author.identity, keeper), author)
         if invite is not None:
             click.echo(f"everybody who has this may take part: tesseract join {invite}", err=True)
-            if host_towards(Invite.parse(invite).seeds) in ("127.0.0.1", "::1"):
+            if (where := reach_of(Invite.parse(invite).seeds)) != "everywhere":
                 click.echo(
-                    "it leads to this computer only: for others, give --host 0.0.0.0 or a seed of theirs", err=True
+                    f"it is good {where} only: for others, give --announce ADDRESS (or --host 0.0.0.0), or a seed that "
+                    "they reach",
+                    err=True,
                 )
         say(
             "run",
@@ -183,6 +188,22 @@ async def create(
             return 0 if holders else 1
         await until_told_to_leave()
     return 0
+
+
+def reach_of(seeds: Sequence[str]) -> str:
+    """Return in words from where these addresses can be reached, as far as they tell."""
+    if host_towards(seeds) in ("127.0.0.1", "::1"):
+        return "on this computer"
+    hosts = [split_host_port(address)[0] for seed in seeds for address in PeerAddress.parse(seed).addresses]
+    return "in this private network" if all(map(is_private, hosts)) else "everywhere"
+
+
+def is_private(host: str) -> bool:
+    """Return whether this is a number of a private network, not a name or a public number."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_private
+    except ValueError:
+        return False
 
 
 def invite_of(owner: RunOwner, node: TesseractNode) -> str | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from operator import index as as_index
 from typing import Final
 
@@ -30,6 +32,28 @@ from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import Structure, describe_schema, unflatten
 
 _NUM_LAYERS: Final = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class PoolAnswer:
+    """What a pool's experts answered, and the way back through their call."""
+
+    answer: torch.Tensor
+    _call: MixtureCall
+    _inputs: Sequence[torch.Tensor]
+    _index: torch.Tensor
+    _dtype: torch.dtype
+
+    async def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of `x` and `weights`, of `gradient` of the answer; trains the experts. Each time is another
+        step. Raises: NotEnoughExperts.
+        """
+        x = self._inputs[0]
+        of_x, of_values = await isolated(self._call.backward(self._inputs, [gradient, None]), modes=NO_GRAD)
+        if of_x is None or of_values is None:  # no row, or no expert with anything to differentiate
+            of_x, of_values = torch.zeros_like(x), torch.zeros_like(self._inputs[-1])
+        of_weights = of_values.to(self._index.device).gather(1, self._index.to(torch.int64))
+        return of_x.to(gradient.device, gradient.dtype), of_weights.to(self._dtype)
 
 
 class ExpertPool(nn.Module):
@@ -111,6 +135,54 @@ class ExpertPool(nn.Module):
         why.
         """
         refuse_wrappers()
+        arguments, values, pairs = self._routed(x, index, weights)
+        through = functools.partial(
+            remote_call, versions=arguments.versions, differentiable=arguments.mode.differentiable
+        )
+        return deliver(self._node, isolated(self._call(arguments, values, pairs, through), modes=NO_GRAD))
+
+    def ask(
+        self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *, differentiable: bool
+    ) -> Coroutine[object, object, PoolAnswer]:
+        """As `forward`, outside of torch's graph, for code that has a graph of its own: see `PoolAnswer`.
+
+        `differentiable`: a backward may follow. `x` is cast to the experts' dtype, and the answer to that of `x`.
+        """
+        arguments, values, pairs = self._routed(x, index, weights)
+        mode = arguments.mode._replace(differentiable=differentiable)
+        arguments = dataclasses.replace(arguments, mode=mode, casts=True)
+        return isolated(self._ask(arguments, values, pairs, index, weights.dtype), modes=NO_GRAD)
+
+    async def _ask(
+        self,
+        arguments: Arguments,
+        values: torch.Tensor,
+        pairs: list[tuple[int, Indices]],
+        index: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> PoolAnswer:
+        made: list[tuple[MixtureCall, Sequence[torch.Tensor]]] = []
+
+        async def through(call: MixtureCall, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            made.append((call, inputs))
+            return await call.forward(inputs)
+
+        answer = await self._call(arguments, values, pairs, through)
+        arguments.versions.check()
+        (x,) = arguments.args
+        assert isinstance(answer, torch.Tensor) and isinstance(x, torch.Tensor)
+        return PoolAnswer(answer.to(x.dtype), *made[0], index, dtype)
+
+    async def replicas(self) -> Mapping[int, Sequence[ExpertReplica]]:
+        """Who hosts each expert, as far as is known; await it on the node's loop."""
+        candidates = await self._candidates()
+        found = ((number, candidates.replicas_of(number)) for number in range(self.num_experts))
+        return {number: replicas for number, replicas in found if replicas}
+
+    def _routed(
+        self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[Arguments, torch.Tensor, list[tuple[int, Indices]]]:
+        """The arguments of a call made now, the weight of every expert for every row, and the experts' rows."""
         check_running(self._node)
         self._check(x, index, weights)
         arguments = Arguments.now((x,), {}, training=self.training)
@@ -118,7 +190,7 @@ class ExpertPool(nn.Module):
         index = index.to(weights.device, torch.int64)
         values = weights.new_zeros(len(index), self.num_experts, dtype=torch.float32)
         values = values.scatter_add(1, index, weights.float())  # an expert that a row names twice is asked once
-        return deliver(self._node, isolated(self._call(arguments, values, pairs), modes=NO_GRAD))
+        return arguments, values, pairs
 
     def _check(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         for name, given in (("x", x), ("index", index), ("weights", weights)):
@@ -146,7 +218,13 @@ class ExpertPool(nn.Module):
         experts, starts = np.unique(cells // num_rows, return_index=True)
         return list(zip(experts.tolist(), np.split(cells % num_rows, starts[1:]), strict=True))
 
-    async def _call(self, arguments: Arguments, values: torch.Tensor, pairs: list[tuple[int, Indices]]) -> Structure:
+    async def _call(
+        self,
+        arguments: Arguments,
+        values: torch.Tensor,
+        pairs: list[tuple[int, Indices]],
+        through: Callable[[MixtureCall, Sequence[torch.Tensor]], Awaitable[list[torch.Tensor]]],
+    ) -> Structure:
         mode, settings = arguments.mode, self._settings
         candidates = await self._candidates()
         if pairs and not any(candidates.replicas_of(expert) for expert, _ in pairs):
@@ -167,9 +245,7 @@ class ExpertPool(nn.Module):
         dispatch = StrictForward(candidates, pairs, len(values), timeout=settings.forward_timeout)
         call = MixtureCall(dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False)
         try:
-            *sums, _ = await remote_call(
-                call, [*inputs, values], versions=arguments.versions, differentiable=mode.differentiable
-            )
+            *sums, _ = await through(call, [*inputs, values])
         except NotEnoughExperts as error:
             if any(isinstance(one, SchemaMismatch) for one in error.errors.values()):
                 self._schemas.known = None  # they may be other experts now

@@ -40,8 +40,6 @@ UNCOUNTED_UNSENT: Final = 1024 * 1024
 """Bytes of small frames that may wait for a peer to read without counting among the node's replies."""
 UNREAD_TIMEOUT: Final = 20.0
 """Seconds for which bytes may wait on a channel from which none leave."""
-LOAN_TIMEOUT: Final = 2.0
-"""Seconds that a failed call waits for its memory to leave the transport before the connection is given up."""
 
 
 class Connection:
@@ -199,26 +197,12 @@ class Connection:
         finally:
             del self._parts[stream]
             if more:
-                await self.cancel_call(stream)
+                self.cancel_call(stream)
 
-    async def cancel_call(self, stream: int) -> None:
-        """Cancel the work at the other end, if it is not done. Return once no memory is on loan to a transport any
-        more, even while being cancelled."""
+    def cancel_call(self, stream: int) -> None:
+        """Cancel the work at the other end, if it is not done."""
         self.protocol.cancel_call(stream)
         self._wake()
-        marks = [(channel, mark) for channel in self._channels if channel and (mark := channel.loan_mark()) is not None]
-        limit = self._loop.time() + LOAN_TIMEOUT
-        cancelled = False
-        while not all(channel.loan_ended(mark) for channel, mark in marks):
-            if self._loop.time() >= limit:
-                self.abort("the peer does not read")
-            try:
-                # a short sleep, because below their high-water mark transports drain without telling
-                await asyncio.sleep(0.005)
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            raise asyncio.CancelledError
 
     def _look(self) -> None:
         if self._budgets.changed:

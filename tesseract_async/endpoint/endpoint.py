@@ -111,7 +111,6 @@ class Endpoint(Uncopied):
             features=features,
             throttle=throttle,
         )
-        self._kept: set[PeerID] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
@@ -210,7 +209,7 @@ class Endpoint(Uncopied):
                 try:
                     return await future
                 except BaseException:  # cancelled or failed: the other end is told
-                    await connection.cancel_call(stream)
+                    connection.cancel_call(stream)
                     raise
                 finally:
                     connection.call_ended(stream)
@@ -343,14 +342,6 @@ class Endpoint(Uncopied):
         for connection in self.pool.connections():
             connection.retired = connection.retired or connection.dialed is not None
 
-    def keep(self, peer_id: PeerID) -> None:
-        """Spare this peer's connections when idle ones are closed."""
-        self._kept.add(peer_id)
-
-    def unkeep(self, peer_id: PeerID) -> None:
-        """End `keep`."""
-        self._kept.discard(peer_id)
-
     def _make_connection(self, peer_id: PeerID, hello: Hello, dialed: PeerAddress | None, pipe: Pipe) -> Connection:
         connection = Connection(
             peer_id,
@@ -396,7 +387,7 @@ class Endpoint(Uncopied):
             connection.count_bytes()
             if connection.dialed is None or not connection.is_open or connection.protocol.num_calls:
                 continue
-            idle = now - connection.last_used > IDLE_TIMEOUT and connection.peer_id not in self._kept
+            idle = now - connection.last_used > IDLE_TIMEOUT
             if idle or connection.retired:
                 task = loop.create_task(connection.aclose("idle"))
                 self._closing.add(task)

@@ -114,7 +114,7 @@ class ConnectionProtocol:
     def data_to_send(self, lane: int, room: int) -> list[bytes | memoryview]:
         """Return what to write to the lane's channel now, in order: small frames, then chunks of about `room` bytes.
 
-        The memoryviews are on loan until the channel has drained.
+        The memoryviews are those of messages that may be cancelled later: copy or encrypt them at once.
         """
         now = self.core.now
         if self.pong_due and lane == MAIN:

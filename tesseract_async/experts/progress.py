@@ -6,6 +6,7 @@ import math
 from typing import Final, Protocol
 
 from tesseract_async.experts.thanks import Thanks, publish_thanks
+from tesseract_async.experts.trust import Trust
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 
@@ -27,6 +28,10 @@ class OnNetwork(Protocol):
     @property
     def thanks(self) -> Thanks:
         """The counts of what servers gave."""
+
+    @property
+    def trust(self) -> Trust:
+        """The runs that it takes part in."""
 
 
 def progress_key(prefix: str) -> str:
@@ -57,4 +62,4 @@ async def publish_progress(node: OnNetwork, prefix: str, *, step: int, loss: flo
     left_out = int(node.metrics.total("answers_left_out"))
     await node.network.store(progress_key(prefix), [step, loss, left_out], ttl=PROGRESS_TTL, subkey=trainer)
     if node.thanks.is_due(prefix):
-        await publish_thanks(node.network, prefix, node.thanks)
+        await publish_thanks(node.network, prefix, node.thanks, authority=node.trust.authority(prefix))

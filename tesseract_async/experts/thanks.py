@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
+from tesseract_async.admission import Policy
+from tesseract_async.experts.authority import Authority
 from tesseract_async.identity import PeerID
 from tesseract_async.network.network import TesseractNetwork
 
@@ -22,6 +24,10 @@ NUM_HOURS: Final = 24
 PUBLISH_EVERY: Final = 60.0
 SERVERS_PER_PART: Final = 16
 MAX_PARTS: Final = 16
+MAX_THANKS: Final = 4096
+"""Pairs of trainer and server that are read of an hour."""
+GRANT: Final = "grant"
+"""The subkey of the trainer's grant: who looks on has not met it."""
 _MAX_SERVERS: Final = SERVERS_PER_PART * MAX_PARTS
 
 
@@ -76,22 +82,40 @@ def thanks_key(prefix: str, hour: int) -> str:
     return f"thanks/{prefix}/{hour}"
 
 
-async def publish_thanks(network: TesseractNetwork, prefix: str, thanks: Thanks) -> None:
-    """Store the counts of this hour and the one before. Raises: what the network raises."""
+async def publish_thanks(
+    network: TesseractNetwork, prefix: str, thanks: Thanks, *, authority: Authority | None = None
+) -> None:
+    """Store the counts of this hour and the one before, in a run with the grant by which this node trains.
+
+    Raises: what the network raises.
+    """
+    grant = None if authority is None else authority.grant_of(network.peer_id)
     for hour, number, lines in list(thanks.parts(prefix)):
-        await network.store(thanks_key(prefix, hour), lines, ttl=THANKS_TTL, subkey=str(number))
+        key = thanks_key(prefix, hour)
+        if grant is not None and number == 0:
+            await network.store(key, grant.blob, ttl=THANKS_TTL, subkey=GRANT)
+        await network.store(key, lines, ttl=THANKS_TTL, subkey=str(number))
 
 
 async def read_thanks(
-    network: TesseractNetwork, prefix: str, hour: int, may_train: Callable[[PeerID], bool]
+    network: TesseractNetwork, prefix: str, hour: int, policy: Policy, *, authority: Authority | None = None
 ) -> list[Thank]:
-    """Return what trainers say of this hour. Raises: what the network raises."""
+    """Return what trainers say of this hour: peers that `policy` lets train and, in a run, that its owner does.
+
+    Raises: what the network raises.
+    """
     found: dict[tuple[PeerID, PeerID], Thank] = {}
-    for entry in await network.get_entries(thanks_key(prefix, hour)):
-        if not may_train(entry.owner):
+    entries = await network.get_entries(thanks_key(prefix, hour))
+    for entry in entries:
+        if entry.subkey == GRANT and authority is not None:
+            authority.learn_grant(entry.value, entry.owner)
+    for entry in entries:
+        if authority is not None and not authority.may(entry.owner, "train", now=None):
+            continue
+        if entry.subkey == GRANT or not policy.allows(entry.owner, "train"):
             continue
         for server, rows, steps in _lines(entry.value):
-            if server != entry.owner:
+            if server != entry.owner and len(found) < MAX_THANKS:
                 found[entry.owner, server] = Thank(entry.owner, server, hour, rows, steps)
     return list(found.values())
 

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
@@ -44,6 +43,7 @@ MAX_CELLS = 2**16
 MAX_GRIDS = 16
 """Grids that are discovered and shown, at most."""
 MAX_TRAINERS = 64
+MAX_CONTRIBUTORS = 100
 MAX_CURVES = 8
 """Trainers whose loss is kept over time."""
 MAX_SENTENCE = 240
@@ -152,7 +152,7 @@ class SwarmObserver:
                     group.create_task(self._ask(peer, limit))
             group.create_task(self._read_losses())
             group.create_task(self._read_places())
-            group.create_task(self.read_thanks())
+            group.create_task(self._read_some_thanks())
         self._remember()
         self.num_looks += 1
         self._changed.set()
@@ -297,6 +297,12 @@ class SwarmObserver:
                 places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
                 self.surveys[prefix] = Survey(places)
 
+    async def _read_some_thanks(self) -> None:
+        """Read what a period has time for: the rest follows at later looks, where dead nodes make reads slow."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.period):
+                await self.read_thanks()
+
     async def read_thanks(self) -> None:
         """Read this hour's and the last one's now and then, and some of the hours before until all are known."""
         loop, hour = asyncio.get_running_loop(), int(time.time()) // HOUR
@@ -311,13 +317,8 @@ class SwarmObserver:
             del self.thanks[key]
 
     async def _read_hour(self, prefix: str, hour: int) -> None:
-        self.thanks[prefix, hour] = await read_thanks(self.node.network, prefix, hour, partial(self._may_train, prefix))
-
-    def _may_train(self, prefix: str, peer_id: PeerID) -> bool:
-        authority = self.node.trust.authority(prefix)
-        if authority is not None and not authority.may(peer_id, "train", now=None):
-            return False
-        return self.node.policy.allows(peer_id, "train")
+        node, authority = self.node, self.node.trust.authority(prefix)
+        self.thanks[prefix, hour] = await read_thanks(node.network, prefix, hour, node.policy, authority=authority)
 
     def _remember(self) -> None:
         peers = [peer for peer in self.peers.values() if peer.uids and not peer.is_gone]
@@ -346,7 +347,7 @@ class SwarmObserver:
         log.info("%s", sentence)
 
     def contributors(self) -> list[Picture]:
-        """Return who gave how much in the last day, by the signed words of trainers: the most first."""
+        """Return who gave how much in the last day, by the signed words of trainers: the first of them."""
         found: dict[PeerID, Picture] = {}
         for lines in self.thanks.values():
             for line in lines:
@@ -365,7 +366,7 @@ class SwarmObserver:
             }
             for peer_id, one in found.items()
         ]
-        return sorted(counts, key=lambda one: (-one["rows"], one["peer_id"]))
+        return sorted(counts, key=lambda one: (-one["rows"], one["peer_id"]))[:MAX_CONTRIBUTORS]
 
     def expert(self, uid: str) -> Picture:
         """Return what its page shows: who serves it, how well, and its version over time."""

@@ -77,6 +77,8 @@ class _Swarm:
             ):
                 found[f"swarm_server_{name}"].append((server, value))
             for uid, one in status.experts.items():
+                if uid not in peer.uids:
+                    continue
                 at = {"expert": uid, "server": str(peer_id)}
                 found["swarm_expert_calls"].append((at, one.num_calls))
                 found["swarm_expert_failures"].append((at, one.num_failures))

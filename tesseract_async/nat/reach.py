@@ -7,6 +7,7 @@ a few such nodes and names them in its records.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import random
 import socket
@@ -204,6 +205,7 @@ class Reach:
         self._beginning = asyncio.get_running_loop().create_task(self._begin())
 
     async def _begin(self) -> None:
+        await asyncio.to_thread(importlib.import_module, "aioice.stun")  # not when the first question comes
         await self._network.wait_joined()
         self._client.look()  # it was started before anybody was known
         if self._mapper is not None:

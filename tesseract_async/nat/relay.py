@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
+from tesseract_async.endpoint.budget import FairCount, Owner
 from tesseract_async.endpoint.connection_limits import descriptor_limit, room_for
 from tesseract_async.errors import Overloaded, PeerUnreachable
 from tesseract_async.identity import PeerID
@@ -24,10 +24,6 @@ from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.token_bucket import TokenBucket
 
 SCRATCH_BYTES: Final = 256 * 1024
-MAX_PER_PEER: Final = 32
-"""Splices that one peer has reserved."""
-MAX_PER_RANGE: Final = 64
-"""Splices that the peers of one address range have reserved. (Loopback is none.)"""
 WAITING_TIMEOUT: Final = 10.0
 """Seconds within which both ends must have come."""
 SILENT_TIMEOUT: Final = 60.0
@@ -50,8 +46,7 @@ class RelaySettings:
 class Splice:
     """One reserved pair, as the ledger sees it."""
 
-    owner: PeerID
-    group: str | None
+    owner: Owner
     tokens: tuple[bytes, bytes]
     expires_at: float
     num_arrived: int = 0
@@ -67,13 +62,12 @@ class RelayLedger:
     ) -> None:
         """`max_splices`: what the process's limit on open files leaves."""
         self.settings = settings
-        self._max_splices = min(settings.max_splices, max_splices or settings.max_splices)
+        # a range may hold as many as it leaves free, a peer half as many: so the next one finds room, whoever came
+        self._shares = FairCount(min(settings.max_splices, max_splices or settings.max_splices) + 2)
         self._waiting_timeout = waiting_timeout
         self._by_token: dict[bytes, Splice] = {}
         self._splices: set[Splice] = set()
         self._rate = TokenBucket(settings.max_rate, burst=settings.max_rate) if settings.max_rate is not None else None
-        self.pushed_out: list[Splice] = []
-        """Pairs that had to go for others: part them, and empty this."""
 
     def __len__(self) -> int:
         return len(self._splices)
@@ -84,30 +78,16 @@ class RelayLedger:
     def reserve(self, owner: PeerID, tokens: tuple[bytes, bytes], *, now: float, origin: str = "") -> Splice:
         """Make room for a pair. `tokens`: two times 16 random bytes; `origin`: the host that the owner calls from.
 
-        Where all places are taken, the newest incomplete pair of the range (or peer) that holds most has to go.
         Raises: Overloaded.
         """
-        group = range_of(origin)
-        if sum(splice.owner == owner for splice in self._splices) >= MAX_PER_PEER:
-            raise Overloaded(f"this relay serves one peer at most {MAX_PER_PEER} times", retry_after=5.0)
-        if group and sum(splice.group == group for splice in self._splices) >= MAX_PER_RANGE:
-            raise Overloaded(f"this relay serves one network at most {MAX_PER_RANGE} times", retry_after=5.0)
-        if len(self._splices) >= self._max_splices:
-            self._make_room(group or owner)
-        splice = Splice(owner, group, tokens, now + self._waiting_timeout)
+        share = Owner(range_of(origin) or owner, owner)
+        if not self._shares.take(share, 1):
+            raise Overloaded("this relay serves others: too many pairs, in all or of this peer", retry_after=5.0)
+        splice = Splice(share, tokens, now + self._waiting_timeout)
         self._splices.add(splice)
         for token in tokens:
             self._by_token[token] = splice
         return splice
-
-    def _make_room(self, whose: str | PeerID) -> None:
-        counts = Counter(splice.group or splice.owner for splice in self._splices)
-        waiting = [splice for splice in self._splices if splice.num_arrived < 2]
-        victim = max(waiting, key=lambda one: (counts[one.group or one.owner], one.expires_at), default=None)
-        if victim is None or counts[victim.group or victim.owner] <= counts[whose] + 1:
-            raise Overloaded("this relay is full", retry_after=self._waiting_timeout)
-        self.remove(victim)
-        self.pushed_out.append(victim)
 
     def arrive(self, token: bytes, *, now: float) -> Splice | None:
         """Use up a token. Returns its splice, or None if it is unknown or has expired."""
@@ -120,7 +100,9 @@ class RelayLedger:
 
     def remove(self, splice: Splice) -> None:
         """Forget a splice that has ended. Repeating it does nothing."""
-        self._splices.discard(splice)
+        if splice in self._splices:
+            self._splices.remove(splice)
+            self._shares.give_back(splice.owner, 1)
         for token in splice.tokens:
             self._by_token.pop(token, None)
 
@@ -173,8 +155,6 @@ class Relay:
         except Overloaded:
             self.metrics.count("relay_refused", reason="full")
             raise
-        while self.ledger.pushed_out:
-            self._end(self.ledger.pushed_out.pop(), "not_completed")
         self.metrics.set("relay_splices", len(self.ledger))
         if self._sweep is None and not self._closed:
             self._sweep = loop.call_later(self._sweep_every, self._sweep_now)
@@ -221,9 +201,6 @@ class Relay:
         if splice not in self.ledger:
             return
         self.ledger.remove(splice)
-        self._end(splice, reason)
-
-    def _end(self, splice: Splice, reason: str) -> None:
         self.metrics.count("relay_parted", reason=reason)
         self.metrics.set("relay_splices", len(self.ledger))
         for half in self._halves.pop(splice, []):

@@ -58,8 +58,6 @@ REGISTRATION_TTL: Final = 120.0
 """Seconds after which a registration that was not renewed ends."""
 MAX_OFFERS: Final = 256
 """Offers that a public node carries at once ..."""
-MAX_OFFERS_PER_SENDER: Final = 32
-"""... for one sender ..."""
 MAX_OFFERS_PER_CLIENT: Final = 32
 """... to one registered node."""
 CARRY_TIMEOUT: Final = 10.0
@@ -69,7 +67,7 @@ MAX_OWN_OFFERS: Final = 16
 NUM_RENDEZVOUS: Final = 3
 """Public nodes with which a client node keeps a connection."""
 RENEW_PERIOD: Final = 30.0
-"""Seconds between renewals of a registration."""
+"""Seconds between renewals of a registration, which also keep its connection from being idle."""
 CHECK_PERIOD: Final = 2.0
 """Seconds between looks at whether the connections are still there."""
 REGISTER_TIMEOUT: Final = 5.0
@@ -91,7 +89,6 @@ class RendezvousLedger:
     def __init__(self) -> None:
         self._clients = LRU[PeerID, _Registration](MAX_CLIENTS)  # in the order of renewal
         self._shares = FairCount(MAX_OFFERS)
-        self._senders: Counter[PeerID] = Counter()
         self._recipients: Counter[PeerID] = Counter()
 
     def __len__(self) -> int:
@@ -127,20 +124,15 @@ class RendezvousLedger:
 
     def begin_offer(self, sender: PeerID, origin: str, recipient: PeerID) -> bool:
         """Count an offer from `sender`, which calls from `origin`, unless there are too many. `end_offer` follows."""
-        if (
-            self._senders[sender] >= MAX_OFFERS_PER_SENDER
-            or self._recipients[recipient] >= MAX_OFFERS_PER_CLIENT
-            or not self._shares.take(Owner(range_of(origin) or sender, sender), 1)
-        ):
+        share = Owner(range_of(origin) or sender, sender)
+        if self._recipients[recipient] >= MAX_OFFERS_PER_CLIENT or not self._shares.take(share, 1):
             return False
-        self._senders[sender] += 1
         self._recipients[recipient] += 1
         return True
 
     def end_offer(self, sender: PeerID, origin: str, recipient: PeerID) -> None:
         """Take back `begin_offer`."""
         self._shares.give_back(Owner(range_of(origin) or sender, sender), 1)
-        self._senders -= Counter((sender,))
         self._recipients -= Counter((recipient,))
 
     def clear(self) -> None:
@@ -318,8 +310,7 @@ class RendezvousClient:
         if keeper is not None:
             keeper.cancel()
             await asyncio.wait([keeper])
-        for peer_id in list(self._registered):
-            self._forget(peer_id)
+        self._registered.clear()
 
     async def _keep(self) -> None:
         while True:
@@ -363,17 +354,12 @@ class RendezvousClient:
             relays = field(reply.body, "relay", bool)
         except (TesseractError, TimeoutError) as error:
             logger.info("%s is not a rendezvous for this node: %s", peer.short, describe(error))
-            self._forget(peer.peer_id)
+            self._registered.pop(peer.peer_id, None)
             is_gone = isinstance(error, PeerUnreachable | TimeoutError)
             self._failed[peer.peer_id] = loop.time() + (RETRY_UNREACHABLE if is_gone else RETRY_REFUSED)
         else:
             known = _with_other_version(peer, reply.body.get("addresses"), self._scope)
             self._registered[peer.peer_id] = _Rendezvous(known, loop.time() + RENEW_PERIOD, relays)
-            self._endpoint.keep(peer.peer_id)
-
-    def _forget(self, peer_id: PeerID) -> None:
-        if self._registered.pop(peer_id, None) is not None:
-            self._endpoint.unkeep(peer_id)
 
 
 async def _deliver(endpoint: Endpoint, recipient: PeerID, offer: bytes, *, origin: str, timeout: float) -> bytes:

@@ -15,7 +15,6 @@ from typing import Protocol
 
 from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity, PeerID, Verifier
-from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.address_scope import PUBLIC, AddressScope, kind_of
@@ -40,8 +39,6 @@ from tesseract_async.transport.token_bucket import RateLimiter
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups in progress, with their proofs and tokens."""
-MAX_OBSERVED = 16
-"""Opinions kept on what this node's address is."""
 MAX_PINGS = 64
 """Contacts pinged at a time."""
 UNREACHABLE_FOR = 60.0
@@ -99,8 +96,6 @@ class Core:
         """True while others are known and this node's own neighborhood was looked up."""
         self.expected_at: dict[Address, AnyOf] = {}
         """The ids that may be contacts at a seed's address."""
-        self.observed: LRU[PeerID, Address] = LRU(MAX_OBSERVED)
-        """The address at which the latest contacts see this node."""
         self.table = RoutingTable(self.own_id, now=now)
         self.density = Density(self.table)
         self.storage = Storage(self.settings.max_storage_bytes, own_number=self.table.own_number)
@@ -184,7 +179,6 @@ class Core:
         contact.late = False
         contact.last_seen = now
         contact.token, contact.token_until = reply.token, now + wire.TOKEN_LIFETIME
-        self.observed[PeerID(contact.peer_id)] = reply.observed
         self._skews.append(reply.wall - self.wall((call.sent_at + now) / 2))
         call.contact = contact
         self._rpcs.observe_round_trip(call, now)

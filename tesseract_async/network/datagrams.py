@@ -41,7 +41,7 @@ from tesseract_async.network.contacts import ID_BYTES, V4_BYTES, V6_BYTES, Addre
 from tesseract_async.network.storage import NUM_RANGES, StoreOutcome, Summary
 
 MAGIC = 0x54
-VERSION = 1
+VERSION = 2
 MAX_DATAGRAM_BYTES = 1200
 """No datagram is longer: it fits every path of the internet without fragments (RFC 9000, section 14)."""
 MIN_REQUEST_BYTES = 400

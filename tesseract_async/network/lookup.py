@@ -10,9 +10,10 @@ datagrams: `to_ask` says whom to ask, and the caller reports `answered`, `stalle
 from __future__ import annotations
 
 import enum
-from bisect import bisect
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from random import Random
 
 from tesseract_async.network.contacts import Contact, few_per_range
@@ -56,8 +57,6 @@ class LookupPath:
     """The candidates that one path has heard of, nearest first."""
 
     candidates: list[LookupCandidate] = field(default_factory=list)
-    distances: list[int] = field(default_factory=list)
-    """Their distances, in the same order."""
     starts: list[LookupCandidate] = field(default_factory=list)
     """The candidates known at the start that are asked in any case."""
     seen: set[bytes] = field(default_factory=set)
@@ -234,11 +233,8 @@ class Lookup:
             candidate = LookupCandidate(contact, contact.number ^ self.target, round_number, teller)
             self._candidates[contact.raw] = candidate
         path.seen.add(contact.raw)
-        position = bisect(path.distances, candidate.distance)
-        path.distances.insert(position, candidate.distance)
-        path.candidates.insert(position, candidate)
+        insort(path.candidates, candidate, key=attrgetter("distance"))
         if len(path.candidates) > MAX_PER_PATH:
-            path.distances.pop()
             dropped = path.candidates.pop().contact
             path.seen.discard(dropped.raw)
             if dropped.range is not None:

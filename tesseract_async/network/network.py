@@ -113,12 +113,6 @@ class TesseractNetwork(Uncopied):
             return "client"
         return self._protocol.role if self._protocol is not None else "unknown"
 
-    @property
-    def observed(self) -> dict[PeerID, str]:
-        """Where the latest contacts see this node's UDP socket, as ``host:port``."""
-        seen = dict(self._protocol.core.observed) if self._protocol is not None else {}
-        return {peer_id: join_host_port(*address) for peer_id, address in seen.items()}
-
     def public_contacts(self, count: int) -> list[PeerAddress]:
         """Return up to `count` contacts, all public, nearest to this node first. UDP and TCP share the port number."""
         if self._protocol is None:

@@ -92,8 +92,9 @@ class Read:
             self._holdings.append(Holding(None, summary, own))
         start = self.core.table.closest(int.from_bytes(self.key, "big"), K)
         self._search = Search(self.core, self.key, start, now, on_answer=self._hear, on_end=self._searched)
-        self._search.lookup.max_in_progress = NUM_EQUAL_HOLDERS + 1
-        self._widens = self.core.timers.start(now + NARROW_FOR, self._widen)
+        self._search.lookup.max_in_progress = NUM_EQUAL_HOLDERS + 1 - bool(own)
+        if not own:
+            self._widens = self.core.timers.start(now + NARROW_FOR, self._widen)
         self._search.advance(now)
 
     def _hear(self, contact: Contact, reply: RpcReply, now: float) -> None:
@@ -122,6 +123,8 @@ class Read:
         if missing <= 0 and not all(item.is_copy for item in equal) and not self._may_be_captured:
             self._search.stop()
             self._settle(now, equal)
+        elif missing > 0 and self._search.lookup.max_in_progress < ALPHA:
+            self._search.lookup.max_in_progress = missing + 1
 
     @property
     def _may_be_captured(self) -> bool:

@@ -64,6 +64,9 @@ class BackendSettings:
     """Share of the peers whose gradients are left out at each end, coordinate by coordinate, where one step gathers
     gradients of several peers: with `step_every` at 4 or more, 0.25 keeps one liar in four from deciding anything. A
     peer then counts once in a step, however many batches it sent. Each backward is then a batch of its own."""
+    lockstep: bool = False
+    """True if gradients are only summed until the one trainer has all experts step together (`runtime.lockstep`):
+    with the norm that they have (`max_gradient_norm` is None then), and none of an earlier round (`max_staleness`)."""
     merge_backward: bool = True
     """True if requests that arrive together share a step. Optimizers that ignore the gradient's scale, such as Adam,
     then take fewer, not larger, steps under load: the learning rate depends on load. False steps per request."""
@@ -94,6 +97,9 @@ class BackendSettings:
     def __post_init__(self) -> None:
         if self.step_every < 1:
             raise ValueError(f"step_every is at least 1, not {self.step_every}")
+        if self.lockstep:
+            object.__setattr__(self, "max_gradient_norm", None)
+            object.__setattr__(self, "max_staleness", 0)
         for name in ("clip_gradient_norm", "max_gradient_norm"):
             value = getattr(self, name)
             if value is None or (name == "max_gradient_norm" and value == "adaptive"):
@@ -332,7 +338,7 @@ class ExpertBackend:
     def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
         """Take these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
 
-        Journals `call_ids`, also for a frozen expert, which takes no steps. Returns the version that they led to.
+        Journals `call_ids`. A frozen expert does nothing. Returns the version that they led to.
         Raises what the optimizer raises; the expert's state is then undefined.
         """
         if self.optimizer is not None:
@@ -341,16 +347,39 @@ class ExpertBackend:
                 self._take_step(gradients)
             else:
                 gathered.add(gradients, peer)
-                if gathered.is_enough:
+                if gathered.is_enough and not self.settings.lockstep:
                     self._take_step(gathered.take() or ())
-        self._journal(call_ids)
+            self._journal(call_ids)
         return self.version
 
     @property
     def steps_at_once(self) -> bool:
         """True if the next gradients are a step of their own."""
         settings = self.settings
-        return settings.step_every == 1 and not settings.trim_peers and not self._gathered.num_batches
+        return (
+            not settings.lockstep
+            and settings.step_every == 1
+            and not settings.trim_peers
+            and not self._gathered.num_batches
+        )
+
+    @property
+    def gathered(self) -> Gradients | None:
+        """Gradients that wait for a step."""
+        return self._gathered.merged()
+
+    def take_gathered(self) -> Gradients | None:
+        """Return `gathered`, and forget them."""
+        found = self._gathered.merged()
+        self._gathered.clear()
+        return found
+
+    def end_lockstep(self) -> None:
+        """Count a step that was taken together with others. Backwards of an earlier round are refused from now on, and
+        need no journal."""
+        self._count_step()
+        self.applied.clear()
+        self.num_bare, self._bare = 0, set()
 
     def _journal(self, call_ids: Sequence[bytes]) -> None:
         for call_id in call_ids:

@@ -422,6 +422,8 @@ class Executor:
         """Copy the expert's state, and go back to it if a later step fails. Returns the copy."""
         started = self._clock()
         state = backend.state()
+        if not backend.trains or backend.settings.lockstep:
+            return state  # no step of its own can fail
         now = self._clock()
         self._good_states[backend] = _GoodState(state, now + _MIN_SNAPSHOT_PERIOD)
         self._copy_again_at = now + (now - started) / _MAX_SNAPSHOT_SHARE
@@ -490,6 +492,9 @@ class Executor:
             return None
         if (len(good) > 1 or work.summed is not None) and not backend.are_finite(summed):
             raise ExpertFailed("the sum of the gradients is not finite; no step was taken")
+        if backend.settings.lockstep:
+            backend.step(summed, call_ids)
+            return None
         self._refresh_good_state(backend)
         weights = math.inf if backend.norms.is_settled else backend.weights_norm()
         return Step(backend, summed, call_ids, work.peer, weights)

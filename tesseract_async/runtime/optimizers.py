@@ -142,7 +142,8 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Hashable:
         or (own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"))
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
+        # a trainer's in this process that looks for its own parameters alone (`transformers.lockstep`)
+        or any(not hasattr(hook, "_is_trainers") for hook in _global_optimizer_pre_hooks.values())
         or _global_optimizer_post_hooks
     ):
         return None

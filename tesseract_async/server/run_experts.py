@@ -31,6 +31,7 @@ TRAINING_OPTIONS: Final = frozenset(
         "clip_gradient_norm",
         "max_gradient_norm",
         "step_every",
+        "lockstep",
         "trim_peers",
         "merge_backward",
         "stochastic",

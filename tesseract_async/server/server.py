@@ -24,6 +24,7 @@ from tesseract_async.server.answering import ExpertCalls
 from tesseract_async.server.applying import Applying, ExpertShares
 from tesseract_async.server.fragments import FragmentBackend, FragmentCalls
 from tesseract_async.server.hosted import HostedState, Succession
+from tesseract_async.server.lockstep import Lockstep
 from tesseract_async.server.memory import CallerMemory, trim_heap
 from tesseract_async.server.state_files import CheckpointStore, FolderLock
 from tesseract_async.uncopied import Uncopied
@@ -137,6 +138,8 @@ class TesseractServer(Uncopied):
         self.handle(messages.INFO, self.calls.info)
         self.handle(messages.FORWARD, self.calls.forward)
         self.handle(messages.BACKWARD, self.calls.backward)
+        lockstep = Lockstep(self.hosted, self.calls, node.trust, self.save_checkpoints)
+        self.handle(messages.LOCKSTEP, lockstep.answer)
         self._end_applying: Callable[[], None] = lambda: None
         self._lock = None if directory is None else FolderLock(directory)
         self._saving = asyncio.Lock()

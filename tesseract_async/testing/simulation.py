@@ -20,6 +20,7 @@ from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import Address, Contact
+from tesseract_async.network.entries import Entry, single_view
 from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.routing_table import ID_BITS, K
@@ -367,15 +368,10 @@ class SimulatedNetwork:
     def value_of(self, node: SimulatedNode, finished: ReadFinished) -> Value:
         """Return None, a single value, or a dictionary, as `TesseractNetwork.get` does."""
         wall = node.protocol.core.wall(self.clock.now)
-        shown: dict[str | None, SignedRecord] = {}
-        for record in finished.records:
-            if not record.tombstone and record.expiration > wall:
-                held = shown.get(record.subkey)
-                if held is None or (record.sequence, record.owner) > (held.sequence, held.owner):
-                    shown[record.subkey] = record
-        values = {subkey: msgpack.unpackb(record.value, strict_map_key=False) for subkey, record in shown.items()}
-        single = values.pop(None, None)
-        return values or single
+        live = (record for record in finished.records if not record.tombstone and record.expiration > wall)
+        return single_view(
+            [Entry("", one.subkey, one.owner, one.sequence, one.expiration, msgpack.unpackb(one.value)) for one in live]
+        )
 
     def _wait(self, finished: Sequence[object], timeout: float) -> None:
         if not self.clock.run_until(lambda: bool(finished), timeout=timeout):

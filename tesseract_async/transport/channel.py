@@ -46,7 +46,7 @@ class ChannelReceiver(Protocol):
         """`count` bytes were received into it."""
 
     def channel_drained(self) -> None:
-        """After `paused` was true: everything has left, no memory is on loan."""
+        """After `paused` was true: everything has left."""
 
     def channel_lost(self, error: Exception | None) -> None:
         """The end, once; `error` says why, None that one side closed it."""
@@ -90,22 +90,16 @@ class Channel:
         """Return whether enough is waiting to be sent; `channel_drained` follows."""
         return self.pipe.paused or self._sending_again is not None
 
-    def loan_mark(self) -> int | None:
-        """Return a mark for `loan_ended`, or None if no memory given to `write` is in use."""
-        return self.pipe.bytes_sent if self._tls is None and self.pipe.unsent else None
-
-    def loan_ended(self, mark: int) -> bool:
-        return self._lost or self.pipe.bytes_sent - self.pipe.unsent >= mark
-
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Send the pieces, in order; ignored after the end. Without TLS their memory is on loan, see `loan_mark`."""
+        """Send the pieces, in order; ignored after the end. Their memory is free again on return."""
         if self._closed:
             return
         before = self.pipe.bytes_sent
-        target = self.pipe if self._tls is None else self._tls
-        for piece in _joined(pieces) if len(pieces) > 1 else pieces:
-            target.write(piece)
-        if self._tls is not None:
+        if self._tls is None:
+            self.pipe.write(b"".join(pieces))
+        else:
+            for piece in _joined(pieces) if len(pieces) > 1 else pieces:
+                self._tls.write(piece)
             self.pipe.write(self._tls.data_to_send())
         if self._throttle is not None:
             loop = asyncio.get_running_loop()

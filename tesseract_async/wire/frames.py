@@ -20,7 +20,7 @@ from tesseract_async.errors import MessageTooLarge, ProtocolError
 from tesseract_async.wire import packed
 from tesseract_async.wire.packed import Value
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 HEADER = struct.Struct(">BBHIQ")
 """kind, flags, zero, payload bytes, stream (number of the call; its caller counts up from 1)."""

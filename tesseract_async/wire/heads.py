@@ -156,7 +156,7 @@ class Hello:
     grants: tuple[bytes, ...] = ()
     """Grants that say what the speaker may do in runs: records signed by the runs' owners, at most `MAX_GRANTS`."""
     features: frozenset[str] = frozenset()
-    """Names of what the speaker understands beyond version 1. What is not named here must not be sent to it."""
+    """Names of what the speaker understands beyond version 2. What is not named here must not be sent to it."""
 
 
 def encode_hello(hello: Hello) -> bytes:

@@ -12,6 +12,7 @@ with the expert's uid, by which they find its handler. Tensors travel next to th
 - ``expert.tenure``: `TenureRequest` -> `TenureReply`, among the servers of a run's expert
 - ``expert.push``: `PushRequest` + a difference -> `UpdatesReply` + updates, of a fragment of shared parameters
 - ``expert.pull``: `PullRequest` -> `UpdatesReply` + updates
+- ``expert.lockstep``: `LockstepRequest` -> `LockstepReply`, for all experts of the uid's grid at that server
 - ``expert.state``: `StateRequest` -> `StateReply` + one buffer, a piece of the expert's state as a file
 """
 
@@ -31,6 +32,7 @@ TAKE_OVER = "expert.take_over"
 TENURE = "expert.tenure"
 PUSH = "expert.push"
 PULL = "expert.pull"
+LOCKSTEP = "expert.lockstep"
 
 Root = bytes
 """32 bytes that name a file."""
@@ -228,8 +230,35 @@ class UpdatesReply(NamedTuple):
     """If asked for: steps of all members after each update, and the journal's keys of what it counts, 16 bytes each."""
 
 
+class LockstepRequest(NamedTuple):
+    """For all experts of one grid at a server, which gather gradients until their trainer has them step."""
+
+    uid: str
+    """One of them."""
+    action: str
+    """``status``; ``step``; ``clear``: forget what was gathered; ``save``: write checkpoints."""
+    round: int = 0
+    """The steps that all have taken before this one. One that has taken it already takes no other."""
+    optimizer: str = ""
+    """The name of the trainer's: experts with another refuse. Empty: whatever they have."""
+    options: dict[str, Value] = {}  # noqa: RUF012  (a named tuple's default)
+    """Numbers: ``lr`` and others of the optimizer; ``scale``, by which gradients are multiplied."""
+
+
+class LockstepReply(NamedTuple):
+    """What became of it."""
+
+    round: int
+    """The steps that all have taken now."""
+    num_experts: int
+    squared_norm: float
+    """The square of the norm of what was gathered, if the ``status`` was asked for."""
+
+
 Body = TypeVar(
     "Body",
+    LockstepRequest,
+    LockstepReply,
     PushRequest,
     PullRequest,
     UpdatesReply,
@@ -251,6 +280,7 @@ _CHECKS: dict[str, Callable[[Value], bool]] = {
     "str": lambda value: len(value) <= MAX_UID_LENGTH,
     "int": range(2**63).__contains__,
     "bytes": lambda value: len(value) == 16,
+    "float": lambda value: value >= 0,
     "Root": lambda value: type(value) is bytes and len(value) == 32,
     "bytes | None": lambda value: value is None or (type(value) is bytes and len(value) == 16),
     "list[Value] | dict[str, Value]": lambda value: (
@@ -258,7 +288,7 @@ _CHECKS: dict[str, Callable[[Value], bool]] = {
     ),
     "dict[str, Value]": lambda value: type(value) is dict and all(type(key) is str for key in value),
 }
-_TYPES: dict[str, type] = {"str": str, "int": int, "bytes": bytes, "bool": bool, "list[Value]": list}
+_TYPES: dict[str, type] = {"str": str, "int": int, "bytes": bytes, "bool": bool, "list[Value]": list, "float": float}
 """Types that values have exactly."""
 _MISSING: Final = object()
 _Field = tuple[str, Value, type | None, Callable[[Value], bool] | None]

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import tesseract_async as ta
 from tesseract_async.cli import doctor
 from tesseract_async.cli.main import main
+from tesseract_async.cli.start_run import reach_of
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import TesseractError
 from tesseract_async.experts.grants import Invite, grant_text, sign_grant
@@ -77,6 +78,19 @@ def test_a_damaged_invite_is_never_taken_for_another(change: tuple[int, str], cu
 
 
 @pytest.mark.parametrize(
+    ("seeds", "where"),
+    [
+        (["127.0.0.1:4"], "on this computer"),
+        (["192.168.1.7:4", "[fd00::1]:4"], "in this private network"),
+        (["192.168.1.7:4", "8.8.8.8:4"], "everywhere"),
+        (["seed.example.org:4"], "everywhere"),
+    ],
+)
+def test_an_owner_is_told_from_where_an_invite_is_good(seeds: list[str], where: str) -> None:
+    assert reach_of(seeds) == where
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("hello", "this is no invite: one begins with tesseract1-"),
@@ -103,11 +117,9 @@ async def test_joining_says_what_it_lends_and_starts_it_by_systemd(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     async with a_seed() as seed:
         facts = await created(tmp_path, seed)
-        assert (await created(tmp_path, seed))["invite"] is None, "one is out already"
         more = ("--max-memory", "2 GB", "--hours", "22:00-07:00", "--pause-above-load", "50 %")
-        for words in ((), more):  # the second time with what was kept, and other limits
-            joined = await run("join", facts["invite"], "--install", *words)
-            assert joined.exit_code == 0, joined.output
+        joined = await run("join", facts["invite"], "--install", *more)
+        assert joined.exit_code == 0, joined.output
     lines = joined.output.splitlines()
     assert lines[0].startswith("memory: up to 2.0 GB, on cpu; disk: a tenth of what is free")
     assert lines[1] == "rates:  sends up to 20 Mbit/s, receives up to 100 Mbit/s"
@@ -146,7 +158,7 @@ OLD_SEED = """
 import asyncio
 from tesseract_async.wire import frames, heads
 from tesseract_async.network import datagrams
-frames.VERSION = datagrams.VERSION = 2
+frames.VERSION = datagrams.VERSION = 3
 import tesseract_async as ta
 async def main():
     async with ta.TesseractNode() as node:
@@ -163,7 +175,7 @@ async def test_a_seed_of_another_version_and_one_that_is_away(tmp_path: Path) ->
     assert process.stdout is not None
     try:
         for seed, sentence in (
-            ((await process.stdout.readline()).decode().strip(), "wire version 2, this node 1: upgrade this node"),
+            ((await process.stdout.readline()).decode().strip(), "wire version 3, this node 2: upgrade this node"),
             ("127.0.0.1:9", "no answer by UDP in 5 s; nor by TCP"),
             ("192.0.2.1:31337", "no answer by UDP in 5 s; nor by TCP"),
         ):
@@ -180,6 +192,10 @@ async def test_a_seed_of_another_version_and_one_that_is_away(tmp_path: Path) ->
 async def test_from_an_invite_to_the_first_answer(stem: Stem, tmp_path: Path) -> None:
     async with a_seed() as seed:
         facts = await created(tmp_path, seed)
+        assert (await created(tmp_path, seed))["invite"] is None, "one is out already"
+        (tmp_path / "joined").mkdir()  # as one who joined before, with limits of his own
+        config = f'run = "gone"\nidentity = "{tmp_path}/kept.pem"\nmax-memory = "1 GB"\n'
+        (tmp_path / "joined" / "serve.toml").write_text(config)
         started = time.monotonic()
         async with tesseract(stem, "join", facts["invite"], "--folder", str(tmp_path / "joined")) as joining:
             await event(joining, "ready")
@@ -217,3 +233,30 @@ async def test_a_hundred_starts_at_the_same_port_after_kill_9(stem: Stem, tmp_pa
                 server.send_signal(signal.SIGKILL)
                 await server.wait()
         assert max(times) < 5, sorted(times)[-10:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+async def test_a_terminal_is_asked_once(tmp_path: Path) -> None:
+    async with a_seed() as seed:
+        facts = await created(tmp_path, seed)
+        ours, theirs = os.openpty()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tesseract_async", "join", facts["invite"], "--folder", str(tmp_path / "joined")),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        try:
+            said = b""
+            while b"Lend this? [Y/n]" not in said:
+                said += await asyncio.to_thread(os.read, ours, 4096)
+            assert b"memory: up to" in said and b"serve.toml, and join again" in said
+            os.write(ours, b"n\n")
+            assert await process.wait() == 1
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            os.close(theirs)
+            os.close(ours)

@@ -67,7 +67,7 @@ def test_an_unknown_command_is_a_sentence() -> None:
     [
         (["serve"], "--experts"),
         (["serve", "--experts", "ffn"], "not an expert's uid"),
-        (["serve", "--experts", "ffn.[0:9999]"], "at most 4096"),
+        (["serve", "--experts", "ffn.[0:99999]"], "at most 16384"),
         (["serve", "--experts", "ffn.0", "--size", "wide"], "in_features=1024"),
         (["serve", "--experts", "ffn.0", "--port", "70000"], "65535"),
         (["demo", "--servers", "0"], "--servers"),

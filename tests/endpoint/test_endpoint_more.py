@@ -6,20 +6,17 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
-from typing import Any
 
 import pytest
 
 from tesseract_async.admission import Policy
 from tesseract_async.endpoint import handlers
 from tesseract_async.endpoint.bounds import Bounds
-from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
-from tesseract_async.endpoint.lanes import BULK
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, NotAllowed, PeerUnreachable, RemoteError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress
-from tesseract_async.transport.tcp import TcpPipe, TcpTransport
+from tesseract_async.transport.tcp import TcpTransport
 from tesseract_async.wire import frames
 from tests.faults.serving import RawPeer, echo, let_pass, serving, until
 
@@ -89,11 +86,10 @@ async def test_an_idle_connection_is_closed_and_comes_back() -> None:
     async with serving() as (server, address), client_of(settings) as client:
         await client.call(address, "echo", timeout=30)
         (connection,) = client.pool.connections()
-        client.keep(server.peer_id)
-        connection.last_used -= 301
+        connection.last_used -= 299
         client.tick()
-        assert client.connections(), "kept"
-        client.unkeep(server.peer_id)
+        assert client.connections()
+        connection.last_used -= 2
         client.tick()
         await connection.closed
         assert not client.connections()
@@ -203,7 +199,7 @@ async def test_another_wire_version_is_named_by_both_sides() -> None:
 
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as newer, client_of(PLAIN) as client:
         address = PeerAddress.parse(f"127.0.0.1:{newer.sockets[0].getsockname()[1]}")
-        with pytest.raises(PeerUnreachable, match="wire version 7, this node 1: upgrade this node"):
+        with pytest.raises(PeerUnreachable, match="wire version 7, this node 2: upgrade this node"):
             await client.call(address, "echo", timeout=30)
     async with serving(PLAIN) as (server, address), RawPeer.connected(address, greet=False) as peer:
         peer.writer.write(future)
@@ -286,51 +282,6 @@ async def test_closing_fails_own_calls_and_cancels_handlers() -> None:
             await asyncio.wait_for(cancelled.wait(), 30)
             with pytest.raises((ConnectionLost, PeerUnreachable)):
                 await client.call(address, "echo", timeout=30)
-
-
-@pytest.mark.both_loops
-async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Without TLS a transport keeps a view of what it could not send yet; the peer here reads nothing at first."""
-    slow = dataclasses.replace(PLAIN, bounds=Bounds(window_bytes=64 * 2**20))
-    async with serving(slow) as (server, address), client_of(slow) as client:
-        has_bulk, on_loan = asyncio.Event(), asyncio.Event()
-        attach, write = Connection.attach, TcpPipe.write
-
-        def attached(connection: Connection, lane: int, *rest: Any) -> None:
-            attach(connection, lane, *rest)
-            if lane == BULK and connection.dialed is not None:
-                has_bulk.set()
-
-        def wrote(pipe: TcpPipe, data: bytes | memoryview) -> None:
-            write(pipe, data)
-            if pipe.unsent and len(data) > 100_000:
-                on_loan.set()
-
-        monkeypatch.setattr(Connection, "attach", attached)
-        monkeypatch.setattr(TcpPipe, "write", wrote)
-        await client.call(address, "echo", None, [bytes(100_000)], timeout=30)  # opens the window and the bulk lane
-        await asyncio.wait_for(has_bulk.wait(), 30)
-        payload = bytearray(30 * 2**20)
-        theirs = [channel for c in server.pool.connections() for channel in c._channels if channel is not None]
-        for channel in theirs:
-            channel.pipe.pause_reading()
-        task = asyncio.create_task(client.call(address, "echo", None, [payload], timeout=20))
-        channels = [channel for c in client.pool.connections() for channel in c._channels if channel is not None]
-        await asyncio.wait_for(on_loan.wait(), 30)
-        for _ in range(2):  # whoever cancels again does not get the memory any sooner
-            task.cancel()
-            for _ in range(50):
-                await asyncio.sleep(0)
-            assert not task.done(), "bytes are on loan: the call must not return"
-        for channel in theirs:
-            channel.pipe.resume_reading()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert all(channel.pipe.unsent == 0 for channel in channels)
-        payload[:] = b"x" * len(payload)
-        assert (await client.call(address, "echo", 1, timeout=30)).body == 1
 
 
 async def test_security_off_says_so_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

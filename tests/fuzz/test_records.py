@@ -136,19 +136,17 @@ def fuzz_preamble(pick: random.Random) -> None:
 
 
 def fuzz_stream(pick: random.Random) -> None:
-    one, other = (MessageStream(now=0.0) for _ in range(2))
+    one, other = (MessageStream() for _ in range(2))
     one.write(pick.randbytes(pick.choice((1, 5000))))
     if pick.random() < 0.3:
         one.finish()
     for message in one.messages_to_send(2**20):
         if isinstance(message, bytes):
-            other.receive(mutate(pick, message), 0.0)
+            other.receive(mutate(pick, message))
         else:
-            other.receive(mutate(pick, message.encode()).decode("utf-8", "replace"), 0.0)
+            other.receive(mutate(pick, message.encode()).decode("utf-8", "replace"))
     for message in other.messages_to_send(2**20):
-        one.receive(
-            mutate(pick, message.encode()).decode("utf-8", "replace") if isinstance(message, str) else message, 0.0
-        )
+        one.receive(mutate(pick, message.encode()).decode("utf-8", "replace") if isinstance(message, str) else message)
     other.read_into(memoryview(bytearray(100)))
 
 

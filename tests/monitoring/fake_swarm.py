@@ -12,7 +12,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.monitoring.history import History
 
 NOW = 1_700_000_000.0
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 
 class FakeObserver:

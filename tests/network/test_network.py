@@ -426,13 +426,10 @@ async def test_damaged_remembered_peers_are_passed_over(tmp_path: Path, caplog: 
     await network.aclose()
 
 
-async def test_roles_addresses_and_contacts_can_be_asked_for() -> None:
+async def test_roles_and_contacts_can_be_asked_for() -> None:
     async with swarm(4) as nodes:
         assert nodes[1].role == "public"
         ports = {network.port for network in nodes}
-        observed = nodes[1].observed
-        assert set(observed.values()) == {f"127.0.0.1:{nodes[1].port}"}
-        assert set(observed) <= {network.peer_id for network in nodes}
         contacts = nodes[1].public_contacts(10)
         assert {int(peer.addresses[0].rpartition(":")[2]) for peer in contacts} == ports - {nodes[1].port}
 

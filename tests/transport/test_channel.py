@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, cast
 
 from tesseract_async.transport.channel import Channel
@@ -23,3 +24,13 @@ async def test_channels_of_one_loop_share_their_block_and_those_of_two_loops_do_
     other = await asyncio.to_thread(asyncio.run, elsewhere())
     assert mine.obj is mine_too.obj
     assert other.obj is not mine.obj
+
+
+def test_what_was_written_is_the_callers_again_at_once() -> None:
+    """Without TLS, too: transports keep views of what they could not send yet."""
+    sent: list[bytes] = []
+    pipe = SimpleNamespace(write=sent.append, bytes_sent=0)
+    payload = bytearray(b"a" * 100_000)
+    Channel(cast(Any, pipe), None, cast(Any, None)).write([b"head", memoryview(payload)])
+    payload[:] = bytes(len(payload))
+    assert b"".join(sent) == b"head" + b"a" * 100_000

@@ -32,7 +32,7 @@ MAX_DUPLICATES: Final = 32
 LEAST_MARGIN: Final = 0.2
 """Seconds beyond the usual round trip before the silence counts as loss, at least. TCP's, in most systems."""
 LONGEST_TIMEOUT: Final = 3.0
-"""Seconds: the channel's own heartbeat ends it after 7."""
+"""Seconds: the connection's heartbeat ends it after 9."""
 LEAST_QUEUE: Final = 0.02
 """Seconds beyond the shortest round trip that are no queue: a busy processor's delays."""
 MAX_HELD: Final = 4096

@@ -1,11 +1,10 @@
-"""A stream of bytes over a channel of messages (WebRTC's), with backpressure and a heartbeat. No I/O.
+"""A stream of bytes over a channel of messages (WebRTC's), with backpressure. No I/O.
 
-WebRTC's own means are not enough: aiortc queues what is sent without bound, delivers what it receives whether wanted or
-not, and notices a dead peer after half a minute. So each side says how many bytes the other one may still send, and
-that it lives.
+aiortc queues what is sent without bound, and delivers what it receives whether wanted or not. So each side says how
+many bytes the other one may still send.
 
-Binary messages carry the stream's bytes. Text messages steer it: ``w<number>`` allows so many further bytes, ``p`` asks
-for the answer ``q``, and ``f`` says that no more bytes follow.
+Binary messages carry the stream's bytes. Text messages steer it: ``w<number>`` allows so many further bytes, and ``f``
+says that no more bytes follow.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-from tesseract_async.errors import ConnectionLost, ProtocolError
+from tesseract_async.errors import ProtocolError
 
 MESSAGE_BYTES: Final = 16 * 1024
 """Bytes of one message: aiortc's fastest size, and what every WebRTC implementation takes (RFC 8831, 6.6)."""
@@ -25,16 +24,12 @@ WINDOW_BYTES: Final = 2 * 2**20
 """Bytes that the peer may send before they are consumed here; at most so many are held."""
 HIGH_WATER: Final = 256 * 1024
 """Bytes written but not sent beyond which the stream is paused."""
-PING_AFTER: Final = 2.0
-"""Seconds without a received message after which the peer is asked whether it lives."""
-DEAD_AFTER: Final = 7.0
-"""Seconds without a received message after which it counts as dead."""
 
 
 class MessageStream:
-    """One end. Feed `receive` and `handle_timer`; send what `messages_to_send` gives; hand on what `read` gives."""
+    """One end. Feed `receive`; send what `messages_to_send` gives; hand on what `read` gives."""
 
-    def __init__(self, *, now: float, window_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(self, *, window_bytes: int = WINDOW_BYTES) -> None:
         """`window_bytes`: at least `INITIAL_CREDIT`."""
         self._window_bytes = window_bytes
         self.unsent = 0
@@ -51,9 +46,6 @@ class MessageStream:
         self._consumed = 0
         self._finishing = False
         self._said_all = False
-        self._last_received = now
-        self.timer_at = now + PING_AFTER
-        """When to call `handle_timer`."""
 
     @property
     def paused(self) -> bool:
@@ -86,9 +78,8 @@ class MessageStream:
             messages.append("f")
         return messages
 
-    def receive(self, message: bytes | str, now: float) -> None:
+    def receive(self, message: bytes | str) -> None:
         """Take one message. Untrusted. Raises: ProtocolError; nothing may follow then."""
-        self._last_received = now
         if isinstance(message, str):
             self._receive_control(message)
             return
@@ -102,14 +93,11 @@ class MessageStream:
             self._incoming.append(memoryview(message))
 
     def _receive_control(self, message: str) -> None:
-        if message == "p":
-            if "q" not in self._control:
-                self._control.append("q")
-        elif message == "f":
+        if message == "f":
             self.ended = True
         elif message[:1] == "w" and len(message) <= MAX_CONTROL and message[1:].isascii() and message[1:].isdigit():
             self._credit = min(self._credit + int(message[1:]), 2**40)
-        elif message != "q":
+        else:
             raise ProtocolError("a malformed control message")
 
     def read_into(self, buffer: memoryview) -> int:
@@ -131,19 +119,3 @@ class MessageStream:
             self._room += self._consumed
             self._consumed = 0
         return count
-
-    def handle_timer(self, now: float, *, late: float = 0.0) -> None:
-        """`late`: how long after `timer_at` this comes: while this loop stalled, nobody is judged.
-
-        Raises: ConnectionLost if the peer is silent for too long.
-        """
-        if late > 1.0:
-            self._last_received = max(self._last_received, now - PING_AFTER)
-        silent = now - self._last_received
-        if silent >= DEAD_AFTER:
-            raise ConnectionLost("the peer", f"nothing was received for {silent:.0f} s")
-        if silent >= PING_AFTER - 0.001:
-            self._control.append("p")
-            self.timer_at = min(now + PING_AFTER, self._last_received + DEAD_AFTER)
-        else:
-            self.timer_at = self._last_received + PING_AFTER

@@ -216,7 +216,7 @@ class DataChannelPipe:
         self._loop = asyncio.get_running_loop()
         self._negotiation = negotiation
         self._channel = channel
-        self._stream = MessageStream(now=self._loop.time())
+        self._stream = MessageStream()
         self._receiver: PipeReceiver | None = None
         self._reading = True
         self.paused = False
@@ -233,7 +233,6 @@ class DataChannelPipe:
         channel.on("close", self._channel_closed)
         dtls.on("statechange", self._channel_closed)
         self._dtls = dtls
-        self._timer = self._loop.call_at(self._stream.timer_at, self._timer_fired)
 
     @property
     def unsent(self) -> int:
@@ -271,7 +270,7 @@ class DataChannelPipe:
 
     def _received(self, message: bytes | str) -> None:
         try:
-            self._stream.receive(message, self._loop.time())
+            self._stream.receive(message)
         except ProtocolError as error:
             self._end(error, flush=False)
             return
@@ -294,16 +293,6 @@ class DataChannelPipe:
             if stream.ended and not stream.held and self._receiver is not None:
                 self._end(None, flush=False)
 
-    def _timer_fired(self) -> None:
-        now = self._loop.time()
-        try:
-            self._stream.handle_timer(now, late=now - self._stream.timer_at)
-        except ConnectionLost as error:
-            self._end(error, flush=False)
-            return
-        self._pump()
-        self._timer = self._loop.call_at(self._stream.timer_at, self._timer_fired)
-
     def close(self) -> None:
         self._end(None, flush=True)
 
@@ -324,7 +313,6 @@ class DataChannelPipe:
 
     def _end(self, error: Exception | None, *, flush: bool) -> None:
         if self._closing is None:
-            self._timer.cancel()
             self._closing = self._loop.create_task(self._run_end(error, flush))
 
     async def _run_end(self, error: Exception | None, flush: bool) -> None:

@@ -1,0 +1,93 @@
+"""Answers ``expert.lockstep``: the one trainer of a server's experts has all of them step. Untrusted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import NotAllowed, ProtocolError, RemoteError, describe
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.trust import Trust
+from tesseract_async.runtime import lockstep
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.runtime import TesseractRuntime
+from tesseract_async.server.answering import ExpertCalls
+from tesseract_async.server.hosted import HostedState
+from tesseract_async.wire import messages
+
+
+class Lockstep:
+    """Answers for all experts of one server whose gradients are only gathered. On the loop."""
+
+    def __init__(
+        self,
+        hosted: Mapping[str, HostedState],
+        calls: ExpertCalls,
+        trust: Trust,
+        save: Callable[[], Awaitable[object]],
+    ) -> None:
+        """`hosted`: all of the server, whoever they are. `save` writes their checkpoints."""
+        self._hosted, self._calls, self._trust, self._save = hosted, calls, trust, save
+        self._turn = asyncio.Lock()
+
+    async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Do what the request says. Raises only RemoteErrors, for the caller to see."""
+        with self._calls.answering(call):
+            request = messages.decode(messages.LockstepRequest, call.body)
+            if not hosted.backend.settings.lockstep:
+                if request.action == "status":
+                    return Message(messages.encode(messages.LockstepReply(0, 0, 0.0)))
+                raise RemoteError(f"{hosted.uid} steps by itself: serve it with --step lockstep")
+            async with self._turn:
+                try:
+                    return Message(messages.encode(await self._do(hosted, request, call)))
+                except ValueError as error:
+                    raise RemoteError(str(error)) from None
+
+    async def _do(
+        self, hosted: HostedState, request: messages.LockstepRequest, call: IncomingCall
+    ) -> messages.LockstepReply:
+        prefix, _ = split_uid(hosted.uid)
+        alike = {
+            uid: one
+            for uid, one in self._hosted.items()
+            if one.backend.settings.lockstep and one.is_primary and split_uid(uid)[0] == prefix
+        }
+        for uid, one in alike.items():
+            if not self._trust.may_ask(call.peer_id, "train", uid):
+                raise NotAllowed(f"{call.peer_id.short} may not train {uid}, which steps together with {hosted.uid}")
+            self._calls.check_led(one)
+        by_runtime: dict[TesseractRuntime, dict[str, ExpertBackend]] = {}
+        for uid, one in alike.items():
+            by_runtime.setdefault(one.runtime, {})[uid] = one.backend
+        squared_norm = 0.0
+        if request.action == "step":
+            options = _options(request.options)
+            for runtime, backends in by_runtime.items():
+                try:
+                    await runtime.call(partial(lockstep.step, backends, request.round, request.optimizer, options))
+                except (ValueError, RemoteError):
+                    raise
+                except Exception as error:  # an optimizer may raise anything
+                    raise RemoteError(f"an optimizer raised {describe(error)}: begin from a save point") from error
+        elif request.action == "clear":
+            for runtime, backends in by_runtime.items():
+                await runtime.call(partial(lockstep.clear, list(backends.values())))
+        elif request.action == "save":
+            await self._save()
+        elif request.action == "status":
+            for runtime, backends in by_runtime.items():
+                squared_norm += await runtime.call(partial(lockstep.squared_norm, list(backends.values())))
+        else:
+            raise ProtocolError(f"no action {request.action!r}")
+        everybody = {uid: one.backend for uid, one in alike.items()}
+        return messages.LockstepReply(lockstep.round_of(everybody) if everybody else 0, len(everybody), squared_norm)
+
+
+def _options(given: Mapping[str, object]) -> dict[str, float]:
+    """Raises: ProtocolError for anything but numbers."""
+    if len(given) > 16 or not all(type(value) in (int, float) for value in given.values()):
+        raise ProtocolError("options of a step are numbers")
+    return {name: float(value) for name, value in given.items()}  # type: ignore[arg-type]

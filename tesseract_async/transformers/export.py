@@ -1,0 +1,144 @@
+"""A model whose experts are elsewhere as a folder that plain Transformers opens: `export_checkpoint`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from tesseract_async.client.expert_rpc import fetch_info
+from tesseract_async.errors import ExpertNotFound, Overloaded
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.server.checkpoint import check_state
+from tesseract_async.server.fetching import fetch_state
+from tesseract_async.transformers.families import library
+from tesseract_async.transformers.operator import RemoteLayer
+from tesseract_async.transformers.remote import is_stand_in, lockstep_of, remote_layers
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
+
+INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+_REST: Final = "model-rest.safetensors"
+_AT_ONCE: Final = 8
+
+
+def export_checkpoint(model: nn.Module, folder: str | Path, *, timeout: float = 60.0) -> None:
+    """Write the model with its remote experts into a new `folder`, as its checkpoint was: plain Transformers opens it.
+
+    Names and layout are those that ``save_pretrained`` of the whole model would give, and the experts' dtype is the
+    model's. In lockstep all experts are of the model's step; otherwise each is as new as when it is asked for. The
+    folder comes into being whole, or not at all. At most one layer's experts are in memory. `timeout`: seconds for each
+    piece of an expert's state.
+
+    Raises: ValueError for a model without remote experts, with an adapter (merge it first), and if a server's experts
+    are not of the model's step or shape; FileExistsError; what fetching raises; OSError.
+    """
+    library()
+    from transformers.core_model_loading import revert_weight_conversion
+
+    layers = remote_layers(model)
+    round = lockstep_of(model).agree()
+    if hasattr(model, "peft_config"):
+        raise ValueError("this model has an adapter: merge it first (model.merge_and_unload()), or save it alone")
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: export_checkpoint makes a new folder")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        rest = {name: tensor for name, tensor in model.state_dict().items() if not is_stand_in(name)}
+        model.save_pretrained(partial, state_dict=rest)  # type: ignore[operator]
+        _forget_remote(partial / "config.json")
+        files = _files(partial)
+        conversions = vars(model).pop("_weight_conversions", None)  # those of the rest alone
+        try:
+            for path, experts in layers.items():
+                layer: RemoteLayer = vars(experts)["tesseract_layer"]
+                fused = layer.node.run(_fetch(layer, round, timeout))
+                for name, (shape, dtype) in vars(experts)["tesseract_shapes"].items():
+                    if name not in fused or fused[name].shape != shape:
+                        raise ValueError(f"the experts {layer.pool.uid_prefix} are not those of this model: {name}")
+                    fused[name] = fused[name].to(dtype)
+                named = revert_weight_conversion(model, {f"{path}.{name}": x for name, x in fused.items()})
+                file = f"model-experts-{len(set(files.values())):05d}.safetensors"
+                save_file({name: x.contiguous() for name, x in named.items()}, partial / file, {"format": "pt"})
+                files |= dict.fromkeys(named, file)
+        finally:
+            if conversions is not None:
+                vars(model)["_weight_conversions"] = conversions
+        total = sum((partial / file).stat().st_size for file in set(files.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        (partial / INDEX).write_text(json.dumps(index, indent=2))
+        partial.rename(folder)
+    except BaseException:  # Ctrl-C, too, must not leave half a model
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+async def _fetch(layer: RemoteLayer, round: int | None, timeout: float) -> dict[str, torch.Tensor]:
+    """The layer's parameters as its module has them, whole."""
+    gate = asyncio.Semaphore(_AT_ONCE)
+    replicas = await layer.pool.replicas()
+
+    async def one(number: int) -> Mapping[str, torch.Tensor]:
+        async with gate:
+            uid = f"{layer.pool.uid_prefix}.{number}"
+            found = replicas.get(number)
+            if not found:
+                raise ExpertNotFound(f"no live server hosts the expert {uid}: nothing was exported")
+            return await _state(layer.node.node, uid, found, round, timeout)
+
+    experts = await asyncio.gather(*(one(number) for number in range(layer.pool.num_experts)))
+    return {name: torch.stack([expert[name] for expert in experts]) for name in experts[0]}
+
+
+async def _state(
+    node: TesseractNode, uid: str, replicas: Sequence[ExpertReplica], round: int | None, timeout: float
+) -> Mapping[str, torch.Tensor]:
+    """An expert's parameters, after the step `round` if that is not None."""
+    peer = next((replica for replica in replicas if replica.primary), replicas[0]).peer
+    version = (await fetch_info(node, uid, peer, timeout=timeout)).version
+    while True:
+        try:
+            file = await fetch_state(node, peer, uid, weights_only=True, min_version=version, timeout=timeout)
+            break
+        except Overloaded as error:  # it holds as many copies as it may, for others too
+            await asyncio.sleep(error.retry_after or 1.0)
+    state = None if file is None else check_state(uid, file, weights_only=True)
+    if state is None or (round is not None and state["version"] != round):
+        took = version if state is None else state["version"]
+        raise ValueError(f"{uid} has taken {took} steps, and this model {round}: nothing was exported")
+    module: Mapping[str, torch.Tensor] = state["module"]
+    return module
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Name of each tensor of the rest -> name of its file."""
+    if (folder / INDEX).exists():
+        files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        return files
+    (folder / _SINGLE).rename(folder / _REST)
+    with safe_open(folder / _REST, "pt") as file:
+        return dict.fromkeys(file.keys(), _REST)
+
+
+def _forget_remote(file: Path) -> None:
+    """Take the mark out of a saved configuration that says that the experts are elsewhere."""
+
+    def cleaned(config: object) -> object:
+        if not isinstance(config, dict):
+            return config
+        return {key: cleaned(value) for key, value in config.items() if key != "experts_implementation"}
+
+    file.write_text(json.dumps(cleaned(json.loads(file.read_text())), indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,224 @@
+"""Lockstep, the trainer's side: remote experts take the steps of the local optimizer, with its settings and clipping.
+
+In backward the experts only accumulate. A parameter of one number, the *anchor*, stands for all of them in the local
+model: after a backward its gradient is the norm of what they have accumulated, so that clipping counts it. By how much
+clipping has shrunk it says by how much the experts are to shrink theirs, when the optimizer steps.
+
+Experts that step on every gradient, as those of swarms do, and frozen ones need none of this; the servers say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from tesseract_async.client.background import BackgroundNode
+from tesseract_async.client.expert_pool import ExpertPool
+from tesseract_async.client.scaling import noted_scale
+from tesseract_async.errors import ExpertNotFound, UnknownMethod
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.uncopied import Uncopied
+from tesseract_async.wire import messages
+from tesseract_async.wire.messages import LOCKSTEP, LockstepReply, LockstepRequest
+
+_OPTIMIZERS: Final = {torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd"}
+_UNKNOWN_SETTINGS: Final = ("amsgrad", "maximize", "nesterov", "dampening")
+
+
+class StandIn(nn.Module):
+    """What a local model has of its remote experts' steps: a part of its first experts module."""
+
+    round: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1, device="cpu", dtype=torch.float32))
+        self.register_buffer("round", torch.zeros((), device="cpu", dtype=torch.int64))
+        """The steps that the experts had taken beside these weights."""
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return False
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        """Transformers leaves memory as it finds it where a file lacks a tensor, and says here that it is done."""
+        with torch.no_grad():
+            for tensor in (self.anchor, self.round):
+                if not getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta:
+                    tensor.zero_()
+
+
+class Lockstep(Uncopied):
+    """Tells the servers of one model's experts what its trainer does. The model's layers share it."""
+
+    def __init__(self, node: BackgroundNode, prefix: str, *, timeout: float) -> None:
+        self._node, self._prefix, self._timeout = node, prefix, timeout
+        self._pools: list[ExpertPool] = []
+        self._stand_in: weakref.ref[StandIn] | None = None
+        self.round: int | None = None
+        """The steps that the experts have taken; None before they were asked, and if they are not in lockstep."""
+        self._was_asked = False
+        self._task: int | None = None
+        """The backward pass under way."""
+        self._scale = 1.0
+        """By which a `GradScaler` multiplies what this pass gives."""
+        self._norm = 0.0
+        self._holds_some = True
+        """The servers may hold gradients that no step has used."""
+
+    def add(self, pool: ExpertPool) -> None:
+        """One more of the model's layers."""
+        self._pools.append(pool)
+
+    def belongs_to(self, stand_in: StandIn) -> None:
+        """That is of the model that is computed now: a copy may be another one's."""
+        if (
+            getattr(stand_in.anchor, "tesseract_lockstep", None) is not self
+            or self._stand_in is None
+            or self._stand_in() is not stand_in
+        ):
+            self._stand_in = weakref.ref(stand_in)
+            stand_in.anchor.tesseract_lockstep = self  # type: ignore[attr-defined]
+
+    def backward_begins(self) -> None:
+        """Before the gradients of a layer's experts leave, in the engine's thread; once per layer.
+
+        Raises: ValueError if the experts are of another step than the model.
+        """
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._task, self._scale = task, noted_scale(task) or 1.0
+        anchor = self._local().anchor
+        if not anchor.requires_grad or self.agree() is None:
+            return
+        if self._holds_some and (anchor.grad is None or not bool(anchor.grad.any())):
+            self._ask("clear")  # zero_grad() was called without a step, or another trainer left some
+        self._holds_some = True
+
+    def backward_ends(self) -> None:
+        """All gradients of the pass are there; once per layer that took part."""
+        if self._task is None:
+            return
+        self._task = None
+        anchor = self._local().anchor
+        if self.round is None or not anchor.requires_grad:
+            return
+        replies = self._ask("status")
+        for reply in replies:
+            if (
+                reply.num_experts and reply.round != self.round
+            ):  # another trainer's, or a server went back to an older checkpoint
+                raise ValueError(self._of_another_step(self.round, reply.round))
+        self._norm = math.sqrt(sum(reply.squared_norm for reply in replies))
+        anchor.grad = torch.full_like(anchor, self._norm * self._scale)
+
+    def step(self, anchor: nn.Parameter, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+        """The local optimizer is about to step. Raises: ValueError for an optimizer that the experts do not have."""
+        gradient, anchor.grad = anchor.grad, None  # the optimizer leaves it alone
+        if gradient is None or self.round is None:
+            return
+        try:
+            scale = float(gradient) / self._norm if self._norm else 1.0
+            self._ask("step", _OPTIMIZERS.get(type(optimizer), ""), {"scale": scale, **_settings(optimizer, group)})
+        except BaseException:  # the step may be tried again
+            anchor.grad = gradient
+            raise
+        self._holds_some = False
+        self.round += 1
+        self._local().round.fill_(self.round)
+
+    def save(self) -> int:
+        """Have the servers write checkpoints; return the round. Raises: ValueError if they are not in lockstep."""
+        if self.agree() is None:
+            raise ValueError(f"the experts of {self._prefix} are not in lockstep: their servers save by themselves")
+        self._ask("save")
+        assert self.round is not None
+        return self.round
+
+    def agree(self) -> int | None:
+        """The round of experts and model; None if they are not in lockstep. Raises: ValueError if they differ."""
+        if not self._was_asked:
+            replies = self._ask("status")
+            num_experts, wanted = sum(reply.num_experts for reply in replies), sum(p.num_experts for p in self._pools)
+            rounds = {reply.round for reply in replies if reply.num_experts}
+            if num_experts not in (0, wanted) or len(rounds) > 1:
+                raise ValueError(
+                    f"{num_experts} of the {wanted} experts of {self._prefix} are in lockstep, at the steps "
+                    f"{', '.join(map(str, sorted(rounds)))}: they have to go together, from one save point"
+                )
+            self.round, self._was_asked = min(rounds, default=None), True
+        mine = int(self._local().round)
+        if self.round is not None and mine != self.round:
+            raise ValueError(self._of_another_step(mine, self.round))
+        return self.round
+
+    def _of_another_step(self, mine: int, theirs: int) -> str:
+        return (
+            f"these weights are of step {mine}, and the remote experts of {self._prefix} have taken {theirs}: start "
+            "the servers, or load the model, from the same save point"
+        )
+
+    def _ask(self, action: str, optimizer: str = "", options: Mapping[str, float] | None = None) -> list[LockstepReply]:
+        return self._node.run(self._ask_all(action, optimizer, options or {}))
+
+    async def _ask_all(self, action: str, optimizer: str, options: Mapping[str, float]) -> list[LockstepReply]:
+        """The replies of all servers that train experts of the model."""
+        servers: dict[object, tuple[str, PeerAddress]] = {}
+        for pool in self._pools:
+            replicas = await pool.replicas()
+            if len(replicas) < pool.num_experts:
+                missing = next(number for number in range(pool.num_experts) if number not in replicas)
+                raise ExpertNotFound(f"no live server hosts the expert {pool.uid_prefix}.{missing}")
+            for found in replicas.values():
+                one = next((replica for replica in found if replica.primary), found[0])
+                servers[one.peer.peer_id or one.peer] = one.uid, one.peer
+
+        async def ask(uid: str, peer: PeerAddress) -> LockstepReply:
+            body = messages.encode(LockstepRequest(uid, action, self.round or 0, optimizer, dict(options)))
+            try:
+                reply = await self._node.node.call_expert(peer, LOCKSTEP, body, timeout=self._timeout)
+            except UnknownMethod:  # it knows of no lockstep at all
+                return LockstepReply(0, 0, 0.0)
+            return messages.decode(LockstepReply, reply.body)
+
+        return await asyncio.gather(*(ask(uid, peer) for uid, peer in servers.values()))
+
+    def _local(self) -> StandIn:
+        found = None if self._stand_in is None else self._stand_in()
+        if found is None:
+            raise RuntimeError("the model of these remote experts is gone")
+        return found
+
+
+def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, float]:
+    """The settings of a step. Raises: ValueError for what the servers do not have."""
+    unknown = [name for name in _UNKNOWN_SETTINGS if group.get(name)]
+    if type(optimizer) not in _OPTIMIZERS or unknown:
+        what = f"{type(optimizer).__name__} {' '.join(unknown)}".strip()
+        raise ValueError(f"remote experts in lockstep take steps of AdamW, Adam or SGD of torch.optim, not of {what}")
+    found = {name: float(group[name]) for name in ("lr", "weight_decay", "eps", "momentum") if name in group}
+    if "betas" in group:
+        found["beta1"], found["beta2"] = map(float, group["betas"])
+    return found
+
+
+def _before_step(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            lockstep: Lockstep | None = getattr(parameter, "tesseract_lockstep", None)
+            if lockstep is not None:
+                lockstep.step(parameter, optimizer, group)
+
+
+_before_step._is_trainers = True  # type: ignore[attr-defined]
+# of all optimizers in this process: which one a model will be given to, nothing says beforehand
+register_optimizer_step_pre_hook(_before_step)

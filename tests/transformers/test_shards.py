@@ -1,0 +1,121 @@
+"""Experts of checkpoints compute what Transformers does, and nothing else of the files is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.transformers.families import experts_of
+from tesseract_async.transformers.serving import CheckpointExperts, CheckpointOptions
+from tesseract_async.transformers.shards import Checkpoint
+from tests.transformers.tiny import FAMILIES, make_checkpoint
+
+Makes = Callable[[str], Path]
+
+
+def build(folder: Path, uids: list[str], **options: object) -> tuple[CheckpointExperts, dict[str, ExpertBackend]]:
+    fields = {"optimizer_options": {"learning_rate": 1e-3}, **options}
+    experts = CheckpointExperts(folder, CheckpointOptions(**fields), BackendSettings())  # type: ignore[arg-type]
+    return experts, experts.build(uids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_those_of_the_family(family: str, checkpoint: Makes) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(family), experts_implementation="eager")
+    _, backends = build(checkpoint(family), ["m.1.1", "m.1.6", "m.1.2"])
+    _, module = experts_of(model)[1]
+    x = torch.randn(5, 32)
+    for uid, backend in backends.items():
+        number = int(uid.rpartition(".")[2])
+        for name, whole in module.named_parameters():
+            assert torch.equal(backend.module.state_dict()[name], whole[number])
+        with torch.no_grad():
+            theirs = module(x, torch.full((5, 1), number), torch.ones(5, 1))
+        assert torch.allclose(backend.forward([x])[0], theirs, atol=1e-6)
+    slabs = {one.untyped_storage().data_ptr() for backend in backends.values() for one in backend.module.parameters()}
+    assert len(slabs) == len(list(module.parameters()))
+
+
+def test_only_files_of_those_experts_are_opened(checkpoint: Makes) -> None:
+    experts, _ = build(checkpoint("qwen3_moe"), ["m.1.6", "m.1.7"])
+    named = json.loads((checkpoint("qwen3_moe") / "model.safetensors.index.json").read_text())["weight_map"]
+    expected = {file for key, file in named.items() if ".layers.1.mlp.experts.6." in key or ".1.mlp.experts.7." in key}
+    assert experts.checkpoint.opened == expected and len(expected) < len(set(named.values()))
+
+
+def test_weights_are_kept_in_another_type_than_they_are_computed_in(checkpoint: Makes) -> None:
+    plain = build(checkpoint("qwen3_moe"), ["m.0.3"])[1]["m.0.3"]
+    options = dict(dtype=torch.bfloat16, master=torch.float32, optimizer="adamw")
+    backend = build(checkpoint("qwen3_moe"), ["m.0.3"], **options)[1]["m.0.3"]
+    x = torch.randn(4, 32)
+    y = backend.forward([x.bfloat16()])[0]
+    assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), plain.forward([x])[0], atol=0.05)
+    gradients = backend.gradients([x.bfloat16()], [torch.ones(4, 32, dtype=torch.bfloat16)])[1]
+    backend.step(gradients)
+    assert {one.dtype for one in backend.module.parameters()} == {torch.float32}
+    assert backend.optimizer is not None
+    moments = [memory["exp_avg"].dtype for memory in backend.optimizer.state.values()]
+    assert moments == [torch.float32] * 2
+
+
+@pytest.mark.parametrize(
+    ("uids", "reason"),
+    [
+        (["m.0.8"], "layer 0 of this model has the experts 0 to 7, and no 8"),
+        (["m.2.0"], "no experts in layer 2, but in 0 to 1"),
+        (["m.3"], r"PREFIX.LAYER.EXPERT, not m.3"),
+    ],
+)
+def test_experts_that_the_model_does_not_have(uids: list[str], reason: str, checkpoint: Makes) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build(checkpoint("qwen3_moe"), uids)
+
+
+def test_folders_that_are_no_such_checkpoint(tmp_path: Path, checkpoint: Makes) -> None:
+    with pytest.raises(ValueError, match="no checkpoint of Transformers in safetensors"):
+        Checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="llama has no experts"):
+        Checkpoint(make_checkpoint("llama", tmp_path / "dense"))
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    for file in checkpoint("qwen3_moe").iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(ValueError, match="keeps its weights in mxfp4: .* dequantize=True"):
+        Checkpoint(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    lost = index["weight_map"].pop("model.layers.0.mlp.experts.3.up_proj.weight")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="does not hold the experts of layer 0"):
+        build(folder, ["m.0.3"])
+    (folder / lost).unlink()
+    (folder / lost).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read"):
+        build(folder, ["m.0.3", "m.0.4", "m.0.2"])
+
+
+def test_a_family_without_the_hook_is_named() -> None:
+    from types import SimpleNamespace
+
+    model = nn.Linear(1, 1)
+    model.config = SimpleNamespace(model_type="dbrx")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="DBRX computes its experts itself"):
+        experts_of(model)
+
+
+def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch, checkpoint: Makes) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.11.2")
+    with pytest.raises(ValueError, match="needs Transformers 5.12 or later, and 5.11.2 is installed"):
+        Checkpoint(checkpoint("qwen3_moe"))
