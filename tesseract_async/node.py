@@ -439,7 +439,6 @@ class TesseractNode(Uncopied):
         keeper = await enter_run(
             self.network, self.trust, run, identity=self.identity, grant=grant, identity_file=self._identity_file
         )
-        assert keeper.authority is not None
         keeper.on_own_grant = self.endpoint.say_anew
         self.endpoint.say_anew()
         self.directory.forget(keeper.authority.prefix)

@@ -1,4 +1,4 @@
-"""The page *When it goes wrong* quotes what the code says; and every public name has a place in the reference."""
+"""The page *When it goes wrong* quotes what the code says, and the reference has a table of all public names."""
 
 from __future__ import annotations
 
@@ -36,17 +36,6 @@ def test_sentences_that_the_page_explains_are_said_somewhere() -> None:
             assert fragment.strip() in said(), f"{row}: nothing says {fragment.strip()!r}"
 
 
-def test_every_public_name_is_in_the_reference_and_nothing_else() -> None:
-    text = REFERENCE.read_text(encoding="utf-8")
-    table = set(re.findall(r"\[`(\w+)`\]\(", text))
-    assert table == set(tesseract_async.__all__)
-    documented: set[str] = set()
-    for page in REFERENCE.parent.glob("*.md"):
-        names = re.findall(r"^::: ([\w.]+)", page.read_text(encoding="utf-8"), flags=re.M)
-        documented |= {name.rpartition(".")[2] for name in names}
-    assert table - {"errors", "testing"} <= documented
-
-
-def test_every_public_name_says_what_it_is() -> None:
-    for name in tesseract_async.__all__:
-        assert (getattr(tesseract_async, name).__doc__ or "").strip(), name
+def test_the_reference_begins_with_a_table_of_all_public_names() -> None:
+    table = re.findall(r"\[`(\w+)`\]\(", REFERENCE.read_text(encoding="utf-8"))
+    assert sorted(table) == sorted(tesseract_async.__all__)

@@ -52,8 +52,7 @@ async def command(
     async with node.make(policy=None if members is None else Policy.only(members)) as joined:
         await join(joined)
         signed = await find_run(joined.network, run_name, trust=joined.trust)
-        if signed.tag is not None:
-            await joined.join_run(signed)
+        await joined.join_run(signed)
         manifest = signed.manifest
         origins = await find_origins(joined, signed)
         with progress_bar("experts", total=len(origins)) as advance:

@@ -35,7 +35,7 @@ from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
 from tesseract_async.experts.run import SignedRun
-from tesseract_async.experts.run_directory import BareRun, RunKeeper, RunNotFound
+from tesseract_async.experts.run_directory import RunNotFound
 from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import ExpertBackend
@@ -86,7 +86,7 @@ class Hosting:
         self._builder = builder
         self._run: SignedRun | None = None
         self._authority: Authority | None = None
-        """Who may do what in the run; None without one, and for runs of version 0.1."""
+        """Who may do what in the run; None without one."""
         self._memory: MemoryPlan | None = None
         """How the volunteer's memory is divided, once an expert was measured; None without a limit."""
         throttle = Throttle(upload_rate=limits.max_upload_rate, download_rate=limits.max_download_rate)
@@ -142,10 +142,6 @@ class Hosting:
                 await claim.release()
             replicas = ReplicaKeeper(server, settings=self._replica_settings())
             await stack.enter_async_context(replicas)
-            if self._run is not None and self._authority is None:
-                keeper = RunKeeper(self.node.network, self._run)
-                keeper.start()
-                stack.push_async_callback(keeper.aclose)
             volunteer = VolunteerKeeper(
                 server,
                 self._limits,
@@ -211,18 +207,14 @@ class Hosting:
         await self._joined()
         for attempt in range(FIND_ATTEMPTS):
             try:
-                self._authority = await self.node.join_run(self.serving.run_name, grant=self.serving.grant)
-                self._run = run = self._authority.run
-                break
-            except BareRun as bare:  # of version 0.1
-                self._run = run = bare.signed
+                authority = await self.node.join_run(self.serving.run_name, grant=self.serving.grant)
                 break
             except RunNotFound:
                 if attempt == FIND_ATTEMPTS - 1:
                     raise
                 await asyncio.sleep(1.0)  # the network may still be finding its nodes
-        if self._authority is not None:
-            self._check_admitted(self._authority)
+        self._authority, self._run = authority, (run := authority.run)
+        self._check_admitted(authority)
         run.manifest.check(self._given, run=run.full_name)
         click.echo(f"the run is {run.full_name}", err=True)
 

@@ -226,7 +226,6 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
     """
     async with owner.opened() as (node, keeper):
         authority = keeper.authority
-        assert authority is not None
         manifest = authority.run.manifest
         observer = SwarmObserver(node, patterns=[manifest.pattern])
         await observer.look()  # whose manifests show grants

@@ -39,9 +39,6 @@ class Authority:
     """A node's knowledge of one run: its manifest, grants, revocations and appointments."""
 
     def __init__(self, run: SignedRun, *, max_grants: int = MAX_GRANTS) -> None:
-        """Raises: ValueError for a run of bare names, which nobody has authority over."""
-        if run.tag is None:
-            raise ValueError(f"the run {run.manifest.name} is one of version 0.1: its experts have bare names")
         self.run = run
         """The newest manifest that is known."""
         self._max_grants = max_grants

@@ -43,8 +43,7 @@ class RunOwner:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`clock` gives seconds since 1970. Raises: ValueError if the identity has no say in the run."""
-        assert keeper.authority is not None
-        self.authority: Authority = keeper.authority
+        self.authority = keeper.authority
         self._network = network
         self._identity = identity
         self._keeper = keeper

@@ -88,8 +88,7 @@ class RunManifest:
     created: int = 0
     """Milliseconds since 1970. Of two manifests of one signer under one name, the later one holds."""
     mode: str = "granted"
-    """``granted``: hosts and trainers need a grant of the owner's. ``open``: all but revoked peers may take part.
-    ``bare``: a run of version 0.1, which says nothing of this; its experts are found by their bare names."""
+    """``granted``: hosts and trainers need a grant of the owner's. ``open``: all but revoked peers may take part."""
     delegates: Sequence[bytes] = ()
     """Grants with the role ``admit`` of those who may grant, revoke and appoint besides the owner."""
     genesis: str = "seed"
@@ -157,9 +156,9 @@ class SignedRun:
         return f"{self.manifest.name}@{self.signer}"
 
     @property
-    def tag(self) -> RunTag | None:
-        """The run's name in its servers' manifests; None for a run of bare names."""
-        return None if self.manifest.mode == "bare" else RunTag(self.signer, self.manifest.name, self.manifest.mode)
+    def tag(self) -> RunTag:
+        """The run's name in its servers' manifests."""
+        return RunTag(self.signer, self.manifest.name, self.manifest.mode)
 
 
 def sign_run(identity: Identity, manifest: RunManifest) -> SignedRun:
@@ -171,13 +170,10 @@ def _signed_run(data: object, signer: PeerID, blob: bytes, digest: bytes) -> Sig
     if type(data) is not dict:
         raise ProtocolError("a run manifest is a map")
     names = [item.name for item in dataclasses.fields(RunManifest)]
-    if "mode" not in data:  # of version 0.1, which had no more than these
-        names = names[: names.index("mode")]
-        data["mode"] = "bare"
     if missing := [name for name in names if name not in data]:
         raise ProtocolError(f"a run manifest without {missing[0]}")
-    values = {name: data[name] for name in (*names, "mode")}
-    if type(values["grid_size"]) is not list or type(values.get("delegates", [])) is not list:
+    values = {name: data[name] for name in names}
+    if type(values["grid_size"]) is not list or type(values["delegates"]) is not list:
         raise ProtocolError("a run's grid_size and delegates are lists")
     try:
         manifest = RunManifest(**values)
@@ -290,7 +286,7 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     **dict.fromkeys(("optimizer", "schedule"), _NAME_OR_NONE),
     **dict.fromkeys(("sizes", "optimizer_options", "schedule_options", "training", "codecs"), _OPTIONS),
     **dict.fromkeys(("seed", "created"), (_is_number, "is a number, 0 or more")),
-    "mode": (lambda value: value in MODES, f"is one of {', '.join(MODES)}"),
+    "mode": (lambda value: value in MODES[1:], f"is one of {', '.join(MODES[1:])}"),
     "delegates": (_are_delegates, f"are at most {MAX_DELEGATES} signed grants"),
     "genesis": (
         lambda value: type(value) is str and _GENESIS.fullmatch(value) is not None,

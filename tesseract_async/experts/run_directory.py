@@ -48,14 +48,6 @@ class RunNotFound(TesseractError):
     """No manifest of that run is in the network, or the bare name is not enough to tell which one is meant."""
 
 
-class BareRun(ValueError):
-    """A run of version 0.1: nobody has authority over it, and its experts have bare names."""
-
-    def __init__(self, signed: SignedRun) -> None:
-        super().__init__(f"{signed.full_name} is a run of version 0.1: use its experts by their bare names")
-        self.signed = signed
-
-
 async def publish_run(network: TesseractNetwork, run: SignedRun) -> int:
     """Store a copy under this node's name; return the number of holders of the part that has the fewest."""
     key = run_key(run.manifest.name)
@@ -172,7 +164,7 @@ async def enter_run(
     `run` is its name, or its manifest if that was found already; `grant` the text of a grant or an invite. What is
     learned is kept next to `identity_file`, and used where the network does not know the run.
 
-    Raises: RunNotFound; BareRun; ValueError for a malformed name, a grant that is not this node's or of another run, or
+    Raises: RunNotFound; ValueError for a malformed name, a grant that is not this node's or of another run, or
     if the node is in another run with the same prefix; what the network raises.
     """
     name = run if isinstance(run, str) else run.full_name
@@ -186,8 +178,6 @@ async def enter_run(
         if kept is None:
             raise
         signed = kept.run
-    if signed.tag is None:
-        raise BareRun(signed)
     authority = Authority(signed)
     for known in (trust.authority(authority.prefix), kept):
         if known is not None and known.run_id == authority.run_id:
@@ -202,8 +192,7 @@ async def enter_run(
     trust.add(authority)
     keeper = RunKeeper(
         network,
-        authority.run,
-        authority=authority,
+        authority,
         trust=trust,
         identity=identity,
         keep_file=keep_file,
@@ -217,26 +206,22 @@ async def enter_run(
 
 
 class RunKeeper:
-    """Keeps a run's records in the network while this node takes part, no matter who signed them, and learns new ones.
-
-    With `authority`, the node's view of the run; without, its manifest alone is kept.
-    """
+    """Keeps a run's records in the network while this node takes part, no matter who signed them; learns new ones."""
 
     def __init__(
         self,
         network: TesseractNetwork,
-        run: SignedRun,
+        authority: Authority,
         *,
-        authority: Authority | None = None,
         trust: Trust | None = None,
         identity: Identity | None = None,
         keep_file: Path | None = None,
         random: Random | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`identity`, of one who may grant, renews the members' grants before they end. `keep_file`: where what is
-        learned is kept on disk."""
-        self.run = run
+        """`authority`: the node's view of the run. `identity`, of one who may grant, renews the members' grants before
+        they end. `keep_file`: where what is learned is kept on disk."""
+        self.run = authority.run
         self.authority = authority
         self.num_copies = 0
         """Owners that kept a copy when it was counted last, this node included."""
@@ -267,8 +252,7 @@ class RunKeeper:
         """Count the copies of the manifest and store one of this node's if needed; return whether it was stored."""
         found = await find_runs(self._network, self.run.manifest.name, trust=self._trust, clock=self._clock)
         latest, owners = found.get(self.run.signer, (self.run, set()))
-        if self.authority is not None:
-            self.authority.learn_run(latest)
+        self.authority.learn_run(latest)
         if latest.manifest.created > self.run.manifest.created:
             logger.warning(
                 "the run %s was signed anew: this node goes on with the experts that it started with",
@@ -286,8 +270,6 @@ class RunKeeper:
         """Read the run's other records, and store copies of those that too few others keep. Return whether any is
         new."""
         authority = self.authority
-        if authority is None:
-            return False
         key, fresh = records_key(authority.run_id), self._clock() + COPY_TTL / 2
         holders: dict[bytes, set[PeerID]] = {}
         mine: set[bytes] = set()
@@ -322,7 +304,7 @@ class RunKeeper:
 
         Those of expired, revoked or unknown peers are left."""
         authority, identity, now = self.authority, self._identity, self._clock()
-        if authority is None or identity is None or not authority.rules(identity.peer_id):
+        if identity is None or not authority.rules(identity.peer_id):
             return []
         via = authority.delegates.get(identity.peer_id)
         renewed = []
@@ -353,7 +335,7 @@ class RunKeeper:
 
     def save(self) -> None:
         """Write what is known to `keep_file`, with what another program wrote there meanwhile. An error is logged."""
-        if self._keep_file is None or self.authority is None:
+        if self._keep_file is None:
             return
         if (others := load_kept(self._keep_file, self.authority.run.full_name)) is not None:
             for record in others.kept(self._me):
@@ -380,8 +362,7 @@ class RunKeeper:
                     # not all servers of a run at the same moment
                     count_at = loop.time() + COUNT_PERIOD * self._random.uniform(0.8, 1.2)
                 await self.learn_once()
-                left = max(0.0, count_at - loop.time())
-                wait = left if self.authority is None else min(left, CHECK_PERIOD)
+                wait = min(max(0.0, count_at - loop.time()), CHECK_PERIOD)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.warning("could not keep the run %s known: %s", self.run.manifest.name, describe(error))
                 wait = RETRY_PERIOD

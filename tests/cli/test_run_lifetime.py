@@ -166,7 +166,7 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
     ("arguments", "sentence"),
     [
         (("serve",), "say what to host: --experts PATTERN, or --run NAME"),
-        (("serve", "--experts", "ffn.[0:9999]"), "say --num-experts to choose some"),
+        (("serve", "--experts", "ffn.[0:99999]"), "say --num-experts to choose some"),
         (("serve", "--run", "a/b"), "a run's name has"),
         (("serve", "--run", "digits@12"), "not a peer id"),
         (("serve", "--experts", "ffn.0", "--hours", "7-9"), "not hours"),

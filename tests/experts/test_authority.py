@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from random import Random
 from typing import Any
 
@@ -377,12 +376,3 @@ def test_one_meaning_has_one_form() -> None:
     for decode in (REVOCATIONS.read, APPOINTMENTS.read, RUNS.read):
         with pytest.raises(InvalidRecord):
             decode(good.blob)
-
-
-def test_runs_of_before_are_what_they_were() -> None:
-    values = dataclasses.asdict(make_run().manifest)
-    old = {name: values[name] for name in list(values)[: list(values).index("mode")]}
-    run = RUNS.read(sign_body(OWNER, RUNS.domain, old).blob)
-    assert run.manifest.mode == "bare" and run.tag is None
-    with pytest.raises(ValueError, match="bare names"):
-        Authority(run)

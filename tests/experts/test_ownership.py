@@ -27,7 +27,7 @@ def a_run(*delegates: PeerID) -> SignedRun:
 
 def acting(identity: Identity, run: SignedRun, swarm: FakeSwarm) -> RunOwner:
     network = FakeNetwork(swarm, identity.peer_id)
-    keeper = RunKeeper(network, run, authority=Authority(run), identity=identity, clock=swarm.clock)
+    keeper = RunKeeper(network, Authority(run), identity=identity, clock=swarm.clock)
     return RunOwner(network, identity, keeper, clock=swarm.clock)
 
 
