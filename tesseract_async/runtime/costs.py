@@ -60,7 +60,7 @@ class BatchCost:
         return self._each / self._per_row * (1.0 - share) / share
 
 
-TRIALS: Final = 5
+TRIALS: Final = 3
 """Passes of each way, in turn, before one is chosen."""
 MARGIN: Final = 0.95
 """Computing together has to take less than this share of the time."""
@@ -72,7 +72,7 @@ _SAMPLES: Final = 7
 class GroupChoice:
     """Whether batches of several experts of one kind are computed in one pass, by what that took.
 
-    Sizes are told apart by their powers of two. For each, both ways take turns until both are known; then the faster
+    Sizes are told apart by their powers of four. For each, both ways take turns until both are known; then the faster
     one is taken, and the other is looked at again from time to time: what pays may change with what else is going on.
     """
 
@@ -109,7 +109,8 @@ class GroupChoice:
         return self._lost < RETRIED_SHARE * self.spent
 
     def _size(self, num_batches: int, num_rows: int) -> _Size:
-        size = (num_batches.bit_length(), (num_rows // num_batches).bit_length())
+        # rounded such that powers of two lie within a size, not at its border
+        size = (round(math.log(num_batches, 4) - 0.25), round(math.log(num_rows / num_batches, 4) - 0.25))
         return self._sizes.setdefault(size, _Size())
 
 

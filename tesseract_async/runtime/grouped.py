@@ -24,11 +24,11 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 
 from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
@@ -127,21 +127,15 @@ class Member:
         ):
             raise Unfit
         self._parts = [(vars(part), *_attributes_of(part)) for part in module.modules()]
-        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        shared = _sharing([x for _, x in named])
-        self._slots: list[tuple[str, dict[str, Any], str]] = []
-        for index, (name, _) in enumerate(named):
-            if shared[index] == index:
-                path, _, own = name.rpartition(".")
-                part = module.get_submodule(path)
-                self._slots.append((name, part._parameters if own in part._parameters else part._buffers, own))
+        slots = _slots_of(module)
+        self._slots = [slot for slot in slots if slot.name == slot.first]
         if not self.is_unchanged():
             raise Unfit
         key = (
             tuple([(path, type(part)) for path, part in module.named_modules(remove_duplicate=False)]),
             tuple([(tuple(names), tuple(map(_Value, values))) for _, names, values, _ in self._parts]),
             tuple([(name, x.shape, x.dtype, x.requires_grad, x.device) for name, x in self.tensors().items()]),
-            (tuple([name for name, _ in named]), shared),
+            tuple([(slot.name, slot.first) for slot in slots]),
             repr((backend.inputs_schema, backend.outputs_schema)),
             repr(settings),
         )
@@ -152,7 +146,7 @@ class Member:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the parameters and buffers by name."""
-        return {name: of[own] for name, of, own in self._slots}
+        return {name: of[own] for name, _, of, own in self._slots}
 
     def is_unchanged(self) -> bool:
         """Return whether it has no hooks, and the attributes that it had."""
@@ -162,7 +156,7 @@ class Member:
                     return False
                 if [own[name] for name in names] != values:
                     return False
-            return not any([of[own]._backward_hooks for _, of, own in self._slots])
+            return not any([of[own]._backward_hooks for _, _, of, own in self._slots])
         except Exception:  # an attribute is gone, or can't be compared
             return False
 
@@ -217,10 +211,25 @@ def _opaque(value: object) -> Iterator[object]:
         yield value
 
 
-def _sharing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Return, for each tensor, the place of the first one that is the same."""
-    seen: dict[int, int] = {}
-    return tuple([seen.setdefault(id(x), index) for index, x in enumerate(tensors)])
+class _Slot(NamedTuple):
+    """Where a module has a parameter or buffer."""
+
+    name: str
+    first: str
+    """The first name of the same tensor."""
+    of: dict[str, Any]
+    own: str
+
+
+def _slots_of(module: nn.Module) -> list[_Slot]:
+    seen: dict[int, str] = {}
+    slots = []
+    for name, x in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+        path, _, own = name.rpartition(".")
+        part = module.get_submodule(path)
+        of: dict[str, Any] = part._parameters if own in part._parameters else part._buffers
+        slots.append(_Slot(name, seen.setdefault(id(x), name), of, own))
+    return slots
 
 
 class Kind:
@@ -235,6 +244,8 @@ class Kind:
         except Exception as error:  # a module may refuse to be copied
             raise Unfit from error
         self._attributes = [(vars(part), *_attributes_of(part)) for part in self._skeleton.modules()]
+        slots = zip(_slots_of(self._skeleton), _slots_of(example.module), strict=True)  # copies may share less
+        self._slots = [(original.first, slot.of, slot.own, slot.of[slot.own]) for slot, original in slots]
         self._inputs_schema = example.inputs_schema
         self._outputs_schema = example.outputs_schema
         self._output_specs = example.output_specs
@@ -314,8 +325,14 @@ class Kind:
     def _apply(self, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         args, kwargs = wire.unflatten(self._inputs_schema, inputs)
         kind, dtype = inputs[0].device.type, self._autocast
-        with torch.autocast(kind, dtype=dtype) if dtype is not None else contextlib.nullcontext():
-            outputs = functional_call(self._skeleton, dict(tensors), args, kwargs)
+        try:
+            for name, of, own, _ in self._slots:
+                of[own] = tensors[name]
+            with torch.autocast(kind, dtype=dtype) if dtype is not None else contextlib.nullcontext():
+                outputs = self._skeleton(*args, **kwargs)
+        finally:
+            for _, of, own, of_skeleton in self._slots:
+                of[own] = of_skeleton
         if self._autocast is not None:
             leaves = wire.flatten(outputs)
             cast = [x.to(spec.dtype) for x, spec in zip(leaves, self._output_specs, strict=True)]

@@ -147,14 +147,10 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Hashable:
         or _global_optimizer_post_hooks
     ):
         return None
-    options: list[Hashable] = [type(optimizer).__name__]
-    for group in optimizer.param_groups:
-        for name, value in group.items():
-            if isinstance(value, torch.Tensor) or value.__hash__ is None and name != "params":
-                return None
-            if name != "params" and name != "initial_lr":
-                options.append((name, value))
-    return tuple(options)
+    options = [tuple((group | {"params": None, "initial_lr": None}).items()) for group in optimizer.param_groups]
+    if any([isinstance(value, torch.Tensor) or value.__hash__ is None for group in options for _, value in group]):
+        return None
+    return type(optimizer).__name__, *options
 
 
 def take_steps(

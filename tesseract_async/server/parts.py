@@ -19,11 +19,11 @@ from tesseract_async.runtime.gradients import Gradients, are_finite
 from tesseract_async.runtime.work import WorkResult
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Numbers
 
-FIRST_PAUSE: Final = 0.005
-"""Seconds from the message to the first part, unless all is answered sooner."""
-LENGTHENING: Final = 3.0
+FIRST_PAUSE: Final = 0.02
+"""Seconds from the message to the first part, unless all is answered sooner: many experts in one pass take as long."""
+LENGTHENING: Final = 2.3
 """Each pause is so many times as long as the one before: seven of them make five seconds, by which the eighth part is
-all that is left. So what is ready waits for no more than twice as long as it took."""
+all that is left."""
 MAX_PARTS: Final = 8
 _STACKED_BYTES: Final = 512 * 1024
 """Answers up to so large together are added at once; larger ones one by one, without a copy."""
