@@ -155,7 +155,7 @@ async def test_a_run_from_its_signature_to_its_saved_weights(stem: Stem, tmp_pat
                 assert status == 0 and "4 experts written" in told
                 experts = load_experts(out)
                 assert experts.index[taught].version == 3
-                assert experts.saved.runs["digits"].full_name == full_name
+                assert experts.saved.runs["ffn"].full_name == full_name
                 with torch.no_grad():
                     assert torch.equal(experts[taught](x), await expert(x))
         organizer.send_signal(signal.SIGINT)
