@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tesseract_async.client.gating_function import GatingFunction as GatingFunction
     from tesseract_async.client.gating_function import SwitchGatingFunction as SwitchGatingFunction
     from tesseract_async.client.isolated import isolated as isolated
+    from tesseract_async.client.local_mixture import LocalMixture as LocalMixture
     from tesseract_async.client.remote_expert import RemoteExpert as RemoteExpert
     from tesseract_async.client.settings import CallOptions as CallOptions
     from tesseract_async.client.settings import MixtureSettings as MixtureSettings
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from tesseract_async.runtime.backend import ExpertBackend as ExpertBackend
     from tesseract_async.runtime.mesh import MeshBackend as MeshBackend
     from tesseract_async.runtime.runtime import TesseractRuntime as TesseractRuntime
+    from tesseract_async.saving.model import load_model as load_model
+    from tesseract_async.saving.model import restore_model as restore_model
+    from tesseract_async.saving.model import save_model as save_model
     from tesseract_async.server.registry import expert_builder as expert_builder
     from tesseract_async.server.server import TesseractServer as TesseractServer
     from tesseract_async.shared_parameters import SharedParameters as SharedParameters
@@ -62,7 +66,11 @@ _HOMES = {
     "MeshBackend": "runtime.mesh",
     "TesseractRuntime": "runtime.runtime",
     "TesseractServer": "server.server",
+    "LocalMixture": "client.local_mixture",
     "holding": "server.holder",
+    "load_model": "saving.model",
+    "restore_model": "saving.model",
+    "save_model": "saving.model",
     "SharedParameters": "shared_parameters",
     "TensorSpec": "wire.tensors",
 }

@@ -53,6 +53,7 @@ from tesseract_async.wire.messages import (
     LOCKSTEP,
     PULL,
     PUSH,
+    RESTORE,
     STATE,
     TAKE_OVER,
     TENURE,
@@ -71,6 +72,7 @@ EXPERT_METHODS: dict[str, Action] = {
     FORWARD: "call",
     BACKWARD: "train",
     STATE: "call",
+    RESTORE: "host",
     TAKE_OVER: "host",
     TENURE: "host",
     PUSH: "train",
@@ -85,6 +87,7 @@ _ROLES: dict[str, Role] = {
     TAKE_OVER: "host",
     TENURE: "host",
     PUSH: "share",
+    RESTORE: "host",
 }
 
 

@@ -12,8 +12,8 @@ import copy
 import logging
 import random
 import secrets
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from tesseract_async.client.ports import PlainCalls
-from tesseract_async.endpoint.endpoint import Message
 from tesseract_async.errors import (
     ConnectionLost,
     ExpertNotFound,
@@ -35,20 +34,18 @@ from tesseract_async.errors import (
     TesseractError,
     describe,
 )
-from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.manifest import is_prefix, join_uid
+from tesseract_async.experts.manifest import is_prefix
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.node import TesseractNode
-from tesseract_async.server.checkpoint import check_state
-from tesseract_async.server.fetching import fetch_state
-from tesseract_async.server.fragments import FragmentBackend, read_fragment, read_manifest, read_updates
-from tesseract_async.server.other_replicas import ReplicaSettings, may_follow
+from tesseract_async.server.fragments import FragmentBackend, read_fragment, read_updates
+from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
+from tesseract_async.shared_pieces import FoundPieces, SharedPieces
 from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment, Outer, Update
-from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Kind, Layout
+from tesseract_async.sharing.fragment import Fragment, Outer, Update
+from tesseract_async.sharing.layout import Kind, Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
@@ -59,8 +56,6 @@ M = TypeVar("M", bound=nn.Module)
 
 NUM_HOSTS: Final = 3
 """Trainers that host the fragments where nobody says who does."""
-CALL_TIMEOUT: Final = 20.0
-"""Seconds that a push waits for its round to close, before it is asked for again."""
 PAUSE: Final = 0.5
 """Seconds after a call that failed, before the next one."""
 FIND_TIMEOUT: Final = 60.0
@@ -70,9 +65,6 @@ FOUND_SECONDS: Final = 2.0
 FLUSH_TIMEOUT: Final = 60.0
 EXIT_TIMEOUT: Final = 20.0
 """Seconds that leaving waits at most for the last steps to count: who hosts the fragments may have left before."""
-NUM_AT_ONCE: Final = 4
-"""Fragments that are fetched at the same time."""
-_MAX_STATE_BYTES: Final = 16 * MAX_ELEMENTS + KEPT_UPDATES * 8 * MAX_ELEMENTS + MAX_LAYOUT_BYTES
 DEFAULT_REPLICAS: Final = ReplicaSettings(sync_every=5.0, check_every=2.0, lease=10.0)
 
 
@@ -120,15 +112,6 @@ class _Part:
     """Everybody's steps, as pushed so far."""
     is_asking: bool = False
     arrived: _Arrived | None = None
-
-
-@dataclass(slots=True)
-class _Found:
-    """The run's manifest and the fragments' states, at entry."""
-
-    manifest: SharedManifest
-    fragments: list[tuple[Fragment, int]] = field(default_factory=list)
-    epoch: int = 0
 
 
 class SharedParameters(Uncopied, Generic[M]):
@@ -184,8 +167,8 @@ class SharedParameters(Uncopied, Generic[M]):
         self._asking: set[asyncio.Task[None]] = set()
         self._stack = contextlib.AsyncExitStack()
         self._is_bare = isinstance(run, str) and "@" not in run
-        self._prefix, self._manifest = "", self._own
-        self._primaries: dict[str, bytes | None] = {}
+        self._manifest = self._own
+        self._found: SharedPieces | None = None
         if self._is_bare and not is_prefix(f"{run}{SHARED}"):
             raise ValueError(f"a run's name has no spaces, and no part that is a number: {run!r}")
 
@@ -194,6 +177,12 @@ class SharedParameters(Uncopied, Generic[M]):
         node = self._given.node if isinstance(self._given, PlainCalls) else self._given
         assert isinstance(node, TesseractNode)
         return node
+
+    @property
+    def _pieces(self) -> SharedPieces:
+        if self._found is None:
+            raise RuntimeError("SharedParameters are entered first, by `async with` or `with`")
+        return self._found
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -245,14 +234,15 @@ class SharedParameters(Uncopied, Generic[M]):
         layout = self._own.layout
         return [layout.read(self.model, cut) for cut in layout.cuts]
 
-    async def _enter(self, values: list[torch.Tensor]) -> _Found:
+    async def _enter(self, values: list[torch.Tensor]) -> FoundPieces:
         """Find the run's fragments, or begin them with these values; host them, if that is for this trainer to do."""
         node = self._node
         node.check_running()
         if isinstance(self._run, str) and self._is_bare:
-            self._prefix = self._run + SHARED
+            prefix = self._run
         else:
-            self._prefix = (await node.join_run(self._run)).prefix + SHARED
+            prefix = (await node.join_run(self._run)).prefix
+        self._found = SharedPieces(node, prefix + SHARED, is_bare=self._is_bare)
         if node.initial_peers:
             await node.network.wait_joined(10.0)
         founds = self._is_bare if self._hosts is None else self._hosts
@@ -263,18 +253,18 @@ class SharedParameters(Uncopied, Generic[M]):
                     (Fragment(cut, self._own.outer, mine), 0)
                     for cut, mine in zip(self._own.layout.cuts, values, strict=True)
                 ]
-                found = _Found(self._own, fragments)
+                found = FoundPieces(self._own, fragments)
                 await self._host(found, follows=not self._is_bare)
                 # another one may have begun at the same moment, or this one continues from its checkpoints
                 found = await self._look(False) or found
-            elif self._hosts or (self._hosts is None and self._is_bare and await self._num_hosts() < NUM_HOSTS):
+            elif self._hosts or (self._hosts is None and self._is_bare and await self._pieces.num_hosts() < NUM_HOSTS):
                 await self._host(found, follows=True)
         except BaseException:
             await self._stack.aclose()
             raise
         return found
 
-    async def _look(self, founds: bool) -> _Found | None:
+    async def _look(self, founds: bool) -> FoundPieces | None:
         """Return what is there; None if nothing is, and this trainer may begin it. Raises: ExpertNotFound."""
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -282,7 +272,7 @@ class SharedParameters(Uncopied, Generic[M]):
         patience = FOUND_SECONDS * (1 + random.random()) if self._node.initial_peers else 0.0
         while True:
             try:
-                return await self._fetch_all()
+                return await self._pieces.fetch_all(self._own.layout)
             except (ExpertNotFound, NotPrimary, Overloaded, PeerUnreachable, ConnectionLost, TimeoutError) as error:
                 waited, is_absent = loop.time() - began, isinstance(error, ExpertNotFound)
                 if founds and is_absent and waited >= patience:
@@ -291,64 +281,9 @@ class SharedParameters(Uncopied, Generic[M]):
                     raise
             await asyncio.sleep(PAUSE / 2)
 
-    async def _fetch_all(self) -> _Found:
-        """Raises: LayoutMismatch, if the model is another one; ExpertNotFound; what the calls raise."""
-        first = await self._fetch_state(0)
-        manifest = read_manifest(first[0])
-        manifest.layout.check(self._own.layout)
-        found = _Found(manifest)
-        gate = asyncio.Semaphore(NUM_AT_ONCE)
-
-        async def fetch(number: int) -> tuple[Fragment, int]:
-            async with gate:
-                # from another host for each, so that newcomers burden all alike; the rest from the primary
-                uid = self._uid(number)
-                tensors, version = await self._fetch_state(number, turn=number) if number else first
-                fragment, _ = read_fragment(manifest, number, tensors, version)
-                request = messages.PullRequest(uid, fragment.version, fragment.root)
-                message = await self._call(uid, messages.PULL, request, b"")
-                reply = messages.decode(messages.UpdatesReply, message.body)
-                if reply.known:
-                    fragment.replay(read_updates(fragment.version, reply, message.buffers))
-                    return fragment, reply.steps
-                tensors, version = await self._fetch_state(number)
-                return read_fragment(manifest, number, tensors, version)
-
-        tasks = [asyncio.ensure_future(fetch(number)) for number in range(len(manifest.layout.cuts))]
-        try:
-            found.fragments = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return found
-
-    async def _fetch_state(self, number: int, *, turn: int = 0) -> tuple[dict[str, torch.Tensor], int]:
-        """Return a fragment's state at one of its hosts: the primary first, or who comes `turn` places behind."""
-        uid = self._uid(number)
-        replicas = await self._find(uid)
-        replicas = replicas[turn % len(replicas) :] + replicas[: turn % len(replicas)]
-        last: BaseException = ExpertNotFound(f"nobody hosts {uid}")
-        for replica in replicas:
-            try:
-                file = await fetch_state(
-                    self._node, replica.peer, uid, weights_only=True, max_bytes=_MAX_STATE_BYTES, timeout=CALL_TIMEOUT
-                )
-                if file is not None:
-                    state = check_state(uid, file, weights_only=True)
-                    # writable, and not the file's
-                    return {name: tensor.clone() for name, tensor in state["module"].items()}, state["version"]
-            except (TesseractError, TimeoutError) as error:
-                last = error
-                self._failed(replica, error)
-        raise last
-
-    async def _num_hosts(self) -> int:
-        return len(await self._find(self._uid(0)))
-
-    async def _host(self, found: _Found, *, follows: bool) -> None:
+    async def _host(self, found: FoundPieces, *, follows: bool) -> None:
         backends = {
-            self._uid(number): FragmentBackend(found.manifest, number, _copied(fragment), steps=steps)
+            self._pieces.uid(number): FragmentBackend(found.manifest, number, _copied(fragment), steps=steps)
             for number, (fragment, steps) in enumerate(found.fragments)
         }
         followers = list(backends) if follows else ()
@@ -358,28 +293,26 @@ class SharedParameters(Uncopied, Generic[M]):
         await self._stack.enter_async_context(server)
         keeper = await self._stack.enter_async_context(ReplicaKeeper(server, settings=self._replicas))
         self._stack.push_async_callback(_hand_over, keeper)
-        self._node.directory.forget(self._prefix)
+        self._node.directory.forget(self._pieces.prefix)
 
-    def _begin(self, found: _Found) -> None:
-        """Take the swarm's values. On the caller's thread."""
+    def _begin(self, found: FoundPieces, *, writes: bool = True) -> None:
+        """Take the swarm's values, and unless told otherwise write them into the model. On the caller's thread."""
         self._manifest = found.manifest
         layout, outer = found.manifest.layout, found.manifest.outer
         num = len(layout.cuts)
         for number, (cut, (fragment, steps)) in enumerate(zip(layout.cuts, found.fragments, strict=True)):
-            layout.write(self.model, cut, fragment.anchor)
+            if writes:
+                layout.write(self.model, cut, fragment.anchor)
             copied = Copy(cut, outer, fragment.anchor, version=fragment.version, epoch=found.epoch)
             # pieces take turns, so that a line is used evenly
             due_at = max(1, self.every * (number + 1) // num)
-            self._parts.append(_Part(number, self._uid(number), copied, due_at, steps=steps))
+            self._parts.append(_Part(number, self._pieces.uid(number), copied, due_at, steps=steps))
 
     async def _leave(self) -> None:
         for task in self._asking:
             task.cancel()
         await asyncio.gather(*self._asking, return_exceptions=True)
         await self._stack.aclose()
-
-    def _uid(self, number: int) -> str:
-        return join_uid(self._prefix, (number,))
 
     # ------------------------------------------------------------------------------------------------ a trainer's calls
 
@@ -414,6 +347,35 @@ class SharedParameters(Uncopied, Generic[M]):
         for part in self._parts:
             self._own.layout.write(model, part.copy.cut, part.copy.anchor)
         return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this trainer stands: its steps, and when each piece is due. The values are the model's, and the
+        pieces' are their hosts' (`save_model`)."""
+        return {"steps": self._own_steps, "parts": [[one.due_at, one.steps_then] for one in self._parts]}
+
+    async def rejoin(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, with the pieces as their hosts have them now; the model stays as it
+        is. Raises: ValueError for another model's state; as entering does."""
+        if len(state["parts"]) != len(self._parts):
+            raise ValueError("a state of parameters that are cut otherwise")
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+        self._parts = []
+        self._begin(await self._pieces.fetch_all(self._own.layout), writes=False)
+        self._own_steps = state["steps"]
+        for part, (due_at, steps_then) in zip(self._parts, state["parts"], strict=True):
+            part.due_at, part.steps_then = due_at, steps_then
+
+    @property
+    def is_plain(self) -> bool:
+        """True with a `BackgroundNode`: calls are plain."""
+        return isinstance(self._given, PlainCalls)
+
+    @property
+    def uids(self) -> list[str]:
+        """The pieces that the parameters are cut into."""
+        return [part.uid for part in self._parts]
 
     def _turn(self, is_due: Callable[[_Part], bool]) -> SharingReport | None:
         """Add what came, and send what is due. On the caller's thread, in one go."""
@@ -539,7 +501,7 @@ class SharedParameters(Uncopied, Generic[M]):
         """Ask until there is an answer: always under the same id, so that a push counts once."""
         while True:
             try:
-                message = await self._call(part.uid, method, request, data)
+                message = await self._pieces.ask(part.uid, method, request, data)
                 reply = messages.decode(messages.UpdatesReply, message.body)
                 if reply.known:
                     updates = read_updates(request.version, reply, message.buffers)
@@ -561,50 +523,13 @@ class SharedParameters(Uncopied, Generic[M]):
     async def _take_whole(self, part: _Part, *, counted: bool, epoch: int = 0) -> None:
         while True:
             try:
-                tensors, version = await self._fetch_state(part.number)
+                tensors, version = await self._pieces.fetch_state(part.number)
                 fragment, steps = read_fragment(self._manifest, part.number, tensors, version)
                 part.arrived = _Arrived(epoch, steps, whole=fragment, counted=counted)
                 return
             except (TesseractError, TimeoutError) as error:
                 logger.info("%s cannot be fetched yet: %s", part.uid, describe(error))
             await asyncio.sleep(PAUSE)
-
-    async def _call(
-        self, uid: str, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
-    ) -> Message:
-        """Ask the primary. Raises: what the call raises, after taking note of it."""
-        replica = (await self._find(uid))[0]
-        body = list(request)
-        buffers = [memoryview(data)] if method == messages.PUSH else []
-        try:
-            return await self._node.call_expert(
-                replica.peer, method, body, buffers, timeout=CALL_TIMEOUT, idempotent=True
-            )
-        except NotPrimary as error:
-            self._primaries[uid] = error.primary
-            await asyncio.sleep(min(error.retry_after, CALL_TIMEOUT))
-            raise
-        except Overloaded as error:
-            await asyncio.sleep(error.retry_after)
-            raise
-        except (TesseractError, TimeoutError) as error:
-            self._failed(replica, error)
-            raise
-
-    async def _find(self, uid: str) -> list[ExpertReplica]:
-        """Return who hosts it, the primary first. Raises: ExpertNotFound; TimeoutError if the network is silent."""
-        replicas = await self._node.directory.find(uid, even_failed=True)
-        if self._is_bare:
-            replicas = [one for one in replicas if may_follow(self._node, one)]
-        if not replicas:
-            raise ExpertNotFound(f"nobody hosts {uid} of the shared parameters")
-        named = self._primaries.get(uid)
-        return sorted(replicas, key=lambda one: named is None or one.peer.peer_id != named)
-
-    def _failed(self, replica: ExpertReplica, error: BaseException) -> None:
-        self._primaries.pop(replica.uid, None)
-        if isinstance(error, PeerUnreachable | ConnectionLost | ExpertNotFound | ProtocolError):
-            self._node.directory.report_failure(replica)
 
 
 async def _at_once(report: SharingReport | None) -> SharingReport | None:

@@ -40,13 +40,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
+    "shared_pieces": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server"},
     "shared_parameters": LOWER
-    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
+    | {"shared_pieces"},
+    "saving": LOWER
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
+    | {"shared_pieces", "shared_parameters"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server"},
     "cli": LOWER
     | {"transport", "network", "endpoint", "nat", "experts", "node", "runtime", "server", "client", "testing"}
-    | {"monitoring", "leaving", "transformers"},
+    | {"monitoring", "leaving", "transformers", "saving", "shared_pieces"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
 EXCEPTIONS = {("node.py", "client")}

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
-from operator import index
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from torch import nn
 
 from tesseract_async.client.arguments import Arguments
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import ForwardDispatch
 from tesseract_async.client.experience import experience_of
+from tesseract_async.client.gate import Gate, Mixed, sound
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
@@ -25,28 +24,11 @@ from tesseract_async.client.routing import uid_at
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import MixtureSettings, check_max_staleness
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
-from tesseract_async.experts.manifest import is_prefix
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.tensors import Structure, describe_schema, describe_structure, flatten, unflatten
+from tesseract_async.wire.tensors import Structure, describe_schema
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Mixed:
-    """The result of one pass through a gate."""
-
-    output: Structure
-    """As the experts' outputs are nested, each ``[rows, ...]``."""
-    num_answers: torch.Tensor
-    """``int64[rows]``: experts that answered each row."""
-    errors: Mapping[str, BaseException]
-    """By uid, the experts that did not answer, and why."""
-    versions: Mapping[str, int]
-    """By uid, the optimizer steps that each expert had taken when it computed its answer."""
-    load_balancing_loss: torch.Tensor | None
-    """Scalar, differentiable with respect to the gate, 1 for a perfectly even load; None unless asked for."""
-
-
-class GatingFunction(nn.Module):
+class GatingFunction(Gate):
     """Sends every row of its input to its `k_best` experts and averages their answers by their scores.
 
     The experts are those that live under ``uid_prefix`` in a grid of `grid_size`; `proj`, the only local parameters,
@@ -65,8 +47,6 @@ class GatingFunction(nn.Module):
 
     Use on the node's loop only. Copies made with ``copy.deepcopy`` share the node and what was learned about experts.
     """
-
-    default_settings: ClassVar[MixtureSettings] = MixtureSettings()
 
     def __init__(
         self,
@@ -91,35 +71,20 @@ class GatingFunction(nn.Module):
 
         Raises: ValueError or TypeError for a prefix, a grid or a number that makes no sense.
         """
-        super().__init__()
-        self.uid_prefix = uid_prefix
-        if not is_prefix(uid_prefix):
-            raise ValueError(f"a grid's prefix is text such as 'ffn' or 'layer.ffn', not {uid_prefix!r}")
-        self.grid_size = tuple(index(size) for size in grid_size)
-        if not self.grid_size or min(self.grid_size) < 1:
-            raise ValueError(f"a grid has at least one dimension, and every size is positive: {self.grid_size}")
-        if in_features < 1:
-            raise ValueError(f"in_features is a positive number, not {in_features}")
-        if route not in ("sample", "token"):
-            raise ValueError(f"route is 'sample' or 'token', not {route!r}")
-        self.settings = settings = self.default_settings if settings is None else settings
-        if type(k_best) is not int or k_best < 1:
-            raise ValueError(f"k_best is a whole number of at least 1, not {k_best!r}")
-        for name, number in (("k_min", k_min), ("backward_k_min", settings.backward_k_min)):
-            if type(number) is not int or not 0 <= number <= k_best:
-                raise ValueError(f"{name} is a whole number between 0 and k_best={k_best}, not {number!r}")
-        self.k_best = k_best
-        self.k_min = k_min
-        self.route = route
+        super().__init__(
+            uid_prefix=uid_prefix,
+            grid_size=grid_size,
+            in_features=in_features,
+            k_best=k_best,
+            k_min=k_min,
+            route=route,
+            settings=self.default_settings if settings is None else settings,
+        )
         self._eval_staleness: int | None = None
-        with torch.inference_mode(False):  # a gate made inside such a block can be trained outside of it
-            self.proj = nn.Linear(in_features, sum(self.grid_size))
-        self.load_balancing_loss: torch.Tensor | None = None
-        """The loss of the latest pass that ended, if the settings ask for it. With several under way, use `mix`."""
         self._node = node
         self._experience = experience_of(node)
-        self._search = GridSearch(self._experience, uid_prefix, self.grid_size, k_best=k_best, settings=settings)
-        self._schemas = SchemaVote(self._experience, timeout=settings.forward_timeout)
+        self._search = GridSearch(self._experience, uid_prefix, self.grid_size, k_best=k_best, settings=self.settings)
+        self._schemas = SchemaVote(self._experience, timeout=self.settings.forward_timeout)
         self._chosen: dict[tuple[tuple[int, ...], bool], RemoteExpert] = {}
         """By coordinates and mode, the experts that `choose` has given."""
 
@@ -131,10 +96,6 @@ class GatingFunction(nn.Module):
     def node(self) -> Node | PlainCalls:
         """The node that makes its calls."""
         return self._node
-
-    def extra_repr(self) -> str:
-        """Prefix and grid, for ``repr``."""
-        return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.k_best}"
 
     @uncompiled
     def choose(self, x: torch.Tensor) -> Any:
@@ -190,49 +151,12 @@ class GatingFunction(nn.Module):
         """As `forward`, but gives a `Mixed`: the output, and how it came about."""
         return deliver(self._node, isolated(self._start(x, args, kwargs), modes=NO_GRAD))
 
-    # ---------------------------------------------------------------------------------------------- what is scored
-
-    def _rows(
-        self, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]
-    ) -> tuple[tuple[Structure, ...], Mapping[str, Structure], torch.Size | None]:
-        """Arguments and keyword arguments with one routed row per line, and the shape that lines came from."""
-        x = args[0]
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"the gate takes a tensor, not a {type(x).__name__}")
-        in_features = self.proj.in_features
-        if x.dim() < 2 or x.shape[-1] != in_features:
-            wanted = f"(float32[rows, {in_features}]) or (float32[rows, length, {in_features}])"
-            raise SchemaMismatch(f"the gate {self.uid_prefix} takes {wanted}; got {describe_structure((x,))}")
-        if x.dim() == 2 or self.route == "sample":
-            return args, kwargs, None
-        leading = x.shape[:-1]
-
-        def flat(leaf: object) -> object:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            if leaf.shape[: len(leading)] != leading:
-                raise SchemaMismatch(
-                    f"routed by token, all arguments start with {tuple(leading)}; got {describe_structure(leaf)}"
-                )
-            return leaf.flatten(0, len(leading) - 1)
-
-        given = args, kwargs
-        return *unflatten(given, map(flat, flatten(given))), leading
-
-    def _scores(self, x: torch.Tensor) -> torch.Tensor:
-        """``[rows, sum(grid_size)]``, in the graph, at least float32."""
-        pooled = x if x.dim() == 2 else x.flatten(1, -2).mean(1)
-        if self.training and self.settings.jitter:
-            pooled = pooled * (1 + self.settings.jitter * (2 * torch.rand_like(pooled) - 1))
-        scores_RS: torch.Tensor = self.proj(pooled)
-        return scores_RS if scores_RS.dtype == torch.float64 else scores_RS.float()
-
     # ---------------------------------------------------------------------------------------------- the passes
 
     async def _choose(
         self, scores_RS: torch.Tensor, settings: MixtureSettings, training: bool
     ) -> list[list[RemoteExpert]]:
-        scores_RS = _sound(scores_RS)
+        scores_RS = sound(scores_RS)
         candidates = await self._search.candidates(scores_RS)
         if len(scores_RS) and not len(candidates):
             raise NotEnoughExperts(1, len(scores_RS), {})
@@ -265,10 +189,12 @@ class GatingFunction(nn.Module):
         refuse_wrappers()
         check_running(self._node)
         arguments = Arguments.now((x, *args), kwargs, training=self.training)
+        returns = self._own_dtype(x)
+        arguments = replace(arguments, casts=arguments.casts or returns is not None)
         rows, keyword_rows, leading_shape = self._rows(arguments.args, arguments.kwargs)
         arguments = replace(arguments, args=rows, kwargs=keyword_rows)
         scores_RS = self._scores(rows[0])
-        return self._mix(scores_RS, arguments, leading_shape, self._settings_now())
+        return self._mix(scores_RS, arguments, leading_shape, returns, self._settings_now())
 
     @staticmethod
     async def _output(mixed: Coroutine[object, object, Mixed]) -> Structure:
@@ -279,9 +205,10 @@ class GatingFunction(nn.Module):
         scores_RS: torch.Tensor,
         arguments: Arguments,
         leading_shape: torch.Size | None,
+        returns: torch.dtype | None,
         settings: MixtureSettings,
     ) -> Mixed:
-        sound_RS, mode = _sound(scores_RS), arguments.mode
+        sound_RS, mode = sound(scores_RS), arguments.mode
         candidates = await self._search.candidates(sound_RS)
         schema = await self._schemas.schema(candidates, sound_RS, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
@@ -312,39 +239,19 @@ class GatingFunction(nn.Module):
             self._search.learned.learn(dispatch, schema.row_bytes)
             if not dispatch.answers and any(isinstance(e, SchemaMismatch) for e in dispatch.errors.values()):
                 self._schemas.known = None
-        device = scores_RS.device
-        num_answers_R = torch.from_numpy(dispatch.num_answers_R).to(device)
-        has_enough_R = num_answers_R >= max(1, self.k_min)
         with torch.set_grad_enabled(mode.differentiable):
-            top_R = torch.from_numpy(call.top_R).to(scores_RS)
-            factor_R = torch.where(has_enough_R, self._factor(scores_RS, top_R, weights_R), 0.0)
-            pairs = zip(sums, schema.output_specs, strict=True)
-            outputs = [_scaled(total, factor_R).to(spec.dtype) for total, spec in pairs]
-            if leading_shape is not None:
-                outputs = [output.reshape(*leading_shape, *output.shape[1:]) for output in outputs]
-            loss = None
-            if settings.load_balancing:
-                columns_ND = dispatch.candidates.grid.columns_ND.to(device)
-                loss = self._load_balancing_loss(scores_RS, columns_ND[dispatch.chosen_RK.to(device)])
-        self.load_balancing_loss = loss
-        return Mixed(unflatten(schema.outputs, outputs), num_answers_R, dispatch.errors, call.versions, loss)
-
-    def _factor(self, scores_RS: torch.Tensor, top_R: torch.Tensor, weights_R: torch.Tensor) -> torch.Tensor:
-        """By what each row's sum is multiplied, where experts were weighted by the exponential of their score less
-        `top_R`, and `weights_R` is the sum of these weights: a softmax over the experts that answered."""
-        return 1 / weights_R.where(weights_R > 0, 1.0)
-
-    def _load_balancing_loss(self, scores_RS: torch.Tensor, chosen_RKD: torch.Tensor) -> torch.Tensor:
-        """Fedus et al. 2021, equation 4, for each grid dimension, averaged: with product keys an expert's probability
-        is the product of its coordinates', so that loads are even if they are in every dimension."""
-        losses = []
-        offset = 0
-        for d, size in enumerate(self.grid_size):
-            probability_G = scores_RS[:, offset : offset + size].softmax(1).mean(0)
-            count_G = torch.bincount((chosen_RKD[..., d] - offset).flatten(), minlength=size)
-            losses.append(size * (probability_G * count_G / max(1, chosen_RKD[..., d].numel())).sum())
-            offset += size
-        return torch.stack(losses).mean()
+            return self._mixed(
+                sums,
+                [returns or spec.dtype for spec in schema.output_specs],
+                schema.outputs,
+                dispatch,
+                scores_RS,
+                torch.from_numpy(call.top_R).to(scores_RS),
+                weights_R,
+                leading_shape,
+                versions=call.versions,
+                settings=settings,
+            )
 
 
 class SwitchGatingFunction(GatingFunction):
@@ -357,6 +264,7 @@ class SwitchGatingFunction(GatingFunction):
     """
 
     default_settings = MixtureSettings(on_missing="zero", load_balancing=True, jitter=0.01)
+    is_switch = True
 
     def __init__(
         self,
@@ -379,17 +287,3 @@ class SwitchGatingFunction(GatingFunction):
             route=route,
             settings=settings,
         )
-
-    def _factor(self, scores_RS: torch.Tensor, top_R: torch.Tensor, weights_R: torch.Tensor) -> torch.Tensor:
-        normalizers = [part.logsumexp(1) for part in torch.split(scores_RS, list(self.grid_size), dim=1)]
-        return (top_R - torch.stack(normalizers).sum(0)).exp()
-
-
-def _sound(scores_RS: torch.Tensor) -> torch.Tensor:
-    """The scores as choosing takes them: on the CPU, outside of the graph, finite."""
-    return torch.nan_to_num(scores_RS.detach().cpu(), nan=-1e30, posinf=1e30, neginf=-1e30)
-
-
-def _scaled(total: torch.Tensor, factor_R: torch.Tensor) -> torch.Tensor:
-    """Each row times its factor."""
-    return total * factor_R.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -192,6 +193,20 @@ class AsyncTrainer(Generic[M]):
             "scaler": self.scaler,
             "sampler": self.sampler,
         }
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncGenerator[None, None]:
+        """Enter when the steps under way have ended; no other begins inside. For a save point."""
+        num_slots = self.in_flight if self.max_staleness is None else min(self.in_flight, self.max_staleness + 1)
+        num_taken = 0
+        try:
+            while num_taken < num_slots:
+                await self._slots.acquire()
+                num_taken += 1
+            yield
+        finally:
+            for _ in range(num_taken):
+                self._slots.release()
 
     async def step(self, loss_of: LossOf[M, B], batch: B) -> StepReport:
         """One step: a copy of the module, ``await loss_of(copy, batch)``, backward, the optimizer.

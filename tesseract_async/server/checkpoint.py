@@ -182,7 +182,9 @@ def check_state(uid: str, data: bytes | memoryview, *, weights_only: bool = Fals
     ):
         raise ProtocolError(f"{uid}: a state without weights")
     if weights_only:
-        return {"module": module, "version": version}
+        structure = state.get("structure")
+        told = {"structure": structure} if isinstance(structure, dict) else {}
+        return {"module": module, "version": version, **told}
     optimizer, applied = state.get("optimizer"), state.get("applied")
     if not (optimizer is None or isinstance(optimizer, dict)) or not isinstance(applied, dict):
         raise ProtocolError(f"{uid}: a state without an optimizer's part")

@@ -63,10 +63,12 @@ class _Transfer:
         into: BinaryIO,
         *,
         weights_only: bool = False,
+        point: bytes = messages.NO_POINT,
         has_some: bool = False,
         aside: Aside,
     ) -> None:
         self._node, self._uid, self._weights_only, self._aside = node, uid, weights_only, aside
+        self._point = point
         self._fetch, self._into, self._has_some = fetch, into, has_some
         self._tasks: dict[asyncio.Task[None], Ask[PeerAddress]] = {}
         self._error: Exception = ProtocolError(f"nobody is known to have the state of {uid}")
@@ -111,7 +113,7 @@ class _Transfer:
 
     async def _ask(self, ask: Ask[PeerAddress]) -> None:
         fetch, (source, piece), loop = self._fetch, ask, asyncio.get_running_loop()
-        request = messages.StateRequest(self._uid, self._weights_only, 0, fetch.root, piece)
+        request = messages.StateRequest(self._uid, self._weights_only, 0, fetch.root, piece, self._point)
         try:
             # a queue's last piece comes after the others
             head, data = await ask_piece(self._node, source, request, timeout=2 * fetch.silence)
@@ -181,15 +183,16 @@ async def fetch_state(
     *,
     weights_only: bool = False,
     min_version: int = 0,
+    point: bytes = messages.NO_POINT,
     max_bytes: int = MAX_STATE_BYTES,
     timeout: float = 60.0,
 ) -> bytes | memoryview | None:
-    """Return the file of an expert's newest state at a server; None before `min_version`.
+    """Return the file of an expert's newest state at a server; None before `min_version`. Or that of a save point.
 
     `timeout` is for each piece; one, and the whole, may take longer by its size at `MIN_RATE`. Raises: as
     `TesseractNode.call_expert`; ProtocolError for too long a file, or pieces that do not fit together; TimeoutError.
     """
-    request = messages.StateRequest(uid, weights_only, min_version, messages.NO_ROOT, LIST)
+    request = messages.StateRequest(uid, weights_only, min_version, messages.NO_ROOT, LIST, point)
     left = NUM_RETRIES
     while True:
         left -= 1
@@ -205,7 +208,7 @@ async def fetch_state(
             raise ProtocolError(f"{uid}: a state of {head.size} bytes; at most {max_bytes} are fetched")
         fetch = _plan(node, [peer], head.root, head.size, timeout)
         into: BinaryIO = io.BytesIO() if head.size <= MAX_BYTES_HERE else tempfile.TemporaryFile()
-        transfer = _Transfer(node, uid, fetch, into, weights_only=weights_only, aside=_here)
+        transfer = _Transfer(node, uid, fetch, into, weights_only=weights_only, point=point, aside=_here)
         await transfer.take(peer, LIST, first)
         try:
             await transfer.run(timeout + head.size / MIN_RATE)

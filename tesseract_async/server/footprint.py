@@ -59,11 +59,15 @@ class Footprint:
     @property
     def state(self) -> int:
         """Bytes of a copy of what a checkpoint holds."""
-        return self.weights + self.optimizer + COPIED_JOURNAL_BYTES + self.gradients * min(self.num_sums, 1)
+        journal = COPIED_JOURNAL_BYTES if self.gradients else 0
+        return self.weights + self.optimizer + journal + self.gradients * min(self.num_sums, 1)
 
     @property
     def resident(self) -> int:
-        """Bytes held as long as the expert is hosted: itself, and the state that a failed step goes back to."""
+        """Bytes held as long as the expert is hosted: itself, its journal, and the state that a failed step goes back
+        to. A frozen one has no more than its weights."""
+        if not self.gradients:
+            return self.weights
         return self.weights + self.optimizer + JOURNAL_BYTES + self.gradients * self.num_sums + self.state
 
 

@@ -11,6 +11,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.states import StateDict
+from tesseract_async.runtime.structure import describe_module
 from tesseract_async.server.state_files import CheckpointStore
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,10 @@ class HostedState:
     async def snapshot(self) -> StateDict:
         """Return a copy of the state, taken between two batches."""
         return await self.runtime.snapshot(self.backend)
+
+    def structure(self) -> StateDict:
+        """Return how the module is built."""
+        return describe_module(self.backend.module)
 
     async def restore(self) -> None:
         """Load the newest checkpoint, if there is one, and move the expert to its device. Raises: CheckpointError."""

@@ -26,7 +26,9 @@ from tesseract_async.server.fragments import FragmentBackend, FragmentCalls
 from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.lockstep import Lockstep
 from tesseract_async.server.memory import CallerMemory, trim_heap
+from tesseract_async.server.restoring import Restoring
 from tesseract_async.server.state_files import CheckpointStore, FolderLock
+from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY
@@ -133,11 +135,17 @@ class TesseractServer(Uncopied):
             succession=lambda: self.succession,
         )
         self._fragments = FragmentCalls(self.calls)
+        self.states = StateSource(self.call_aside, throttle=node.throttle, points_dir=directory)
+        """Sends the experts' states."""
+        self.restoring = Restoring(node, directory, self.call_aside, self.states.drop)
+        """Takes them back to older ones."""
         self._methods: dict[str, ExpertHandler] = {}
         self._handlers = {uid: self._handlers_of(one) for uid, one in self.hosted.items()}
         self.handle(messages.INFO, self.calls.info)
         self.handle(messages.FORWARD, self.calls.forward)
         self.handle(messages.BACKWARD, self.calls.backward)
+        self.handle(messages.STATE, self.states.answer)
+        self.handle(messages.RESTORE, self.restoring.answer)
         lockstep = Lockstep(self.hosted, self.calls, node.trust, self.save_checkpoints)
         self.handle(messages.LOCKSTEP, lockstep.answer)
         self._end_applying: Callable[[], None] = lambda: None
@@ -283,6 +291,8 @@ class TesseractServer(Uncopied):
                 self.node.unhost_expert(uid)
             self._memory.close()
             self._fragments.close()
+            self.states.close()
+            self.restoring.close()
             try:
                 await self.save_checkpoints()
             except CheckpointError as error:

@@ -23,7 +23,7 @@ from typing import BinaryIO, Final
 from urllib.parse import quote, unquote
 
 from tesseract_async.errors import CheckpointError, describe
-from tesseract_async.experts.merkle import LEAF_BYTES, leaves_of, root_from
+from tesseract_async.experts.merkle import LEAF_BYTES, leaves_of, root_from, root_of
 from tesseract_async.files import mapped, sync_folder, write_whole
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import decode, encode
@@ -64,7 +64,7 @@ def stored_uids(directory: Path | None) -> list[str]:
     """Return the uids of the experts that have a folder in `directory`."""
     if directory is None or not directory.is_dir():
         return []
-    return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir())
+    return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 class CheckpointStore:
@@ -291,6 +291,14 @@ class SealedFiles:
         if (file := self.newest(uid)) is not None and file.root != root:
             os.replace(file.path, file.path.with_suffix(".aside"))
             self._files[uid].remove(file)
+
+    def lay_aside(self, uid: str, data: memoryview) -> Path | None:
+        """Write a state where `find_aside` finds it; None without a directory. Raises: OSError."""
+        if self._directory is None:
+            return None
+        path = self._folder(uid) / f"{root_of(data).hex()[:16]}.aside"
+        write_whole(path, [data])
+        return path
 
     def find_aside(self, uid: str, root: bytes) -> SealedFile | None:
         """Find a state with this root among those that were put aside, too: all of them are read. Raises: OSError."""

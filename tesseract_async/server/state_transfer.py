@@ -7,15 +7,21 @@ hash tree. It is copied between two batches, so training goes on while it is sen
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import Overloaded, ProtocolError
+from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, describe
 from tesseract_async.experts.merkle import leaves_of, root_from
 from tesseract_async.experts.pieces import LIST, PIECE_BYTES
+from tesseract_async.files import write_whole
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import EncodedState, check_state, encode
@@ -28,6 +34,10 @@ MAX_RATE: Final = 16 << 20
 """Bytes of states per second that a server sends at most: sending so much takes a twentieth of a core."""
 MAX_WAITING: Final = 64
 """Pieces that wait to be sent to one peer."""
+MAX_POINTS: Final = 2
+"""Peers whose save points of one expert are kept at a time: the disk is the server's."""
+POINT_SECONDS: Final = 1800.0
+"""A save point that nobody asked for since then gives way: a peer fetches a server's experts one after the other."""
 KEEP_SECONDS: Final = 60.0
 """A copy that nobody asked for since then is dropped."""
 REUSE_SECONDS: Final = 2.0
@@ -45,6 +55,9 @@ class StateOwner(Protocol):
 
     async def snapshot(self) -> StateDict: ...
 
+    def structure(self) -> StateDict | None:
+        """Return how its module is built (`runtime.structure`), as far as it is known."""
+
 
 @dataclass(frozen=True, slots=True)
 class SealedState:
@@ -60,13 +73,16 @@ class SealedState:
         state: StateDict = await self.aside(lambda: check_state(self.uid, self.file.map()))
         return state
 
+    def structure(self) -> None:
+        """Not known from a file."""
+
 
 @dataclass(slots=True)
 class _Copy:
     version: int
     root: bytes
     leaves: Sequence[bytes]
-    file: EncodedState
+    file: EncodedState | SealedFile
     made: float
     used: float
 
@@ -88,26 +104,30 @@ class StateSource:
         max_bytes: int = MAX_COPIES_BYTES,
         reuse: float = REUSE_SECONDS,
         throttle: Throttle | None = None,
+        points_dir: Path | None = None,
     ) -> None:
         """`aside` runs work where it stops nobody. `max_bytes`: of copies that are kept; beyond it, newcomers are told
-        to come back. `throttle`: the node's, of whose upload rate states get what other traffic leaves.
+        to come back. `throttle`: the node's, of whose upload rate states get what other traffic leaves. `points_dir`:
+        where states at save points are written; None: where temporary files are.
         """
         self._leftover = Leftover(MAX_RATE, throttle)
         self._turn = asyncio.Lock()
         self._waiting: Counter[PeerID] = Counter()
-        self._max_bytes, self._reuse = max_bytes, reuse
-        self._aside = aside
+        self.max_bytes, self.reuse = max_bytes, reuse
+        self._aside, self._points_dir = aside, points_dir
         self.find_sealed: Callable[[str, bytes], SealedFile | None] = lambda uid, root: None
         """The sealed file of an expert of a run that has this root."""
         # the same state is sent whole and weights only: two files
         self._copies: dict[tuple[str, bool], _Copy] = {}
         self._making: dict[tuple[str, bool], asyncio.Lock] = {}
         self._sweep: asyncio.TimerHandle | None = None
+        self._points: dict[tuple[str, bool], dict[tuple[PeerID, bytes], _Copy]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def copy_of(self, uid: str) -> EncodedState | None:
         """Return the file that was sent last of the whole state, if it is still here."""
         copy = self._copies.get((uid, False))
-        return None if copy is None else copy.file
+        return copy.file if copy is not None and isinstance(copy.file, EncodedState) else None
 
     async def answer(self, owner: StateOwner, call: IncomingCall) -> Message:
         """Answer with a piece. Raises: ProtocolError for a malformed request; Overloaded for too many copies."""
@@ -115,13 +135,17 @@ class StateSource:
         request = messages.decode(messages.StateRequest, call.body)
         # a whole state takes more leave than weights alone
         sealed = None if request.weights_only else self.find_sealed(uid, request.root)
-        copy = await self._find_copy(owner, request) if sealed is None else None
+        copy = None
+        if sealed is None and request.point != messages.NO_POINT:
+            copy = await self._find_point(owner, request, call.peer_id)
+        elif sealed is None:
+            copy = await self._find_copy(owner, request)
         file = sealed or copy
         if file is None:
             return Message(messages.encode(messages.StateReply(owner.version, messages.NO_ROOT, 0, request.piece)))
         await self._take_turn(call.peer_id, min(PIECE_BYTES, file.size))
         version = owner.version if copy is None else copy.version
-        if copy is not None and not copy.file.is_spread:
+        if copy is not None and isinstance(copy.file, EncodedState) and not copy.file.is_spread:
             return _piece(version, copy, request.piece)
         reply: Message = await self._aside(lambda: _piece(version, file, request.piece))
         return reply
@@ -147,7 +171,7 @@ class StateSource:
             lock = self._making.setdefault(key, asyncio.Lock())
             async with lock:  # callers that come together share one copy
                 copy = self._copies.get(key)
-                if copy is None or copy.version < request.min_version or now - copy.made > self._reuse:
+                if copy is None or copy.version < request.min_version or now - copy.made > self.reuse:
                     copy = await self._make(owner, request.weights_only)
                     if self._making.get(key) is lock:  # `drop` did not come meanwhile
                         self._copies[key] = copy
@@ -157,6 +181,51 @@ class StateSource:
             return None
         copy.used = now
         return copy
+
+    async def _find_point(self, owner: StateOwner, request: messages.StateRequest, peer: PeerID) -> _Copy | None:
+        """The state as it was when this peer asked first, from the disk. Of one peer the last is kept."""
+        key, now = (owner.uid, request.weights_only), asyncio.get_running_loop().time()
+        points, at = self._points.setdefault(key, {}), (peer, request.point)
+        async with self._making.setdefault(key, asyncio.Lock()):
+            copy = points.get(at)
+            if copy is None:
+                await self._drop_points(key, lambda other, old: other[0] == peer or now - old.used > POINT_SECONDS)
+                if len(points) >= MAX_POINTS:
+                    raise Overloaded(f"save points of {owner.uid} are being fetched already", retry_after=5.0)
+                copy = points[at] = await self._write_point(owner, request, now)
+        if request.root not in (messages.NO_ROOT, copy.root):
+            return None
+        copy.used = now
+        return copy
+
+    async def _write_point(self, owner: StateOwner, request: messages.StateRequest, now: float) -> _Copy:
+        state, structure = await owner.snapshot(), owner.structure()
+        if request.weights_only:
+            state = {"module": state["module"], "version": state["version"]}
+        if self._folder is None:
+            for left in [] if self._points_dir is None else self._points_dir.glob(".points-*"):
+                shutil.rmtree(left, ignore_errors=True)  # of a server that was killed
+            self._folder = tempfile.TemporaryDirectory(prefix=".points-", dir=self._points_dir)
+        path = Path(self._folder.name) / f"{os.urandom(16).hex()}.point"
+
+        def write() -> SealedFile:
+            file = encode({**state, "structure": structure})
+            write_whole(path, file)
+            leaves = leaves_of(file)
+            return SealedFile(root_from(leaves, file.size), file.size, leaves, path)
+
+        try:
+            file: SealedFile = await self._aside(write)
+        except OSError as error:
+            raise RemoteError(f"{owner.uid} cannot be written here: {describe(error)}") from error
+        return _Copy(state["version"], file.root, file.leaves, file, now, now)
+
+    async def _drop_points(self, key: tuple[str, bool], is_old: Callable[[tuple[PeerID, bytes], _Copy], bool]) -> None:
+        points = self._points[key]
+        for at in [at for at, copy in points.items() if is_old(at, copy)]:
+            file = points.pop(at).file
+            if isinstance(file, SealedFile):
+                await self._aside(partial(file.path.unlink, missing_ok=True))
 
     def drop(self, uid: str) -> None:
         """Forget the copies of one expert, also those being made: the next caller gets its state of that moment, to
@@ -168,13 +237,17 @@ class StateSource:
     def close(self) -> None:
         """Drop every copy."""
         self._copies.clear()
+        self._points.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
 
     async def _make(self, owner: StateOwner, weights_only: bool) -> _Copy:
-        held = sum(copy.file.num_held for at, copy in self._copies.items() if at != (owner.uid, weights_only))
-        if held > self._max_bytes:
+        files = {at: copy.file for at, copy in self._copies.items() if at != (owner.uid, weights_only)}
+        held = sum(file.num_held for file in files.values() if isinstance(file, EncodedState))
+        if held > self.max_bytes:
             raise Overloaded("too many experts' states are being sent already", retry_after=KEEP_SECONDS / 4)
         state = await owner.snapshot()
         if weights_only:

@@ -14,7 +14,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.server.bare_names import BareNames
 from tesseract_async.server.hosted import Succession
 from tesseract_async.server.other_replicas import DEFAULT_SETTINGS, NUM_AT_ONCE, ReplicaSettings
-from tesseract_async.server.state_transfer import REUSE_SECONDS, StateSource
+from tesseract_async.server.state_transfer import REUSE_SECONDS
 from tesseract_async.server.tenures import Tenures
 from tesseract_async.wire import messages
 
@@ -47,9 +47,8 @@ class ReplicaKeeper(Succession):
         """`reuse`: seconds for which a copy of a state counts as the newest. `elapsed`: a clock such as `boottime`."""
         self.settings = settings
         self._server, self._node = server, server.node
-        self._source = StateSource(
-            server.call_aside, max_bytes=settings.max_copies_bytes, reuse=reuse, throttle=server.node.throttle
-        )
+        self._source = server.states
+        self._source.max_bytes, self._source.reuse = settings.max_copies_bytes, reuse
         authorities = {uid: server.node.trust.authority(split_uid(uid)[0]) for uid in server.experts}
         self.tenures = Tenures(
             server,
@@ -70,9 +69,9 @@ class ReplicaKeeper(Succession):
 
     async def __aenter__(self) -> ReplicaKeeper:
         self._server.succession = self
-        self._server.handle(messages.STATE, self._source.answer)
         self._server.handle(messages.TAKE_OVER, self.bare.take_over)
         self._server.handle(messages.TENURE, self.tenures.answer)
+        self._server.restoring.lay_aside = self.tenures.files.lay_aside
         self._source.find_sealed, self.tenures.source = self.tenures.files.find, self._source
         await self.tenures.start()
         await self._look_and_log()
@@ -88,7 +87,6 @@ class ReplicaKeeper(Succession):
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self.tenures.aclose()
-        self._source.close()
 
     def may_step(self, uid: str) -> bool:
         """Return whether a primary may take a step at this moment: always where names are bare."""

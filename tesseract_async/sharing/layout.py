@@ -175,6 +175,14 @@ class Layout:
             more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
             raise LayoutMismatch(f"this model is not the run's: {'; '.join(shown)}{more}")
 
+    def tensors(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors by name, of the fragments' values."""
+        found = {one.name: torch.empty(one.shape, dtype=one.dtype, device="cpu") for one in self.entries}
+        for cut, mine in zip(self.cuts, values, strict=True):
+            for name, start, stop, at in self._parts(cut):
+                found[name].view(-1)[start:stop] = mine[at : at + stop - start]
+        return found
+
     def read(self, model: nn.Module, cut: Cut) -> torch.Tensor:
         """Return a copy of the fragment's values on the CPU, in `cut.dtype`."""
         out = torch.empty(cut.numel, dtype=cut.dtype, device="cpu")

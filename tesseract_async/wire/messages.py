@@ -14,6 +14,7 @@ with the expert's uid, by which they find its handler. Tensors travel next to th
 - ``expert.pull``: `PullRequest` -> `UpdatesReply` + updates
 - ``expert.lockstep``: `LockstepRequest` -> `LockstepReply`, for all experts of the uid's grid at that server
 - ``expert.state``: `StateRequest` -> `StateReply` + one buffer, a piece of the expert's state as a file
+- ``expert.restore``: `RestoreRequest` + a piece of a state to go back to -> `RestoreReply`
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ BACKWARD = "expert.backward"
 STATE = "expert.state"
 TAKE_OVER = "expert.take_over"
 TENURE = "expert.tenure"
+RESTORE = "expert.restore"
 PUSH = "expert.push"
 PULL = "expert.pull"
 LOCKSTEP = "expert.lockstep"
@@ -37,6 +39,7 @@ LOCKSTEP = "expert.lockstep"
 Root = bytes
 """32 bytes that name a file."""
 NO_ROOT: Final = bytes(32)
+NO_POINT: Final = bytes(16)
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -1, 1
 """Servers take no notice of what lies beyond."""
@@ -177,6 +180,9 @@ class StateRequest(NamedTuple):
     root: Root
     """The file, by `experts.merkle.root_of`; `NO_ROOT` for the newest."""
     piece: int
+    point: bytes = NO_POINT
+    """16 random bytes: the state at the moment when the caller asks under this id first. It is written down, and says
+    how the expert's module is built."""
 
 
 class StateReply(NamedTuple):
@@ -187,6 +193,24 @@ class StateReply(NamedTuple):
     size: int
     """Bytes of the whole file; 0 if it is not here, or the expert has not reached `min_version`."""
     piece: int
+
+
+class RestoreRequest(NamedTuple):
+    """A piece of a state to go on from; with it travel `experts.pieces.PIECE_BYTES`, or the file's last ones. They come
+    in order, and the last is answered when the expert has the state."""
+
+    uid: str
+    root: Root
+    size: int
+    """Bytes of the whole file."""
+    offset: int
+
+
+class RestoreReply(NamedTuple):
+    """The piece has come."""
+
+    version: int
+    """Optimizer steps of the expert now."""
 
 
 class PushRequest(NamedTuple):
@@ -274,6 +298,8 @@ Body = TypeVar(
     TenureReply,
     StateRequest,
     StateReply,
+    RestoreRequest,
+    RestoreReply,
 )
 
 _CHECKS: dict[str, Callable[[Value], bool]] = {

@@ -36,7 +36,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         (("get", "x", "-p", NOBODY), 1, "`tesseract doctor -p ADDRESS` looks closer"),
         (("put", "x", "1", "-p", NOBODY), 1, "no answer from 127.0.0.1:1"),
         (("top", "--once", "-p", NOBODY), 1, "no answer from 127.0.0.1:1"),
-        (("export", "--run", "x", "-p", NOBODY, "--out", "x"), 1, "no answer from 127.0.0.1:1"),
+        (("save", "--run", "x", "-p", NOBODY, "--out", "x"), 1, "no answer from 127.0.0.1:1"),
         (("call", "nonsense", "-p", NOBODY), 1, "not an expert's uid, such as 'ffn.3.7'"),
         (("put", "x", "1", "-p", "nonsense"), 1, "not an address (host:port, or [v6]:port): 'nonsense'"),
         (("top",), 2, "Missing option '--initial-peers'"),

@@ -1,4 +1,4 @@
-"""A run from its signature to its export, with the commands as processes: what a volunteer and an organizer do."""
+"""A run from its signature to its saved weights, by commands as processes: what volunteers and an organizer do."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tesseract_async.cli.serve import command
 from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.experts import ExpertReplica
 from tesseract_async.experts.run import RunMismatch
+from tesseract_async.saving.folder import load_experts
 from tesseract_async.server.contract import VolunteerSettings
-from tesseract_async.server.export import load_export
 from tests.cli.processes import event, finish, tesseract
 from tests.stem import Stem
 
@@ -106,7 +106,7 @@ async def volunteer(hosting: Hosting) -> AsyncIterator[Hosting]:
         await asyncio.gather(task, ready, return_exceptions=True)
 
 
-async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path) -> None:
+async def test_a_run_from_its_signature_to_its_saved_weights(stem: Stem, tmp_path: Path) -> None:
     config = tmp_path / "volunteer.toml"
     author = ("--identity", str(tmp_path / "author.pem"))
     x = torch.ones(3, 4)
@@ -151,11 +151,11 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
                 await ta.backward((await expert(x)).sum())
 
                 out = tmp_path / "weights"
-                status, _, told = await finish(stem, "export", "--run", "digits", "-p", seed, "--out", str(out))
+                status, _, told = await finish(stem, "save", "--run", "digits", "-p", seed, "--out", str(out))
                 assert status == 0 and "4 experts written" in told
-                experts = load_export(out)
+                experts = load_experts(out)
                 assert experts.index[taught].version == 3
-                assert experts.signed_run.full_name == full_name
+                assert experts.saved.runs["digits"].full_name == full_name
                 with torch.no_grad():
                     assert torch.equal(experts[taught](x), await expert(x))
         organizer.send_signal(signal.SIGINT)
@@ -183,7 +183,7 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
             ("run", "create", "digits", "--grid", "2", "--identity", "x", "--training", "magic=3"),
             "training options",
         ),
-        (("export", "--run", "digits", "--out", "x"), "whose swarm"),
+        (("save", "--run", "digits", "--out", "x"), "whose swarm"),
     ],
 )
 def test_mistakes_are_sentences(

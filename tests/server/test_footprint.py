@@ -39,6 +39,7 @@ def test_weights_gradients_optimizer_and_journal_are_counted() -> None:
     assert expert.resident == 2 * (4 * weights + 8) + copied + footprint.JOURNAL_BYTES
     frozen = measure(ExpertBackend(nn.Linear(64, 64), args_schema=(TensorSpec((64,)),)))
     assert frozen.gradients == frozen.optimizer == 0 and frozen.weights == weights
+    assert frozen.resident == frozen.state == weights, "it takes no steps: nothing to journal, nothing to go back to"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Exports: collected over two real nodes, loaded without any."""
+"""Saved experts: collected over two real nodes, loaded without any."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from tesseract_async.experts.placement import Part, Place, Role
 from tesseract_async.experts.places import encode_place, places_key
 from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
+from tesseract_async.runtime.structure import describe_module
+from tesseract_async.saving.folder import load_experts, open_folder_or_make
+from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
 from tesseract_async.server.checkpoint import encode
-from tesseract_async.server.export import Origin, export_experts, find_origins, load_export
 from tesseract_async.server.run_experts import build_run_backend, complete
 from tesseract_async.server.state_files import SealedFiles
 from tesseract_async.server.state_transfer import SealedState, StateSource
@@ -56,7 +58,10 @@ class Swarm:
         async def snapshot() -> dict[str, Any]:
             return backend.state()
 
-        return SimpleNamespace(uid=uid, version=backend.version, snapshot=snapshot)
+        def structure() -> dict[str, Any]:
+            return describe_module(backend.module)
+
+        return SimpleNamespace(uid=uid, version=backend.version, snapshot=snapshot, structure=structure)
 
     async def aside(self, work: Any) -> Any:
         return work()
@@ -75,6 +80,18 @@ class Swarm:
         return {uid: [Origin(peer, "primary") for peer in peers] for uid in uids}
 
 
+async def save(
+    guest: ta.TesseractNode, run: SignedRun, origins: Any, folder: Path, *, timeout: float = 60.0, progress: Any = None
+) -> SaveReport:
+    store = open_folder_or_make(folder)
+    store.add_run(run)
+    point = SavePoint(guest, origins, timeout=timeout)
+    await point.mark()
+    report = await point.fetch(store, progress=progress or (lambda uid: None))
+    store.write_index()
+    return report
+
+
 @pytest.fixture
 async def swarm(run: SignedRun) -> Any:
     async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
@@ -83,34 +100,34 @@ async def swarm(run: SignedRun) -> Any:
         swarm.source.close()
 
 
-async def test_an_export_loads_without_the_swarm_and_gives_equal_outputs(
+async def test_what_is_saved_loads_without_the_swarm_and_gives_equal_outputs(
     swarm: Swarm, run: SignedRun, tmp_path: Path
 ) -> None:
     swarm.train("ffn.1.1")
-    report = await export_experts(swarm.guest, run, swarm.origins(*UIDS), tmp_path)
+    report = await save(swarm.guest, run, swarm.origins(*UIDS), tmp_path)
     assert report.taken == {"ffn.0.0": 0, "ffn.1.1": 1} and not report.failed and not report.kept
     x = torch.randn(5, 8)
-    experts = load_export(tmp_path)
+    experts = load_experts(tmp_path)
     assert sorted(experts) == sorted(UIDS) and len(experts) == 2
-    assert experts.run == run.manifest and experts.signed_run.signer == ALICE.peer_id
+    assert experts.saved.runs["ffn"].blob == run.blob
     for uid in UIDS:
         with torch.no_grad():
             (expected,) = swarm.backends[uid].forward([x])
             assert torch.equal(experts[uid](x), expected)
         assert experts[uid] is experts[uid] and not experts[uid].training
     # any reader of the format takes the weights
-    plain = safetensors.torch.load_file(tmp_path / "experts" / "ffn.1.1.safetensors")
-    assert set(plain) == set(swarm.backends["ffn.1.1"].module.state_dict())
+    plain = safetensors.torch.load_file(tmp_path / experts.index["ffn.1.1"].file)
+    assert set(plain) == {f"module/{name}" for name in swarm.backends["ffn.1.1"].module.state_dict()}
 
 
-async def test_a_second_export_takes_only_what_is_newer(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
-    await export_experts(swarm.guest, run, swarm.origins(*UIDS), tmp_path)
+async def test_a_second_time_only_what_is_newer_is_taken(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
+    await save(swarm.guest, run, swarm.origins(*UIDS), tmp_path)
     swarm.train("ffn.0.0")
     done: list[str] = []
-    report = await export_experts(swarm.guest, run, swarm.origins(*UIDS), tmp_path, progress=done.append)
+    report = await save(swarm.guest, run, swarm.origins(*UIDS), tmp_path, progress=done.append)
     assert (report.taken, report.kept) == ({"ffn.0.0": 1}, {"ffn.1.1": 0})
     assert sorted(done) == sorted(UIDS)
-    assert {uid: one.version for uid, one in load_export(tmp_path).index.items()} == {"ffn.0.0": 1, "ffn.1.1": 0}
+    assert {uid: one.version for uid, one in load_experts(tmp_path).index.items()} == {"ffn.0.0": 1, "ffn.1.1": 0}
 
 
 async def test_a_dead_server_is_passed_over_and_what_nobody_gives_is_told(
@@ -118,10 +135,10 @@ async def test_a_dead_server_is_passed_over_and_what_nobody_gives_is_told(
 ) -> None:
     nobody = PeerAddress(ta.Identity.from_seed(b"n" * 32).peer_id, ("127.0.0.1:9",))
     origins = swarm.origins("ffn.0.0", before=nobody) | swarm.origins("ffn.0.1")
-    report = await export_experts(swarm.guest, run, origins, tmp_path, timeout=30.0)
+    report = await save(swarm.guest, run, origins, tmp_path, timeout=30.0)
     assert report.taken == {"ffn.0.0": 0}
     assert isinstance(report.failed["ffn.0.1"], ExpertNotFound)
-    assert list(load_export(tmp_path)) == ["ffn.0.0"]
+    assert list(load_experts(tmp_path)) == ["ffn.0.0"]
 
 
 async def join(node: ta.TesseractNode, run: SignedRun) -> None:
@@ -158,53 +175,53 @@ async def test_without_a_server_that_leads_followers_and_holders_give_what_they_
         for number, part in enumerate(encoded):
             await host.network.store(key, part, ttl=60.0, subkey=str(number))
         await guest.network.wait_joined(30.0)
-        origins = await find_origins(guest, run)
+        origins = await find_origins(guest, "ffn", (2, 2))
         assert {uid: [(one.role, one.age) for one in some] for uid, some in origins.items()} == {
             "ffn.0.0": [("follower", (7, 2))],
             "ffn.0.1": [("holder", (7, 3))],
             "ffn.1.1": [("primary", (0, 0))],
         }
-        report = await export_experts(guest, run, origins, tmp_path / "out")
+        report = await save(guest, run, origins, tmp_path / "out")
         assert report.origins == {"ffn.0.0": "follower", "ffn.0.1": "holder", "ffn.1.1": "primary"}
         assert not report.failed and report.taken["ffn.0.1"] == 1
-        exported = load_export(tmp_path / "out")
-        assert {uid: (one.version, one.origin) for uid, one in exported.index.items()} == {
+        saved = load_experts(tmp_path / "out")
+        assert {uid: (one.version, one.origin) for uid, one in saved.index.items()} == {
             "ffn.0.0": (0, "follower"),
             "ffn.0.1": (1, "holder"),
             "ffn.1.1": (0, "primary"),
         }
         with torch.no_grad():
-            assert torch.equal(exported["ffn.0.1"](torch.ones(1, 8)), held.forward([torch.ones(1, 8)])[0])
+            assert torch.equal(saved["ffn.0.1"](torch.ones(1, 8)), held.forward([torch.ones(1, 8)])[0])
         await publisher.aclose()
         swarm.source.close()
 
 
 async def test_another_runs_folder_is_not_overwritten(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
-    await export_experts(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
+    await save(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
     other = sign_run(ta.Identity.from_seed(b"b" * 32), run.manifest)
-    with pytest.raises(ValueError, match=f"holds an export of {run.full_name}"):
-        await export_experts(swarm.guest, other, swarm.origins("ffn.0.0"), tmp_path)
+    with pytest.raises(ValueError, match=f"holds experts of {run.full_name}"):
+        await save(swarm.guest, other, swarm.origins("ffn.0.0"), tmp_path)
 
 
 @pytest.fixture
-def exported(run: SignedRun, tmp_path: Path) -> Iterator[Path]:
+def saved(run: SignedRun, tmp_path: Path) -> Iterator[Path]:
     async def collect() -> None:
         async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
             swarm = Swarm(host, guest, run)
-            await export_experts(guest, run, swarm.origins(*UIDS), tmp_path)
+            await save(guest, run, swarm.origins(*UIDS), tmp_path)
             swarm.source.close()
 
     asyncio.run(collect())
     yield tmp_path
 
 
-def test_damage_is_noticed(exported: Path) -> None:
-    file = exported / "experts" / "ffn.0.0.safetensors"
+def test_damage_is_noticed(saved: Path) -> None:
+    file = saved / load_experts(saved).index["ffn.0.0"].file
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    experts = load_export(exported)
-    with pytest.raises(CheckpointError, match="checksum is wrong"):
+    experts = load_experts(saved)
+    with pytest.raises(CheckpointError, match="checksum is wrong|damaged"):
         experts["ffn.0.0"]
     assert experts["ffn.1.1"] is not None
     file.unlink()
@@ -225,25 +242,27 @@ def _set(index: dict[str, Any], path: str, value: Any) -> None:
     ("path", "value"),
     [
         ("format", "other"),
-        ("signed_manifest", "AAAA"),
-        ("signed_manifest", 3),
+        ("runs/ffn", "AAAA"),
+        ("runs/ffn", 3),
         ("experts", []),
         ("experts/ffn.0.0/file", "../../secret"),
         ("experts/ffn.0.0/file", "/etc/passwd"),
         ("experts/ffn.0.0/version", None),
+        ("experts/ffn.0.0/structure", 7),
+        ("experts/ffn.0.0/other", 1),
     ],
 )
-def test_a_strange_index_is_refused(exported: Path, path: str, value: Any) -> None:
-    index = json.loads((exported / "export.json").read_text())
+def test_a_strange_index_is_refused(saved: Path, path: str, value: Any) -> None:
+    index = json.loads((saved / "model.json").read_text())
     _set(index, path, value)
-    (exported / "export.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="no export|is not"):
-        load_export(exported)
+    (saved / "model.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no saved model|is not"):
+        load_experts(saved)
 
 
-def test_what_is_no_export(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no export"):
-        load_export(tmp_path)
-    (tmp_path / "export.json").write_bytes(b"\xff[")
-    with pytest.raises(CheckpointError, match="no export"):
-        load_export(tmp_path)
+def test_what_is_no_saved_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no saved model"):
+        load_experts(tmp_path)
+    (tmp_path / "model.json").write_bytes(b"\xff[")
+    with pytest.raises(CheckpointError, match="no saved model"):
+        load_experts(tmp_path)

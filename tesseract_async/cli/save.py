@@ -1,0 +1,164 @@
+"""`tesseract save` and `tesseract restore`: a model's states as a folder that loads without the swarm, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tesseract_async.admission import Policy
+from tesseract_async.cli.options import NodeOptions, allow_file_option, join, node_options
+from tesseract_async.cli.running import asynchronous, progress_bar, say
+from tesseract_async.cli.types import EXISTING_FILE, FOLDER, PATTERN, PERIOD, counted
+from tesseract_async.errors import CheckpointError, ExpertNotFound, describe
+from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.run_directory import find_run
+from tesseract_async.experts.trust import SHARED
+from tesseract_async.identity import Identity, PeerID
+
+
+@click.command("save")
+@click.option("--run", "run_name", metavar="NAME[@PEER_ID]", help="Save the experts of this training run.")
+@click.option(
+    "--experts",
+    "patterns",
+    multiple=True,
+    type=PATTERN,
+    help="Save these experts, which belong to no run, such as 'ffn.[0:4].[0:16]'; may be given several times.",
+)
+@click.option(
+    "--shared",
+    "shared_names",
+    multiple=True,
+    metavar="NAME",
+    help="Save the parameters that trainers share under this name, too; a run's own are saved anyway.",
+)
+@click.option("--out", required=True, type=FOLDER, help="Write the model into this folder, made if missing.")
+@click.option(
+    "--optimizers", is_flag=True, help="With the experts' optimizers, so that `tesseract restore` can go back."
+)
+@click.option(
+    "--num-at-once", default=4, type=click.IntRange(1, 64), help="Download this many experts at the same time."
+)
+@click.option("--timeout", default=60.0, type=PERIOD, help="Wait at most this long for each piece of an expert.")
+@allow_file_option
+@node_options
+@asynchronous
+async def save(
+    *,
+    run_name: str | None,
+    patterns: tuple[ExpertPattern, ...],
+    shared_names: tuple[str, ...],
+    out: Path,
+    optimizers: bool,
+    num_at_once: int,
+    timeout: float,
+    members: frozenset[PeerID] | None,
+    node: NodeOptions,
+) -> int:
+    """Write a model into a folder: every expert that somebody has, all as of one moment, and the shared parameters.
+
+    Experts come from their primaries or, where there is none, from a server that follows it or holds its state.
+
+    The folder loads anywhere: `tesseract_async.saving.folder.load_experts(FOLDER)["ffn.3.7"]` is an ordinary module.
+    Run the command again to download only what has changed. The exit status is 1 if an expert could not be downloaded.
+    """
+    if not node.initial_peers:
+        raise click.UsageError("say --initial-peers: whose swarm?")
+    if run_name is None and not patterns and not shared_names:
+        raise click.UsageError("say what to save: --run, --experts or --shared")
+
+    from tesseract_async.saving.folder import open_folder_or_make
+    from tesseract_async.saving.saver import Origin, SavePoint, find_origins
+    from tesseract_async.shared_pieces import SharedPieces
+
+    store = open_folder_or_make(out)
+    async with node.make(policy=None if members is None else Policy.only(members)) as joined:
+        await join(joined)
+        origins: dict[str, list[Origin]] = {}
+        shared = {name + SHARED: True for name in shared_names}
+        if run_name is not None:
+            signed = await find_run(joined.network, run_name, trust=joined.trust)
+            await joined.join_run(signed)
+            shared[signed.manifest.prefix + SHARED] = False
+            store.add_run(signed)
+            origins |= await find_origins(joined, signed.manifest.prefix, signed.manifest.grid_size)
+        for pattern in patterns:
+            found = await find_origins(joined, pattern.prefix, pattern.grid_size)
+            origins |= {uid: some for uid, some in found.items() if uid in pattern}
+        num_shared = 0
+        for prefix, is_bare in shared.items():
+            pieces = SharedPieces(joined, prefix, is_bare=is_bare)
+            try:
+                fragments = await pieces.fetch_all()
+            except ExpertNotFound:
+                if is_bare:
+                    raise
+                continue  # a run whose trainers share nothing
+            layout = fragments.manifest.layout
+            store.put_tensors(layout.tensors([fragment.anchor for fragment, _ in fragments.fragments]))
+            num_shared += sum(entry.numel for entry in layout.entries)
+            if optimizers:
+                for number in range(len(layout.cuts)):
+                    hosts = await pieces.find(pieces.uid(number))
+                    origins[pieces.uid(number)] = [
+                        Origin(one.peer, "primary" if one.primary else "follower") for one in hosts
+                    ]
+        point = SavePoint(joined, origins, is_whole=optimizers, timeout=timeout)
+        await point.mark()
+        with progress_bar("experts", total=len(origins)) as advance:
+            report = await point.fetch(store, num_at_once=num_at_once, progress=lambda uid: advance(1))
+    store.write_index()
+    for role in ("follower", "holder"):
+        if some := sorted(uid for uid, one in report.origins.items() if one == role):
+            told = ", ".join(f"{uid} (version {report.taken[uid]})" for uid in some)
+            click.echo(f"from a {role}, for want of a primary: {told}", err=True)
+    for uid, error in sorted(report.failed.items()):
+        click.echo(f"{uid}: {describe(error)}", err=True)
+    click.echo(
+        f"{counted(len(report.taken), 'expert')} written, {len(report.kept)} were up to date, "
+        f"{len(report.failed)} failed; {num_shared} shared parameters",
+        err=True,
+    )
+    say(
+        "saved",
+        folder=str(out),
+        taken=report.taken,
+        origins=report.origins,
+        kept=report.kept,
+        failed=sorted(report.failed),
+        shared=num_shared,
+    )
+    return 1 if report.failed or not (origins or num_shared) else 0
+
+
+@click.command("restore")
+@click.argument("folder", type=FOLDER)
+@click.option("--owner", type=EXISTING_FILE, help="The key file of the run's owner, if the experts belong to a run.")
+@click.option("--timeout", default=60.0, type=PERIOD, help="Wait at most this long for each piece of an expert.")
+@node_options
+@asynchronous
+async def restore(*, folder: Path, owner: Path | None, timeout: float, node: NodeOptions) -> int:
+    """Take the experts back to a save point: every server goes on from the states in FOLDER.
+
+    FOLDER was written by `tesseract save --optimizers`, or by `ta.save_model(..., optimizers=True)`. What the servers
+    have learned since is kept as a file of its own, if they keep checkpoints. Stop the trainers before.
+    """
+    if not node.initial_peers:
+        raise click.UsageError("say --initial-peers: whose swarm?")
+
+    from tesseract_async.saving.folder import open_folder
+    from tesseract_async.saving.restorer import enter_owned, restore_experts
+
+    saved = open_folder(folder)
+    async with node.make() as joined:
+        await join(joined)
+        owners = {} if owner is None else await enter_owned(joined, saved, Identity.load(owner))
+        try:
+            versions = await restore_experts(joined, saved, owners=owners, timeout=timeout)
+        except CheckpointError as error:
+            click.echo(str(error), err=True)
+            return 1
+    click.echo(f"{counted(len(versions), 'expert')} restored", err=True)
+    say("restored", folder=str(folder), versions=versions)
+    return 0

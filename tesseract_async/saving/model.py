@@ -1,0 +1,260 @@
+"""`save_model`, `load_model` and `restore_model`: a whole model as a folder, and back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import torch
+from torch import nn
+
+from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.local_mixture import LocalMixture
+from tesseract_async.client.ports import Node, PlainCalls, deliver
+from tesseract_async.client.settings import MixtureSettings
+from tesseract_async.client.trainer import AsyncTrainer
+from tesseract_async.errors import CheckpointError, describe
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.identity import Identity
+from tesseract_async.runtime.structure import Described, build_module, describe_module
+from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
+from tesseract_async.saving.restorer import enter_owned, restore_experts
+from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
+from tesseract_async.shared_parameters import SharedParameters
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
+
+M = TypeVar("M", bound=nn.Module)
+
+MAX_TOLD: Final = 3
+"""Experts that an error names."""
+
+
+def save_model(
+    node: Node | PlainCalls,
+    model: nn.Module | SharedParameters[Any],
+    folder: str | Path,
+    *,
+    trainer: AsyncTrainer[Any] | None = None,
+    optimizers: bool = False,
+    num_at_once: int = 4,
+    timeout: float = 60.0,
+) -> Any:
+    """Write a model into a folder: gates, trunk, and every expert that its gates may choose; await it.
+
+    Experts are taken at one save point: each holds all steps that were answered before, and none that began after it.
+    `load_model` and `restore_model` read the folder. An older one of the same model is replaced when all is there.
+
+    - `model`: with its gates on `node`, or the SharedParameters, of which the merged copy is written.
+    - `trainer`: pauses at the save point, no longer than a step; its state is written, too.
+    - `optimizers`: with the experts' optimizers and journals, for `restore_model`. Takes the role ``host`` in a run.
+    - `num_at_once`: experts that are fetched at the same time. `timeout`: seconds for each piece of a state.
+
+    Returns (or gives, when awaited) a `SaveReport`. With a `BackgroundNode` the call is plain.
+
+    Raises: CheckpointError, after all others are written, for experts that nobody gave; ValueError for a model without
+    gates, or on another node; OSError.
+    """
+    if isinstance(model, SharedParameters) and isinstance(node, PlainCalls):
+        model.flush()
+    save = _save(_node_of(node), model, Path(folder), trainer, optimizers, num_at_once, timeout)
+    return deliver(node, save)
+
+
+def _node_of(node: Node | PlainCalls) -> TesseractNode:
+    found: Any = node.node if isinstance(node, PlainCalls) else node
+    return found  # type: ignore[no-any-return]
+
+
+async def _save(
+    node: TesseractNode,
+    given: nn.Module | SharedParameters[Any],
+    folder: Path,
+    trainer: AsyncTrainer[Any] | None,
+    optimizers: bool,
+    num_at_once: int,
+    timeout: float,
+) -> SaveReport:
+    shared = given if isinstance(given, SharedParameters) else None
+    own = given.model if isinstance(given, SharedParameters) else given
+    gates = {path: part for path, part in own.named_modules() if isinstance(part, GatingFunction)}
+    if not gates and shared is None:
+        raise ValueError("this model has no GatingFunction: it is saved by torch.save")
+    store = await asyncio.to_thread(open_folder_or_make, folder)
+    origins: dict[str, list[Origin]] = {}
+    for prefix, grid_size in {gate.uid_prefix: gate.grid_size for gate in gates.values()}.items():
+        origins |= await find_origins(node, prefix, grid_size)
+        authority = node.trust.authority(prefix)
+        if authority is not None:
+            store.add_run(authority.run)
+    if shared is not None and optimizers:
+        for uid in shared.uids:
+            found = await node.directory.find(uid, even_failed=True)
+            origins[uid] = [Origin(one.peer, "primary" if one.primary else "follower") for one in found]
+    if shared is not None and not shared.is_plain:
+        await shared.flush()
+    point = SavePoint(node, origins, is_whole=optimizers, timeout=timeout)
+    async with contextlib.AsyncExitStack() as paused:
+        if trainer is not None:
+            await paused.enter_async_context(trainer.paused())
+        await point.mark()
+        model = own if shared is None else shared.merged()
+        tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
+        state: dict[str, Any] = {} if trainer is None else {"trainer": trainer.state_dict()}
+        if optimizers and shared is not None:
+            local = {name: one.detach().cpu().clone() for name, one in _tensors_of(own).items()}
+            state |= {"local": local, "shared": shared.state_dict()}
+    report = await point.fetch(store, num_at_once=num_at_once)
+    store.experts = {uid: one for uid, one in store.experts.items() if uid in origins}
+    store.model = describe_module(model, replace=_describe_gate)
+
+    def write() -> None:
+        store.put_tensors(tensors)
+        store.files.pop(TRAINER, None)
+        if state:
+            store.put_trainer(state)
+        store.write_index()
+
+    await asyncio.to_thread(write)
+    if report.failed:
+        told = [f"{uid} ({describe(error)})" for uid, error in sorted(report.failed.items())]
+        more = f" and {len(told) - MAX_TOLD} more" if len(told) > MAX_TOLD else ""
+        raise CheckpointError(f"these experts could not be saved: {', '.join(told[:MAX_TOLD])}{more}")
+    return report
+
+
+def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and all buffers by name, tied ones once; experts that are the model's own are among them."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _describe_gate(path: str, module: nn.Module) -> Described | None:
+    if not isinstance(module, GatingFunction):
+        return None
+    return {
+        "gate": {
+            "uid_prefix": module.uid_prefix,
+            "grid_size": list(module.grid_size),
+            "in_features": module.proj.in_features,
+            "k_best": module.k_best,
+            "k_min": module.k_min,
+            "route": module.route,
+            "is_switch": module.is_switch,
+            "is_awaited": not isinstance(module.node, PlainCalls),
+        },
+        "on_missing": module.settings.on_missing,
+        "capacity_factor": module.settings.capacity_factor,
+        "refill": module.settings.refill,
+    }
+
+
+def load_model(folder: str | Path, model: M | None = None, *, allowed_modules: Collection[str] = ()) -> Any:
+    """Return a saved model as an ordinary module in eval mode, which answers as the swarm did, without a network.
+
+    In place of each gate it has a `LocalMixture`, whose calls are awaited if the gate's were.
+
+    - `model`: the module to load into, where its code is not known here, or other gates are wanted: with
+      `LocalMixture`s of ``load_experts(folder)``, or live gates. By default it is built as it was saved.
+    - `allowed_modules`: modules that may be imported to build it, besides PyTorch's own, such as ``["my_model"]``.
+
+    Raises: CheckpointError if the folder holds no model, a damaged one, or one that cannot be built here.
+    """
+    saved = open_folder(folder)
+    tensors = saved.tensors()
+    if model is not None:
+        _fill(model, tensors)
+        return model
+    if saved.model is None:
+        raise CheckpointError(f"{folder} does not say how the model is built: give the module to load into")
+    experts = SavedExperts(saved, allowed_modules=allowed_modules)
+
+    def gate(path: str, described: Mapping[str, Any]) -> nn.Module | None:
+        if "gate" not in described:
+            return None
+        settings = MixtureSettings(
+            on_missing=described["on_missing"],
+            capacity_factor=described["capacity_factor"],
+            refill=described["refill"],
+        )
+        options = described["gate"]
+        uids = [uid for uid in experts if split_uid(uid)[0] == options["uid_prefix"]]
+        mixture = LocalMixture({uid: experts[uid] for uid in uids}, settings=settings, **options)
+        for name in ("weight", "bias"):
+            setattr(mixture.proj, name, nn.Parameter(tensors[f"{path}.proj.{name}".lstrip(".")]))
+        return mixture
+
+    loaded = build_module(saved.model, tensors, allowed_modules=allowed_modules, replaced=gate).eval()
+    return loaded
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give the model these values. Raises: CheckpointError, before any is changed, if they are not its own."""
+    own = _tensors_of(model)
+    for path, part in model.named_modules():
+        if isinstance(part, LocalMixture):
+            start = f"{path}.experts.".lstrip(".")
+            own = {name: one for name, one in own.items() if not name.startswith(start)}
+    wrong = [f"{name} is not in the folder" for name in own if name not in tensors]
+    wrong += [f"{name} is not in the model" for name in tensors if name not in own]
+    wrong += [
+        f"{name} has shape {list(one.shape)} there"
+        for name, one in tensors.items()
+        if own.get(name, one).shape != one.shape
+    ]
+    if wrong:
+        raise CheckpointError(f"this is not the model that was saved: {'; '.join(wrong[:MAX_TOLD])}")
+    with torch.no_grad():
+        for name, one in own.items():
+            one.copy_(tensors[name])
+
+
+def restore_model(
+    node: Node | PlainCalls,
+    model: nn.Module | SharedParameters[Any],
+    folder: str | Path,
+    *,
+    trainer: AsyncTrainer[Any] | None = None,
+    identity: Identity | None = None,
+    timeout: float = 60.0,
+) -> Any:
+    """Take the model, the trainer and the servers of its experts back to a save point; await it.
+
+    The folder was written by `save_model` with ``optimizers=True``. No other trainer may be training meanwhile. What
+    servers have learned since is written down as a file of its own, if they keep checkpoints.
+
+    - `model`, `trainer`: as given to `save_model`.
+    - `identity`: the key of the owner of the experts' run, who decides that.
+
+    Returns (or gives, when awaited) the experts' versions by uid. With a `BackgroundNode` the call is plain.
+
+    Raises: CheckpointError if the folder holds no such save point, or a server did not take its experts' states.
+    """
+    return deliver(node, _restore(_node_of(node), model, open_folder(folder), trainer, identity, timeout))
+
+
+async def _restore(
+    node: TesseractNode,
+    given: nn.Module | SharedParameters[Any],
+    saved: SavedModel,
+    trainer: AsyncTrainer[Any] | None,
+    identity: Identity | None,
+    timeout: float,
+) -> dict[str, int]:
+    state = saved.trainer() if TRAINER in saved.files else {}
+    if trainer is not None and "trainer" not in state:
+        raise CheckpointError(f"{saved.path} holds no trainer: it was saved without")
+    owners = {} if identity is None else await enter_owned(node, saved, identity)
+    versions = await restore_experts(node, saved, owners=owners, timeout=timeout)
+    if isinstance(given, SharedParameters):
+        _fill(given.model, state.get("local") or saved.tensors())
+        if "shared" in state:
+            await given.rejoin(state["shared"])
+    else:
+        _fill(given, saved.tensors())
+    if trainer is not None:
+        trainer.load_state_dict(state["trainer"])
+    return versions

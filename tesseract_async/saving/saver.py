@@ -1,0 +1,192 @@
+"""Collects experts' states from a swarm at one save point: all servers write them down at once, then they are fetched.
+
+A server takes the state between two batches after it is asked (`StateRequest.point`), so it holds every step that was
+answered before. It keeps it on disk until it is fetched, whatever is learned meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+
+from tesseract_async.errors import Overloaded, ProtocolError, TesseractError, describe
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.merkle import root_of
+from tesseract_async.experts.pieces import LIST
+from tesseract_async.experts.place_directory import fetch_places
+from tesseract_async.experts.placement import Role
+from tesseract_async.saving.folder import SavedModel
+from tesseract_async.server.fetching import ask_piece, fetch_state
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire import messages
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ROLES: Final = {Role.LEADS: "primary", Role.FOLLOWS: "follower", Role.HOLDS: "holder"}
+NUM_MARKED_AT_ONCE: Final = 64
+PATIENCE: Final = 10.0
+"""Overloaded servers are asked again for so many times the timeout of a piece."""
+
+
+class Origin(NamedTuple):
+    """A server that has an expert's state, by its own word."""
+
+    peer: PeerAddress
+    role: str
+    """``primary``, ``follower``, or ``holder``, which has the sealed file alone."""
+    age: tuple[int, int] = (0, 0)
+    """The epoch and number of its Seal, as far as they are known."""
+
+
+@dataclass(slots=True)
+class SaveReport:
+    """The outcome of saving experts."""
+
+    taken: dict[str, int] = field(default_factory=dict)
+    """uid -> version, of the experts that were written now."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """... that the folder held already in this very state."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """uid -> the role of the server that gave it, of those that were written now."""
+    failed: dict[str, BaseException] = field(default_factory=dict)
+    """uid -> the last error, of those that no server gave. An older file stays, if there is one."""
+
+
+async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, ...]) -> dict[str, list[Origin]]:
+    """Return who has the state of each expert of a grid: primaries first, then the newest Seal, followers first.
+
+    Raises: what the network raises.
+    """
+    found = defaultdict[str, dict[PeerAddress, Origin]](dict)
+    authority = node.trust.authority(prefix)
+    for uid, replicas in (await node.directory.read_grid(prefix, grid_size)).items():
+        for one in replicas:
+            found[uid][one.peer] = Origin(one.peer, "primary" if one.primary else "follower", (one.epoch, 0))
+    if authority is not None:
+        places, addresses = await fetch_places(node.network, node.trust, authority, node.scope)
+        for peer_id, place in places.items():
+            for uid, part in place.parts.items():
+                if part.has_file and split_uid(uid)[0] == prefix:
+                    peer = next((one for one in found[uid] if one.peer_id == peer_id), addresses[peer_id])
+                    known = found[uid].get(peer)
+                    role = ROLES[part.role] if known is None else known.role
+                    found[uid][peer] = Origin(peer, role, (part.epoch, part.number))
+
+    def rank(one: Origin) -> tuple[bool, tuple[int, int], bool]:
+        return one.role == "primary", one.age, one.role == "follower"
+
+    return {uid: sorted(some.values(), key=rank, reverse=True) for uid, some in found.items() if some}
+
+
+class SavePoint:
+    """The states of some experts at one moment."""
+
+    def __init__(
+        self,
+        node: TesseractNode,
+        origins: Mapping[str, Sequence[Origin]],
+        *,
+        is_whole: bool = False,
+        timeout: float = 60.0,
+    ) -> None:
+        """`origins`: uid -> who has it, the preferred one first. `is_whole`: with optimizers and journals, which takes
+        the role ``host`` in a run. `timeout`: for each piece of a state.
+        """
+        self._node, self._origins, self._timeout = node, origins, timeout
+        self._is_whole, self._point = is_whole, os.urandom(16)
+        self._marked: dict[str, tuple[Origin, messages.StateReply, bytes | memoryview | None]] = {}
+        self._failed: dict[str, BaseException] = {}
+
+    async def mark(self) -> None:
+        """Have every server write down its experts' states now: training that pauses meanwhile pauses so long."""
+        gate = asyncio.Semaphore(NUM_MARKED_AT_ONCE)
+
+        async def mark(uid: str) -> None:
+            async with gate:
+                error: BaseException = ProtocolError(f"nobody has a state of {uid}")
+                for origin in self._origins[uid]:
+                    try:
+                        head, data = await self._patiently(lambda origin=origin: self._ask(uid, origin))  # type: ignore[misc]
+                        is_all = len(data) == head.size
+                        if is_all and root_of(data) != head.root:
+                            raise ProtocolError(f"{uid}: another state than was named")
+                        self._marked[uid] = origin, head, data if is_all else None
+                        return
+                    except (TesseractError, TimeoutError) as caught:
+                        logger.warning("%s at %s: %s", uid, origin.peer.short, describe(caught))
+                        error = caught
+                self._failed[uid] = error
+
+        async with asyncio.TaskGroup() as group:
+            for uid in sorted(self._origins):
+                group.create_task(mark(uid))
+
+    async def _ask(self, uid: str, origin: Origin) -> tuple[messages.StateReply, memoryview]:
+        request = messages.StateRequest(uid, not self._is_whole, 0, messages.NO_ROOT, LIST, self._point)
+        head, data = await ask_piece(self._node, origin.peer, request, timeout=self._timeout)
+        if head.size == 0:
+            raise ProtocolError(f"{origin.peer.short} does not have the state of {uid}")
+        return head, data
+
+    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + PATIENCE * self._timeout
+        while True:
+            try:
+                return await ask()
+            except Overloaded as error:
+                if loop.time() + error.retry_after > end:
+                    raise
+                await asyncio.sleep(max(0.1, error.retry_after))
+
+    async def fetch(
+        self, store: SavedModel, *, num_at_once: int = 4, progress: Callable[[str], None] = lambda uid: None
+    ) -> SaveReport:
+        """Write what was marked into the folder; the index is the caller's to write.
+
+        `progress` is called with each uid that is done or failed. Raises: OSError if the folder can't be written.
+        """
+        report, gate = SaveReport(failed=dict(self._failed)), asyncio.Semaphore(num_at_once)
+
+        async def take(uid: str) -> None:
+            origin, head, data = self._marked.pop(uid)
+            known = store.experts.get(uid)
+            if known is not None and known.root == head.root.hex() and (store.path / known.file).exists():
+                report.kept[uid] = known.version
+                return
+            try:
+                if data is None:
+                    data = await self._patiently(lambda: self._fetch(uid, origin))
+                    if data is None or root_of(data) != head.root:
+                        raise ProtocolError(f"{origin.peer.short} does not have {uid} as at the save point any more")
+                store.put_expert(uid, data, head.root, origin.role, is_whole=self._is_whole)
+                report.taken[uid], report.origins[uid] = store.experts[uid].version, origin.role
+            except (TesseractError, TimeoutError) as caught:
+                logger.warning("%s at %s: %s", uid, origin.peer.short, describe(caught))
+                report.failed[uid] = caught
+
+        async def one(uid: str) -> None:
+            async with gate:
+                if uid in self._marked:
+                    await take(uid)
+            progress(uid)
+
+        async with asyncio.TaskGroup() as group:
+            for uid in sorted(self._origins):
+                group.create_task(one(uid))
+        return report
+
+    async def _fetch(self, uid: str, origin: Origin) -> bytes | memoryview | None:
+        return await fetch_state(
+            self._node, origin.peer, uid, weights_only=not self._is_whole, point=self._point, timeout=self._timeout
+        )

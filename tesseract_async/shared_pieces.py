@@ -1,0 +1,155 @@
+"""SharedPieces: the pieces of the shared parameters in the network: who hosts them, their states, calls to them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from tesseract_async.endpoint.endpoint import Message
+from tesseract_async.errors import (
+    ConnectionLost,
+    ExpertNotFound,
+    NotPrimary,
+    Overloaded,
+    PeerUnreachable,
+    ProtocolError,
+    TesseractError,
+)
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.manifest import join_uid
+from tesseract_async.server.checkpoint import check_state
+from tesseract_async.server.fetching import fetch_state
+from tesseract_async.server.fragments import read_fragment, read_manifest, read_updates
+from tesseract_async.server.other_replicas import may_follow
+from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment
+from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Layout
+from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.wire import messages
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
+
+CALL_TIMEOUT: Final = 20.0
+"""Seconds that a push waits for its round to close, before it is asked for again."""
+NUM_AT_ONCE: Final = 4
+"""Pieces that are fetched at the same time."""
+_MAX_STATE_BYTES: Final = 16 * MAX_ELEMENTS + KEPT_UPDATES * 8 * MAX_ELEMENTS + MAX_LAYOUT_BYTES
+
+
+@dataclass(slots=True)
+class FoundPieces:
+    """The run's manifest and the fragments' states, at entry."""
+
+    manifest: SharedManifest
+    fragments: list[tuple[Fragment, int]] = field(default_factory=list)
+    epoch: int = 0
+
+
+class SharedPieces:
+    """The pieces under one prefix. Lives on the node's loop."""
+
+    def __init__(self, node: TesseractNode, prefix: str, *, is_bare: bool) -> None:
+        """`is_bare`: the prefix belongs to no run, so that only machines of one's own network are asked."""
+        self._node, self.prefix, self._is_bare = node, prefix, is_bare
+        self._primaries: dict[str, bytes | None] = {}
+
+    def uid(self, number: int) -> str:
+        """Return the uid of a piece."""
+        return join_uid(self.prefix, (number,))
+
+    async def fetch_all(self, layout: Layout | None = None) -> FoundPieces:
+        """Raises: LayoutMismatch, if the model is another one; ExpertNotFound; what the calls raise."""
+        first = await self.fetch_state(0)
+        manifest = read_manifest(first[0])
+        if layout is not None:
+            manifest.layout.check(layout)
+        found = FoundPieces(manifest)
+        gate = asyncio.Semaphore(NUM_AT_ONCE)
+
+        async def fetch(number: int) -> tuple[Fragment, int]:
+            async with gate:
+                # from another host for each, so that newcomers burden all alike; the rest from the primary
+                uid = self.uid(number)
+                tensors, version = await self.fetch_state(number, turn=number) if number else first
+                fragment, _ = read_fragment(manifest, number, tensors, version)
+                request = messages.PullRequest(uid, fragment.version, fragment.root)
+                message = await self.ask(uid, messages.PULL, request, b"")
+                reply = messages.decode(messages.UpdatesReply, message.body)
+                if reply.known:
+                    fragment.replay(read_updates(fragment.version, reply, message.buffers))
+                    return fragment, reply.steps
+                tensors, version = await self.fetch_state(number)
+                return read_fragment(manifest, number, tensors, version)
+
+        tasks = [asyncio.ensure_future(fetch(number)) for number in range(len(manifest.layout.cuts))]
+        try:
+            found.fragments = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return found
+
+    async def fetch_state(self, number: int, *, turn: int = 0) -> tuple[dict[str, torch.Tensor], int]:
+        """Return a fragment's state at one of its hosts: the primary first, or who comes `turn` places behind."""
+        uid = self.uid(number)
+        replicas = await self.find(uid)
+        replicas = replicas[turn % len(replicas) :] + replicas[: turn % len(replicas)]
+        last: BaseException = ExpertNotFound(f"nobody hosts {uid}")
+        for replica in replicas:
+            try:
+                file = await fetch_state(
+                    self._node, replica.peer, uid, weights_only=True, max_bytes=_MAX_STATE_BYTES, timeout=CALL_TIMEOUT
+                )
+                if file is not None:
+                    state = check_state(uid, file, weights_only=True)
+                    # writable, and not the file's
+                    return {name: tensor.clone() for name, tensor in state["module"].items()}, state["version"]
+            except (TesseractError, TimeoutError) as error:
+                last = error
+                self._failed(replica, error)
+        raise last
+
+    async def num_hosts(self) -> int:
+        """Return how many servers host the first piece. Raises: ExpertNotFound if none does."""
+        return len(await self.find(self.uid(0)))
+
+    async def ask(
+        self, uid: str, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
+    ) -> Message:
+        """Ask the primary. Raises: what the call raises, after taking note of it."""
+        replica = (await self.find(uid))[0]
+        body = list(request)
+        buffers = [memoryview(data)] if method == messages.PUSH else []
+        try:
+            return await self._node.call_expert(
+                replica.peer, method, body, buffers, timeout=CALL_TIMEOUT, idempotent=True
+            )
+        except NotPrimary as error:
+            self._primaries[uid] = error.primary
+            await asyncio.sleep(min(error.retry_after, CALL_TIMEOUT))
+            raise
+        except Overloaded as error:
+            await asyncio.sleep(error.retry_after)
+            raise
+        except (TesseractError, TimeoutError) as error:
+            self._failed(replica, error)
+            raise
+
+    async def find(self, uid: str) -> list[ExpertReplica]:
+        """Return who hosts it, the primary first. Raises: ExpertNotFound; TimeoutError if the network is silent."""
+        replicas = await self._node.directory.find(uid, even_failed=True)
+        if self._is_bare:
+            replicas = [one for one in replicas if may_follow(self._node, one)]
+        if not replicas:
+            raise ExpertNotFound(f"nobody hosts {uid} of the shared parameters")
+        named = self._primaries.get(uid)
+        return sorted(replicas, key=lambda one: named is None or one.peer.peer_id != named)
+
+    def _failed(self, replica: ExpertReplica, error: BaseException) -> None:
+        self._primaries.pop(replica.uid, None)
+        if isinstance(error, PeerUnreachable | ConnectionLost | ExpertNotFound | ProtocolError):
+            self._node.directory.report_failure(replica)

@@ -1,0 +1,258 @@
+"""A whole model as a folder: saved from real nodes, loaded without any, and restored."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tesseract_async as ta
+from tesseract_async.client.gating_function import SwitchGatingFunction
+from tesseract_async.errors import CheckpointError
+from tesseract_async.saving.folder import load_experts, open_folder
+from tesseract_async.saving.model import restore_model
+
+WIDTH, GRID = 6, (2, 2)
+HERE = __name__
+
+
+class Residual(nn.Module):
+    """A part of the caller's own."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.first, self.gate = nn.Linear(WIDTH, WIDTH), gate
+        self.scale, self.steps = 0.5, (1, 2)
+        self.register_buffer("shift", torch.full((WIDTH,), 0.25), persistent=False)
+        self.last = nn.Linear(WIDTH, 3)
+        self.tied = self.last
+
+    async def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x)) * self.scale + self.get_buffer("shift")
+        y: torch.Tensor = self.tied(x + await self.gate(x))
+        return y
+
+
+def make_server(node: ta.TesseractNode, uids: list[str], folder: Path) -> ta.TesseractServer:
+    experts = {}
+    for number, uid in enumerate(uids):
+        torch.manual_seed(number)
+        module = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        experts[uid] = ta.ExpertBackend(
+            module,
+            optimizer=torch.optim.Adam(module.parameters(), 0.01),
+            args_schema=(ta.TensorSpec((WIDTH,)),),
+            max_batch_size=64,
+        )
+    return ta.TesseractServer(node, experts, checkpoint_dir=folder)
+
+
+UIDS = [f"ffn.{a}.{b}" for a, b in ((0, 0), (0, 1), (1, 1))]
+
+
+class Swarm:
+    def __init__(self, node: ta.TesseractNode, host: ta.TesseractNode, server: ta.TesseractServer) -> None:
+        self.node, self.host, self.server = node, host, server
+
+    def gate(self, **options: Any) -> ta.GatingFunction:
+        settings = ta.MixtureSettings(calls=ta.CallOptions(codec="none"))
+        given: dict[str, Any] = {"uid_prefix": "ffn", "grid_size": GRID, "in_features": WIDTH, "k_best": 2}
+        return ta.GatingFunction(self.node, **given | {"settings": settings} | options)
+
+    def trainer(self) -> ta.AsyncTrainer[Residual]:
+        torch.manual_seed(7)
+        model = Residual(self.gate())
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+        return ta.AsyncTrainer(model, optimizer, scheduler=schedule, publish=False)
+
+
+@pytest.fixture
+async def swarm(tmp_path: Path) -> AsyncIterator[Swarm]:
+    async with ta.TesseractNode() as host, ta.TesseractNode(initial_peers=[host.address]) as node:
+        async with make_server(host, UIDS, tmp_path / "experts") as server:
+            yield Swarm(node, host, server)
+
+
+async def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    x, y = batch
+    return nn.functional.cross_entropy(await model(x), y)
+
+
+def batches(start: int, num: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draws = [torch.Generator().manual_seed(start + i) for i in range(num)]
+    return [(torch.randn(8, WIDTH, generator=g), torch.randint(3, (8,), generator=g)) for g in draws]
+
+
+async def train(trainer: ta.AsyncTrainer[Any], start: int, num: int) -> list[float]:
+    return [float((await trainer.step(loss_of, batch)).loss) for batch in batches(start, num)]
+
+
+async def test_a_saved_model_answers_without_the_swarm_as_the_swarm_did(swarm: Swarm, tmp_path: Path) -> None:
+    trainer = swarm.trainer()
+    await train(trainer, 0, 3)
+    folder = tmp_path / "saved"
+    report = await ta.save_model(swarm.node, trainer.module, folder)
+    assert report.taken == {uid: swarm.server.experts[uid].version for uid in UIDS} and sum(report.taken.values()) > 3
+    x = torch.randn(16, WIDTH)
+    trainer.module.eval()
+    with torch.no_grad():
+        expected = await trainer.module(x)
+        with pytest.raises(CheckpointError, match=f"allow it with allowed_modules=.'{HERE}'"):
+            ta.load_model(folder)
+        loaded = ta.load_model(folder, allowed_modules=[HERE])
+        assert type(loaded) is Residual and type(loaded.gate) is ta.LocalMixture and loaded.tied is loaded.last
+        assert not loaded.training and (loaded.scale, loaded.steps) == (0.5, (1, 2))
+        torch.testing.assert_close(await loaded(x), expected, rtol=0, atol=1e-6)
+    # ... is trained on here, experts included
+    (await loaded(x)).sum().backward()
+    assert loaded.gate.proj.weight.grad is not None and any(
+        one.grad is not None for one in loaded.gate.experts.parameters()
+    )
+    # ... and in a model of the caller's own
+    mixture = ta.LocalMixture(
+        load_experts(folder), uid_prefix="ffn", grid_size=GRID, in_features=WIDTH, k_best=2, is_awaited=True
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            await ta.load_model(folder, Residual(mixture)).eval()(x), expected, rtol=0, atol=1e-6
+        )
+        with pytest.raises(CheckpointError, match=r"proj\.weight is not in the folder"):
+            ta.load_model(folder, mixture)
+    # a second time, only what has changed is fetched
+    report = await ta.save_model(swarm.node, trainer.module, folder)
+    assert not report.taken and sorted(report.kept) == UIDS
+
+
+@pytest.mark.parametrize("kind", ["sample", "token", "switch", "capacity"])
+async def test_every_kind_of_gate_has_its_local_one(swarm: Swarm, tmp_path: Path, kind: str) -> None:
+    settings = ta.MixtureSettings(
+        calls=ta.CallOptions(codec="none"),
+        on_missing="zero" if kind == "capacity" else "raise",
+        capacity_factor=0.5 if kind == "capacity" else None,
+        refill=kind != "capacity",
+    )
+    torch.manual_seed(3)
+    if kind == "switch":
+        gate: ta.GatingFunction = SwitchGatingFunction(
+            swarm.node, uid_prefix="ffn", grid_size=GRID, in_features=WIDTH, settings=settings
+        )
+    else:
+        gate = swarm.gate(settings=settings, route="token" if kind == "token" else "sample")
+    x = torch.randn(4, 5, WIDTH) if kind in ("token", "switch") else torch.randn(20, WIDTH)
+    await ta.save_model(swarm.node, gate.eval(), tmp_path / "saved")
+    local = ta.load_model(tmp_path / "saved")
+    with torch.no_grad():
+        mixed, found = await gate.mix(x), await local.mix(x)
+    assert torch.equal(found.num_answers, mixed.num_answers)
+    torch.testing.assert_close(found.output, mixed.output, rtol=0, atol=1e-6)
+    assert (await local(x[:0])).shape == x[:0].shape
+    # states go both ways, and leave or drop the experts
+    again = ta.LocalMixture(dict.fromkeys(UIDS, nn.Linear(1, 1)), uid_prefix="ffn", grid_size=GRID, in_features=WIDTH)
+    again.load_state_dict(gate.state_dict())
+    assert torch.equal(again.proj.weight, gate.proj.weight)
+    nn.Sequential(gate).load_state_dict(nn.Sequential(local).state_dict())
+    nn.Sequential(local).load_state_dict(nn.Sequential(gate).state_dict())
+
+
+async def test_going_on_from_a_save_point_equals_never_having_stopped(swarm: Swarm, tmp_path: Path) -> None:
+    trainer = swarm.trainer()
+    await train(trainer, 0, 5)
+    folder = tmp_path / "saved"
+    await ta.save_model(swarm.node, trainer.module, folder, trainer=trainer, optimizers=True)
+    expected = await train(trainer, 5, 20)
+    states = {uid: one.state()["module"] for uid, one in swarm.server.experts.items()}
+    versions = {uid: one.version for uid, one in swarm.server.experts.items()}
+    other = swarm.trainer()
+    restored = await restore_model(swarm.node, other.module, folder, trainer=other)
+    assert restored == {uid: one.version for uid, one in open_folder(folder).experts.items()}
+    assert restored == {uid: one.version for uid, one in swarm.server.experts.items()} != versions
+    assert await train(other, 5, 20) == expected
+    assert versions == {uid: one.version for uid, one in swarm.server.experts.items()}
+    for uid, state in states.items():
+        for name, tensor in swarm.server.experts[uid].state()["module"].items():
+            assert torch.equal(tensor, state[name])
+    # what was learned after the save point was not thrown away
+    assert list((tmp_path / "experts").glob("*/*.aside"))
+
+
+@pytest.mark.slow
+async def test_a_save_point_is_of_one_moment(swarm: Swarm, tmp_path: Path) -> None:
+    trainer = ta.AsyncTrainer((first := swarm.trainer()).module, first.optimizer, in_flight=4, publish=False)
+    reports = trainer.run(loss_of, batches(0, 40))
+    async for report in reports:
+        if report.version == 5:
+            await ta.save_model(swarm.node, trainer.module, tmp_path / "saved", trainer=trainer)
+    saved = open_folder(tmp_path / "saved")
+    state = saved.trainer()["trainer"]
+    # each step in which a row chose an expert is a step of that expert: no expert is ahead of the trainer
+    assert 5 <= state["version"] <= 9 and trainer.version == 40
+    assert max(one.version for one in saved.experts.values()) <= state["version"]
+    assert max(one.version for one in swarm.server.experts.values()) > state["version"]
+
+
+async def test_what_nobody_gives_is_told(swarm: Swarm, tmp_path: Path) -> None:
+    gate = swarm.gate()
+    swarm.host.unhost_expert("ffn.0.1")
+    with pytest.raises(CheckpointError, match=r"could not be saved: ffn.0.1 \("):
+        await ta.save_model(swarm.node, gate, tmp_path / "saved")
+    assert sorted(load_experts(tmp_path / "saved")) == ["ffn.0.0", "ffn.1.1"]
+    swarm.host.host_expert("ffn.0.1", {})
+    with pytest.raises(ValueError, match="no GatingFunction"):
+        await ta.save_model(swarm.node, nn.Linear(2, 2), tmp_path / "saved")
+
+
+async def test_shared_parameters_are_saved_and_restored_with_their_pieces(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    async def steps(shared: ta.SharedParameters[Any], optimizer: torch.optim.Optimizer, start: int) -> list[float]:
+        losses = []
+        for x, y in batches(start, 8):
+            loss = nn.functional.cross_entropy(shared.model(x), y)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            await shared.step()
+            await shared._wait_answers()  # alone, a round closes when its push has come
+            losses.append(float(loss.detach()))
+        return losses
+
+    folder, model = tmp_path / "saved", make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    async with ta.TesseractNode() as node, ta.SharedParameters(node, model, run="tiny", every=3) as shared:
+        await steps(shared, optimizer, 0)
+        await ta.save_model(node, shared, folder, optimizers=True)
+        state = shared.state_dict()
+        merged, expected = shared.merged(), await steps(shared, optimizer, 8)
+        pieces = {one.uid: one.copy.base for one in shared._parts}
+        await ta.restore_model(node, shared, folder)
+        assert shared.state_dict() == state
+        assert await steps(shared, optimizer, 8) == expected
+        assert {one.uid: one.copy.base for one in shared._parts} == pieces
+        # without a swarm it is the merged copy
+        loaded = ta.load_model(folder)
+        for name, tensor in merged.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_plain_calls_save_and_load_plain_models(tmp_path: Path) -> None:
+    with ta.BackgroundNode() as node, node.entered(make_server(node.node, UIDS, tmp_path / "experts")):
+        gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=GRID, in_features=WIDTH, k_best=2)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), gate, nn.Linear(WIDTH, 2)).eval()
+        x = torch.randn(5, WIDTH)
+        with torch.no_grad():
+            expected = model(x)
+            report = ta.save_model(node, model, tmp_path / "saved", optimizers=True)
+            assert sorted(report.taken) == UIDS
+            torch.testing.assert_close(ta.load_model(tmp_path / "saved")(x), expected, rtol=0, atol=1e-6)
+            # half precision is the gate's own: experts keep theirs
+            halved = model.half()(x.half())
+            assert halved.dtype == torch.float16
+            torch.testing.assert_close(halved.float(), expected, rtol=0, atol=2e-2)
+        assert ta.restore_model(node, model.float(), tmp_path / "saved") == report.taken
