@@ -77,6 +77,8 @@ class ServeOptions:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
         if self.shard is not None and (self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1):
             raise click.UsageError("--shard goes with one --device, and without --compile and --cuda-graphs")
+        if self.hf_checkpoint is not None and self.run_name is not None:
+            raise click.UsageError("--hf-checkpoint goes without --run: a run says nothing of a checkpoint")
         if self.hf_checkpoint is None and (self.dtype or self.master):
             raise click.UsageError("--dtype and --master go with --hf-checkpoint")
         if self.hf_checkpoint is not None and (self.shard or self.sizes or self.autocast):

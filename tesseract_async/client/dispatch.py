@@ -93,6 +93,8 @@ class CallsUnderWay:
         """See `_late_times`; None while it has to be worked out anew."""
         self._usual: tuple[float, float] | None = None
         """Seconds and rows of the median answer, once half of those first asked (and not failed) have answered."""
+        self._num_judged = -1, -1
+        """Answers and experts left out when that was worked out."""
 
     def start(self, now: float) -> None:
         """The pass begins. Once only."""
@@ -116,11 +118,14 @@ class CallsUnderWay:
         `stalled`: seconds since the start in which the caller could not have heard from anybody.
         """
         self._stalled, self._late = stalled, None
-        if self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
+        if self._num_judged == (len(self.answers), len(self.left_out)):
+            pass  # nothing is known that was not known before
+        elif self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
             seconds = statistics.median([call.seconds for call in self.answers])
             self._usual = seconds, statistics.median([len(call.rows) for call in self.answers])
         else:
             self._usual = None
+        self._num_judged = len(self.answers), len(self.left_out)
         if not self.is_over:
             self._decide(now)
         fresh, self._fresh = self._fresh, []
