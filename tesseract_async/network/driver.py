@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -56,7 +57,8 @@ class NetworkDriver(asyncio.DatagramProtocol):
         self.isolated.set()
         self._metrics = protocol.core.metrics
         self._loop = loop
-        self._sock = sock
+        # uvloop reads many datagrams in a turn by itself
+        self._sock = sock if isinstance(loop, asyncio.BaseEventLoop) else None
         self._speaks = families(sock)
         self._has_seeds = has_seeds
         self._on_role_change = on_role_change
@@ -163,12 +165,10 @@ class NetworkDriver(asyncio.DatagramProtocol):
         now = self._update_clock()
         self._receive(data, addr, now)
         # asyncio reads one datagram in each turn of the loop: where turns are long, the others would be late
-        for _ in range(MAX_PER_TURN - 1):
-            try:
-                data, addr = self._sock.recvfrom(MAX_DATAGRAM_BYTES)
-            except OSError:  # none is left; or what `error_received` is about
-                break
-            self._receive(data, addr, now)
+        if self._sock is not None:
+            with contextlib.suppress(OSError):  # none is left; or what `error_received` is about
+                for _ in range(MAX_PER_TURN - 1):
+                    self._receive(*self._sock.recvfrom(MAX_DATAGRAM_BYTES), now)
         self.cycle()
 
     def _receive(self, data: bytes, addr: tuple[str, int], now: float) -> None:

@@ -509,8 +509,10 @@ async def driven() -> AsyncIterator[tuple[NetworkDriver, socket.socket]]:
     with bound() as sock:
         driver = NetworkDriver(protocol, loop, sock, has_seeds=False, on_role_change=lambda: None)
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
-        yield driver, sock
-        await driver.aclose()
+        try:
+            yield driver, sock
+        finally:
+            await driver.aclose()
 
 
 @pytest.mark.both_loops
@@ -531,11 +533,12 @@ async def test_many_datagrams_are_read_in_one_turn_of_the_loop_but_not_all() -> 
             for _ in range(num_sent):
                 sender.sendto(b"x", sock.getsockname())
         num_read = [0]
-        while num_read[-1] < num_sent:
+        while num_read[-1] < num_sent and len(num_read) < 1000:
             await asyncio.sleep(0)
             num_read.append(int(metrics.total("network_datagrams_dropped")))
+        assert num_read[-1] == num_sent
         turns = [after - before for before, after in itertools.pairwise(num_read) if after > before]
-        assert len(turns) <= 5 and max(turns) <= 2 * MAX_PER_TURN, turns
+        assert 1 < len(turns) <= 10 and max(turns) <= 2 * MAX_PER_TURN, turns
 
 
 async def test_the_receive_buffer_is_raised() -> None:
