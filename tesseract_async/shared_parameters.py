@@ -4,8 +4,6 @@ What trainers learn travels as differences to the fragments' hosts, which are tr
 of all trainers' differences comes back, and is added in `step`. Nobody waits for anybody.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import copy
@@ -84,8 +82,6 @@ class SharingReport:
 
 @dataclass(frozen=True, slots=True)
 class _Arrived:
-    """The answer to a push or a pull."""
-
     epoch: int
     steps: int
     updates: list[Update] | None = None
@@ -183,8 +179,6 @@ class SharedParameters(Uncopied, Generic[M]):
         if self._found is None:
             raise RuntimeError("SharedParameters are entered first, by `async with` or `with`")
         return self._found
-
-    # ------------------------------------------------------------------------------------------------ life
 
     async def __aenter__(self) -> Self:
         if isinstance(self._given, PlainCalls):
@@ -314,8 +308,6 @@ class SharedParameters(Uncopied, Generic[M]):
         await asyncio.gather(*self._asking, return_exceptions=True)
         await self._stack.aclose()
 
-    # ------------------------------------------------------------------------------------------------ a trainer's calls
-
     @property
     def steps(self) -> int:
         """Optimizer steps of all trainers, as far as it is known here: learning-rate schedules follow it."""
@@ -428,8 +420,6 @@ class SharedParameters(Uncopied, Generic[M]):
         layout.add(self.model, own.cut, change)
         return 1
 
-    # ------------------------------------------------------------------------------------------------ flushing
-
     async def _flush(self, timeout: float) -> None:
         async with asyncio.timeout(timeout):
             for turn in self._flushing():
@@ -466,8 +456,6 @@ class SharedParameters(Uncopied, Generic[M]):
     async def _wait_answers(self) -> None:
         while self._asking:
             await asyncio.wait(self._asking)
-
-    # ------------------------------------------------------------------------------------------------ on the loop
 
     def _start(
         self, part: _Part, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes

@@ -103,7 +103,6 @@ def arguments_now(structure: Structure) -> tuple[Structure, Versions]:
 
 
 def _taken(value: Structure, tensors: list[torch.Tensor]) -> Structure:
-    """Return the structure, and add its tensors to `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors.append(value.clone() if _may_change_unseen(value) else value)
         return tensors[-1]

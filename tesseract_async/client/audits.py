@@ -5,8 +5,6 @@ again: the one that contradicts itself is caught; otherwise a third replica deci
 compared: a training primary only just after a follower has pulled its weights.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math
@@ -48,8 +46,6 @@ _HALF_TOLERANCE: Final = 0.04
 
 
 class Verdict(Enum):
-    """How an audit ended."""
-
     AGREED = "agreed"
     CAUGHT = "caught"
     DISPUTED = "disputed"
@@ -145,7 +141,6 @@ class Audits:
             await asyncio.wait(self._tasks)
 
     async def aclose(self) -> None:
-        """Give up the audits under way."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,7 +1,5 @@
 """A search for the best live experts of a grid that is too large to read, or not read yet: cell by cell. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

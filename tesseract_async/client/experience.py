@@ -105,8 +105,6 @@ class Experience(Uncopied):
             self._ignored[peer] = None
         self.node.directory.report_failure(replica, reason="schema")
 
-    # ------------------------------------------------------------------------------------------------ mixtures
-
     def patience(self, direction: Direction, settings: MixtureSettings) -> float:
         """The share beyond what is usual after which a call is slow: as set, or as learned."""
         known = settings.patience

@@ -1,7 +1,5 @@
 """One exchange with an expert that several servers host: which of them is asked, and which next if that one fails."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Final, TypeVar

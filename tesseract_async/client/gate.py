@@ -1,7 +1,5 @@
 """Gate: what a mixture's gate scores and how its answers are weighed, wherever the experts are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index

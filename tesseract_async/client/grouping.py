@@ -9,8 +9,6 @@ In forward any replica may answer; the next one is asked when one fails, or is s
 the primary does; where it fails, the expert is looked up anew.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -84,8 +82,6 @@ class Step(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Search:
-    """One call on its way from replica to replica."""
-
     known: Sequence[ExpertReplica] = ()
     left: list[ExpertReplica] = field(default_factory=list)
     """Those to ask next."""
@@ -213,7 +209,6 @@ class Grouping:
             self._take(call, search, replicas, now)
 
     def _take(self, call: ExpertCall, search: _Search, found: Sequence[ExpertReplica] | None, now: float) -> None:
-        """Go on with these replicas."""
         try:
             search.known = self._rank(call, found, now)
         except TesseractError as error:
@@ -264,7 +259,6 @@ class Grouping:
     def _failed(
         self, call: ExpertCall, request: Request, replica: ExpertReplica, error: BaseException, now: float
     ) -> None:
-        """A replica did not answer."""
         search = self._searches[call]
         search.requests.remove(request)
         call.error = call.error or error

@@ -1,7 +1,5 @@
 """`LocalMixture`: a gate whose experts are here: an ordinary module, which answers as the swarm did."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal

@@ -4,8 +4,6 @@ Gradients are divided on the way to experts, which step in the midst of backward
 again. The caller of a backward says its scale, or a hook on what `GradScaler.scale` gives notes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import warnings
@@ -47,7 +45,6 @@ class Scaled:
         return self.factor
 
     def is_enabled(self) -> bool:
-        """It was."""
         return True
 
 

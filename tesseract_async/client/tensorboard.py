@@ -1,7 +1,5 @@
 """TensorBoard: a callback that writes each step's figures where TensorBoard reads them."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from tesseract_async.client.trainer import StepReport

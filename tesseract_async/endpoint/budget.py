@@ -82,8 +82,6 @@ class Reservation:
 
 
 class _Use:
-    """The bytes that one peer holds."""
-
     __slots__ = ("num_bytes", "announced", "windows", "line", "taken", "num_reservations")
 
     def __init__(self) -> None:
@@ -145,10 +143,7 @@ class Budget:
         return None
 
     def open_window(self, owner: Owner, size: int) -> bool:
-        """Promise a flow-control window, or more of one, unless too many were promised, to all or to this range.
-
-        `close_window` takes it back.
-        """
+        """Promise a flow-control window, or more of one, unless too many were promised, to all or to this range."""
         use = self._use(owner)
         others = sum(one.windows for one in self._groups[owner.group].values())
         if self.windows + size > self.total or (others and others + size > 2 * self.share):
@@ -167,10 +162,7 @@ class Budget:
             self._forget(owner, use)
 
     def add(self, reservation: Reservation, more: int) -> bool:
-        """Count `more` bytes of it, for which others may have to go. False if there is no room: it has to be released.
-
-        For `Reservation`, as `leave`.
-        """
+        """Count `more` bytes of it, for which others may have to go. False if there is no room: release it."""
         self.used += more
         use = reservation.use
         use.num_bytes += more
@@ -239,11 +231,7 @@ class Budget:
 
 
 class FairCount:
-    """Bytes that cannot be taken back before their time, such as those of calls under way.
-
-    An address range may hold as much as it leaves free, a peer half as much: so something is always left for the next
-    one, however many came before.
-    """
+    """Bytes that cannot be taken back before their time, such as those of calls under way."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -263,7 +251,6 @@ class FairCount:
         return True
 
     def give_back(self, owner: Owner, num_bytes: int) -> None:
-        """End the use of bytes that `take` counted."""
         self.used -= num_bytes
         for counts, key in ((self._groups, owner.group), (self._peers, owner.peer)):
             counts[key] = counts.get(key, 0) - num_bytes

@@ -216,7 +216,6 @@ class Connection:
         self._arm_timer()
 
     def room_changed(self, room: Reservation) -> None:
-        """See `RoomHolder`."""
         if room is self._unsent:
             self._drop_unread()
         elif self._lost_reason is None:

@@ -1,7 +1,5 @@
 """How many connections a process may hold, and which of those that are not established yet may wait. No I/O."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Final, Generic, NamedTuple, TypeVar

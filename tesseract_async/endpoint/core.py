@@ -223,10 +223,7 @@ class ConnectionCore:
             self.receive(call)
 
     def receive(self, call: CallState) -> None:
-        """Take memory for a message whose room was granted, and tell its sender if that has asked.
-
-        Without memory the room is given up, as if it were wanted for others.
-        """
+        """Take memory for a message whose room was granted, and tell its sender if that has asked."""
         announced, call.announced = call.announced, None
         room = call.room
         assert room is not None and announced is not None

@@ -1,7 +1,5 @@
 """Opens and accepts connections: races paths, makes handshakes, and keeps half-open ones few."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -1,7 +1,5 @@
 """Events of the machine of a connection (`protocol`) for its driver."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from tesseract_async.errors import ConnectionLost

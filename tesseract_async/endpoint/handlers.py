@@ -1,7 +1,5 @@
 """Runs the handlers of the calls that one peer makes, and sends what they answer."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """The calls that a peer makes on a connection: requests in, replies out. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -27,8 +25,6 @@ STEP: Final = 256 * 1024
 
 
 class ReceivedCall(CallState):
-    """A call that the peer made."""
-
     grant_kind = frames.GRANT_REQUEST
     delivered = False
     """True once the handler has it; its body is the handler's alone."""

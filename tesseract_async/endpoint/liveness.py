@@ -1,7 +1,5 @@
 """Liveness of a peer: pings, round-trip times, and when to give a silent connection up. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Final
 

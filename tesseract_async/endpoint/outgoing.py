@@ -1,7 +1,5 @@
 """The calls that this end makes on a connection: requests out, replies in. No I/O."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 
@@ -15,8 +13,6 @@ from tesseract_async.wire.heads import RequestHead
 
 
 class OutgoingCall(CallState):
-    """A call under way."""
-
     grant_kind = frames.GRANT_REPLY
     small = 0
     """Bytes counted against the peer's max_small."""

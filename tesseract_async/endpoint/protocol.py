@@ -8,8 +8,6 @@ arm a timer for `timer_at`, and `deliver` what has changed in the node's budgets
 `room_changed`. Untrusted bytes raise only `ProtocolError`, from the readers; the driver closes then.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable
 
@@ -182,7 +180,6 @@ class ConnectionProtocol:
         self.core.events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
 
     def timer_at(self) -> float:
-        """Return the time at which to call `handle_timer`."""
         deadlines, due = self.core.deadlines, self.life.timer_at()
         return min(due, deadlines[0][0]) if deadlines else due
 

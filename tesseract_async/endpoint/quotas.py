@@ -1,7 +1,5 @@
 """The recent use of each peer, against its quota (`admission.Quota`). No I/O: time is given to it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -96,7 +94,6 @@ class Quotas:
         return min(max(use.calls.wait(now, 1.0), 0.001), 3600.0)
 
     def charge(self, peer_id: PeerID, num_bytes: int, now: float) -> None:
-        """A reply of `num_bytes` goes out."""
         use = self._uses.get(peer_id)
         if use is not None and use.num_bytes is not None:
             use.num_bytes.take(num_bytes, now)

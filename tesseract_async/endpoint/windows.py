@@ -1,7 +1,5 @@
 """Flow-control windows: large messages within them need not ask for room first, which saves a round trip. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from tesseract_async.endpoint.budget import Budget, Owner
@@ -10,11 +8,7 @@ from tesseract_async.wire import frames
 
 
 class Windows:
-    """The window that this end keeps for its peer, and the one that the peer keeps for it.
-
-    Ours is promised out of `budget`, opened by the first message that asks, and widened to what rate times delay
-    need. `put` takes frames for the peer.
-    """
+    """The window that this end keeps for its peer, and the one that the peer keeps for it."""
 
     def __init__(
         self, budget: Budget, owner: Owner, window_bytes: int, *, put: Callable[[bytes], None], now: float
@@ -72,10 +66,7 @@ class Windows:
         self._put(frames.frame(frames.CREDIT, stream=size))
 
     def measure(self, count: int, now: float, rtt: float | None) -> bool:
-        """Count a chunk that arrived, and widen our window where rate times delay asks for more.
-
-        True when there is a new rate: the delay should be measured, too.
-        """
+        """Count a chunk that arrived, and widen our window where rate times delay asks for more."""
         if now - self._burst_last > 0.1:
             self._burst_begin, self._burst_bytes = now, 0  # the first chunk of a burst only starts the clock
         else:

@@ -90,8 +90,6 @@ class Authority:
         """Seconds between two states that an expert's other servers fetch."""
         return self.run.manifest.sync_every
 
-    # ------------------------------------------------------------------------------------------------ who may
-
     def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool:
         """Return whether `peer_id` may act as `role`, for `uid` or (None) at all.
 
@@ -110,7 +108,6 @@ class Authority:
         return any(self.may(peer_id, role, now=None) for role in ("host", "train", "share"))
 
     def grant_of(self, peer_id: PeerID) -> Grant | None:
-        """The grant that holds for this peer."""
         return self._grants.get(peer_id)
 
     def grants(self) -> list[Grant]:
@@ -131,7 +128,6 @@ class Authority:
         return peer_id in self._since and peer_id not in self._grants
 
     def appointment(self, uid: str) -> Appointment | None:
-        """The appointment that holds for this uid."""
         if uid not in self._appointed:
             some = (one for one in reversed(self.appointments()) if uid in one.pattern)
             self._appointed[uid] = next(some, None)
@@ -141,13 +137,8 @@ class Authority:
         """The lowest epoch of a Term that begins now (seconds since 1970)."""
         return max(0, int(now) - EPOCH_ZERO)
 
-    # ------------------------------------------------------------------------------------------------ learning
-
     def learn_grant(self, blob: object, peer_id: PeerID | None = None) -> bool:
-        """Take in a grant, which must be `peer_id`'s if that is given. Return whether it, or a newer one, holds.
-
-        Untrusted; False for anything that is wrong with it. One that is known costs a look-up.
-        """
+        """Take in a grant, which must be `peer_id`'s if that is given. Return whether it, or a newer one, holds."""
         known = None if peer_id is None else self._grants.get(peer_id)
         if known is not None and known.blob == blob:
             return True

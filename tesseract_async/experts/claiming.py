@@ -8,8 +8,6 @@ would let them meet by chance. Reservations bind nobody: a server that ignores t
 A reservation is bytes: the number of dimensions, then 4 bytes (big-endian) per coordinate, expert by expert.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -142,7 +140,6 @@ def decode_reservation(value: object) -> list[Coords]:
 async def _hosted(
     network: TesseractNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
 ) -> Counter[Coords]:
-    """Count the other servers that host each expert of the grid."""
     entries = await network.get_entries(trust.grid_key(pattern.prefix))
     others = [entry for entry in entries if entry.owner != network.peer_id]
     claims = await read_claims(others, prefix=pattern.prefix, now=clock(), trust=trust)
@@ -156,7 +153,6 @@ async def _hosted(
 async def _reserved(
     network: TesseractNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
 ) -> dict[PeerID, set[Coords]]:
-    """Read what others reserved."""
     found: dict[PeerID, set[Coords]] = {}
     run = trust.authority(pattern.prefix)
     entries = await network.get_entries(claims_key(pattern.prefix, trust.tag(pattern.prefix)))

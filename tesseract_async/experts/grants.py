@@ -87,7 +87,6 @@ class Grant:
 
     @property
     def role_names(self) -> list[Role]:
-        """The roles in words."""
         return [role for role, bit in ROLES.items() if self.roles & bit]
 
 

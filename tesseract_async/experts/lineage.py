@@ -4,8 +4,6 @@ It keeps what was seen of one expert and says which Term holds; all who have see
 by epoch, never by version, so that nobody gains anything by naming a large one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections import Counter
@@ -205,20 +203,15 @@ class Lineage:
         return 0 if self.best is None else self.best.epoch
 
     def seal_of(self, term: Term) -> Seal | None:
-        """The newest Seal of a Term, or its parent where it has none yet: the state that others have of it.
-
-        Of an exposed primary, the one before the two.
-        """
+        """The newest Seal of a Term, or its parent where it has none yet: the state that others have of it."""
         if term.digest in self._exposed:
             return term.seal
         return self._seals.get(term.digest, term.seal)
 
     def own_seal_of(self, term: Term) -> Seal | None:
-        """The newest Seal of this very Term."""
         return self._seals.get(term.digest)
 
     def term_of(self, seal: Seal) -> Term | None:
-        """The Term that a Seal belongs to, if that was seen."""
         return self._terms.get(seal.term)
 
     def is_in_line(self, seal: Seal, term: Term) -> bool:
@@ -285,10 +278,7 @@ class Lineage:
         return weights
 
     def _is_refuted(self, term: Term, lines: Mapping[bytes, set[bytes]]) -> bool:
-        """Return whether the line that it thought dead went on after it, by the word of its primaries.
-
-        No adoption comes within a lease of a member's Term: members have the expert before others may adopt it.
-        """
+        """Return whether the line that it thought dead went on after it, by the word of its primaries."""
         assert term.seal is not None
         adopts = term.kind is Kind.ADOPTION
         for digest, line in lines.items():
@@ -317,7 +307,6 @@ class Lineage:
         return {digest for step in self._walk(term) for digest in (step.digest, *_parent(step))}
 
     def _root(self, term: Term) -> bytes:
-        """The last of these digests."""
         *_, last = self._walk(term)
         return (last.digest, *_parent(last))[-1]
 

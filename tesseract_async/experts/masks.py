@@ -5,8 +5,6 @@ anew each time. The first failure is forgiven with the server's next manifest, f
 one. Every further one before an answer hides the replica for twice as long, whatever it publishes meanwhile.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tesseract_async.identity import PeerID

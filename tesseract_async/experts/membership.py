@@ -1,7 +1,5 @@
 """`Membership`: what a server knows of an expert's primary, for whom it voted, what it may do, and signs. No I/O."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -170,11 +168,7 @@ class Membership:
         return gone and self.lineage.seal_of(best) is None
 
     def may_begin(self, now: float, wall: float) -> bool:
-        """Return whether nobody has a state of the expert.
-
-        Where the network may have forgotten it, or another host's manifest names an epoch of which nothing is known,
-        a server that has it is given ten leases to come; then the run must let experts begin anew.
-        """
+        """Return whether nobody has a state of the expert."""
         if not self.is_unsealed(now):
             return False
         forgotten = self._authority.may_be_forgotten(wall)
@@ -191,7 +185,6 @@ class Membership:
         return now - self.looked_at < max(self.lease / 2, 5.0) and past
 
     def ask(self, kind: str, others: set[PeerID], epoch: int, now: float) -> tuple[Poll, list[Send]]:
-        """Ask all of these the same."""
         best, held = self.lineage.best, self.held
         term = b"" if best is None or kind == "vote" else best.blob
         question = Question(kind, epoch, self._boot, term, b"" if held is None else held.blob)
@@ -247,7 +240,6 @@ class Membership:
         return epoch > self.promised or (epoch == self.promised and self._voted_for == peer)
 
     def sign_vote(self, peer: PeerID, epoch: int) -> Vote:
-        """Sign the vote that was promised."""
         assert self.held is not None
         return sign_vote(self._identity, self._run, uid=self.uid, epoch=epoch, candidate=peer, seal=self.held.age)
 
@@ -264,7 +256,6 @@ class Membership:
     # -- what it may do, and signs -------------------------------------------------------------------------------------
 
     def may_host(self, peer: PeerID) -> bool:
-        """Return whether this peer may host the expert."""
         return self._authority.may(peer, "host", self.uid, now=None)
 
     def may_succeed(self, peer: PeerID) -> bool:

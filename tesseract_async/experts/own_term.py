@@ -1,7 +1,5 @@
 """`OwnTerm`: the Term of this server, the members that decide with it, and its lease by their word. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Set
 from random import Random
 from typing import Final
@@ -26,10 +24,7 @@ class OwnTerm:
     def __init__(
         self, term: Term, others: tuple[PeerID, ...], votes: Mapping[PeerID, tuple[float, Age]], *, now: float
     ) -> None:
-        """`others` decide at first. Their `votes` count as agreement: when each was asked, and its file's age.
-
-        Those who voted have heard nothing of the former primary for a lease: it is replaced before it is waited for.
-        """
+        """`others` decide at first. Their `votes` count as agreement: when each was asked, and its file's age."""
         self.term = term
         self.number = 0
         """The number of its newest Seal."""
@@ -71,15 +66,11 @@ class OwnTerm:
         self._holds.pop(peer, None)
 
     def sealed(self, seal: Seal) -> None:
-        """Take in the newest Seal."""
         self.named, self._age = seal.successors, seal.age
         self._settle()
 
     def lease_until(self, renewed: float, lease: float) -> float:
-        """When the lease ends: two thirds of one after a majority agreed, counted from sending.
-
-        One or two go on for a whole one after the network took their word: availability first.
-        """
+        """When the lease ends: two thirds of one after a majority agreed, counted from sending."""
         return min(self._until(some, renewed, lease) for some in (self.settled, self.named))
 
     def heirs(self, hosts: Set[PeerID], now: float, lease: float) -> list[PeerID]:

@@ -5,8 +5,6 @@ root; each further piece is a leaf, checked against the list, so the sender of a
 one leaf is piece 0 itself.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Collection, Hashable, Sequence
@@ -243,5 +241,4 @@ class PieceFetch(Generic[Source]):
 
 
 def split_list(data: bytes | bytearray | memoryview) -> list[bytes]:
-    """Return the hashes in piece 0."""
     return [bytes(data[at : at + HASH_BYTES]) for at in range(0, len(data), HASH_BYTES)]

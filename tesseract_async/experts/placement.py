@@ -8,8 +8,6 @@ A member that would compute an expert which it only holds needs nothing but its 
 hashing, places files for survival and successors for the next primary.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections import Counter, defaultdict
@@ -318,11 +316,7 @@ def unknown(survey: Survey, pattern: ExpertPattern) -> Iterator[str]:
 def _relieve(
     survey: Survey, free: dict[PeerID, int], may: Callable[[PeerID, str], bool], steps: dict[PeerID, list[Step]]
 ) -> None:
-    """Relieve servers of which more is wanted than they can: the hottest first, each server in one move at most.
-
-    Its hottest expert goes to a server that has the state already; where none of those can take it, a helper begins
-    to take forwards, and may be its next primary. Failing both for this expert, the next one is looked at.
-    """
+    """Relieve servers of which more is wanted than they can: the hottest first, each server in one move at most."""
     places = survey.places
     pressure = {peer: place.pressure for peer, place in places.items()}
     hot = sorted((peer for peer in places if pressure[peer] > HOT), key=lambda peer: (-pressure[peer], peer))
@@ -473,11 +467,7 @@ class Placement:
             self._missed.setdefault(uid, now)
 
     def _may_begin(self, survey: Survey, uid: str, now: float, wall: float) -> bool:
-        """Return whether an expert that nobody has was never begun, as far as one can tell, or may begin anew.
-
-        Where the run went on all the time, its members know of a state that was lost. Where everybody comes back after
-        a while, those that have the state may come later than others.
-        """
+        """Return whether an expert that nobody has was never begun, as far as one can tell, or may begin anew."""
         if uid not in self.lost:
             if 0 <= wall - self._created < YOUNG:
                 return True

@@ -1,7 +1,5 @@
 """Trainers' progress, as observers see it: the latest step and loss of each trainer of a grid, in the network."""
 
-from __future__ import annotations
-
 import math
 from typing import Final, Protocol
 

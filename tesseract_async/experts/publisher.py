@@ -1,7 +1,5 @@
 """How a server's manifests stay in the network: declared, renewed before they expire, withdrawn when it leaves."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import logging

@@ -106,7 +106,6 @@ def records_key(run_id: bytes) -> str:
 
 
 def grant_key(run_id: bytes, peer_id: PeerID) -> str:
-    """Where a new grant waits for its peer."""
     return f"run-grants/{run_id.hex()}/{peer_id}"
 
 
@@ -300,9 +299,7 @@ class RunKeeper:
         return authority.kept(self._me) != before
 
     async def renew_grants(self) -> list[Grant]:
-        """Sign anew the grants that end within `grants.RENEW_SECONDS`, if this node may grant. Return the new ones.
-
-        Those of expired, revoked or unknown peers are left."""
+        """Sign anew the grants that end within `grants.RENEW_SECONDS`, if this node may grant. Return the new ones."""
         authority, identity, now = self.authority, self._identity, self._clock()
         if identity is None or not authority.rules(identity.peer_id):
             return []

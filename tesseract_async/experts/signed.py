@@ -7,8 +7,6 @@ kind of record it is (``b"tesseract grant 1\\0"``): nobody can show a record of 
 A `Format` declares one kind of record; most bodies are lists of fields (`listed`).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -126,7 +124,6 @@ def octets(length: int) -> Callable[[object], bytes]:
 
 
 def peer(value: object) -> PeerID:
-    """A field that is a peer id."""
     return PeerID(octets(32)(value))
 
 
@@ -138,7 +135,6 @@ def peers(value: object) -> tuple[PeerID, ...]:
 
 
 def optional(field: Callable[[object], R]) -> Callable[[object], R | None]:
-    """A field that may be None instead."""
     return lambda value: None if value is None else field(value)
 
 

@@ -5,8 +5,6 @@ of that hour (`publish_thanks`). Entries of the network are signed by the node t
 word of peers that may train only, and nobody's word about itself.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable

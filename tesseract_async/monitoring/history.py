@@ -1,7 +1,5 @@
 """History: what was measured over the last 5 minutes, hour and day, at most some hundred points each. No I/O."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from typing import Final

@@ -4,8 +4,6 @@
 when to look again. Its driver is `reach`.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

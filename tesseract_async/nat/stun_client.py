@@ -3,8 +3,6 @@
 An outside TURN server is only described here.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

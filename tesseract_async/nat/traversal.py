@@ -6,8 +6,6 @@ decides who is at the other end. So nothing here needs to be trusted: at worst t
 looks for better paths to peers that are reached through a relay or a punched hole.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

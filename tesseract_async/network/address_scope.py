@@ -6,8 +6,6 @@ also to those of the same kind of network, and only a node on loopback to loopba
 stranger's word.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Iterable
 from functools import lru_cache

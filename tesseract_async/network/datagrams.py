@@ -26,8 +26,6 @@ without one is padded, and its reply kept within three times its length. The *ch
 once for each pair of nodes; the *proof* is its public key and signature over `proof_statement`.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The driver of one node's machine: a UDP socket, one timer, and the host names of seeds."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import socket

@@ -1,7 +1,5 @@
 """Entries of the network as its users see them. Pure."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

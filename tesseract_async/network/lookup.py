@@ -179,7 +179,6 @@ class Lookup:
         return (answered if max_per_range is None else few_per_range(answered, max_per_range))[: self.k]
 
     def _next(self, path: LookupPath, count: int) -> list[LookupCandidate]:
-        """Return up to `count` candidates that a path would ask."""
         found: list[LookupCandidate] = []
         num_counted = 0
         for candidate in path.candidates:

@@ -1,7 +1,5 @@
 """TesseractNetwork: the DHT of one node, as its users see it."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random

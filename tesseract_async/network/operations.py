@@ -4,8 +4,6 @@ Operations (those of `reading`, `writing` and `joining` too) hold their own stat
 calls and tells them how these ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from tesseract_async.errors import ProtocolError
@@ -118,12 +116,7 @@ class Search(Caller):
 
 
 class Region:
-    """A search for the nodes around a key, by lookups of random ids there.
-
-    Where a key's nearest nodes are nearer than chance would have it (`Density`), records go to everybody in the region
-    where k nodes are expected, and are looked for there: nodes that live in it by chance cannot be driven out, however
-    many ids lie nearer.
-    """
+    """A search for the nodes around a key, by lookups of random ids there."""
 
     def __init__(self, core: Core, lookup: Lookup, now: float, on_end: Callable[[list[Contact], float], None]) -> None:
         """`lookup` found the key's neighborhood captured. `on_end` gets up to `MAX_MEMBERS`, nearest first."""

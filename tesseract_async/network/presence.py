@@ -5,8 +5,6 @@ Nobody else can sign it. So a node that reads a newer one than it wrote last has
 later withdraws.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -4,8 +4,6 @@ A key's records form a dictionary whose entries are told apart by (subkey, owner
 a hash of that identity; pages and range digests follow the order of slots, so that they mean the same at every holder.
 """
 
-from __future__ import annotations
-
 import enum
 import heapq
 from bisect import bisect_left, insort
@@ -125,7 +123,6 @@ class _Dictionary:
         return summarize(list(self.entries.values()))
 
     def in_order(self, start: int) -> Iterator[tuple[int, SignedRecord]]:
-        """Yield (slot, record) from the slot `start` on."""
         if self.index is not None:
             order = self.index.order
             for position in range(bisect_left(order, start, key=_slot_of), len(order)):
@@ -293,10 +290,7 @@ class Storage:
             yield from list(dictionary.entries.values())
 
     def _make_room(self, record: SignedRecord, source: Source | None) -> bool:
-        """Drop entries of the largest source until the newcomer fits: far ones, of keys with one source, first.
-
-        Return False if it does not fit without dropping entries of a source that has less.
-        """
+        """Drop entries of the largest source until the newcomer fits: far ones, of keys with one source, first."""
         dictionary = self._keys.get(record.key)
         if dictionary is not None and len(dictionary.entries) >= self._max_entries_per_key:
             crowding = self.shares.crowding_in(record.key, source)

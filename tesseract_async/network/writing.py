@@ -1,7 +1,5 @@
 """Storing records on the nodes closest to their keys. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
@@ -24,11 +22,7 @@ SHORTEST_WAIT = 0.15
 
 
 class Write:
-    """A write of records, each to the k nodes closest to its key. Records that share a holder share datagrams.
-
-    It ends when every holder has answered. Once half of them have, the others are not waited for beyond `PATIENCE`
-    times as long as these needed: a dead one would cost every writer a second.
-    """
+    """A write of records, each to the k nodes closest to its key. Records that share a holder share datagrams."""
 
     def __init__(self, core: Core, records: Sequence[SignedRecord]) -> None:
         assert records

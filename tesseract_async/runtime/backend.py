@@ -8,8 +8,6 @@ one step, and `step` hands the sum to the optimizer. So a batch that fails leave
 split over batches equals one that is not.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math
@@ -369,7 +367,6 @@ class ExpertBackend:
         return self._gathered.merged()
 
     def take_gathered(self) -> Gradients | None:
-        """Return `gathered`, and forget them."""
         found = self._gathered.merged()
         self._gathered.clear()
         return found

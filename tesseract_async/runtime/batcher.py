@@ -172,7 +172,6 @@ _Heap = list[tuple[float, int, list[QueuedRequest]]]
 
 
 def _sweep(heap: _Heap) -> None:
-    """Drop all empty cells."""
     heap[:] = [entry for entry in heap if entry[2]]
     heapq.heapify(heap)
 
@@ -413,10 +412,7 @@ class Batcher:
         return batch
 
     def finish(self, batches: Sequence[Batch], now: float) -> float:
-        """Account for a batch that has run, well or badly, or several in one pass. Returns the seconds that it took.
-
-        Bytes are freed request by request.
-        """
+        """Account for a batch that has run, well or badly, or several in one pass. Returns the seconds that it took."""
         # next to another batch, its time begins where that one's ended
         took = now - max(batches[0].started, self._finished_at)
         self._finished_at = now
@@ -456,10 +452,7 @@ class Batcher:
         return dataclasses.replace(self._statistics)
 
     def _fill(self, batch: Batch, limit: int, turn: float) -> None:
-        """Take the queue's requests in order until there are enough rows, or one does not fit any more.
-
-        Accounts whose `turn` it is not have no rows in the batch either: they would slow it down for the others.
-        """
+        """Take the queue's requests in order until there are enough rows, or one does not fit any more."""
         queue, enough = batch.queue, math.inf
         if not queue.preferred_sizes and batch.started - self._busy_since <= KEEPING_UP_SECONDS:
             enough = queue.cost.rows_until(self._fixed_share)

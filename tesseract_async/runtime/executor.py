@@ -87,8 +87,6 @@ class Download(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step that an expert is to take."""
-
     backend: ExpertBackend
     summed: Gradients
     call_ids: list[bytes]
@@ -609,7 +607,6 @@ class _NotNow(Exception):
 
 
 def _presence(works: Sequence[Work]) -> tuple[bool, ...]:
-    """Return, for each output, whether there are gradients of it."""
     given = [by.output_gradients for by in works if by.output_gradients is not None]
     return tuple([any(x is not None for x in column) for column in zip(*given, strict=True)])
 
@@ -675,7 +672,6 @@ def _check_alone(work: Work) -> None:
 
 
 def _joined(part: RowSlice, work: Work, result: WorkResult) -> WorkResult | None:
-    """Return the request's whole result if this was its last slice."""
     work.results.append(result)
     if not part.is_last:
         return None

@@ -5,8 +5,6 @@ server's experts of one grid, those without gradients too, on zeros: with an opt
 that equals one optimizer over all of them. Their versions count the steps of all, and are the *round*.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby

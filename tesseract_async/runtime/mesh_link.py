@@ -211,7 +211,6 @@ class MeshLink:
         self._sockets[channel, rank] = one
 
     def _join(self, store: Store, until: float) -> None:
-        """Find the leader, and connect to it."""
         while len(self._sockets) < 3:
             # what is written there may be of a meeting that is over: then nobody listens any more
             host, port, self.token = store.get(_KEY).decode().split()

@@ -5,8 +5,6 @@ with copies of its last row (never with zeros, which a module may divide by), an
 Copies get no gradient.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Sequence

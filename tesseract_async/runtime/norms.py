@@ -7,8 +7,6 @@ the limit for others however much it sends. An account that is alone can, within
 gradients have grown is scaled down for no longer than that.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
@@ -89,7 +87,6 @@ class UsualNorms:
         return not was_settled and self.is_settled
 
     def values(self) -> list[float]:
-        """Return all norms that are remembered."""
         return [*self._of_before, *(norm for account in self._accounts.values() for norm in account.norms)]
 
     def _find(self) -> None:

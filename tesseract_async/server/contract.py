@@ -133,7 +133,6 @@ class VolunteerContract:
         return self._usage
 
     def count_bytes(self, num_bytes: int, now: float) -> None:
-        """Count bytes that were sent or received."""
         usage = self.usage(now)
         self._usage = Usage(usage.period_start, usage.num_bytes + num_bytes)
 

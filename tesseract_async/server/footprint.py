@@ -1,7 +1,5 @@
 """The memory that an expert takes, measured, and how a volunteer's limit is divided."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import gc
@@ -219,7 +217,6 @@ def peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
 
 
 def process_bytes() -> int:
-    """Return the memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 

@@ -65,12 +65,10 @@ class _Tensors(nn.Module):
         return x
 
     def put(self, update: Update) -> None:
-        """Write down an update."""
         self.get_buffer("updates")[update.version % KEPT_UPDATES] = _octets(update.data)
         self.put_root(update.version, update.root)
 
     def put_root(self, version: int, root: bytes) -> None:
-        """Write down the root of a version."""
         self.get_buffer("roots")[version % (KEPT_UPDATES + 1)] = _octets(root)
 
 
@@ -188,8 +186,6 @@ class FragmentBackend(ExpertBackend):
 
 @dataclass(slots=True)
 class _Gathering:
-    """The pushes to one fragment, and who waits for them to count."""
-
     rounds: Rounds
     waiting: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
     """By journal key."""

@@ -1,7 +1,5 @@
 """HostedState: one expert of a server, with its role, its state and its checkpoints."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from pathlib import Path

@@ -83,7 +83,6 @@ class ReplicaMismatch(ValueError):
 
 
 def owner_of(replica: ExpertReplica) -> PeerID:
-    """Return the server that a replica is at."""
     assert replica.peer.peer_id is not None, "manifests are read with their owners"
     return replica.peer.peer_id
 

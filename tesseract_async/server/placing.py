@@ -263,10 +263,7 @@ class Placing:
         self._spawn(self._compute(uid))
 
     async def _compute_wanted(self) -> bool:
-        """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile.
-
-        Returns whether there is any that it is about to be the primary of.
-        """
+        """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile."""
         is_busy = False
         for uid in self._tenures.uids():
             tenure = self._tenures.tenure(uid)

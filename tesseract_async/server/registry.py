@@ -499,7 +499,6 @@ def block(
 
 @register("linear")
 def linear(in_features: int = 1024, out_features: int | None = None) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """Return one `nn.Linear`."""
     return nn.Linear(in_features, out_features or in_features), (TensorSpec((in_features,)),)
 
 

@@ -4,8 +4,6 @@ A trainer pushes anchor - local, goes on stepping, and adds new - sent when the 
 values at the time of the push: what it learned meanwhile stays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

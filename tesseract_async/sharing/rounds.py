@@ -5,8 +5,6 @@ A round opens with the first push. It closes when every peer that pushed in the 
 between rounds. A push that comes later counts in the next round.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections import deque
 from collections.abc import Sequence

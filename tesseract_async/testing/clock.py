@@ -1,7 +1,5 @@
 """Virtual time: actions happen in order, without waiting."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """A pipe and, unless the network is trusted, TLS: an ordered byte channel to a known peer."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator, Sequence
 from itertools import groupby

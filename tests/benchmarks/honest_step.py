@@ -62,7 +62,7 @@ class Side:
         self._process.stdout.close()
 
 
-# ------------------------------------------------------------------------------------------------ in the child process
+# In the child process
 
 
 class _Calls:
@@ -179,7 +179,7 @@ async def _serve(calls: _Calls | None) -> None:
             print(json.dumps(answer), flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ in the parent process
+# In the parent process
 
 
 def measure(checkouts: list[Path]) -> None:

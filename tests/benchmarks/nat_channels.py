@@ -71,9 +71,6 @@ async def send(endpoint: Endpoint, peer_id: PeerID, num_bytes: int) -> float:
     return num_bytes / (time.perf_counter() - begun)
 
 
-# ---- data channel
-
-
 async def bare_channel(num_bytes: int) -> float:
     """Bytes per second through aiortc alone."""
     one, other = (RTCPeerConnection(RTCConfiguration(iceServers=[])) for _ in range(2))
@@ -140,9 +137,6 @@ async def measure_channel() -> tuple[float, float]:
             speeds.append(await send(client, peer_id, CHANNEL_BYTES))
             ratios.append(speeds[-1] / bare)
     return statistics.median(speeds), statistics.median(ratios)
-
-
-# ---- relay
 
 
 def bound_socket() -> socket.socket:

@@ -33,8 +33,6 @@ def seconds() -> float:
     return asyncio.get_running_loop().time()
 
 
-# ------------------------------------------------------------------------------------------------ what a step costs
-
 GRID = (4, 4)
 
 
@@ -158,9 +156,6 @@ def test_with_a_spare_one_under_way_nobody_waits_for_one_that_hangs(spare: int) 
     assert num_answers == 1 and taken == pytest.approx(0.05 * (5 + 1 if spare == 0 else 1), rel=0.01)
 
 
-# ------------------------------------------------------------------------------------------------ every pattern
-
-
 def expected_of(row: torch.Tensor, scores: torch.Tensor, fates: tuple[str, ...], k_best: int, k_min: int) -> Any:
     """A row's mixture, worked out expert by expert, and how many answered."""
     order = scores.argsort(descending=True).tolist()
@@ -214,9 +209,6 @@ def test_every_pattern_of_answers_failures_and_silence(k_best: int, k_min: int) 
         assert node.num_open == 0
 
     run_in_virtual_time(main())
-
-
-# ------------------------------------------------------------------------------------------------ a thousand steps
 
 
 @dataclass

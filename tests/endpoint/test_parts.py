@@ -455,9 +455,6 @@ def test_any_mixture_of_replies_in_parts_arrives_and_leaves_nothing(data: st.Dat
     assert clean(pair)
 
 
-# ---- over sockets
-
-
 def client_of(**options: Any) -> Endpoint:
     return Endpoint(identity=Identity.generate(), transports=[TcpTransport()], settings=PLAIN, **options)
 

@@ -339,9 +339,6 @@ async def test_gradcheck_in_float64() -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------ bad input
-
-
 async def test_wrong_input_is_refused_before_anything_is_sent() -> None:
     async with swarm({"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}) as (_, guest):
         expert = await guest.get_expert("e.0")

@@ -706,9 +706,6 @@ async def test_the_backwards_of_answered_forwards_are_waited_for(node: ServingNo
         assert await draining
 
 
-# ---------------------------------------------------------------------------------------------- over the network
-
-
 @pytest.mark.both_loops
 async def test_over_the_network_the_caller_may_leave_at_any_point_and_nothing_steps_twice() -> None:
     experts = {uid: make_backend(0) for uid in UIDS}

@@ -38,9 +38,6 @@ def test_without_limits_it_always_serves() -> None:
     assert verdict.until is None
 
 
-# ---------------------------------------------------------------------------------------------------- hours
-
-
 def test_hours_past_midnight() -> None:
     machine = contract(hours=hours("22:00-07:00"))
     assert not machine.may_serve(at("2026-03-02 21:59:59")).serve
@@ -123,9 +120,6 @@ def test_hours_against_brute_force(some: list[Hours], minute: int) -> None:
     assert verdict.until == (None if change is None else monday + change * 60)
 
 
-# ---------------------------------------------------------------------------------------------------- quota
-
-
 def test_the_quota_ends_the_work_until_the_next_period() -> None:
     machine = contract(data_quota_bytes=1000, quota_period="month")
     now = at("2026-01-31 10:00")
@@ -158,9 +152,6 @@ def test_usage_outlives_a_restart_and_a_clock_that_is_set_back() -> None:
     assert not second.may_serve(now).serve
     assert not second.may_serve(now - 3 * 86400).serve
     assert second.may_serve(now + 86400).serve
-
-
-# ---------------------------------------------------------------------------------------------------- load and memory
 
 
 def test_it_pauses_while_the_machine_is_in_use() -> None:

@@ -7,8 +7,6 @@ Binary messages carry the stream's bytes. Text messages steer it: ``w<number>`` 
 says that no more bytes follow.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from typing import Final
 

@@ -85,9 +85,6 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-# ---- good peers on bad ways
-
-
 def test_one_carries_on_a_lossy_link_what_several_by_the_librarys_rule_do() -> None:
     link = {"rate": 5 * MEGABIT, "round_trip": 0.16, "loss": 0.005, "seed": 0, "until": 6.0}
     one, theirs, several = (
@@ -191,9 +188,6 @@ def test_many_gaps_do_not_stop_a_channel() -> None:
         assert out.num_dropped > MAX_GAPS
 
     over_links(work, delay=0.1)
-
-
-# ---- what no peer sends
 
 
 class ShortData(Chunk):

@@ -42,8 +42,6 @@ class Watched(Association):
         """The TSN of a packet that is not taken, however often it comes."""
         self._to_lose, self._times = -1, 0
 
-    # ---- what it knows
-
     @property
     def queue(self) -> list[Queued]:
         return [Queued(one.tsn, *_marks(one)) for one in self._sent_queue]
@@ -91,8 +89,6 @@ class Watched(Association):
     def broken(self) -> bool:
         return self._broken
 
-    # ---- what a test has it do
-
     def lose_next(self, times: int) -> None:
         """`losing` is True the first `times` times that the next new packet is sent. Forgets what was `sent`."""
         self._to_lose, self._times = self.next_tsn, times
@@ -121,8 +117,6 @@ class Watched(Association):
 
     async def take_acknowledgement(self, sack: SackChunk) -> None:
         await self._receive_sack_chunk(sack)
-
-    # ---- overridden
 
     async def _send_chunk(self, chunk: Any) -> None:
         if isinstance(chunk, DataChunk):
