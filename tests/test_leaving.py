@@ -56,7 +56,7 @@ if sys.argv[1] == "starting":
 from tesseract_async.leaving import run
 run(cancelled())
 """
-KINDS = ("command", "starting", "library")
+KINDS = ("command", pytest.param("starting", marks=pytest.mark.slow), "library")
 
 
 @contextlib.asynccontextmanager

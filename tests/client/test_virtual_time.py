@@ -59,7 +59,7 @@ def make_swarm(**settings: Any) -> tuple[FakeNode, GatingFunction]:
     return node, gate_with(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=4, **settings)
 
 
-@pytest.mark.parametrize(("latency", "limit"), [("even", 1.6), ("scattered", 1.5)])
+@pytest.mark.parametrize(("latency", "limit"), [("even", 1.6), pytest.param("scattered", 1.5, marks=pytest.mark.slow)])
 def test_failing_and_hanging_experts_cost_about_half_a_step(latency: str, limit: float) -> None:
     """With the defaults: a tenth of all calls fails, a twentieth hangs, and no step is lost.
 

@@ -90,6 +90,7 @@ def test_a_router_is_asked_to_map_the_port(swarm: Swarm) -> None:
     assert path(swarm, "t4", "mapped") == f"tcp {outside}"
 
 
+@pytest.mark.slow
 def test_outside_servers_help_where_the_swarm_does_not(stem: Stem, tmp_path: Path) -> None:
     """With one node to ask, the kind of NAT is known through an outside STUN server. Where nobody relays, two symmetric
     NATs are joined by an outside TURN server."""
