@@ -29,8 +29,6 @@ class RoomHolder(Protocol):
 
 
 class Owner(NamedTuple):
-    """Whose bytes they are."""
-
     group: Hashable
     """The peer's address range, or the peer itself where the range tells nothing (loopback)."""
     peer: Hashable
@@ -75,7 +73,6 @@ class Reservation:
             self._budget.changed.append(self)
 
     def release(self) -> None:
-        """Give the room back, or leave the line. Repeating it does nothing."""
         if not self.released:
             self.released = True
             self._budget.leave(self)
@@ -154,7 +151,6 @@ class Budget:
         return True
 
     def close_window(self, owner: Owner, size: int) -> None:
-        """Take back what `open_window` promised."""
         if size:
             use = self._use(owner)
             use.windows -= size
@@ -240,7 +236,6 @@ class FairCount:
         self._peers: dict[Hashable, int] = {}
 
     def take(self, owner: Owner, num_bytes: int) -> bool:
-        """Count so many bytes more, unless they are too many."""
         free = self.total - self.used - num_bytes
         group = self._groups.get(owner.group, 0) + num_bytes
         peer = self._peers.get(owner.peer, 0) + num_bytes

@@ -254,7 +254,6 @@ class ConnectionCore:
         return assembly if call.room.fill(call.arrival.size - assembly.left + length) else None
 
     def chunk_finished(self, kind: int, stream: int, length: int) -> CallState | None:
-        """Count a chunk that came; return the call if its message is whole now."""
         if self.windows.measure(length, self.now, self.life.rtt):
             self.life.send_ping(self.now)
         call = self._calls[kind].get(stream)
@@ -264,7 +263,6 @@ class ConnectionCore:
         return None if call.arrival.assembly.left else call
 
     def give_window_back(self, call: CallState) -> None:
-        """The peer may use the window's bytes again that this call's message took."""
         if call.window_bytes:
             self.windows.give_back(call.window_bytes)
             call.window_bytes = 0

@@ -69,7 +69,6 @@ class ReceivedCall(CallState):
         return is_idle or self.waited + wait > GRACE + self.replied_bytes / LEAST_RATE
 
     def note_wait(self, now: float) -> None:
-        """A part has left or been taken: count the wait for it."""
         if not self.takes_part:
             self.waited += now - self.reply_since
         self.reply_since = now
@@ -337,7 +336,6 @@ class IncomingCalls:
         self._settle()
 
     def lost(self) -> None:
-        """The connection is gone: every call is cancelled."""
         for stream in list(self._calls):
             self.cancel(stream)
         self._settle()

@@ -38,8 +38,6 @@ class Pace:
 
 
 class Sending:
-    """A large message on its way out."""
-
     __slots__ = ("kind", "stream", "size", "left", "priority", "parts", "granted")
 
     def __init__(

@@ -100,7 +100,6 @@ class OutgoingCalls:
             self._end(call)
 
     def fail(self, call: OutgoingCall, error: Exception) -> None:
-        """End a call here; the peer is told."""
         self._core.events.append(CallFailed(call.stream, error))
         self.cancel(call.stream)
 
@@ -113,7 +112,6 @@ class OutgoingCalls:
         self.fail(call, ConnectionLost(self._core.peer, f"the reply of {call.head.method} stalled on its way"))
 
     def room_changed(self, call: OutgoingCall, room: Reservation) -> None:
-        """See `RoomHolder`: there is room for the reply, or none any more."""
         if self._calls.get(call.stream) is not call:
             return
         if not room.released:

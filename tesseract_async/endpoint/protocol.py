@@ -97,11 +97,9 @@ class ConnectionProtocol:
 
     @property
     def num_calls(self) -> int:
-        """Calls under way in both directions: an idle connection has none."""
         return len(self._outgoing) + len(self._incoming)
 
     def room_changed(self, room: Reservation, now: float) -> None:
-        """A reservation of one of this connection's calls was granted, or taken back."""
         self.core.now = now
         call = room.call
         if isinstance(call, OutgoingCall):
@@ -121,7 +119,6 @@ class ConnectionProtocol:
         return self.lanes[lane].data_to_send(room, now, pace=self.pace, sent=self.incoming.sent)
 
     def has_data(self, lane: int | None = None) -> bool:
-        """True if `data_to_send` would give anything, on this lane or on any."""
         main, bulk = self.lanes
         if lane != BULK and (main.small or main.large or self.pong_due):
             return True

@@ -18,8 +18,6 @@ BUSY_RETRY: Final = 0.2
 
 @dataclass(slots=True)
 class Use:
-    """The use of one peer under its quota."""
-
     quota: Quota
     calls: TokenBucket | None
     num_bytes: TokenBucket | None
@@ -99,7 +97,6 @@ class Quotas:
             use.num_bytes.take(num_bytes, now)
 
     def end(self, peer_id: PeerID) -> None:
-        """A call for which `begin` said 0.0 has ended, however."""
         use = self._uses.get(peer_id)
         if use is not None:
             use.under_way -= 1

@@ -32,7 +32,6 @@ class Windows:
         self._burst_bytes = 0
 
     def try_use(self, size: int) -> bool:
-        """Take `size` bytes of the peer's window, if they are there."""
         if self.out_used + size > self.out_bytes:
             return False
         self.out_used += size
@@ -61,7 +60,6 @@ class Windows:
             raise ProtocolError("a message does not fit the flow-control window")
 
     def give_back(self, size: int) -> None:
-        """Give back what `take` took, and tell the peer."""
         self.in_used -= size
         self._put(frames.frame(frames.CREDIT, stream=size))
 
@@ -90,6 +88,5 @@ class Windows:
             self._put(frames.frame(frames.WINDOW, stream=self.in_bytes))
 
     def release(self) -> None:
-        """Take our window's promise back: the connection is gone."""
         self._budget.close_window(self._owner, self.in_bytes)
         self.in_bytes = 0

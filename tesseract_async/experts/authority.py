@@ -60,7 +60,6 @@ class Authority:
 
     @property
     def mode(self) -> str:
-        """``granted`` or ``open``."""
         return self.tag.mode
 
     @property
@@ -87,7 +86,6 @@ class Authority:
 
     @property
     def sync_every(self) -> float:
-        """Seconds between two states that an expert's other servers fetch."""
         return self.run.manifest.sync_every
 
     def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool:
@@ -111,7 +109,6 @@ class Authority:
         return self._grants.get(peer_id)
 
     def grants(self) -> list[Grant]:
-        """Every grant that is known and holds."""
         return list(self._grants.values())
 
     def revoked(self) -> list[PeerID]:
@@ -124,7 +121,6 @@ class Authority:
         return sorted(some, key=lambda one: (one.serial, one.digest))
 
     def is_revoked(self, peer_id: PeerID) -> bool:
-        """Return whether it was revoked and has no newer grant."""
         return peer_id in self._since and peer_id not in self._grants
 
     def appointment(self, uid: str) -> Appointment | None:
@@ -212,7 +208,6 @@ class Authority:
         return authority
 
     def next_number(self, signer: PeerID) -> int:
-        """The number of the signer's next revocations."""
         return max((one.number + 1 for one in self._revocations.values() if one.signer == signer), default=0)
 
     def next_serial(self, peer_id: PeerID, now: float) -> int:
@@ -274,7 +269,6 @@ class Authority:
                 self._invites.update(peer for peer in one.invites if peer not in safe)
 
     def rules(self, signer: PeerID) -> bool:
-        """Return whether it may grant, revoke and appoint."""
         return signer == self.owner or signer in self.delegates
 
     def _counts(self, one: Appointment) -> bool:

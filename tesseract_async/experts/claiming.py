@@ -54,7 +54,6 @@ class ExpertClaim:
         """uid -> whether nobody hosted it when it was chosen, so that this node will train it."""
 
     async def reserve(self, coords: Sequence[Coords]) -> None:
-        """Say in the network that these are taken, in place of what was said before."""
         values = {str(number): part for number, part in enumerate(encode_reservation(coords))}
         if grant := self._trust.own_grant(self._prefix):
             values[GRANT_SUBKEY] = grant
@@ -65,7 +64,6 @@ class ExpertClaim:
             await self._network.withdraw(self._key, subkey=subkey)
 
     async def release(self) -> None:
-        """Withdraw the reservation; if that fails, it expires."""
         gone, self._subkeys = self._subkeys, set()
         for subkey in gone:
             try:
@@ -112,7 +110,6 @@ async def claim_experts(
 
 
 def claims_key(prefix: str, tag: RunTag | None = None) -> str:
-    """Where newcomers to this grid reserve experts."""
     return f"claims/{grid_key(prefix, tag)}"
 
 

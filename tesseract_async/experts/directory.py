@@ -276,7 +276,6 @@ class ExpertDirectory(Uncopied):
             self._forget(replica.uid)
 
     def report_answer(self, replica: ExpertReplica) -> None:
-        """Note that the replica answered a call: earlier failures are forgotten."""
         owner = replica.peer.peer_id
         if self._masks and owner is not None and self._masks.answered(owner, replica.uid):
             self._forget(replica.uid)

@@ -266,7 +266,6 @@ def sign_appointment(
 
 
 def is_within(inner: ExpertPattern | None, outer: ExpertPattern | None) -> bool:
-    """Return whether every uid of `inner` is one of `outer` (None: all)."""
     if outer is None or inner is None:
         return outer is None
     pairs = list(zip(inner.ranges, outer.ranges, strict=False))

@@ -155,7 +155,6 @@ class Lineage:
             self._home, self._is_home_old, self._is_stale = term.digest, is_old, True
 
     def is_home(self, term: Term) -> bool:
-        """Return whether it is of the tree that this server goes by."""
         home = None if self._home is None else self._terms.get(self._home)
         return home is not None and self._root(home) == self._root(term)
 
@@ -166,7 +165,6 @@ class Lineage:
             self._is_stale = True
 
     def shown(self, term: Term) -> None:
-        """Its file can be had."""
         self._missed.pop(term.primary, None)
         if term.primary in self._unshown:
             self._unshown.discard(term.primary)
@@ -179,12 +177,10 @@ class Lineage:
         return None if term is self.best else term
 
     def authority_changed(self) -> None:
-        """Grants, revocations or appointments may be others now."""
         self._is_stale = True
 
     @property
     def best(self) -> Term | None:
-        """The Term that holds; None while none was seen."""
         if self._is_stale:
             self._is_stale = False
             before, self._best = self._best, self._find_best()
@@ -225,11 +221,9 @@ class Lineage:
         return line if seal is None else [*line, seal.blob]
 
     def is_exposed(self, term: Term) -> bool:
-        """Return whether its primary signed two Seals of one number."""
         return term.digest in self._exposed
 
     def evidence(self, term: Term) -> tuple[Seal, Seal] | None:
-        """The two Seals that expose its primary."""
         return self._exposed.get(term.digest)
 
     def _may(self, record: Term | Seal) -> bool:

@@ -49,7 +49,6 @@ class Poll:
     """True if an answer said that there is a primary."""
 
     def settles(self, peer: PeerID, question: Question) -> bool:
-        """Return whether this peer's answer is waited for; it is not any more."""
         if peer not in self.waiting or (question.kind, question.epoch) != (self.kind, self.epoch):
             return False
         self.waiting.discard(peer)
@@ -71,8 +70,6 @@ class Leave:
 
 
 class Membership:
-    """One server among those of an expert."""
-
     def __init__(
         self, identity: Identity, uid: str, authority: Authority, *, boot: bytes, now: float, wall: float
     ) -> None:
@@ -148,7 +145,6 @@ class Membership:
         return exposed or now >= max(self.heard, self.agreed_at) + self.lease
 
     def silence_at(self, state: State) -> float:
-        """When the silence has been long enough to ask whether the primary is gone."""
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
         if state is State.HOLDING:
@@ -168,7 +164,6 @@ class Membership:
         return gone and self.lineage.seal_of(best) is None
 
     def may_begin(self, now: float, wall: float) -> bool:
-        """Return whether nobody has a state of the expert."""
         if not self.is_unsealed(now):
             return False
         forgotten = self._authority.may_be_forgotten(wall)
@@ -214,7 +209,6 @@ class Membership:
     # -- votes ---------------------------------------------------------------------------------------------------------
 
     def promise(self, epoch: int, candidate: PeerID, now: float) -> None:
-        """Vote for this candidate, maybe itself. To be on the disk before it is said."""
         self.promised, self._voted_for, self._promised_at = epoch, bytes(candidate), now
 
     def take_back_own_vote(self) -> None:
@@ -244,7 +238,6 @@ class Membership:
         return sign_vote(self._identity, self._run, uid=self.uid, epoch=epoch, candidate=peer, seal=self.held.age)
 
     def read_vote(self, peer: PeerID, blob: bytes, epoch: int) -> Vote | None:
-        """Read `peer`'s vote for this server; None if it is none. Untrusted."""
         try:
             vote = read_vote(blob, self._run)
         except ProtocolError:
@@ -259,7 +252,6 @@ class Membership:
         return self._authority.may(peer, "host", self.uid, now=None)
 
     def may_succeed(self, peer: PeerID) -> bool:
-        """Return whether this peer may be named as a successor."""
         return self.may_host(peer) and peer not in self.leave.passive
 
     def may_stand(self, kind: Kind, seal: Seal | None, wall: float) -> bool:
@@ -311,7 +303,6 @@ class Membership:
     def sign_seal(
         self, own: OwnTerm, root: bytes, size: int, version: int, *, successors: tuple[PeerID, ...], wall: float
     ) -> Seal:
-        """Sign the state in this file, as the next one of this server's Term."""
         return sign_seal(
             self._identity,
             self._run,

@@ -29,7 +29,6 @@ def leaves_of(parts: Iterable[bytes | bytearray | memoryview]) -> list[bytes]:
 
 
 def num_leaves(size: int) -> int:
-    """Return how many leaves a file of so many bytes has: at least one."""
     return max(1, -(-size // LEAF_BYTES))
 
 
@@ -52,8 +51,6 @@ def root_of(data: bytes | bytearray | memoryview) -> bytes:
 
 
 class Readable(Protocol):
-    """A file that is read in parts."""
-
     size: int
 
     def read(self, offset: int, num_bytes: int) -> bytes | memoryview: ...

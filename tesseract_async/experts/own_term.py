@@ -19,8 +19,6 @@ Age = tuple[int, int]
 
 
 class OwnTerm:
-    """One Term of this server, from its candidacy on."""
-
     def __init__(
         self, term: Term, others: tuple[PeerID, ...], votes: Mapping[PeerID, tuple[float, Age]], *, now: float
     ) -> None:
@@ -44,7 +42,6 @@ class OwnTerm:
 
     @property
     def is_settled(self) -> bool:
-        """True if no change of members is under way."""
         return self.settled == self.named
 
     def is_content(self, hosts: Set[PeerID]) -> bool:
@@ -52,7 +49,6 @@ class OwnTerm:
         return self.is_settled and (len(self.named) >= NUM_SUCCESSORS or hosts <= set(self.named))
 
     def is_left(self, now: float, lease: float) -> bool:
-        """Return whether its members have stopped to listen."""
         return now >= self.fenced_at + lease and len(self.settled) > 1
 
     def agreed(self, peer: PeerID, sent: float, held: Age) -> None:

@@ -85,14 +85,11 @@ class Part(NamedTuple):
 
     @property
     def demand(self) -> float:
-        """Rows each second that are wanted of it."""
         return self.rate + self.waiting / WAIT_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a member has room for, and what it has."""
-
     peer: PeerID
     room: int
     """Experts that it computes at most; 0: it only holds."""
@@ -117,12 +114,10 @@ class Place:
 
     @property
     def can_lead(self) -> bool:
-        """True if it can lead one more: those that it only follows give way."""
         return self.num_led < self.room
 
     @property
     def pressure(self) -> float:
-        """Demand by speed."""
         demand = sum(part.demand for part in self.parts.values())
         return demand / self.speed if self.speed > 0 else 0.0
 
@@ -206,8 +201,6 @@ class Survey:
 
 
 class Step(NamedTuple):
-    """Something that a member should do."""
-
     kind: str
     """``hold`` or ``follow`` an expert that others have, or ``help`` a primary that has too much to do; ``begin`` one
     that nobody has, or ``restart`` one whose state is lost; ``drop`` a copy; ``move`` one that it leads to `peer`."""
@@ -279,7 +272,6 @@ def _begin(
     may: Callable[[PeerID, str], bool],
     steps: dict[PeerID, list[Step]],
 ) -> None:
-    """Share experts that nobody has out, to those with the most room."""
     wanted: Counter[PeerID] = Counter()
     for uid in sorted(survey.named - survey.alive):  # by several at once: one of them keeps it
         parts = survey.parts[uid]

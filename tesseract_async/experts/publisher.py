@@ -88,7 +88,6 @@ class ExpertPublisher:
 
     @property
     def uids(self) -> Mapping[str, bool]:
-        """The declared experts: uid -> whether this server is its primary."""
         return dict(self._uids)
 
     async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
@@ -151,7 +150,6 @@ class ExpertPublisher:
             self._renewal = None
 
     async def aclose(self) -> None:
-        """`withdraw`, for good. Closing twice is harmless."""
         was_open, self._closed = not self._closed, True
         try:
             await self.withdraw()
@@ -214,7 +212,6 @@ class ExpertPublisher:
             return 0
 
     async def _readable(self) -> bool:
-        """Return whether the network gives back every part under its grid's key."""
         wanted: dict[str, set[bytes]] = {}
         for prefix, _ in experts_by_grid(self._uids):
             key = self._trust.grid_key(prefix)

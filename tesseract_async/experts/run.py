@@ -140,8 +140,6 @@ class RunManifest:
 
 @dataclass(frozen=True, slots=True)
 class SignedRun:
-    """A run manifest with the proof of who wrote it."""
-
     manifest: RunManifest
     signer: PeerID
     blob: bytes

@@ -101,7 +101,6 @@ async def find_run(
 
 
 def records_key(run_id: bytes) -> str:
-    """Where a run's revocations and appointments are stored."""
     return f"run-records/{run_id.hex()}"
 
 
@@ -237,7 +236,6 @@ class RunKeeper:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin in the background."""
         self._task = asyncio.create_task(self._keep(), name=f"experts: keep run {self.run.manifest.name}")
 
     async def aclose(self) -> None:

@@ -102,8 +102,6 @@ def listed(
 
 
 def number(below: int = 2**63) -> Callable[[object], int]:
-    """A field that is a whole number from 0 on."""
-
     def read(value: object) -> int:
         if type(value) is not int or not 0 <= value < below:
             raise ProtocolError("a record with a number out of range")
@@ -113,8 +111,6 @@ def number(below: int = 2**63) -> Callable[[object], int]:
 
 
 def octets(length: int) -> Callable[[object], bytes]:
-    """A field of so many bytes."""
-
     def read(value: object) -> bytes:
         if type(value) is not bytes or len(value) != length:
             raise ProtocolError("a record with malformed bytes")
@@ -128,7 +124,6 @@ def peer(value: object) -> PeerID:
 
 
 def peers(value: object) -> tuple[PeerID, ...]:
-    """A field that is a list of peer ids."""
     if type(value) is not list:
         raise ProtocolError("a record with a malformed list of peers")
     return tuple(map(peer, value))

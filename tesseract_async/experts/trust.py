@@ -88,20 +88,16 @@ class Trust:
         return self._runs.get(prefix)
 
     def tag(self, prefix: str) -> RunTag | None:
-        """That run as it stands in manifests."""
         authority = self._runs.get(prefix)
         return None if authority is None else authority.tag
 
     def grid_key(self, prefix: str) -> str:
-        """Where manifests of this grid are stored."""
         return grid_key(prefix, self.tag(prefix))
 
     def shard_key(self, uid: str) -> str:
-        """Where manifests that hold this uid are stored."""
         return shard_key(uid, self.tag(split_uid(uid)[0]))
 
     def own_grant(self, prefix: str) -> bytes:
-        """The node's own grant in the run of this prefix; empty where there is none."""
         authority = self._runs.get(prefix)
         grant = None if authority is None or self._peer_id is None else authority.grant_of(self._peer_id)
         return b"" if grant is None else grant.blob

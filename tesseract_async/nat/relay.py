@@ -42,8 +42,6 @@ class RelaySettings:
 
 @dataclass(slots=True, eq=False)
 class Splice:
-    """One reserved pair, as the ledger sees it."""
-
     owner: Owner
     tokens: tuple[bytes, bytes]
     expires_at: float

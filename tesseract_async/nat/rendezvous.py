@@ -163,7 +163,6 @@ class RendezvousServer:
             self._endpoint.handle(RELAY, self._reserve)
 
     def stop(self) -> None:
-        """End `start`."""
         if self._is_running:
             self._is_running = False
             for method in (REGISTER, OFFER, RELAY):

@@ -49,8 +49,6 @@ class TurnServer:
 
 
 class StunClient:
-    """Asks the public nodes of the swarm and a few outside servers."""
-
     def __init__(
         self,
         address: ListeningAddress,

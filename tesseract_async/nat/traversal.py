@@ -242,7 +242,6 @@ class PathUpgrader:
                 one.again.set()
 
     def place_changed(self) -> None:
-        """Look now: this node can be dialed, or no longer can."""
         for one in self._watched.values():
             one.again.set()
 

@@ -70,7 +70,6 @@ def kind_of(host: str) -> str | None:
 
 
 def is_near(host: str) -> bool:
-    """Return whether a numeric host is on this computer or in a private network."""
     return kind_of(host) in (LOOPBACK, *map(str, _PRIVATE))
 
 
@@ -78,7 +77,6 @@ class AddressScope:
     """The addresses that one node may send to, shared by all its parts: at first public ones alone."""
 
     def __init__(self, own: Iterable[str] = ()) -> None:
-        """`own`: see `set_own`."""
         self._kinds: frozenset[str] = frozenset()
         self._enclosed: frozenset[int] = frozenset()
         self.set_own(own)

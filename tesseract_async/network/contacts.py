@@ -68,8 +68,6 @@ def source_of(address: Address) -> bytes:
 
 @dataclass(slots=True, eq=False)
 class Contact:
-    """An id at an address, and what this node knows about it."""
-
     peer_id: bytes
     address: Address
     raw: bytes = field(init=False)

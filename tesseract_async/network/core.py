@@ -114,7 +114,6 @@ class Core:
         return self.outbox.public
 
     def wall(self, now: float) -> float:
-        """Return the wall-clock time at loop time `now`."""
         return now + self.wall_offset
 
     def jitter(self) -> float:
@@ -246,7 +245,6 @@ class Core:
         return self._unreachable.get(raw, now) > now
 
     def heard_from(self, raw: bytes) -> None:
-        """Note that the contact with that `raw` can be reached again."""
         self._unreachable.pop(raw, None)
 
     def enter(self, contact: Contact, now: float) -> None:

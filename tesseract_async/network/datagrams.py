@@ -88,16 +88,12 @@ class Datagram(NamedTuple):
 
 
 class RpcRequest(NamedTuple):
-    """The fields that every request holds."""
-
     token: bytes
     challenge: bytes
     arguments: list[object]
 
 
 class RpcReply(NamedTuple):
-    """The fields that every reply holds."""
-
     observed: Address
     """The address that the request came from."""
     token: bytes
@@ -269,7 +265,6 @@ def store_parts(records: Sequence[SignedRecord]) -> Iterator[range]:
 
 
 def store_items(records: Sequence[SignedRecord]) -> Iterator[list[bytes]]:
-    """Yield the arguments of the STOREs that carry `records`."""
     for part in store_parts(records):
         yield [records[index].key + records[index].body for index in part]
 

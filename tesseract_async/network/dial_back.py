@@ -109,7 +109,6 @@ class DatagramDialBack(Caller):
         self._dialed = RateLimiter(rate=DIALS_PER_HOST, burst=16 * DIALS_PER_HOST)
 
     def note_client(self, address: Address) -> None:
-        """A client asked something from a proven address: it can dial for others."""
         self._helpers[address] = None
 
     def ask(self, now: float) -> None:
@@ -235,7 +234,6 @@ class Probation:
         return True
 
     def _ask(self, contact: Contact, attempt: int, now: float) -> bool:
-        """Have a third node dial it; return whether there is one."""
         core, table = self._core, self._core.table
         size = len(pack_address(contact.address))
         thirds = [

@@ -210,7 +210,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
             self.protocol.cancel(operation)
 
     def _answer_stun(self, data: bytes, address: Address, addr: tuple[str, int]) -> None:
-        """Tell a client under which address it is seen: hole punching needs that."""
         answer = stun.answer(data, address)
         if answer is None:
             self._metrics.count("network_datagrams_dropped", reason="stun")

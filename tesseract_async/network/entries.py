@@ -33,8 +33,6 @@ class Entry:
 
 
 class Entries(list[Entry]):
-    """The result of `TesseractNetwork.get_entries`."""
-
     complete = True
     """False where holders reported entries that none of them could be made to send."""
 

@@ -120,7 +120,6 @@ class Holder:
             self.copies[key] = (min(wall + COPY_SECONDS, record.expiration), record)
 
     def expire_copies(self, wall: float) -> None:
-        """Drop copies whose time is over."""
         for key in [key for key, (until, _) in self.copies.items() if until <= wall]:
             del self.copies[key]
 

@@ -91,7 +91,6 @@ class NetworkMembership:
             Search(core, core.own_id, list(contacts.values()), now, on_end=self._looked_up).advance(now)
 
     def end_dial_wait(self) -> None:
-        """The first dial-back came: there is nothing to wait for any longer."""
         self._dial_wait_until = float("-inf")
 
     def contact_left(self, contact: Contact, *, ask_again: bool) -> None:

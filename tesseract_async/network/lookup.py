@@ -54,8 +54,6 @@ class LookupCandidate:
 
 @dataclass(slots=True, eq=False)
 class LookupPath:
-    """The candidates that one path has heard of, nearest first."""
-
     candidates: list[LookupCandidate] = field(default_factory=list)
     starts: list[LookupCandidate] = field(default_factory=list)
     """The candidates known at the start that are asked in any case."""
@@ -156,7 +154,6 @@ class Lookup:
         candidate.state = CandidateState.FAILED
 
     def knows(self, raw: bytes) -> bool:
-        """Return True if some path has heard of the contact with that `raw`."""
         return raw in self._candidates
 
     @property

@@ -95,7 +95,6 @@ class TesseractNetwork(Uncopied):
 
     @property
     def peer_id(self) -> PeerID:
-        """This node's id."""
         return self.identity.peer_id
 
     @property
@@ -400,7 +399,6 @@ class TesseractNetwork(Uncopied):
         return record
 
     async def _warn_if_alone(self) -> None:
-        """Log it, once each time, if nobody answers for a while."""
         driver = self._running()
         while True:
             if not await self.wait_joined(WARN_ALONE_AFTER):

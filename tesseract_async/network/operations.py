@@ -36,8 +36,6 @@ MAX_RANGE_PER_HOLDER_SET = 2
 
 
 class Search(Caller):
-    """A `Lookup` that is driven by FIND or GET requests."""
-
     def __init__(
         self,
         core: Core,
@@ -71,7 +69,6 @@ class Search(Caller):
         self._on_end = on_end
 
     def advance(self, now: float) -> None:
-        """Ask the contacts that the lookup wants asked; end when it is finished."""
         if self.ended:
             return
         kind = wire.GET if self._on_answer is not None else wire.FIND

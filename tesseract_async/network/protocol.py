@@ -167,7 +167,6 @@ class NetworkProtocol:
         core.metrics.count("network_bytes_received", len(data))
 
     def handle_timer(self, now: float) -> None:
-        """Do what is due. Calling it early or late is harmless."""
         self.core.timers.run(now)
 
     def datagrams_to_send(self) -> list[tuple[bytes, Address]]:

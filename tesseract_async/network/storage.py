@@ -73,8 +73,6 @@ class Summary:
 
 
 class _Index:
-    """An index for a large dictionary; a small one is looked through."""
-
     __slots__ = ("digests", "order", "owners")
 
     def __init__(self, entries: dict[EntryID, SignedRecord]) -> None:
@@ -190,7 +188,6 @@ class Storage:
         return None
 
     def add(self, record: SignedRecord, wall: float, source: Source | None = None) -> StoreOutcome:
-        """Keep a verified record unless `check` objects."""
         outcome = self.check(record, wall, source)
         return self.put(record, source) if outcome is None else outcome
 
@@ -234,12 +231,10 @@ class Storage:
         return list(dictionary.entries.values()) if dictionary else []
 
     def get(self, key: bytes, subkey: str | None, owner: PeerID) -> SignedRecord | None:
-        """Return one entry, None if it is not held."""
         dictionary = self._keys.get(key)
         return dictionary.entries.get((subkey, owner)) if dictionary else None
 
     def summary(self, key: bytes) -> Summary | None:
-        """Return the count and range digests of `key`, or None where nothing is held."""
         dictionary = self._keys.get(key)
         return dictionary.summary() if dictionary else None
 

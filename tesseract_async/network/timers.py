@@ -44,7 +44,6 @@ class Timers:
                 action(now)
 
     def next_at(self) -> float:
-        """Return when the next one is due; infinity if there is none."""
         while self._heap and self._heap[0][2].action is None:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else float("inf")

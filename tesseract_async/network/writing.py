@@ -87,7 +87,6 @@ class Write:
             self._end_if_done(now)
 
     def _stored(self, indices: list[int], outcomes: list[StoreOutcome], now: float) -> None:
-        """Count the outcomes of one STORE that ended; none if there was no reply."""
         for index, outcome in zip(indices, outcomes, strict=False):
             self.num_holders[index] += outcome.held
             self.num_outdated[index] += outcome is StoreOutcome.OUTDATED
@@ -127,8 +126,6 @@ def _at_hand(contact: Contact, now: float) -> bool:
 
 
 class _Store(Caller):
-    """One STORE to one holder; repeated once if its token was out of date."""
-
     def __init__(self, write: Write, contact: Contact, indices: list[int], now: float) -> None:
         self.write = write
         self.indices = indices

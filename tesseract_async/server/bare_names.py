@@ -88,8 +88,6 @@ class Past:
 
 
 class Role(Enum):
-    """The part that a server should play for one expert."""
-
     TRAIN = "train"
     """Be its primary."""
     FOLLOW = "follow"
@@ -191,12 +189,10 @@ class BareNames:
         self._disputed: set[tuple[str, PeerID]] = set()
 
     def primary(self, uid: str) -> PeerID | None:
-        """Return the server that is followed; None if there is none."""
         primary = self._experts[uid].primary
         return None if primary is None else owner_of(primary)
 
     def forget(self, uid: str) -> None:
-        """Pull the expert's state in the next look, whenever it was pulled last."""
         self._experts[uid].synced_from = None
 
     async def read(self, uids: Iterable[str]) -> None:

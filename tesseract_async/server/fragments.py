@@ -153,7 +153,6 @@ class FragmentBackend(ExpertBackend):
             raise ValueError(str(error)) from error
 
     def close_round(self, rounds: Rounds, pushes: Sequence[Push]) -> None:
-        """Take a step on what these pushes come to, and journal them."""
         fragment = self.fragment
         update = fragment.step(rounds.merge(pushes, fragment.cut, fragment.outer))
         steps = self.steps + sum(min(max(1, push.steps), MAX_STEPS) for push in pushes)
@@ -250,7 +249,6 @@ class FragmentCalls:
         self._look(hosted, one)
 
     def _look(self, hosted: HostedState, one: _Gathering) -> None:
-        """Close the round, now or when it is due."""
         loop = asyncio.get_running_loop()
         closes_at = None if one.closing is not None else one.rounds.closes_at(loop.time())
         if one.timer is not None:

@@ -60,15 +60,12 @@ class HostedState:
 
     @property
     def version(self) -> int:
-        """Optimizer steps taken."""
         return self.backend.version
 
     async def snapshot(self) -> StateDict:
-        """Return a copy of the state, taken between two batches."""
         return await self.runtime.snapshot(self.backend)
 
     def structure(self) -> StateDict:
-        """Return how the module is built."""
         return describe_module(self.backend.module)
 
     async def restore(self) -> None:

@@ -90,7 +90,6 @@ class Memory(Generic[Key, Value]):
         return value
 
     def expire(self, now: float) -> None:
-        """Forget the entries that are too old."""
         while self._entries:
             key, (_, _, since) = next(iter(self._entries.items()))
             if since > now - self.max_age:
@@ -98,7 +97,6 @@ class Memory(Generic[Key, Value]):
             self.pop(key)
 
     def clear(self) -> int:
-        """Forget everything. Returns the bytes."""
         num_bytes, self.num_bytes = self.num_bytes, 0
         self._entries.clear()
         self._owners.clear()
@@ -122,7 +120,6 @@ class CallerMemory:
         return self.inputs.put(name, [alone(x) for x in inputs], owner=owner, now=_now())
 
     def keep_answer(self, key: CallKey, answer: WorkResult, owner: Hashable) -> None:
-        """Keep a backward's answer, if the budget allows it."""
         owned = WorkResult([None if x is None else alone(x) for x in answer.tensors], answer.version)
         self.answers.put(key, owned, owner=owner, now=_now())
         self._sweep_later()

@@ -183,7 +183,6 @@ def check_path(node: TesseractNode, replica: ExpertReplica) -> None:
 
 
 async def ask_info(node: TesseractNode, replica: ExpertReplica, timeout: float) -> messages.ExpertInfo | None:
-    """Return what the replica says of itself; None if it does not answer."""
     try:
         async with asyncio.timeout(timeout):
             body = messages.encode(messages.InfoRequest(replica.uid))

@@ -167,7 +167,6 @@ class Placing:
     # -- what is here ----------------------------------------------------------------------------------------------
 
     def place(self) -> Place:
-        """Return what this member has room for, and has, at this moment."""
         now, capacity = self._now(), self.capacity
         if self._server.is_paused:  # it keeps what it has, and computes nothing
             capacity = replace(capacity, room=0, files=0)

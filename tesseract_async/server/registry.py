@@ -389,7 +389,6 @@ class _Linear(nn.Linear):
         pass  # this is what would draw them, when it is made
 
     def draw(self, numbers: np.random.BitGenerator) -> Self:
-        """Draw the weights; other threads run meanwhile. Returns this layer."""
         if self.weight.is_meta:
             return self
         bound = 1 / math.sqrt(self.in_features)

@@ -305,7 +305,6 @@ class SealedFiles:
         return next(reversed(self._files.get(uid, [])), None)
 
     def close(self) -> None:
-        """Remove what was temporary."""
         if self._temporary is not None:
             self._temporary.cleanup()
 

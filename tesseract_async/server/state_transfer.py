@@ -233,7 +233,6 @@ class StateSource:
             self._making.pop(key, None)
 
     def close(self) -> None:
-        """Drop every copy."""
         self._copies.clear()
         self._points.clear()
         if self._folder is not None:

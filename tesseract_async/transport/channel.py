@@ -112,7 +112,6 @@ class Channel:
         self.pipe_drained()
 
     def pause_reading(self) -> None:
-        """Leave what arrives to the peer's and the network's buffers."""
         self._reading_paused = True
         self.pipe.pause_reading()
 

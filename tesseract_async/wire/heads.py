@@ -135,8 +135,6 @@ _HELLO_FIELDS: Final = ("session", "bulk", "peer_id", "max_calls", "max_small", 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first frame in each direction on every channel."""
-
     session: bytes
     """16 random bytes of the dialer's choice; the channels of one connection share them."""
     bulk: bool

@@ -58,7 +58,6 @@ class MessageStream:
         self.unsent += len(view)
 
     def finish(self) -> None:
-        """No more bytes follow what was written. Repeating it does nothing."""
         self._finishing = True
 
     def messages_to_send(self, room: int) -> list[bytes | str]:
