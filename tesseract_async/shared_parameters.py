@@ -68,8 +68,6 @@ DEFAULT_REPLICAS: Final = ReplicaSettings(sync_every=5.0, check_every=2.0, lease
 
 @dataclass(frozen=True, slots=True)
 class SharingReport:
-    """One `step` that sent or took something."""
-
     num_pushed: int
     """Fragments whose differences were sent."""
     num_merged: int
@@ -213,7 +211,6 @@ class SharedParameters(Uncopied, Generic[M]):
 
     @property
     def _is_shared(self) -> bool:
-        """True if nothing was learned here since the last push that counted."""
         parts = [part for part in self._parts if part.copy.cut.kind is not Kind.FIXED]
         return all(part.steps_then == self._own_steps for part in parts)
 
@@ -532,7 +529,6 @@ async def _hand_over(keeper: ReplicaKeeper) -> None:
 
 
 def _copied(fragment: Fragment) -> Fragment:
-    """Return one of the same state whose tensors are its own."""
     momentum = None if fragment.momentum is None else fragment.momentum.clone()
     return Fragment(
         *(fragment.cut, fragment.outer, fragment.anchor.clone()),

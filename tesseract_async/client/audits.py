@@ -113,7 +113,6 @@ class Audits:
         return is_drawn and (forward.uid, forward.mode.training) not in self._unrepeatable
 
     def check(self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, *, timeout: float) -> None:
-        """Audit this answer in the background."""
         num_bytes = sum(x.nbytes for x in (*inputs, *outputs))
         if self._num_pending_bytes + num_bytes > MAX_PENDING_BYTES:
             self._count(Verdict.SKIPPED)
@@ -136,7 +135,6 @@ class Audits:
         task.add_done_callback(ended)
 
     async def wait(self) -> None:
-        """Return once the audits under way have ended."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 

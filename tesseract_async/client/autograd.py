@@ -216,8 +216,6 @@ class _GradientRequest:
 
 
 class _Call:
-    """The state that the two nodes of one remote call share."""
-
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
         self.loop = asyncio.get_running_loop()
@@ -314,8 +312,6 @@ class _Issue(torch.autograd.Function):
 
 
 class _Step:
-    """One `backward` under way and its gradient requests."""
-
     def __init__(self, scaler: Scaler | None) -> None:
         """Made in the thread that awaits, whose stream the engine continues."""
         self.graph_task: int | None = None

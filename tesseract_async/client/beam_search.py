@@ -72,5 +72,4 @@ class BeamSearch:
         return []
 
     def learn(self, cell: tuple[int, ...], alive: bool) -> None:
-        """Take in whether `cell` is hosted."""
         self._alive[cell] = alive

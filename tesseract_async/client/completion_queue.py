@@ -10,8 +10,6 @@ T = TypeVar("T")
 
 
 class CompletionQueue(Generic[T]):
-    """Tasks as they end. One awaits at a time."""
-
     def __init__(self) -> None:
         self._ended: asyncio.Queue[asyncio.Task[T]] = asyncio.Queue()
 

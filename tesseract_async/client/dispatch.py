@@ -36,8 +36,6 @@ _SENT: Final = {"forward": "answer", "backward": "gradient"}
 
 @dataclass(slots=True, eq=False)
 class ExpertCall:
-    """The rows of a batch that go to one expert."""
-
     expert: int
     """Its number among the candidates."""
     uid: str
@@ -106,7 +104,6 @@ class CallsUnderWay:
         self.errors.pop(call.uid, None)
 
     def failed(self, call: ExpertCall, now: float, error: BaseException) -> None:
-        """A call ended without an answer."""
         self._ended(call, now)
         self.errors[call.uid] = self.left_out[call.uid] = error
 
@@ -145,7 +142,6 @@ class CallsUnderWay:
         return of_others if call.expected is None else max(call.expected, of_others)
 
     def shortage(self) -> NotEnoughExperts | None:
-        """Return the error that the pass ended in, if it did."""
         raise NotImplementedError
 
     def _strict_shortage(self, calls: Iterable[tuple[int, Indices]], what: str) -> NotEnoughExperts | None:

@@ -67,8 +67,6 @@ class Exchange(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class SchemaExchange(Exchange[ExpertSchema]):
-    """Asks what an expert takes and gives."""
-
     experience: Experience
     uid: str
 

@@ -57,8 +57,6 @@ def replica_key(replica: ExpertReplica) -> tuple[str, object]:
 
 
 class Experience(Uncopied):
-    """The lessons of all calls of one node."""
-
     _called = "a remote expert or a gate"
 
     def __init__(self, node: Node) -> None:

@@ -109,7 +109,6 @@ class ExpertPool(nn.Module):
         return self._node
 
     def extra_repr(self) -> str:
-        """Prefix and size, for ``repr``."""
         return f"{self.uid_prefix}, num_experts={self.num_experts}"
 
     @property

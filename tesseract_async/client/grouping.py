@@ -51,8 +51,6 @@ def may_pass(error: BaseException) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One message to one server."""
-
     asked: dict[ExpertCall, ExpertReplica]
     """Its calls, each with the replica that is asked."""
     sent: float
@@ -66,13 +64,10 @@ class Request:
 
     @property
     def peer(self) -> PeerAddress:
-        """The server."""
         return next(iter(self.asked.values())).peer
 
 
 class Step(NamedTuple):
-    """The things to do now."""
-
     send: Sequence[Request]
     cancel: Sequence[Request]
     """Nothing is open in them any more."""
@@ -195,7 +190,6 @@ class Grouping:
         return counts
 
     def ended(self, request: Request, error: BaseException | None, now: float) -> None:
-        """A reply came to its end, or (with `error`) will not."""
         self._open.pop(request, None)
         for call, replica in request.open.items():
             silent = error or ProtocolError(f"the reply ended without a word about {call.uid}")
@@ -249,7 +243,6 @@ class Grouping:
         return requests
 
     def _exhausted(self, call: ExpertCall, search: _Search, now: float) -> None:
-        """All replicas known were asked, to no avail."""
         if self._looks_up and search.num_lookups < MAX_LOOKUPS and search.look_up_at < self.calls.deadline:
             pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
             self._pausing[call] = max(now + pause, search.look_up_at)

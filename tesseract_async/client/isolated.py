@@ -23,8 +23,6 @@ _DEVICES = ("cpu", "cuda")
 
 
 class Modes(NamedTuple):
-    """A snapshot of the calling thread's modes."""
-
     grad: bool
     inference: bool
     autocast: tuple[tuple[str, torch.dtype], ...]

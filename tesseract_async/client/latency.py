@@ -110,7 +110,6 @@ class LatencyBook:
         return None if record is None or record.usual is None else path + record.usual
 
     def is_blocked(self, key: Hashable, now: float) -> bool:
-        """Return whether `block` still holds."""
         record = self._records.get(key)
         return record is not None and record.blocked_until > now
 

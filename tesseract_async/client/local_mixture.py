@@ -78,7 +78,6 @@ class LocalMixture(Gate):
         return self._output(x, args, kwargs) if self.is_awaited else self._mix(x, args, kwargs).output
 
     def mix(self, x: torch.Tensor, *args: Structure, **kwargs: Structure) -> Structure:
-        """As `forward`, but gives a `Mixed`."""
         return self._later(x, args, kwargs) if self.is_awaited else self._mix(x, args, kwargs)
 
     async def _later(self, x: torch.Tensor, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]) -> Mixed:

@@ -130,7 +130,6 @@ class Pass:
         raise NotImplementedError
 
     def failed(self, call: ExpertCall, replica: ExpertReplica, error: BaseException) -> None:
-        """Learn from a failure."""
         report(self.experience, replica, error)
 
     def settled(self, call: ExpertCall, replica: ExpertReplica, seconds: float, path: float) -> None:

@@ -45,7 +45,6 @@ class ProgressOf:
                 self._task = asyncio.get_running_loop().create_task(self._publish(), name="trainer: progress")
 
     async def aclose(self) -> None:
-        """Stop."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -164,11 +164,9 @@ class Candidates:
         return len(self.grid.coords_ND)
 
     def coords(self, expert: int) -> tuple[int, ...]:
-        """The expert's place in the grid."""
         return tuple(self.grid.coords_ND[expert].tolist())
 
     def uid(self, expert: int) -> str:
-        """The expert's name, ``prefix.i.j...``."""
         return uid_at(self.prefix, self.coords(expert))
 
     def replicas_of(self, expert: int) -> Sequence[ExpertReplica]:
@@ -177,7 +175,6 @@ class Candidates:
 
 
 def uid_at(prefix: str, coords: Sequence[int]) -> str:
-    """The uid at these coordinates of a grid."""
     return ".".join((prefix, *map(str, coords)))
 
 

@@ -41,7 +41,6 @@ class Scaled:
     factor: float
 
     def get_scale(self) -> float:
-        """By how much it was multiplied."""
         return self.factor
 
     def is_enabled(self) -> bool:

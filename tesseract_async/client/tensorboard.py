@@ -29,7 +29,6 @@ class TensorBoard:
         self._num_failures = 0
 
     def __call__(self, report: StepReport) -> None:
-        """Write one report."""
         if report.error is not None:
             self._num_failures += 1
             self._writer.add_scalar("failures", self._num_failures, report.version)

@@ -23,7 +23,6 @@ class History:
         self._open: dict[str, list[Point]] = {name: [] for name in SPANS}
 
     def add(self, point: Point) -> None:
-        """Take in what was measured at ``point["time"]``."""
         self.last = point
         for name, span in SPANS.items():
             open_ = self._open[name]

@@ -131,7 +131,6 @@ class Executor:
         self._copy_again_at = 0.0  # time.monotonic, before which no good state is renewed: the experts share the time
 
     def stage(self, slices: Sequence[RowSlice], *, halved: bool = False) -> Attempt:
-        """Gather the slices' rows and start copying them to the device."""
         attempt = Attempt(slices, [one.request for one in slices], halved)  # type: ignore[misc]
         try:
             attempt.upload = self.staging.upload(_columns(slices, attempt.works))

@@ -102,7 +102,6 @@ class GatheredGradients:
 
     @property
     def is_enough(self) -> bool:
-        """True when it is time for a step."""
         if self.num_batches < self._step_every or not self._trim_peers:
             return self.num_batches >= self._step_every
         absent = frozenset().union(*self._last_peers) - self._sums.keys()
@@ -119,7 +118,6 @@ class GatheredGradients:
         return trimmed_mean(means, self._trim_peers, scale=self.num_batches)
 
     def take(self) -> Gradients | None:
-        """Return what `merged` does, and begin to gather for the next step."""
         merged = self.merged()
         self._last_peers = [*self._last_peers[-1:], frozenset(self._sums) - {None}]
         self.clear()

@@ -35,7 +35,6 @@ def squared_norm(backends: Sequence[ExpertBackend]) -> float:
 
 
 def clear(backends: Sequence[ExpertBackend]) -> None:
-    """Forget the gradients that were gathered."""
     for backend in backends:
         backend.take_gathered()
 

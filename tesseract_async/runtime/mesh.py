@@ -479,7 +479,6 @@ class MeshBackend(ExpertBackend):
     # -- Rows ---------------------------------------------------------------------------------------------------------
 
     def _vote(self, failed: bool) -> bool:
-        """Return whether any process that has rows of this batch failed."""
         assert self._rows is not None
         flag = torch.full((), int(failed), dtype=torch.uint8, device=self._place)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._rows.get_group())

@@ -56,7 +56,6 @@ def build_spread(
 
 
 def box_of(x: torch.Tensor) -> Box:
-    """Return this process's part of a tensor."""
     if not isinstance(x, DTensor):
         return [0] * x.dim(), list(x.shape)
     (chunk,) = x.__create_chunk_list__()  # type: ignore[no-untyped-call]

@@ -39,8 +39,6 @@ class _Account(NamedTuple):
 
 
 class UsualNorms:
-    """The norms of recent gradients of one expert's parameters."""
-
     def __init__(self, known: Iterable[float] = ()) -> None:
         """`known`: what `values` returned before a restart."""
         self._accounts = LRU[Hashable, _Account](_MAX_ACCOUNTS)

@@ -344,7 +344,6 @@ class TesseractRuntime(Uncopied):
         return await asyncio.get_running_loop().run_in_executor(self._aside, function)
 
     def statistics(self) -> BatcherStatistics:
-        """Return the batcher's figures."""
         with self._lock:
             return self._batcher.statistics()
 

@@ -37,7 +37,6 @@ class Copy:
 
     @property
     def is_pushing(self) -> bool:
-        """True between `push` and `merge`, `rebase` or `cancel`."""
         return self._sent is not None
 
     def push(self, local: torch.Tensor) -> bytes:

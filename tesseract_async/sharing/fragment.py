@@ -42,7 +42,6 @@ class Outer:
             raise ValueError(f"unknown codec {self.codec!r}; known: {', '.join(compression.CODECS)}")
 
     def codec_of(self, cut: Cut) -> str:
-        """Return the codec of this fragment's differences and updates."""
         return "none" if cut.kind is Kind.NEWEST else self.codec
 
 

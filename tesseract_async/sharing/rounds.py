@@ -113,7 +113,6 @@ class Rounds:
 
     @property
     def deadline(self) -> float:
-        """Seconds that this round waits for its members."""
         median = statistics.median(self._offsets) if self._offsets else 0.0
         deviation = statistics.median(abs(one - median) for one in self._offsets) if self._offsets else 0.0
         return min(max(MIN_WAIT, median + 4 * deviation), max(MIN_WAIT, self._interval))

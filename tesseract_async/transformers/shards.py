@@ -77,7 +77,6 @@ class Checkpoint:
 
     @property
     def hidden_size(self) -> int:
-        """The width of the experts' rows."""
         return int(self.config.get_text_config().hidden_size)
 
     def digest(self, file: str) -> bytes:
