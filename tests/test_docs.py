@@ -4,8 +4,6 @@ README and tutorial are followed command by command (`docs/session.py`), how-to 
 but this computer, and else checked by the tools that would read them, and against the real command line.
 """
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import importlib

@@ -1,7 +1,5 @@
 """How programs are told to leave: every way of it lets them save, and only a second Ctrl-C is impatience."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -9,8 +9,6 @@ down slows both. Function calls are counted beside, since they do not depend on 
 one small call of one expert. Without another checkout, this one's figures are printed alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import collections

@@ -4,8 +4,6 @@ Prints one line of JSON per figure. Both ends of a data channel run in this proc
 relay and both of its ends are processes of their own. Rounds alternate, and the median of their ratios counts.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Training through a swarm that misbehaves, in virtual time: what a step costs, and a thousand of them on end."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import itertools

@@ -1,7 +1,5 @@
 """Replies in parts: order, grants, bounds, cancellation, and peers that know none or break the rules."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """The two training examples, small: they learn, equal their controls where they should, and go on after Ctrl-C."""
 
-from __future__ import annotations
-
 import asyncio
 import csv
 import gzip

@@ -1,7 +1,5 @@
 """IPv6 beside a NAT, routers that map ports, outside STUN and TURN servers, and paths that become better."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A remote expert is the same function as its module run here: outputs, gradients and the step that it takes."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import time

@@ -1,7 +1,5 @@
 """``expert.apply`` against a node of three lines: it gives what torch gives, and each expert's trouble is its own."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import os

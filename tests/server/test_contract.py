@@ -1,7 +1,5 @@
 """The volunteer's limits, by function calls: no clock is read, no time passes."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from zoneinfo import ZoneInfo
 

@@ -3,8 +3,6 @@
 In virtual time, over links in memory (`benchmarks/nat_links`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable

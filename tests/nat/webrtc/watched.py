@@ -1,7 +1,5 @@
 """An association that tells and takes what tests need: a subclass, as aiortc has no other seam (`association`)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from aiortc.rtcsctptransport import (
