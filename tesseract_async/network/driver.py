@@ -1,7 +1,5 @@
 """The driver of one node's machine: a UDP socket, one timer, and the host names of seeds."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -226,7 +224,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
             self.protocol.cancel(operation)
 
     def _answer_stun(self, data: bytes, address: Address, addr: tuple[str, int]) -> None:
-        """Tell a client under which address it is seen: hole punching needs that."""
         answer = stun.answer(data, address)
         if answer is None:
             self._metrics.count("network_datagrams_dropped", reason="stun")

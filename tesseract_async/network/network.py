@@ -1,7 +1,5 @@
 """TesseractNetwork: the DHT of one node, as its users see it."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random
@@ -97,7 +95,6 @@ class TesseractNetwork(Uncopied):
 
     @property
     def peer_id(self) -> PeerID:
-        """This node's id."""
         return self.identity.peer_id
 
     @property
@@ -400,7 +397,6 @@ class TesseractNetwork(Uncopied):
         return record
 
     async def _warn_if_alone(self) -> None:
-        """Log it, once each time, if nobody answers for a while."""
         driver = self._running()
         while True:
             if not await self.wait_joined(WARN_ALONE_AFTER):

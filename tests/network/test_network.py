@@ -1,7 +1,5 @@
 """TesseractNetwork over real UDP on loopback."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import random
