@@ -193,10 +193,11 @@ class Tenure:
 
     def ask(self, peer: PeerID, question: Question, now: float, wall: float) -> Response:
         """Answer `peer`. Carry out `commands` before the answer goes out."""
-        if not self._member.may_host(peer):
+        if self._member.may_host(peer):
+            self.sight(question.term, now, wall)
+            self.sight(question.seal, now, wall)
+        elif question.kind != "probe":
             return Response(False, (0, 0), b"", b"")
-        self.sight(question.term, now, wall)
-        self.sight(question.seal, now, wall)
         best, member, agrees, vote = self.lineage.best, self._member, False, b""
         if question.kind in ("beat", "rise") and member.is_beat(peer, question, now):
             # for a lease, a primary that lost touch may come back; then others stand

@@ -139,7 +139,7 @@ class Placing:
         self._note_loads()
         self._note_moves()
         me = self.place()
-        self.places = {**places, self._node.peer_id: me}
+        self.places = {**{peer: self._checked(place) for peer, place in places.items()}, self._node.peer_id: me}
         by_uid: dict[str, dict[PeerID, int]] = {}
         for peer, place in places.items():
             for uid, part in place.parts.items():
@@ -168,8 +168,6 @@ class Placing:
 
     def place(self) -> Place:
         now, capacity = self._now(), self.capacity
-        if self._server.is_paused:  # it keeps what it has, and computes nothing
-            capacity = replace(capacity, room=0, files=0)
         parts = {uid: Part(Role.HOLDS) for uid in self.placement.wishes}
         for uid in self._tenures.uids():
             tenure, hosted = self._tenures.tenure(uid), self._server.hosted.get(uid)
@@ -182,6 +180,8 @@ class Placing:
             waiting = 0 if hosted is None else hosted.runtime.rows_of(hosted.backend)[1]
             rate = self._rates.get(uid, (0.0, 0))[0]
             parts[uid] = Part(role, *age, 0 if held is None else held.version, rate, waiting)
+        if self._server.is_paused:  # it keeps what it has, and computes nothing
+            capacity = replace(capacity, room=0, files=len(parts))
         return Place(
             self._node.peer_id,
             capacity.room,
@@ -192,6 +192,18 @@ class Placing:
             now - self._began,
             parts,
         )
+
+    def _checked(self, place: Place) -> Place:
+        """Return a member's place without what the lineage of an expert that is here speaks against: otherwise one that
+        says it leads it, or is newer than all others, makes copies look old that are not."""
+        mine = {uid: self._tenures.tenure(uid) for uid in self._tenures.uids() if uid in place.parts}
+
+        def is_possible(uid: str, part: Part) -> bool:
+            if (tenure := mine.get(uid)) is None:
+                return True
+            return part.epoch <= tenure.epoch and (part.role is not Role.LEADS or place.peer == tenure.primary)
+
+        return replace(place, parts={uid: part for uid, part in place.parts.items() if is_possible(uid, part)})
 
     def _note_loads(self) -> None:
         now = self._now()

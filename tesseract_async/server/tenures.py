@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +46,7 @@ from tesseract_async.experts.terms import RECORDS_SECONDS, Kind, Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import encode, largest_state
+from tesseract_async.server.checkpoint import encode, largest_state, with_recent_journal
 from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.fragments import FragmentBackend, replay
 from tesseract_async.server.hosted import HostedState
@@ -76,6 +77,8 @@ ASK_TIMEOUT: Final = 1.5
 MAX_RECORD_BYTES: Final = 1024
 UPLOAD_SHARE: Final = 0.5
 """The share of the upload rate that copies of states may take."""
+RETRY_SECONDS: Final = 300.0
+"""Backwards of so long are in a sealed state's journal: whoever goes on from there applies none of them twice."""
 AUTHORITY_PERIOD: Final = 2.0
 """Seconds after which grants, revocations and appointments are looked at again: they come by themselves."""
 
@@ -95,6 +98,8 @@ class _Expert:
     progress: tuple[int, int] | None = None
     """How far the sealed file is."""
     sealed_at: float = -math.inf
+    versions: deque[tuple[float, int]] = field(default_factory=deque)
+    """When the last states were sealed, and their versions."""
     waited_for: bool = False
     """It was told that this expert may have a state, which nobody shows."""
     wanted_root: bytes | None = None
@@ -718,6 +723,7 @@ class Tenures:
         expert.sealed_at = self._elapsed()
         if hosted is not None and (held is None or self._has_moved(expert) or self.files.find(uid, held.root) is None):
             state = await hosted.snapshot()
+            state = with_recent_journal(state, since=self._version_before(expert, int(state["version"])))
 
             file = await self._server.call_aside(lambda: self.files.keep(uid, encode(state)))
             root, size = file.root, file.size
@@ -729,6 +735,15 @@ class Tenures:
         seal = tenure.seal(root, size, version, *self._now())
         await self._carry_out(expert)
         return seal
+
+    @staticmethod
+    def _version_before(expert: _Expert, version: int) -> int:
+        """Note this version, and return one that the expert had `RETRY_SECONDS` ago, or before."""
+        versions, now = expert.versions, expert.sealed_at
+        versions.append((now, version))
+        while len(versions) > 1 and versions[1][0] <= now - RETRY_SECONDS:
+            versions.popleft()
+        return versions[0][1] if versions[0][0] <= now - RETRY_SECONDS else -1
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name="server: tenures")

@@ -6,8 +6,6 @@ By default 12 servers with 4 experts each, for 20 minutes, and a lease of 5 seco
 the process stands still for longer than a moment, a lease ends that should not.
 """
 
-from __future__ import annotations
-
 import asyncio
 import sys
 
