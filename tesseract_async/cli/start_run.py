@@ -29,6 +29,7 @@ from tesseract_async.experts.ownership import MEMBER, RunOwner, adopt_servers, w
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
+from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 
@@ -148,7 +149,7 @@ async def create(
     )
     # the author's own code may run here
     manifest = complete(manifest, allowed_modules=[manifest.expert.partition(":")[0]])
-    async with node.make() as author:
+    async with node.make() as author, StatusService(author):
         signed = sign_run(author.identity, with_delegates(manifest, author.identity, delegates))
         if once:
             await join(author)  # nobody else would keep the manifest
