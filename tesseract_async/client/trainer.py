@@ -85,8 +85,8 @@ class AsyncTrainer(Generic[M]):
     A step that the swarm lets down, say because no expert was alive for too long, ends the run; with
     ``trainer.run(..., max_failures=10)`` it is reported with its `error`, and only the eleventh on end is raised.
 
-    `loss_of` may return figures with the loss, ``return loss, {"accuracy": accuracy}``; they come in the report. Observers
-    are told how many samples the trainer has seen or, where a figure of this name says so, how many ``tokens``.
+    `loss_of` may return figures with the loss, ``return loss, {"accuracy": accuracy}``; they come in the report.
+    Observers are told how many samples the trainer has seen or, where a figure of this name counts them, ``tokens``.
 
     The master, `module`, is never used for computing and always holds the latest parameters. Each step sees which of
     them want gradients and which submodules train, as set in the master when it starts; parameters and submodules must
@@ -250,9 +250,7 @@ class AsyncTrainer(Generic[M]):
             num_samples, seconds = _num_samples(batch), loop.time() - started
             self.seen["samples"] += num_samples
             self.seen["tokens"] += int(figures.get("tokens", 0))
-            return StepReport(
-                loss.detach(), staleness, self.version, seconds, metrics=figures, num_samples=num_samples
-            )
+            return StepReport(loss.detach(), staleness, self.version, seconds, metrics=figures, num_samples=num_samples)
 
     async def run(
         self,

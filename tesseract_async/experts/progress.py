@@ -1,9 +1,9 @@
-"""Trainers' progress, as observers see it: the latest step, loss and samples of each trainer of a grid, in the network."""
+"""Trainers' progress, as observers see it: how far each trainer of a grid is, in the network."""
 
 from __future__ import annotations
 
 import math
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from tesseract_async.experts.thanks import Thanks, publish_thanks
 from tesseract_async.experts.trust import Trust
@@ -62,7 +62,8 @@ def read_progress(value: object) -> Progress | None:
     """
     if not isinstance(value, list | tuple) or len(value) < 3:
         return None
-    step, loss, left_out, seen, unit = (*value[:5], *(0, UNITS[0])[len(value) - 3 :])
+    fields: list[Any] = [*list(value[:5]), *(0, UNITS[0])[len(value) - 3 :]]
+    step, loss, left_out, seen, unit = fields
     if not all(type(number) is int and 0 <= number < 2**53 for number in (step, left_out, seen)):
         return None
     if not isinstance(loss, int | float) or not math.isfinite(loss) or unit not in UNITS:
