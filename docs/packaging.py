@@ -17,7 +17,9 @@ except ImportError:  # outside of a build
     MetadataHookInterface = object
 
 LINK = re.compile(r"(!?)\[((?:[^\[\]`]|`[^`]*`)*)\]\((?!\w+://)([^)\s]+)\)")
-FIGURES = re.compile(r"<!--.*?-->\n*", flags=re.S)
+POINTER = re.compile(r"\s*\(\[[^\]]*\]\((?!\w+://)[^)\s]+\)\)")  # " ([how](docs/how-to/embed.md))"
+PICTURE = re.compile(r"!\[[^\]]*\]\((?!\w+://)[^)\s]+\)\n+(?:\*[^*\n]+\*\n+)?")  # and its caption
+COMMENT = re.compile(r"<!--.*?-->\n*", flags=re.S)
 
 
 def readme(text: str, repository: str) -> str:
@@ -26,11 +28,12 @@ def readme(text: str, repository: str) -> str:
     def whole(found: re.Match[str]) -> str:
         is_image, said, path = found.groups()
         if not repository:
-            return "" if is_image else said
+            return str(said)
         at = f"{'raw' if is_image else 'blob'}/main/{'README.md' if path.startswith('#') else ''}{path}"
         return f"{is_image}[{said}]({repository}/{at})"
 
-    return FIGURES.sub("", LINK.sub(whole, text))
+    text = COMMENT.sub("", text)
+    return LINK.sub(whole, text if repository else PICTURE.sub("", POINTER.sub("", text)))
 
 
 def urls(repository: str) -> dict[str, str]:

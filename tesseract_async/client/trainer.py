@@ -49,8 +49,6 @@ class StepReport:
     """Which batch of its `AsyncTrainer.run` it was, counted from 0; None outside of one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The figures that came with the loss."""
-    num_samples: int = 0
-    """Length of the batch's first tensor."""
 
 
 class Sampler(Protocol):
@@ -247,10 +245,9 @@ class AsyncTrainer(Generic[M]):
                 self._idle.append(replica)
                 self._changed.set()
             figures = {name: float(figure) for name, figure in metrics.items()}
-            num_samples, seconds = _num_samples(batch), loop.time() - started
-            self.seen["samples"] += num_samples
+            self.seen["samples"] += _num_samples(batch)
             self.seen["tokens"] += int(figures.get("tokens", 0))
-            return StepReport(loss.detach(), staleness, self.version, seconds, metrics=figures, num_samples=num_samples)
+            return StepReport(loss.detach(), staleness, self.version, loop.time() - started, metrics=figures)
 
     async def run(
         self,
