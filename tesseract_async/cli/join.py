@@ -1,7 +1,5 @@
 """`tesseract join`: all that lies between an invite and a computer that takes part."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

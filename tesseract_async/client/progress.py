@@ -1,7 +1,5 @@
 """ProgressOf: publishes a trainer's loss for each grid that its module uses."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -42,7 +40,7 @@ class ProgressOf:
         self._task: asyncio.Task[None] | None = None
 
     def add(self, step: int, loss: float, seen: Mapping[str, int]) -> None:
-        """Count the loss of a step. `seen`: all samples and tokens so far."""
+        """`seen`: all samples and tokens so far."""
         if self._grids:
             self._step, self._seen = step, seen
             self._losses.append(loss)
@@ -50,7 +48,6 @@ class ProgressOf:
                 self._task = asyncio.get_running_loop().create_task(self._publish(), name="trainer: progress")
 
     async def aclose(self) -> None:
-        """Stop."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

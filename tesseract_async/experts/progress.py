@@ -1,7 +1,5 @@
 """Trainers' progress, as observers see it: how far each trainer of a grid is, in the network."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -31,8 +29,6 @@ class Progress(NamedTuple):
 
 
 class OnNetwork(Protocol):
-    """A node."""
-
     @property
     def network(self) -> TesseractNetwork:
         """The network that it takes part in."""
@@ -51,7 +47,6 @@ class OnNetwork(Protocol):
 
 
 def progress_key(prefix: str) -> str:
-    """Return where the progress of training the grid `prefix` is stored."""
     return f"progress/{prefix}"
 
 
