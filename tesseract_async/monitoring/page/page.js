@@ -71,8 +71,8 @@ function drawTotals() {
     ["calls per second", number(totals.calls_per_second ?? 0, 0)],
     ["rows per second", number(totals.rows_per_second ?? 0)],
     ["steps per second", number(totals.steps_per_second ?? 0, 1)],
-    [`${seen[0]} seen by trainers`, seen[1] ? short(seen[1]) : "–"],
-    ["loss", totals.loss === undefined ? "–" : number(totals.loss, 4), totals.merged === undefined ? "" : ` ${number(totals.merged, 4)} merged`],
+    [`${seen[0]} seen`, seen[1] ? short(seen[1]) : "–"],
+    totals.merged === undefined ? ["loss, mean", number(totals.loss, 4)] : ["loss, merged", number(totals.merged, 4)],
   ];
   $("totals").replaceChildren(...cards.map(([label, value, more, bad]) => {
     const card = element("div", undefined, bad ? "bad" : ""), strong = element("b", value);
@@ -544,7 +544,7 @@ function drawTrainers() {
   const trainers = Object.entries(state.losses);
   $("trainers").hidden = trainers.length === 0;
   fill($("losses"), trainers.map(([name, [step, loss, leftOut, seen, unit]]) => [
-    [name, number(step), number(loss, 4), seen ? `${number(seen)} ${unit}` : "–", number(leftOut)], "",
+    [name, number(step), number(loss, 4), seen ? `${short(seen)} ${unit}` : "–", number(leftOut)], "",
     [name, step, loss, seen, leftOut],
   ]));
 }
