@@ -7,8 +7,8 @@ It reports in lines of JSON on standard output: ``ready``, one ``step`` after th
 """
 
 import asyncio
+import contextlib
 import json
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +20,8 @@ from torch.nn import functional as F
 import tesseract_async as ta
 from tesseract_async.cli.demo import plan
 from tesseract_async.cli.running import run, say, set_up_logging
-from tesseract_async.errors import TesseractError, describe
-from tesseract_async.monitoring import publish_progress
-
-logger = logging.getLogger(__name__)
+from tesseract_async.client.progress import ProgressOf
+from tesseract_async.errors import TesseractError
 
 PUBLISH_PERIOD = 1.0
 """Seconds between two publications of the loss."""
@@ -68,12 +66,13 @@ async def train(
     x_train, y_train, x_val, y_val = load_digits()
     torch.manual_seed(seed * 1000 + number)
     node = ta.TesseractNode(initial_peers=initial_peers, refresh_period=plan.REFRESH_PERIOD)
-    losses: list[tuple[int, float]] = []
-    async with node, asyncio.TaskGroup() as group:
-        publishing = group.create_task(publish_losses(node, f"trainer {number + 1}", losses))
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(node)
         gate = ta.GatingFunction(
             node, uid_prefix=plan.PREFIX, grid_size=plan.GRID_SIZE, in_features=plan.NUM_PIXELS, k_best=plan.K_BEST
         )
+        progress = ProgressOf(gate, trainer=f"trainer {number + 1}", period=PUBLISH_PERIOD)
+        await stack.enter_async_context(contextlib.aclosing(progress))
         optimizer = torch.optim.Adam(gate.parameters(), lr=plan.GATE_LEARNING_RATE)
         node.directory.watch(plan.PREFIX, plan.GRID_SIZE)
         await node.directory.wait_warm(plan.PREFIX)
@@ -92,7 +91,7 @@ async def train(
                 await ta.backward(loss)
                 optimizer.step()
                 facts["loss"] = loss.item()
-                losses.append((step, facts["loss"]))
+                progress.add(step, facts["loss"], {"samples": step * rows})
                 if step % validate_every == 0 or step == steps:
                     with torch.no_grad():
                         logits = await gate(x_val)
@@ -104,23 +103,8 @@ async def train(
             view = node.directory.live(plan.PREFIX)
             facts["live"] = [] if view is None else [view.uid(row) for row in range(len(view))]
             report("step", **facts)
-        publishing.cancel()
         report("done")
     return 0
-
-
-async def publish_losses(node: ta.TesseractNode, trainer: str, losses: list[tuple[int, float]]) -> None:
-    """Let `tesseract top` and the dashboard show the mean loss since the last time, until cancelled."""
-    while True:
-        await asyncio.sleep(PUBLISH_PERIOD)
-        if not losses:
-            continue
-        step, mean = losses[-1][0], sum(loss for _, loss in losses) / len(losses)
-        losses.clear()
-        try:
-            await publish_progress(node, plan.PREFIX, step=step, loss=mean, trainer=trainer)
-        except (TesseractError, TimeoutError) as error:
-            logger.info("the loss could not be published: %s", describe(error))
 
 
 async def wait_for_everybody(node: ta.TesseractNode, may_go_on: Callable[[], bool]) -> None:

@@ -457,6 +457,11 @@ for (const canvas of plots) {
 
 // ---------------------------------------------------------------------------------------------- lists
 
+function titled(text, title) {
+  const made = element("span", text);
+  made.title = title;
+  return made;
+}
 const nameOf = (one) => one.name ? `${one.name} (${one.short})` : one.short;
 
 function link(hash, text) {
@@ -544,7 +549,7 @@ function drawTrainers() {
   const trainers = Object.entries(state.losses);
   $("trainers").hidden = trainers.length === 0;
   fill($("losses"), trainers.map(([name, [step, loss, leftOut, seen, unit]]) => [
-    [name, number(step), number(loss, 4), seen ? `${short(seen)} ${unit}` : "–", number(leftOut)], "",
+    [name, short(step), number(loss, 4), titled(seen ? short(seen) : "–", `${number(seen)} ${unit}`), short(leftOut)], "",
     [name, step, loss, seen, leftOut],
   ]));
 }
