@@ -130,6 +130,7 @@ function coordsAt(grid, [row, column]) {
 
 function drawGrids() {
   const holder = $("grids");
+  $("detail").hidden = state.grids.length === 0;
   if (state.grids.length === 0) {
     if (!holder.querySelector(".quiet")) {
       const lines = [
@@ -539,8 +540,13 @@ function drawContributors() {
   const some = state.contributors;
   $("no-thanks").hidden = some.length > 0;
   $("thanks").closest("table").hidden = some.length === 0;
+  const named = (one) => {
+    const made = link(`server/${one.peer_id}`, one.name || one.short);
+    if (one.name) made.append(element("span", ` (${one.short})`, "id"));
+    return made;
+  };
   fill($("thanks"), some.map((one) => [
-    [link(`server/${one.peer_id}`, nameOf(one)), number(one.rows), number(one.steps), number(one.hours), number(one.trainers)],
+    [named(one), number(one.rows), number(one.steps), number(one.hours), number(one.trainers)],
     "", [nameOf(one), one.rows, one.steps, one.hours, one.trainers],
   ]));
 }
