@@ -8,7 +8,7 @@ rounds.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -17,13 +17,16 @@ import torch
 from torch import nn
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import ProtocolError, RemoteError, TesseractError
+from tesseract_async.errors import ProtocolError, RemoteError, TesseractError, describe
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.answering import ExpertCalls, journal_key, told_of
-from tesseract_async.server.hosted import HostedState
+from tesseract_async.server.checkpoint import check_state
+from tesseract_async.server.hosted import UNFIT, HostedState
 from tesseract_async.sharing.fragment import KEPT_UPDATES, ROOT_BYTES, Fragment, Update
-from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES
+from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 from tesseract_async.sharing.rounds import Push, Rounds, judge
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -38,16 +41,18 @@ MAX_STEPS: Final = 1024
 JOURNALED_VERSIONS: Final = 64
 """Versions whose pushes are remembered. Those whose base is older than 8 versions are not counted anyway."""
 
+MAX_STATE_BYTES: Final = (16 + 8 * KEPT_UPDATES) * MAX_ELEMENTS + 2 * MAX_LAYOUT_BYTES
+"""The longest file that a state of a fragment is."""
+
 Tensors = Mapping[str, torch.Tensor]
 
 
 class _Tensors(nn.Module):
     """The state of a fragment, as tensors whose shapes follow from the manifest."""
 
-    def __init__(self, manifest: SharedManifest, number: int, fragment: Fragment, steps: int) -> None:
+    def __init__(self, part: FragmentPart, fragment: Fragment, steps: int) -> None:
         super().__init__()
-        outer, cut = manifest.outer, fragment.cut
-        num_bytes = encoded_bytes(cut.numel, cut.dtype, outer.codec_of(cut))
+        num_bytes = encoded_bytes(part.cut.numel, part.cut.dtype, part.outer.codec_of(part.cut))
         self.register_buffer("anchor", fragment.anchor.clone())
         if fragment.has_momentum:
             self.register_buffer("momentum", fragment.momentum)
@@ -55,7 +60,7 @@ class _Tensors(nn.Module):
         self.register_buffer("updates", torch.zeros(KEPT_UPDATES, num_bytes, dtype=torch.uint8))
         self.register_buffer("roots", torch.zeros(KEPT_UPDATES + 1, ROOT_BYTES, dtype=torch.uint8))
         self.register_buffer("counts", torch.tensor([steps, len(fragment.updates)]))
-        self.register_buffer("manifest", _octets(manifest.part(number)))
+        self.register_buffer("manifest", _octets(part.data))
         self.put_root(fragment.version - len(fragment.updates), fragment.before)
         for update in fragment.updates:
             self.put(update)
@@ -80,18 +85,27 @@ def _octets(data: bytes) -> torch.Tensor:
 
 def read_manifest(tensors: Tensors) -> SharedManifest:
     """Return the manifest in the state of fragment 0. Untrusted. Raises: ProtocolError."""
-    part = tensors.get("manifest")
-    if part is None or part.dtype != torch.uint8:
-        raise ProtocolError("the state of a first fragment without a manifest")
-    return SharedManifest.decode(part.numpy().tobytes())
+    return SharedManifest.decode(_said(tensors))
 
 
-def read_fragment(manifest: SharedManifest, number: int, tensors: Tensors, version: int) -> tuple[Fragment, int]:
+def read_part(uid: str, tensors: Tensors) -> FragmentPart:
+    """Return what the state of a fragment says of it. Untrusted. Raises: ProtocolError."""
+    return FragmentPart.read(split_uid(uid)[1][0], _said(tensors))
+
+
+def _said(tensors: Tensors) -> bytes:
+    said = tensors.get("manifest")
+    if said is None or said.dtype != torch.uint8:
+        raise ProtocolError("the state of a fragment that does not say of which model")
+    return said.numpy().tobytes()
+
+
+def read_fragment(part: FragmentPart, tensors: Tensors, version: int) -> tuple[Fragment, int]:
     """Return the fragment in the tensors of a state, and the steps that were pushed to it. Untrusted.
 
     The tensors become the fragment's. Raises: ProtocolError.
     """
-    cut, outer = manifest.layout.cuts[number], manifest.outer
+    cut, outer = part.cut, part.outer
     num_bytes = encoded_bytes(cut.numel, cut.dtype, outer.codec_of(cut))
     shapes = {
         "anchor": (cut.dtype, (cut.numel,)),
@@ -104,8 +118,7 @@ def read_fragment(manifest: SharedManifest, number: int, tensors: Tensors, versi
         if found is None or (found.dtype, tuple(found.shape)) != wanted:
             raise ProtocolError(f"the state of a fragment has another {name}")
     steps, num_updates = tensors["counts"].tolist()
-    part = tensors.get("manifest")
-    if part is None or part.dtype != torch.uint8 or part.numpy().tobytes() != manifest.part(number):
+    if _said(tensors) != part.data:
         raise ProtocolError("a fragment of another model")
     if not 0 <= num_updates <= min(KEPT_UPDATES, version) or not 0 <= steps < 2**62:
         raise ProtocolError("the state of a fragment has other counts")
@@ -130,14 +143,27 @@ def read_fragment(manifest: SharedManifest, number: int, tensors: Tensors, versi
 class FragmentBackend(ExpertBackend):
     """A fragment that a server hosts. It stays on the CPU, and takes its steps on the runtime's thread."""
 
-    def __init__(self, manifest: SharedManifest, number: int, fragment: Fragment, *, steps: int = 0) -> None:
-        """`fragment` is fragment `number` of the manifest's layout; `steps`: of all members, that it holds."""
-        self.manifest, self.number, self.fragment, self.steps = manifest, number, fragment, steps
-        self._tensors = _Tensors(manifest, number, fragment, steps)
+    def __init__(self, part: FragmentPart, fragment: Fragment, *, steps: int = 0) -> None:
+        """`steps`: of all members, that `fragment` holds."""
+        self.part, self.fragment, self.steps = part, fragment, steps
+        self._tensors = _Tensors(part, fragment, steps)
         super().__init__(self._tensors, args_schema=(TensorSpec((1,)),), max_batch_size=2)
         self.recent: dict[int, tuple[int, bytes]] = {}
         """By version: `steps` then, and the journal's keys of the pushes that led there, as other hosts must know."""
         self._take(fragment, steps)
+
+    @classmethod
+    def of_file(cls, uid: str, file: bytes | memoryview) -> FragmentBackend:
+        """Return the fragment in the file of a whole state. Untrusted. Raises: ProtocolError."""
+        state = check_state(uid, file)
+        part, tensors = read_part(uid, state["module"]), {name: one.clone() for name, one in state["module"].items()}
+        fragment, steps = read_fragment(part, tensors, state["version"])
+        found = cls(part, fragment, steps=steps)
+        try:
+            found.load_state(state)
+        except UNFIT as error:
+            raise ProtocolError(f"{uid}: a state that does not fit: {describe(error)}") from None
+        return found
 
     def _take(self, fragment: Fragment, steps: int) -> None:
         self.fragment, self.steps, self.version = fragment, steps, fragment.version
@@ -150,7 +176,7 @@ class FragmentBackend(ExpertBackend):
         super().load_state(state)
         tensors = {name: tensor.clone() for name, tensor in self._tensors.state_dict().items()}
         try:
-            self._take(*read_fragment(self.manifest, self.number, tensors, state["version"]))
+            self._take(*read_fragment(self.part, tensors, state["version"]))
         except ProtocolError as error:
             raise ValueError(str(error)) from error
 
@@ -327,25 +353,29 @@ def _updates(
     return Message(messages.encode(reply), tuple(memoryview(one.data) for one in updates or ()))
 
 
-async def replay(node: TesseractNode, hosted: HostedState, primary: PeerAddress, *, up_to: int, timeout: float) -> bool:
-    """Follow a fragment's primary by its updates, up to this version. False if the state must be fetched whole.
+Replay = Callable[[], None]
 
-    Raises: ProtocolError for updates that lie; what the call raises.
+
+async def fetch_replay(
+    node: TesseractNode, uid: str, backend: FragmentBackend, primary: PeerAddress, *, up_to: int, timeout: float
+) -> Replay | None:
+    """Return what has a fragment follow its primary by its updates, up to this version, once it is called where the
+    fragment is used; it raises ProtocolError for updates that lie. None if the state must be fetched whole.
+
+    Raises: ProtocolError; what the call raises.
     """
-    backend = _backend(hosted)
     base = backend.fragment
-    request = messages.PullRequest(hosted.uid, base.version, base.root, True)
+    request = messages.PullRequest(uid, base.version, base.root, True)
     message = await node.call_expert(primary, messages.PULL, messages.encode(request), timeout=timeout, idempotent=True)
     reply = messages.decode(messages.UpdatesReply, message.body)
     if not reply.known:
-        return False
+        return None
     updates = read_updates(request.version, reply, message.buffers)
     journal = [_journal_row(row) for row in reply.journal]
     if len(journal) != len(updates):
         raise ProtocolError("updates without their journal")
     num = sum(one.version <= up_to for one in updates)
-    await hosted.runtime.call(partial(backend.replay, updates[:num], journal[:num]))
-    return backend.version == up_to
+    return partial(backend.replay, updates[:num], journal[:num]) if base.version + num == up_to else None
 
 
 def _journal_row(row: object) -> tuple[int, bytes]:
