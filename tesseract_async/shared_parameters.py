@@ -40,6 +40,7 @@ from tesseract_async.experts.trust import SHARED
 from tesseract_async.node import TesseractNode
 from tesseract_async.server.fragments import FragmentBackend, read_fragment, read_updates
 from tesseract_async.server.other_replicas import ReplicaSettings
+from tesseract_async.server.placing import Placing
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.shared_pieces import FoundPieces, SharedPieces
@@ -283,7 +284,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
     async def _host(self, found: FoundPieces, *, follows: bool) -> None:
         backends = {
-            self._pieces.uid(number): FragmentBackend(found.manifest, number, _copied(fragment), steps=steps)
+            self._pieces.uid(number): FragmentBackend(found.manifest.part(number), _copied(fragment), steps=steps)
             for number, (fragment, steps) in enumerate(found.fragments)
         }
         followers = list(backends) if follows else ()
@@ -292,6 +293,10 @@ class SharedParameters(Uncopied, Generic[M]):
         )
         await self._stack.enter_async_context(server)
         keeper = await self._stack.enter_async_context(ReplicaKeeper(server, settings=self._replicas))
+        authority = self._node.trust.authority(self._pieces.prefix)
+        if authority is not None:  # the run's servers see what is here, and take their part
+            num = len(backends)
+            await self._stack.enter_async_context(Placing.of_fragments(server, keeper, authority, num, num))
         self._stack.push_async_callback(_hand_over, keeper)
         self._node.directory.forget(self._pieces.prefix)
 
@@ -524,7 +529,7 @@ class SharedParameters(Uncopied, Generic[M]):
         while True:
             try:
                 tensors, version = await self._pieces.fetch_state(part.number)
-                fragment, steps = read_fragment(self._manifest, part.number, tensors, version)
+                fragment, steps = read_fragment(self._manifest.part(part.number), tensors, version)
                 part.arrived = _Arrived(epoch, steps, whole=fragment, counted=counted)
                 return
             except (TesseractError, TimeoutError) as error:

@@ -17,8 +17,10 @@ import tesseract_async as ta
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.server.other_replicas import ReplicaSettings
+from tesseract_async.server.placing import Placing
+from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.shared_parameters import SharedParameters, SharingReport
-from tesseract_async.sharing.layout import LayoutMismatch
+from tesseract_async.sharing.layout import Kind, LayoutMismatch
 from tesseract_async.wire import messages
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
@@ -352,3 +354,65 @@ async def test_in_a_run_a_follower_takes_over_and_no_push_counts_twice() -> None
         assert same(others[0].merged(), others[1].merged())
         assert others[0].steps == 20
         await dying.__aexit__(ConnectionError, ConnectionError(), None)
+
+
+@contextlib.asynccontextmanager
+async def fragment_server(number: int, run: SignedRun, room: int, *seeds: str) -> AsyncIterator[ReplicaKeeper]:
+    async with member(number, run, ("host",), *seeds) as node:
+        server, authority = ta.TesseractServer(node, {}), node.trust.authority("ffn")
+        assert authority is not None
+        async with (
+            server,
+            ReplicaKeeper(server, settings=ReplicaSettings(check_every=0.5, call_timeout=5.0)) as keeper,
+            Placing.of_fragments(server, keeper, authority, room, 16),
+        ):
+            yield keeper
+
+
+@pytest.mark.slow
+async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> None:
+    """Three servers see what a trainer begins, and take their part; it leaves, and others train on."""
+    manifest = RunManifest("shared", "ffn", (1,), "ffn", created=int(time.time() * 1000), lease=1.0, num_replicas=3)
+    run = sign_run(OWNER, manifest)
+    async with contextlib.AsyncExitStack() as stack:
+        bootstrap = await stack.enter_async_context(ta.TesseractNode())
+        leaving = contextlib.AsyncExitStack()
+        node = await leaving.enter_async_context(member(1, run, ("host", "share"), bootstrap.address))
+        model = make_model(1)
+        first = await leaving.enter_async_context(SharedParameters(node, model, run=run, every=2, host=True))
+        rooms = {2: 16, 3: 16, 4: 0}
+        keepers = [
+            await stack.enter_async_context(fragment_server(number, run, room, bootstrap.address))
+            for number, room in rooms.items()
+        ]
+        holder = keepers[-1]
+
+        def have(version: int) -> bool:
+            held = [
+                keeper.tenures.tenure(uid).held if uid in keeper.tenures.uids() else None
+                for keeper in keepers
+                for uid in first.uids
+            ]
+            return all(one is not None and one.version >= version for one in held)
+
+        async with asyncio.timeout(60.0):
+            while not have(0):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            assert not holder._server.experts
+            for round_ in range(3):
+                await steps(first, 2, round_)
+                await first.flush()
+            version = min(part.copy.base[1] for part in first._parts if part.copy.cut.kind is not Kind.FIXED)
+            while not have(version):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            # a holder has the file, and follows by updates as others do
+            assert holder._node.metrics.total("fragments_replayed") > 0
+            merged = first.merged()
+            await leaving.aclose()
+            node = await stack.enter_async_context(member(5, run, ("share",), bootstrap.address))
+            second = SharedParameters(node, make_model(2), run=run, every=2)
+            async with second:
+                assert same(second.model, merged) and second.steps == 6
+                await steps(second, 4, 7)
+                await second.flush()
+                assert second.steps == 10

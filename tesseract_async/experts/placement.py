@@ -391,7 +391,8 @@ class Placement:
         may_restart: bool,
         may: Callable[[PeerID, str], bool] = lambda peer, uid: True,
     ) -> None:
-        """`pattern`: of what members begin by themselves; None: others do. `created`: when the run was, in wall-clock seconds. `may`: whether a member may host an expert."""
+        """`pattern`: of what members begin by themselves; None: others do. `created`: when the run was, in wall-clock
+        seconds. `may`: whether a member may host an expert."""
         self._me, self._pattern, self._num_copies, self._may = me, pattern, num_copies, may
         self._grace = NUM_LEASES_MISSED * lease
         self._settle = min(1.5, lease / 6)

@@ -19,11 +19,13 @@ from tesseract_async.experts.placement import NEVER, Part, Place, Placement, Rol
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import Kind
+from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.capacity import Capacity
 from tesseract_async.server.other_replicas import wall_clock
 from tesseract_async.server.succession import ReplicaKeeper
+from tesseract_async.sharing.layout import MAX_FRAGMENTS
 
 if TYPE_CHECKING:
     from tesseract_async.server.server import TesseractServer
@@ -53,8 +55,8 @@ class Placing:
         chooses: bool = True,
         pattern: ExpertPattern | None = None,
     ) -> None:
-        """`build` makes an expert with its first weights; `template` is one, of which shapes and sizes count. `pattern`:
-        of what it takes part in, by default the run's experts; what else there is, others begin.
+        """`build` makes an expert with its first weights; `template` is one, of which shapes and sizes count.
+        `pattern`: of what it takes part in, by default the run's experts; what else there is, others begin.
 
         `chooses`: the server computes what the run lacks. Otherwise it computes what it was told to, and only holds
         others.
@@ -94,6 +96,16 @@ class Placing:
         self._building = asyncio.Lock()
         self._looked = asyncio.Event()
         self._is_settled = False
+
+    @classmethod
+    def of_fragments(
+        cls, server: TesseractServer, keeper: ReplicaKeeper, authority: Authority, room: int, files: int
+    ) -> Placing:
+        """The same for the fragments of the parameters that the run's trainers share: they begin them, and servers
+        lead, follow and hold what is there. `room`, `files`: how many it computes, and has a state of, at most."""
+        pattern = ExpertPattern(authority.prefix + SHARED, (range(MAX_FRAGMENTS),))
+        build = keeper.tenures.fragment
+        return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
 
     async def __aenter__(self) -> Placing:
         self._tenures.on_leading[self._prefix] = self._lead

@@ -550,12 +550,11 @@ class Tenures:
         """Come to the sealed state of a fragment by its primary's updates: a thousandth of the bytes."""
         uid, hosted, aside = expert.uid, expert.hosted, self._server.call_aside
         primary = self._addresses.get(seal.primary)
-        if primary is None or expert.tenure.state is not State.FOLLOWING:
+        if primary is None or expert.tenure.state is not State.FOLLOWING or not split_uid(uid)[0].endswith(SHARED):
             return False
         try:
-            backend = await self.fragment(uid) if hosted is None else hosted.backend
-            if not isinstance(backend, FragmentBackend):
-                return False
+            backend = await aside(partial(self.fragment, uid)) if hosted is None else hosted.backend
+            assert isinstance(backend, FragmentBackend)
             update = await fetch_replay(
                 self._node, uid, backend, primary, up_to=seal.version, timeout=self._call_timeout
             )
@@ -574,13 +573,13 @@ class Tenures:
         self._node.metrics.count("fragments_replayed")
         return True
 
-    async def fragment(self, uid: str) -> FragmentBackend | None:
-        """Return the fragment in the sealed file that is here; None without one. Raises: ProtocolError, OSError."""
+    def fragment(self, uid: str) -> FragmentBackend:
+        """Return the fragment in the sealed file that is here. Blocking. Raises: CheckpointError, ProtocolError."""
         held = self._experts[uid].tenure.held
         file = None if held is None else self.files.find(uid, held.root)
-        if file is None or not split_uid(uid)[0].endswith(SHARED):
-            return None
-        return await self._server.call_aside(lambda: FragmentBackend.of_file(uid, file.map()))
+        if file is None:
+            raise CheckpointError(f"the state of {uid} is not here yet")
+        return FragmentBackend.of_file(uid, file.map())
 
     async def _take(self, hosted: HostedState, authority: Authority, state: StateDict, *, aside: bool) -> None:
         """Continue from this state, and say how to get back the steps of this server that it lacks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
@@ -19,26 +19,27 @@ class SharedManifest:
 
     layout: Layout
     outer: Outer
+    data: bytes = field(init=False)
+    """The whole in bytes; equal ones for equal manifests."""
+    digest: bytes = field(init=False)
 
-    def encode(self) -> bytes:
-        """Return its bytes; equal ones for equal manifests."""
-        outer = self.outer
-        packed: bytes = msgpack.packb([outer.learning_rate, outer.momentum, outer.codec, self.layout.encode()])
-        return packed
+    def __post_init__(self) -> None:
+        data = msgpack.packb([*_packed(self.outer), self.layout.encode()])
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "digest", hashlib.sha256(data).digest())
 
     @classmethod
     def decode(cls, data: bytes) -> SharedManifest:
-        """Read what `encode` made. Untrusted. Raises: ProtocolError."""
+        """Read `data`. Untrusted. Raises: ProtocolError."""
         rate, momentum, codec, layout = _unpacked(data, float, float, str, bytes)
         return cls(Layout.decode(layout), _outer(rate, momentum, codec))
 
     def part(self, number: int) -> FragmentPart:
         """Return what the state of a fragment says of it: the whole in the first, else its digest."""
-        cut, outer, data = self.layout.cuts[number], self.outer, self.encode()
+        cut, data = self.layout.cuts[number], self.data
         if number > 0:
-            row = [cut.kind.value, cut.start, cut.stop, hashlib.sha256(data).digest()]
-            data = msgpack.packb([outer.learning_rate, outer.momentum, outer.codec, *row])
-        return FragmentPart(number, cut, outer, data)
+            data = msgpack.packb([*_packed(self.outer), cut.kind.value, cut.start, cut.stop, self.digest])
+        return FragmentPart(number, cut, self.outer, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,10 @@ class FragmentPart:
         if kind not in {*Kind} or not 0 <= start < stop <= start + MAX_ELEMENTS or len(digest) != 32:
             raise ProtocolError("malformed part of shared parameters")
         return cls(number, Cut(Kind(kind), start, stop), _outer(rate, momentum, codec), data)
+
+
+def _packed(outer: Outer) -> list[float | str]:
+    return [outer.learning_rate, outer.momentum, outer.codec]
 
 
 def _unpacked(data: bytes, *kinds: type) -> list[Any]:
