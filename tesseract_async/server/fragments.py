@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
+from tesseract_async.endpoint.budget import FairCount, Owner
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import ProtocolError, RemoteError, TesseractError, describe
+from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, TesseractError, describe
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
@@ -41,6 +42,8 @@ MAX_STEPS: Final = 1024
 JOURNALED_VERSIONS: Final = 64
 """Versions whose pushes are remembered. Those whose base is older than 8 versions are not counted anyway."""
 
+MAX_HELD_BYTES: Final = 256 << 20
+"""Differences of rounds that are open, of all fragments of a server together."""
 MAX_STATE_BYTES: Final = (16 + 8 * KEPT_UPDATES) * MAX_ELEMENTS + 2 * MAX_LAYOUT_BYTES
 """The longest file that a state of a fragment is."""
 
@@ -212,12 +215,21 @@ class FragmentBackend(ExpertBackend):
             self.applied.popitem(last=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A push that is to count."""
+
+    counts: asyncio.Future[None]
+    owner: Owner
+    num_bytes: int
+
+
 @dataclass(slots=True)
 class _Gathering:
     """The pushes to one fragment, and who waits for them to count."""
 
     rounds: Rounds
-    waiting: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
+    waiting: dict[bytes, _Waiting] = field(default_factory=dict)
     """By journal key."""
     timer: asyncio.TimerHandle | None = None
     closing: asyncio.Task[None] | None = None
@@ -229,6 +241,7 @@ class FragmentCalls:
     def __init__(self, calls: ExpertCalls) -> None:
         self._calls = calls
         self._gathering: dict[str, _Gathering] = {}
+        self._held = FairCount(MAX_HELD_BYTES)
 
     async def pull(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer with the updates since a base. Raises only RemoteErrors."""
@@ -245,25 +258,41 @@ class FragmentCalls:
             request = messages.decode(messages.PushRequest, call.body)
             backend, key = _backend(hosted), journal_key(call.peer_id, request.call_id)
             one = self._gathering.setdefault(hosted.uid, _Gathering(Rounds(backend.version, max_steps=MAX_STEPS)))
-            counts = one.waiting.get(key)
-            if counts is None and backend.led_to(key, request.call_id) is None:
+            waiting = one.waiting.get(key)
+            if waiting is None and backend.led_to(key, request.call_id) is None:
                 if backend.fragment.since(request.version, request.root) is None:
                     return _updates(hosted, request, counted=False)
                 if len(call.buffers) != 1:
                     raise ProtocolError("a push holds one difference")
-                counts = one.waiting[key] = asyncio.get_running_loop().create_future()
-                counts.add_done_callback(lambda future: future.cancelled() or future.exception())
+                waiting = self._wait(one, key, call)
                 try:
                     await self._add(hosted, one, request, call)
                 except BaseException as error:
-                    del one.waiting[key]
+                    self._end(one, key)
                     # another call of this id may wait, too
-                    counts.set_exception(error if isinstance(error, TesseractError) else ProtocolError("given up"))
+                    told = error if isinstance(error, TesseractError) else ProtocolError("given up")
+                    waiting.counts.set_exception(told)
                     raise
-            if counts is not None:
-                await asyncio.shield(counts)
+            if waiting is not None:
+                await asyncio.shield(waiting.counts)
             self._calls.check_led(hosted)
             return _updates(hosted, request, counted=True)
+
+    def _wait(self, one: _Gathering, key: bytes, call: IncomingCall) -> _Waiting:
+        """Take a push in, before it costs anything. Raises: Overloaded."""
+        owner, num_bytes = Owner(self._calls.owner(call), call.peer_id), len(call.buffers[0])
+        if any(other.owner.peer == owner.peer for other in one.waiting.values()):
+            raise Overloaded("one push per round: wait for the answer to the last one", retry_after=1.0)
+        if not self._held.take(owner, num_bytes):
+            raise Overloaded("this server holds as many differences as it can", retry_after=1.0)
+        waiting = one.waiting[key] = _Waiting(asyncio.get_running_loop().create_future(), owner, num_bytes)
+        waiting.counts.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return waiting
+
+    def _end(self, one: _Gathering, key: bytes) -> asyncio.Future[None]:
+        waiting = one.waiting.pop(key)
+        self._held.give_back(waiting.owner, waiting.num_bytes)
+        return waiting.counts
 
     async def _add(
         self, hosted: HostedState, one: _Gathering, request: messages.PushRequest, call: IncomingCall
@@ -295,7 +324,8 @@ class FragmentCalls:
 
     async def _close(self, hosted: HostedState, one: _Gathering) -> None:
         pushes = one.rounds.close()
-        waiting = [one.waiting.pop(journal_key(push.peer, push.call_id)) for push in pushes]
+        # what is merged is held no longer than that takes
+        waiting = [self._end(one, journal_key(push.peer, push.call_id)) for push in pushes]
         try:
             await self._calls.check_leads(hosted)
             await hosted.runtime.call(partial(_backend(hosted).close_round, one.rounds, pushes))
@@ -317,9 +347,9 @@ class FragmentCalls:
                 one.timer.cancel()
             if one.closing is not None:
                 one.closing.cancel()
-            for future in one.waiting.values():
-                if not future.done():
-                    future.set_exception(RemoteError("this server has left"))
+            for waiting in one.waiting.values():
+                if not waiting.counts.done():
+                    waiting.counts.set_exception(RemoteError("this server has left"))
         self._gathering.clear()
 
 
@@ -388,7 +418,11 @@ def _journal_row(row: object) -> tuple[int, bytes]:
 
 def read_updates(base: int, reply: messages.UpdatesReply, buffers: Sequence[memoryview]) -> list[Update]:
     """Return the updates of a reply to a base of that version. Untrusted. Raises: ProtocolError."""
-    fits = len(reply.roots) == len(buffers) <= KEPT_UPDATES and base + len(buffers) == reply.version
+    fits = (
+        0 <= reply.steps < 2**62
+        and len(reply.roots) == len(buffers) <= KEPT_UPDATES
+        and base + len(buffers) == reply.version
+    )
     if not fits or any(type(root) is not bytes or len(root) != ROOT_BYTES for root in reply.roots):
         raise ProtocolError("malformed updates of a fragment")
     rows = enumerate(zip(buffers, reply.roots, strict=True), base + 1)

@@ -550,7 +550,8 @@ class Tenures:
         """Come to the sealed state of a fragment by its primary's updates: a thousandth of the bytes."""
         uid, hosted, aside = expert.uid, expert.hosted, self._server.call_aside
         primary = self._addresses.get(seal.primary)
-        if primary is None or expert.tenure.state is not State.FOLLOWING or not split_uid(uid)[0].endswith(SHARED):
+        is_free = expert.tenure.state in (State.FOLLOWING, State.HOLDING)
+        if primary is None or not is_free or not split_uid(uid)[0].endswith(SHARED):
             return False
         try:
             backend = await aside(partial(self.fragment, uid)) if hosted is None else hosted.backend
