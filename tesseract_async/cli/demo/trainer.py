@@ -95,7 +95,7 @@ async def train(
         async def accuracy() -> float:
             with torch.no_grad():
                 logits = await shared.merged()(x_val)
-            return (logits.argmax(1) == y_val).float().mean().item()
+            return float((logits.argmax(1) == y_val).float().mean())
 
         for step in range(1, steps + 1):
             if step == wait_at:
