@@ -280,6 +280,7 @@ def test_a_schedule_follows_everybodys_steps() -> None:
     names: dict[str, Any] = {"torch": torch, "optimizer": optimizer, "shared": shared}
     exec(code, names)
     shared.steps = 500  # others', too
+    optimizer.step()
     names["schedule"].step()
     assert optimizer.param_groups[0]["lr"] == 1.0
 
