@@ -125,6 +125,7 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
         await asyncio.gather(first.flush(), second.flush())
         await second.flush()
         await asyncio.sleep(1.0)  # for the follower's pull
+        assert second._node.metrics.total("fragments_replayed") > 0  # not whole states, but the first
         before = second.steps
         node.network.mute()
         await node.endpoint.aclose()  # as by SIGKILL: nothing is said

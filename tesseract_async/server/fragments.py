@@ -387,10 +387,16 @@ Replay = Callable[[], None]
 
 
 async def fetch_replay(
-    node: TesseractNode, uid: str, backend: FragmentBackend, primary: PeerAddress, *, up_to: int, timeout: float
+    node: TesseractNode,
+    uid: str,
+    backend: FragmentBackend,
+    primary: PeerAddress,
+    *,
+    up_to: int | None = None,
+    timeout: float,
 ) -> Replay | None:
-    """Return what has a fragment follow its primary by its updates, up to this version, once it is called where the
-    fragment is used; it raises ProtocolError for updates that lie. None if the state must be fetched whole.
+    """Return what has a fragment follow its primary by its updates, up to this version or the newest, once it is called
+    where the fragment is used; it raises ProtocolError for updates that lie. None if the state must be fetched whole.
 
     Raises: ProtocolError; what the call raises.
     """
@@ -404,6 +410,7 @@ async def fetch_replay(
     journal = [_journal_row(row) for row in reply.journal]
     if len(journal) != len(updates):
         raise ProtocolError("updates without their journal")
+    up_to = reply.version if up_to is None else up_to
     num = sum(one.version <= up_to for one in updates)
     return partial(backend.replay, updates[:num], journal[:num]) if base.version + num == up_to else None
 
