@@ -489,8 +489,8 @@ class ExpertBackend:
         elif self._make_optimizer is not None:
             self.optimizer, self.scheduler = None, None  # the state of an expert that has taken no step
         self.version = state["version"]
-        ids = state["applied"]["ids"].numpy().tobytes()
-        versions = state["applied"]["versions"].tolist()
+        versions = state["applied"]["versions"][-states.JOURNAL_LENGTH :].tolist()  # a stranger's may be longer
+        ids = state["applied"]["ids"][-16 * len(versions) :].numpy().tobytes()
         self.applied = OrderedDict(
             (ids[16 * index : 16 * index + 16], version) for index, version in enumerate(versions)
         )

@@ -21,7 +21,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, TesseractError, describe
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.runtime.backend import ExpertBackend
-from tesseract_async.runtime.states import StateDict
+from tesseract_async.runtime.states import JOURNAL_LENGTH, StateDict
 from tesseract_async.server.answering import ExpertCalls, journal_key, told_of
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.hosted import UNFIT, HostedState
@@ -211,7 +211,8 @@ class FragmentBackend(ExpertBackend):
         self.recent.pop(self.version - KEPT_UPDATES, None)
         for at in range(0, len(keys), 16):
             self.applied[keys[at : at + 16]] = self.version
-        while self.applied and next(iter(self.applied.values())) <= self.version - JOURNALED_VERSIONS:
+        oldest = self.version - JOURNALED_VERSIONS
+        while len(self.applied) > JOURNAL_LENGTH or (self.applied and next(iter(self.applied.values())) <= oldest):
             self.applied.popitem(last=False)
 
 

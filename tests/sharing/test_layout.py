@@ -154,6 +154,8 @@ def packed(value: object) -> bytes:
 def test_a_strangers_manifest_is_read_or_refused(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         assert SharedManifest.decode(data).layout.cuts
+    with contextlib.suppress(ProtocolError):
+        assert FragmentPart.read(1, data).cut.numel
 
 
 def test_a_manifest_comes_back() -> None:
