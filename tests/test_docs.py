@@ -4,8 +4,6 @@ README and tutorial are followed command by command (`docs/session.py`), how-to 
 but this computer, and else checked by the tools that would read them, and against the real command line.
 """
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import importlib
@@ -145,7 +143,13 @@ def test_every_block_of_readme_and_tutorial_is_seen(page: Path) -> None:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.mark.parametrize("page", FOLLOWED, ids=named)
+LONG = ("own-data.md", "own-expert.md")
+"""Pages that are followed in the longer run only."""
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(one, marks=[pytest.mark.slow] * (one.name in LONG), id=named(one)) for one in FOLLOWED]
+)
 async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Stem) -> None:
     """Run `python docs/session.py` where an output has changed, and look at what it has written."""
     shown = text_of(page)

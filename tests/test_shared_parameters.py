@@ -1,7 +1,5 @@
 """Trainers that share one model, on real nodes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math
@@ -208,6 +206,7 @@ async def test_steps_smaller_than_the_last_bit_of_16_bits_add_up() -> None:
         assert torch.equal(model[0].float(), torch.full((4,), 1.0 + 2 * 2**-7))
 
 
+@pytest.mark.slow
 async def test_a_run_may_name_the_values_that_its_trainers_begin_with() -> None:
     genesis = SharedParameters.genesis_of(make_model(1))
     now = int(time.time() * 1000)

@@ -1,7 +1,5 @@
 """Options about who may ask what of a node, and how much."""
 
-from __future__ import annotations
-
 import os
 from typing import Final
 

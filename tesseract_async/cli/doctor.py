@@ -1,7 +1,5 @@
 """`tesseract doctor`: what on this machine would keep it from taking part, each with what to do."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import importlib.util

@@ -1,7 +1,5 @@
 """`tesseract join`: all that lies between an invite and a computer that takes part."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os
@@ -123,7 +121,6 @@ def lends(params: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _config(invite: Invite, folder: Path) -> str:
-    """Return the options of `serve` for a newcomer."""
     memory = max(0.25, int(4 * MEMORY_SHARE * psutil.virtual_memory().available / 2**30) / 4)
     join: dict[str, object] = {
         "run": invite.run,

@@ -1,7 +1,5 @@
 """Options that several commands share, and what becomes of their values."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """`tesseract run`: what the owner of a training run does: starts it, lets others in and out, looks after it."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`tesseract save` and `tesseract restore`: a model's states as a folder that loads without the swarm, and back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """`tesseract serve`: hosts experts until told to leave."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """`tesseract run create`: signs the manifest of a training run and keeps it known."""
 
-from __future__ import annotations
-
 import ipaddress
 import time
 from collections.abc import Sequence

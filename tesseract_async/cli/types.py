@@ -1,7 +1,5 @@
 """Types of the commands' arguments and options: amounts with units, peers, patterns of uids, and the like."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

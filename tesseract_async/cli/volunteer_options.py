@@ -1,7 +1,5 @@
 """Options about how much of this computer a volunteer lends, and when."""
 
-from __future__ import annotations
-
 import click
 
 from tesseract_async.cli.options import grouped

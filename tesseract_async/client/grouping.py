@@ -9,8 +9,6 @@ In forward any replica may answer; the next one is asked when one fails, or is s
 the primary does; where it fails, the expert is looked up anew.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -53,8 +51,6 @@ def may_pass(error: BaseException) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One message to one server."""
-
     asked: dict[ExpertCall, ExpertReplica]
     """Its calls, each with the replica that is asked."""
     sent: float
@@ -68,13 +64,10 @@ class Request:
 
     @property
     def peer(self) -> PeerAddress:
-        """The server."""
         return next(iter(self.asked.values())).peer
 
 
 class Step(NamedTuple):
-    """The things to do now."""
-
     send: Sequence[Request]
     cancel: Sequence[Request]
     """Nothing is open in them any more."""
@@ -84,8 +77,6 @@ class Step(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Search:
-    """One call on its way from replica to replica."""
-
     known: Sequence[ExpertReplica] = ()
     left: list[ExpertReplica] = field(default_factory=list)
     """Those to ask next."""
@@ -199,7 +190,6 @@ class Grouping:
         return counts
 
     def ended(self, request: Request, error: BaseException | None, now: float) -> None:
-        """A reply came to its end, or (with `error`) will not."""
         self._open.pop(request, None)
         for call, replica in request.open.items():
             silent = error or ProtocolError(f"the reply ended without a word about {call.uid}")
@@ -213,7 +203,6 @@ class Grouping:
             self._take(call, search, replicas, now)
 
     def _take(self, call: ExpertCall, search: _Search, found: Sequence[ExpertReplica] | None, now: float) -> None:
-        """Go on with these replicas."""
         try:
             search.known = self._rank(call, found, now)
         except TesseractError as error:
@@ -254,7 +243,6 @@ class Grouping:
         return requests
 
     def _exhausted(self, call: ExpertCall, search: _Search, now: float) -> None:
-        """All replicas known were asked, to no avail."""
         if self._looks_up and search.num_lookups < MAX_LOOKUPS and search.look_up_at < self.calls.deadline:
             pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
             self._pausing[call] = max(now + pause, search.look_up_at)
@@ -264,7 +252,6 @@ class Grouping:
     def _failed(
         self, call: ExpertCall, request: Request, replica: ExpertReplica, error: BaseException, now: float
     ) -> None:
-        """A replica did not answer."""
         search = self._searches[call]
         search.requests.remove(request)
         call.error = call.error or error

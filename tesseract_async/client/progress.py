@@ -1,7 +1,5 @@
 """ProgressOf: publishes a trainer's loss for each grid that its module uses."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -40,7 +38,6 @@ class ProgressOf:
         self._task: asyncio.Task[None] | None = None
 
     def add(self, step: int, loss: float) -> None:
-        """Count the loss of a step."""
         if self._grids:
             self._step = step
             self._losses.append(loss)
@@ -48,7 +45,6 @@ class ProgressOf:
                 self._task = asyncio.get_running_loop().create_task(self._publish(), name="trainer: progress")
 
     async def aclose(self) -> None:
-        """Stop."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

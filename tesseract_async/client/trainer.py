@@ -320,7 +320,6 @@ class AsyncTrainer(Generic[M]):
             return StepReport(torch.tensor(torch.nan), 0, self.version, seconds, error)
 
     async def _backward(self, loss: torch.Tensor) -> float:
-        """Gives the scale of the gradients."""
         if self.scaler is None or not self.scaler.is_enabled():
             await backward(loss)
             return 1.0
@@ -328,8 +327,6 @@ class AsyncTrainer(Generic[M]):
         scale = self.scaler.scale(torch.ones((), device=loss.device)).clone()
         await backward(loss * scale, scaler=Scaled(float(scale)))
         return float(scale)
-
-    # ------------------------------------------------------------------------------------------------ one turn each
 
     def _commit(self, replica: _ModelCopy[M], scale: float, loss: torch.Tensor) -> None:
         """Moves the gradients to the master and takes the step."""
@@ -359,10 +356,7 @@ class AsyncTrainer(Generic[M]):
         self.version += 1
 
     async def _wait_for_turn(self, number: int) -> None:
-        """Until all others under way could still end within `max_staleness` after this step, the oldest first.
-
-        The oldest step under way never waits, and every step ends in the end, by its time-outs if nothing else.
-        """
+        """Until all others under way could still end within `max_staleness` after this step, the oldest first."""
         while self.max_staleness is not None:
             others = sorted(seen for other, seen in self._begun_at.items() if other != number)
             if all(self.version + 1 + i - seen <= self.max_staleness for i, seen in enumerate(others)):
@@ -391,7 +385,6 @@ class _ModelCopy(Generic[M]):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Becomes what the master is now."""
         if self.parameters:
             torch._foreach_copy_(self.parameters, self._masters)
         for mine, own in self._parameters:
@@ -444,7 +437,6 @@ def _uncopiable(master: nn.Module) -> str:
 
 
 def _noted(error: BaseException, batch: int | None, others: Mapping[int, BaseException]) -> BaseException:
-    """The error, which now says whose it is."""
     also = "".join(f"; batch {number}: {type(other).__name__}" for number, other in sorted(others.items()))
     error.add_note(f"in AsyncTrainer.run, batch {batch} (counted from 0){also}")
     return error

@@ -1,7 +1,5 @@
 """Trainers' progress, as observers see it: the latest step and loss of each trainer of a grid, in the network."""
 
-from __future__ import annotations
-
 import math
 from typing import Final, Protocol
 
@@ -15,8 +13,6 @@ PROGRESS_TTL: Final = 60.0
 
 
 class OnNetwork(Protocol):
-    """A node."""
-
     @property
     def network(self) -> TesseractNetwork:
         """The network that it takes part in."""
@@ -35,7 +31,6 @@ class OnNetwork(Protocol):
 
 
 def progress_key(prefix: str) -> str:
-    """Return where the progress of training the grid `prefix` is stored."""
     return f"progress/{prefix}"
 
 

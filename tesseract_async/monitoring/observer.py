@@ -401,7 +401,6 @@ class SwarmObserver:
         return "" if peer is None or peer.status is None else peer.status.name
 
     def _run_state(self) -> Picture | None:
-        """Return the run's name, size and safety; None outside of runs."""
         for prefix in self._grids:
             if (authority := self.node.trust.authority(prefix)) is None:
                 continue

@@ -186,7 +186,6 @@ class Placing:
     # -- what is here ----------------------------------------------------------------------------------------------
 
     def place(self) -> Place:
-        """Return what this member has room for, and has, at this moment."""
         now, capacity = self._now(), self.capacity
         if self._server.is_paused:  # it keeps what it has, and computes nothing
             capacity = replace(capacity, room=0, files=0)
@@ -291,10 +290,7 @@ class Placing:
         self._spawn(self._compute(uid))
 
     async def _compute_wanted(self) -> bool:
-        """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile.
-
-        Returns whether there is any that it is about to be the primary of.
-        """
+        """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile."""
         is_busy = False
         for uid in self._uids():
             tenure = self._tenures.tenure(uid)

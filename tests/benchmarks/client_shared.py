@@ -10,8 +10,6 @@ asked is asked with three seeds: ``--seeds 3 --text input.txt`` with the text of
 library's sources.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

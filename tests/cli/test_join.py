@@ -1,7 +1,5 @@
 """From an invite to a computer that takes part, and each thing that can be in the way: a sentence, at once."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

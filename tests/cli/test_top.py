@@ -1,7 +1,5 @@
 """`tesseract top`: all that matters stays in sight, on any terminal, and a key ends it."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import os

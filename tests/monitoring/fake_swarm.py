@@ -1,7 +1,5 @@
 """A swarm that is only told of: what a dashboard's page needs of an observer, without nodes, sockets and torch."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from types import SimpleNamespace

@@ -4,8 +4,6 @@ Needs Playwright and a Chromium of the system (Debian's package ``chromium``); n
 missing these tests are skipped, unless TESSERACT_REQUIRE_BROWSER is set, as continuous integration does.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What nodes say about themselves: round trips, and what strangers may say."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

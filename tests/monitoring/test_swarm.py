@@ -1,7 +1,5 @@
 """The observer and the dashboard in front of a real, small swarm."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json

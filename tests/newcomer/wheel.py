@@ -3,8 +3,6 @@
 python tests/newcomer/wheel.py dist
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -7,8 +7,6 @@ learned. The accuracy is that of the gate that all trainers made together.
 It reports in lines of JSON on standard output: ``ready``, one ``step`` after the other, ``done``.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib
@@ -37,10 +35,7 @@ Digits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def load_digits() -> Digits:
-    """Return scikit-learn's 1,797 handwritten digits, shuffled: pixels and labels for training (80 %) and validation.
-
-    The split is always the same, so that runs of different seeds can be compared.
-    """
+    """Return scikit-learn's 1,797 handwritten digits, shuffled: pixels and labels to train (80 %) and validate on."""
     from sklearn.datasets import load_digits as load
 
     pixels, labels = load(return_X_y=True)
