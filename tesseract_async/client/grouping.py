@@ -43,7 +43,10 @@ REPLICA_FAULTS: Final = (
 )
 """Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
 MAX_LOOKUPS: Final = 5
-"""An expert is looked up anew so often at most."""
+"""An expert is looked up anew so often at most ..."""
+MAX_SILENT_LOOKUPS: Final = 3
+"""... and so often on end while no server says a word about it: three attempts in 0.6 s. One that stood still for a
+moment is there again by then."""
 
 
 def may_pass(error: BaseException) -> bool:
@@ -94,6 +97,8 @@ class _Search:
     strange: list[tuple[ExpertReplica, SchemaMismatch]] = field(default_factory=list)
     """Replicas that take something else."""
     num_lookups: int = 0
+    num_silent: int = 0
+    """Look-ups since a server last said when to ask again."""
     look_up_at: float = -math.inf
     is_redirected: bool = False
     is_forgotten: bool = False
@@ -180,7 +185,7 @@ class Grouping:
         Returns whether the sum counts: not if it holds an answer that came from elsewhere meanwhile, or one that must
         not count (it is in `errors`, too). The others are asked again then.
         """
-        counts = all(call in request.open and call not in errors for call in settled)
+        counts = all([call in request.open and call not in errors for call in settled])
         for call in settled:
             if call in errors or (replica := request.open.pop(call, None)) is None:
                 continue
@@ -189,10 +194,11 @@ class Grouping:
             if counts:
                 self._give_up(call, search)
                 self._strange += search.strange
-                self.calls.answered(call, now)
             else:
                 search.left.insert(0, replica)
                 self._due[call] = None
+        if counts and settled:
+            self.calls.answered([*settled], now)
         for call, error in errors.items():
             if (replica := request.open.pop(call, None)) is not None:
                 self._failed(call, request, replica, error, now)
@@ -210,6 +216,7 @@ class Grouping:
         """The replicas of a call that was to be looked up; none if that failed, too."""
         if (search := self._searches.get(call)) is not None:
             search.num_lookups = search.num_lookups + 1 if replicas else MAX_LOOKUPS
+            search.num_silent += 1
             self._take(call, search, replicas, now)
 
     def _take(self, call: ExpertCall, search: _Search, found: Sequence[ExpertReplica] | None, now: float) -> None:
@@ -255,8 +262,9 @@ class Grouping:
 
     def _exhausted(self, call: ExpertCall, search: _Search, now: float) -> None:
         """All replicas known were asked, to no avail."""
-        if self._looks_up and search.num_lookups < MAX_LOOKUPS and search.look_up_at < self.calls.deadline:
-            pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
+        may_look = search.num_lookups < MAX_LOOKUPS and search.num_silent < MAX_SILENT_LOOKUPS
+        if self._looks_up and may_look and search.look_up_at < self.calls.deadline:
+            pause = BLOCK_SECONDS * 2**search.num_silent if search.num_silent else 0.0
             self._pausing[call] = max(now + pause, search.look_up_at)
         else:
             self._fail(call, search, now)
@@ -283,8 +291,8 @@ class Grouping:
                 search.is_redirected = True
                 search.left = named
             else:
-                search.is_redirected = False
-                search.look_up_at = now + max(error.retry_after, BLOCK_SECONDS)
+                search.is_redirected, search.num_silent = False, 0
+                search.look_up_at = now + max(error.retry_after, BLOCK_SECONDS * 2**search.num_lookups)
 
     def _fail(self, call: ExpertCall, search: _Search, now: float) -> None:
         self._give_up(call, search)
