@@ -43,10 +43,10 @@ REPLICA_FAULTS: Final = (
 )
 """Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
 MAX_LOOKUPS: Final = 5
-"""An expert is looked up anew so often at most ..."""
-MAX_SILENT_LOOKUPS: Final = 3
-"""... and so often on end while no server says a word about it: three attempts in 0.6 s. One that stood still for a
-moment is there again by then."""
+"""An expert is looked up anew so often at most."""
+GONE_SECONDS: Final = 0.8
+"""An expert none of whose servers says a word about it for so long is gone: it is not looked up any more. A server that
+stood still for a moment is there again by then."""
 
 
 def may_pass(error: BaseException) -> bool:
@@ -97,9 +97,11 @@ class _Search:
     strange: list[tuple[ExpertReplica, SchemaMismatch]] = field(default_factory=list)
     """Replicas that take something else."""
     num_lookups: int = 0
-    num_silent: int = 0
-    """Look-ups since a server last said when to ask again."""
     look_up_at: float = -math.inf
+    gone_at: float = math.inf
+    """When it is gone, while all servers keep silent."""
+    is_silent: bool = False
+    """The last one asked did not even say when to ask again."""
     is_redirected: bool = False
     is_forgotten: bool = False
 
@@ -212,11 +214,14 @@ class Grouping:
             self._failed(call, request, replica, silent, now)
         request.open.clear()
 
+    def gone_at(self, call: ExpertCall) -> float:
+        """Return until when a look-up of this call is worth waiting for."""
+        return search.gone_at if (search := self._searches.get(call)) is not None else -math.inf
+
     def found(self, call: ExpertCall, replicas: Sequence[ExpertReplica], now: float) -> None:
         """The replicas of a call that was to be looked up; none if that failed, too."""
         if (search := self._searches.get(call)) is not None:
             search.num_lookups = search.num_lookups + 1 if replicas else MAX_LOOKUPS
-            search.num_silent += 1
             self._take(call, search, replicas, now)
 
     def _take(self, call: ExpertCall, search: _Search, found: Sequence[ExpertReplica] | None, now: float) -> None:
@@ -224,7 +229,7 @@ class Grouping:
         try:
             search.known = self._rank(call, found, now)
         except TesseractError as error:
-            search.known, call.error = (), call.error or error
+            search.known, search.is_silent, call.error = (), False, call.error or error
         strange = [replica.peer for replica, _ in search.strange]
         search.left = [replica for replica in search.known if replica.peer not in strange]
         if not self._takes_any:
@@ -262,10 +267,15 @@ class Grouping:
 
     def _exhausted(self, call: ExpertCall, search: _Search, now: float) -> None:
         """All replicas known were asked, to no avail."""
-        may_look = search.num_lookups < MAX_LOOKUPS and search.num_silent < MAX_SILENT_LOOKUPS
-        if self._looks_up and may_look and search.look_up_at < self.calls.deadline:
-            pause = BLOCK_SECONDS * 2**search.num_silent if search.num_silent else 0.0
-            self._pausing[call] = max(now + pause, search.look_up_at)
+        if not search.is_silent:
+            search.gone_at = math.inf
+        elif search.gone_at == math.inf:
+            search.gone_at = now + GONE_SECONDS
+        pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
+        look_up_at = max(now + pause, search.look_up_at)
+        may_come = look_up_at < search.gone_at and search.look_up_at < self.calls.deadline
+        if self._looks_up and search.num_lookups < MAX_LOOKUPS and may_come:
+            self._pausing[call] = look_up_at
         else:
             self._fail(call, search, now)
 
@@ -275,6 +285,7 @@ class Grouping:
         """A replica did not answer."""
         search = self._searches[call]
         search.requests.remove(request)
+        search.is_silent = True
         call.error = call.error or error
         self._due[call] = None
         if isinstance(error, SchemaMismatch):
@@ -291,8 +302,8 @@ class Grouping:
                 search.is_redirected = True
                 search.left = named
             else:
-                search.is_redirected, search.num_silent = False, 0
-                search.look_up_at = now + max(error.retry_after, BLOCK_SECONDS * 2**search.num_lookups)
+                search.is_redirected, search.is_silent = False, False
+                search.look_up_at = now + max(error.retry_after, BLOCK_SECONDS)
 
     def _fail(self, call: ExpertCall, search: _Search, now: float) -> None:
         self._give_up(call, search)

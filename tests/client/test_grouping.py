@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
-from tesseract_async.client.grouping import MAX_LOOKUPS, MAX_SILENT_LOOKUPS, Grouping, Request
+from tesseract_async.client.grouping import GONE_SECONDS, MAX_LOOKUPS, Grouping, Request
 from tesseract_async.client.routing import Candidates, LiveGrid
 from tesseract_async.errors import (
     ConnectionLost,
@@ -65,7 +65,8 @@ class Told:
     open: list[Request] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
     lookups: int = 0
-    silent: int = 0
+    gone_at: float = math.inf
+    silent: bool = False
     look_up_at: float = -math.inf
     waits_until: float | None = None
     """When it is looked up."""
@@ -139,9 +140,10 @@ class GroupingMachine(RuleBasedStateMachine):
             if told.left:
                 asked.append((told.left.pop(0), id(call)))
             elif not told.open and told.waits_until is None:
-                if self.looks_up and told.lookups < MAX_LOOKUPS and told.silent < MAX_SILENT_LOOKUPS:
-                    pause = 0.1 * 2**told.silent if told.silent else 0.0
-                    told.waits_until = max(self.now + pause, told.look_up_at)
+                told.gone_at = min(told.gone_at, self.now + GONE_SECONDS) if told.silent else math.inf
+                at = max(self.now + (0.1 * 2**told.lookups if told.lookups else 0.0), told.look_up_at)
+                if self.looks_up and told.lookups < MAX_LOOKUPS and at < told.gone_at:
+                    told.waits_until = at
                 else:
                     failing.append(call)
         self.due = []
@@ -187,6 +189,7 @@ class GroupingMachine(RuleBasedStateMachine):
         """What a failure of an open call should lead to."""
         told, name = self.told[call], str(request.asked[call].peer)
         told.open.remove(request)
+        told.silent = True
         if kind == "schema":
             told.strange.append(name)
         elif kind == "forgotten" and not told.forgotten:
@@ -198,8 +201,8 @@ class GroupingMachine(RuleBasedStateMachine):
         elif kind.startswith("at") and kind[3:] in told.known and name != kind[3:] and not told.redirected:
             told.redirected, told.left = True, [kind[3:]]
         elif kind == "full" or kind.startswith("at"):
-            told.redirected, told.silent = False, 0
-            told.look_up_at = self.now + max(0.3 if kind == "full" else 0.2, 0.1 * 2**told.lookups)
+            told.redirected, told.silent = False, False
+            told.look_up_at = self.now + (0.3 if kind == "full" else 0.2)
         self.due.append(call)
 
     def runs(self) -> bool:
@@ -271,7 +274,6 @@ class GroupingMachine(RuleBasedStateMachine):
         if not self.told[call].fate:
             told = self.fresh(self.told[call], names)
             told.lookups, told.waits_until = (told.lookups + 1 if names else MAX_LOOKUPS), None
-            told.silent += 1
             self.due.append(call)
         self.machine.found(call, [FakeReplica(call.uid, name) for name in names], self.now)  # type: ignore[misc]
         self.look()
