@@ -9,8 +9,6 @@ In forward any replica may answer; the next one is asked when one fails, or is s
 the primary does; where it fails, the expert is looked up anew.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -56,8 +54,6 @@ def may_pass(error: BaseException) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One message to one server."""
-
     asked: dict[ExpertCall, ExpertReplica]
     """Its calls, each with the replica that is asked."""
     sent: float
@@ -71,13 +67,10 @@ class Request:
 
     @property
     def peer(self) -> PeerAddress:
-        """The server."""
         return next(iter(self.asked.values())).peer
 
 
 class Step(NamedTuple):
-    """The things to do now."""
-
     send: Sequence[Request]
     cancel: Sequence[Request]
     """Nothing is open in them any more."""
@@ -87,8 +80,6 @@ class Step(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Search:
-    """One call on its way from replica to replica."""
-
     known: Sequence[ExpertReplica] = ()
     left: list[ExpertReplica] = field(default_factory=list)
     """Those to ask next."""
@@ -207,7 +198,6 @@ class Grouping:
         return counts
 
     def ended(self, request: Request, error: BaseException | None, now: float) -> None:
-        """A reply came to its end, or (with `error`) will not."""
         self._open.pop(request, None)
         for call, replica in request.open.items():
             silent = error or ProtocolError(f"the reply ended without a word about {call.uid}")
@@ -225,7 +215,6 @@ class Grouping:
             self._take(call, search, replicas, now)
 
     def _take(self, call: ExpertCall, search: _Search, found: Sequence[ExpertReplica] | None, now: float) -> None:
-        """Go on with these replicas."""
         try:
             search.known = self._rank(call, found, now)
         except TesseractError as error:
@@ -266,7 +255,6 @@ class Grouping:
         return requests
 
     def _exhausted(self, call: ExpertCall, search: _Search, now: float) -> None:
-        """All replicas known were asked, to no avail."""
         if not search.is_silent:
             search.gone_at = math.inf
         elif search.gone_at == math.inf:
@@ -282,7 +270,6 @@ class Grouping:
     def _failed(
         self, call: ExpertCall, request: Request, replica: ExpertReplica, error: BaseException, now: float
     ) -> None:
-        """A replica did not answer."""
         search = self._searches[call]
         search.requests.remove(request)
         search.is_silent = True

@@ -5,8 +5,6 @@ call id share the running computation, get the remembered answer, or, if that wa
 computed again without a step. What was applied is journalled by the backend, together with the weights.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib
@@ -329,7 +327,6 @@ class ExpertCalls:
         self._num_active += 1
 
     def left(self) -> None:
-        """See `entered`."""
         self._num_active -= 1
         self._quiet.set()
 
@@ -353,8 +350,6 @@ class ExpertCalls:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if due is None else min(due - now, _LOOK_PERIOD)):
                     await self._quiet.wait()
-
-    # ------------------------------------------------------------------------------------------------ one expert's
 
     def leads(self, hosted: HostedState) -> bool:
         """Return whether this server may step the expert at this moment."""
@@ -430,7 +425,6 @@ class ExpertCalls:
     def backward_ended(
         self, hosted: HostedState, call: IncomingCall, name: bytes | None, answer: WorkResult, forward_version: int
     ) -> None:
-        """Take note of the answer to a backward of the forward `name`."""
         self._expected.came(name, hosted.uid, call.peer_id, asyncio.get_running_loop().time())
         self._metrics.observe(
             "expert_staleness_steps", max(0, answer.version - 1 - forward_version), bounds=_STALENESS_BUCKETS

@@ -1,7 +1,5 @@
 """The dispatch machines, driven through made-up time by Hypothesis, against a reference that goes row by row."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A pool of experts gives what its experts give, in both directions: all of it, or an error that says who and why."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 from collections import Counter

@@ -1,7 +1,5 @@
 """Which server hears of which expert: the grouping machine against a reference that goes expert by expert."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass, field
