@@ -36,6 +36,7 @@ from tesseract_async.wire.messages import STATE, TENURE
 
 ALICE = ta.Identity.from_seed(bytes(32))
 UIDS = ("ffn.0.0", "ffn.1.1")
+EPOCH = int(time.time()) - EPOCH_ZERO - 60
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ class Held:
         return self.files.find(uid, root)
 
     def keep(self, uid: str, state: dict[str, Any], *, number: int = 1, signer: ta.Identity | None = None) -> None:
-        file, epoch = self.files.keep(uid, encode(state)), int(time.time()) - EPOCH_ZERO - 60
+        file, epoch = self.files.keep(uid, encode(state)), EPOCH
         term = sign_term(self.primary, self.run_id, uid=uid, epoch=epoch, boot=bytes(8), kind=Kind.GENESIS)
         seal = sign_seal(
             signer or self.primary,
