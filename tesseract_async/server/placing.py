@@ -15,7 +15,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import Places, fetch_places
-from tesseract_async.experts.placement import NEVER, Part, Place, Placement, Role, Step
+from tesseract_async.experts.placement import DROP_AFTER, NEVER, Part, Place, Placement, Role, Step
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import Kind
@@ -89,7 +89,7 @@ class Placing:
         self._now = asyncio.get_running_loop().time
         self._began, self._moved_at = self._now(), -NEVER
         self._wanted: set[str] = set()  # to be computed, once their file is here
-        self._unable: set[str] = set()  # computing them here failed
+        self._unable: dict[str, float] = {}  # computing them here failed; left to others until then
         self._led: dict[str, PeerID | None] = {}  # uid -> its primary at the last look
         self._rates: dict[str, tuple[float, int]] = {}  # rows each second, and rows ever
         self._rated_at = self._now()
@@ -172,6 +172,7 @@ class Placing:
                     by_uid.setdefault(uid, {})[peer] = part.epoch
         self._tenures.places[self._prefix] = by_uid
         self._tenures.look_for_newer(places)
+        self._unable = {uid: until for uid, until in self._unable.items() if until > self._now()}
         passive = frozenset(peer for peer, place in places.items() if place.room == 0)
         for uid in self._uids():
             may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
@@ -331,7 +332,7 @@ class Placing:
                 await self._tenures.compute(uid, backend)
             except (TesseractError, OSError, ValueError, LookupError, RuntimeError, TypeError, MemoryError) as error:
                 logger.error("%s cannot be computed here, and is left to others: %s", uid, describe(error))
-                self._unable.add(uid)
+                self._unable[uid] = self._now() + DROP_AFTER
                 if uid in self._uids() and self._tenures.tenure(uid).state is State.PRIMARY:
                     await self._tenures.drop(uid, even_primary=True)
 
