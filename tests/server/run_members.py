@@ -92,7 +92,14 @@ async def joined(run: SignedRun, number: int, seeds: list[str]) -> AsyncIterator
 
 @contextlib.asynccontextmanager
 async def member(
-    run: SignedRun, number: int, seeds: list[str], *, room: int = 4, files: int = 16, folder: Path | None = None
+    run: SignedRun,
+    number: int,
+    seeds: list[str],
+    *,
+    room: int = 4,
+    files: int = 16,
+    folder: Path | None = None,
+    build: Callable[[str], ta.ExpertBackend] = build,
 ) -> AsyncIterator[Member]:
     async with joined(run, number, seeds) as node:
         server = ta.TesseractServer(node, {}, checkpoint_dir=folder, publisher_settings=PUBLISHER)
