@@ -138,7 +138,8 @@ class SpreadBuilder(ExpertBuilder):
             raise ValueError("--shard needs a PyTorch with torch.distributed")
         from torch.distributed.device_mesh import init_device_mesh
 
-        from tesseract_async.runtime.mesh import Spread, join_job, link_of_job
+        from tesseract_async.runtime.mesh import Spread
+        from tesseract_async.runtime.mesh_job import join_job, link_of_job
         from tesseract_async.runtime.mesh_plans import check_torch, find_plan
 
         assert serving.shard is not None

@@ -36,8 +36,9 @@ from torch.distributed.fsdp import fully_shard
 from tesseract_async.errors import Overloaded, TesseractError
 from tesseract_async.files import mapped, write_whole
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.mesh import MeshBackend, join_job, link_of_job
-from tesseract_async.runtime.mesh_link import MAX_STRANGERS
+from tesseract_async.runtime.mesh import MeshBackend
+from tesseract_async.runtime.mesh_job import join_job, link_of_job
+from tesseract_async.runtime.mesh_meeting import MAX_STRANGERS
 from tesseract_async.runtime.mesh_plans import PLANS, Plan, fsdp, tensor_parallel
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.spread_tensor import SpreadTensor
@@ -208,12 +209,39 @@ def equality(*cases: str) -> None:
     spread.leave()
 
 
-class Poisoned(nn.Module):
-    """Raises in the middle of its forward pass for rows that begin with a large number."""
+class Trap(torch.autograd.Function):
+    """Raises in the backward pass for rows whose second number is large."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        ctx.is_armed = bool((x[:, 1] > 100).any())
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        if ctx.is_armed:
+            raise ValueError("poison on the way back")
+        return gradient, None
+
+
+class Trapped(nn.Module):
+    """Gathered as one: its last layer has its gradients when the trap is met."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+        self.below, self.above = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.above(Trap.apply(self.below(x), x))
+        return y
+
+
+class Poisoned(nn.Module):
+    """Raises in the middle of its forward or backward pass for rows that begin with large numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(Trapped(), nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
         self.last = nn.Sequential(nn.Linear(4, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -254,13 +282,14 @@ async def meet_faults(spread: MeshBackend, one: ExpertBackend, timeout: float) -
                     outcomes[-1].append(str(error))
         return outcomes
 
-    def row(start: float, at: int = 0) -> torch.Tensor:
+    def row(start: float, at: int = 0, column: int = 0) -> torch.Tensor:
         x = torch.ones(3, 4)
-        x[at, 0] = start
+        x[at, column] = start
         return x
 
     found["good"] = await both(row(1.0))
     found["poisoned"] = await both(row(1000.0), row(2.0), row(1000.0, at=2), row(-1000.0), row(-1000.0, at=2))
+    found["on the way back"] = await both(row(1000.0, column=1), row(2.0), row(1000.0, at=2, column=1))
     found["good again"] = await both(row(1.0))
     states = [await runtime.snapshot(backend) for runtime, backend in zip(runtimes, (spread, one), strict=True)]
     found["difference"] = worst(*([*state["module"].values()] for state in states))

@@ -50,12 +50,14 @@ def test_two_processes_equal_one() -> None:
 def test_strangers_poison_idleness_and_the_end_of_a_process() -> None:
     timeout = 1.0
     (found,) = run("faults", 2, str(timeout))
-    # a row that raises in either process, between parts that are gathered or at the end, fails its own request
-    for name in ("good", "poisoned", "good again", "after idling"):
+    # a row that raises in either process, within parts that are gathered or between them, fails its own request
+    for name in ("good", "poisoned", "on the way back", "good again", "after idling"):
         spread, whole = ([one.rpartition(": ")[2] for one in said] for said in found[name])
         assert spread == whole
     said = found["poisoned"][0]
     assert [one.rpartition(": ")[2] for one in said] == ["poison", "version 2", "poison", "late poison", "late poison"]
+    said = found["on the way back"][0]
+    assert [one.rpartition(": ")[2] for one in said] == ["poison on the way back", "version 3", "poison on the way back"]
     assert found["difference"] <= TOLERANCE
     assert found["busy"] < 0.01
     # a process that stopped is noticed within the time-out and the grace, one that is gone at once; calls are refused
