@@ -73,6 +73,8 @@ def launch(ranks: Iterable[int], size: int, work: Callable[[], None], store: Any
             try:
                 work()
                 status = 0
+            except SystemExit as error:
+                status = int(error.code or 0)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -533,11 +535,27 @@ def overhead() -> None:
     spread.leave()
 
 
+def orphans() -> None:
+    """The leader is killed before the others follow: one waits in a collective for another, which does not come."""
+    join_job(60.0)
+    spread = MeshBackend(partial(build, "ffn"), mesh=whole_mesh(), plan=both, optimizer=sgd)
+    for group in spread.groups:
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=60)
+    rank = dist.get_rank()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1:
+        assert spread._rows is not None
+        dist.all_reduce(torch.zeros(1), group=spread._rows.get_group())  # with process 3
+    time.sleep(600.0)
+
+
 JOBS: Final[dict[str, Callable[..., None]]] = {
     "equality": equality,
     "faults": faults,
     "limit": limit,
     "memory": memory,
+    "orphans": orphans,
     "overhead": overhead,
     "replicas": replicas,
 }
@@ -559,9 +577,14 @@ def main() -> None:
         assert len(strangers) > MAX_STRANGERS
     else:
         pids = launch(range(int(size)), int(size), lambda: JOBS[job](*arguments), store)
-        statuses = [os.waitpid(pid, 0)[1] for pid in (pids[:1] if job == "limit" else pids)]
-    if job != "limit":  # whose followers are left behind
-        sys.exit(int(any(statuses)))
+        statuses, times = [], []
+        for pid in pids[:1] if job == "limit" else pids:  # whose followers are left behind
+            statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            times.append(time.monotonic())
+        if job == "orphans":
+            print(json.dumps({"statuses": statuses, "seconds": times[-1] - times[0]}), flush=True)
+            return
+    sys.exit(0 if job == "limit" else int(any(statuses)))
 
 
 if __name__ == "__main__":
