@@ -5,8 +5,6 @@ Here SIGTERM and Ctrl-C only reach the processes: once all of them have ended by
 done, and its status is 0.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -9,8 +9,6 @@ On the wire it is a signed record (`experts.signed`) whose body is a map. In the
 with the first bytes of the whole one's hash.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -92,8 +90,8 @@ class RunManifest:
     delegates: Sequence[bytes] = ()
     """Grants with the role ``admit`` of those who may grant, revoke and appoint besides the owner."""
     genesis: str = "seed"
-    """Where an expert's first state comes from: ``seed``; ``founder:`` and the id of the peer that has it; ``file:``
-    and the root of the checkpoint that it is."""
+    """Where first states come from: ``seed``; ``founder:`` and the id of the peer that has them; ``file:`` and the root
+    of the parameters that trainers share (`SharedParameters.genesis_of`), while experts begin as with ``seed``."""
     num_replicas: int = 3
     """Servers that should hold each expert's state."""
     lease: float = 30.0
@@ -113,7 +111,6 @@ class RunManifest:
 
     @property
     def pattern(self) -> ExpertPattern:
-        """All uids of the run."""
         return ExpertPattern(self.prefix, tuple(map(range, self.grid_size)))
 
     def fields(self) -> dict[str, object]:
@@ -143,8 +140,6 @@ class RunManifest:
 
 @dataclass(frozen=True, slots=True)
 class SignedRun:
-    """A run manifest with the proof of who wrote it."""
-
     manifest: RunManifest
     signer: PeerID
     blob: bytes
@@ -224,7 +219,6 @@ def split_run_name(text: str) -> tuple[str, PeerID | None]:
 
 
 def run_key(name: str) -> str:
-    """Where manifests of runs of this name are stored."""
     return f"runs/{name}"
 
 

@@ -9,8 +9,6 @@ Where the processes divide a batch's rows, a stranger's row that makes the modul
 batch, everywhere, and not the mesh (`runtime.mesh_agreement`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -345,7 +343,6 @@ class MeshBackend(SpreadStates):
         return found[:num_rows]
 
     def _shared(self, described: Value) -> list[torch.Tensor | None]:
-        """Return the tensors that the leader was given."""
         given = [None] * len(described) if self._given is None else self._given
         found: list[torch.Tensor | None] = []
         for one, x in zip(described, given, strict=True):
@@ -393,7 +390,6 @@ def _number_of(gradients: Gradients) -> int:
 
 
 def _num_copies(x: torch.Tensor, num_processes: int) -> int:
-    """Return how many processes have the same part."""
     if not isinstance(x, DTensor):
         return num_processes
     for size, placement in zip(x.device_mesh.shape, x.placements, strict=True):

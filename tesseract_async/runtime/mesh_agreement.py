@@ -5,8 +5,6 @@ that process in a collective. So within an `Agreement.section` all of them say w
 collective of FSDP, and stop together where one is not.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """This process's job: torch's process group, made or found, and the link to its other processes."""
 
-from __future__ import annotations
-
 import os
 import weakref
 from datetime import timedelta

@@ -123,7 +123,6 @@ class MeshLink:
         return number
 
     def followers(self) -> list[Follows]:
-        """Return all that commands are about at present."""
         return [one for find in self._followers if (one := find()) is not None]
 
     def command(self, number: int, name: str, args: Sequence[Value] = ()) -> list[Value]:
@@ -164,7 +163,6 @@ class MeshLink:
             raise fault
 
     def _replies(self, until: float) -> list[tuple[str | None, Counts, Value]]:
-        """Return each follower's fault, counts and result."""
         replies = []
         for rank in range(1, self.size):
             one = self._sockets[COMMANDS, rank]
@@ -333,7 +331,6 @@ class MeshLink:
             os._exit(LOST_STATUS)
 
     def _hand_out(self) -> None:
-        """Send the leader the rows that it asks for."""
         one = self._sockets[STATES, 0]
         with contextlib.suppress(OSError, ValueError, struct.error, LookupError):
             while True:

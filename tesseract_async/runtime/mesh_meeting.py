@@ -140,7 +140,6 @@ class Meeting:
         self.sockets[channel, rank] = one
 
     def _join(self, store: Store, until: float) -> None:
-        """Find the leader, and connect to it."""
         while len(self.sockets) < len(CHANNELS):
             # what is written there may be of a meeting that is over: then nobody listens any more
             host, port, self.token = store.get(_KEY).decode().split()

@@ -1,7 +1,5 @@
 """States of a spread expert, which are never whole: each process keeps, gives and takes its parts of them."""
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@
 of the server itself. SIGTERM goes to the processes, and is the end.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

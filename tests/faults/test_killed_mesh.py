@@ -1,7 +1,5 @@
 """What the how-to promises of a mesh whose processes are killed, stopped, and told to leave."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools
