@@ -185,7 +185,7 @@ async def test_twenty_kills_of_a_mesh_with_a_follower_lose_no_more_than_its_peri
         stack.push_async_callback(mesh.end)
         await asyncio.wait_for(mesh.ready.wait(), 60)
         assert await adopt_states(node, {UID: backend}) == {UID}
-        first = float(weight)
+        first = weight.item()
         await stack.enter_async_context(server)
         keeper = await stack.enter_async_context(ReplicaKeeper(server, settings=TIMES))
         training = asyncio.create_task(trainer.train())
@@ -211,7 +211,7 @@ async def test_twenty_kills_of_a_mesh_with_a_follower_lose_no_more_than_its_peri
             assert await mesh.end() == 0
             while not server.is_primary(UID):
                 await keeper.look()
-    assert float(weight) == pytest.approx(first - len(backend.applied), abs=0.01), "each step was taken once"
+    assert weight.item() == pytest.approx(first - len(backend.applied), abs=0.01), "each step was taken once"
     lost = [when for key, when in trainer.answered.items() if key not in backend.applied]
     ages = [min(kill - when for kill in kills if kill > when - 0.5) for when in lost]
     print(len(trainer.answered), "answers;", len(lost), "lost, of", max(ages, default=0), "s; gaps:", gaps)
