@@ -39,6 +39,7 @@ class ServingNode:
         self.metrics = Metrics()
         self.network = FakeNetwork(FakeSwarm(), Identity.generate().peer_id)
         self.trust = Trust()
+        self.throttle = None
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
         self.connected = True
         self.asked_for_connection = asyncio.Event()
