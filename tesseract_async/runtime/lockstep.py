@@ -46,7 +46,8 @@ def step(backends: Mapping[str, ExpertBackend], number: int, optimizer: str, opt
     """Have all experts that are in round `number` step; those that are one further have done so before.
 
     `options`: ``lr``, and others by PyTorch's names (``beta1`` and ``beta2`` for ``betas``), replace the experts' own;
-    ``scale`` multiplies the gradients, and ``limit`` bounds the size of each number in them. `optimizer`: its name, where the trainer says it.
+    ``scale`` multiplies the gradients, and ``limit`` bounds the size of each number in them. `optimizer`: its name,
+    where the trainer says it.
 
     Raises: ValueError, before anything was changed, for another round, an unknown option, another optimizer or one that
     does not treat each number alone, or gradients that are not finite. Raises what optimizers raise.

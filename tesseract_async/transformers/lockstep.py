@@ -33,8 +33,8 @@ _UNKNOWN_SETTINGS: Final = ("amsgrad", "maximize", "nesterov", "dampening")
 _NORMS: Final = frozenset({torch._foreach_norm, torch.linalg.vector_norm, torch.norm, torch.Tensor.norm})
 _TRACE: Final = 2.0**-30
 _BIASES: Final = (
-    "these experts have biases, to which weight_decay applies as to their weights, and this optimizer has several groups "
-    "of parameters: take weight_decay=0, or one group for all"
+    "these experts have biases, to which weight_decay applies as to their weights, and this optimizer has several "
+    "groups of parameters: take weight_decay=0, or one group for all"
 )
 
 
@@ -71,7 +71,9 @@ class Norm(torch.Tensor):
         if func in _NORMS:
             order = kwargs.get("ord", kwargs.get("p", args[1] if len(args) > 1 else 2))
             if order not in (2, None, "fro"):
-                raise ValueError(f"remote experts know the norm of order 2 of their gradients, not that of order {order}")
+                raise ValueError(
+                    f"remote experts know the norm of order 2 of their gradients, not that of order {order}"
+                )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -151,7 +153,9 @@ class Lockstep(Uncopied):
             if self._holds_some:
                 self._ask("clear")  # zero_grad() was called without a step, or another trainer left some
         elif not torch.equal(anchor.grad, Norm.of(before, anchor)):
-            raise ValueError("gradients were changed between two backwards of one step: clip them once, before the step")
+            raise ValueError(
+                "gradients were changed between two backwards of one step: clip them once, before the step"
+            )
         self._holds_some = True
 
     def backward_ends(self) -> None:

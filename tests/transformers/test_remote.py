@@ -23,7 +23,11 @@ Checkpoints = Callable[[str], Path]
 
 
 def load(folder: Path, swarm: Swarm, **kwargs: Any) -> Any:
-    with ta.transformers.remote_experts(swarm.node, "m"):
+    return load_with(folder, swarm.node, **kwargs)
+
+
+def load_with(folder: Path, node: ta.BackgroundNode, **kwargs: Any) -> Any:
+    with ta.transformers.remote_experts(node, "m"):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 
@@ -73,14 +77,14 @@ def test_it_is_the_model_and_asks_each_server_once_per_layer(frozen: tuple[Path,
         for name, x in copied.named_parameters():
             if name in expected:
                 torch.testing.assert_close(x.grad, expected[name], rtol=0, atol=1e-5)
+    from tesseract_async.transformers import operator
+
+    del loss, x
+    gc.collect()
+    assert not operator._calls, "what no graph needs is not kept"
     copied.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.warns(UserWarning, match="use_reentrant=False"):
         copied(input_ids=IDS, labels=IDS).loss.backward()
-    from tesseract_async.transformers import operator
-
-    del loss, copied, x
-    gc.collect()
-    assert not operator._calls, "what no graph needs is not kept"
 
     ta.transformers.export_checkpoint(remote, tmp_path / "out")
     given, written = tensors(folder), tensors(tmp_path / "out")
