@@ -31,7 +31,10 @@ _NOT_FINITE: Final = (
     "the gradients of remote experts' outputs are not finite (is the loss, or is it NaN?): nothing was sent, and no "
     "expert learned from them"
 )
-_REENTRANT: Final = "a checkpoint runs the forward of remote experts again, and asks them again: use_reentrant=False spares the second call"
+_REENTRANT: Final = (
+    "a checkpoint runs the forward of remote experts again, and asks them again: use_reentrant=False spares the second "
+    "call"
+)
 _FORGOTTEN: Final = "this graph's call to remote experts was made by another process, or is gone: run the forward again"
 
 

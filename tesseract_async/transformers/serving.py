@@ -149,7 +149,7 @@ def _made(kind: type[nn.Module], config: object) -> nn.Module:
 
 
 def _described(experts: nn.Module) -> dict[str, Value]:
-    """Return the arguments of `checkpoint_expert` for one of these. Raises: ValueError for what no manifest can hold."""
+    """Return the arguments of `checkpoint_expert` for one of these. Raises: ValueError for what no run can hold."""
     kind = type(experts)
     package, _, module = kind.__module__.rpartition(".")
     config = _Config(vars(experts)["config"])

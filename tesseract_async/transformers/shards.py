@@ -88,8 +88,8 @@ class Checkpoint:
         """Raises: ValueError for a file that may not be read."""
         if self.shards is not None and file not in self.opened and self.digest(file) not in self.shards:
             raise ValueError(
-                f"{self.folder / file} is not a file of the checkpoint that the run began from: its SHA-256 is another. "
-                "Download the one that the run's owner names"
+                f"{self.folder / file} is not a file of the checkpoint that the run began from: its SHA-256 is "
+                "another. Download the one that the run's owner names"
             )
 
     def tensors_of(self, wanted: Mapping[int, Sequence[int]]) -> dict[str, dict[str, tuple[int, bool]]]:

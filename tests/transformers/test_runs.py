@@ -31,8 +31,8 @@ def create(folder: Path, tmp_path: Path, seed: str) -> str:
         main,
         [
             *("run", "create", "tuned", "--once", "--open", "--prefix", "m", "--hf-checkpoint", str(folder)),
-            *("--training", "lockstep=true", "--sync-every", "1", "--identity", str(tmp_path / "owner.pem")),
-            *("-p", seed),
+            *("--training", "lockstep=true", "--sync-every", "1", "--lease", "2"),
+            *("--identity", str(tmp_path / "owner.pem"), "-p", seed),
         ],
     )
     assert made.exit_code == 0, made.stderr
@@ -55,6 +55,7 @@ def train_and_export(run: str, seed: str, folder: Path, out: Path) -> list[float
     return losses
 
 
+@pytest.mark.slow
 async def test_a_run_begins_from_a_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     folder = checkpoint("deepseek_v3")  # whose first layer has no experts
     async with ta.TesseractNode() as seed:
@@ -64,7 +65,7 @@ async def test_a_run_begins_from_a_checkpoint(checkpoint: Callable[[str], Path],
         builder = make_builder(serving, VolunteerSettings(), keeps_learning_rate=False)
         plain.serving, plain._builder = serving, builder
         async with volunteer(plain), ta.TesseractNode(initial_peers=[seed.address]) as other:
-            async with holding(other, run, max_bytes=10**7) as placing:
+            async with holding(other, run, max_bytes=10**9) as placing:
                 losses = await asyncio.to_thread(train_and_export, run, seed.address, folder, tmp_path / "out")
                 whole = local(folder)
                 assert losses == pytest.approx(train(whole, num_steps=2), abs=1e-5)
