@@ -1,7 +1,5 @@
 """The exchanges with an expert's servers that `failover` may try with one replica after another."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -69,13 +67,10 @@ class Exchange(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class SchemaExchange(Exchange[ExpertSchema]):
-    """Asks what an expert takes and gives."""
-
     experience: Experience
     uid: str
 
     async def send(self, replica: ExpertReplica, timeout: float) -> ExpertSchema:
-        """See `fetch_info`."""
         return ExpertSchema.decode(await fetch_info(self.experience.node, self.uid, replica.peer, timeout=timeout))
 
 
@@ -93,16 +88,13 @@ class ForwardExchange(Exchange[Forwarded]):
 
     @property
     def num_bytes(self) -> int:
-        """See `Exchange.num_bytes`."""
         return self.inputs[0].shape[0] * self.forward.schema.row_bytes
 
     @property
     def gives(self) -> tuple[int, int]:
-        """See `Exchange.gives`."""
         return self.inputs[0].shape[0], 0
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
-        """See `eligible`."""
         max_staleness = self.forward.options.max_staleness
         if max_staleness:
             self._primaries = [replica.peer for replica in replicas if replica.primary]
@@ -156,7 +148,6 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
 
     @property
     def gives(self) -> tuple[int, int]:
-        """See `Exchange.gives`."""
         return 0, 1
 
     async def send(self, replica: ExpertReplica, timeout: float) -> list[torch.Tensor | None]:

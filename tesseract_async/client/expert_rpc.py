@@ -26,8 +26,6 @@ from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flat
 
 @dataclass(frozen=True, slots=True)
 class ExpertSchema:
-    """An expert's inputs and outputs, decoded and checked."""
-
     args: tuple[Schema, ...]
     kwargs: dict[str, Schema]
     outputs: Schema

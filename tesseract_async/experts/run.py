@@ -9,8 +9,6 @@ On the wire it is a signed record (`experts.signed`) whose body is a map. In the
 with the first bytes of the whole one's hash.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -39,7 +37,7 @@ MAX_SCHEMA_DEPTH: Final = 10
 MAX_SCHEMA_ITEMS: Final = 2048
 
 _DIGEST: Final = 8
-_GENESIS: Final = re.compile(r"seed|shards|founder:[0-9a-f]{64}")
+_GENESIS: Final = re.compile(r"seed|shards|(founder|file):[0-9a-f]{64}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -93,8 +91,9 @@ class RunManifest:
     delegates: Sequence[bytes] = ()
     """Grants with the role ``admit`` of those who may grant, revoke and appoint besides the owner."""
     genesis: str = "seed"
-    """Where an expert's first state comes from: ``seed``; ``founder:`` and the id of the peer that has it; ``shards``:
-    the files of a checkpoint of Hugging Face."""
+    """Where first states come from: ``seed``; ``founder:`` and the id of the peer that has them; ``file:`` and the root
+    of the parameters that trainers share (`SharedParameters.genesis_of`), while experts begin as with ``seed``;
+    ``shards``: the files of a checkpoint of Hugging Face."""
     shards: Sequence[bytes] = ()
     """The SHA-256 of each of these files."""
     first: int = 0
@@ -119,7 +118,6 @@ class RunManifest:
 
     @property
     def pattern(self) -> ExpertPattern:
-        """All uids of the run."""
         return ExpertPattern(self.prefix, (range(self.first, self.grid_size[0]), *map(range, self.grid_size[1:])))
 
     def fields(self) -> dict[str, object]:
@@ -149,8 +147,6 @@ class RunManifest:
 
 @dataclass(frozen=True, slots=True)
 class SignedRun:
-    """A run manifest with the proof of who wrote it."""
-
     manifest: RunManifest
     signer: PeerID
     blob: bytes
@@ -230,7 +226,6 @@ def split_run_name(text: str) -> tuple[str, PeerID | None]:
 
 
 def run_key(name: str) -> str:
-    """Where manifests of runs of this name are stored."""
     return f"runs/{name}"
 
 
@@ -304,7 +299,7 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "first": (lambda value: _is_number(value, 0, MAX_COORDINATE), "is a number, 0 or more"),
     "genesis": (
         lambda value: type(value) is str and _GENESIS.fullmatch(value) is not None,
-        "is seed, founder:PEER_ID or shards",
+        "is seed, founder:PEER_ID, file:ROOT or shards",
     ),
     "num_replicas": (lambda value: _is_number(value, 1, 16), "is 1 to 16"),
     **dict.fromkeys(("lease", "sync_every"), (_are_seconds, "is 0.1 to 86,400 seconds")),

@@ -8,8 +8,6 @@ one step, and `step` hands the sum to the optimizer. So a batch that fails leave
 split over batches equals one that is not.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math
@@ -229,7 +227,6 @@ class ExpertBackend:
 
     @property
     def device(self) -> torch.device:
-        """The place of the module's first parameter or buffer."""
         return device_of(self.module)
 
     @property
@@ -266,7 +263,6 @@ class ExpertBackend:
 
     @property
     def trains(self) -> bool:
-        """True if it has an optimizer, or will have one."""
         return self.optimizer is not None or self._make_optimizer is not None
 
     # -- Computing: on the runtime's thread only -------------------------------------------------------------------
@@ -370,11 +366,9 @@ class ExpertBackend:
 
     @property
     def gathered(self) -> Gradients | None:
-        """Gradients that wait for a step."""
         return self._gathered.merged()
 
     def take_gathered(self) -> Gradients | None:
-        """Return `gathered`, and forget them."""
         found = self._gathered.merged()
         self._gathered.clear()
         return found
@@ -396,7 +390,6 @@ class ExpertBackend:
     # What `gradients` returned for the parameters is the backend's own: its owner adds, judges and scales it by these.
 
     def add(self, left: Gradients | None, right: Gradients | None) -> Gradients | None:
-        """Return the sum of gradients of the parameters. Neither is changed."""
         return add_gradients(left, right)
 
     def scaled(self, gradients: Gradients, factor: float) -> Gradients:
@@ -494,8 +487,11 @@ class ExpertBackend:
         elif self._make_optimizer is not None:
             self.optimizer, self.scheduler = None, None  # the state of an expert that has taken no step
         self.version = state["version"]
-        ids = state["applied"]["ids"].numpy().tobytes()
-        versions = state["applied"]["versions"].tolist()
+        ids, versions = state["applied"]["ids"], state["applied"]["versions"]
+        if versions.dtype != torch.int64 or versions.dim() != 1 or ids.numel() != 16 * len(versions):
+            raise ValueError("a malformed journal")
+        versions = versions[-states.JOURNAL_LENGTH :].tolist()  # a stranger's may be longer
+        ids = ids[-16 * len(versions) :].numpy().tobytes()
         self.applied = OrderedDict(
             (ids[16 * index : 16 * index + 16], version) for index, version in enumerate(versions)
         )

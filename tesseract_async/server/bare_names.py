@@ -37,6 +37,7 @@ from tesseract_async.errors import (
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.merkle import possession
 from tesseract_async.identity import PeerID
+from tesseract_async.server.fragments import FragmentBackend, fetch_replay
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     NUM_AT_ONCE,
@@ -88,8 +89,6 @@ class Past:
 
 
 class Role(Enum):
-    """The part that a server should play for one expert."""
-
     TRAIN = "train"
     """Be its primary."""
     FOLLOW = "follow"
@@ -162,12 +161,10 @@ class _Look:
         return await asyncio.shield(self._speaks[owner]) is not None
 
     async def contender(self, replica: ExpertReplica) -> Contender:
-        """Return the replica with its present version."""
         info = await ask_info(self._node, replica, self._timeout) if await self.speaks(replica) else None
         return Contender(owner_of(replica), replica.primary, None if info is None else info.version)
 
     def close(self) -> None:
-        """Ask no more."""
         for task in self._speaks.values():
             task.cancel()
 
@@ -193,12 +190,10 @@ class BareNames:
         self._disputed: set[tuple[str, PeerID]] = set()
 
     def primary(self, uid: str) -> PeerID | None:
-        """Return the server that is followed; None if there is none."""
         primary = self._experts[uid].primary
         return None if primary is None else owner_of(primary)
 
     def forget(self, uid: str) -> None:
-        """Pull the expert's state in the next look, whenever it was pulled last."""
         self._experts[uid].synced_from = None
 
     async def read(self, uids: Iterable[str]) -> None:
@@ -300,10 +295,7 @@ class BareNames:
             await self._become_primary(one)
 
     async def _living(self, one: _Memory, primaries: list[ExpertReplica], look: _Look) -> list[ExpertReplica]:
-        """Return those that answer, and for a lease the one that is followed and does not: it may be busy.
-
-        So a claim that nobody stands behind delays no takeover. Just after a start, all have that lease.
-        """
+        """Return those that answer, and for a lease the one that is followed and does not: it may be busy."""
         speak = await asyncio.gather(*map(look.speaks, primaries))
         now, followed, living = self._elapsed(), self.primary(one.hosted.uid), []
         for other, speaks in zip(primaries, speak, strict=True):
@@ -342,9 +334,29 @@ class BareNames:
             return
         if not await look.speaks(primary):
             return  # waiting for the state of one that is gone would put off that another takes over
-        # of a new primary whatever it has, even if that is less than the steps that were taken here
-        await self._pull(one, primary, min_version=one.hosted.backend.version + 1 if is_same else 0)
+        if not is_same or not await self._replay(one, primary):
+            # of a new primary whatever it has, even if that is less than the steps that were taken here
+            await self._pull(one, primary, min_version=one.hosted.backend.version + 1 if is_same else 0)
         one.synced_from, one.synced_at = owner, now
+
+    async def _replay(self, one: _Memory, primary: ExpertReplica) -> bool:
+        """Follow a fragment's primary by its updates. False if its state must be fetched whole."""
+        hosted, backend = one.hosted, one.hosted.backend
+        if not isinstance(backend, FragmentBackend):
+            return False
+        check_path(self._node, primary)
+        timeout = self._settings.call_timeout
+        try:
+            update = await fetch_replay(self._node, hosted.uid, backend, primary.peer, timeout=timeout)
+            if update is None:
+                return False
+            await hosted.runtime.call(update)
+        except ProtocolError as error:
+            logger.info("%s could not be followed by its updates: %s", hosted.uid, describe(error))
+            return False
+        hosted.shared_version = hosted.version
+        self._node.metrics.count("fragments_replayed")
+        return True
 
     async def _pull(self, one: _Memory, primary: ExpertReplica, *, min_version: int) -> bytes | memoryview | None:
         """Take the primary's state. Returns its file; None before `min_version`."""

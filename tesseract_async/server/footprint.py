@@ -1,7 +1,5 @@
 """The memory that an expert takes, measured, and how a volunteer's limit is divided."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import gc
@@ -43,8 +41,6 @@ KERNEL_MARGIN: Final = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of one expert."""
-
     weights: int
     """Parameters and buffers."""
     gradients: int
@@ -62,7 +58,6 @@ class Footprint:
 
     @property
     def state(self) -> int:
-        """Bytes of a copy of what a checkpoint holds."""
         journal = COPIED_JOURNALED_BYTES * self.journal_length if self.gradients else 0
         return self.weights + self.optimizer + journal + self.gradients * min(self.num_sums, 1)
 
@@ -83,8 +78,6 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How a limit is divided. Bytes."""
-
     num_experts: int
     """That fit. 0: not even one does."""
     needed_for_one: int
@@ -212,7 +205,6 @@ def _on_meta(backend: ExpertBackend, module: nn.Module | None = None) -> ExpertB
 
 
 def probe(backend: ExpertBackend, num_rows: int, device: torch.device) -> tuple[list[torch.Tensor], Gradients]:
-    """Return inputs of zeros for so many rows, and gradients of their outputs."""
     inputs, gradients = (
         [torch.zeros(num_rows, *spec.shape, dtype=spec.dtype, device=device) for spec in specs]
         for specs in (backend.input_specs, backend.output_specs)
@@ -233,7 +225,6 @@ def peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
 
 
 def process_bytes() -> int:
-    """Return the memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 

@@ -1,7 +1,5 @@
 """Holding: a node that computes no experts of a run keeps their states on disk, so that they outlive their servers."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import AsyncIterator, Collection
 from functools import partial
@@ -51,5 +49,6 @@ async def holding(
                 folder=server.checkpoint_dir,
             )
         )
-        async with Placing(server, keeper, authority, capacity, build=build, template=template) as placing:
+        fragments = Placing.of_fragments(server, keeper, authority, *capacity.fragments)
+        async with fragments, Placing(server, keeper, authority, capacity, build=build, template=template) as placing:
             yield placing

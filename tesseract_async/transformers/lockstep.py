@@ -7,13 +7,11 @@ made of it says what the experts are to do to theirs when the optimizer steps: s
 Experts that step on every gradient, as those of swarms do, and frozen ones need none of this; the servers say so.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
@@ -45,10 +43,10 @@ class Norm(torch.Tensor):
     both numbers alike; what limits the size of each number changes the second alone, to that limit.
     """
 
-    @staticmethod
-    def of(norm: float, like: torch.Tensor) -> Norm:
+    @classmethod
+    def of(cls, norm: float, like: torch.Tensor) -> Self:
         """Return it, as a gradient of `like`."""
-        return torch.tensor([norm * _TRACE, norm], dtype=like.dtype, device=like.device).as_subclass(Norm)
+        return torch.tensor([norm * _TRACE, norm], dtype=like.dtype, device=like.device).as_subclass(cls)
 
     def change(self, norm: float) -> dict[str, float]:
         """Return what was done to it since it was that of `norm`: ``scale``, or ``limit`` of each number.

@@ -4,8 +4,6 @@ A run's manifest says what an expert is by the name of its class in Transformers
 model's configuration; where the first weights come from, by the SHA-256 of each file that holds some.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import re
@@ -56,7 +54,6 @@ class CheckpointExpert(nn.Module):
         return TensorSpec((size,), self.row_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         if self.has_gate:
             hidden = self.apply_gate(self, self._project(x, "gate_up_proj"))
         else:

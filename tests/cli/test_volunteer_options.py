@@ -1,7 +1,5 @@
 """A volunteer's limits as flags."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import click

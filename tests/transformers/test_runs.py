@@ -1,7 +1,5 @@
 """A run that begins from a checkpoint: made, served, trained in lockstep, held and exported."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import json

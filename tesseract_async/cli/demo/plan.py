@@ -1,7 +1,5 @@
 """The plan of the demo: its options and constants, and which server hosts which experts. No I/O."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tesseract_async.experts import ExpertPattern
@@ -29,6 +27,8 @@ NOISE = 0.5
 K_BEST = 4
 EXPERT_LEARNING_RATE = 2e-3
 GATE_LEARNING_RATE = 1e-3
+SHARE_EVERY = 16
+"""Steps between two exchanges of what trainers share."""
 VALIDATE_EVERY = 10
 """Steps between validations."""
 REFRESH_PERIOD = 1.0
@@ -42,8 +42,6 @@ SIZES = {"in_features": NUM_PIXELS, "hidden_features": HIDDEN_FEATURES, "out_fea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
-    """One run of the demo."""
-
     steps: int = 400
     """Steps of each trainer."""
     num_servers: int = 3
