@@ -5,10 +5,8 @@ model's configuration; where the first weights come from, by the SHA-256 of each
 """
 
 import importlib
-import os
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import torch
@@ -116,8 +114,7 @@ def manifest_fields(checkpoint: Checkpoint, *, dtype: str | None, master: str | 
 def shards_of(checkpoint: Checkpoint) -> list[bytes]:
     """Return the SHA-256 of each file that holds experts. Blocking: reads all of them. Raises: OSError."""
     every = {number: range(layer.num_experts) for number, layer in checkpoint.layers.items()}
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return sorted(threads.map(checkpoint.digest, checkpoint.tensors_of(every)))
+    return sorted(map(checkpoint.digest, checkpoint.tensors_of(every)))
 
 
 class _Config:
