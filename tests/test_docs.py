@@ -75,10 +75,14 @@ def check(words: list[str]) -> None:
     if len(words) == 1 or words[1].startswith("-"):
         return
     assert words[1] in COMMANDS, words
-    command = main.get_command(click.Context(main), words[1])
-    assert command is not None
+    command: click.Command = main
+    rest = words[1:]
+    while isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), rest[0])
+        assert found is not None, words
+        command, rest = found, rest[1:]
     context = click.Context(command, info_name=words[1])
-    _, left, _ = command.make_parser(context).parse_args(list(words[2:]))
+    _, left, _ = command.make_parser(context).parse_args(list(rest))
     assert left == [], f"{shlex.join(words)}: nobody takes {left}"
 
 
