@@ -89,14 +89,13 @@ function drawRun() {
     $("run").textContent = state.grids.length ? "Experts outside of runs." : "";
     return;
   }
-  const parameters = Math.max(0, ...state.peers.map((peer) => peer.parameters ?? 0)) * run.num_experts;
   const safety = run.losses === null ? "how safe they are is not known yet"
-    : run.losses > 0 ? `survives the loss of ${number(run.losses)} more member${run.losses === 1 ? "" : "s"}, whichever they are`
-    : "does not survive the loss of one more member";
+    : run.losses > 0 ? `survives the loss of any ${run.losses === 1 ? "member" : `${number(run.losses)} members`}`
+    : "may lose experts with the next member that goes";
   const risky = run.at_risk ? `; ${number(run.at_risk)} expert${run.at_risk === 1 ? " is" : "s are"} at risk, led by nobody or lost` : "";
   $("run").title = run.name;
   $("run").textContent = `Run ${run.name.replace(/@(.{8}).*/, "@$1…")}, ${run.mode}: ${number(run.num_experts)} experts (${run.expert})`
-    + (parameters ? `, ${short(parameters)} parameters in total` : "") + `; ${safety}${risky}.`;
+    + (run.parameters ? `, ${short(run.parameters)} parameters in total` : "") + `; ${safety}${risky}.`;
 }
 
 // ---------------------------------------------------------------------------------------------- grids
