@@ -132,7 +132,8 @@ async def test_a_healthy_swarm(browser: Any) -> None:
         servers = await visit.text("#peers")
         assert "0000000b" in servers and "direct" in servers and "relay through 0a1b2c3d" in servers
         assert "24.6 ms" in servers and "12.5" in servers and "41 %" in servers and "machine 1 (0000000b)" in servers
-        assert "0000000a one" in await visit.text("#losses")
+        assert "0000000a one" in await visit.text("#losses") and "1.2M\nsamples seen" in totals
+        assert await visit.page.locator("#losses .swatch").count() == 1, "in the color of its curve"
         assert "joined with 16 experts" in await visit.text("#log")
         label = await visit.page.get_attribute("canvas[data-series=loss]", "aria-label")
         assert label.startswith("Loss, mean: now ") and "between" in label
