@@ -175,7 +175,8 @@ async def test_volunteers_host_what_trainers_share(stem: Stem, tmp_path: Path) -
             ):
                 uids = set(shared.uids)
                 async with asyncio.timeout(60):
-                    while not all(uids <= server.experts.keys() for server in (one.server, other.server)):
+                    servers = (one.server, other.server)
+                    while not all(uids <= server.experts.keys() for server in servers):  # noqa: ASYNC110
                         await asyncio.sleep(0.1)
             async with ta.TesseractNode(initial_peers=[seed]) as node:
                 async with ta.SharedParameters(node, models[1], run=run) as shared:
