@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -23,10 +22,9 @@ from torch.nn import functional as F
 import tesseract_async as ta
 from tesseract_async.cli.demo import plan
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
-from tesseract_async.errors import TesseractError, describe
+from tesseract_async.client.progress import ProgressOf
+from tesseract_async.errors import TesseractError
 from tesseract_async.monitoring import publish_progress
-
-logger = logging.getLogger(__name__)
 
 PUBLISH_PERIOD = 1.0
 """Seconds between two publications of the loss."""
@@ -73,12 +71,12 @@ async def train(
     x_train, y_train, x_val, y_val = load_digits()
     torch.manual_seed(seed * 1000 + number)
     node = ta.TesseractNode(initial_peers=initial_peers, refresh_period=plan.REFRESH_PERIOD)
-    losses: list[tuple[int, float]] = []
-    async with node, contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
-        publishing = group.create_task(publish_losses(node, f"trainer {number + 1}", losses))
+    async with node, contextlib.AsyncExitStack() as stack:
         gate = ta.GatingFunction(
             node, uid_prefix=plan.PREFIX, grid_size=plan.GRID_SIZE, in_features=plan.NUM_PIXELS, k_best=plan.K_BEST
         )
+        progress = ProgressOf(gate, trainer=f"trainer {number + 1}", period=PUBLISH_PERIOD)
+        await stack.enter_async_context(contextlib.aclosing(progress))
         optimizer = torch.optim.Adam(gate.parameters(), lr=plan.GATE_LEARNING_RATE)
         node.directory.watch(plan.PREFIX, plan.GRID_SIZE)
         await node.directory.wait_warm(plan.PREFIX)
@@ -90,6 +88,10 @@ async def train(
         async def accuracy() -> float:
             with torch.no_grad():
                 logits = await shared.merged()(x_val)
+            if number == 0:
+                loss = F.cross_entropy(logits, y_val).item()
+                with contextlib.suppress(TesseractError, TimeoutError):  # it is for onlookers only
+                    await publish_progress(node, plan.PREFIX, step=shared.steps, loss=loss, trainer="merged")
             return float((logits.argmax(1) == y_val).float().mean())
 
         for step in range(1, steps + 1):
@@ -105,7 +107,7 @@ async def train(
                 await ta.backward(loss)
                 optimizer.step()
                 facts["loss"] = loss.item()
-                losses.append((step, facts["loss"]))
+                progress.add(step, facts["loss"], {"samples": step * rows})
                 if step % validate_every == 0:
                     facts["accuracy"] = await accuracy()
             except (TesseractError, TimeoutError) as error:
@@ -117,7 +119,6 @@ async def train(
             facts["live"] = [] if view is None else [view.uid(row) for row in range(len(view))]
             report("step", **facts)
         await flush_all(shared, num_trainers * steps)
-        publishing.cancel()
         model = b"".join(one.numpy().tobytes() for one in shared.merged().state_dict().values())
         report("done", accuracy=await accuracy(), model=hashlib.sha256(model).hexdigest())
         await stay()
@@ -132,20 +133,6 @@ async def flush_all(shared: ta.SharedParameters[ta.GatingFunction], num_steps: i
             while shared.steps < num_steps:
                 await asyncio.sleep(0.1)
                 await shared.flush()
-
-
-async def publish_losses(node: ta.TesseractNode, trainer: str, losses: list[tuple[int, float]]) -> None:
-    """Let `tesseract top` and the dashboard show the mean loss since the last time, until cancelled."""
-    while True:
-        await asyncio.sleep(PUBLISH_PERIOD)
-        if not losses:
-            continue
-        step, mean = losses[-1][0], sum(loss for _, loss in losses) / len(losses)
-        losses.clear()
-        try:
-            await publish_progress(node, plan.PREFIX, step=step, loss=mean, trainer=trainer)
-        except (TesseractError, TimeoutError) as error:
-            logger.info("the loss could not be published: %s", describe(error))
 
 
 async def wait_for_everybody(node: ta.TesseractNode, may_go_on: Callable[[], bool]) -> None:
