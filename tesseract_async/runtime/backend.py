@@ -213,6 +213,8 @@ class ExpertBackend:
         self.output_specs = self._runner.output_specs
         states.check_module(module)  # not before: the dry run makes the weights of lazy layers
         wire.check_schema(self.outputs_schema, what="the module's output")
+        self.signature = repr((self.input_specs, self.output_specs, settings.codecs))
+        """The same for experts that take and give the same, in the same codecs."""
         if len(self.input_specs) + len(self.output_specs) > wire.MAX_TENSORS:
             raise ValueError(
                 f"an expert takes and returns at most {wire.MAX_TENSORS} tensors together; this one takes "
@@ -255,6 +257,11 @@ class ExpertBackend:
     def progress(self) -> tuple[int, int]:
         """Steps taken, and backwards gathered for the next one (`step_every`)."""
         return self.version, self._gathered.num_batches
+
+    @property
+    def journal_length(self) -> int:
+        """Backwards that are remembered: in lockstep, those of one step at most."""
+        return states.LOCKSTEP_JOURNAL_LENGTH if self.settings.lockstep else states.JOURNAL_LENGTH
 
     @property
     def trains(self) -> bool:
@@ -378,7 +385,7 @@ class ExpertBackend:
     def _journal(self, call_ids: Sequence[bytes]) -> None:
         for call_id in call_ids:
             self.applied[call_id] = self.version
-        while len(self.applied) > states.JOURNAL_LENGTH:
+        while len(self.applied) > self.journal_length:
             self.applied.popitem(last=False)
             self.num_bare = max(0, self.num_bare - 1)
 
