@@ -8,7 +8,7 @@ import torch
 import tesseract_async as ta
 from tesseract_async.experts.placement import Part, Place, Role, Survey
 from tesseract_async.experts.places import encode_place, places_key
-from tests.server.run_members import joined, make_run, member, standings, until
+from tests.server.run_members import Member, joined, make_run, member, standings, until
 
 X = torch.ones(2, 4)
 
@@ -98,10 +98,12 @@ async def test_who_only_says_that_it_leads_in_the_newest_epoch_makes_no_copy_loo
             addresses=[liar.address],
         )
         await liar.network.store(places_key("ffn", authority.tag), parts[0], ttl=60.0, subkey="0")
-        for one in (leader, follower):
-            await until(lambda one=one: liar.peer_id in one.placing.places)  # type: ignore[misc]
+
+        def is_right(one: Member) -> bool:
             standing = Survey(one.placing.places).standing("ffn.0")
-            assert (standing.leader, standing.losses) == (leader.node.peer_id, 1)
+            return liar.peer_id in one.placing.places and standing[::4] == (leader.node.peer_id, 1)
+
+        await until(lambda: is_right(leader) and is_right(follower), 20)
 
 
 async def test_a_newcomer_gets_the_state_although_the_seal_in_the_network_is_an_old_one() -> None:
