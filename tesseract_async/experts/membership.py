@@ -276,6 +276,10 @@ class Membership:
     def may_host(self, peer: PeerID) -> bool:
         return self._authority.may(peer, "host", self.uid, now=None)
 
+    def may_look(self, peer: PeerID) -> bool:
+        """Return whether this peer may know who leads the expert, and from which state others can go on."""
+        return self._authority.is_member(peer)
+
     def may_succeed(self, peer: PeerID) -> bool:
         return self.may_host(peer) and peer not in self.leave.passive
 

@@ -196,7 +196,7 @@ class Tenure:
         if self._member.may_host(peer):
             self.sight(question.term, now, wall)
             self.sight(question.seal, now, wall)
-        elif question.kind != "probe":
+        elif question.kind != "probe" or not self._member.may_look(peer):
             return Response(False, (0, 0), b"", b"")
         best, member, agrees, vote = self.lineage.best, self._member, False, b""
         if question.kind in ("beat", "rise") and member.is_beat(peer, question, now):
