@@ -207,12 +207,18 @@ class ExpertPool(nn.Module):
     @staticmethod
     def _pairs(index_RK: Indices) -> list[tuple[int, Indices]]:
         """The experts that are named, ascending, each with its rows, ascending."""
-        num_rows, k = index_RK.shape
-        cells = np.unique(index_RK.astype(np.int64) * num_rows + np.arange(num_rows)[:, None])
-        if not len(cells):
+        if not index_RK.size:
             return []
-        experts, starts = np.unique(cells // num_rows, return_index=True)
-        return list(zip(experts.tolist(), np.split(cells % num_rows, starts[1:]), strict=True))
+        order = index_RK.reshape(-1).argsort(kind="stable")
+        experts, rows = index_RK.reshape(-1)[order], order // index_RK.shape[1]
+        is_other = experts[1:] != experts[:-1]
+        kept = np.flatnonzero(is_other | (rows[1:] != rows[:-1])) + 1  # a row may name one twice
+        if len(kept) < len(rows) - 1:
+            experts, rows = (one[np.concatenate([[0], kept])] for one in (experts, rows))
+            is_other = experts[1:] != experts[:-1]
+        starts = [0, *(np.flatnonzero(is_other) + 1).tolist()]
+        ends = [*starts[1:], len(rows)]
+        return [(int(experts[start]), rows[start:end]) for start, end in zip(starts, ends, strict=True)]
 
     async def _call(
         self,
@@ -227,10 +233,12 @@ class ExpertPool(nn.Module):
             uids = [candidates.uid(expert) for expert, _ in pairs]
             errors = {uid: ExpertNotFound(f"no live server hosts the expert {uid}") for uid in uids}
             raise NotEnoughExperts(None, len(values), errors)
-        is_hosted = torch.zeros(1, self.num_experts, device="cpu")
-        for expert, _ in pairs:
-            is_hosted[0, expert] = bool(candidates.replicas_of(expert))
-        schema = await self._schemas.schema(candidates, is_hosted, arguments)
+        schema = self._schemas.known
+        if schema is None:
+            is_hosted = torch.zeros(1, self.num_experts, device="cpu")
+            for expert, _ in pairs:
+                is_hosted[0, expert] = bool(candidates.replicas_of(expert))
+            schema = await self._schemas.schema(candidates, is_hosted, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
                 f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: whole numbers can't be "
