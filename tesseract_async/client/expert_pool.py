@@ -20,7 +20,7 @@ from tesseract_async.client.experience import experience_of
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
-from tesseract_async.client.routing import Candidates, Indices, LiveGrid
+from tesseract_async.client.routing import Candidates, Indices, LiveGrid, cut
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, MixtureSettings
 from tesseract_async.errors import ExpertNotFound, NotEnoughExperts, SchemaMismatch
@@ -207,18 +207,11 @@ class ExpertPool(nn.Module):
     @staticmethod
     def _pairs(index_RK: Indices) -> list[tuple[int, Indices]]:
         """The experts that are named, ascending, each with its rows, ascending."""
-        if not index_RK.size:
+        num_rows, k = index_RK.shape
+        cells = np.unique(index_RK.astype(np.int64) * num_rows + np.arange(num_rows)[:, None])
+        if not len(cells):
             return []
-        order = index_RK.reshape(-1).argsort(kind="stable")
-        experts, rows = index_RK.reshape(-1)[order], order // index_RK.shape[1]
-        is_other = experts[1:] != experts[:-1]
-        kept = np.flatnonzero(is_other | (rows[1:] != rows[:-1])) + 1  # a row may name one twice
-        if len(kept) < len(rows) - 1:
-            experts, rows = (one[np.concatenate([[0], kept])] for one in (experts, rows))
-            is_other = experts[1:] != experts[:-1]
-        starts = [0, *(np.flatnonzero(is_other) + 1).tolist()]
-        ends = [*starts[1:], len(rows)]
-        return [(int(experts[start]), rows[start:end]) for start, end in zip(starts, ends, strict=True)]
+        return cut(*np.unique(cells // num_rows, return_index=True), cells % num_rows)
 
     async def _call(
         self,
