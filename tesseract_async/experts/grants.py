@@ -1,9 +1,7 @@
 """Grants, revocations and appointments: the signed records by which a run's owner decides who may do what. No I/O.
 
-The run's owner signs, or one of the delegates that its manifest names; a grant may also be signed by an *invite's* key,
-which has a grant with the role ``admit`` itself and shows it along (`Grant.via`). Whose word counts in which run is for
-`experts.authority` to say: here is only checked that a record is whole, and that no signer of a grant gives more than
-it has.
+Whose word counts in which run is for `experts.authority` to say: here is only checked that a record is whole, and that
+no signer of a grant gives more than it has.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """Offers and answers, by which two nodes get a pipe between them through a third one that they need not trust. Pure.
 
-An *offer* says: I want a pipe to you, and this is how (`kind`); the *answer* accepts or declines. Both are signed, name
-their recipient and are fresh; an answer holds its offer's hash. So their carrier can lose them, and no more.
-
-Layout: 64 bytes of Ed25519 signature, 32 bytes of the sender's public key, then a msgpack list:
-``["offer" | "answer", recipient, nonce or hash, milliseconds since 1970, kind, body]``. What is signed is `CONTEXT`
-followed by the key and the list.
+Both are signed, name their recipient and are fresh; an answer holds its offer's hash. So their carrier can lose them,
+and no more. `docs/design/nat.md` has the layout.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """One node of the DHT as a machine without I/O: datagrams and the time in; datagrams, events and a timer out.
 
 The driver (`network.driver`) repeats one cycle: feed (`receive_datagram`, `handle_timer`, or a request such as `read`),
-hand out `events`, send `datagrams_to_send`, wake up at `timer_at`. The machine never awaits, sleeps or reads a clock:
-it is given `now`, a loop time in seconds that never goes back, and its `core` is told `wall_offset`, which added to it
-gives the wall-clock time that records live by.
-
-Whatever comes from the network is untrusted. A datagram that breaks a rule is dropped and counted by its reason in
-``network_datagrams_dropped``; it raises nothing and changes nothing.
+hand out `events`, send `datagrams_to_send`, wake up at `timer_at`. A datagram that breaks a rule is dropped and counted
+by its reason in ``network_datagrams_dropped``; it raises nothing and changes nothing.
 """
 
 import hashlib

@@ -1,14 +1,7 @@
-"""BareNames: who is the primary of a server's experts that belong to no run.
+"""BareNames: who is the primary of a server's experts that belong to no run (`docs/design/authority.md`, Bare names).
 
-Bare names have no records that say who may train (`experts.lineage` has, for runs), so one server's word counts for
-little. A running primary gives way to no other for its large version: versions are compared only among servers that the
-node's own allow-list names. Among others, which are machines on one's own network, it gives way
-
-- while it has just begun and taken no step: two that start together settle on one;
-- after it stood still or was cut off for a lease, in which another may have taken over;
-- to the one that it took over from, if that has been there all the time.
-
-Everything else stays as it is, and is reported: two primaries are for people to settle.
+Bare names have no records that say who may train, so one server's word counts for little: versions are compared only
+among servers that the node's own allow-list names.
 """
 
 from __future__ import annotations
