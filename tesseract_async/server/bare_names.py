@@ -4,8 +4,6 @@ Bare names have no records that say who may train, so one server's word counts f
 among servers that the node's own allow-list names.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -14,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
@@ -30,6 +28,7 @@ from tesseract_async.errors import (
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.merkle import possession
 from tesseract_async.identity import PeerID
+from tesseract_async.node import TesseractNode
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     NUM_AT_ONCE,
@@ -41,12 +40,9 @@ from tesseract_async.server.other_replicas import (
     owner_of,
     read_replicas,
 )
+from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
-    from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 

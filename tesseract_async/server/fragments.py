@@ -5,19 +5,18 @@ followers, Seals and transfers take it for any expert. `FragmentCalls` gathers t
 rounds.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import nn
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ProtocolError, RemoteError, TesseractError
+from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.answering import ExpertCalls, journal_key, told_of
@@ -29,9 +28,6 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.compression import encoded_bytes
 from tesseract_async.wire.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 MAX_STEPS: Final = 1024
 """Optimizer steps that a push counts as, at most."""

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.authority import Authority
@@ -22,10 +22,8 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.capacity import Capacity
 from tesseract_async.server.other_replicas import wall_clock
+from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
-
-if TYPE_CHECKING:
-    from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 

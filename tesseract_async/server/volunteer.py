@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import psutil
 
@@ -17,9 +17,7 @@ from tesseract_async.errors import TesseractError, describe
 from tesseract_async.files import write_whole
 from tesseract_async.server.contract import Usage, VolunteerContract, VolunteerSettings, WorkPermission
 from tesseract_async.server.footprint import process_bytes
-
-if TYPE_CHECKING:
-    from tesseract_async.server.server import TesseractServer
+from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 
