@@ -13,7 +13,6 @@ from typing import Final
 import torch
 
 from tesseract_async.client.audits import Audits
-from tesseract_async.client.coarse_timeouts import CoarseTimeouts
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
 from tesseract_async.client.lineages import Lineages
@@ -63,7 +62,6 @@ class Experience(Uncopied):
         self.node = node
         self.audits = Audits(node)
         self.latencies = LatencyBook()
-        self.timeouts = CoarseTimeouts()
         self.stalls = Stalls()
         self.left_out = LeftOut(node.metrics)
         self.lineages = Lineages(node)
