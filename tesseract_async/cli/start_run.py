@@ -18,6 +18,7 @@ from tesseract_async.cli.options import (
     max_batch_size_option,
     node_options,
     optimizer_option,
+    several_option,
     sizes_option,
 )
 from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
@@ -27,6 +28,7 @@ from tesseract_async.experts.ownership import MEMBER, RunOwner, adopt_servers, w
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
+from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 
@@ -34,13 +36,12 @@ Pairs = tuple[tuple[str, Value], ...]
 
 
 def _pairs_option(name: str, help_text: str) -> Decorator:
-    return click.option(
+    return several_option(
         f"--{name}",
         name.replace("-", "_"),
-        multiple=True,
         type=PAIR,
         metavar="NAME=VALUE",
-        help=f"{help_text}; may be given several times.",
+        help=f"{help_text}.",
     )
 
 
@@ -62,13 +63,12 @@ def _pairs_option(name: str, help_text: str) -> Decorator:
 @_pairs_option("codec", "Shorten the numbers of inputs, outputs or gradients on the wire, such as inputs=bf16")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Draw first weights from this seed.")
 @click.option("--open", "is_open", is_flag=True, help="Let everybody host and train, not only those with a grant.")
-@click.option(
+@several_option(
     "--delegate",
     "delegates",
-    multiple=True,
     type=PEER,
     metavar="PEER_ID",
-    help="Let this peer grant, revoke and appoint as you do; may be given several times.",
+    help="Let this peer grant, revoke and appoint as you do.",
 )
 @click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep each expert on this many servers.")
 @click.option("--lease", default=30.0, type=seconds(1, 86400), help="Replace a primary that is silent for this long.")
@@ -146,7 +146,7 @@ async def create(
     )
     # the author's own code may run here
     manifest = complete(manifest, allowed_modules=[manifest.expert.partition(":")[0]])
-    async with node.make() as author:
+    async with node.make() as author, StatusService(author):
         signed = sign_run(author.identity, with_delegates(manifest, author.identity, delegates))
         if once:
             await join(author)  # nobody else would keep the manifest

@@ -42,6 +42,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def rate_text(rate: float) -> str:
+    """Return bytes per second as ``0.51 Mbit/s`` or ``20 Mbit/s``: text that `RATE` takes."""
+    megabits = 8e-6 * rate
+    return f"{megabits:.0f} Mbit/s" if megabits >= 10 else f"{megabits:.2g} Mbit/s"
+
+
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # older versions are not generic
     """A click type: the value that `parse` returns for a text. Its ValueError is a usage error."""
 

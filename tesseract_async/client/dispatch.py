@@ -96,15 +96,16 @@ class CallsUnderWay:
         """The pass begins. Once only."""
         self._started, self.deadline = now, now + self._timeout
 
-    def answered(self, call: ExpertCall, now: float) -> None:
-        """An answer came. What follows from it, `calls_to_send` says."""
-        self._ended(call, now)
-        self.answers.append(call)
-        self.num_answers_R[call.rows] += 1
-        self.errors.pop(call.uid, None)
+    def answered(self, calls: Sequence[ExpertCall], now: float) -> None:
+        """The answers of these calls came. What follows from that, `calls_to_send` says."""
+        self.num_answers_R += self._ended(calls, now)
+        self.answers += calls
+        if self.errors:
+            for call in calls:
+                self.errors.pop(call.uid, None)
 
     def failed(self, call: ExpertCall, now: float, error: BaseException) -> None:
-        self._ended(call, now)
+        self._ended([call], now)
         self.errors[call.uid] = self.left_out[call.uid] = error
 
     def calls_to_send(self, now: float, *, stalled: float = 0.0) -> list[ExpertCall]:
@@ -112,15 +113,16 @@ class CallsUnderWay:
 
         `stalled`: seconds since the start in which the caller could not have heard from anybody.
         """
-        self._stalled, self._late = stalled, None
-        if self._num_judged == (len(self.answers), len(self.left_out)):
-            pass  # nothing is known that was not known before
-        elif self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
-            seconds = statistics.median([call.seconds for call in self.answers])
-            self._usual = seconds, statistics.median([len(call.rows) for call in self.answers])
-        else:
-            self._usual = None
-        self._num_judged = len(self.answers), len(self.left_out)
+        if self._num_judged != (len(self.answers), len(self.left_out)):
+            before, self._usual = self._usual, None
+            if self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
+                seconds = statistics.median([call.seconds for call in self.answers])
+                self._usual = seconds, statistics.median([len(call.rows) for call in self.answers])
+            if self._usual != before:
+                self._late = None
+            self._num_judged = len(self.answers), len(self.left_out)
+        if stalled != self._stalled:
+            self._stalled, self._late = stalled, None
         if not self.is_over:
             self._decide(now)
         fresh, self._fresh = self._fresh, []
@@ -165,10 +167,19 @@ class CallsUnderWay:
         self._fresh.append(call)
         self._under_way[call] = None
 
-    def _ended(self, call: ExpertCall, now: float) -> None:
-        del self._under_way[call]
-        self._late = None
-        call.seconds = now - call.sent
+    def _ended(self, calls: Sequence[ExpertCall], now: float) -> Indices:
+        """These calls are over. Returns how many of them each row was in."""
+        for call in calls:
+            del self._under_way[call]
+            call.seconds = now - call.sent
+            if self._late is not None:
+                self._late.pop(call, None)
+        return self._per_row(calls)
+
+    def _per_row(self, calls: Sequence[ExpertCall]) -> Indices:
+        rows = np.concatenate([call.rows for call in calls])
+        counts_R: Indices = np.bincount(rows, minlength=len(self.num_answers_R))
+        return counts_R
 
     def _late_times(self) -> dict[ExpertCall, float]:
         if self._late is None:
@@ -327,11 +338,12 @@ class ForwardDispatch(CallsUnderWay):
                 call.is_slow = True
                 self._num_slow_R[call.rows] += 1
 
-    def _ended(self, call: ExpertCall, now: float) -> None:
-        super()._ended(call, now)
-        self._num_open_R[call.rows] -= 1
-        if call.is_slow:
-            self._num_slow_R[call.rows] -= 1
+    def _ended(self, calls: Sequence[ExpertCall], now: float) -> Indices:
+        counts_R = super()._ended(calls, now)
+        self._num_open_R -= counts_R
+        if any([call.is_slow for call in calls]):
+            self._num_slow_R -= self._per_row([call for call in calls if call.is_slow])
+        return counts_R
 
     def _end(self, now: float, *, only_slow: bool = False) -> None:
         if now >= self._started + self._timeout:

@@ -42,6 +42,9 @@ REPLICA_FAULTS: Final = (
 """Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
 MAX_LOOKUPS: Final = 5
 """An expert is looked up anew so often at most."""
+GONE_SECONDS: Final = 0.8
+"""An expert none of whose servers says a word about it for so long is gone: it is not looked up any more. A server that
+stood still for a moment is there again by then."""
 
 
 def may_pass(error: BaseException) -> bool:
@@ -86,6 +89,10 @@ class _Search:
     """Replicas that take something else."""
     num_lookups: int = 0
     look_up_at: float = -math.inf
+    gone_at: float = math.inf
+    """When it is gone, while all servers keep silent."""
+    is_silent: bool = False
+    """The last one asked did not even say when to ask again."""
     is_redirected: bool = False
     is_forgotten: bool = False
 
@@ -171,7 +178,7 @@ class Grouping:
         Returns whether the sum counts: not if it holds an answer that came from elsewhere meanwhile, or one that must
         not count (it is in `errors`, too). The others are asked again then.
         """
-        counts = all(call in request.open and call not in errors for call in settled)
+        counts = all([call in request.open and call not in errors for call in settled])
         for call in settled:
             if call in errors or (replica := request.open.pop(call, None)) is None:
                 continue
@@ -180,10 +187,11 @@ class Grouping:
             if counts:
                 self._give_up(call, search)
                 self._strange += search.strange
-                self.calls.answered(call, now)
             else:
                 search.left.insert(0, replica)
                 self._due[call] = None
+        if counts and settled:
+            self.calls.answered([*settled], now)
         for call, error in errors.items():
             if (replica := request.open.pop(call, None)) is not None:
                 self._failed(call, request, replica, error, now)
@@ -196,6 +204,10 @@ class Grouping:
             self._failed(call, request, replica, silent, now)
         request.open.clear()
 
+    def gone_at(self, call: ExpertCall) -> float:
+        """Return until when a look-up of this call is worth waiting for."""
+        return search.gone_at if (search := self._searches.get(call)) is not None else -math.inf
+
     def found(self, call: ExpertCall, replicas: Sequence[ExpertReplica], now: float) -> None:
         """The replicas of a call that was to be looked up; none if that failed, too."""
         if (search := self._searches.get(call)) is not None:
@@ -206,7 +218,7 @@ class Grouping:
         try:
             search.known = self._rank(call, found, now)
         except TesseractError as error:
-            search.known, call.error = (), call.error or error
+            search.known, search.is_silent, call.error = (), False, call.error or error
         strange = [replica.peer for replica, _ in search.strange]
         search.left = [replica for replica in search.known if replica.peer not in strange]
         if not self._takes_any:
@@ -243,9 +255,15 @@ class Grouping:
         return requests
 
     def _exhausted(self, call: ExpertCall, search: _Search, now: float) -> None:
-        if self._looks_up and search.num_lookups < MAX_LOOKUPS and search.look_up_at < self.calls.deadline:
-            pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
-            self._pausing[call] = max(now + pause, search.look_up_at)
+        if not search.is_silent:
+            search.gone_at = math.inf
+        elif search.gone_at == math.inf:
+            search.gone_at = now + GONE_SECONDS
+        pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
+        look_up_at = max(now + pause, search.look_up_at)
+        may_come = look_up_at < search.gone_at and search.look_up_at < self.calls.deadline
+        if self._looks_up and search.num_lookups < MAX_LOOKUPS and may_come:
+            self._pausing[call] = look_up_at
         else:
             self._fail(call, search, now)
 
@@ -254,6 +272,7 @@ class Grouping:
     ) -> None:
         search = self._searches[call]
         search.requests.remove(request)
+        search.is_silent = True
         call.error = call.error or error
         self._due[call] = None
         if isinstance(error, SchemaMismatch):
@@ -270,7 +289,7 @@ class Grouping:
                 search.is_redirected = True
                 search.left = named
             else:
-                search.is_redirected = False
+                search.is_redirected, search.is_silent = False, False
                 search.look_up_at = now + max(error.retry_after, BLOCK_SECONDS)
 
     def _fail(self, call: ExpertCall, search: _Search, now: float) -> None:

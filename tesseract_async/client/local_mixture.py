@@ -119,7 +119,7 @@ class LocalMixture(Gate):
                 for total, leaf in zip(sums, leaves, strict=True)
             ]
             if len(call.rows):
-                dispatch.answered(call, 0.0)
+                dispatch.answered([call], 0.0)
         if (error := dispatch.shortage()) is not None:
             raise error
         structure, dtypes = answer, [leaf.dtype for leaf in flatten(answer)]

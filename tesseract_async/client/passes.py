@@ -296,7 +296,7 @@ class Pass:
     async def _look_up(self, calls: Sequence[ExpertCall]) -> None:
         async def find(call: ExpertCall) -> Sequence[ExpertReplica]:
             with contextlib.suppress(TesseractError, TimeoutError):
-                async with asyncio.timeout_at(self._deadline):
+                async with asyncio.timeout_at(min(self._deadline, self._grouping.gone_at(call))):
                     # one that stood still for a moment is there again long before it says so in the network
                     return await self.experience.node.directory.find(call.uid, even_failed=self.calls.is_strict)
             return ()

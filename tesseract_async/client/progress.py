@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -23,10 +24,11 @@ MAX_GRIDS = 16
 
 
 class ProgressOf:
-    """Publishes the mean loss since the last time, every `PERIOD` seconds, while losses come. Lives on one loop."""
+    """Publishes the mean loss since the last time, every `period` seconds, while losses come. Lives on one loop."""
 
-    def __init__(self, module: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module | None, *, trainer: str = "", period: float = PERIOD) -> None:
         """Find the grids of the module's gates and experts; None: nothing is published."""
+        self._trainer, self._period = trainer, period
         self._grids: dict[str, TesseractNode] = {}
         for part in () if module is None else module.modules():
             if isinstance(part, GatingFunction | RemoteExpert | ExpertPool) and isinstance(part.node, TesseractNode):
@@ -35,11 +37,13 @@ class ProgressOf:
                 if len(self._grids) < MAX_GRIDS:
                     self._grids[prefix] = part.node
         self._step, self._losses = 0, list[float]()
+        self._seen: Mapping[str, int] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def add(self, step: int, loss: float) -> None:
+    def add(self, step: int, loss: float, seen: Mapping[str, int]) -> None:
+        """`seen`: all samples and tokens so far."""
         if self._grids:
-            self._step = step
+            self._step, self._seen = step, seen
             self._losses.append(loss)
             if self._task is None:
                 self._task = asyncio.get_running_loop().create_task(self._publish(), name="trainer: progress")
@@ -55,9 +59,13 @@ class ProgressOf:
             if self._losses:
                 mean = sum(self._losses) / len(self._losses)
                 self._losses.clear()
+                unit = "tokens" if self._seen.get("tokens") else "samples"
+                seen = self._seen.get(unit, 0)
                 for prefix, node in self._grids.items():
                     try:
-                        await publish_progress(node, prefix, step=self._step, loss=mean)
+                        await publish_progress(
+                            node, prefix, step=self._step, loss=mean, seen=seen, unit=unit, trainer=self._trainer
+                        )
                     except (TesseractError, TimeoutError, RuntimeError) as error:
                         logger.info("the loss could not be published: %s", describe(error))
-            await asyncio.sleep(PERIOD)
+            await asyncio.sleep(self._period)

@@ -37,7 +37,7 @@ class Deferred(Awaitable[Result], Generic[Result]):
 
     def __await__(self) -> Generator[Any, Any, Result]:
         try:
-            yield from self.future.__await__()
+            yield from asyncio.shield(self.future).__await__()  # others may wait for it, too
         except asyncio.CancelledError:
             self.cancel()
             raise

@@ -167,9 +167,7 @@ class TesseractNetwork(Uncopied):
         self._seeds = tuple(initial_peers)
         remembered = self._remembered_peers()
         self._has_seeds = bool(self._seeds or remembered)
-        driver = NetworkDriver(
-            protocol, loop, speaks=speaks, has_seeds=self._has_seeds, on_role_change=self._on_role_change
-        )
+        driver = NetworkDriver(protocol, loop, sock, has_seeds=self._has_seeds, on_role_change=self._on_role_change)
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         self._protocol, self._driver = protocol, driver
         if self._has_seeds:

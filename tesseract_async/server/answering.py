@@ -207,52 +207,109 @@ class ExpertCalls:
         reply = messages.ForwardReply(metas, version, inputs_cached, hosted.epoch)
         return Message(messages.encode(reply), tuple(buffers))
 
-    async def backward(self, hosted: HostedState, call: IncomingCall) -> Message:
-        """Answer ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
+    def backward(self, hosted: HostedState, call: IncomingCall) -> Awaitable[Message]:
+        """Answer ``expert.backward``: by a `Deferred` as `forward` does. Raises only RemoteErrors, for the caller to
+        see, now or when awaited."""
+        if not self.leads(hosted):
+            return self._backward_once_it_leads(hosted, call)
+        try:
+            request, call.body = messages.decode(messages.BackwardRequest, call.body), None
+        except ProtocolError as error:
+            raise told_of(error, call.method) from None
+        uid, backend = hosted.uid, hosted.backend
+        backend.settings.codecs.check("gradients", request.reply_codec, expert=uid)
+        if request.reply_codec == "none":
+            begun = self.begun_backward((uid, journal_key(call.peer_id, request.call_id)))
+            if begun is None:
+                specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
+                plain = unpack_plain(request.tensors, call.buffers, specs)
+                if plain is not None:
+                    hosted.runtime.gather_turn()
+                    begun = self._begin_backward(hosted, call, request, plain)
+            if isinstance(begun, BackwardUnderWay):
+                begun.num_waiting += 1
+                self.entered()
+                return Deferred(
+                    begun.work.answer,
+                    finish=partial(self._backwarded, hosted, call, request, begun),
+                    cancel=partial(self._leave, begun),
+                )
+        return self._backward(hosted, call, request)
+
+    async def _backward_once_it_leads(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Answer a backward of an expert that somebody else trains, should that have changed; else say who does."""
         with self.answering(call):
             await self.check_leads(hosted)
-            uid, backend = hosted.uid, hosted.backend
-            request, call.body = messages.decode(messages.BackwardRequest, call.body), None
-            codec, num_inputs = request.reply_codec, request.num_inputs
-            backend.settings.codecs.check("gradients", codec, expert=uid)
+            return await self.backward(hosted, call)
+
+    def _backwarded(
+        self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, begun: BackwardUnderWay
+    ) -> Message:
+        self._leave(begun)
+        try:
+            answer = begun.result()
+        except TimeoutError as error:
+            raise told_of(error, call.method) from None
+        self._note_backward(hosted, call, request, answer)
+        return _backward_reply(hosted, answer, pack_tensors([_apart(x) for x in answer.tensors]))
+
+    async def _backward(self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest) -> Message:
+        """The same with other codecs, an answer that is there, or no rows."""
+        uid, backend = hosted.uid, hosted.backend
+        with self.answering(call):
             key = (uid, journal_key(call.peer_id, request.call_id))
             begun = self.begun_backward(key)
             if begun is None:
-                specs = [*(backend.input_specs if num_inputs else ()), *backend.output_specs]
-                plain = unpack_plain(request.tensors, call.buffers, specs)
-                tensors: Sequence[torch.Tensor | None] = plain or ()
-                if plain is None:
-                    check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
-                    tensors = await unpack(request.tensors, call.buffers)
-                    begun = self.begun_backward(key)  # the same call may have come meanwhile
-            if begun is None:
-                check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
-                check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
-                inputs = check_inputs(uid, backend, self.inputs_of(uid, request.inputs_cached, tensors[:num_inputs]))
-                gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
-                if inputs[0].shape[0] == 0:
-                    zeros = [torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None for x in inputs]
-                    begun = WorkResult(zeros, backend.version)
-                else:
-                    begun = self.begin_backward(
-                        key,
-                        hosted,
-                        call,
-                        inputs,
-                        gradients,
-                        call_id=request.call_id,
-                        training=request.training,
-                        seed=request.seed,
-                        forward_version=request.version,
-                    )
+                specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
+                check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
+                tensors = await unpack(request.tensors, call.buffers)
+                # the same call may have come meanwhile
+                begun = self.begun_backward(key) or self._begin_backward(hosted, call, request, tensors)
             answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
-            self.check_led(hosted)
-            if request.inputs_cached is not None:
-                self.memory.inputs.pop(request.inputs_cached)
-            self.backward_ended(hosted, call, request.inputs_cached, answer, request.version)
-            metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
-            reply = messages.BackwardReply(metas, answer.version, hosted.epoch)
-            return Message(messages.encode(reply), tuple(buffers))
+            self._note_backward(hosted, call, request, answer)
+            packed = await pack([_apart(x) for x in answer.tensors], request.reply_codec)
+            return _backward_reply(hosted, answer, packed)
+
+    def _begin_backward(
+        self,
+        hosted: HostedState,
+        call: IncomingCall,
+        request: messages.BackwardRequest,
+        tensors: Sequence[torch.Tensor | None],
+    ) -> BackwardUnderWay | WorkResult:
+        uid, backend, num_inputs = hosted.uid, hosted.backend, request.num_inputs
+        check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
+        check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
+        inputs = check_inputs(uid, backend, self.inputs_of(uid, request.inputs_cached, tensors[:num_inputs]))
+        gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
+        if inputs[0].shape[0] == 0:
+            zeros = [torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None for x in inputs]
+            return WorkResult(zeros, backend.version)
+        return self.begin_backward(
+            (uid, journal_key(call.peer_id, request.call_id)),
+            hosted,
+            call,
+            inputs,
+            gradients,
+            call_id=request.call_id,
+            training=request.training,
+            seed=request.seed,
+            forward_version=request.version,
+        )
+
+    def _note_backward(
+        self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, answer: WorkResult
+    ) -> None:
+        """Take note of an answer that is about to be told. Raises: NotPrimary."""
+        self.check_led(hosted)
+        if request.inputs_cached is not None:
+            self.memory.inputs.pop(request.inputs_cached)
+        self.backward_ended(hosted, call, request.inputs_cached, answer, request.version)
+
+    def _leave(self, backward: BackwardUnderWay) -> None:
+        """A caller that waited for it without a task does not wait any more."""
+        backward.leave()
+        self.left()
 
     @contextlib.contextmanager
     def answering(self, call: IncomingCall) -> Iterator[None]:
@@ -402,6 +459,13 @@ class ExpertCalls:
         name = new_name()
         self.expect_backward(name, hosted, call)
         return name if self.memory.keep_inputs(name, inputs, self.owner(call)) else None
+
+
+def _backward_reply(
+    hosted: HostedState, answer: WorkResult, packed: tuple[list[wire.Meta], list[memoryview]]
+) -> Message:
+    metas, buffers = packed
+    return Message(messages.encode(messages.BackwardReply(metas, answer.version, hosted.epoch)), tuple(buffers))
 
 
 def told_of(error: BaseException, method: str) -> RemoteError:
