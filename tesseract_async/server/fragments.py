@@ -5,6 +5,8 @@ followers, Seals and transfers take it for any expert. `FragmentCalls` gathers t
 rounds.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
