@@ -261,7 +261,7 @@ class FragmentCalls:
                 waiting = self._wait(one, key, call)
                 try:
                     await self._add(hosted, one, request, call)
-                except BaseException as error:
+                except BaseException as error:  # cancelled, too: who else waits must hear of it
                     self._end(one, key)
                     # another call of this id may wait, too
                     told = error if isinstance(error, TesseractError) else ProtocolError("given up")
@@ -322,7 +322,7 @@ class FragmentCalls:
         try:
             await self._calls.check_leads(hosted)
             await hosted.runtime.call(partial(_backend(hosted).close_round, one.rounds, pushes))
-        except BaseException as error:
+        except BaseException as error:  # all who wait must hear of it, however it ended
             for future in waiting:
                 future.set_exception(told_of(error, messages.PUSH))
             if not isinstance(error, Exception):

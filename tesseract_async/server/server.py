@@ -396,7 +396,7 @@ class TesseractServer(Uncopied):
             self._handlers[uid] = self._handlers_of(hosted)
             ready()
             self.node.host_expert(uid, self._handlers[uid])
-        except BaseException:
+        except BaseException:  # the backend is free again, whatever it was
             backend.host = None
             raise
         self.experts[uid], self.hosted[uid] = backend, hosted
