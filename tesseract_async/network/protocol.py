@@ -225,8 +225,6 @@ class NetworkProtocol:
                 core.outbox.drop("token")
             elif datagram.kind == wire.LEAVE:
                 core.farewell(datagram.sender, address)
-            elif datagram.kind == wire.COPY:
-                self.holder.keep_copy(request.arguments, address, now)
             else:
                 asker = core.table.get(datagram.sender)
                 # nodes that start together list one another within seconds
@@ -267,7 +265,7 @@ class NetworkProtocol:
         if kind == wire.FIND:
             return self.core.closest_for(wire.read_key(request.arguments), sender, room)
         if kind == wire.GET:
-            return self.holder.get(wire.read_key(request.arguments), sender, room, now)
+            return self.holder.get(wire.read_key(request.arguments), sender, room)
         if kind == wire.PAGE:
             key = wire.read_key(request.arguments)
             start, last = wire.read_range(request.arguments)
@@ -326,7 +324,6 @@ class NetworkProtocol:
         core.timers.start(now + HOUSEKEEPING_PERIOD * core.jitter(), self._keep_house)
         core.keep_house(now)
         self.tokens.rotate(now)
-        self.holder.expire_copies(core.wall(now))
         if len(core.table) >= K and not core.density.was_sampled:
             probe_density(core, now)
         if core.joined:
