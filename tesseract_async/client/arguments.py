@@ -1,7 +1,5 @@
 """A call's arguments as they are when it is made: later changes in place are noticed, or do not reach a copy."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -45,7 +43,7 @@ class Arguments:
     """Autocast is on where the tensors are: floating-point ones are cast to the schema's dtypes."""
 
     @classmethod
-    def now(cls, args: tuple[Structure, ...], kwargs: Mapping[str, Structure], *, training: bool) -> Arguments:
+    def now(cls, args: tuple[Structure, ...], kwargs: Mapping[str, Structure], *, training: bool) -> "Arguments":
         """Read grad mode and autocast, draw a seed if `training`, and hold the arguments (see `arguments_now`).
 
         The seed comes from torch's generator of the CPU: `torch.manual_seed`, `torch.set_rng_state` and

@@ -1,7 +1,5 @@
 """Experience: the things that one node's calls have taught about servers, shared by its modules."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -42,7 +40,7 @@ _MAX_GRACE_SECONDS: Final = 1.0
 _GRACE_SHARE: Final = 0.05
 
 
-def experience_of(given: Node | PlainCalls) -> Experience:
+def experience_of(given: Node | PlainCalls) -> "Experience":
     """The node's, made when it is first asked for."""
     node = given.node if isinstance(given, PlainCalls) else given
     if not isinstance(node.client_state, Experience):

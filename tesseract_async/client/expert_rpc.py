@@ -4,8 +4,6 @@ A reply that breaks the rules raises ProtocolError, so that a server that lies a
 is down.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,7 +55,7 @@ class ExpertSchema:
         return settled
 
     @classmethod
-    def decode(cls, info: messages.ExpertInfo) -> ExpertSchema:
+    def decode(cls, info: messages.ExpertInfo) -> "ExpertSchema":
         """Read an untrusted info. Raises: ProtocolError."""
         args, kwargs = decode_schema(info.args_schema), decode_schema(info.kwargs_schema)
         outputs = decode_schema(info.outputs_schema)

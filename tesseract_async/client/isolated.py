@@ -5,8 +5,6 @@ swaps a coroutine's modes out at every suspension and back in when it goes on. W
 suspended, the thread is in torch's default modes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import types
 from collections.abc import Coroutine, Generator
@@ -27,7 +25,7 @@ class Modes(NamedTuple):
     autocast_cache: bool
 
     @classmethod
-    def current(cls) -> Modes:
+    def current(cls) -> "Modes":
         inference, cache = torch.is_inference_mode_enabled(), torch.is_autocast_cache_enabled()
         if cache and not inference and not torch._C._is_any_autocast_enabled():
             # as nearly always: this runs several times in every call

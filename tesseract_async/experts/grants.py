@@ -4,8 +4,6 @@ Whose word counts in which run is for `experts.authority` to say: here is only c
 no signer of a grant gives more than it has.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re
@@ -61,7 +59,7 @@ class Grant:
     """Seconds since 1970 at which it was signed: of two grants of a peer the later one holds."""
     not_after: int
     """Seconds since 1970. From then on it is good for no new claim; what goes on by it goes on."""
-    via: Grant | None
+    via: "Grant | None"
     """The signer's own grant, where the signer is not the run's owner."""
     signer: PeerID
     blob: bytes
@@ -163,7 +161,7 @@ class Invite:
         return f"{INVITE_PREFIX}{_lettered(body + hashlib.sha256(body).digest()[:4])}"
 
     @classmethod
-    def parse(cls, text: str) -> Invite:
+    def parse(cls, text: str) -> "Invite":
         """Read `text`, whose line breaks do not matter. Untrusted. Raises: ValueError."""
         letters = "".join(text.split())
         if (version := _INVITE.match(letters)) is None or len(letters) > MAX_INVITE:

@@ -4,8 +4,6 @@ Both are signed, name their recipient and are fresh; an answer holds its offer's
 and no more. `docs/design/nat.md` has the layout.
 """
 
-from __future__ import annotations
-
 import hashlib
 import ipaddress
 from collections.abc import Mapping
@@ -79,7 +77,7 @@ class Description:
         }
 
     @classmethod
-    def unpack(cls, body: object) -> Description:
+    def unpack(cls, body: object) -> "Description":
         """Untrusted. Addresses are literal and could belong to a peer. Raises: ProtocolError."""
         username, password = _ice_text(body, "username", 4), _ice_text(body, "password", 22)
         fingerprint, raw = field(body, "fingerprint", bytes), field(body, "candidates", list)
@@ -101,7 +99,7 @@ class ReverseBody:
         return {"addresses": list(self.addresses), "token": self.token}
 
     @classmethod
-    def unpack(cls, body: object) -> ReverseBody:
+    def unpack(cls, body: object) -> "ReverseBody":
         """Untrusted. Raises: ProtocolError."""
         addresses = field(body, "addresses", list)
         if not 0 < len(addresses) <= MAX_ADDRESSES:
@@ -120,7 +118,7 @@ class RelayBody:
         return {"relay": bytes(self.relay), "token": self.token}
 
     @classmethod
-    def unpack(cls, body: object) -> RelayBody:
+    def unpack(cls, body: object) -> "RelayBody":
         """Untrusted. Raises: ProtocolError."""
         return cls(PeerID(field(body, "relay", bytes)), _token(body))
 

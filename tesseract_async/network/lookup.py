@@ -4,8 +4,6 @@ Each contact is asked once, by one path, and what it answers is believed by that
 and the caller reports `answered`, `stalled` or `failed`.
 """
 
-from __future__ import annotations
-
 import enum
 from bisect import insort
 from collections.abc import Iterable, Sequence
@@ -40,10 +38,10 @@ class LookupCandidate:
     distance: int
     round: int
     """How many answers led here, itself included: 1 for a contact known at the start."""
-    teller: LookupCandidate | None
+    teller: "LookupCandidate | None"
     """The candidate that named it, and is answerable for it."""
     state: CandidateState = CandidateState.NEW
-    path: LookupPath | None = None
+    path: "LookupPath | None" = None
     """The path that asked it."""
     num_in_vain: int = 0
     """Number of contacts named by this one that did not answer, less two for each that did."""

@@ -1,7 +1,5 @@
 """Reading a dictionary from its holders: digests first, then what differs, once. Pure."""
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass
 
@@ -213,7 +211,7 @@ class Read:
         if not self._num_fetching and not self._fetches and not self._unchecked and not self.cancelled:
             self._finish(now)
 
-    def page(self, fetch: _Fetch, start: int, last: int, bodies: list[bytes], now: float) -> None:
+    def page(self, fetch: "_Fetch", start: int, last: int, bodies: list[bytes], now: float) -> None:
         """Take a page of slots from `start` to `last`. Its signatures are checked in slices that yield the loop."""
         self._unchecked.append((fetch, start, last, bodies))
         if len(self._unchecked) == 1:
@@ -238,7 +236,7 @@ class Read:
         else:
             self._go_on(now)
 
-    def fetched(self, fetch: _Fetch, now: float) -> None:
+    def fetched(self, fetch: "_Fetch", now: float) -> None:
         self._num_fetching -= 1
         self._go_on(now)
 
@@ -286,7 +284,7 @@ class _Fetch(Caller):
     """Holders to ask, the last one first."""
     num_records: int = 0
 
-    def elsewhere(self, start: int, last: int) -> _Fetch:
+    def elsewhere(self, start: int, last: int) -> "_Fetch":
         """Return a fetch of slots that this one's present source could not give, from the other sources."""
         return _Fetch(self.read, start, last, self.sources[:-1])
 

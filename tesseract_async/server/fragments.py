@@ -5,8 +5,6 @@ followers, Seals and transfers take it for any expert. `FragmentCalls` gathers t
 rounds.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,7 +150,7 @@ class FragmentBackend(ExpertBackend):
         self._take(fragment, steps)
 
     @classmethod
-    def of_file(cls, uid: str, file: bytes | memoryview) -> FragmentBackend:
+    def of_file(cls, uid: str, file: bytes | memoryview) -> "FragmentBackend":
         """Return the fragment in the file of a whole state. Untrusted. Raises: ProtocolError."""
         state = check_state(uid, file)
         part, tensors = read_part(uid, state["module"]), {name: one.clone() for name, one in state["module"].items()}

@@ -1,7 +1,5 @@
 """Placing: has a server do its part in a run: which experts it leads, follows and holds. Drives `Placement`."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -102,14 +100,14 @@ class Placing:
     @classmethod
     def of_fragments(
         cls, server: TesseractServer, keeper: ReplicaKeeper, authority: Authority, room: int, files: int
-    ) -> Placing:
+    ) -> "Placing":
         """The same for the fragments of the parameters that the run's trainers share: they begin them, and servers
         lead, follow and hold what is there. `room`, `files`: how many it computes, and has a state of, at most."""
         pattern = ExpertPattern(authority.prefix + SHARED, (range(MAX_FRAGMENTS),))
         build = keeper.tenures.fragment
         return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
 
-    async def __aenter__(self) -> Placing:
+    async def __aenter__(self) -> "Placing":
         self._tenures.on_leading[self._prefix] = self._lead
         for uid in self._tenures.stored(self._pattern):
             await self._hold(uid)  # what was held before, also where others hold it now

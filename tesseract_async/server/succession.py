@@ -1,7 +1,5 @@
 """ReplicaKeeper: has a server's experts follow their primaries elsewhere, take over from them and be handed over."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -64,7 +62,7 @@ class ReplicaKeeper(Succession):
         self._looking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> ReplicaKeeper:
+    async def __aenter__(self) -> "ReplicaKeeper":
         self._server.succession = self
         self._server.handle(messages.TAKE_OVER, self.bare.take_over)
         self._server.handle(messages.TENURE, self.tenures.answer)

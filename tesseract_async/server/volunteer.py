@@ -1,7 +1,5 @@
 """VolunteerKeeper: keeps a server to its volunteer's contract. It watches the machine, pauses and resumes."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import json
@@ -85,7 +83,7 @@ class VolunteerKeeper:
         self._task: asyncio.Task[None] | None = None
         self._most_told = 0
 
-    async def __aenter__(self) -> VolunteerKeeper:
+    async def __aenter__(self) -> "VolunteerKeeper":
         """Look once before returning, so that a server outside of its hours begins with a pause."""
         await self.look()
         self._task = asyncio.create_task(self._watch(), name="server: volunteer's contract")
