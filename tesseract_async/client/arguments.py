@@ -46,8 +46,9 @@ class Arguments:
     def now(cls, args: tuple[Structure, ...], kwargs: Mapping[str, Structure], *, training: bool) -> "Arguments":
         """Read grad mode and autocast, draw a seed if `training`, and hold the arguments in new plain structures.
 
-        Tensors that may change without another version are copied. The seed comes from torch's generator of the CPU: `torch.manual_seed`, `torch.set_rng_state` and
-        `torch.random.fork_rng` do to remote dropout what they do to local one.
+        Tensors that may change without another version are copied. The seed comes from torch's generator of the CPU:
+        `torch.manual_seed`, `torch.set_rng_state` and `torch.random.fork_rng` do to remote dropout what they do to
+        local one.
         """
         tensors: list[torch.Tensor] = []
         taken = tuple([_taken(value, tensors) for value in args])
