@@ -6,8 +6,6 @@ answered before. It keeps it on disk until it is fetched, whatever is learned me
 What has no primary comes as its last one sealed it, from all that have that file. No other server's word counts.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
@@ -15,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from tesseract_async.errors import Overloaded, ProtocolError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
@@ -26,15 +24,13 @@ from tesseract_async.experts.pieces import LIST
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Role
 from tesseract_async.experts.terms import Seal
+from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.checkpoint import check_state, encode
 from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
 from tesseract_async.server.other_replicas import read_replicas
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
 
