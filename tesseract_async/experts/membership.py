@@ -12,7 +12,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Appointment
 from tesseract_async.experts.lineage import Lineage
-from tesseract_async.experts.own_term import NEVER, Age, OwnTerm
+from tesseract_async.experts.own_term import NEVER, NUM_SUCCESSORS, Age, OwnTerm
 from tesseract_async.experts.tenure_words import Question, Send, State
 from tesseract_async.experts.terms import (
     EPOCH_ZERO,
@@ -153,9 +153,9 @@ class Membership:
     def silence_at(self, state: State) -> float:
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
-        step = min(2.0, self.lease / 15)
+        step = min(2.0, self.lease / 6)
         if state is State.HOLDING:  # the members come first; then it leads when two leases have passed
-            wait = max(self.lease + 3 * step, self._adopt_after - ASKING)
+            wait = max(self.lease + NUM_SUCCESSORS * step, self._adopt_after - ASKING)
         else:
             members = () if self.held is None else self.held.successors
             rank = members.index(self.me) if self.me in members else 0
