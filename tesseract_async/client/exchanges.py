@@ -39,6 +39,11 @@ def eligible(uid: str, replicas: Sequence[ExpertReplica], max_staleness: int | N
     return replicas if max_staleness else primaries
 
 
+def _num_rows(inputs: Sequence[torch.Tensor | None]) -> int:
+    assert inputs[0] is not None
+    return inputs[0].shape[0]
+
+
 class Exchange(Generic[T]):
     """A question to one expert, which any of some replicas may answer."""
 
@@ -85,7 +90,7 @@ class ForwardExchange(Exchange[Forwarded]):
 
     experience: Experience
     forward: Forward
-    inputs: Sequence[torch.Tensor]
+    inputs: Sequence[torch.Tensor | None]
     """On the CPU; they fit the schema and must not change before the end."""
     is_timed: ClassVar[bool] = True
     _primaries: list[PeerAddress] = field(default_factory=list, init=False)
@@ -94,12 +99,12 @@ class ForwardExchange(Exchange[Forwarded]):
     @property
     def num_bytes(self) -> int:
         """See `Exchange.num_bytes`."""
-        return self.inputs[0].shape[0] * self.forward.schema.row_bytes
+        return _num_rows(self.inputs) * self.forward.schema.row_bytes
 
     @property
     def gives(self) -> tuple[int, int]:
         """See `Exchange.gives`."""
-        return self.inputs[0].shape[0], 0
+        return _num_rows(self.inputs), 0
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         """See `eligible`."""
@@ -150,7 +155,7 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
     experience: Experience
     forward: Forward
     receipt: Receipt
-    inputs: Sequence[torch.Tensor]
+    inputs: Sequence[torch.Tensor | None]
     output_gradients: Sequence[torch.Tensor | None]
     call_id: bytes = field(default_factory=new_name)
 
@@ -200,7 +205,7 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
         decoded = messages.decode(messages.BackwardReply, reply.body)
         self.experience.lineages.take(replica, decoded.epoch, decoded.version)
         specs = forward.schema.input_specs
-        plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=self.inputs[0].shape[0])
+        plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=_num_rows(self.inputs))
         if plain is not None:
             return [*plain]
         check_growth(forward.uid, decoded.tensors, specs)
@@ -208,9 +213,12 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
         if len(gradients) != len(self.inputs):
             raise ProtocolError(f"{forward.uid} answered {len(gradients)} gradients for {len(self.inputs)} inputs")
         for gradient, tensor in zip(gradients, self.inputs, strict=True):
-            if gradient is not None and (gradient.shape != tensor.shape or gradient.dtype != tensor.dtype):
+            if gradient is not None and (
+                tensor is None or gradient.shape != tensor.shape or gradient.dtype != tensor.dtype
+            ):
+                given = "None" if tensor is None else f"{tensor.dtype} and shape {tuple(tensor.shape)}"
                 raise ProtocolError(
                     f"{forward.uid} answered a gradient of {gradient.dtype} and shape {tuple(gradient.shape)} "
-                    f"for an input of {tensor.dtype} and shape {tuple(tensor.shape)}"
+                    f"for an input of {given}"
                 )
         return gradients

@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -61,6 +61,23 @@ class Sampler(Protocol):
         """Go on from there."""
 
 
+@runtime_checkable
+class TracksBatches(Protocol):
+    """A sampler that is told what becomes of each batch: `SharedSampler`."""
+
+    def begin_run(self) -> int:
+        """Return the number of the first batch of the run that begins."""
+
+    def feed(self, batches: Iterable[B]) -> AsyncGenerator[B, None]:
+        """Yield the batches."""
+
+    def batch_ended(self, number: int, *, failed: bool) -> None:
+        """Take note of a batch."""
+
+    def end_run(self) -> None:
+        """Take note that all other batches are given up."""
+
+
 class AsyncTrainer(Generic[M]):
     """Trains `module` with up to `in_flight` steps under way at once, so that remote experts' delays overlap.
 
@@ -111,7 +128,8 @@ class AsyncTrainer(Generic[M]):
         - `scheduler`: of the optimizer's learning rate; stepped once per optimizer step, ReduceLROnPlateau with the
           step's loss.
         - `scaler`: scales the losses, which come unscaled, and decides over each step of the optimizer.
-        - `sampler`: where `run`'s batches come from; its position is part of `state_dict`.
+        - `sampler`: where `run`'s batches come from; its position is part of `state_dict`. A `SharedSampler` learns of
+          each batch how it ended.
         - `callbacks`: called with each step's report, failed ones of a run included, in the order in which steps end.
           What one raises is raised by the step, which stands.
         - `publish`: `run` shows observers, such as the dashboard, the loss of each grid that the module uses.
@@ -157,6 +175,7 @@ class AsyncTrainer(Generic[M]):
         self._begun_at: dict[int, int] = {}
         """Steps under way, in the order in which they began: the version that each has seen."""
         self._num_begun = 0
+        self._num_pauses = 0
         self._changed = asyncio.Event()
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,17 +215,17 @@ class AsyncTrainer(Generic[M]):
 
     @contextlib.asynccontextmanager
     async def paused(self) -> AsyncGenerator[None, None]:
-        """Enter when the steps under way have ended; no other begins inside. For a save point."""
-        num_slots = self.in_flight if self.max_staleness is None else min(self.in_flight, self.max_staleness + 1)
-        num_taken = 0
+        """Enter when the steps under way have ended; no other begins until it is left. For a save point; several may
+        pause it at a time."""
+        self._num_pauses += 1
         try:
-            while num_taken < num_slots:
-                await self._slots.acquire()
-                num_taken += 1
+            while self._begun_at:
+                self._changed.clear()
+                await self._changed.wait()
             yield
         finally:
-            for _ in range(num_taken):
-                self._slots.release()
+            self._num_pauses -= 1
+            self._changed.set()
 
     async def step(self, loss_of: LossOf[M, B], batch: B) -> StepReport:
         """One step: a copy of the module, ``await loss_of(copy, batch)``, backward, the optimizer.
@@ -221,6 +240,9 @@ class AsyncTrainer(Generic[M]):
     async def _step(self, loss_of: LossOf[M, B], batch: B) -> StepReport:
         loop = asyncio.get_running_loop()
         async with self._slots:
+            while self._num_pauses:
+                self._changed.clear()
+                await self._changed.wait()
             started = loop.time()
             replica = self._idle.pop() if self._idle else _ModelCopy(self.module)
             number = self._num_begun
@@ -261,7 +283,12 @@ class AsyncTrainer(Generic[M]):
         num_taken = 0
         under_way: dict[asyncio.Task[StepReport], int] = {}
         queue: CompletionQueue[StepReport] = CompletionQueue()
-        source = _iterate(batches)
+        tracks = self.sampler if isinstance(self.sampler, TracksBatches) else None
+        first_batch = 0 if tracks is None else tracks.begin_run()
+        if tracks is None or isinstance(batches, AsyncIterable):
+            source = _iterate(batches)
+        else:
+            source = tracks.feed(batches)
         exhausted = False
         progress = ProgressOf(self.module if self.publish else None)
         try:
@@ -291,6 +318,8 @@ class AsyncTrainer(Generic[M]):
                         first = min(broken)
                         raise _noted(broken.pop(first), first, broken)
                     for report in sorted(reports, key=lambda report: (report.version, report.error is not None)):
+                        if tracks is not None and report.batch is not None:
+                            tracks.batch_ended(first_batch + report.batch, failed=report.error is not None)
                         num_failures = 0 if report.error is None else num_failures + 1
                         self._tell(report)
                         if report.error is None:
@@ -303,6 +332,8 @@ class AsyncTrainer(Generic[M]):
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
             await source.aclose()
+            if tracks is not None:
+                tracks.end_run()
             await progress.aclose()
 
     def _tell(self, report: StepReport) -> None:

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
 from tesseract_async.runtime.costs import GroupChoice
 from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
-from tesseract_async.runtime.module_runner import leaves_of
+from tesseract_async.runtime.module_runner import leaf_of
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 
@@ -290,7 +290,7 @@ class Kind:
         weights: torch.Tensor | None = None,
     ) -> tuple[Gradients, list[Gradients]]:
         """Do what `ExpertBackend.gradients` does. Returns gradients of the inputs, and of each one's `parameters`."""
-        leaves = leaves_of(inputs)
+        leaves = [leaf_of(x) for x in inputs]
         with torch.enable_grad():
             outputs = self._call(members, leaves, counts, training)
         sources = [*leaves, *(x for own in parameters for x in own)]

@@ -67,7 +67,7 @@ class _SteadyRunner(ModuleRunner):
     _is_running = False
 
     def run(
-        self, inputs: Sequence[torch.Tensor], *, training: bool, seed: int | None, gradients: bool
+        self, inputs: Sequence[torch.Tensor | None], *, training: bool, seed: int | None, gradients: bool
     ) -> list[torch.Tensor]:
         if self.vote is None:
             return super().run(inputs, training=training, seed=seed, gradients=gradients)
@@ -202,14 +202,14 @@ class MeshBackend(ExpertBackend):
             self._command("prepare")
 
     def forward(
-        self, inputs: Sequence[torch.Tensor], *, training: bool = False, seed: int | None = None
+        self, inputs: Sequence[torch.Tensor | None], *, training: bool = False, seed: int | None = None
     ) -> list[torch.Tensor]:
         found: list[torch.Tensor] = self._command("forward", _described(inputs), training, seed, given=inputs)[0]
         return found
 
     def gradients(
         self,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         output_gradients: Gradients,
         *,
         training: bool = False,

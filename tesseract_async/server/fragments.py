@@ -25,9 +25,18 @@ from tesseract_async.server.hosted import HostedState
 from tesseract_async.sharing.fragment import KEPT_UPDATES, ROOT_BYTES, Fragment, Update
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.sharing.rounds import Push, Rounds, judge
+from tesseract_async.sharing.samples import (
+    GRACE_SECONDS,
+    STATE_BYTES,
+    Ledger,
+    Report,
+    decode_pieces,
+    encode_pieces,
+)
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.compression import encoded_bytes
+from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -37,6 +46,8 @@ MAX_STEPS: Final = 1024
 """Optimizer steps that a push counts as, at most."""
 JOURNALED_VERSIONS: Final = 64
 """Versions whose pushes are remembered. Those whose base is older than 8 versions are not counted anyway."""
+
+_SAMPLES_BYTES: Final = 4 + STATE_BYTES
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -56,6 +67,8 @@ class _Tensors(nn.Module):
         self.register_buffer("roots", torch.zeros(KEPT_UPDATES + 1, ROOT_BYTES, dtype=torch.uint8))
         self.register_buffer("counts", torch.tensor([steps, len(fragment.updates)]))
         self.register_buffer("manifest", _octets(manifest.part(number)))
+        if number == 0:
+            self.register_buffer("samples", torch.zeros(_SAMPLES_BYTES, dtype=torch.uint8))
         self.put_root(fragment.version - len(fragment.updates), fragment.before)
         for update in fragment.updates:
             self.put(update)
@@ -69,6 +82,15 @@ class _Tensors(nn.Module):
         self.get_buffer("updates")[update.version % KEPT_UPDATES] = _octets(update.data)
         self.put_root(update.version, update.root)
 
+    def read_samples(self) -> bytes:
+        """Return the state of the samples when the last round closed; nothing in other fragments than the first."""
+        return _read_samples(self.get_buffer("samples")) if "samples" in self._buffers else b""
+
+    def put_samples(self, state: bytes) -> None:
+        """Write it down, in the first fragment."""
+        if "samples" in self._buffers:
+            self.samples = _octets((len(state).to_bytes(4, "big") + state).ljust(_SAMPLES_BYTES, b"\0"))
+
     def put_root(self, version: int, root: bytes) -> None:
         """Write down the root of a version."""
         self.get_buffer("roots")[version % (KEPT_UPDATES + 1)] = _octets(root)
@@ -76,6 +98,11 @@ class _Tensors(nn.Module):
 
 def _octets(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _read_samples(tensor: torch.Tensor) -> bytes:
+    data = tensor.numpy().tobytes()
+    return data[4 : 4 + int.from_bytes(data[:4], "big")]
 
 
 def read_manifest(tensors: Tensors) -> SharedManifest:
@@ -99,6 +126,8 @@ def read_fragment(manifest: SharedManifest, number: int, tensors: Tensors, versi
         "roots": (torch.uint8, (KEPT_UPDATES + 1, ROOT_BYTES)),
         "counts": (torch.int64, (2,)),
     }
+    if number == 0:
+        shapes["samples"] = torch.uint8, (_SAMPLES_BYTES,)
     for name, wanted in shapes.items():
         found = tensors.get(name)
         if found is None or (found.dtype, tuple(found.shape)) != wanted:
@@ -107,6 +136,8 @@ def read_fragment(manifest: SharedManifest, number: int, tensors: Tensors, versi
     part = tensors.get("manifest")
     if part is None or part.dtype != torch.uint8 or part.numpy().tobytes() != manifest.part(number):
         raise ProtocolError("a fragment of another model")
+    if number == 0:
+        Ledger(_read_samples(tensors["samples"]))
     if not 0 <= num_updates <= min(KEPT_UPDATES, version) or not 0 <= steps < 2**62:
         raise ProtocolError("the state of a fragment has other counts")
 
@@ -135,8 +166,11 @@ class FragmentBackend(ExpertBackend):
         self.manifest, self.number, self.fragment, self.steps = manifest, number, fragment, steps
         self._tensors = _Tensors(manifest, number, fragment, steps)
         super().__init__(self._tensors, args_schema=(TensorSpec((1,)),), max_batch_size=2)
-        self.recent: dict[int, tuple[int, bytes]] = {}
-        """By version: `steps` then, and the journal's keys of the pushes that led there, as other hosts must know."""
+        self.recent: dict[int, tuple[int, bytes, bytes]] = {}
+        """By version: `steps` then, the journal's keys of the pushes that led there, and the state of the samples, as
+        other hosts must know."""
+        self.num_followed = 0
+        """How often it went on from what another host had done."""
         self._take(fragment, steps)
 
     def _take(self, fragment: Fragment, steps: int) -> None:
@@ -151,24 +185,31 @@ class FragmentBackend(ExpertBackend):
         tensors = {name: tensor.clone() for name, tensor in self._tensors.state_dict().items()}
         try:
             self._take(*read_fragment(self.manifest, self.number, tensors, state["version"]))
+            self.num_followed += 1
         except ProtocolError as error:
             raise ValueError(str(error)) from error
 
-    def close_round(self, rounds: Rounds, pushes: Sequence[Push]) -> None:
-        """Take a step on what these pushes come to, and journal them."""
+    @property
+    def samples(self) -> bytes:
+        """The state of the samples when the last round closed."""
+        return self._tensors.read_samples()
+
+    def close_round(self, rounds: Rounds, pushes: Sequence[Push], samples: bytes = b"") -> None:
+        """Take a step on what these pushes come to, and journal them. `samples`: the state of the ledger."""
         fragment = self.fragment
         update = fragment.step(rounds.merge(pushes, fragment.cut, fragment.outer))
         steps = self.steps + sum(min(max(1, push.steps), MAX_STEPS) for push in pushes)
-        self._stepped(update, steps, b"".join(journal_key(push.peer, push.call_id) for push in pushes))
+        self._stepped(update, steps, b"".join(journal_key(push.peer, push.call_id) for push in pushes), samples)
 
-    def replay(self, updates: Sequence[Update], journal: Sequence[tuple[int, bytes]]) -> None:
+    def replay(self, updates: Sequence[Update], journal: Sequence[tuple[int, bytes, bytes]]) -> None:
         """Take steps that the primary took, with `recent` of each. Raises: ProtocolError; the rest is not taken."""
-        for update, (steps, keys) in zip(updates, journal, strict=True):
+        for update, row in zip(updates, journal, strict=True):
             if update.version > self.version:
                 self.fragment.replay([update])
-                self._stepped(update, steps, keys)
+                self._stepped(update, *row)
+                self.num_followed += 1
 
-    def _stepped(self, update: Update, steps: int, keys: bytes) -> None:
+    def _stepped(self, update: Update, steps: int, keys: bytes, samples: bytes) -> None:
         fragment, tensors = self.fragment, self._tensors
         self.steps = steps
         tensors.anchor = fragment.anchor
@@ -177,8 +218,9 @@ class FragmentBackend(ExpertBackend):
             tensors.momentum = fragment.momentum
         tensors.put(update)
         tensors.counts = torch.tensor([self.steps, len(fragment.updates)])
+        tensors.put_samples(samples)
         self.version = fragment.version
-        self.recent[self.version] = steps, keys
+        self.recent[self.version] = steps, keys, samples
         self.recent.pop(self.version - KEPT_UPDATES, None)
         for at in range(0, len(keys), 16):
             self.applied[keys[at : at + 16]] = self.version
@@ -197,12 +239,51 @@ class _Gathering:
     closing: asyncio.Task[None] | None = None
 
 
+@dataclass(slots=True)
+class _Samples:
+    """The samples of the trainers, at the primary of the first fragment."""
+
+    ledger: Ledger
+    num_followed: int
+    """The backend's, then: another one goes on from what another host did meanwhile."""
+    session: bytes
+
+
 class FragmentCalls:
-    """Answers ``expert.push`` and ``expert.pull`` for the fragments of one server. Lives on the loop."""
+    """Answers ``expert.push``, ``expert.pull`` and ``expert.samples`` for the fragments of one server. Lives on the
+    loop."""
 
     def __init__(self, calls: ExpertCalls) -> None:
         self._calls = calls
         self._gathering: dict[str, _Gathering] = {}
+        self._samples: dict[str, _Samples] = {}
+
+    async def samples(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Hand out samples of the dataset, and take note of those that are done. Raises only RemoteErrors."""
+        with self._calls.answering(call):
+            await self._calls.check_leads(hosted)
+            if _backend(hosted).number:
+                raise RemoteError("samples are handed out with the first fragment")
+            request, now = messages.decode(messages.SamplesRequest, call.body), asyncio.get_running_loop().time()
+            held, done, returned = map(decode_pieces, (request.held, request.done, request.returned))
+            report = Report(request.epoch, request.num_samples, request.wanted, held, done, returned)
+            one = self._samples_of(hosted, now)
+            try:
+                grant = one.ledger.report((call.peer_id, request.trainer), request.turn, report, now)
+            except ValueError as error:
+                raise RemoteError(str(error)) from None
+            pieces, gone = encode_pieces(grant.pieces), encode_pieces(grant.gone)
+            reply = messages.SamplesReply(one.session, [*pieces], grant.again, [*gone], grant.first, grant.waits)
+            return Message(messages.encode(reply))
+
+    def _samples_of(self, hosted: HostedState, now: float) -> _Samples:
+        backend, known = _backend(hosted), self._samples.get(hosted.uid)
+        if known is None or known.num_followed != backend.num_followed:
+            # where there were rounds before, trainers may hold samples that another primary handed out
+            free_at = now + GRACE_SECONDS if backend.version else now
+            ledger = Ledger(backend.samples, free_at=free_at)
+            known = self._samples[hosted.uid] = _Samples(ledger, backend.num_followed, new_name())
+        return known
 
     async def pull(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer with the updates since a base. Raises only RemoteErrors."""
@@ -270,9 +351,13 @@ class FragmentCalls:
     async def _close(self, hosted: HostedState, one: _Gathering) -> None:
         pushes = one.rounds.close()
         waiting = [one.waiting.pop(journal_key(push.peer, push.call_id)) for push in pushes]
+        backend = _backend(hosted)
         try:
             await self._calls.check_leads(hosted)
-            await hosted.runtime.call(partial(_backend(hosted).close_round, one.rounds, pushes))
+            found = self._samples.get(hosted.uid)
+            is_mine = found is not None and found.num_followed == backend.num_followed
+            samples = found.ledger.encode() if found is not None and is_mine else backend.samples
+            await hosted.runtime.call(partial(backend.close_round, one.rounds, pushes, samples))
         except BaseException as error:
             for future in waiting:
                 future.set_exception(told_of(error, messages.PUSH))
@@ -295,6 +380,7 @@ class FragmentCalls:
                 if not future.done():
                     future.set_exception(RemoteError("this server has left"))
         self._gathering.clear()
+        self._samples.clear()
 
 
 def _backend(hosted: HostedState) -> FragmentBackend:
@@ -348,12 +434,12 @@ async def replay(node: TesseractNode, hosted: HostedState, primary: PeerAddress,
     return backend.version == up_to
 
 
-def _journal_row(row: object) -> tuple[int, bytes]:
-    if type(row) is not list or len(row) != 2 or type(row[0]) is not int or not 0 <= row[0] < 2**62:
+def _journal_row(row: object) -> tuple[int, bytes, bytes]:
+    if type(row) is not list or len(row) != 3 or type(row[0]) is not int or not 0 <= row[0] < 2**62:
         raise ProtocolError("a malformed journal of a fragment")
-    if type(row[1]) is not bytes or len(row[1]) % 16:
+    if type(row[1]) is not bytes or len(row[1]) % 16 or type(row[2]) is not bytes or len(row[2]) > STATE_BYTES:
         raise ProtocolError("a malformed journal of a fragment")
-    return row[0], row[1]
+    return row[0], row[1], row[2]
 
 
 def read_updates(base: int, reply: messages.UpdatesReply, buffers: Sequence[memoryview]) -> list[Update]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.run import Value
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesScheduler
 from tesseract_async.server.registry import optimizer_maker
 from tesseract_async.transformers.families import gate_of
 from tesseract_async.transformers.shards import Checkpoint
@@ -62,6 +62,7 @@ class CheckpointOptions:
     optimizer: str | None = None
     """A name of `server.registry.OPTIMIZERS`; None freezes the experts."""
     optimizer_options: Mapping[str, Value]
+    scheduler: MakesScheduler | None = None
     max_batch_size: int = 4096
 
 
@@ -102,9 +103,11 @@ class CheckpointExperts:
     def _backend(self, family: nn.Module, tensors: Mapping[str, torch.Tensor]) -> ExpertBackend:
         options, spec = self._options, TensorSpec((self.checkpoint.hidden_size,), self._dtype)
         module = CheckpointExpert(family, tensors, trains=options.optimizer is not None)
+        optimizer = optimizer_maker(options.optimizer, module, options.optimizer_options)
         return ExpertBackend(
             module,
-            optimizer=optimizer_maker(options.optimizer, module, options.optimizer_options),
+            optimizer=optimizer,
+            scheduler=None if optimizer is None else options.scheduler,
             args_schema=(spec,),
             outputs_schema=spec,
             max_batch_size=options.max_batch_size,
