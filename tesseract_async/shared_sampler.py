@@ -78,6 +78,7 @@ class SharedSampler(Uncopied, Sampler[int]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._error: BaseException | None = None
         self._is_closed = False
+        self._iteration = 0
         self._num_fed: int | None = None
         """Batches that `feed` gave, where it does."""
         self._is_told = False
@@ -116,15 +117,19 @@ class SharedSampler(Uncopied, Sampler[int]):
             if not self._is_told:
                 self._share.give_back()
             self._share.begin(self.epoch)
+            self._iteration = iteration = self._iteration + 1
         self._notify()
         try:
             while (sample := self._next()) is not None:
                 yield self._order(sample[0])[sample[1]]
         finally:
-            self._end()
+            self._end(iteration)
 
-    def _end(self) -> None:
+    def _end(self, iteration: int) -> None:
+        """End an iteration, unless the next one has begun: iterators that were left are closed late."""
         with self._news:
+            if iteration != self._iteration:
+                return
             self._share.end()
             self._news.notify_all()
         self._notify()
@@ -174,7 +179,7 @@ class SharedSampler(Uncopied, Sampler[int]):
                 yield batch  # type: ignore[misc]
         finally:
             self._num_fed = None
-            self._end()  # a thread that waits is let go
+            self._end(self._iteration)  # a thread that waits is let go
 
     # ------------------------------------------------------------------------------------------------ batches end
 

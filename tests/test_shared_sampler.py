@@ -79,7 +79,9 @@ async def test_trainers_share_an_epoch_and_a_failed_batch_is_handed_out_again() 
                     await sampler._shared.step()
             return num
 
-        assert all(await asyncio.gather(train(one), train(other)))
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            trainings = [group.create_task(train(sampler)) for sampler in (one, other)]
+        assert all(training.result() for training in trainings)
         assert seen == dict.fromkeys(NUMBERS, 1) and failed == [7]
         assert one.state_dict() == {"epoch": 0}
         # the next epoch comes in another order, to one that is alone meanwhile

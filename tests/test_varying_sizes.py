@@ -77,8 +77,8 @@ async def test_sequences_of_any_length_and_absent_masks(
         local = x.detach().requires_grad_()
         expected = backend.module(local, mask=mask)
         assert torch.equal(y, expected)
-        await ta.backward(y.square().sum())
         expected.square().sum().backward()
+        await ta.backward(y.square().sum())
         assert x.grad is not None and local.grad is not None and torch.allclose(x.grad, local.grad, atol=1e-6)
     assert backend.version == 5
     for wrong in (torch.randn(5, 21, WIDTH), torch.randn(5, WIDTH), torch.randn(5, 0, WIDTH), torch.randn(5, 3, 5)):
@@ -124,8 +124,8 @@ async def test_mixtures_of_sequences(node: ta.TesseractNode, backends: dict[str,
         local = x.detach().requires_grad_()
         expected = 0.25 * experts[0](local) + 0.75 * experts[1](local)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
-        await ta.backward(y.square().sum())
         expected.square().sum().backward()
+        await ta.backward(y.square().sum())
         torch.testing.assert_close(x.grad, local.grad, rtol=0, atol=1e-4)
     assert sum(backend.version for uid, backend in backends.items() if uid[:3] == "seq") >= 2
 

@@ -12,16 +12,16 @@ T = TypeVar("T")
 
 
 class CompletionQueue(Generic[T]):
-    """Tasks as they end. One awaits at a time."""
+    """Tasks, or other futures, as they end. One awaits at a time."""
 
     def __init__(self) -> None:
-        self._ended: asyncio.Queue[asyncio.Task[T]] = asyncio.Queue()
+        self._ended: asyncio.Queue[asyncio.Future[T]] = asyncio.Queue()
 
-    def add(self, task: asyncio.Task[T]) -> None:
+    def add(self, task: asyncio.Future[T]) -> None:
         """`wait` will give this task when it has ended, once."""
         task.add_done_callback(self._ended.put_nowait)
 
-    async def wait(self, until: float) -> list[asyncio.Task[T]]:
+    async def wait(self, until: float) -> list[asyncio.Future[T]]:
         """Those that have ended since the last time, as soon as there are any; none at `until` (the loop's time).
 
         The caller ends the tasks that it no longer waits for.

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import copy
 import math
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]
 """A loss of one element, alone or with named figures for the report."""
 LossOf = Callable[[M, B], Awaitable[Loss]]
 
+_END: Final = object()
 _SHARED_GRADIENTS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -281,35 +282,38 @@ class AsyncTrainer(Generic[M]):
         """
         num_failures = 0
         num_taken = 0
-        under_way: dict[asyncio.Task[StepReport], int] = {}
-        queue: CompletionQueue[StepReport] = CompletionQueue()
+        under_way: dict[asyncio.Future[Any], int] = {}
+        queue: CompletionQueue[Any] = CompletionQueue()
         tracks = self.sampler if isinstance(self.sampler, TracksBatches) else None
         first_batch = 0 if tracks is None else tracks.begin_run()
-        if tracks is None or isinstance(batches, AsyncIterable):
-            source = _iterate(batches)
-        else:
-            source = tracks.feed(batches)
-        exhausted = False
+        if tracks is not None and not isinstance(batches, AsyncIterable):
+            batches = tracks.feed(batches)
+        source = _Source(batches)
+        taking: asyncio.Future[Any] | None = None
         progress = ProgressOf(self.module if self.publish else None)
         try:
-            while under_way or not exhausted:
-                while not exhausted and len(under_way) < self.in_flight:
-                    try:
-                        batch = await anext(source)
-                    except StopAsyncIteration:
-                        exhausted = True
-                        break
-                    task = asyncio.create_task(self._try_step(loss_of, batch))
-                    under_way[task] = num_taken
-                    num_taken += 1
-                    queue.add(task)
-                if under_way:
-                    done = await queue.wait(math.inf)
+            while True:
+                if taking is None and not source.is_over and len(under_way) < self.in_flight:
+                    taking = source.take()
+                    queue.add(taking)
+                if taking is None and not under_way:
+                    break
+                # steps end, and are told of, while a batch is waited for
+                done = await queue.wait(math.inf)
+                if taking in done:
+                    done.remove(taking)
+                    batch, taking = taking.result(), None
+                    if batch is not _END:
+                        task = asyncio.create_task(self._try_step(loss_of, batch))
+                        under_way[task] = num_taken
+                        num_taken += 1
+                        queue.add(task)
+                if done:
                     outcomes = await asyncio.gather(*done, return_exceptions=True)  # every error is asked for
                     reports: list[StepReport] = []
                     broken: dict[int, BaseException] = {}
-                    for task, outcome in zip(done, outcomes, strict=True):
-                        batch_number = under_way.pop(task)
+                    for ended, outcome in zip(done, outcomes, strict=True):
+                        batch_number = under_way.pop(ended)
                         if isinstance(outcome, BaseException):
                             broken[batch_number] = outcome
                         else:
@@ -328,8 +332,8 @@ class AsyncTrainer(Generic[M]):
                             raise _noted(report.error, report.batch, {})
                         yield report
         finally:
-            for task in under_way:
-                task.cancel()
+            for step in under_way:
+                step.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
             await source.aclose()
             if tracks is not None:
@@ -481,10 +485,48 @@ def _noted(error: BaseException, batch: int | None, others: Mapping[int, BaseExc
     return error
 
 
-async def _iterate(batches: Iterable[B] | AsyncIterable[B]) -> AsyncGenerator[B, None]:
-    if isinstance(batches, AsyncIterable):
-        async for batch in batches:
-            yield batch
-    else:
-        for batch in batches:
-            yield batch
+class _Source(Generic[B]):
+    """Batches as they are asked for. Asynchronous ones are made in one task, as their maker may expect."""
+
+    def __init__(self, batches: Iterable[B] | AsyncIterable[B]) -> None:
+        self.is_over = False
+        self._wanted: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        self._iterator: Iterator[B] | None = None
+        self._making: asyncio.Task[None] | None = None
+        if isinstance(batches, AsyncIterable):
+            self._making = asyncio.create_task(self._make(batches))
+        else:
+            self._iterator = iter(batches)
+
+    def take(self) -> asyncio.Future[Any]:
+        """Return the next batch, or `_END`, when it is there. One is asked for at a time."""
+        taking: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._iterator is None:
+            self._wanted.put_nowait(taking)
+            return taking
+        try:
+            self._give(taking, next(self._iterator, _END))
+        except Exception as error:  # the caller's own
+            taking.set_exception(error)
+        return taking
+
+    def _give(self, taking: asyncio.Future[Any], batch: object) -> None:
+        self.is_over = batch is _END
+        if not taking.done():
+            taking.set_result(batch)
+
+    async def _make(self, batches: AsyncIterable[B]) -> None:
+        iterator = aiter(batches)
+        while not self.is_over:
+            taking = await self._wanted.get()
+            try:
+                self._give(taking, await anext(iterator, _END))
+            except Exception as error:  # the caller's own
+                taking.set_exception(error)
+                return
+
+    async def aclose(self) -> None:
+        """Make no more."""
+        if self._making is not None:
+            self._making.cancel()
+            await asyncio.gather(self._making, return_exceptions=True)

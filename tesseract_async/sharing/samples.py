@@ -170,15 +170,16 @@ class Ledger:
         self._free_at = free_at
         self._first = 0
         self._epochs: dict[int, _Epoch] = {}
-        self._turns: dict[Name, int] = {}
+        self._answered: dict[Name, tuple[int, Grant]] = {}
         self._heard: dict[Name, float] = {}
         if state:
             self._first, self._epochs = _decode(state)
 
     def report(self, name: Name, turn: int, report: Report, now: float) -> Grant:
-        """Take a trainer's message; its messages have ascending numbers, `turn`.
+        """Take a trainer's message; its messages have ascending numbers, `turn`. One that comes again gets its answer.
 
-        Raises: Overloaded for more trainers than can be remembered; ValueError for an epoch that does not fit.
+        Raises: Overloaded for more trainers than can be remembered, and for a message that was overtaken; ValueError
+        for an epoch that does not fit.
         """
         for other in [other for other, heard in self._heard.items() if heard < now - LEASE_SECONDS]:
             self._forget(other)
@@ -186,9 +187,12 @@ class Ledger:
             of_peer = Counter(peer for peer, _ in self._heard)[name[0]]
             if len(self._heard) >= MAX_TRAINERS or of_peer >= MAX_TRAINERS_OF_PEER:
                 raise Overloaded("more trainers than samples can be handed out to", retry_after=LEASE_SECONDS)
-        elif turn <= self._turns[name]:
-            raise ValueError("a later message of this trainer came before")
-        self._turns[name], self._heard[name] = turn, now
+        last, answer = self._answered.get(name, (-1, None))
+        if turn == last and answer is not None:
+            return answer
+        if turn < last:
+            raise Overloaded("a later message of this trainer came before", retry_after=0.0)
+        self._heard[name] = now
         claimed = {number for number, _, _ in (*report.held, *report.done)}
         if claimed and not self._epochs and not self._first:  # there was a primary before, which left no state
             self._free_at = now + GRACE_SECONDS
@@ -202,12 +206,15 @@ class Ledger:
         self._close()
         pieces, again = ([], 0) if is_waiting else self._hand_out(name, report)
         waits = is_waiting or (report.epoch >= self._first and report.epoch not in self._epochs)
-        return Grant(pieces, again, gone, self._first, waits)
+        grant = Grant(pieces, again, gone, self._first, waits)
+        self._answered[name] = turn, grant
+        return grant
 
     def _forget(self, name: Name) -> None:
         for epoch in self._epochs.values():
             epoch.let_go(name)
-        del self._heard[name], self._turns[name]
+        del self._heard[name]
+        self._answered.pop(name, None)
 
     def _open(self, number: int, num_samples: int) -> None:
         """Begin an epoch, if it is its time."""
