@@ -51,9 +51,6 @@ PUBLISHED = {5_120: 0.894, 10_240: 0.931, 20_480: 0.943}
 """Validation accuracy of the original implementation after so many updates; the full data set."""
 
 
-# ------------------------------------------------------------------------------------------------ data
-
-
 def read_idx(source: str) -> np.ndarray:
     """Read an array from a gzipped IDX file: a path, or a URL that ends in ``#sha256=...``."""
     if source.startswith(("http://", "https://")):
@@ -91,9 +88,6 @@ def batches(num_rows: int, batch_size: int, seed: int, skip: int) -> Iterator[to
             if number >= skip:
                 yield order[start : start + batch_size]
             number += 1
-
-
-# ------------------------------------------------------------------------------------------------ model
 
 
 class Expert(nn.Module):
@@ -170,7 +164,7 @@ def make_model(args: argparse.Namespace, node: ta.TesseractNode | None, seed: in
     return model, torch.optim.Adam(groups, betas=(0.0, 0.999), amsgrad=True, foreach=False)
 
 
-# ------------------------------------------------------------------------------------------------ the experts' process
+# The experts' process
 
 
 async def serve(args: argparse.Namespace) -> None:
@@ -220,7 +214,7 @@ async def experts_process(args: argparse.Namespace, variant: str, seed: int, run
 SERVER_OPTIONS = ("layers", "grid", "width", "hidden", "num_valid", "lr_expert")
 
 
-# ------------------------------------------------------------------------------------------------ the trainer's process
+# The trainer's process
 
 in_training = contextvars.ContextVar("in_training", default=False)
 
@@ -392,9 +386,6 @@ async def train(args: argparse.Namespace, run: Run, data: Any, address: str | No
                             note()
         finally:
             note()
-
-
-# ------------------------------------------------------------------------------------------------ what it came to
 
 
 def write_csv(path: Path, head: list[Any], rows: Iterable[Any]) -> None:

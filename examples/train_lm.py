@@ -25,6 +25,7 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async.leaving import told_to_leave
+from tesseract_async.monitoring import publish_progress
 
 HEADS = 4
 
@@ -121,6 +122,20 @@ def hosted(node: ta.TesseractNode, args: argparse.Namespace) -> ta.TesseractServ
     return ta.TesseractServer(node, experts, checkpoint_dir=Path(args.out) / "experts")
 
 
+async def show(
+    node: ta.TesseractNode,
+    grid: str,
+    shared: ta.SharedParameters[Transformer],
+    loss: float,
+    held_out: list[torch.Tensor],
+) -> None:
+    """Show observers the loss here, and that of the parameters that all trainers share."""
+    with torch.no_grad():
+        merged = await loss_of(shared.merged(), held_out)
+    await publish_progress(node, grid, step=shared.steps, loss=loss)
+    await publish_progress(node, grid, step=shared.steps, loss=merged.item(), trainer="merged")
+
+
 async def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     tokens = read_text(args.text, args.max_bytes)
@@ -154,6 +169,7 @@ async def main(args: argparse.Namespace) -> None:
             before, steps = steps, shared.steps
             if steps // args.report_every > before // args.report_every:
                 print(f"step {steps}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+                await show(node, prefixes[0], shared, loss.item(), sample(tokens[-held_out:], args, draw))
         await shared.flush()
         steps, model = shared.steps, shared.merged()  # what all trainers have made together
         draw.manual_seed(1)

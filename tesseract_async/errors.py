@@ -30,8 +30,6 @@ Instances hold data; `__str__` makes the sentence: what happened, to whom, what 
 attribute) says whether the same call may succeed later or elsewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -264,10 +262,7 @@ def shortened(text: str, limit: int = 200) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return one line for an error inside another error's sentence: its class, and its message if any, `shortened`.
-
-    Never raises, even if reading a foreign error does.
-    """
+    """Return one line for an error inside another error's sentence: its class, and its message if any, `shortened`."""
     name, message = text_of(lambda: type(error).__name__), shortened(text_of(lambda: str(error)))
     return f"{name}: {message}" if message else name
 

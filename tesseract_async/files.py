@@ -1,7 +1,5 @@
 """Files that appear whole or not at all. Blocking file work."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import os

@@ -1,7 +1,5 @@
 """Signals that ask a program to leave: Ctrl-C, SIGTERM, SIGHUP. `run` is `asyncio.run` for programs that save."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """A bounded dictionary."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import TypeVar
 

@@ -5,8 +5,6 @@ unit last (``endpoint_bytes_sent``, ``call_seconds``); a label set is a small tu
 never something that a peer sent, so no peer can grow the registry.
 """
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ What trainers learn travels as differences to the fragments' hosts, which are tr
 of all trainers' differences comes back, and is added in `step`. Nobody waits for anybody.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import copy
@@ -71,8 +69,6 @@ DEFAULT_REPLICAS: Final = ReplicaSettings(sync_every=5.0, check_every=2.0, lease
 
 @dataclass(frozen=True, slots=True)
 class SharingReport:
-    """One `step` that sent or took something."""
-
     num_pushed: int
     """Fragments whose differences were sent."""
     num_merged: int
@@ -85,8 +81,6 @@ class SharingReport:
 
 @dataclass(frozen=True, slots=True)
 class _Arrived:
-    """The answer to a push or a pull."""
-
     epoch: int
     steps: int
     updates: list[Update] | None = None
@@ -195,8 +189,6 @@ class SharedParameters(Uncopied, Generic[M]):
             raise RuntimeError("SharedParameters are entered first, by `async with` or `with`")
         return self._found
 
-    # ------------------------------------------------------------------------------------------------ life
-
     async def __aenter__(self) -> Self:
         if isinstance(self._given, PlainCalls):
             raise TypeError("with a BackgroundNode, SharedParameters is entered by a plain `with`")
@@ -230,7 +222,6 @@ class SharedParameters(Uncopied, Generic[M]):
 
     @property
     def _is_shared(self) -> bool:
-        """True if nothing was learned here since the last push that counted."""
         parts = [part for part in self._parts if part.copy.cut.kind is not Kind.FIXED]
         return all(part.steps_then == self._own_steps for part in parts)
 
@@ -471,8 +462,6 @@ class SharedParameters(Uncopied, Generic[M]):
         layout.add(self.model, own.cut, change)
         return 1
 
-    # ------------------------------------------------------------------------------------------------ flushing
-
     async def _flush(self, timeout: float) -> None:
         async with asyncio.timeout(timeout):
             for turn in self._flushing():
@@ -509,8 +498,6 @@ class SharedParameters(Uncopied, Generic[M]):
     async def _wait_answers(self) -> None:
         while self._asking:
             await asyncio.wait(self._asking)
-
-    # ------------------------------------------------------------------------------------------------ on the loop
 
     def _start(
         self, part: _Part, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
@@ -587,7 +574,6 @@ async def _hand_over(keeper: ReplicaKeeper) -> None:
 
 
 def _copied(fragment: Fragment) -> Fragment:
-    """Return one of the same state whose tensors are its own."""
     momentum = None if fragment.momentum is None else fragment.momentum.clone()
     return Fragment(
         *(fragment.cut, fragment.outer, fragment.anchor.clone()),

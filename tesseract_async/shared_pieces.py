@@ -57,7 +57,6 @@ class SharedPieces:
         self._primaries: dict[str, bytes | None] = {}
 
     def uid(self, number: int) -> str:
-        """Return the uid of a piece."""
         return join_uid(self.prefix, (number,))
 
     async def fetch_all(self, layout: Layout | None = None) -> FoundPieces:

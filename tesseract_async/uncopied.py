@@ -1,7 +1,5 @@
 """Objects that exist once in a process: a copy of a module that names one shares it."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Self, SupportsIndex
 
 

@@ -1,7 +1,5 @@
 """What holds for every test: both event loops, no leftovers, no warnings (see pyproject.toml)."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import os

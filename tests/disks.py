@@ -1,7 +1,5 @@
 """Disks that fail, which no test can have otherwise."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

@@ -1,7 +1,5 @@
 """What of IPv6 there is on this computer. Containers often have its sockets, but no address for them, not even ::1."""
 
-from __future__ import annotations
-
 import socket
 
 import pytest

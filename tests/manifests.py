@@ -1,8 +1,6 @@
 """The parts of Kubernetes' and JobSet's schemas that the how-to pages use, written down: what is required (``!``), what
 kind each value is of. A field that is not listed is taken for a mistake."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 POD: Final[dict[str, Any]] = {

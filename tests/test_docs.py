@@ -4,8 +4,6 @@ README and tutorial are followed command by command (`docs/session.py`), how-to 
 but this computer, and else checked by the tools that would read them, and against the real command line.
 """
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import importlib
@@ -127,6 +125,19 @@ def test_blocks_are_what_they_say(page: Path) -> None:
         check_shell(block)
 
 
+def test_the_readme_of_the_package_leads_out_of_the_package() -> None:
+    packaging, text = script("docs_packaging"), text_of(ROOT / "README.md")
+    whole = packaging.readme(text, "https://code.example/tesseract")
+    targets = set(re.findall(r"\]\(([^)\s]+)\)", whole))
+    assert targets and all(target.startswith("https://") for target in targets)
+    assert "https://code.example/tesseract/raw/main/docs/images/demo.png" in targets
+    assert "https://code.example/tesseract/blob/main/README.md#limits" in targets
+    bare = packaging.readme(text, "")
+    assert "docs/images" not in bare and "](docs/" not in bare and "](examples/" not in bare
+    assert "[`examples/quickstart.py`" not in bare and "`examples/quickstart.py`" in bare
+    assert packaging.urls("") == {} and all(url.startswith("https:") for url in packaging.urls("https://x").values())
+
+
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     pages = {str(page.relative_to(DOCS)) for page in PAGES if DOCS in page.parents}
@@ -145,7 +156,13 @@ def test_every_block_of_readme_and_tutorial_is_seen(page: Path) -> None:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.mark.parametrize("page", FOLLOWED, ids=named)
+LONG = ("own-data.md", "own-expert.md")
+"""Pages that are followed in the longer run only."""
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(one, marks=[pytest.mark.slow] * (one.name in LONG), id=named(one)) for one in FOLLOWED]
+)
 async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Stem) -> None:
     """Run `python docs/session.py` where an output has changed, and look at what it has written."""
     shown = text_of(page)

@@ -1,7 +1,5 @@
 """Sentences: what happened, to whom, and what to do, in a few hundred characters whatever happened."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

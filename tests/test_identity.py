@@ -1,7 +1,5 @@
 """The file that holds a node's key: written once and whole, read by its owner only."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import multiprocessing

@@ -1,7 +1,5 @@
 """Holds the house's dependency rules: which room may import which, and which files stay pure."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """How programs are told to leave: every way of it lets them save, and only a second Ctrl-C is impatience."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -56,7 +54,7 @@ if sys.argv[1] == "starting":
 from tesseract_async.leaving import run
 run(cancelled())
 """
-KINDS = ("command", "starting", "library")
+KINDS = ("command", pytest.param("starting", marks=pytest.mark.slow), "library")
 
 
 @contextlib.asynccontextmanager

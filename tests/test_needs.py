@@ -1,7 +1,5 @@
 """The formulas of *Assumptions and recommendations* against simulations in virtual time, and the codecs' bytes."""
 
-from __future__ import annotations
-
 import random
 import sys
 from pathlib import Path

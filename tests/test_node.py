@@ -1,7 +1,5 @@
 """TesseractNode: binding, addresses, routing expert calls by uid, and calls to oneself."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from typing import Any

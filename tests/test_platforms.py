@@ -1,7 +1,5 @@
 """Nothing in the package needs uvloop or POSIX except where it says so: every module imports without them."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ The kernels' NATs are `tests/nat`'s matter. Here nodes on loopback are told that
 training takes the way it should and ends without a warning, a task or a socket left (see `conftest`).
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager

@@ -1,7 +1,5 @@
 """The page *When it goes wrong* quotes what the code says, and the reference has a table of all public names."""
 
-from __future__ import annotations
-
 import ast
 import re
 from functools import cache

@@ -1,7 +1,5 @@
 """Trainers that share one model, on real nodes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math

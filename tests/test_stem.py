@@ -1,7 +1,5 @@
 """Whoever kills a test run finds nothing left behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

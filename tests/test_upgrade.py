@@ -1,7 +1,5 @@
 """What version 0.1 left behind, and a living swarm that is upgraded node by node."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """`tesseract bench`: what this machine would contribute."""
 
-from __future__ import annotations
-
 import json
 import time
 

@@ -49,8 +49,6 @@ def make_builder(serving: ServeOptions, limits: VolunteerSettings, *, keeps_lear
 
 
 class ExpertBuilder:
-    """Builds them in this process."""
-
     spread: Spread | None = None
     link: MeshLink | None = None
     """To the other processes, where experts are spread."""

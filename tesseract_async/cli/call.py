@@ -1,7 +1,5 @@
 """`tesseract call UID`: try an expert."""
 
-from __future__ import annotations
-
 import json
 import time
 

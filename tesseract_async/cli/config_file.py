@@ -4,8 +4,6 @@ Each option stands under its own name, without the dashes in front (``num-expert
 at the top: tables are for the reader's eye. A flag on the command line wins over the file.
 """
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from pathlib import Path

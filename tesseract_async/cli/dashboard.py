@@ -1,7 +1,5 @@
 """`tesseract dashboard`: the swarm as a web page."""
 
-from __future__ import annotations
-
 import click
 
 from tesseract_async.cli.options import (

@@ -1,7 +1,5 @@
 """`tesseract dht`: a node that only routes and stores. It imports torch only in order to hold states of a run."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

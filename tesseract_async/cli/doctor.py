@@ -1,7 +1,5 @@
 """`tesseract doctor`: what on this machine would keep it from taking part, each with what to do."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import importlib.util
@@ -18,11 +16,12 @@ import click
 
 from tesseract_async.cli.options import host_towards, initial_peers_option, json_option
 from tesseract_async.cli.running import asynchronous, spinner
-from tesseract_async.cli.types import FOLDER, PORT, counted
-from tesseract_async.errors import NotAllowed, TesseractError, describe
-from tesseract_async.monitoring import NodeStatus, ask_status
+from tesseract_async.cli.types import FOLDER, PORT, counted, rate_text
+from tesseract_async.errors import NotAllowed, TesseractError, UnknownMethod, describe
+from tesseract_async.monitoring.status import NodeStatus, ask_status, measure_line
 from tesseract_async.nat.interfaces import bind_pair
 from tesseract_async.node import TesseractNode
+from tesseract_async.transport.base import PeerAddress
 
 MIN_FREE_BYTES = 10**9
 MIN_OPEN_FILES = 1024
@@ -42,6 +41,8 @@ class Check:
     what: str
     found: str
     advice: str = ""
+    rates: tuple[float, float] | None = None
+    """Bytes per second that can be sent and received, where that was measured."""
 
 
 class _Timing(NamedTuple):
@@ -155,11 +156,12 @@ async def port_pair(host: str, port: int) -> Check:
 
 
 async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool = False) -> AsyncIterator[Check]:
-    """Check that this seed answers by UDP and by TCP, how far the clocks differ, and how others see `port` here.
+    """Check that this seed answers by UDP and by TCP, how far the clocks differ, how fast the line is, and how others
+    see `port` here.
 
     `is_quick`: without how others see it, which can take as long as all the rest.
     """
-    what = f"seed {peer}"
+    what, peer_address = f"seed {peer}", PeerAddress.parse(peer)
     async with TesseractNode(host, port, initial_peers=[peer], upnp=upnp) as node:
         asking = asyncio.create_task(_ask(node))
         joined = await node.network.wait_joined(SEED_TIMEOUT)
@@ -173,6 +175,9 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
             yield Check("bad", what, f"no answer by UDP in {SEED_TIMEOUT:.0f} s; {said}", advice)
             return
         yield Check("good", what, f"answers by UDP; {counted(node.network.num_contacts, 'contact')}")
+        if isinstance(error, UnknownMethod):  # a program's own node
+            yield Check("good", what, "answers by TCP")
+            return
         if isinstance(error, NotAllowed):
             advice = "TCP is let through. A node with an identity that its owner listed may still be answered."
             yield Check("note", what, f"answers by TCP, and refuses: {describe(error)}", advice)
@@ -185,6 +190,10 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
         far = abs(timing.clock_ahead) > MAX_CLOCK_OFFSET
         advice = "Records expire by the clock: synchronize it (NTP)." if far else ""
         yield Check("bad" if far else "good", "clock", f"{timing.clock_ahead:+.1f} s from that of {peer}", advice)
+        sends, receives = await measure_line(node, peer_address)
+        if sends is not None and receives is not None:
+            found = f"sends {rate_text(sends)} to {peer}, receives {rate_text(receives)}"
+            yield Check("good", "line", found, rates=(sends, receives))
         if is_quick:
             return
         known = await node.wait_reachable(15.0)

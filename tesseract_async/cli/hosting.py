@@ -1,7 +1,5 @@
 """The course of `tesseract serve`: find the run, claim experts, host them, keep to the limits, leave."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -1,15 +1,14 @@
 """`tesseract join`: all that lies between an invite and a computer that takes part."""
 
-from __future__ import annotations
-
 import asyncio
+import contextlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ import psutil
 from tesseract_async.cli.doctor import Check, port_pair, reach, room
 from tesseract_async.cli.options import host_towards
 from tesseract_async.cli.running import spinner
-from tesseract_async.cli.types import FOLDER, TEXT_OR_FILE
+from tesseract_async.cli.types import FOLDER, TEXT_OR_FILE, rate_text
 from tesseract_async.experts.grants import Invite
 from tesseract_async.experts.run import split_run_name
 from tesseract_async.files import write_whole
 
-UPLOAD, DOWNLOAD = "20 Mbit/s", "100 Mbit/s"
-MEMORY_SHARE = 0.5
-"""What a newcomer lends unless the volunteer says otherwise: little enough for a household not to notice."""
+MAX_UPLOAD, MAX_DOWNLOAD = 2.5e6, 12.5e6
+LINE_SHARE = MEMORY_SHARE = 0.5
+"""What a newcomer lends unless the volunteer says otherwise: bytes per second at most, and the share of the measured
+line and of the memory. Little enough for a household not to notice."""
 MORE = """
 [when]
 # hours = ["mon-fri 19:00-08:00", "sat,sun 00:00-24:00"]
@@ -77,22 +77,26 @@ def command(*, invite: str, options: tuple[str, ...], folder: Path | None, insta
     assert owner is not None
     folder = (Path.home() / ".tesseract" / f"{name}-{owner.short}" if folder is None else folder).absolute()
     config = folder / "serve.toml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # the volunteer's limits stay as they are, but a later invite counts
-        again = [*("--run", found.run, "-p", ",".join(found.seeds)), *(("--grant", found.grant) if found.grant else ())]
-        if is_new := not config.exists():
-            write_whole(config, [_config(found, folder).encode()])
-            config.chmod(0o600)
-    except OSError as error:
-        raise click.ClickException(f"{error.filename}: {error.strerror}; choose another --folder") from None
-    words = ["--config", str(config), *([] if is_new else again), *options]
+    towards = ["--run", found.run, "-p", ",".join(found.seeds)]
+    is_new = not config.exists()
+    # the volunteer's limits stay as they are, but a later invite counts
+    again = ["--config", str(config), *towards, *(("--grant", found.grant) if found.grant else ())]
     parent = click.get_current_context().find_root()
     assert isinstance(parent.command, click.Group)
     serve = parent.command.get_command(parent, "serve")
     assert serve is not None
+    first = [*towards, "--host", host_towards(found.seeds)] if is_new else again
+    with _writing():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with serve.make_context("serve", [*first, *options], parent=parent) as context:
+        rates = _examine(context.params, folder)
+    if is_new:
+        text = _config(found, folder, rates)
+        with _writing():
+            write_whole(config, [text.encode()])
+            config.chmod(0o600)
+    words = [*(again[:2] if is_new else again), *options]
     with serve.make_context("serve", list(words), parent=parent) as context:
-        _examine(context.params, folder)
         for line in lends(context.params, folder):
             click.echo(line, err=True)
         if sys.stdin.isatty() and not yes:
@@ -104,13 +108,22 @@ def command(*, invite: str, options: tuple[str, ...], folder: Path | None, insta
             serve.invoke(context)
 
 
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Raises: click.ClickException with a sentence for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}; choose another --folder") from None
+
+
 def lends(params: Mapping[str, Any], folder: Path) -> list[str]:
     """Return in three lines what a `serve` with these parameters lends: memory, rates, hours."""
     memory, disk = params["max_memory_bytes"], params["hold_bytes"]
     gigabytes = "as it takes" if memory is None else f"up to {memory / 1e9:.1f} GB"
     held = "a tenth of what is free, at most 20 GB" if disk is None else f"up to {disk / 1e9:.1f} GB"
     up, down, quota = params["max_upload_rate"], params["max_download_rate"], params["data_quota_bytes"]
-    rates = [f"{'as fast as it goes' if rate is None else f'up to {8e-6 * rate:,.0f} Mbit/s'}" for rate in (up, down)]
+    rates = ["as fast as it goes" if rate is None else f"up to {rate_text(rate)}" for rate in (up, down)]
     hours, load = params["hours"], params["pause_above_load"]
     when = ", ".join(map(str, hours)) or "at all hours"
     total = "" if quota is None else f", {quota / 1e9:.0f} GB in each {params['quota_period']}"
@@ -122,8 +135,13 @@ def lends(params: Mapping[str, Any], folder: Path) -> list[str]:
     ]
 
 
-def _config(invite: Invite, folder: Path) -> str:
-    """Return the options of `serve` for a newcomer."""
+def _config(invite: Invite, folder: Path, rates: tuple[float, float] | None) -> str:
+    """Return the options of `serve` for a newcomer, whose line sends and receives so many bytes per second."""
+    limits = [
+        most if rates is None else min(most, LINE_SHARE * rate)
+        for most, rate in zip((MAX_UPLOAD, MAX_DOWNLOAD), rates or (0.0, 0.0), strict=True)
+    ]
+    upload, download = map(rate_text, limits)
     memory = max(0.25, int(4 * MEMORY_SHARE * psutil.virtual_memory().available / 2**30) / 4)
     join: dict[str, object] = {
         "run": invite.run,
@@ -137,8 +155,8 @@ def _config(invite: Invite, folder: Path) -> str:
             "device": _devices(),
             "threads": max(1, (os.cpu_count() or 1) // 2),
             "max-memory": f"{memory} GiB",
-            "max-upload": UPLOAD,
-            "max-download": DOWNLOAD,
+            "max-upload": upload,
+            "max-download": download,
         },
     }
     lines = ["# What this computer lends; `tesseract serve --help` shows what else there is"]
@@ -153,8 +171,9 @@ def _devices() -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def _examine(params: Mapping[str, Any], folder: Path) -> None:
-    """Say what is not as it should be. Raises: click.ClickException where that keeps this computer out."""
+def _examine(params: Mapping[str, Any], folder: Path) -> tuple[float, float] | None:
+    """Say what is not as it should be. Returns the bytes per second that the line sends and receives, if a seed helped
+    to measure it. Raises: click.ClickException where something keeps this computer out."""
     seeds, host = params["initial_peers"], params["host"]
 
     async def look() -> tuple[Check, list[list[Check]]]:
@@ -173,6 +192,7 @@ def _examine(params: Mapping[str, Any], folder: Path) -> None:
         raise click.ClickException("\n".join(map(_sentence, bad)))
     for check in (*notes, *bad):  # one seed that answers is enough
         click.echo(f"note: {_sentence(check)}", err=True)
+    return max((check.rates for checks in asked for check in checks if check.rates is not None), default=None)
 
 
 def _sentence(check: Check) -> str:

@@ -1,7 +1,5 @@
 """`tesseract keygen`: makes an identity."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """The command `tesseract` and the list of its subcommands."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import io

@@ -1,15 +1,14 @@
 """Options that several commands share, and what becomes of their values."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
 import click
 
@@ -71,19 +70,36 @@ def grouped(name: str | None, make: Callable[..., object], *options: Decorator) 
     return decorate
 
 
-class Sectioned(click.Command):
-    """A command whose help lists its options in sections."""
+def several_option(*names: str, help: str, **more: Any) -> Decorator:
+    """Return a `click.option` that may be given several times, and says so."""
+    return click.option(*names, multiple=True, help=f"{help.removesuffix('.')}; may be given several times.", **more)
 
-    sections: Mapping[str, Sequence[str]] = {}
-    """title -> flags. Options that none of them names come last, as the advanced ones."""
+
+SECTIONS: Final = ("What matters first", "Experts", "Run", "Limits", "Network", "Advanced")
+FIRST: Final = SECTIONS[0]
+
+
+def section(title: str, *options: Decorator) -> Decorator:
+    """Return a decorator that adds `options` to a command: under this one of `SECTIONS`, if its help has sections."""
+
+    def decorate(function: Function) -> Function:
+        before = len(getattr(function, "__click_params__", ()))
+        decorated = with_options(*options)(function)
+        for option in getattr(decorated, "__click_params__")[before:]:  # noqa: B009  (click's)
+            vars(option).setdefault("section", title)
+        return decorated
+
+    return decorate
+
+
+class Sectioned(click.Command):
+    """A command whose help lists its options in sections; those without one are the advanced ones."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        records = {max(one.opts, key=len): one.get_help_record(ctx) for one in self.get_params(ctx)}
-        named = {flag for flags in self.sections.values() for flag in flags}
-        rest = {"Advanced": [flag for flag in records if flag not in named]}
-        for title, flags in (dict(self.sections) | rest).items():
+        for title in SECTIONS:
+            mine = (one for one in self.get_params(ctx) if vars(one).get("section", SECTIONS[-1]) == title)
             with formatter.section(title):
-                formatter.write_dl([record for flag in flags if (record := records[flag]) is not None])
+                formatter.write_dl([record for one in mine if (record := one.get_help_record(ctx)) is not None])
 
 
 log_options = grouped(
@@ -123,13 +139,12 @@ run_option = click.option(
 expert_class_option = click.option(
     "--expert-class", default="ffn", help="Use this kind of expert, ready-made or your own (module:builder)."
 )
-sizes_option = click.option(
+sizes_option = several_option(
     "--size",
     "sizes",
-    multiple=True,
     type=PAIR,
     metavar="NAME=NUMBER",
-    help="Set a size of the experts, such as in_features=1024; may be given several times.",
+    help="Set a size of the experts, such as in_features=1024.",
 )
 optimizer_option = click.option(
     "--optimizer",
@@ -142,14 +157,7 @@ optimizer_option = click.option(
 
 def pairs_option(name: str, help_text: str) -> Decorator:
     """Return an option of NAME=VALUE pairs."""
-    return click.option(
-        f"--{name}",
-        name.replace("-", "_"),
-        multiple=True,
-        type=PAIR,
-        metavar="NAME=VALUE",
-        help=f"{help_text}; may be given several times.",
-    )
+    return several_option(f"--{name}", name.replace("-", "_"), type=PAIR, metavar="NAME=VALUE", help=help_text)
 
 
 step_options: tuple[Decorator, ...] = (
@@ -208,31 +216,44 @@ class NodeOptions:
 _node_group = grouped(
     "node",
     NodeOptions,
-    click.option(
-        "--host", default="127.0.0.1", help="Listen on this address; 0.0.0.0 lets other computers reach this one."
+    section(
+        FIRST,
+        initial_peers_option(),
+        click.option(
+            "--host", default="127.0.0.1", help="Listen on this address; 0.0.0.0 lets other computers reach this one."
+        ),
+        click.option(
+            "--identity",
+            type=FILE,
+            help="Use the key in this file, made if missing, so that a restart is the same node.",
+        ),
     ),
-    click.option("--port", default=0, type=PORT, help="Listen on this port, by UDP and by TCP; 0 takes a free one."),
-    initial_peers_option(),
-    click.option("--announce", metavar="HOST:PORT", help="Tell others to dial this address, not the one of --host."),
-    click.option("--public", is_flag=True, help="Be the first node of a swarm: all others can reach this computer."),
-    click.option("--upnp", is_flag=True, help="Ask the router to let others in (pip install -e '.[upnp]')."),
-    click.option("--relay/--no-relay", default=True, help="Pass on traffic between nodes that cannot meet."),
-    click.option(
-        "--stun-server",
-        "stun_servers",
-        multiple=True,
-        type=ADDRESS,
-        metavar="HOST:PORT",
-        help="Ask this server, too, how the internet sees this computer; may be given several times.",
-    ),
-    click.option(
-        "--turn-server",
-        type=TURN_SERVER,
-        metavar="USER:PASSWORD@HOST:PORT",
-        help="Use this TURN server if all else fails.",
-    ),
-    click.option(
-        "--identity", type=FILE, help="Use the key in this file, made if missing, so that a restart is the same node."
+    section(
+        "Network",
+        click.option(
+            "--port", default=0, type=PORT, help="Listen on this port, by UDP and by TCP; 0 takes a free one."
+        ),
+        click.option(
+            "--announce", metavar="HOST:PORT", help="Tell others to dial this address, not the one of --host."
+        ),
+        click.option(
+            "--public", is_flag=True, help="Be the first node of a swarm: all others can reach this computer."
+        ),
+        click.option("--upnp", is_flag=True, help="Ask the router to let others in (pip install -e '.[upnp]')."),
+        click.option("--relay/--no-relay", default=True, help="Pass on traffic between nodes that cannot meet."),
+        several_option(
+            "--stun-server",
+            "stun_servers",
+            type=ADDRESS,
+            metavar="HOST:PORT",
+            help="Ask this server, too, how the internet sees this computer.",
+        ),
+        click.option(
+            "--turn-server",
+            type=TURN_SERVER,
+            metavar="USER:PASSWORD@HOST:PORT",
+            help="Use this TURN server if all else fails.",
+        ),
     ),
     leave_with_parent_option,
 )

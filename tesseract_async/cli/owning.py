@@ -1,7 +1,5 @@
 """`tesseract run`: what the owner of a training run does: starts it, lets others in and out, looks after it."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,6 +17,7 @@ from tesseract_async.cli.options import (
     join,
     json_option,
     log_options,
+    several_option,
     with_options,
 )
 from tesseract_async.cli.running import asynchronous, say
@@ -105,13 +104,12 @@ command.add_command(create)
 @command.command("grant")
 @owner_options
 @click.argument("members", nargs=-1, type=PEER, metavar="PEER_ID...")
-@click.option(
+@several_option(
     "--role",
     "roles",
-    multiple=True,
     type=click.Choice(MEMBER),
     default=MEMBER,
-    help="Let them host experts, train them, or share parameters; may be given several times.",
+    help="Let them host experts, train them, or share parameters.",
 )
 @click.option(
     "--experts", "pattern", type=PATTERN, help="Let them host or train these experts only, such as 'ffn.[0:4].[0:16]'."
@@ -156,13 +154,12 @@ async def grant(
 @command.command("revoke")
 @owner_options
 @click.argument("members", nargs=-1, type=PEER, metavar="PEER_ID...")
-@click.option(
+@several_option(
     "--invite",
     "invites",
-    multiple=True,
     type=PEER,
     metavar="PEER_ID",
-    help="Revoke this invite, and with it everybody who came by it; may be given several times.",
+    help="Revoke this invite, and with it everybody who came by it.",
 )
 @asynchronous
 async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], owner: OwnerOptions) -> int:

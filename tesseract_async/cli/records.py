@@ -1,7 +1,5 @@
 """`tesseract get` and `tesseract put`: look at the network's records, and write some."""
 
-from __future__ import annotations
-
 import json
 import time
 

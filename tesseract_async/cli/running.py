@@ -1,7 +1,5 @@
 """Running a command: the event loop, signals, lines for programs, logging, and what people see while they wait."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools
@@ -182,10 +180,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 def say(event: str, /, on_terminal: object = False, **facts: object) -> None:
-    """Print one line of JSON on standard output, for programs: on a terminal only if it was asked for (`on_terminal`).
-
-    People read standard error.
-    """
+    """Print one line of JSON on standard output, for programs: on a terminal only with `on_terminal`."""
     if on_terminal or not sys.stdout.isatty():
         print(json.dumps({"event": event, **facts}), flush=True)
 

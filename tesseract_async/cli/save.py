@@ -1,13 +1,11 @@
 """`tesseract save` and `tesseract restore`: a model's states as a folder that loads without the swarm, and back."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click
 
 from tesseract_async.admission import Policy
-from tesseract_async.cli.options import NodeOptions, allow_file_option, join, node_options
+from tesseract_async.cli.options import NodeOptions, allow_file_option, join, node_options, several_option
 from tesseract_async.cli.running import asynchronous, progress_bar, say
 from tesseract_async.cli.types import EXISTING_FILE, FOLDER, PATTERN, PERIOD, counted
 from tesseract_async.errors import CheckpointError, ExpertNotFound, describe
@@ -19,17 +17,15 @@ from tesseract_async.identity import Identity, PeerID
 
 @click.command("save")
 @click.option("--run", "run_name", metavar="NAME[@PEER_ID]", help="Save the experts of this training run.")
-@click.option(
+@several_option(
     "--experts",
     "patterns",
-    multiple=True,
     type=PATTERN,
-    help="Save these experts, which belong to no run, such as 'ffn.[0:4].[0:16]'; may be given several times.",
+    help="Save these experts, which belong to no run, such as 'ffn.[0:4].[0:16]'.",
 )
-@click.option(
+@several_option(
     "--shared",
     "shared_names",
-    multiple=True,
     metavar="NAME",
     help="Save the parameters that trainers share under this name, too; a run's own are saved anyway.",
 )

@@ -1,7 +1,5 @@
 """`tesseract serve`: hosts experts until told to leave."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 
@@ -16,69 +14,6 @@ from tesseract_async.cli.running import asynchronous, importing, spinner
 from tesseract_async.cli.serve_options import ServeOptions, serve_options
 from tesseract_async.cli.volunteer_options import volunteer_options
 from tesseract_async.server.contract import VolunteerSettings
-
-SECTIONS = {
-    "What matters first": (
-        "--experts",
-        "--num-experts",
-        "--run",
-        "--grant",
-        "--initial-peers",
-        "--host",
-        "--identity",
-        "--device",
-        "--max-memory",
-        "--checkpoint-dir",
-    ),
-    "Experts": (
-        "--expert-class",
-        "--size",
-        "--hf-checkpoint",
-        "--dtype",
-        "--master",
-        "--step",
-        "--optimizer",
-        "--learning-rate",
-        "--optimizer-option",
-        "--schedule",
-        "--schedule-option",
-        "--training",
-        "--max-batch-size",
-        "--seed",
-        "--shard",
-        "--checkpoint-period",
-    ),
-    "Run": ("--hold", "--allow-module", "--name"),
-    "Limits": (
-        "--threads",
-        "--max-upload",
-        "--max-download",
-        "--data-quota",
-        "--quota-period",
-        "--hours",
-        "--pause-above-load",
-        "--pause-after",
-        "--resume-after",
-        "--allow",
-        "--allow-file",
-        "--allow-training",
-        "--peer-calls",
-        "--peer-bytes",
-        "--peer-concurrent",
-        "--peer-period",
-    ),
-    "Network": (
-        "--port",
-        "--announce",
-        "--public",
-        "--upnp",
-        "--relay",
-        "--stun-server",
-        "--turn-server",
-        "--metrics-port",
-    ),
-}
-"""The options in the order of the help; those that are not here follow as the advanced ones."""
 
 SIZES = {
     "ffn": "in_features=1024, hidden_features=4 x in_features, out_features=in_features",
@@ -151,9 +86,6 @@ async def command(
         builder=builder,
     )
     return await hosting.main()
-
-
-command.sections = SECTIONS
 
 
 def manifest_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> dict[str, object]:

@@ -1,7 +1,5 @@
 """The options of `tesseract serve`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +7,14 @@ from pathlib import Path
 import click
 
 from tesseract_async.cli.options import (
+    FIRST,
     expert_class_option,
     grouped,
     hold_option,
     max_batch_size_option,
     optimizer_option,
+    section,
+    several_option,
     sizes_option,
     step_options,
     threads_option,
@@ -102,85 +103,112 @@ class ServeOptions:
 serve_options = grouped(
     "serving",
     ServeOptions,
-    click.option("--name", default="", help="Call this machine so in dashboards and lists of contributors."),
-    click.option(
-        "--metrics-port",
-        metavar="[HOST:]PORT",
-        type=METRICS_ADDRESS,
-        help="Serve this node's metrics for Prometheus there, under /metrics.",
+    section(
+        FIRST,
+        several_option(
+            "--experts",
+            "patterns",
+            type=PATTERN,
+            metavar="PATTERN",
+            help="Host these experts, such as ffn.3.7 or 'ffn.[0:4].[0:16]'.",
+        ),
+        click.option(
+            "--num-experts",
+            type=click.IntRange(1, MAX_EXPERTS),
+            help="Host this many experts of the pattern or run, free ones first; of a run, as many as fit by default.",
+        ),
+        click.option(
+            "--run",
+            "run_name",
+            metavar="NAME[@PEER_ID]",
+            help="Take part in this training run, whose owner sets its experts.",
+        ),
+        click.option(
+            "--grant",
+            type=TEXT_OR_FILE,
+            metavar="TEXT|FILE",
+            help="Show this grant or invite of the run's owner, once.",
+        ),
+        several_option(
+            "--device",
+            "devices",
+            default=("cpu",),
+            help="Compute on this device, such as cpu or cuda:1, or spread the experts over several.",
+        ),
+        click.option(
+            "--checkpoint-dir",
+            type=FOLDER,
+            help="Keep the experts in this folder, and go on from there after a restart.",
+        ),
     ),
-    click.option(
-        "--experts",
-        "patterns",
-        multiple=True,
-        type=PATTERN,
-        metavar="PATTERN",
-        help="Host these experts, such as ffn.3.7 or 'ffn.[0:4].[0:16]'; may be given several times.",
+    section(
+        "Experts",
+        expert_class_option,
+        sizes_option,
+        click.option(
+            "--hf-checkpoint",
+            type=FOLDER,
+            help="Host the experts of this mixture-of-experts checkpoint of Hugging Face, as PREFIX.LAYER.EXPERT.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            help="Compute the checkpoint's experts in this number type, not in the checkpoint's.",
+        ),
+        click.option(
+            "--master",
+            type=click.Choice(["float32"]),
+            help="Keep and train the checkpoint's weights in this number type, whatever they are computed in.",
+        ),
+        click.option(
+            "--step",
+            type=click.Choice(["async", "lockstep"]),
+            default="async",
+            help="Step each expert as gradients come, or all at once when their one trainer says so.",
+        ),
+        optimizer_option,
+        click.option(
+            "--learning-rate",
+            default=1e-3,
+            type=LEARNING_RATE,
+            help="Train at this rate; if given, it replaces a checkpoint's.",
+        ),
+        *step_options,
+        max_batch_size_option,
+        click.option("--seed", default=0, help="Draw the experts' first weights from this seed and their uids."),
+        click.option(
+            "--shard",
+            metavar="fsdp|tp|MODULE:FUNCTION",
+            help="Spread each expert over all processes of the job that torchrun has started, by this plan.",
+        ),
+        click.option(
+            "--checkpoint-period", default=60.0, type=PERIOD, help="Save the experts this often, such as '5 min'."
+        ),
     ),
-    click.option(
-        "--num-experts",
-        type=click.IntRange(1, MAX_EXPERTS),
-        help="Host this many experts of the pattern or run, free ones first; of a run, as many as this computer can "
-        "by default.",
+    section(
+        "Run",
+        hold_option,
+        several_option(
+            "--allow-module",
+            "allowed_modules",
+            metavar="MODULE",
+            help="Let a run use experts from this Python module, whose code then runs on this computer.",
+        ),
+        click.option("--name", default="", help="Call this machine so in dashboards and lists of contributors."),
     ),
-    hold_option,
-    click.option(
-        "--run",
-        "run_name",
-        metavar="NAME[@PEER_ID]",
-        help="Take part in this training run, whose owner sets its experts.",
+    section(
+        "Limits",
+        threads_option,
     ),
-    click.option(
-        "--grant", type=TEXT_OR_FILE, metavar="TEXT|FILE", help="Show this grant or invite of the run's owner, once."
+    section(
+        "Network",
+        click.option(
+            "--metrics-port",
+            metavar="[HOST:]PORT",
+            type=METRICS_ADDRESS,
+            help="Serve this node's metrics for Prometheus there, under /metrics.",
+        ),
     ),
-    click.option(
-        "--allow-module",
-        "allowed_modules",
-        multiple=True,
-        metavar="MODULE",
-        help="Let a run use experts from this Python module, whose code then runs on this computer.",
-    ),
-    expert_class_option,
-    sizes_option,
-    click.option(
-        "--hf-checkpoint",
-        type=FOLDER,
-        help="Host the experts of this mixture-of-experts checkpoint of Hugging Face, as PREFIX.LAYER.EXPERT.",
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Compute the checkpoint's experts in this number type, not in the checkpoint's.",
-    ),
-    click.option(
-        "--master",
-        type=click.Choice(["float32"]),
-        help="Keep and train the checkpoint's weights in this number type, whatever they are computed in.",
-    ),
-    click.option(
-        "--step",
-        type=click.Choice(["async", "lockstep"]),
-        default="async",
-        help="Step each expert as gradients come, or all at once when their one trainer says so.",
-    ),
-    optimizer_option,
-    click.option(
-        "--learning-rate",
-        default=1e-3,
-        type=LEARNING_RATE,
-        help="Train at this rate; if given, it replaces a checkpoint's.",
-    ),
-    *step_options,
-    max_batch_size_option,
-    click.option("--seed", default=0, help="Draw the experts' first weights from this seed and their uids."),
-    click.option(
-        "--device",
-        "devices",
-        multiple=True,
-        default=("cpu",),
-        help="Compute on this device, such as cpu or cuda:1; given several times, the experts are spread over them.",
-    ),
-    threads_option,
     click.option(
         "--autocast", type=click.Choice(["bf16", "fp16"]), help="Compute in this shorter number type where it is safe."
     ),
@@ -188,24 +216,11 @@ serve_options = grouped(
     click.option(
         "--cuda-graphs", is_flag=True, help="Record the forward pass of each preferred size as a CUDA graph, on a GPU."
     ),
-    click.option(
-        "--shard",
-        metavar="fsdp|tp|MODULE:FUNCTION",
-        help="Spread each expert over all processes of the job that torchrun has started, by this plan.",
-    ),
-    click.option(
+    several_option(
         "--preferred-size",
         "preferred_sizes",
-        multiple=True,
         type=ROWS,
-        help="Cut batches at this number of rows, and pad them to it with --compile or --cuda-graphs; may be given "
-        "several times.",
-    ),
-    click.option(
-        "--checkpoint-dir", type=FOLDER, help="Keep the experts in this folder, and go on from there after a restart."
-    ),
-    click.option(
-        "--checkpoint-period", default=60.0, type=PERIOD, help="Save the experts this often, such as '5 min'."
+        help="Cut batches at this number of rows, and pad them to it with --compile or --cuda-graphs.",
     ),
     click.option("--sync-every", type=PERIOD, default=30.0, help="Copy experts that other servers train this often."),
     click.option("--ttl", default=45.0, type=PERIOD, help="Let others forget this server this long after it vanished."),

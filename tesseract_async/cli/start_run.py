@@ -1,7 +1,5 @@
 """`tesseract run create`: signs the manifest of a training run and keeps it known."""
 
-from __future__ import annotations
-
 import ipaddress
 import time
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from tesseract_async.cli.options import (
     node_options,
     optimizer_option,
     pairs_option,
+    several_option,
     sizes_option,
     step_options,
     with_options,
@@ -31,6 +30,7 @@ from tesseract_async.experts.ownership import MEMBER, RunOwner, adopt_servers, w
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
+from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 
@@ -50,13 +50,12 @@ Pairs = tuple[tuple[str, Value], ...]
 @pairs_option("codec", "Shorten the numbers of inputs, outputs or gradients on the wire, such as inputs=bf16")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Draw first weights from this seed.")
 @click.option("--open", "is_open", is_flag=True, help="Let everybody host and train, not only those with a grant.")
-@click.option(
+@several_option(
     "--delegate",
     "delegates",
-    multiple=True,
     type=PEER,
     metavar="PEER_ID",
-    help="Let this peer grant, revoke and appoint as you do; may be given several times.",
+    help="Let this peer grant, revoke and appoint as you do.",
 )
 @click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep each expert on this many servers.")
 @click.option("--lease", default=30.0, type=seconds(1, 86400), help="Replace a primary that is silent for this long.")
@@ -134,7 +133,7 @@ async def create(
     )
     # the author's own code may run here
     manifest = complete(manifest, allowed_modules=[manifest.expert.partition(":")[0]])
-    async with node.make() as author:
+    async with node.make() as author, StatusService(author):
         signed = sign_run(author.identity, with_delegates(manifest, author.identity, delegates))
         if once:
             await join(author)  # nobody else would keep the manifest

@@ -94,6 +94,8 @@ def draw(
         f"   {totals.get('calls_per_second', 0):,.1f} calls/s   {totals.get('rows_per_second', 0):,.0f} rows/s"
         f"   {totals.get('steps_per_second', 0):,.1f} steps/s",
         f"   loss {totals['loss']:.4f}" if "loss" in totals else "",
+        f" (merged {totals['merged']:.4f})" if "merged" in totals else "",
+        *(f"   {number:,} {unit} seen" for unit, number in state["seen"].items() if number),
         no_wrap=height is not None,
         overflow="ellipsis",
     )
@@ -149,7 +151,7 @@ def draw(
         parts.append(Text(f"thanks, last 24 h: {names}", no_wrap=height is not None, overflow="ellipsis"))
     trainers = [
         f"{name}: step {step}, loss {loss:.4f}" + (f", {left_out} left out" if left_out else "")
-        for name, (step, loss, left_out) in state["losses"].items()
+        for name, (step, loss, left_out, *_) in state["losses"].items()
     ]
     if trainers:
         begin = max(0, min(first, len(trainers) - room.trainers))

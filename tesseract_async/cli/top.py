@@ -1,7 +1,5 @@
 """`tesseract top`: the swarm in the terminal."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -128,7 +126,6 @@ async def command(
 
 @contextlib.contextmanager
 def _keys(pressed: Callable[[str], object]) -> Iterator[None]:
-    """Call `pressed` with each key, where there is a keyboard."""
     if termios is None or not sys.stdin.isatty() or os.tcgetpgrp(number := sys.stdin.fileno()) != os.getpgrp():
         yield
         return

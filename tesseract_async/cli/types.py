@@ -1,7 +1,5 @@
 """Types of the commands' arguments and options: amounts with units, peers, patterns of uids, and the like."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -42,6 +40,12 @@ _GRID: Final = re.compile(r"[1-9]\d{0,8}(x[1-9]\d{0,8}){0,7}")
 def counted(number: int, noun: str) -> str:
     """Return ``1 server``, ``2 servers``, ``4,096 experts``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def rate_text(rate: float) -> str:
+    """Return bytes per second as ``0.51 Mbit/s`` or ``20 Mbit/s``: text that `RATE` takes."""
+    megabits = 8e-6 * rate
+    return f"{megabits:.0f} Mbit/s" if megabits >= 10 else f"{megabits:.2g} Mbit/s"
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # older versions are not generic

@@ -37,8 +37,6 @@ class Versions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arguments:
-    """The arguments of one call and the modes in which it was made."""
-
     args: tuple[Structure, ...]
     kwargs: Mapping[str, Structure]
     versions: Versions
@@ -75,7 +73,6 @@ class Arguments:
         return flatten_like(schema.inputs, given, what=what)
 
     def fits(self, schema: ExpertSchema) -> bool:
-        """Return whether `fit` raises no SchemaMismatch."""
         try:
             self.fit(schema, "")
         except SchemaMismatch:
@@ -119,7 +116,6 @@ def arguments_now(structure: Structure) -> tuple[Structure, Versions]:
 
 
 def _taken(value: Structure, tensors: list[torch.Tensor]) -> Structure:
-    """Return the structure, and add its tensors to `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors.append(value.clone() if _may_change_unseen(value) else value)
         return tensors[-1]

@@ -5,8 +5,6 @@ again: the one that contradicts itself is caught; otherwise a third replica deci
 compared: a training primary only just after a follower has pulled its weights.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math
@@ -49,8 +47,6 @@ _HALF_TOLERANCE: Final = 0.04
 
 
 class Verdict(Enum):
-    """How an audit ended."""
-
     AGREED = "agreed"
     CAUGHT = "caught"
     DISPUTED = "disputed"
@@ -116,7 +112,6 @@ class Audits:
         return is_drawn and (forward.uid, forward.mode.training) not in self._unrepeatable
 
     def check(self, forward: Forward, receipt: Receipt, inputs: Inputs, outputs: Outputs, *, timeout: float) -> None:
-        """Audit this answer in the background."""
         num_bytes = sum(x.nbytes for x in (*inputs, *outputs) if x is not None)
         if self._num_pending_bytes + num_bytes > MAX_PENDING_BYTES:
             self._count(Verdict.SKIPPED)
@@ -140,12 +135,10 @@ class Audits:
         task.add_done_callback(ended)
 
     async def wait(self) -> None:
-        """Return once the audits under way have ended."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     async def aclose(self) -> None:
-        """Give up the audits under way."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

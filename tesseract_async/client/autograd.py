@@ -137,8 +137,6 @@ def refuse_wrappers() -> None:
         frame = frame.f_back
 
 
-# ------------------------------------------------------------------------------------------------ the two nodes
-
 with torch.inference_mode(False), torch.enable_grad():  # this module may be imported in the midst of anything
     # A leaf in every remote call's graph: without it a call whose inputs need no gradient would have no backward.
     _always_needed = torch.empty(0, requires_grad=True, device="cpu")
@@ -218,8 +216,6 @@ class _GradientRequest:
 
 
 class _Call:
-    """The state that the two nodes of one remote call share."""
-
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
         self.loop = asyncio.get_running_loop()
@@ -315,12 +311,7 @@ class _Issue(torch.autograd.Function):
         return (None, torch.zeros((), device="cpu"), *(None for _ in inputs))
 
 
-# ------------------------------------------------------------------------------------------------ backward
-
-
 class _Step:
-    """One `backward` under way and its gradient requests."""
-
     def __init__(self, scaler: Scaler | None) -> None:
         """Made in the thread that awaits, whose stream the engine continues."""
         self.graph_task: int | None = None
@@ -469,15 +460,8 @@ async def _backward(
     leaves.add(gradients)
 
 
-# ------------------------------------------------------------------------------------------------ threads
-
-
 class _EngineThreads:
-    """Threads that grow with the work in flight: a backward that waits for its experts never keeps another waiting.
-
-    Python's executors have a fixed size, at which steps would queue (or deadlock, nested); and their threads are
-    joined at exit. A thread is used again, the latest first, and ends after `IDLE_SECONDS` without work.
-    """
+    """Threads that grow with the work in flight: a backward that waits for its experts never keeps another waiting."""
 
     def __init__(self) -> None:
         self.forget()

@@ -78,8 +78,6 @@ class BackgroundNode(PlainCalls):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
-    # ------------------------------------------------------------------------------------------------ life
-
     def start(self) -> Self:
         """Start the thread and the node in it. Raises: RuntimeError if started before; as `TesseractNode.start`."""
         if self._thread is not None:
@@ -133,8 +131,6 @@ class BackgroundNode(PlainCalls):
 
     async def __aexit__(self, *args: object) -> None:
         raise AssertionError("never entered")
-
-    # ------------------------------------------------------------------------------------------------ calls
 
     def check(self) -> asyncio.AbstractEventLoop:
         """The node's loop. Raises: RuntimeError if the node is not running (in this process), or on its own thread."""
@@ -246,8 +242,6 @@ class BackgroundNode(PlainCalls):
 def _plain(
     method: Callable[Concatenate[TesseractNetwork, P], Coroutine[object, object, T]],
 ) -> Callable[Concatenate[Network, P], T]:
-    """The method of `TesseractNetwork` as a plain call."""
-
     @functools.wraps(method)
     def call(self: Network, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._node.run(method(self._node.node.network, *args, **kwargs))

@@ -1,7 +1,5 @@
 """A search for the best live experts of a grid that is too large to read, or not read yet: cell by cell. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,5 +72,4 @@ class BeamSearch:
         return []
 
     def learn(self, cell: tuple[int, ...], alive: bool) -> None:
-        """Take in whether `cell` is hosted."""
         self._alive[cell] = alive

@@ -18,10 +18,7 @@ class CoarseTimeouts:
         self._looks_on: asyncio.AbstractEventLoop | None = None
 
     def timeout_at(self, deadline: float) -> _Timeout:
-        """A context manager that cancels the task in it at `deadline` (the loop's time), `PERIOD` late at most.
-
-        As with `asyncio.timeout_at`, that cancellation leaves the block as TimeoutError; others pass.
-        """
+        """A context manager that cancels the task in it at `deadline` (the loop's time), `PERIOD` late at most."""
         return _Timeout(self, deadline)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -1,7 +1,5 @@
 """Waiting for many tasks one after the other: `asyncio.wait` looks at every one of them each time."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math
@@ -12,8 +10,6 @@ T = TypeVar("T")
 
 
 class CompletionQueue(Generic[T]):
-    """Tasks, or other futures, as they end. One awaits at a time."""
-
     def __init__(self) -> None:
         self._ended: asyncio.Queue[asyncio.Future[T]] = asyncio.Queue()
 
@@ -22,10 +18,7 @@ class CompletionQueue(Generic[T]):
         task.add_done_callback(self._ended.put_nowait)
 
     async def wait(self, until: float) -> list[asyncio.Future[T]]:
-        """Those that have ended since the last time, as soon as there are any; none at `until` (the loop's time).
-
-        The caller ends the tasks that it no longer waits for.
-        """
+        """Those that have ended since the last time, as soon as there are any; none at `until` (the loop's time)."""
         ended = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(None if until == math.inf else until):

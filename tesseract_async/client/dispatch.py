@@ -9,8 +9,6 @@ those who want all answers or an error. Suffixes of names: R rows, K experts wan
 (pairs of a row and an expert).
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Collection, Iterable, Sequence
@@ -38,8 +36,6 @@ _SENT: Final = {"forward": "answer", "backward": "gradient"}
 
 @dataclass(slots=True, eq=False)
 class ExpertCall:
-    """The rows of a batch that go to one expert."""
-
     expert: int
     """Its number among the candidates."""
     uid: str
@@ -100,16 +96,16 @@ class CallsUnderWay:
         """The pass begins. Once only."""
         self._started, self.deadline = now, now + self._timeout
 
-    def answered(self, call: ExpertCall, now: float) -> None:
-        """An answer came. What follows from it, `calls_to_send` says."""
-        self._ended(call, now)
-        self.answers.append(call)
-        self.num_answers_R[call.rows] += 1
-        self.errors.pop(call.uid, None)
+    def answered(self, calls: Sequence[ExpertCall], now: float) -> None:
+        """The answers of these calls came. What follows from that, `calls_to_send` says."""
+        self.num_answers_R += self._ended(calls, now)
+        self.answers += calls
+        if self.errors:
+            for call in calls:
+                self.errors.pop(call.uid, None)
 
     def failed(self, call: ExpertCall, now: float, error: BaseException) -> None:
-        """A call ended without an answer."""
-        self._ended(call, now)
+        self._ended([call], now)
         self.errors[call.uid] = self.left_out[call.uid] = error
 
     def calls_to_send(self, now: float, *, stalled: float = 0.0) -> list[ExpertCall]:
@@ -117,15 +113,16 @@ class CallsUnderWay:
 
         `stalled`: seconds since the start in which the caller could not have heard from anybody.
         """
-        self._stalled, self._late = stalled, None
-        if self._num_judged == (len(self.answers), len(self.left_out)):
-            pass  # nothing is known that was not known before
-        elif self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
-            seconds = statistics.median([call.seconds for call in self.answers])
-            self._usual = seconds, statistics.median([len(call.rows) for call in self.answers])
-        else:
-            self._usual = None
-        self._num_judged = len(self.answers), len(self.left_out)
+        if self._num_judged != (len(self.answers), len(self.left_out)):
+            before, self._usual = self._usual, None
+            if self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
+                seconds = statistics.median([call.seconds for call in self.answers])
+                self._usual = seconds, statistics.median([len(call.rows) for call in self.answers])
+            if self._usual != before:
+                self._late = None
+            self._num_judged = len(self.answers), len(self.left_out)
+        if stalled != self._stalled:
+            self._stalled, self._late = stalled, None
         if not self.is_over:
             self._decide(now)
         fresh, self._fresh = self._fresh, []
@@ -147,11 +144,9 @@ class CallsUnderWay:
         return of_others if call.expected is None else max(call.expected, of_others)
 
     def shortage(self) -> NotEnoughExperts | None:
-        """Return the error that the pass ended in, if it did."""
         raise NotImplementedError
 
     def _strict_shortage(self, calls: Iterable[tuple[int, Indices]], what: str) -> NotEnoughExperts | None:
-        """The error where all these are needed."""
         if not self.errors:
             return None
         is_short_R = np.zeros(len(self.num_answers_R), dtype=np.bool_)
@@ -172,13 +167,21 @@ class CallsUnderWay:
         self._fresh.append(call)
         self._under_way[call] = None
 
-    def _ended(self, call: ExpertCall, now: float) -> None:
-        del self._under_way[call]
-        self._late = None
-        call.seconds = now - call.sent
+    def _ended(self, calls: Sequence[ExpertCall], now: float) -> Indices:
+        """These calls are over. Returns how many of them each row was in."""
+        for call in calls:
+            del self._under_way[call]
+            call.seconds = now - call.sent
+            if self._late is not None:
+                self._late.pop(call, None)
+        return self._per_row(calls)
+
+    def _per_row(self, calls: Sequence[ExpertCall]) -> Indices:
+        rows = np.concatenate([call.rows for call in calls])
+        counts_R: Indices = np.bincount(rows, minlength=len(self.num_answers_R))
+        return counts_R
 
     def _late_times(self) -> dict[ExpertCall, float]:
-        """When each of the calls under way counts as slow."""
         if self._late is None:
             self._late = {call: self._late_at(call) for call in self._under_way}
         return self._late
@@ -255,7 +258,6 @@ class ForwardDispatch(CallsUnderWay):
             self._room_N = np.full(num_live, max(1, math.ceil(settings.capacity_factor * share)), dtype=np.int64)
 
     def shortage(self) -> NotEnoughExperts | None:
-        """See `CallsUnderWay.shortage`."""
         num_short = int((self.num_answers_R < self._k_min).sum())
         if not num_short or self._settings.on_missing == "zero":
             return None
@@ -267,7 +269,6 @@ class ForwardDispatch(CallsUnderWay):
         return int(self._tried_RT.shape[1])
 
     def start(self, now: float) -> None:
-        """See `CallsUnderWay.start`."""
         super().start(now)
         grid, bias_N = self.candidates.grid, self.candidates.bias_N
         self.chosen_RK = grid.top_k(self.scores_RS, self._k_best, bias_N=bias_N)
@@ -297,12 +298,9 @@ class ForwardDispatch(CallsUnderWay):
         self._admit(experts)
 
     def timer_at(self) -> float:
-        """See `CallsUnderWay.timer_at`."""
         late_at = min((at for call, at in self._late_times().items() if not call.is_slow), default=math.inf)
         give_up_at = self._give_up_at() if self._all_enough else math.inf
         return min(self.deadline, give_up_at, late_at, self._free_at)
-
-    # ------------------------------------------------------------------------------------------------ decisions
 
     def _decide(self, now: float) -> None:
         self._mark_slow(now)
@@ -340,11 +338,12 @@ class ForwardDispatch(CallsUnderWay):
                 call.is_slow = True
                 self._num_slow_R[call.rows] += 1
 
-    def _ended(self, call: ExpertCall, now: float) -> None:
-        super()._ended(call, now)
-        self._num_open_R[call.rows] -= 1
-        if call.is_slow:
-            self._num_slow_R[call.rows] -= 1
+    def _ended(self, calls: Sequence[ExpertCall], now: float) -> Indices:
+        counts_R = super()._ended(calls, now)
+        self._num_open_R -= counts_R
+        if any([call.is_slow for call in calls]):
+            self._num_slow_R -= self._per_row([call for call in calls if call.is_slow])
+        return counts_R
 
     def _end(self, now: float, *, only_slow: bool = False) -> None:
         if now >= self._started + self._timeout:
@@ -426,18 +425,15 @@ class StrictForward(CallsUnderWay):
         self._calls = calls
 
     def start(self, now: float) -> None:
-        """See `CallsUnderWay.start`."""
         super().start(now)
         for expert, rows in self._calls:
             self._send(ExpertCall(expert, self.candidates.uid(expert), rows, now))
         self._num_first = len(self._fresh)
 
     def shortage(self) -> NotEnoughExperts | None:
-        """See `CallsUnderWay.shortage`."""
         return self._strict_shortage(self._calls, "answers")
 
     def timer_at(self) -> float:
-        """See `CallsUnderWay.timer_at`."""
         return self.deadline
 
     def _decide(self, now: float) -> None:
@@ -473,7 +469,6 @@ class BackwardDispatch(CallsUnderWay):
         return int((self.num_answers_R < self._needed_R).sum())
 
     def shortage(self) -> NotEnoughExperts | None:
-        """See `CallsUnderWay.shortage`."""
         if self.is_strict:
             return self._strict_shortage([(call.expert, call.rows) for call in self._forward.answers], "gradients")
         if not (num_short := self._num_short):
@@ -481,7 +476,6 @@ class BackwardDispatch(CallsUnderWay):
         return NotEnoughExperts(self._k_min, num_short, self.errors, what="gradients")
 
     def start(self, now: float) -> None:
-        """See `CallsUnderWay.start`."""
         super().start(now)
         for answer in self._forward.answers:
             call = ExpertCall(answer.expert, answer.uid, answer.rows, now)
@@ -490,7 +484,6 @@ class BackwardDispatch(CallsUnderWay):
         self._num_first = len(self._fresh)
 
     def timer_at(self) -> float:
-        """See `CallsUnderWay.timer_at`."""
         return self.deadline if self._num_short else min(self.deadline, self._give_up_at())
 
     def _decide(self, now: float) -> None:

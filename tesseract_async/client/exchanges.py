@@ -1,7 +1,5 @@
 """The exchanges with an expert's servers that `failover` may try with one replica after another."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -74,13 +72,10 @@ class Exchange(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class SchemaExchange(Exchange[ExpertSchema]):
-    """Asks what an expert takes and gives."""
-
     experience: Experience
     uid: str
 
     async def send(self, replica: ExpertReplica, timeout: float) -> ExpertSchema:
-        """See `fetch_info`."""
         return ExpertSchema.decode(await fetch_info(self.experience.node, self.uid, replica.peer, timeout=timeout))
 
 
@@ -98,16 +93,13 @@ class ForwardExchange(Exchange[Forwarded]):
 
     @property
     def num_bytes(self) -> int:
-        """See `Exchange.num_bytes`."""
         return _num_rows(self.inputs) * self.forward.schema.row_bytes
 
     @property
     def gives(self) -> tuple[int, int]:
-        """See `Exchange.gives`."""
         return _num_rows(self.inputs), 0
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
-        """See `eligible`."""
         max_staleness = self.forward.options.max_staleness
         if max_staleness:
             self._primaries = [replica.peer for replica in replicas if replica.primary]
@@ -161,7 +153,6 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
 
     @property
     def gives(self) -> tuple[int, int]:
-        """See `Exchange.gives`."""
         return 0, 1
 
     async def send(self, replica: ExpertReplica, timeout: float) -> list[torch.Tensor | None]:

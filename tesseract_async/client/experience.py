@@ -57,8 +57,6 @@ def replica_key(replica: ExpertReplica) -> tuple[str, object]:
 
 
 class Experience(Uncopied):
-    """The lessons of all calls of one node."""
-
     _called = "a remote expert or a gate"
 
     def __init__(self, node: Node) -> None:
@@ -104,8 +102,6 @@ class Experience(Uncopied):
             )
             self._ignored[peer] = None
         self.node.directory.report_failure(replica, reason="schema")
-
-    # ------------------------------------------------------------------------------------------------ mixtures
 
     def patience(self, direction: Direction, settings: MixtureSettings) -> float:
         """The share beyond what is usual after which a call is slow: as set, or as learned."""

@@ -1,7 +1,5 @@
 """`ExpertPool`: many experts as one layer, where a router of your own says which of them each row goes to."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -108,11 +106,9 @@ class ExpertPool(nn.Module):
 
     @property
     def node(self) -> Node | PlainCalls:
-        """The node that makes its calls."""
         return self._node
 
     def extra_repr(self) -> str:
-        """Prefix and size, for ``repr``."""
         return f"{self.uid_prefix}, num_experts={self.num_experts}"
 
     @property

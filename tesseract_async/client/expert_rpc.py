@@ -37,8 +37,6 @@ MAX_SIZES: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class ExpertSchema:
-    """An expert's inputs and outputs, decoded and checked."""
-
     args: tuple[Schema, ...]
     kwargs: dict[str, Schema]
     outputs: Schema

@@ -1,7 +1,5 @@
 """One exchange with an expert that several servers host: which of them is asked, and which next if that one fails."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Final, TypeVar
@@ -189,7 +187,6 @@ async def watched(experience: Experience, asking: Coroutine[object, object, T], 
 
 
 async def _speaks(experience: Experience, replica: ExpertReplica) -> bool:
-    """Return whether its server answers a question, whatever the answer."""
     try:
         async with asyncio.timeout(_PROBE_SECONDS):
             await fetch_info(experience.node, replica.uid, replica.peer, timeout=_PROBE_SECONDS)

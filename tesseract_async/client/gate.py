@@ -1,7 +1,5 @@
 """Gate: what a mixture's gate scores and how its answers are weighed, wherever the experts are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -51,7 +49,6 @@ class Gate(nn.Module):
         route: Literal["sample", "token"],
         settings: MixtureSettings,
     ) -> None:
-        """See `GatingFunction`."""
         super().__init__()
         self.uid_prefix = uid_prefix
         if not is_prefix(uid_prefix):
@@ -78,7 +75,6 @@ class Gate(nn.Module):
         """The loss of the latest pass that ended, if the settings ask for it. With several under way, use `mix`."""
 
     def extra_repr(self) -> str:
-        """Prefix, grid and how rows are routed, for ``repr``."""
         return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.k_best}, route={self.route!r}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -185,5 +181,4 @@ def sound(scores_RS: torch.Tensor) -> torch.Tensor:
 
 
 def scaled(total: torch.Tensor, factor_R: torch.Tensor) -> torch.Tensor:
-    """Each row times its factor."""
     return total * factor_R.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))

@@ -1,7 +1,5 @@
 """`GatingFunction`: a mixture layer over a grid of experts on other people's computers."""
 
-from __future__ import annotations
-
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
@@ -94,7 +92,6 @@ class GatingFunction(Gate):
 
     @property
     def node(self) -> Node | PlainCalls:
-        """The node that makes its calls."""
         return self._node
 
     @uncompiled
@@ -150,8 +147,6 @@ class GatingFunction(Gate):
     def mix(self, x: torch.Tensor, *args: Structure, **kwargs: Structure) -> Structure:
         """As `forward`, but gives a `Mixed`: the output, and how it came about."""
         return deliver(self._node, isolated(self._start(x, args, kwargs), modes=NO_GRAD))
-
-    # ---------------------------------------------------------------------------------------------- the passes
 
     async def _choose(
         self, scores_RS: torch.Tensor, settings: MixtureSettings, training: bool

@@ -1,7 +1,5 @@
 """The live experts of a grid, for the gates that choose among them: the directory's view, or what a search finds."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math
@@ -123,8 +121,6 @@ class GridSearch(Uncopied):
             if any(replica not in known.get(coords, ()) for replica in replicas):
                 came[coords] = replicas
         return came
-
-    # ------------------------------------------------------------------------------------------------ views
 
     async def _view(self, scores_RS: torch.Tensor) -> GridView | FoundView:
         loop = asyncio.get_running_loop()

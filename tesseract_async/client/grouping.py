@@ -9,8 +9,6 @@ In forward any replica may answer; the next one is asked when one fails, or is s
 the primary does; where it fails, the expert is looked up anew.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -44,6 +42,9 @@ REPLICA_FAULTS: Final = (
 """Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
 MAX_LOOKUPS: Final = 5
 """An expert is looked up anew so often at most."""
+GONE_SECONDS: Final = 0.8
+"""An expert none of whose servers says a word about it for so long is gone: it is not looked up any more. A server that
+stood still for a moment is there again by then."""
 
 
 def may_pass(error: BaseException) -> bool:
@@ -53,8 +54,6 @@ def may_pass(error: BaseException) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One message to one server."""
-
     asked: dict[ExpertCall, ExpertReplica]
     """Its calls, each with the replica that is asked."""
     sent: float
@@ -68,13 +67,10 @@ class Request:
 
     @property
     def peer(self) -> PeerAddress:
-        """The server."""
         return next(iter(self.asked.values())).peer
 
 
 class Step(NamedTuple):
-    """The things to do now."""
-
     send: Sequence[Request]
     cancel: Sequence[Request]
     """Nothing is open in them any more."""
@@ -84,8 +80,6 @@ class Step(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Search:
-    """One call on its way from replica to replica."""
-
     known: Sequence[ExpertReplica] = ()
     left: list[ExpertReplica] = field(default_factory=list)
     """Those to ask next."""
@@ -95,6 +89,10 @@ class _Search:
     """Replicas that take something else."""
     num_lookups: int = 0
     look_up_at: float = -math.inf
+    gone_at: float = math.inf
+    """When it is gone, while all servers keep silent."""
+    is_silent: bool = False
+    """The last one asked did not even say when to ask again."""
     is_redirected: bool = False
     is_forgotten: bool = False
 
@@ -180,7 +178,7 @@ class Grouping:
         Returns whether the sum counts: not if it holds an answer that came from elsewhere meanwhile, or one that must
         not count (it is in `errors`, too). The others are asked again then.
         """
-        counts = all(call in request.open and call not in errors for call in settled)
+        counts = all([call in request.open and call not in errors for call in settled])
         for call in settled:
             if call in errors or (replica := request.open.pop(call, None)) is None:
                 continue
@@ -189,22 +187,26 @@ class Grouping:
             if counts:
                 self._give_up(call, search)
                 self._strange += search.strange
-                self.calls.answered(call, now)
             else:
                 search.left.insert(0, replica)
                 self._due[call] = None
+        if counts and settled:
+            self.calls.answered([*settled], now)
         for call, error in errors.items():
             if (replica := request.open.pop(call, None)) is not None:
                 self._failed(call, request, replica, error, now)
         return counts
 
     def ended(self, request: Request, error: BaseException | None, now: float) -> None:
-        """A reply came to its end, or (with `error`) will not."""
         self._open.pop(request, None)
         for call, replica in request.open.items():
             silent = error or ProtocolError(f"the reply ended without a word about {call.uid}")
             self._failed(call, request, replica, silent, now)
         request.open.clear()
+
+    def gone_at(self, call: ExpertCall) -> float:
+        """Return until when a look-up of this call is worth waiting for."""
+        return search.gone_at if (search := self._searches.get(call)) is not None else -math.inf
 
     def found(self, call: ExpertCall, replicas: Sequence[ExpertReplica], now: float) -> None:
         """The replicas of a call that was to be looked up; none if that failed, too."""
@@ -213,11 +215,10 @@ class Grouping:
             self._take(call, search, replicas, now)
 
     def _take(self, call: ExpertCall, search: _Search, found: Sequence[ExpertReplica] | None, now: float) -> None:
-        """Go on with these replicas."""
         try:
             search.known = self._rank(call, found, now)
         except TesseractError as error:
-            search.known, call.error = (), call.error or error
+            search.known, search.is_silent, call.error = (), False, call.error or error
         strange = [replica.peer for replica, _ in search.strange]
         search.left = [replica for replica in search.known if replica.peer not in strange]
         if not self._takes_any:
@@ -254,19 +255,24 @@ class Grouping:
         return requests
 
     def _exhausted(self, call: ExpertCall, search: _Search, now: float) -> None:
-        """All replicas known were asked, to no avail."""
-        if self._looks_up and search.num_lookups < MAX_LOOKUPS and search.look_up_at < self.calls.deadline:
-            pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
-            self._pausing[call] = max(now + pause, search.look_up_at)
+        if not search.is_silent:
+            search.gone_at = math.inf
+        elif search.gone_at == math.inf:
+            search.gone_at = now + GONE_SECONDS
+        pause = BLOCK_SECONDS * 2**search.num_lookups if search.num_lookups else 0.0
+        look_up_at = max(now + pause, search.look_up_at)
+        may_come = look_up_at < search.gone_at and search.look_up_at < self.calls.deadline
+        if self._looks_up and search.num_lookups < MAX_LOOKUPS and may_come:
+            self._pausing[call] = look_up_at
         else:
             self._fail(call, search, now)
 
     def _failed(
         self, call: ExpertCall, request: Request, replica: ExpertReplica, error: BaseException, now: float
     ) -> None:
-        """A replica did not answer."""
         search = self._searches[call]
         search.requests.remove(request)
+        search.is_silent = True
         call.error = call.error or error
         self._due[call] = None
         if isinstance(error, SchemaMismatch):
@@ -283,7 +289,7 @@ class Grouping:
                 search.is_redirected = True
                 search.left = named
             else:
-                search.is_redirected = False
+                search.is_redirected, search.is_silent = False, False
                 search.look_up_at = now + max(error.retry_after, BLOCK_SECONDS)
 
     def _fail(self, call: ExpertCall, search: _Search, now: float) -> None:

@@ -23,8 +23,6 @@ _DEVICES = ("cpu", "cuda")
 
 
 class Modes(NamedTuple):
-    """A snapshot of the calling thread's modes."""
-
     grad: bool
     inference: bool
     autocast: tuple[tuple[str, torch.dtype], ...]
@@ -33,7 +31,6 @@ class Modes(NamedTuple):
 
     @classmethod
     def current(cls) -> Modes:
-        """The modes of this thread now."""
         inference, cache = torch.is_inference_mode_enabled(), torch.is_autocast_cache_enabled()
         if cache and not inference and not torch._C._is_any_autocast_enabled():
             # as nearly always: this runs several times in every call

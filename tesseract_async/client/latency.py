@@ -4,8 +4,6 @@ A call is expected to take the way there and back (`path_seconds`, of the path i
 that so far: the server's queue and its work.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -47,10 +45,7 @@ class _Record:
 
 
 class Lateness:
-    """How far answers scatter around what was expected of them, and so when a call counts as hanging.
-
-    Nine in ten of the latest answers would have been within it, those given up counted with what they had taken.
-    """
+    """How far answers scatter around what was expected of them, and so when a call counts as hanging."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=4 * _WINDOW)
@@ -115,7 +110,6 @@ class LatencyBook:
         return None if record is None or record.usual is None else path + record.usual
 
     def is_blocked(self, key: Hashable, now: float) -> bool:
-        """Return whether `block` still holds."""
         record = self._records.get(key)
         return record is not None and record.blocked_until > now
 

@@ -1,7 +1,5 @@
 """The leaves under a loss, and how their gradients get into ``.grad`` once all of them are there."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """The lineages of experts of runs as replies show them: an answer from an older epoch does not count."""
 
-from __future__ import annotations
-
 import logging
 from typing import Final
 

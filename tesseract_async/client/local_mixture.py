@@ -1,7 +1,5 @@
 """`LocalMixture`: a gate whose experts are here: an ordinary module, which answers as the swarm did."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -80,7 +78,6 @@ class LocalMixture(Gate):
         return self._output(x, args, kwargs) if self.is_awaited else self._mix(x, args, kwargs).output
 
     def mix(self, x: torch.Tensor, *args: Structure, **kwargs: Structure) -> Structure:
-        """As `forward`, but gives a `Mixed`."""
         return self._later(x, args, kwargs) if self.is_awaited else self._mix(x, args, kwargs)
 
     async def _later(self, x: torch.Tensor, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]) -> Mixed:
@@ -122,7 +119,7 @@ class LocalMixture(Gate):
                 for total, leaf in zip(sums, leaves, strict=True)
             ]
             if len(call.rows):
-                dispatch.answered(call, 0.0)
+                dispatch.answered([call], 0.0)
         if (error := dispatch.shortage()) is not None:
             raise error
         structure, dtypes = answer, [leaf.dtype for leaf in flatten(answer)]

@@ -9,8 +9,6 @@ Both directions end within their timeouts, whatever peers do. Suffixes of names:
 that answered it), P the pairs of a message.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -48,8 +46,6 @@ _MAX_GAP_HALF: Final = 10.0
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """What is known of one expert's answer."""
-
     block: Block
     replica: ExpertReplica
     version: int
@@ -184,7 +180,6 @@ class _ForwardPass(Pass):
         return server
 
     async def pack(self, request: Request) -> tuple[Block, ApplyRequest, Sequence[memoryview]]:
-        """See `Pass.pack`."""
         versions = await self._least_versions(request)
         block = Block.of(request.open, self.calls.candidates, len(self._matrix))
         values_P = self._call.values(self._matrix, block.rows_P, block.experts_P())
@@ -240,7 +235,6 @@ class _ForwardPass(Pass):
         return {call: max(0, newest - steps) for call, newest in newest.items() if isinstance(newest, int)}
 
     def settled(self, call: ExpertCall, replica: ExpertReplica, seconds: float, path: float) -> None:
-        """See `Pass.settled`."""
         self.experience.latencies.observe(replica_key(replica), seconds, path=path)
 
     def cancelled(self, request: Request, now: float) -> None:
@@ -257,7 +251,6 @@ class _ForwardPass(Pass):
     def add(
         self, block: Block, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: Tensors
     ) -> None:
-        """See `Pass.add`."""
         factors, weights_P = np.ones(len(rows), dtype=self._matrix.dtype), block.weights_P[pairs]
         rows_P = block.rows_P[pairs]
         if block.scales_R is not None:
@@ -334,7 +327,6 @@ class _BackwardPass(Pass):
         self._arrived_R: Values = np.zeros(len(self._matrix))
 
     def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
-        """The primary first."""
         if found is not None:
             return found
         known = self.calls.candidates.replicas_of(call.expert)
@@ -343,7 +335,6 @@ class _BackwardPass(Pass):
         return known
 
     def _kept_at(self, call: ExpertCall, replica: ExpertReplica) -> Block | None:
-        """The forward's block, if that replica keeps it."""
         answer = self._call.answers[self._forward_calls[call]]
         return answer.block if answer.block.kept is not None and answer.replica.peer == replica.peer else None
 
@@ -352,7 +343,6 @@ class _BackwardPass(Pass):
         return replica.peer.peer_id or replica.peer, self._kept_at(call, replica)
 
     async def pack(self, request: Request) -> tuple[Block, ApplyRequest, Sequence[memoryview]]:
-        """See `Pass.pack`."""
         block = Block.of(request.open, self.calls.candidates, len(self._matrix))
         kept = self._kept_at(*next(iter(request.open.items())))
         if kept is not None:
@@ -402,7 +392,6 @@ class _BackwardPass(Pass):
         return block.scales_R[np.searchsorted(block.rows, call.rows)]
 
     def failed(self, call: ExpertCall, replica: ExpertReplica, error: BaseException) -> None:
-        """See `Pass.failed`."""
         if isinstance(error, InputsForgotten):
             self._call.answers[self._forward_calls[call]].block.kept = None
         super().failed(call, replica, error)
@@ -410,7 +399,6 @@ class _BackwardPass(Pass):
     def add(
         self, block: Block, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: Tensors
     ) -> None:
-        """See `Pass.add`."""
         at = torch.from_numpy(rows)
         for i, partial in enumerate(sums):
             if partial is not None:
@@ -431,7 +419,6 @@ class _BackwardPass(Pass):
         )
 
     def input_gradients(self) -> Tensors:
-        """Those of the experts' inputs, and of the values."""
         sums = self._totals
         if self._call.settings.rescale_backward:
             # a row that lost nearly all of its weight is not blown up to noise

@@ -112,14 +112,11 @@ class Pass:
         self._news = asyncio.Event()
         self._failure: BaseException | None = None
 
-    # ------------------------------------------------------------------------------------------------ for subclasses
-
     def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
         """See `Grouping`. Of a call that is new (`found` is None), sets `expected` and `grace`."""
         raise NotImplementedError
 
     def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
-        """See `Grouping`."""
         raise NotImplementedError
 
     async def pack(self, request: Request) -> tuple[Block, ApplyRequest, Sequence[memoryview]]:
@@ -133,7 +130,6 @@ class Pass:
         raise NotImplementedError
 
     def failed(self, call: ExpertCall, replica: ExpertReplica, error: BaseException) -> None:
-        """Learn from a failure."""
         report(self.experience, replica, error)
 
     def settled(self, call: ExpertCall, replica: ExpertReplica, seconds: float, path: float) -> None:
@@ -141,8 +137,6 @@ class Pass:
 
     def cancelled(self, request: Request, now: float) -> None:
         """Learn from a message that was given up before it was answered in full."""
-
-    # ------------------------------------------------------------------------------------------------ the driver
 
     async def run(self, find_more: Callable[[torch.Tensor], Coroutine[object, object, None]] | None = None) -> None:
         """Run the pass to its end and learn from it. `find_more`: see `CallsUnderWay.rows_in_need`.
@@ -208,7 +202,6 @@ class Pass:
             del error  # else its frames hold the error that holds them: a cycle full of tensors
 
     async def _carry(self, request: Request) -> None:
-        """Send one message and take in its reply."""
         loop, experience = asyncio.get_running_loop(), self.experience
         timeout = max(self._deadline - loop.time(), 1e-3)
         error: BaseException | None = None
@@ -303,7 +296,7 @@ class Pass:
     async def _look_up(self, calls: Sequence[ExpertCall]) -> None:
         async def find(call: ExpertCall) -> Sequence[ExpertReplica]:
             with contextlib.suppress(TesseractError, TimeoutError):
-                async with asyncio.timeout_at(self._deadline):
+                async with asyncio.timeout_at(min(self._deadline, self._grouping.gone_at(call))):
                     # one that stood still for a moment is there again long before it says so in the network
                     return await self.experience.node.directory.find(call.uid, even_failed=self.calls.is_strict)
             return ()

@@ -1,7 +1,5 @@
 """The part of a node that the client uses, and calls for code without a loop."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Protocol, TypeVar
 
@@ -72,7 +70,6 @@ class PlainCalls(Uncopied):
 
     @property
     def node(self) -> Node:
-        """The node that makes the calls, on its own loop."""
         raise NotImplementedError
 
     def check(self) -> object:

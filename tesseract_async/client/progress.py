@@ -1,10 +1,9 @@
 """ProgressOf: publishes a trainer's loss for each grid that its module uses."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -37,18 +36,18 @@ class ProgressOf:
                 if len(self._grids) < MAX_GRIDS:
                     self._grids[prefix] = part.node
         self._step, self._losses = 0, list[float]()
+        self._seen: Mapping[str, int] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def add(self, step: int, loss: float) -> None:
-        """Count the loss of a step."""
+    def add(self, step: int, loss: float, seen: Mapping[str, int]) -> None:
+        """`seen`: all samples and tokens so far."""
         if self._grids:
-            self._step = step
+            self._step, self._seen = step, seen
             self._losses.append(loss)
             if self._task is None:
                 self._task = asyncio.get_running_loop().create_task(self._publish(), name="trainer: progress")
 
     async def aclose(self) -> None:
-        """Stop."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -59,9 +58,11 @@ class ProgressOf:
             if self._losses:
                 mean = sum(self._losses) / len(self._losses)
                 self._losses.clear()
+                unit = "tokens" if self._seen.get("tokens") else "samples"
+                seen = self._seen.get(unit, 0)
                 for prefix, node in self._grids.items():
                     try:
-                        await publish_progress(node, prefix, step=self._step, loss=mean)
+                        await publish_progress(node, prefix, step=self._step, loss=mean, seen=seen, unit=unit)
                     except (TesseractError, TimeoutError, RuntimeError) as error:
                         logger.info("the loss could not be published: %s", describe(error))
             await asyncio.sleep(PERIOD)

@@ -82,11 +82,9 @@ class RemoteExpert(nn.Module):
 
     @property
     def node(self) -> Node | PlainCalls:
-        """The node that makes its calls."""
         return self._node
 
     def extra_repr(self) -> str:
-        """The uid, for ``repr``."""
         return self.uid
 
     def with_options(
@@ -199,7 +197,6 @@ class RemoteExpert(nn.Module):
     async def _forward(
         self, forward: Forward, inputs: Sequence[torch.Tensor | None]
     ) -> tuple[list[torch.Tensor], Receipt]:
-        """The outputs, on the first input's device."""
         assert inputs[0] is not None
         outputs, receipt = await self.ask(ForwardExchange(self._experience, forward, inputs))
         self.__dict__["version"] = receipt.version  # a module looks for parameters in whatever it is assigned

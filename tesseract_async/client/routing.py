@@ -8,8 +8,6 @@ coordinates but the last), M values of the last coordinate, U distinct patterns 
 L lines (pairs of a row and an expert).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -81,7 +79,6 @@ class LiveGrid:
         return best_RK
 
     def _scan(self, scores_RS: torch.Tensor, k: int, bias_N: torch.Tensor | None) -> torch.Tensor:
-        """Scores all live experts."""
         first, *others = self.columns_ND.T
         total_RN = scores_RS.index_select(1, first)
         for column in others:
@@ -112,10 +109,7 @@ class LiveGrid:
     def _descend(
         self, scores_RS: torch.Tensor, k: int, bias_PM: torch.Tensor, bias_UM: torch.Tensor, which_P: torch.Tensor
     ) -> torch.Tensor:
-        """Finds the k prefixes with the best live child: the k best experts lie under them, whatever the holes.
-
-        (Were one of them under another prefix, each of these k would hold a better one.)
-        """
+        """Finds the k prefixes with the best live child: the k best experts lie under them, whatever the holes."""
         assert self._by_prefix is not None
         columns_PD, columns_M, expert_PM = self._by_prefix
         first, *others = columns_PD.T
@@ -170,11 +164,9 @@ class Candidates:
         return len(self.grid.coords_ND)
 
     def coords(self, expert: int) -> tuple[int, ...]:
-        """The expert's place in the grid."""
         return tuple(self.grid.coords_ND[expert].tolist())
 
     def uid(self, expert: int) -> str:
-        """The expert's name, ``prefix.i.j...``."""
         return uid_at(self.prefix, self.coords(expert))
 
     def replicas_of(self, expert: int) -> Sequence[ExpertReplica]:
@@ -183,7 +175,6 @@ class Candidates:
 
 
 def uid_at(prefix: str, coords: Sequence[int]) -> str:
-    """The uid at these coordinates of a grid."""
     return ".".join((prefix, *map(str, coords)))
 
 

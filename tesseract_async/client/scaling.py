@@ -4,8 +4,6 @@ Gradients are divided on the way to experts, which step in the midst of backward
 again. The caller of a backward says its scale, or a hook on what `GradScaler.scale` gives notes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import warnings
@@ -43,11 +41,9 @@ class Scaled:
     factor: float
 
     def get_scale(self) -> float:
-        """By how much it was multiplied."""
         return self.factor
 
     def is_enabled(self) -> bool:
-        """It was."""
         return True
 
 

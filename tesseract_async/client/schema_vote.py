@@ -1,7 +1,5 @@
 """The schema of a grid's experts: the word of most of the first few that answer."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """How calls to experts are made, and how a mixture deals with experts that may vanish. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,7 +1,5 @@
 """TensorBoard: a callback that writes each step's figures where TensorBoard reads them."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from tesseract_async.client.trainer import StepReport
@@ -31,7 +29,6 @@ class TensorBoard:
         self._num_failures = 0
 
     def __call__(self, report: StepReport) -> None:
-        """Write one report."""
         if report.error is not None:
             self._num_failures += 1
             self._writer.add_scalar("failures", self._num_failures, report.version)

@@ -102,6 +102,7 @@ class AsyncTrainer(Generic[M]):
     ``trainer.run(..., max_failures=10)`` it is reported with its `error`, and only the eleventh on end is raised.
 
     `loss_of` may return figures with the loss, ``return loss, {"accuracy": accuracy}``; they come in the report.
+    Observers are told how many samples the trainer has seen or, where a figure of this name counts them, ``tokens``.
 
     The master, `module`, is never used for computing and always holds the latest parameters. Each step sees which of
     them want gradients and which submodules train, as set in the master when it starts; parameters and submodules must
@@ -171,6 +172,8 @@ class AsyncTrainer(Generic[M]):
         self.publish = publish
         self.version = 0
         """Optimizer steps taken."""
+        self.seen = {"samples": 0, "tokens": 0}
+        """What the steps were taken on; tokens only where `loss_of` counts them."""
         self._slots = asyncio.Semaphore(in_flight if max_staleness is None else min(in_flight, max_staleness + 1))
         self._idle: list[_ModelCopy[M]] = []
         self._begun_at: dict[int, int] = {}
@@ -186,7 +189,7 @@ class AsyncTrainer(Generic[M]):
         batches that were taken for them; a sampler that must not lose these is saved when no step is under way.
         """
         parts = {name: None if part is None else part.state_dict() for name, part in self._parts().items()}
-        return {"version": self.version, **parts}
+        return {"version": self.version, "seen": dict(self.seen), **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned.
@@ -205,6 +208,7 @@ class AsyncTrainer(Generic[M]):
             if part is not None:
                 part.load_state_dict(state[name])
         self.version = int(state["version"])
+        self.seen |= state.get("seen", {})
 
     def _parts(self) -> dict[str, Any]:
         return {
@@ -264,6 +268,8 @@ class AsyncTrainer(Generic[M]):
                 self._idle.append(replica)
                 self._changed.set()
             figures = {name: float(figure) for name, figure in metrics.items()}
+            self.seen["samples"] += _num_samples(batch)
+            self.seen["tokens"] += int(figures.get("tokens", 0))
             return StepReport(loss.detach(), staleness, self.version, loop.time() - started, metrics=figures)
 
     async def run(
@@ -327,7 +333,7 @@ class AsyncTrainer(Generic[M]):
                         num_failures = 0 if report.error is None else num_failures + 1
                         self._tell(report)
                         if report.error is None:
-                            progress.add(report.version, float(report.loss))
+                            progress.add(report.version, float(report.loss), self.seen)
                         if report.error is not None and num_failures > max_failures:
                             raise _noted(report.error, report.batch, {})
                         yield report
@@ -355,7 +361,6 @@ class AsyncTrainer(Generic[M]):
             return StepReport(torch.tensor(torch.nan), 0, self.version, seconds, error)
 
     async def _backward(self, loss: torch.Tensor) -> float:
-        """Gives the scale of the gradients."""
         if self.scaler is None or not self.scaler.is_enabled():
             await backward(loss)
             return 1.0
@@ -363,8 +368,6 @@ class AsyncTrainer(Generic[M]):
         scale = self.scaler.scale(torch.ones((), device=loss.device)).clone()
         await backward(loss * scale, scaler=Scaled(float(scale)))
         return float(scale)
-
-    # ------------------------------------------------------------------------------------------------ one turn each
 
     def _commit(self, replica: _ModelCopy[M], scale: float, loss: torch.Tensor) -> None:
         """Moves the gradients to the master and takes the step."""
@@ -394,10 +397,7 @@ class AsyncTrainer(Generic[M]):
         self.version += 1
 
     async def _wait_for_turn(self, number: int) -> None:
-        """Until all others under way could still end within `max_staleness` after this step, the oldest first.
-
-        The oldest step under way never waits, and every step ends in the end, by its time-outs if nothing else.
-        """
+        """Until all others under way could still end within `max_staleness` after this step, the oldest first."""
         while self.max_staleness is not None:
             others = sorted(seen for other, seen in self._begun_at.items() if other != number)
             if all(self.version + 1 + i - seen <= self.max_staleness for i, seen in enumerate(others)):
@@ -426,7 +426,6 @@ class _ModelCopy(Generic[M]):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Becomes what the master is now."""
         if self.parameters:
             torch._foreach_copy_(self.parameters, self._masters)
         for mine, own in self._parameters:
@@ -479,7 +478,6 @@ def _uncopiable(master: nn.Module) -> str:
 
 
 def _noted(error: BaseException, batch: int | None, others: Mapping[int, BaseException]) -> BaseException:
-    """The error, which now says whose it is."""
     also = "".join(f"; batch {number}: {type(other).__name__}" for number, other in sorted(others.items()))
     error.add_note(f"in AsyncTrainer.run, batch {batch} (counted from 0){also}")
     return error
@@ -530,3 +528,11 @@ class _Source(Generic[B]):
         if self._making is not None:
             self._making.cancel()
             await asyncio.gather(self._making, return_exceptions=True)
+
+
+def _num_samples(batch: object) -> int:
+    """Return the length of the first tensor in it; 0 if there is none."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.dim() else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((found for part in parts if (found := _num_samples(part))), 0)

@@ -1,7 +1,5 @@
 """Bounds that an endpoint keeps. Users have no reason to change them: they are arguments where machines are built."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

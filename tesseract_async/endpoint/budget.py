@@ -29,8 +29,6 @@ class RoomHolder(Protocol):
 
 
 class Owner(NamedTuple):
-    """Whose bytes they are."""
-
     group: Hashable
     """The peer's address range, or the peer itself where the range tells nothing (loopback)."""
     peer: Hashable
@@ -75,15 +73,12 @@ class Reservation:
             self._budget.changed.append(self)
 
     def release(self) -> None:
-        """Give the room back, or leave the line. Repeating it does nothing."""
         if not self.released:
             self.released = True
             self._budget.leave(self)
 
 
 class _Use:
-    """The bytes that one peer holds."""
-
     __slots__ = ("num_bytes", "announced", "windows", "line", "taken", "num_reservations")
 
     def __init__(self) -> None:
@@ -145,10 +140,7 @@ class Budget:
         return None
 
     def open_window(self, owner: Owner, size: int) -> bool:
-        """Promise a flow-control window, or more of one, unless too many were promised, to all or to this range.
-
-        `close_window` takes it back.
-        """
+        """Promise a flow-control window, or more of one, unless too many were promised, to all or to this range."""
         use = self._use(owner)
         others = sum(one.windows for one in self._groups[owner.group].values())
         if self.windows + size > self.total or (others and others + size > 2 * self.share):
@@ -159,7 +151,6 @@ class Budget:
         return True
 
     def close_window(self, owner: Owner, size: int) -> None:
-        """Take back what `open_window` promised."""
         if size:
             use = self._use(owner)
             use.windows -= size
@@ -167,10 +158,7 @@ class Budget:
             self._forget(owner, use)
 
     def add(self, reservation: Reservation, more: int) -> bool:
-        """Count `more` bytes of it, for which others may have to go. False if there is no room: it has to be released.
-
-        For `Reservation`, as `leave`.
-        """
+        """Count `more` bytes of it, for which others may have to go. False if there is no room: release it."""
         self.used += more
         use = reservation.use
         use.num_bytes += more
@@ -239,11 +227,7 @@ class Budget:
 
 
 class FairCount:
-    """Bytes that cannot be taken back before their time, such as those of calls under way.
-
-    An address range may hold as much as it leaves free, a peer half as much: so something is always left for the next
-    one, however many came before.
-    """
+    """Bytes that cannot be taken back before their time, such as those of calls under way."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -252,7 +236,6 @@ class FairCount:
         self._peers: dict[Hashable, int] = {}
 
     def take(self, owner: Owner, num_bytes: int) -> bool:
-        """Count so many bytes more, unless they are too many."""
         free = self.total - self.used - num_bytes
         group = self._groups.get(owner.group, 0) + num_bytes
         peer = self._peers.get(owner.peer, 0) + num_bytes
@@ -263,7 +246,6 @@ class FairCount:
         return True
 
     def give_back(self, owner: Owner, num_bytes: int) -> None:
-        """End the use of bytes that `take` counted."""
         self.used -= num_bytes
         for counts, key in ((self._groups, owner.group), (self._peers, owner.peer)):
             counts[key] = counts.get(key, 0) - num_bytes

@@ -1,7 +1,5 @@
 """The handlers of a node's calls: by method, or by method and the uid that the call's body begins with. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,7 +76,6 @@ class CallTable:
 
     @property
     def uids(self) -> Collection[str]:
-        """The uids whose calls are answered."""
         return self._by_uid.keys()
 
     def add(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
@@ -89,7 +86,6 @@ class CallTable:
         self._by_method[method] = handler
 
     def remove(self, method: str) -> None:
-        """Undo `add`."""
         if self._by_method.pop(method, None) is not None:
             del self._actions[method]
 
@@ -103,7 +99,6 @@ class CallTable:
         self._by_uid[uid] = handlers
 
     def unhost(self, uid: str) -> None:
-        """Undo `host`."""
         self._by_uid.pop(uid, None)
 
     def action_of(self, method: str) -> Action:

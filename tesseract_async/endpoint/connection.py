@@ -128,7 +128,6 @@ class Connection:
         return self._channels[BULK] is not None
 
     def count_bytes(self) -> None:
-        """Add the raw bytes since the last time to the metrics."""
         for channel in self._channels:
             if channel is not None:
                 received, sent = channel.pipe.bytes_received, channel.pipe.bytes_sent
@@ -200,7 +199,6 @@ class Connection:
                 self.cancel_call(stream)
 
     def cancel_call(self, stream: int) -> None:
-        """Cancel the work at the other end, if it is not done."""
         self.protocol.cancel_call(stream)
         self._wake()
 
@@ -216,7 +214,6 @@ class Connection:
         self._arm_timer()
 
     def room_changed(self, room: Reservation) -> None:
-        """See `RoomHolder`."""
         if room is self._unsent:
             self._drop_unread()
         elif self._lost_reason is None:

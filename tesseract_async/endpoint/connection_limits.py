@@ -1,7 +1,5 @@
 """How many connections a process may hold, and which of those that are not established yet may wait. No I/O."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -24,7 +22,6 @@ class Room(NamedTuple):
 
 
 def room_for(limit: int) -> Room:
-    """Divide `limit` descriptors."""
     usable = int(limit * (1 - KEPT))
     return Room(max(4, usable // 3), max(4, usable // 12), max(1, usable // 12))
 
@@ -90,7 +87,6 @@ class WaitingRoom(Generic[Guest]):
         return True, victim
 
     def leave(self, guest: Guest) -> None:
-        """It is in, or gone. Repeating it does nothing."""
         if guest in self._group_of:
             group = self._group_of.pop(guest)
             del self._groups[group][guest]

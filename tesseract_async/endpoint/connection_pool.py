@@ -1,7 +1,5 @@
 """The connections of a node, and how often dialing its peers has failed. No I/O."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 
@@ -12,10 +10,7 @@ from tesseract_async.transport.base import PeerAddress
 
 
 class ConnectionPool:
-    """Open connections by peer, and the back-off of peers that could not be dialed.
-
-    Back-off counts for a peer where it was said to be: one that came back elsewhere is dialed at once.
-    """
+    """Open connections by peer, and the back-off of peers that could not be dialed."""
 
     MAX_BACKOFFS = 4096
 

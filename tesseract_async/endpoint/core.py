@@ -223,10 +223,7 @@ class ConnectionCore:
             self.receive(call)
 
     def receive(self, call: CallState) -> None:
-        """Take memory for a message whose room was granted, and tell its sender if that has asked.
-
-        Without memory the room is given up, as if it were wanted for others.
-        """
+        """Take memory for a message whose room was granted, and tell its sender if that has asked."""
         announced, call.announced = call.announced, None
         room = call.room
         assert room is not None and announced is not None
@@ -257,7 +254,6 @@ class ConnectionCore:
         return assembly if call.room.fill(call.arrival.size - assembly.left + length) else None
 
     def chunk_finished(self, kind: int, stream: int, length: int) -> CallState | None:
-        """Count a chunk that came; return the call if its message is whole now."""
         if self.windows.measure(length, self.now, self.life.rtt):
             self.life.send_ping(self.now)
         call = self._calls[kind].get(stream)
@@ -267,7 +263,6 @@ class ConnectionCore:
         return None if call.arrival.assembly.left else call
 
     def give_window_back(self, call: CallState) -> None:
-        """The peer may use the window's bytes again that this call's message took."""
         if call.window_bytes:
             self.windows.give_back(call.window_bytes)
             call.window_bytes = 0

@@ -1,7 +1,5 @@
 """Opens and accepts connections: races paths, makes handshakes, and keeps half-open ones few."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
@@ -170,7 +168,6 @@ class Dialer:
         await self._race(peer, self.paths(peer), connection.peer_id, lambda: hello, established)
 
     def paths(self, peer: PeerAddress) -> list[DialPath]:
-        """All ways to `peer` that the transports know."""
         return [path for transport in self._transports for path in transport.paths(peer)]
 
     async def _race(

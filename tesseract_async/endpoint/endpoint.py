@@ -272,7 +272,6 @@ class Endpoint(Uncopied):
         max_reply_bytes: int | None,
         priority: int,
     ) -> tuple[RequestHead, tuple[memoryview, ...], float]:
-        """Checks what a caller gave; the head, the buffers, and the deadline."""
         _check_method(method)
         if not 0 < timeout <= heads.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {heads.MAX_TIMEOUT:.0f} s: {timeout}")
@@ -292,7 +291,6 @@ class Endpoint(Uncopied):
         return connection
 
     def connections(self) -> list[ConnectionInfo]:
-        """Every open connection."""
         return [
             ConnectionInfo(
                 c.peer_id,
@@ -307,7 +305,6 @@ class Endpoint(Uncopied):
         ]
 
     def is_connected(self, peer_id: PeerID) -> bool:
-        """Return whether a connection with this peer is open."""
         return self.pool.find(PeerAddress(peer_id, ())) is not None
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:

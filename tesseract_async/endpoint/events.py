@@ -1,7 +1,5 @@
 """Events of the machine of a connection (`protocol`) for its driver."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from tesseract_async.errors import ConnectionLost
@@ -26,8 +24,6 @@ class CallCancelled(NamedTuple):
 
 
 class PartWanted(NamedTuple):
-    """The next part of the reply to this received call may be sent."""
-
     stream: int
 
 
@@ -40,8 +36,6 @@ class PartReceived(NamedTuple):
 
 
 class ReplyReceived(NamedTuple):
-    """An outgoing call ended with a result, or with the last part of one."""
-
     stream: int
     body: object
     buffers: tuple[memoryview, ...]
@@ -65,8 +59,6 @@ class RequestUnseen(ConnectionLost):
 
 
 class PeerClosed(NamedTuple):
-    """The peer said farewell and sends nothing more."""
-
     reason: str
 
 

@@ -1,7 +1,5 @@
 """Runs the handlers of the calls that one peer makes, and sends what they answer."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -39,7 +37,7 @@ class Deferred(Awaitable[Result], Generic[Result]):
 
     def __await__(self) -> Generator[Any, Any, Result]:
         try:
-            yield from self.future.__await__()
+            yield from asyncio.shield(self.future).__await__()  # others may wait for it, too
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -89,7 +87,6 @@ class Handlers:
         return True
 
     def cancel(self, stream: int) -> None:
-        """The call has ended: its handler is cancelled, or never started."""
         self._held.pop(stream, None)
         running = self._running.pop(stream, None)
         if running is not None:

@@ -1,7 +1,5 @@
 """The first frames on a fresh channel: both sides say hello, and the channel finds its connection."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 

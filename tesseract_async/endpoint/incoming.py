@@ -1,7 +1,5 @@
 """The calls that a peer makes on a connection: requests in, replies out. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -27,8 +25,6 @@ STEP: Final = 256 * 1024
 
 
 class ReceivedCall(CallState):
-    """A call that the peer made."""
-
     grant_kind = frames.GRANT_REQUEST
     delivered = False
     """True once the handler has it; its body is the handler's alone."""
@@ -73,7 +69,6 @@ class ReceivedCall(CallState):
         return is_idle or self.waited + wait > GRACE + self.replied_bytes / LEAST_RATE
 
     def note_wait(self, now: float) -> None:
-        """A part has left or been taken: count the wait for it."""
         if not self.takes_part:
             self.waited += now - self.reply_since
         self.reply_since = now
@@ -341,7 +336,6 @@ class IncomingCalls:
         self._settle()
 
     def lost(self) -> None:
-        """The connection is gone: every call is cancelled."""
         for stream in list(self._calls):
             self.cancel(stream)
         self._settle()

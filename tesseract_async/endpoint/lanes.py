@@ -1,7 +1,5 @@
 """One channel's side of a connection: what waits to be sent on it, and the reader of what arrives. No I/O."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +38,6 @@ class Pace:
 
 
 class Sending:
-    """A large message on its way out."""
-
     __slots__ = ("kind", "stream", "size", "left", "priority", "parts", "granted")
 
     def __init__(

@@ -1,7 +1,5 @@
 """Liveness of a peer: pings, round-trip times, and when to give a silent connection up. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Final
 
@@ -37,7 +35,6 @@ class Liveness:
         self._bulk_out = 0  # ... and of what we sent, those that had come in there by then
 
     def received(self, count: int, now: float, lane: int) -> None:
-        """Bytes came in on this lane; any of them counts as life."""
         self._heard = now
         self._untold += count
         self._lanes[lane].bytes_received += count
@@ -83,7 +80,6 @@ class Liveness:
             self.rtt = measured if self.rtt is None else 0.875 * self.rtt + 0.125 * measured  # RFC 6298, 2.3
 
     def timer_at(self) -> float:
-        """Return the time at which to call `check`."""
         bounds = self._bounds
         if self._pinged:
             due = min(self._heard + bounds.dead_after, self._main_heard + bounds.stall_after)

@@ -1,7 +1,5 @@
 """The calls that this end makes on a connection: requests out, replies in. No I/O."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 
@@ -15,8 +13,6 @@ from tesseract_async.wire.heads import RequestHead
 
 
 class OutgoingCall(CallState):
-    """A call under way."""
-
     grant_kind = frames.GRANT_REPLY
     small = 0
     """Bytes counted against the peer's max_small."""
@@ -104,7 +100,6 @@ class OutgoingCalls:
             self._end(call)
 
     def fail(self, call: OutgoingCall, error: Exception) -> None:
-        """End a call here; the peer is told."""
         self._core.events.append(CallFailed(call.stream, error))
         self.cancel(call.stream)
 
@@ -117,7 +112,6 @@ class OutgoingCalls:
         self.fail(call, ConnectionLost(self._core.peer, f"the reply of {call.head.method} stalled on its way"))
 
     def room_changed(self, call: OutgoingCall, room: Reservation) -> None:
-        """See `RoomHolder`: there is room for the reply, or none any more."""
         if self._calls.get(call.stream) is not call:
             return
         if not room.released:

@@ -8,8 +8,6 @@ arm a timer for `timer_at`, and `deliver` what has changed in the node's budgets
 `room_changed`. Untrusted bytes raise only `ProtocolError`, from the readers; the driver closes then.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable
 
@@ -99,11 +97,9 @@ class ConnectionProtocol:
 
     @property
     def num_calls(self) -> int:
-        """Calls under way in both directions: an idle connection has none."""
         return len(self._outgoing) + len(self._incoming)
 
     def room_changed(self, room: Reservation, now: float) -> None:
-        """A reservation of one of this connection's calls was granted, or taken back."""
         self.core.now = now
         call = room.call
         if isinstance(call, OutgoingCall):
@@ -123,7 +119,6 @@ class ConnectionProtocol:
         return self.lanes[lane].data_to_send(room, now, pace=self.pace, sent=self.incoming.sent)
 
     def has_data(self, lane: int | None = None) -> bool:
-        """True if `data_to_send` would give anything, on this lane or on any."""
         main, bulk = self.lanes
         if lane != BULK and (main.small or main.large or self.pong_due):
             return True
@@ -182,7 +177,6 @@ class ConnectionProtocol:
         self.core.events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
 
     def timer_at(self) -> float:
-        """Return the time at which to call `handle_timer`."""
         deadlines, due = self.core.deadlines, self.life.timer_at()
         return min(due, deadlines[0][0]) if deadlines else due
 

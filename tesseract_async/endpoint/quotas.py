@@ -1,7 +1,5 @@
 """The recent use of each peer, against its quota (`admission.Quota`). No I/O: time is given to it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -20,8 +18,6 @@ BUSY_RETRY: Final = 0.2
 
 @dataclass(slots=True)
 class Use:
-    """The use of one peer under its quota."""
-
     quota: Quota
     calls: TokenBucket | None
     num_bytes: TokenBucket | None
@@ -96,13 +92,11 @@ class Quotas:
         return min(max(use.calls.wait(now, 1.0), 0.001), 3600.0)
 
     def charge(self, peer_id: PeerID, num_bytes: int, now: float) -> None:
-        """A reply of `num_bytes` goes out."""
         use = self._uses.get(peer_id)
         if use is not None and use.num_bytes is not None:
             use.num_bytes.take(num_bytes, now)
 
     def end(self, peer_id: PeerID) -> None:
-        """A call for which `begin` said 0.0 has ended, however."""
         use = self._uses.get(peer_id)
         if use is not None:
             use.under_way -= 1

@@ -1,7 +1,5 @@
 """Flow-control windows: large messages within them need not ask for room first, which saves a round trip. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from tesseract_async.endpoint.budget import Budget, Owner
@@ -10,11 +8,7 @@ from tesseract_async.wire import frames
 
 
 class Windows:
-    """The window that this end keeps for its peer, and the one that the peer keeps for it.
-
-    Ours is promised out of `budget`, opened by the first message that asks, and widened to what rate times delay
-    need. `put` takes frames for the peer.
-    """
+    """The window that this end keeps for its peer, and the one that the peer keeps for it."""
 
     def __init__(
         self, budget: Budget, owner: Owner, window_bytes: int, *, put: Callable[[bytes], None], now: float
@@ -38,7 +32,6 @@ class Windows:
         self._burst_bytes = 0
 
     def try_use(self, size: int) -> bool:
-        """Take `size` bytes of the peer's window, if they are there."""
         if self.out_used + size > self.out_bytes:
             return False
         self.out_used += size
@@ -67,15 +60,11 @@ class Windows:
             raise ProtocolError("a message does not fit the flow-control window")
 
     def give_back(self, size: int) -> None:
-        """Give back what `take` took, and tell the peer."""
         self.in_used -= size
         self._put(frames.frame(frames.CREDIT, stream=size))
 
     def measure(self, count: int, now: float, rtt: float | None) -> bool:
-        """Count a chunk that arrived, and widen our window where rate times delay asks for more.
-
-        True when there is a new rate: the delay should be measured, too.
-        """
+        """Count a chunk that arrived, and widen our window where rate times delay asks for more."""
         if now - self._burst_last > 0.1:
             self._burst_begin, self._burst_bytes = now, 0  # the first chunk of a burst only starts the clock
         else:
@@ -99,6 +88,5 @@ class Windows:
             self._put(frames.frame(frames.WINDOW, stream=self.in_bytes))
 
     def release(self) -> None:
-        """Take our window's promise back: the connection is gone."""
         self._budget.close_window(self._owner, self.in_bytes)
         self.in_bytes = 0

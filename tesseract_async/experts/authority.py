@@ -60,7 +60,6 @@ class Authority:
 
     @property
     def mode(self) -> str:
-        """``granted`` or ``open``."""
         return self.tag.mode
 
     @property
@@ -87,10 +86,7 @@ class Authority:
 
     @property
     def sync_every(self) -> float:
-        """Seconds between two states that an expert's other servers fetch."""
         return self.run.manifest.sync_every
-
-    # ------------------------------------------------------------------------------------------------ who may
 
     def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool:
         """Return whether `peer_id` may act as `role`, for `uid` or (None) at all.
@@ -110,11 +106,9 @@ class Authority:
         return any(self.may(peer_id, role, now=None) for role in ("host", "train", "share"))
 
     def grant_of(self, peer_id: PeerID) -> Grant | None:
-        """The grant that holds for this peer."""
         return self._grants.get(peer_id)
 
     def grants(self) -> list[Grant]:
-        """Every grant that is known and holds."""
         return list(self._grants.values())
 
     def revoked(self) -> list[PeerID]:
@@ -127,11 +121,9 @@ class Authority:
         return sorted(some, key=lambda one: (one.serial, one.digest))
 
     def is_revoked(self, peer_id: PeerID) -> bool:
-        """Return whether it was revoked and has no newer grant."""
         return peer_id in self._since and peer_id not in self._grants
 
     def appointment(self, uid: str) -> Appointment | None:
-        """The appointment that holds for this uid."""
         if uid not in self._appointed:
             some = (one for one in reversed(self.appointments()) if uid in one.pattern)
             self._appointed[uid] = next(some, None)
@@ -141,13 +133,8 @@ class Authority:
         """The lowest epoch of a Term that begins now (seconds since 1970)."""
         return max(0, int(now) - EPOCH_ZERO)
 
-    # ------------------------------------------------------------------------------------------------ learning
-
     def learn_grant(self, blob: object, peer_id: PeerID | None = None) -> bool:
-        """Take in a grant, which must be `peer_id`'s if that is given. Return whether it, or a newer one, holds.
-
-        Untrusted; False for anything that is wrong with it. One that is known costs a look-up.
-        """
+        """Take in a grant, which must be `peer_id`'s if that is given. Return whether it, or a newer one, holds."""
         known = None if peer_id is None else self._grants.get(peer_id)
         if known is not None and known.blob == blob:
             return True
@@ -221,7 +208,6 @@ class Authority:
         return authority
 
     def next_number(self, signer: PeerID) -> int:
-        """The number of the signer's next revocations."""
         return max((one.number + 1 for one in self._revocations.values() if one.signer == signer), default=0)
 
     def next_serial(self, peer_id: PeerID, now: float) -> int:
@@ -283,7 +269,6 @@ class Authority:
                 self._invites.update(peer for peer in one.invites if peer not in safe)
 
     def rules(self, signer: PeerID) -> bool:
-        """Return whether it may grant, revoke and appoint."""
         return signer == self.owner or signer in self.delegates
 
     def _counts(self, one: Appointment) -> bool:

@@ -3,8 +3,6 @@
 A pattern may name more uids than fit any memory, so it is never expanded: members are counted and drawn by their rank.
 """
 
-from __future__ import annotations
-
 import hashlib
 from bisect import bisect_right
 from collections import defaultdict
@@ -55,11 +53,7 @@ def choose(
 
 
 def losers(mine: Iterable[Coords], others: Mapping[PeerID, Collection[Coords]], me: PeerID) -> set[Coords]:
-    """Return those of `mine` that another newcomer keeps, which reserved them at the same time.
-
-    Both sides compute the same: of those that reserved an expert, the one with the lowest hash of expert and id keeps
-    it. (By the id alone, a peer that ground a low one would always win.)
-    """
+    """Return those of `mine` that another newcomer keeps, which reserved them at the same time."""
     return {
         coords
         for coords in mine

@@ -8,8 +8,6 @@ would let them meet by chance. Reservations bind nobody: a server that ignores t
 A reservation is bytes: the number of dimensions, then 4 bytes (big-endian) per coordinate, expert by expert.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -56,7 +54,6 @@ class ExpertClaim:
         """uid -> whether nobody hosted it when it was chosen, so that this node will train it."""
 
     async def reserve(self, coords: Sequence[Coords]) -> None:
-        """Say in the network that these are taken, in place of what was said before."""
         values = {str(number): part for number, part in enumerate(encode_reservation(coords))}
         if grant := self._trust.own_grant(self._prefix):
             values[GRANT_SUBKEY] = grant
@@ -67,7 +64,6 @@ class ExpertClaim:
             await self._network.withdraw(self._key, subkey=subkey)
 
     async def release(self) -> None:
-        """Withdraw the reservation; if that fails, it expires."""
         gone, self._subkeys = self._subkeys, set()
         for subkey in gone:
             try:
@@ -114,7 +110,6 @@ async def claim_experts(
 
 
 def claims_key(prefix: str, tag: RunTag | None = None) -> str:
-    """Where newcomers to this grid reserve experts."""
     return f"claims/{grid_key(prefix, tag)}"
 
 
@@ -142,7 +137,6 @@ def decode_reservation(value: object) -> list[Coords]:
 async def _hosted(
     network: TesseractNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
 ) -> Counter[Coords]:
-    """Count the other servers that host each expert of the grid."""
     entries = await network.get_entries(trust.grid_key(pattern.prefix))
     others = [entry for entry in entries if entry.owner != network.peer_id]
     claims = await read_claims(others, prefix=pattern.prefix, now=clock(), trust=trust)
@@ -156,7 +150,6 @@ async def _hosted(
 async def _reserved(
     network: TesseractNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
 ) -> dict[PeerID, set[Coords]]:
-    """Read what others reserved."""
     found: dict[PeerID, set[Coords]] = {}
     run = trust.authority(pattern.prefix)
     entries = await network.get_entries(claims_key(pattern.prefix, trust.tag(pattern.prefix)))

@@ -1,7 +1,5 @@
 """How a node finds experts: one uid when asked, whole grids kept fresh in the background."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -95,7 +93,6 @@ class _Grid:
         self._version = 0
 
     def take(self, claims: list[Claim], tables: dict[tuple[int, ...], GridTable]) -> None:
-        """Take what was read now, sorted for each size."""
         self.claims, self._tables = claims, tables
         self.views.clear()
 
@@ -118,11 +115,7 @@ class _Grid:
 
 
 class ExpertDirectory(Uncopied):
-    """A node's knowledge of others' experts. One per node; used on the node's loop only.
-
-    Everything that it reads was written by strangers: what does not decode is dropped and counted
-    (``manifests_dropped``), and a wrong claim costs a failed call, after which `report_failure` hides it.
-    """
+    """A node's knowledge of others' experts. One per node; used on the node's loop only."""
 
     def __init__(
         self,
@@ -283,7 +276,6 @@ class ExpertDirectory(Uncopied):
             self._forget(replica.uid)
 
     def report_answer(self, replica: ExpertReplica) -> None:
-        """Note that the replica answered a call: earlier failures are forgotten."""
         owner = replica.peer.peer_id
         if self._masks and owner is not None and self._masks.answered(owner, replica.uid):
             self._forget(replica.uid)

@@ -87,7 +87,6 @@ class Grant:
 
     @property
     def role_names(self) -> list[Role]:
-        """The roles in words."""
         return [role for role, bit in ROLES.items() if self.roles & bit]
 
 
@@ -267,7 +266,6 @@ def sign_appointment(
 
 
 def is_within(inner: ExpertPattern | None, outer: ExpertPattern | None) -> bool:
-    """Return whether every uid of `inner` is one of `outer` (None: all)."""
     if outer is None or inner is None:
         return outer is None
     pairs = list(zip(inner.ranges, outer.ranges, strict=False))

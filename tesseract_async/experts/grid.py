@@ -1,7 +1,5 @@
 """The live experts of one grid as arrays: what a beam search runs on. No I/O."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +52,6 @@ class Claim:
         return np.flatnonzero((self.manifest.coords == np.array(coords)).all(axis=1)).tolist()
 
     def replica(self, prefix: str, row: int, *, masks: Masks | None = None) -> ExpertReplica:
-        """The expert in this row of the manifest."""
         uid = join_uid(prefix, self.manifest.coords[row].tolist())
         peer = PeerAddress(self.owner, self.manifest.addresses, self.manifest.rendezvous)
         doubt = masks.doubt(self.owner, uid) if masks else 0
@@ -78,11 +75,7 @@ def _rank(replica: ExpertReplica) -> tuple[bool, int, int, int]:
 
 
 def in_order_of_trust(claims: Iterable[Claim], known: Collection[PeerID] = ()) -> list[Claim]:
-    """The claims as they get room where it is short: of owners in `known` first, then of those that claim the least.
-
-    Owners with more than `MAX_ROWS_OF_OWNER` rows lose their oldest manifests. So neither one identity with many
-    manifests nor many identities with long ones crowd out the servers that were there before, or that host little.
-    """
+    """The claims as they get room where it is short: of owners in `known` first, then of those that claim the least."""
     of_owner: dict[PeerID, list[Claim]] = {}
     for claim in claims:
         of_owner.setdefault(claim.owner, []).append(claim)
@@ -203,7 +196,6 @@ class GridView:
         return len(self.coords)
 
     def uid(self, row: int) -> str:
-        """The uid of the expert in this row of `coords`."""
         return join_uid(self.prefix, self.coords[row].tolist())
 
     def row_of(self, coords: Sequence[int]) -> int | None:
@@ -247,14 +239,12 @@ class _Replicas(Mapping[tuple[int, ...], list[ExpertReplica]]):
 
 
 def _firsts(ascending: Coordinates) -> npt.NDArray[np.bool_]:
-    """True for the rows that differ from the one before."""
     first = np.ones(len(ascending), dtype=bool)
     first[1:] = (ascending[1:] != ascending[:-1]).any(axis=1)
     return first
 
 
 def _rows_at(ascending: Coordinates, coords: Sequence[int]) -> range:
-    """The rows of `ascending` that equal `coords`."""
     low, high = 0, len(ascending)
     for dim, value in enumerate(coords):
         column = ascending[low:high, dim]

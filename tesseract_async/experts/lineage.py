@@ -4,8 +4,6 @@ It keeps what was seen of one expert and says which Term holds; all who have see
 by epoch, never by version, so that nobody gains anything by naming a large one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections import Counter
@@ -157,7 +155,6 @@ class Lineage:
             self._home, self._is_home_old, self._is_stale = term.digest, is_old, True
 
     def is_home(self, term: Term) -> bool:
-        """Return whether it is of the tree that this server goes by."""
         home = None if self._home is None else self._terms.get(self._home)
         return home is not None and self._root(home) == self._root(term)
 
@@ -168,7 +165,6 @@ class Lineage:
             self._is_stale = True
 
     def shown(self, term: Term) -> None:
-        """Its file can be had."""
         self._missed.pop(term.primary, None)
         if term.primary in self._unshown:
             self._unshown.discard(term.primary)
@@ -181,12 +177,10 @@ class Lineage:
         return None if term is self.best else term
 
     def authority_changed(self) -> None:
-        """Grants, revocations or appointments may be others now."""
         self._is_stale = True
 
     @property
     def best(self) -> Term | None:
-        """The Term that holds; None while none was seen."""
         if self._is_stale:
             self._is_stale = False
             before, self._best = self._best, self._find_best()
@@ -205,20 +199,15 @@ class Lineage:
         return 0 if self.best is None else self.best.epoch
 
     def seal_of(self, term: Term) -> Seal | None:
-        """The newest Seal of a Term, or its parent where it has none yet: the state that others have of it.
-
-        Of an exposed primary, the one before the two.
-        """
+        """The newest Seal of a Term, or its parent where it has none yet: the state that others have of it."""
         if term.digest in self._exposed:
             return term.seal
         return self._seals.get(term.digest, term.seal)
 
     def own_seal_of(self, term: Term) -> Seal | None:
-        """The newest Seal of this very Term."""
         return self._seals.get(term.digest)
 
     def term_of(self, seal: Seal) -> Term | None:
-        """The Term that a Seal belongs to, if that was seen."""
         return self._terms.get(seal.term)
 
     def is_in_line(self, seal: Seal, term: Term) -> bool:
@@ -232,11 +221,9 @@ class Lineage:
         return line if seal is None else [*line, seal.blob]
 
     def is_exposed(self, term: Term) -> bool:
-        """Return whether its primary signed two Seals of one number."""
         return term.digest in self._exposed
 
     def evidence(self, term: Term) -> tuple[Seal, Seal] | None:
-        """The two Seals that expose its primary."""
         return self._exposed.get(term.digest)
 
     def _may(self, record: Term | Seal) -> bool:
@@ -285,10 +272,7 @@ class Lineage:
         return weights
 
     def _is_refuted(self, term: Term, lines: Mapping[bytes, set[bytes]]) -> bool:
-        """Return whether the line that it thought dead went on after it, by the word of its primaries.
-
-        No adoption comes within a lease of a member's Term: members have the expert before others may adopt it.
-        """
+        """Return whether the line that it thought dead went on after it, by the word of its primaries."""
         assert term.seal is not None
         adopts = term.kind is Kind.ADOPTION
         for digest, line in lines.items():
@@ -317,7 +301,6 @@ class Lineage:
         return {digest for step in self._walk(term) for digest in (step.digest, *_parent(step))}
 
     def _root(self, term: Term) -> bytes:
-        """The last of these digests."""
         *_, last = self._walk(term)
         return (last.digest, *_parent(last))[-1]
 

@@ -137,8 +137,6 @@ def _shard_key(grid: str, uid: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Manifest:
-    """One part of a manifest, decoded."""
-
     prefix: str
     """The grid's."""
     sequence: int
@@ -368,7 +366,6 @@ def decode_tag(reader: Reader) -> tuple[RunTag | None, bytes]:
 
 
 def _ascends(coords: Coordinates) -> bool:
-    """Return whether each row is greater than the one before it."""
     change = np.diff(coords, axis=0)
     first = (change != 0).argmax(axis=1)  # the dimension that decides; 0 for equal rows, where the change is 0
     return bool((change[np.arange(len(change)), first] > 0).all())

@@ -5,8 +5,6 @@ anew each time. The first failure is forgiven with the server's next manifest, f
 one. Every further one before an answer hides the replica for twice as long, whatever it publishes meanwhile.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tesseract_async.identity import PeerID
@@ -27,8 +25,6 @@ class _Mask:
 
 
 class Masks:
-    """The failures of other servers' replicas, as this node saw them."""
-
     def __init__(self) -> None:
         self._masks: dict[tuple[PeerID, str], _Mask] = {}
         self._silent: dict[PeerID, None] = {}
@@ -80,7 +76,6 @@ class Masks:
         return mask.num_failures + mask.num_late if mask is not None else int(owner in self._silent)
 
     def hidden(self) -> list[tuple[PeerID, str, int, float]]:
-        """Owner, uid, sequence and time of each mask, for building views."""
         return [(owner, uid, mask.sequence, mask.until) for (owner, uid), mask in self._masks.items()]
 
     @staticmethod

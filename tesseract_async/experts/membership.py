@@ -1,7 +1,5 @@
 """`Membership`: what a server knows of an expert's primary, for whom it voted, what it may do, and signs. No I/O."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,7 +49,6 @@ class Poll:
     """True if an answer said that there is a primary."""
 
     def settles(self, peer: PeerID, question: Question) -> bool:
-        """Return whether this peer's answer is waited for; it is not any more."""
         if peer not in self.waiting or (question.kind, question.epoch) != (self.kind, self.epoch):
             return False
         self.waiting.discard(peer)
@@ -73,8 +70,6 @@ class Leave:
 
 
 class Membership:
-    """One server among those of an expert."""
-
     def __init__(
         self, identity: Identity, uid: str, authority: Authority, *, boot: bytes, now: float, wall: float
     ) -> None:
@@ -150,7 +145,6 @@ class Membership:
         return exposed or now >= max(self.heard, self.agreed_at) + self.lease
 
     def silence_at(self, state: State) -> float:
-        """When the silence has been long enough to ask whether the primary is gone."""
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
         if state is State.HOLDING:
@@ -170,11 +164,6 @@ class Membership:
         return gone and self.lineage.seal_of(best) is None
 
     def may_begin(self, now: float, wall: float) -> bool:
-        """Return whether nobody has a state of the expert.
-
-        Where the network may have forgotten it, or another host's manifest names an epoch of which nothing is known,
-        a server that has it is given ten leases to come; then the run must let experts begin anew.
-        """
         if not self.is_unsealed(now):
             return False
         forgotten = self._authority.may_be_forgotten(wall)
@@ -191,7 +180,6 @@ class Membership:
         return now - self.looked_at < max(self.lease / 2, 5.0) and past
 
     def ask(self, kind: str, others: set[PeerID], epoch: int, now: float) -> tuple[Poll, list[Send]]:
-        """Ask all of these the same."""
         best, held = self.lineage.best, self.held
         term = b"" if best is None or kind == "vote" else best.blob
         question = Question(kind, epoch, self._boot, term, b"" if held is None else held.blob)
@@ -221,7 +209,6 @@ class Membership:
     # -- votes ---------------------------------------------------------------------------------------------------------
 
     def promise(self, epoch: int, candidate: PeerID, now: float) -> None:
-        """Vote for this candidate, maybe itself. To be on the disk before it is said."""
         self.promised, self._voted_for, self._promised_at = epoch, bytes(candidate), now
 
     def take_back_own_vote(self) -> None:
@@ -247,12 +234,10 @@ class Membership:
         return epoch > self.promised or (epoch == self.promised and self._voted_for == peer)
 
     def sign_vote(self, peer: PeerID, epoch: int) -> Vote:
-        """Sign the vote that was promised."""
         assert self.held is not None
         return sign_vote(self._identity, self._run, uid=self.uid, epoch=epoch, candidate=peer, seal=self.held.age)
 
     def read_vote(self, peer: PeerID, blob: bytes, epoch: int) -> Vote | None:
-        """Read `peer`'s vote for this server; None if it is none. Untrusted."""
         try:
             vote = read_vote(blob, self._run)
         except ProtocolError:
@@ -264,11 +249,9 @@ class Membership:
     # -- what it may do, and signs -------------------------------------------------------------------------------------
 
     def may_host(self, peer: PeerID) -> bool:
-        """Return whether this peer may host the expert."""
         return self._authority.may(peer, "host", self.uid, now=None)
 
     def may_succeed(self, peer: PeerID) -> bool:
-        """Return whether this peer may be named as a successor."""
         return self.may_host(peer) and peer not in self.leave.passive
 
     def may_stand(self, kind: Kind, seal: Seal | None, wall: float) -> bool:
@@ -320,7 +303,6 @@ class Membership:
     def sign_seal(
         self, own: OwnTerm, root: bytes, size: int, version: int, *, successors: tuple[PeerID, ...], wall: float
     ) -> Seal:
-        """Sign the state in this file, as the next one of this server's Term."""
         return sign_seal(
             self._identity,
             self._run,

@@ -1,7 +1,5 @@
 """Names of files, by the root of a hash tree, and proofs that a peer has one. No I/O."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
@@ -31,7 +29,6 @@ def leaves_of(parts: Iterable[bytes | bytearray | memoryview]) -> list[bytes]:
 
 
 def num_leaves(size: int) -> int:
-    """Return how many leaves a file of so many bytes has: at least one."""
     return max(1, -(-size // LEAF_BYTES))
 
 
@@ -54,18 +51,13 @@ def root_of(data: bytes | bytearray | memoryview) -> bytes:
 
 
 class Readable(Protocol):
-    """A file that is read in parts."""
-
     size: int
 
     def read(self, offset: int, num_bytes: int) -> bytes | memoryview: ...
 
 
 def possession(data: bytes | bytearray | memoryview | Readable, nonce: bytes) -> bytes:
-    """Return the proof that this node has a file: a hash of the 16 pieces of 4 KiB that the asker's `nonce` chooses.
-
-    A node that lacks more than a few of the file's pieces cannot make it.
-    """
+    """Return the proof that this node has a file: a hash of the 16 pieces of 4 KiB that the asker's `nonce` chooses."""
     view = memoryview(data).cast("B") if isinstance(data, bytes | bytearray | memoryview) else data
     size = len(view) if isinstance(view, memoryview) else view.size
     proof = hashlib.sha256(b"tesseract possession 1\0" + nonce + size.to_bytes(8, "big"))

@@ -1,7 +1,5 @@
 """`OwnTerm`: the Term of this server, the members that decide with it, and its lease by their word. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Set
 from random import Random
 from typing import Final
@@ -21,15 +19,10 @@ Age = tuple[int, int]
 
 
 class OwnTerm:
-    """One Term of this server, from its candidacy on."""
-
     def __init__(
         self, term: Term, others: tuple[PeerID, ...], votes: Mapping[PeerID, tuple[float, Age]], *, now: float
     ) -> None:
-        """`others` decide at first. Their `votes` count as agreement: when each was asked, and its file's age.
-
-        Those who voted have heard nothing of the former primary for a lease: it is replaced before it is waited for.
-        """
+        """`others` decide at first. Their `votes` count as agreement: when each was asked, and its file's age."""
         self.term = term
         self.number = 0
         """The number of its newest Seal."""
@@ -49,7 +42,6 @@ class OwnTerm:
 
     @property
     def is_settled(self) -> bool:
-        """True if no change of members is under way."""
         return self.settled == self.named
 
     def is_content(self, hosts: Set[PeerID]) -> bool:
@@ -57,7 +49,6 @@ class OwnTerm:
         return self.is_settled and (len(self.named) >= NUM_SUCCESSORS or hosts <= set(self.named))
 
     def is_left(self, now: float, lease: float) -> bool:
-        """Return whether its members have stopped to listen."""
         return now >= self.fenced_at + lease and len(self.settled) > 1
 
     def agreed(self, peer: PeerID, sent: float, held: Age) -> None:
@@ -71,15 +62,11 @@ class OwnTerm:
         self._holds.pop(peer, None)
 
     def sealed(self, seal: Seal) -> None:
-        """Take in the newest Seal."""
         self.named, self._age = seal.successors, seal.age
         self._settle()
 
     def lease_until(self, renewed: float, lease: float) -> float:
-        """When the lease ends: two thirds of one after a majority agreed, counted from sending.
-
-        One or two go on for a whole one after the network took their word: availability first.
-        """
+        """When the lease ends: two thirds of one after a majority agreed, counted from sending."""
         return min(self._until(some, renewed, lease) for some in (self.settled, self.named))
 
     def heirs(self, hosts: Set[PeerID], now: float, lease: float) -> list[PeerID]:

@@ -1,7 +1,5 @@
 """The records that a run's owner and its delegates sign: grants, invites, revocations, appointments."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -79,7 +79,6 @@ class ExpertPattern:
         return rank
 
     def __iter__(self) -> Iterator[str]:
-        """Every uid, the last coordinate running fastest."""
         return (join_uid(self.prefix, coords) for coords in itertools.product(*self.ranges))
 
     def __contains__(self, uid: object) -> bool:

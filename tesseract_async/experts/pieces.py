@@ -5,8 +5,6 @@ root; each further piece is a leaf, checked against the list, so the sender of a
 one leaf is piece 0 itself.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Collection, Hashable, Sequence
@@ -38,7 +36,6 @@ Source = TypeVar("Source", bound=Hashable)
 
 
 def size_of(piece: int, size: int) -> int:
-    """Return the bytes of one piece of a file of `size` bytes."""
     count = num_leaves(size)
     if count == 1:
         return size
@@ -104,12 +101,10 @@ class PieceFetch(Generic[Source]):
 
     @property
     def is_done(self) -> bool:
-        """True if every piece has arrived."""
         return not self._num_missing
 
     @property
     def is_hopeless(self) -> bool:
-        """True if no source is left."""
         return not self._sources and not self.is_done
 
     def add(self, source: Source, *, rate: float = 0.0) -> None:
@@ -134,7 +129,6 @@ class PieceFetch(Generic[Source]):
         self._num_missing = len(self._wanted)
 
     def asks(self, now: float) -> list[Ask[Source]]:
-        """Return what to ask now, each of the source that would bring it first."""
         found: list[Ask[Source]] = []
         num_under_way = sum(len(work.asked) for work in self._sources.values())
         ready = {source: work for source, work in self._sources.items() if work.has_room(now)}
@@ -213,7 +207,6 @@ class PieceFetch(Generic[Source]):
             self.drop(source, reason)
 
     def drop(self, source: Source, reason: str) -> None:
-        """Leave a source: it lied, does not have the file, or is gone."""
         work = self._sources.pop(source, None)
         self.dropped.setdefault(source, reason)
         while work is not None and work.asked:
@@ -232,7 +225,6 @@ class PieceFetch(Generic[Source]):
         return gone
 
     def wake_at(self, now: float) -> float:
-        """When to call `leave_silent` and `asks` again, if nothing arrives before."""
         times = [math.inf]
         for work in self._sources.values():
             if work.asked:
@@ -243,5 +235,4 @@ class PieceFetch(Generic[Source]):
 
 
 def split_list(data: bytes | bytearray | memoryview) -> list[bytes]:
-    """Return the hashes in piece 0."""
     return [bytes(data[at : at + HASH_BYTES]) for at in range(0, len(data), HASH_BYTES)]

@@ -1,7 +1,5 @@
 """The places of a run's members, read from the network."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Iterable

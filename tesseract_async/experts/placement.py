@@ -8,8 +8,6 @@ A member that would compute an expert which it only holds needs nothing but its 
 hashing, places files for survival and successors for the next primary.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections import Counter, defaultdict
@@ -87,14 +85,11 @@ class Part(NamedTuple):
 
     @property
     def demand(self) -> float:
-        """Rows each second that are wanted of it."""
         return self.rate + self.waiting / WAIT_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a member has room for, and what it has."""
-
     peer: PeerID
     room: int
     """Experts that it computes at most; 0: it only holds."""
@@ -119,12 +114,10 @@ class Place:
 
     @property
     def can_lead(self) -> bool:
-        """True if it can lead one more: those that it only follows give way."""
         return self.num_led < self.room
 
     @property
     def pressure(self) -> float:
-        """Demand by speed."""
         demand = sum(part.demand for part in self.parts.values())
         return demand / self.speed if self.speed > 0 else 0.0
 
@@ -208,8 +201,6 @@ class Survey:
 
 
 class Step(NamedTuple):
-    """Something that a member should do."""
-
     kind: str
     """``hold`` or ``follow`` an expert that others have, or ``help`` a primary that has too much to do; ``begin`` one
     that nobody has, or ``restart`` one whose state is lost; ``drop`` a copy; ``move`` one that it leads to `peer`."""
@@ -281,7 +272,6 @@ def _begin(
     may: Callable[[PeerID, str], bool],
     steps: dict[PeerID, list[Step]],
 ) -> None:
-    """Share experts that nobody has out, to those with the most room."""
     wanted: Counter[PeerID] = Counter()
     for uid in sorted(survey.named - survey.alive):  # by several at once: one of them keeps it
         parts = survey.parts[uid]
@@ -318,11 +308,7 @@ def unknown(survey: Survey, pattern: ExpertPattern) -> Iterator[str]:
 def _relieve(
     survey: Survey, free: dict[PeerID, int], may: Callable[[PeerID, str], bool], steps: dict[PeerID, list[Step]]
 ) -> None:
-    """Relieve servers of which more is wanted than they can: the hottest first, each server in one move at most.
-
-    Its hottest expert goes to a server that has the state already; where none of those can take it, a helper begins
-    to take forwards, and may be its next primary. Failing both for this expert, the next one is looked at.
-    """
+    """Relieve servers of which more is wanted than they can: the hottest first, each server in one move at most."""
     places = survey.places
     pressure = {peer: place.pressure for peer, place in places.items()}
     hot = sorted((peer for peer in places if pressure[peer] > HOT), key=lambda peer: (-pressure[peer], peer))
@@ -473,11 +459,7 @@ class Placement:
             self._missed.setdefault(uid, now)
 
     def _may_begin(self, survey: Survey, uid: str, now: float, wall: float) -> bool:
-        """Return whether an expert that nobody has was never begun, as far as one can tell, or may begin anew.
-
-        Where the run went on all the time, its members know of a state that was lost. Where everybody comes back after
-        a while, those that have the state may come later than others.
-        """
+        """Return whether an expert that nobody has was never begun, as far as one can tell, or may begin anew."""
         if uid not in self.lost:
             if 0 <= wall - self._created < YOUNG:
                 return True

@@ -19,8 +19,6 @@ Layout, integers big-endian::
                 2 x 4 bytes   rows each second (float), and rows that wait
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,8 +48,6 @@ _PART: Final = struct.Struct(">BIIIfI")
 
 @dataclass(frozen=True, slots=True)
 class PlacePart:
-    """One part, decoded."""
-
     prefix: str
     tag: RunTag
     grant: bytes
@@ -68,7 +64,6 @@ class PlacePart:
 
 
 def places_key(prefix: str, tag: RunTag) -> str:
-    """Where the members of a run publish their places."""
     return f"run-places/{tag.run_id(prefix).hex()}"
 
 

@@ -1,9 +1,7 @@
-"""Trainers' progress, as observers see it: the latest step and loss of each trainer of a grid, in the network."""
-
-from __future__ import annotations
+"""Trainers' progress, as observers see it: how far each trainer of a grid is, in the network."""
 
 import math
-from typing import Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from tesseract_async.experts.thanks import Thanks, publish_thanks
 from tesseract_async.experts.trust import Trust
@@ -12,11 +10,25 @@ from tesseract_async.network.network import TesseractNetwork
 
 PROGRESS_TTL: Final = 60.0
 """Seconds that a trainer is shown after it was last heard of."""
+UNITS: Final = ("samples", "tokens")
+"""What trainers count."""
+MERGED: Final = "merged"
+"""The trainer whose loss is that of the parameters that all trainers share."""
+
+
+class Progress(NamedTuple):
+    """How far one trainer is."""
+
+    step: int
+    loss: float
+    left_out: int = 0
+    """Answers and gradients that its gates went on without."""
+    seen: int = 0
+    """Samples or tokens; 0 where it does not say."""
+    unit: str = UNITS[0]
 
 
 class OnNetwork(Protocol):
-    """A node."""
-
     @property
     def network(self) -> TesseractNetwork:
         """The network that it takes part in."""
@@ -35,31 +47,50 @@ class OnNetwork(Protocol):
 
 
 def progress_key(prefix: str) -> str:
-    """Return where the progress of training the grid `prefix` is stored."""
     return f"progress/{prefix}"
 
 
-def read_progress(value: object) -> tuple[int, float, int] | None:
-    """Return step, loss and answers left out, or None for a malformed value, such as an infinity, which JSON does not
-    know. Untrusted."""
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        return None
-    step, loss, left_out = value
-    if not all(type(number) is int and 0 <= number < 2**53 for number in (step, left_out)):
-        return None
-    if not isinstance(loss, int | float) or not math.isfinite(loss):
-        return None
-    return step, round(float(loss), 6), left_out
+def read_progress(value: object) -> Progress | None:
+    """Return what a trainer says; None for a malformed value, such as an infinity, which JSON does not know.
 
-
-async def publish_progress(node: OnNetwork, prefix: str, *, step: int, loss: float, trainer: str = "") -> None:
-    """Show observers the progress of training the grid `prefix`, and how many answers and gradients the node's gates
-    went on without. Call it every few seconds, not at every step. Once a minute it also thanks the servers, by name,
-    for the rows and steps that the node received (`experts.thanks`).
-
-    `AsyncTrainer.run` does so by itself. `trainer` tells several trainers on one node apart.
+    Untrusted. Later versions may append to the list.
     """
+    if not isinstance(value, list | tuple) or len(value) < 3:
+        return None
+    fields: list[Any] = [*list(value[:5]), *(0, UNITS[0])[len(value) - 3 :]]
+    step, loss, left_out, seen, unit = fields
+    if not all(type(number) is int and 0 <= number < 2**53 for number in (step, left_out, seen)):
+        return None
+    if not isinstance(loss, int | float) or not math.isfinite(loss) or unit not in UNITS:
+        return None
+    return Progress(step, round(float(loss), 6), left_out, seen, unit)
+
+
+async def publish_progress(
+    node: OnNetwork,
+    prefix: str,
+    *,
+    step: int,
+    loss: float,
+    seen: int = 0,
+    unit: str = UNITS[0],
+    trainer: str = "",
+) -> None:
+    """Show observers the progress of training the grid `prefix`. Call it every few seconds, not at every step.
+
+    `AsyncTrainer.run` does so by itself. Once a minute it also thanks the servers, by name, for the rows and steps that
+    the node received (`experts.thanks`), and it tells how many answers and gradients the node's gates went on without.
+
+    - `seen`: how many `unit` this trainer has seen so far: ``samples`` or ``tokens``.
+    - `trainer`: tells several trainers on one node apart. The loss of ``merged`` is that of the model that trainers
+      share (`SharedParameters.merged`).
+
+    Raises: ValueError for another unit; what the network raises.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"trainers see {' or '.join(UNITS)}, not {unit!r}")
     left_out = int(node.metrics.total("answers_left_out"))
-    await node.network.store(progress_key(prefix), [step, loss, left_out], ttl=PROGRESS_TTL, subkey=trainer)
+    value = [step, loss, left_out, seen, unit]
+    await node.network.store(progress_key(prefix), value, ttl=PROGRESS_TTL, subkey=trainer)
     if node.thanks.is_due(prefix):
         await publish_thanks(node.network, prefix, node.thanks, authority=node.trust.authority(prefix))

@@ -1,7 +1,5 @@
 """How a server's manifests stay in the network: declared, renewed before they expire, withdrawn when it leaves."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import logging
@@ -90,7 +88,6 @@ class ExpertPublisher:
 
     @property
     def uids(self) -> Mapping[str, bool]:
-        """The declared experts: uid -> whether this server is its primary."""
         return dict(self._uids)
 
     async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
@@ -153,7 +150,6 @@ class ExpertPublisher:
             self._renewal = None
 
     async def aclose(self) -> None:
-        """`withdraw`, for good. Closing twice is harmless."""
         was_open, self._closed = not self._closed, True
         try:
             await self.withdraw()
@@ -216,7 +212,6 @@ class ExpertPublisher:
             return 0
 
     async def _readable(self) -> bool:
-        """Return whether the network gives back every part under its grid's key."""
         wanted: dict[str, set[bytes]] = {}
         for prefix, _ in experts_by_grid(self._uids):
             key = self._trust.grid_key(prefix)

@@ -9,8 +9,6 @@ On the wire it is a signed record (`experts.signed`) whose body is a map. In the
 with the first bytes of the whole one's hash.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -113,7 +111,6 @@ class RunManifest:
 
     @property
     def pattern(self) -> ExpertPattern:
-        """All uids of the run."""
         return ExpertPattern(self.prefix, tuple(map(range, self.grid_size)))
 
     def fields(self) -> dict[str, object]:
@@ -143,8 +140,6 @@ class RunManifest:
 
 @dataclass(frozen=True, slots=True)
 class SignedRun:
-    """A run manifest with the proof of who wrote it."""
-
     manifest: RunManifest
     signer: PeerID
     blob: bytes
@@ -224,7 +219,6 @@ def split_run_name(text: str) -> tuple[str, PeerID | None]:
 
 
 def run_key(name: str) -> str:
-    """Where manifests of runs of this name are stored."""
     return f"runs/{name}"
 
 

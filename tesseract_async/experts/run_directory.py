@@ -101,12 +101,10 @@ async def find_run(
 
 
 def records_key(run_id: bytes) -> str:
-    """Where a run's revocations and appointments are stored."""
     return f"run-records/{run_id.hex()}"
 
 
 def grant_key(run_id: bytes, peer_id: PeerID) -> str:
-    """Where a new grant waits for its peer."""
     return f"run-grants/{run_id.hex()}/{peer_id}"
 
 
@@ -238,7 +236,6 @@ class RunKeeper:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin in the background."""
         self._task = asyncio.create_task(self._keep(), name=f"experts: keep run {self.run.manifest.name}")
 
     async def aclose(self) -> None:
@@ -300,9 +297,7 @@ class RunKeeper:
         return authority.kept(self._me) != before
 
     async def renew_grants(self) -> list[Grant]:
-        """Sign anew the grants that end within `grants.RENEW_SECONDS`, if this node may grant. Return the new ones.
-
-        Those of expired, revoked or unknown peers are left."""
+        """Sign anew the grants that end within `grants.RENEW_SECONDS`, if this node may grant. Return the new ones."""
         authority, identity, now = self.authority, self._identity, self._clock()
         if identity is None or not authority.rules(identity.peer_id):
             return []

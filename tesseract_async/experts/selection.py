@@ -3,8 +3,6 @@
 What this computer hosted before comes first: its checkpoints are worth more than a free place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 

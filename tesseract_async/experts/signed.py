@@ -7,8 +7,6 @@ kind of record it is (``b"tesseract grant 1\\0"``): nobody can show a record of 
 A `Format` declares one kind of record; most bodies are lists of fields (`listed`).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -104,8 +102,6 @@ def listed(
 
 
 def number(below: int = 2**63) -> Callable[[object], int]:
-    """A field that is a whole number from 0 on."""
-
     def read(value: object) -> int:
         if type(value) is not int or not 0 <= value < below:
             raise ProtocolError("a record with a number out of range")
@@ -115,8 +111,6 @@ def number(below: int = 2**63) -> Callable[[object], int]:
 
 
 def octets(length: int) -> Callable[[object], bytes]:
-    """A field of so many bytes."""
-
     def read(value: object) -> bytes:
         if type(value) is not bytes or len(value) != length:
             raise ProtocolError("a record with malformed bytes")
@@ -126,19 +120,16 @@ def octets(length: int) -> Callable[[object], bytes]:
 
 
 def peer(value: object) -> PeerID:
-    """A field that is a peer id."""
     return PeerID(octets(32)(value))
 
 
 def peers(value: object) -> tuple[PeerID, ...]:
-    """A field that is a list of peer ids."""
     if type(value) is not list:
         raise ProtocolError("a record with a malformed list of peers")
     return tuple(map(peer, value))
 
 
 def optional(field: Callable[[object], R]) -> Callable[[object], R | None]:
-    """A field that may be None instead."""
     return lambda value: None if value is None else field(value)
 
 

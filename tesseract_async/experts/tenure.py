@@ -6,8 +6,6 @@ their order, each before the next: what is to be on disk is there before anythin
 counts its lease from sending, its successors from receipt, so that its lease has ended before theirs begins.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from random import Random
@@ -93,7 +91,6 @@ class Tenure:
 
     @property
     def primary(self) -> PeerID | None:
-        """The primary, by what is known here."""
         return self.lineage.primary
 
     @property
@@ -397,7 +394,6 @@ class Tenure:
         self._commands += sends
 
     def _count(self, now: float, wall: float) -> None:
-        """Decide, if the answers that came are enough."""
         poll, held = self._poll, self.held
         assert poll is not None and held is not None
         if poll.kind == "probe":

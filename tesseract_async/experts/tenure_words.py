@@ -2,8 +2,6 @@
 No I/O.
 """
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -77,10 +75,7 @@ class Publish(NamedTuple):
 
 
 class Send(NamedTuple):
-    """A question to a peer; its answer goes to `Tenure.answered`.
-
-    They go out side by side, and each is given up after a second.
-    """
+    """A question to a peer; its answer goes to `Tenure.answered`."""
 
     peer: PeerID
     question: Question

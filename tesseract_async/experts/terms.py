@@ -9,8 +9,6 @@
 Times and epochs are whole seconds since `EPOCH_ZERO`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -158,7 +156,6 @@ def sign_seal(
     time: int,
     successors: Sequence[PeerID],
 ) -> Seal:
-    """Sign a Seal of the Term that `identity` signed."""
     state = [number, term.serial, version, root, size, time, list(successors)]
     return _seals(run).sign(identity, [term.uid, term.epoch, *state, term.digest])
 

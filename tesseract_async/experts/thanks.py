@@ -5,8 +5,6 @@ of that hour (`publish_thanks`). Entries of the network are signed by the node t
 word of peers that may train only, and nobody's word about itself.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -32,8 +30,6 @@ _MAX_SERVERS: Final = SERVERS_PER_PART * MAX_PARTS
 
 
 class Thank(NamedTuple):
-    """What one trainer received from one server in an hour."""
-
     trainer: PeerID
     server: PeerID
     hour: int
@@ -62,7 +58,6 @@ class Thanks:
             counts[1] += steps
 
     def is_due(self, prefix: str) -> bool:
-        """Return whether it is time to publish; it is not again for a while."""
         now = self._clock()
         if abs(now - self._published_at.get(prefix, -math.inf)) < PUBLISH_EVERY:
             return False
@@ -70,7 +65,6 @@ class Thanks:
         return True
 
     def parts(self, prefix: str) -> Iterable[tuple[int, int, list[list[object]]]]:
-        """Yield hour, number and value of each entry to publish."""
         for hour, grids in self._hours.items():
             lines = [[bytes(server), *counts] for server, counts in grids.get(prefix, {}).items()]
             for number in range(-(-len(lines) // SERVERS_PER_PART)):
@@ -78,7 +72,6 @@ class Thanks:
 
 
 def thanks_key(prefix: str, hour: int) -> str:
-    """Return where the counts of this hour are stored."""
     return f"thanks/{prefix}/{hour}"
 
 

@@ -1,7 +1,5 @@
 """`Trust`: whom a node believes about experts, and what it lets others do with them. Every reader asks it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
@@ -63,10 +61,7 @@ def belongs_under_its_key(record: SignedRecord) -> bool:
 
 
 class Trust:
-    """A node's policy, and the runs that it takes part in: to them belong the uids of their prefixes.
-
-    Outside of runs the policy's lists decide. In a run its authority decides as well. Used on the node's loop only.
-    """
+    """A node's policy, and the runs that it takes part in: to them belong the uids of their prefixes."""
 
     def __init__(
         self, peer_id: PeerID | None = None, policy: Policy | None = None, *, clock: Callable[[], float] = time.time
@@ -78,8 +73,6 @@ class Trust:
         self._runs: dict[str, Authority] = {}
         self.distrusted: dict[PeerID, str] = {}
         """Peers that were caught at this node answering wrongly, and how; nothing of them is believed."""
-
-    # ------------------------------------------------------------------------------------------------ runs
 
     def add(self, authority: Authority) -> None:
         """Take part in this run from now on. Raises: ValueError if another run has the prefix already."""
@@ -95,20 +88,16 @@ class Trust:
         return self._runs.get(prefix)
 
     def tag(self, prefix: str) -> RunTag | None:
-        """That run as it stands in manifests."""
         authority = self._runs.get(prefix)
         return None if authority is None else authority.tag
 
     def grid_key(self, prefix: str) -> str:
-        """Where manifests of this grid are stored."""
         return grid_key(prefix, self.tag(prefix))
 
     def shard_key(self, uid: str) -> str:
-        """Where manifests that hold this uid are stored."""
         return shard_key(uid, self.tag(split_uid(uid)[0]))
 
     def own_grant(self, prefix: str) -> bytes:
-        """The node's own grant in the run of this prefix; empty where there is none."""
         authority = self._runs.get(prefix)
         grant = None if authority is None or self._peer_id is None else authority.grant_of(self._peer_id)
         return b"" if grant is None else grant.blob
@@ -122,8 +111,6 @@ class Trust:
         for blob in grants[:MAX_GRANTS]:
             for authority in self._runs.values():
                 authority.learn_grant(blob, peer_id)
-
-    # ------------------------------------------------------------------------------------------------ others' words
 
     def may_be_read(self, owner: PeerID) -> bool:
         """Return whether the policy lets this peer say anything at all: a check before its words are decoded."""
@@ -178,10 +165,7 @@ class Trust:
         return bool(self._runs) and any(one.grant_of(peer_id) is not None for one in self._runs.values())
 
     def may_ask(self, peer_id: PeerID, role: Role | None, uid: str) -> bool:
-        """Return whether this peer may make calls that take `role` in the run of `uid`; None: to be a member is enough.
-
-        Where uids are bare, the policy has decided already.
-        """
+        """Return whether this peer may make calls that take `role` in the run of `uid`; None: any member's."""
         authority = self._runs.get(split_uid(uid)[0]) if self._runs else None
         if authority is None or peer_id == self._peer_id:
             return True

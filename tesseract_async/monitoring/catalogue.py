@@ -1,7 +1,5 @@
 """The metrics of a node, and those that a viewer adds: name -> (unit, sentence), as `metrics.toml` has them."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """The dashboard: a web page that a node serves itself, live by server-sent events, and its metrics for Prometheus."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno
@@ -179,10 +177,7 @@ async def _listen(app: web.Application, host: str, port: int, what: str) -> web.
 
 
 class _Told:
-    """The messages for one visitor: the whole state first, then changes only.
-
-    Otherwise a page open for an hour on a large swarm would be sent the same history 1,800 times.
-    """
+    """The messages for one visitor: the whole state first, then changes only."""
 
     def __init__(self) -> None:
         self.num_looks: int | None = None

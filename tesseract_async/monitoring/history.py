@@ -1,7 +1,5 @@
 """History: what was measured over the last 5 minutes, hour and day, at most some hundred points each. No I/O."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from typing import Final
@@ -25,7 +23,6 @@ class History:
         self._open: dict[str, list[Point]] = {name: [] for name in SPANS}
 
     def add(self, point: Point) -> None:
-        """Take in what was measured at ``point["time"]``."""
         self.last = point
         for name, span in SPANS.items():
             open_ = self._open[name]

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, 
 from tesseract_async.experts import ExpertPattern, GridView, split_uid
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Survey
-from tesseract_async.experts.progress import progress_key, read_progress
+from tesseract_async.experts.progress import MERGED, Progress, progress_key, read_progress
 from tesseract_async.experts.thanks import HOUR, NUM_HOURS, Thank, read_thanks
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.history import History
@@ -43,6 +43,8 @@ MAX_CELLS = 2**16
 MAX_GRIDS = 16
 """Grids that are discovered and shown, at most."""
 MAX_TRAINERS = 64
+MAX_MET = 1024
+"""Trainers whose samples are counted, those that left included."""
 MAX_CONTRIBUTORS = 100
 MAX_CURVES = 8
 """Trainers whose loss is kept over time."""
@@ -99,14 +101,17 @@ class SwarmObserver:
         self.num_log_lines = 0
         """Lines ever written; `log` holds the last of them."""
         self.history = History()
-        self.losses: dict[str, tuple[int, float, int]] = {}
-        """Trainers' progress (`publish_progress`): trainer -> (step, loss, answers left out)."""
+        self.losses: dict[str, Progress] = {}
+        """Trainers' progress (`publish_progress`)."""
+        self.merged: Progress | None = None
+        """That of the parameters that they share, where one of them tells it."""
         self.lost: dict[str, set[tuple[int, ...]]] = {}
         """prefix -> coordinates of experts that were seen before and are not hosted now."""
         self.surveys: dict[str, Survey] = {}
         """prefix -> who leads, follows and holds its experts, by the words of all members; of grids in a run."""
         self.thanks: dict[tuple[str, int], list[Thank]] = {}
         """(prefix, hour) -> what trainers received."""
+        self._met: dict[str, Progress] = {}  # the latest word of every trainer, also of those that left
         self.versions: dict[str, deque[tuple[int, int]]] = {}
         """uid -> (wall-clock time, version), a minute apart."""
         self._thanks_read_at = -math.inf
@@ -176,6 +181,7 @@ class SwarmObserver:
             "history": self.history.since({}),
             "contributors": self.contributors(),
             "losses": {name: list(value) for name, value in self.losses.items()},
+            "seen": self._seen_by_trainers(),
             "log": [list(line) for line in self.log],
         }
 
@@ -280,15 +286,28 @@ class SwarmObserver:
         peer.status, peer.seen_at, peer.error, peer.is_gone = status, now, None, False
 
     async def _read_losses(self) -> None:
-        found: dict[str, tuple[int, float, int]] = {}
+        node, found, merged = self.node, dict[str, Progress](), list[Progress]()
         for prefix in self._grids:
-            for entry in await self.node.network.get_entries(progress_key(prefix)):
-                progress = read_progress(entry.value) if self.node.policy.allows(entry.owner, "train") else None
-                if progress is None or len(found) >= MAX_TRAINERS:
-                    self.node.metrics.count("progress_dropped")
+            authority = node.trust.authority(prefix)
+            for entry in await node.network.get_entries(progress_key(prefix)):
+                # a trainer of a run shows its grant where it thanks: it is shown once that was read
+                may = authority is None or authority.may(entry.owner, "train", now=None)
+                may = may and node.policy.allows(entry.owner, "train")
+                if (progress := read_progress(entry.value) if may else None) is None or len(found) >= MAX_TRAINERS:
+                    node.metrics.count("progress_dropped")
+                elif entry.subkey == MERGED:
+                    merged.append(progress)
                 else:
                     found[f"{entry.owner.short} {entry.subkey or ''}".strip()[:64]] = progress
-        self.losses = found
+        self.losses, self.merged = found, max(merged, default=None)
+        self._met |= {name: one for name, one in found.items() if name in self._met or len(self._met) < MAX_MET}
+
+    def _seen_by_trainers(self) -> dict[str, int]:
+        """Return how many samples, or tokens, the trainers that were met have seen."""
+        seen: Counter[str] = Counter()
+        for one in self._met.values():
+            seen[one.unit] += one.seen
+        return dict(seen)
 
     async def _read_places(self) -> None:
         node = self.node
@@ -322,7 +341,7 @@ class SwarmObserver:
 
     def _remember(self) -> None:
         peers = [peer for peer in self.peers.values() if peer.uids and not peer.is_gone]
-        losses = [loss for _, loss, _ in self.losses.values()]
+        losses = [one.loss for one in self.losses.values()]
         point = {
             "time": time.time(),
             "experts": float(len(set().union(*(peer.uids for peer in peers)))),
@@ -331,7 +350,9 @@ class SwarmObserver:
         }
         if losses:
             point["loss"] = sum(losses) / len(losses)
-            point |= {f"loss {name}": loss for name, (_, loss, _) in list(self.losses.items())[:MAX_CURVES]}
+            point |= {f"loss {name}": one.loss for name, one in list(self.losses.items())[:MAX_CURVES]}
+        if self.merged is not None:
+            point["merged"] = self.merged.loss
         self.history.add({name: round(value, 4) for name, value in point.items()})
         now = int(time.time())
         for peer in peers:
@@ -401,7 +422,6 @@ class SwarmObserver:
         return "" if peer is None or peer.status is None else peer.status.name
 
     def _run_state(self) -> Picture | None:
-        """Return the run's name, size and safety; None outside of runs."""
         for prefix in self._grids:
             if (authority := self.node.trust.authority(prefix)) is None:
                 continue

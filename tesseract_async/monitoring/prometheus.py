@@ -91,9 +91,12 @@ class _Swarm:
                 found["swarm_expert_behind_steps"].append((expert, behind))
                 if version is not None:
                     found["swarm_expert_version"].append((expert, version))
-        for trainer, (step, loss, _) in self._observer.losses.items():
-            found["swarm_trainer_loss"].append(({"trainer": trainer}, loss))
-            found["swarm_trainer_step"].append(({"trainer": trainer}, step))
+        for trainer, told in self._observer.losses.items():
+            found["swarm_trainer_loss"].append(({"trainer": trainer}, told.loss))
+            found["swarm_trainer_step"].append(({"trainer": trainer}, told.step))
+            found["swarm_trainer_seen"].append(({"trainer": trainer, "unit": told.unit}, told.seen))
+        if self._observer.merged is not None:
+            found["swarm_merged_loss"].append(({}, self._observer.merged.loss))
         for given in self._observer.contributors():
             found["swarm_thanks_rows"].append(({"server": given["peer_id"], "name": given["name"]}, given["rows"]))
         for name, samples in found.items():

@@ -17,7 +17,7 @@ import psutil
 
 import tesseract_async
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import ProtocolError
+from tesseract_async.errors import ProtocolError, TesseractError
 from tesseract_async.experts import split_uid
 from tesseract_async.transport.base import PeerAddress
 
@@ -33,6 +33,13 @@ MAX_NAME = 64
 """Characters of a machine's name, and of other words about it."""
 MAX_EXPERTS = 2000
 """Experts in one status."""
+PADDING = 60_000
+"""Bytes by which a request or a reply may be longer than it must be, so that the line is measured: still one frame."""
+PADDING_PER_MINUTE = 8 * 2**20
+"""Bytes of such replies to all peers together: who measures takes little from the others."""
+NUM_PADDED = (2, 16)
+"""Padded calls at once: first a few, then more where those took less than ..."""
+ENOUGH_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,8 @@ class StatusService:
         self._node = node
         self._servers = servers
         self._name = name
-        self._started_at = asyncio.get_running_loop().time()
+        self._started_at = self._padded_at = asyncio.get_running_loop().time()
+        self._room = float(PADDING_PER_MINUTE)
         node.endpoint.handle(METHOD, self._answer)
 
     async def __aenter__(self) -> StatusService:
@@ -132,7 +140,15 @@ class StatusService:
                 yield sum(parameter.numel() for parameter in kind.module.parameters())
 
     async def _answer(self, call: IncomingCall) -> Message:
-        return Message(encode_status(self.status()))
+        if type(call.body) is not dict or "padded" not in call.body:
+            return Message(encode_status(self.status()))
+        now = asyncio.get_running_loop().time()
+        self._room = min(PADDING_PER_MINUTE, self._room + (now - self._padded_at) * PADDING_PER_MINUTE / 60)
+        self._padded_at = now
+        if call.body["padded"] is not True or self._room < PADDING:
+            return Message({})
+        self._room -= PADDING
+        return Message({}, (memoryview(bytes(PADDING)),))
 
 
 def _figures(backend: ExpertBackend, runtimes: Sequence[TesseractRuntime]) -> tuple[int, int, float, float]:
@@ -215,3 +231,43 @@ async def ask_status(node: TesseractNode, peer: PeerAddress, *, timeout: float) 
         peer, METHOD, timeout=timeout, idempotent=True, max_reply_bytes=MAX_STATUS_BYTES, priority=-1
     )
     return decode_status(reply.body)
+
+
+async def measure_line(
+    node: TesseractNode, peer: PeerAddress, *, timeout: float = 3.0
+) -> tuple[float | None, float | None]:
+    """Return the bytes per second that this node can send to `peer`, and receive; at least, and at this moment.
+
+    Takes up to two timeouts. None where the peer does not help: it is an older one, or has no room.
+    """
+    loop = asyncio.get_running_loop()
+
+    async def call(body: object, buffers: Sequence[bytes]) -> int:
+        reply = await node.endpoint.call(
+            peer, METHOD, body, buffers, timeout=timeout, idempotent=True, max_reply_bytes=MAX_STATUS_BYTES
+        )
+        return sum(map(len, buffers)) + sum(map(len, reply.buffers))
+
+    async def rate(body: object, buffers: Sequence[bytes]) -> float | None:
+        found = None
+        for number in NUM_PADDED:
+            started = loop.time()
+            done = await asyncio.gather(*(call(body, buffers) for _ in range(number)), return_exceptions=True)
+            if any(isinstance(one, TimeoutError) for one in done):
+                return found or number * PADDING / timeout
+            num_bytes = sum(one for one in done if isinstance(one, int))
+            if num_bytes < number * PADDING:
+                return found
+            seconds = loop.time() - started
+            found = num_bytes / max(1e-6, seconds - trip)
+            if seconds > ENOUGH_SECONDS:
+                break
+        return found
+
+    started = loop.time()
+    try:
+        await call({"padded": False}, ())
+    except (TesseractError, TimeoutError):
+        return None, None
+    trip = loop.time() - started
+    return await rate({"padded": False}, [bytes(PADDING)]), await rate({"padded": True}, ())

@@ -1,7 +1,5 @@
 """Work that nobody waits for: its failures are counted, and it ends with its owner."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Coroutine

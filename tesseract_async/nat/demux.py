@@ -53,7 +53,6 @@ class PreambleDemultiplexer(TcpTransport):
         await super().aclose()
 
     def _pipe_accepted(self, pipe: Pipe, accept: Callable[[Pipe], None]) -> None:
-        """Wait for the first bytes, within the limits."""
         assert isinstance(pipe, TcpPipe)
         visitor = _Visitor(self, pipe, accept, self._timeout)
         now = asyncio.get_running_loop().time()

@@ -6,8 +6,6 @@ from which the call came (no other one, or strangers could have anybody dialed) 
 and IPv6 asks over both.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

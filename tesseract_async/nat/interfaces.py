@@ -1,7 +1,5 @@
 """The addresses of this computer, without those of its containers and virtual machines only, and sockets there."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

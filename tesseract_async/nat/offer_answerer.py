@@ -31,8 +31,6 @@ MAX_NEGOTIATIONS: Final = 16
 
 
 class OfferAnswerer:
-    """See the module. The endpoint is given the pipes that come of it."""
-
     def __init__(
         self,
         endpoint: Endpoint,

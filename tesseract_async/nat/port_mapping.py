@@ -4,8 +4,6 @@ A `Gateway` speaks with the router (`upnp`, an optional extra). A mapping that t
 there may be a second NAT behind it. Whether others get through, dial-back finds out as for any address.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -6,8 +6,6 @@ bytes, a 16-byte token. Ordinary connections begin with a TLS record (0x16) or, 
 (0x01): the first byte tells.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 from tesseract_async.errors import ProtocolError, UnsupportedVersion

@@ -4,8 +4,6 @@ If others can dial this node, it carries offers, answers STUN and relays for oth
 a few such nodes and names them in its records.
 """
 
-from __future__ import annotations
-
 import asyncio
 import importlib
 import logging

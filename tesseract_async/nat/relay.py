@@ -4,8 +4,6 @@
 peer that reserves a splice gets one token for itself and one for the other peer. Both go there by `meet_at_relay`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 from dataclasses import dataclass
@@ -44,8 +42,6 @@ class RelaySettings:
 
 @dataclass(slots=True, eq=False)
 class Splice:
-    """One reserved pair, as the ledger sees it."""
-
     owner: Owner
     tokens: tuple[bytes, bytes]
     expires_at: float

@@ -9,8 +9,6 @@
 `RendezvousServer` is the public node's side, `RendezvousClient` everybody else's.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random
@@ -131,7 +129,6 @@ class RendezvousLedger:
         return True
 
     def end_offer(self, sender: PeerID, origin: str, recipient: PeerID) -> None:
-        """Take back `begin_offer`."""
         self._shares.give_back(Owner(range_of(origin) or sender, sender), 1)
         self._recipients -= Counter((recipient,))
 
@@ -166,7 +163,6 @@ class RendezvousServer:
             self._endpoint.handle(RELAY, self._reserve)
 
     def stop(self) -> None:
-        """End `start`."""
         if self._is_running:
             self._is_running = False
             for method in (REGISTER, OFFER, RELAY):

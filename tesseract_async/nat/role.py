@@ -4,8 +4,6 @@
 when to look again. Its driver is `reach`.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -113,8 +111,6 @@ def kind_of_nat(seen: Sequence[tuple[str, int]], own_hosts: Sequence[str]) -> Na
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The result of one check."""
-
     dialed: Mapping[int, tuple[bool, str]]
     """By version of IP, where a helper could be asked: whether this node was reached, and the host that helpers see."""
     nat: NatKind = "unknown"
@@ -155,8 +151,6 @@ class MappingDoubted:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A sentence for the log."""
-
     text: str
     is_warning: bool = False
 

@@ -3,8 +3,6 @@
 An outside TURN server is only described here.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
@@ -51,8 +49,6 @@ class TurnServer:
 
 
 class StunClient:
-    """Asks the public nodes of the swarm and a few outside servers."""
-
     def __init__(
         self,
         address: ListeningAddress,

@@ -6,8 +6,6 @@ decides who is at the other end. So nothing here needs to be trusted: at worst t
 looks for better paths to peers that are reached through a relay or a punched hole.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
@@ -244,7 +242,6 @@ class PathUpgrader:
                 one.again.set()
 
     def place_changed(self) -> None:
-        """Look now: this node can be dialed, or no longer can."""
         for one in self._watched.values():
             one.again.set()
 

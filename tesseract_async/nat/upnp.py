@@ -4,8 +4,6 @@ Whatever answers in the local network is not trusted with much: it is asked at t
 else, may say so many bytes and take so many seconds, and its XML is read by a parser without entities.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -95,8 +93,6 @@ async def search_network(own_host: str) -> list[tuple[str, str]]:
 
 
 class _UpnpGateway:
-    """See `port_mapping.Gateway`."""
-
     def __init__(self, device: IgdDevice) -> None:
         self._device = device
 

@@ -6,8 +6,6 @@ also to those of the same kind of network, and only a node on loopback to loopba
 stranger's word.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Iterable
 from functools import lru_cache
@@ -72,7 +70,6 @@ def kind_of(host: str) -> str | None:
 
 
 def is_near(host: str) -> bool:
-    """Return whether a numeric host is on this computer or in a private network."""
     return kind_of(host) in (LOOPBACK, *map(str, _PRIVATE))
 
 
@@ -80,7 +77,6 @@ class AddressScope:
     """The addresses that one node may send to, shared by all its parts: at first public ones alone."""
 
     def __init__(self, own: Iterable[str] = ()) -> None:
-        """`own`: see `set_own`."""
         self._kinds: frozenset[str] = frozenset()
         self._enclosed: frozenset[int] = frozenset()
         self.set_own(own)

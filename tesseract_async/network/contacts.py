@@ -1,7 +1,5 @@
 """Contacts (an id at an address), how they are packed, and which addresses count as one range. Pure."""
 
-from __future__ import annotations
-
 import ipaddress
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -70,12 +68,6 @@ def source_of(address: Address) -> bytes:
 
 @dataclass(slots=True, eq=False)
 class Contact:
-    """An id at an address, and what this node knows about it.
-
-    `raw` (the id and the packed address) is the contact's identity: one id heard of at two addresses makes two
-    contacts, of which only the true one can prove itself.
-    """
-
     peer_id: bytes
     address: Address
     raw: bytes = field(init=False)

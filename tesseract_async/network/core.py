@@ -4,8 +4,6 @@ The core imports none of the parts that use it (`joining`, `dial_back`, `holding
 They hold the core; what one of them must hear from the core or from another goes through `Listener`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random as random_module
 from collections import deque
@@ -116,7 +114,6 @@ class Core:
         return self.outbox.public
 
     def wall(self, now: float) -> float:
-        """Return the wall-clock time at loop time `now`."""
         return now + self.wall_offset
 
     def jitter(self) -> float:
@@ -133,10 +130,7 @@ class Core:
         *,
         expected: AnyOf = None,
     ) -> None:
-        """Send a request to a contact, or to the node at an address, whose id must be among those `expected`.
-
-        `caller` hears how it ends, never before this returns.
-        """
+        """Send a request to a contact, or to the node at an address, whose id must be among those `expected`."""
         contact, address = (to, to.address) if isinstance(to, Contact) else (None, to)
         self._rpcs.start(Call(caller, kind, arguments, address, contact, expected), now)
 
@@ -251,7 +245,6 @@ class Core:
         return self._unreachable.get(raw, now) > now
 
     def heard_from(self, raw: bytes) -> None:
-        """Note that the contact with that `raw` can be reached again."""
         self._unreachable.pop(raw, None)
 
     def enter(self, contact: Contact, now: float) -> None:
@@ -301,8 +294,6 @@ class Core:
 
 @dataclass(eq=False)
 class _Pings(Caller):
-    """The pings in progress, by the `raw` of their contacts."""
-
     in_progress: set[bytes] = field(default_factory=set)
 
     def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:

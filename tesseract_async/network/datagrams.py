@@ -26,8 +26,6 @@ without one is padded, and its reply kept within three times its length. The *ch
 once for each pair of nodes; the *proof* is its public key and signature over `proof_statement`.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Iterator, Sequence
@@ -90,16 +88,12 @@ class Datagram(NamedTuple):
 
 
 class RpcRequest(NamedTuple):
-    """The fields that every request holds."""
-
     token: bytes
     challenge: bytes
     arguments: list[object]
 
 
 class RpcReply(NamedTuple):
-    """The fields that every reply holds."""
-
     observed: Address
     """The address that the request came from."""
     token: bytes
@@ -271,7 +265,6 @@ def store_parts(records: Sequence[SignedRecord]) -> Iterator[range]:
 
 
 def store_items(records: Sequence[SignedRecord]) -> Iterator[list[bytes]]:
-    """Yield the arguments of the STOREs that carry `records`."""
     for part in store_parts(records):
         yield [records[index].key + records[index].body for index in part]
 

@@ -20,8 +20,6 @@ A newcomer that says it is public and wrote first, perhaps through such a gatewa
 X replies only to those it has written to: nobody is made to send anything to third parties.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 
@@ -111,7 +109,6 @@ class DatagramDialBack(Caller):
         self._dialed = RateLimiter(rate=DIALS_PER_HOST, burst=16 * DIALS_PER_HOST)
 
     def note_client(self, address: Address) -> None:
-        """A client asked something from a proven address: it can dial for others."""
         self._helpers[address] = None
 
     def ask(self, now: float) -> None:
@@ -212,19 +209,12 @@ class Probation:
         self.nonces: dict[bytes, bytes] = {}
 
     def wrote(self, address: Address, now: float) -> None:
-        """A node that is not listed, and claims to be public, has sent a request.
-
-        It wrote first unless this node has written to it before: those that a newcomer finds ping it at once.
-        """
+        """A node that is not listed, and claims to be public, has sent a request."""
         if address in self.wrote_first or not self._core.outbox.has_written_to(address, now):
             self.wrote_first[address] = now
 
     def holds(self, contact: Contact, now: float) -> bool:
-        """Return True if this proven contact must not be listed (yet): it is being dialed, or was in vain.
-
-        A contact that this node found by itself has answered to a stranger. Private addresses say nothing, and where
-        nobody else is known nobody can be asked.
-        """
+        """Return True if this proven contact must not be listed (yet): it is being dialed, or was in vain."""
         wrote_at = self.wrote_first.get(contact.address)
         if contact.range is None or wrote_at is None or wrote_at <= now - FILTER_LIFETIME:
             return False
@@ -244,7 +234,6 @@ class Probation:
         return True
 
     def _ask(self, contact: Contact, attempt: int, now: float) -> bool:
-        """Have a third node dial it; return whether there is one."""
         core, table = self._core, self._core.table
         size = len(pack_address(contact.address))
         thirds = [

@@ -1,8 +1,7 @@
 """The driver of one node's machine: a UDP socket, one timer, and the host names of seeds."""
 
-from __future__ import annotations
-
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -28,6 +27,9 @@ from tesseract_async.wire import stun
 
 RESOLVE_BACKOFF = 30.0
 """Longest wait in seconds before a seed's host name is looked up again."""
+MAX_PER_TURN = 64
+"""Datagrams that are read in one turn of the loop: others wait for the next, after what else is due."""
+MAX_DATAGRAM_BYTES = 65536
 MAPPED = "::ffff:"
 """How a socket for both kinds of IP writes IPv4 addresses."""
 
@@ -41,26 +43,28 @@ class NetworkDriver(asyncio.DatagramProtocol):
         self,
         protocol: NetworkProtocol,
         loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
         *,
-        speaks: tuple[socket.AddressFamily, ...],
         has_seeds: bool,
         on_role_change: Callable[[], None],
     ) -> None:
-        """`speaks`: the kinds of addresses that the socket can send to (`families`)."""
+        """`sock` is that of the endpoint whose protocol this will be."""
         self.protocol = protocol
         self.joined = asyncio.Event()
         self.isolated = asyncio.Event()
         self.isolated.set()
         self._metrics = protocol.core.metrics
         self._loop = loop
-        self._speaks = speaks
+        # uvloop reads many datagrams in a turn by itself
+        self._sock = sock if isinstance(loop, asyncio.BaseEventLoop) else None
+        self._speaks = families(sock)
         self._has_seeds = has_seeds
         self._on_role_change = on_role_change
         self._wrong_peers: dict[Address, tuple[PeerID, PeerID]] = {}
         """The ids that were found at seeds' addresses, and those that were named."""
         self._seed_at: dict[Address, PeerAddress] = {}
         """The seeds that the user gave, by address."""
-        self._maps_v4 = socket.AF_INET6 in speaks
+        self._maps_v4 = socket.AF_INET6 in self._speaks
         self._transport: asyncio.DatagramTransport | None = None
         self._closed: asyncio.Future[None] = loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
@@ -157,13 +161,21 @@ class NetworkDriver(asyncio.DatagramProtocol):
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         now = self._update_clock()
+        self._receive(data, addr, now)
+        # asyncio reads one datagram in each turn of the loop: where turns are long, the others would be late
+        if self._sock is not None:
+            with contextlib.suppress(OSError):  # none is left; or what `error_received` is about
+                for _ in range(MAX_PER_TURN - 1):
+                    self._receive(*self._sock.recvfrom(MAX_DATAGRAM_BYTES), now)
+        self.cycle()
+
+    def _receive(self, data: bytes, addr: tuple[str, int], now: float) -> None:
         # IPv6 adds flow and scope, and shows IPv4 peers of a dual-stack socket in its own notation
         address = (addr[0].removeprefix(MAPPED), addr[1])
         if stun.is_stun(data):
             self._answer_stun(data, address, addr)
-            return
-        self.protocol.receive_datagram(data, address, now)
-        self.cycle()
+        else:
+            self.protocol.receive_datagram(data, address, now)
 
     def error_received(self, exc: Exception) -> None:
         # an ICMP error for something sent earlier: the call it belongs to will time out, which decides
@@ -212,7 +224,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
             self.protocol.cancel(operation)
 
     def _answer_stun(self, data: bytes, address: Address, addr: tuple[str, int]) -> None:
-        """Tell a client under which address it is seen: hole punching needs that."""
         answer = stun.answer(data, address)
         if answer is None:
             self._metrics.count("network_datagrams_dropped", reason="stun")

@@ -1,7 +1,5 @@
 """Entries of the network as its users see them. Pure."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +33,6 @@ class Entry:
 
 
 class Entries(list[Entry]):
-    """The result of `TesseractNetwork.get_entries`."""
-
     complete = True
     """False where holders reported entries that none of them could be made to send."""
 

@@ -1,7 +1,5 @@
 """The events that the machine has for its driver. Pure."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tesseract_async.identity import PeerID, SignedRecord

@@ -3,8 +3,6 @@
 Everything that is brought is untrusted. Cheap objections come first: a flood of old records costs no signature checks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from tesseract_async.errors import InvalidRecord
@@ -91,11 +89,7 @@ class Holder:
         return core.storage.put(record, source)
 
     def _is_near(self, key: bytes) -> bool:
-        """Return True if a record may belong here: fewer than k known nodes are nearer to its key, or it is near.
-
-        That is three times as far as holders live: tables name the dead, and where ids were made to lie next to a key,
-        records go to the whole region.
-        """
+        """Return True if a record may belong here: fewer than k known nodes are nearer to its key, or it is near."""
         distance = self._core.table.own_number ^ int.from_bytes(key, "big")
         return self._is_among_closest(key) or distance < 3 * self._core.density.radius()
 
@@ -126,7 +120,6 @@ class Holder:
             self.copies[key] = (min(wall + COPY_SECONDS, record.expiration), record)
 
     def expire_copies(self, wall: float) -> None:
-        """Drop copies whose time is over."""
         for key in [key for key, (until, _) in self.copies.items() if until <= wall]:
             del self.copies[key]
 

@@ -4,8 +4,6 @@ Seeds are asked forever: this is how two halves of a network find each other. An
 neighborhood starts a lookup of this node's own id.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -93,7 +91,6 @@ class NetworkMembership:
             Search(core, core.own_id, list(contacts.values()), now, on_end=self._looked_up).advance(now)
 
     def end_dial_wait(self) -> None:
-        """The first dial-back came: there is nothing to wait for any longer."""
         self._dial_wait_until = float("-inf")
 
     def contact_left(self, contact: Contact, *, ask_again: bool) -> None:
@@ -145,12 +142,7 @@ class NetworkMembership:
 
 @dataclass(slots=True, eq=False)
 class _Walk(Caller):
-    """A walk from a seed to the unknown contact nearest to this node, then to the one nearest that it names, and so on.
-
-    A seed always names contacts that are unknown. To look up this node's own id each time would be most of what a large
-    network sends; a walk that ends at the first step that leads no nearer tells as much. If it comes to a contact that
-    belongs to the neighborhood and was not known there, or nobody is known, the neighborhood is looked up.
-    """
+    """A walk from a seed to the unknown contact nearest to this node, then to the nearest that it names, and so on."""
 
     membership: NetworkMembership
     core: Core

@@ -54,8 +54,6 @@ class LookupCandidate:
 
 @dataclass(slots=True, eq=False)
 class LookupPath:
-    """The candidates that one path has heard of, nearest first."""
-
     candidates: list[LookupCandidate] = field(default_factory=list)
     starts: list[LookupCandidate] = field(default_factory=list)
     """The candidates known at the start that are asked in any case."""
@@ -156,7 +154,6 @@ class Lookup:
         candidate.state = CandidateState.FAILED
 
     def knows(self, raw: bytes) -> bool:
-        """Return True if some path has heard of the contact with that `raw`."""
         return raw in self._candidates
 
     @property
@@ -179,7 +176,6 @@ class Lookup:
         return (answered if max_per_range is None else few_per_range(answered, max_per_range))[: self.k]
 
     def _next(self, path: LookupPath, count: int) -> list[LookupCandidate]:
-        """Return up to `count` candidates that a path would ask."""
         found: list[LookupCandidate] = []
         num_counted = 0
         for candidate in path.candidates:

@@ -1,7 +1,5 @@
 """TesseractNetwork: the DHT of one node, as its users see it."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random
@@ -97,7 +95,6 @@ class TesseractNetwork(Uncopied):
 
     @property
     def peer_id(self) -> PeerID:
-        """This node's id."""
         return self.identity.peer_id
 
     @property
@@ -170,9 +167,7 @@ class TesseractNetwork(Uncopied):
         self._seeds = tuple(initial_peers)
         remembered = self._remembered_peers()
         self._has_seeds = bool(self._seeds or remembered)
-        driver = NetworkDriver(
-            protocol, loop, speaks=speaks, has_seeds=self._has_seeds, on_role_change=self._on_role_change
-        )
+        driver = NetworkDriver(protocol, loop, sock, has_seeds=self._has_seeds, on_role_change=self._on_role_change)
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         self._protocol, self._driver = protocol, driver
         if self._has_seeds:
@@ -402,7 +397,6 @@ class TesseractNetwork(Uncopied):
         return record
 
     async def _warn_if_alone(self) -> None:
-        """Log it, once each time, if nobody answers for a while."""
         driver = self._running()
         while True:
             if not await self.wait_joined(WARN_ALONE_AFTER):

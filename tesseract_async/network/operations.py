@@ -4,8 +4,6 @@ Operations (those of `reading`, `writing` and `joining` too) hold their own stat
 calls and tells them how these ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from tesseract_async.errors import ProtocolError
@@ -38,8 +36,6 @@ MAX_RANGE_PER_HOLDER_SET = 2
 
 
 class Search(Caller):
-    """A `Lookup` that is driven by FIND or GET requests."""
-
     def __init__(
         self,
         core: Core,
@@ -73,7 +69,6 @@ class Search(Caller):
         self._on_end = on_end
 
     def advance(self, now: float) -> None:
-        """Ask the contacts that the lookup wants asked; end when it is finished."""
         if self.ended:
             return
         kind = wire.GET if self._on_answer is not None else wire.FIND
@@ -118,12 +113,7 @@ class Search(Caller):
 
 
 class Region:
-    """A search for the nodes around a key, by lookups of random ids there.
-
-    Where a key's nearest nodes are nearer than chance would have it (`Density`), records go to everybody in the region
-    where k nodes are expected, and are looked for there: nodes that live in it by chance cannot be driven out, however
-    many ids lie nearer.
-    """
+    """A search for the nodes around a key, by lookups of random ids there."""
 
     def __init__(self, core: Core, lookup: Lookup, now: float, on_end: Callable[[list[Contact], float], None]) -> None:
         """`lookup` found the key's neighborhood captured. `on_end` gets up to `MAX_MEMBERS`, nearest first."""

@@ -1,7 +1,5 @@
 """Datagrams and events on their way out of one node. Pure."""
 
-from __future__ import annotations
-
 import random as random_module
 from collections.abc import Sequence
 from dataclasses import dataclass, field

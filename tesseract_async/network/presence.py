@@ -5,8 +5,6 @@ Nobody else can sign it. So a node that reads a newer one than it wrote last has
 later withdraws.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
@@ -27,8 +25,6 @@ ADVICE = "give each computer a key of its own (`tesseract keygen FILE`), or stop
 
 
 class Presence:
-    """The search for a twin of one node."""
-
     def __init__(self, network: TesseractNetwork, *, on_older_twin: Callable[[], None], period: float = PERIOD) -> None:
         """`on_older_twin` is called once, where this node is the one that has to withdraw."""
         self._network = network

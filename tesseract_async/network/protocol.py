@@ -9,8 +9,6 @@ Whatever comes from the network is untrusted. A datagram that breaks a rule is d
 ``network_datagrams_dropped``; it raises nothing and changes nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random as random_module
 from collections.abc import Iterable, Sequence
@@ -50,10 +48,7 @@ REFRESH_PERIOD = 1800.0
 
 
 class Tokens:
-    """The tokens that one node gives out: keyed hashes of addresses, so that nothing has to be remembered.
-
-    A token proves that a node that sends from an address also receives there (BEP 5).
-    """
+    """The tokens that one node gives out: keyed hashes of addresses, so that nothing has to be remembered."""
 
     def __init__(self, random: random_module.Random, *, now: float) -> None:
         self._random = random
@@ -172,7 +167,6 @@ class NetworkProtocol:
         core.metrics.count("network_bytes_received", len(data))
 
     def handle_timer(self, now: float) -> None:
-        """Do what is due. Calling it early or late is harmless."""
         self.core.timers.run(now)
 
     def datagrams_to_send(self) -> list[tuple[bytes, Address]]:

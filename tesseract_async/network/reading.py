@@ -41,8 +41,6 @@ MAX_PARTS = 64
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """A holder's report of what it holds of a dictionary."""
-
     contact: Contact | None
     """None for this node's own storage."""
     summary: Summary

@@ -4,8 +4,6 @@ Only owners renew: holders copy records verbatim, to nodes that have become clos
 key the three nearest do the work, so that it is done about three times, not k times, and still done when one is gone.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 
@@ -79,10 +77,7 @@ class Replicator:
                 self._begin(now)
 
     def _ping_silent_neighbors(self) -> Iterator[float]:
-        """Find out which neighbors are dead: else the three that should copy a key may all be among them.
-
-        Nodes farther than these three are not asked: one that is not counted as alive only makes another copy too.
-        """
+        """Find out which neighbors are dead: else the three that should copy a key may all be among them."""
         core, table = self._core, self._core.table
         for index, key in enumerate(core.storage.keys()):
             if index % KEYS_PER_SLICE == KEYS_PER_SLICE - 1:

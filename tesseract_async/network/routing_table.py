@@ -9,8 +9,6 @@ stored there. But ids that were made for a key lie much nearer to it than k node
 `Density` tells such keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -120,10 +118,7 @@ class RoutingTable:
         return oldest if now - oldest.last_seen >= QUESTIONABLE_AFTER else None
 
     def remove(self, contact: Contact) -> Contact | None:
-        """Drop a contact that failed or left. Its place goes to the most recently seen replacement, which is returned.
-
-        Another contact with the same id (at another address) stays.
-        """
+        """Drop a contact that failed or left. Return the most recently seen replacement, which takes its place."""
         bucket = self._bucket_of(contact.number)
         if bucket.replacements.get(contact.peer_id) is contact:
             del bucket.replacements[contact.peer_id]
@@ -181,10 +176,7 @@ class RoutingTable:
                 del self._ranges[contact.range]
 
     def _displaced(self, bucket: Bucket, number: int) -> Contact | None:
-        """Return the contact that leaves a full bucket for a newcomer among the k nearest to this node (section 2.4).
-
-        A node knows its neighborhood completely, also where that spans several buckets.
-        """
+        """Return the contact that leaves a full bucket for one among the k nearest to this node (section 2.4)."""
         if sum(len(item.contacts) for item in self.buckets[self.buckets.index(bucket) + 1 :]) >= self.k:
             return None
         farthest = max(bucket.contacts.values(), key=lambda contact: contact.number ^ self.own_number)
@@ -217,10 +209,7 @@ class Density:
             self._samples[target] = closest[-1].number ^ target
 
     def radius(self) -> int:
-        """Return the distance within which k nodes live; 0 while fewer than k are known: all are neighbors then.
-
-        It is the median of what lookups found, each key counted once, and of this node's own neighborhood.
-        """
+        """Return the distance within which k nodes live; 0 while fewer than k are known: all are neighbors then."""
         table = self._table
         if len(table) < table.k:
             return 0

@@ -53,8 +53,6 @@ class Caller:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One request and its retransmissions."""
-
     caller: Caller
     kind: int
     arguments: Sequence[object]

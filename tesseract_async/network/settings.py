@@ -1,7 +1,5 @@
 """The numbers of the network that its user may choose."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

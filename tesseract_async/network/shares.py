@@ -17,8 +17,6 @@ Name = tuple[bytes, tuple[str | None, PeerID]]
 
 
 class Source(NamedTuple):
-    """The sender of a record, as far as that is proven."""
-
     range: bytes
     """An address range (`contacts.address_range`)."""
     copied: bool
@@ -31,8 +29,6 @@ class Source(NamedTuple):
 
 
 class Shares:
-    """The entries of all sources that are counted, in bytes and by key."""
-
     def __init__(self) -> None:
         self._source_of: dict[Name, Source] = {}
         self._sizes: dict[Source, dict[Name, int]] = {}

@@ -4,8 +4,6 @@ A key's records form a dictionary whose entries are told apart by (subkey, owner
 a hash of that identity; pages and range digests follow the order of slots, so that they mean the same at every holder.
 """
 
-from __future__ import annotations
-
 import enum
 import heapq
 from bisect import bisect_left, insort
@@ -75,8 +73,6 @@ class Summary:
 
 
 class _Index:
-    """An index for a large dictionary; a small one is looked through."""
-
     __slots__ = ("digests", "order", "owners")
 
     def __init__(self, entries: dict[EntryID, SignedRecord]) -> None:
@@ -125,7 +121,6 @@ class _Dictionary:
         return summarize(list(self.entries.values()))
 
     def in_order(self, start: int) -> Iterator[tuple[int, SignedRecord]]:
-        """Yield (slot, record) from the slot `start` on."""
         if self.index is not None:
             order = self.index.order
             for position in range(bisect_left(order, start, key=_slot_of), len(order)):
@@ -193,7 +188,6 @@ class Storage:
         return None
 
     def add(self, record: SignedRecord, wall: float, source: Source | None = None) -> StoreOutcome:
-        """Keep a verified record unless `check` objects."""
         outcome = self.check(record, wall, source)
         return self.put(record, source) if outcome is None else outcome
 
@@ -237,12 +231,10 @@ class Storage:
         return list(dictionary.entries.values()) if dictionary else []
 
     def get(self, key: bytes, subkey: str | None, owner: PeerID) -> SignedRecord | None:
-        """Return one entry, None if it is not held."""
         dictionary = self._keys.get(key)
         return dictionary.entries.get((subkey, owner)) if dictionary else None
 
     def summary(self, key: bytes) -> Summary | None:
-        """Return the count and range digests of `key`, or None where nothing is held."""
         dictionary = self._keys.get(key)
         return dictionary.summary() if dictionary else None
 
@@ -293,10 +285,7 @@ class Storage:
             yield from list(dictionary.entries.values())
 
     def _make_room(self, record: SignedRecord, source: Source | None) -> bool:
-        """Drop entries of the largest source until the newcomer fits: far ones, of keys with one source, first.
-
-        Return False if it does not fit without dropping entries of a source that has less.
-        """
+        """Drop entries of the largest source until the newcomer fits: far ones, of keys with one source, first."""
         dictionary = self._keys.get(record.key)
         if dictionary is not None and len(dictionary.entries) >= self._max_entries_per_key:
             crowding = self.shares.crowding_in(record.key, source)

@@ -1,7 +1,5 @@
 """The timers of one node. Pure: times are handed in."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +15,7 @@ class Timer:
 
 
 class Timers:
-    """The timers of one node, in order of time; those of the same time in order of starting.
-
-    Most are timeouts of requests that are answered. A canceled one lets go of its action at once: what hangs on it
-    would else stay in memory until its time comes, and make the garbage collector look at everything there is.
-    """
+    """The timers of one node, in order of time; those of the same time in order of starting."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Timer]] = []
@@ -50,7 +44,6 @@ class Timers:
                 action(now)
 
     def next_at(self) -> float:
-        """Return when the next one is due; infinity if there is none."""
         while self._heap and self._heap[0][2].action is None:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else float("inf")

@@ -1,7 +1,5 @@
 """Values of the network as bytes. One that would not come back equal is refused before anything is sent. Pure."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, TypeAlias
 

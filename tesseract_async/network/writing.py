@@ -1,7 +1,5 @@
 """Storing records on the nodes closest to their keys. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
@@ -24,11 +22,7 @@ SHORTEST_WAIT = 0.15
 
 
 class Write:
-    """A write of records, each to the k nodes closest to its key. Records that share a holder share datagrams.
-
-    It ends when every holder has answered. Once half of them have, the others are not waited for beyond `PATIENCE`
-    times as long as these needed: a dead one would cost every writer a second.
-    """
+    """A write of records, each to the k nodes closest to its key. Records that share a holder share datagrams."""
 
     def __init__(self, core: Core, records: Sequence[SignedRecord]) -> None:
         assert records
@@ -93,7 +87,6 @@ class Write:
             self._end_if_done(now)
 
     def _stored(self, indices: list[int], outcomes: list[StoreOutcome], now: float) -> None:
-        """Count the outcomes of one STORE that ended; none if there was no reply."""
         for index, outcome in zip(indices, outcomes, strict=False):
             self.num_holders[index] += outcome.held
             self.num_outdated[index] += outcome is StoreOutcome.OUTDATED
@@ -133,8 +126,6 @@ def _at_hand(contact: Contact, now: float) -> bool:
 
 
 class _Store(Caller):
-    """One STORE to one holder; repeated once if its token was out of date."""
-
     def __init__(self, write: Write, contact: Contact, indices: list[int], now: float) -> None:
         self.write = write
         self.indices = indices

@@ -8,8 +8,6 @@ one step, and `step` hands the sum to the optimizer. So a batch that fails leave
 split over batches equals one that is not.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math
@@ -245,7 +243,6 @@ class ExpertBackend:
 
     @property
     def device(self) -> torch.device:
-        """The place of the module's first parameter or buffer."""
         return device_of(self.module)
 
     @property
@@ -277,7 +274,6 @@ class ExpertBackend:
 
     @property
     def trains(self) -> bool:
-        """True if it has an optimizer, or will have one."""
         return self.optimizer is not None or self._make_optimizer is not None
 
     # -- Computing: on the runtime's thread only -------------------------------------------------------------------
@@ -383,11 +379,9 @@ class ExpertBackend:
 
     @property
     def gathered(self) -> Gradients | None:
-        """Gradients that wait for a step."""
         return self._gathered.merged()
 
     def take_gathered(self) -> Gradients | None:
-        """Return `gathered`, and forget them."""
         found = self._gathered.merged()
         self._gathered.clear()
         return found
@@ -409,7 +403,6 @@ class ExpertBackend:
     # What `gradients` returned for the parameters is the backend's own: its owner adds, judges and scales it by these.
 
     def add(self, left: Gradients | None, right: Gradients | None) -> Gradients | None:
-        """Return the sum of gradients of the parameters. Neither is changed."""
         return add_gradients(left, right)
 
     def scaled(self, gradients: Gradients, factor: float) -> Gradients:

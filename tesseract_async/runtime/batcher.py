@@ -135,7 +135,6 @@ class RowSlice(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """True if the request ends with this slice."""
         return self.stop == self.request.num_rows
 
 
@@ -172,7 +171,6 @@ _Heap = list[tuple[float, int, list[QueuedRequest]]]
 
 
 def _sweep(heap: _Heap) -> None:
-    """Drop all empty cells."""
     heap[:] = [entry for entry in heap if entry[2]]
     heapq.heapify(heap)
 
@@ -221,7 +219,6 @@ class Account:
 
     @property
     def age(self) -> float:
-        """The time since when its oldest request counts as waiting."""
         if self._age is None:
             self._age = min([_age(heap[0][2][0]) for heap in self.classes.values()])
         return self._age
@@ -323,7 +320,6 @@ class Batcher:
 
     @property
     def has_waiting(self) -> bool:
-        """True if rows wait to be dispatched."""
         return bool(self._active)
 
     def remove(self, request: QueuedRequest) -> bool:
@@ -413,10 +409,7 @@ class Batcher:
         return batch
 
     def finish(self, batches: Sequence[Batch], now: float) -> float:
-        """Account for a batch that has run, well or badly, or several in one pass. Returns the seconds that it took.
-
-        Bytes are freed request by request.
-        """
+        """Account for a batch that has run, well or badly, or several in one pass. Returns the seconds that it took."""
         # next to another batch, its time begins where that one's ended
         took = now - max(batches[0].started, self._finished_at)
         self._finished_at = now
@@ -443,7 +436,6 @@ class Batcher:
         self._statistics.bytes_per_second = speed + (num_bytes / seconds - speed) * (_SPEED_WEIGHT if speed else 1.0)
 
     def timer_at(self) -> float | None:
-        """Return when the next deadline passes."""
         return min([account.deadlines[0][0] for account in self._active if account.deadlines], default=None)
 
     def waiting(self) -> list[QueuedRequest]:
@@ -452,14 +444,10 @@ class Batcher:
         return [request for heap in heaps for _, _, cell in heap for request in cell]
 
     def statistics(self) -> BatcherStatistics:
-        """Return a copy of this moment's figures."""
         return dataclasses.replace(self._statistics)
 
     def _fill(self, batch: Batch, limit: int, turn: float) -> None:
-        """Take the queue's requests in order until there are enough rows, or one does not fit any more.
-
-        Accounts whose `turn` it is not have no rows in the batch either: they would slow it down for the others.
-        """
+        """Take the queue's requests in order until there are enough rows, or one does not fit any more."""
         queue, enough = batch.queue, math.inf
         if not queue.preferred_sizes and batch.started - self._busy_since <= KEEPING_UP_SECONDS:
             enough = queue.cost.rows_until(self._fixed_share)
@@ -506,7 +494,6 @@ class Batcher:
         request.account.num_bytes -= request.num_bytes
 
     def _forget_accounts(self) -> None:
-        """Drop those that stand where a new one would start."""
         self._accounts = {
             name: one
             for name, one in self._accounts.items()

@@ -27,7 +27,6 @@ class BatchCost:
         self._is_known = False
 
     def add(self, num_rows: int, seconds: float) -> None:
-        """Learn from a batch that has run."""
         x, y = 1 / num_rows, seconds / num_rows
         expected = self._per_row + self._each * x
         if expected > 0.0:
@@ -98,7 +97,6 @@ class GroupChoice:
         return size.pays != (self._may_retry() and size.last_way == size.pays)
 
     def add(self, num_batches: int, num_rows: int, together: bool, seconds: float) -> None:
-        """Learn what they took."""
         self.spent += seconds
         size = self._size(num_batches, num_rows)
         size.add(together, seconds / num_batches)

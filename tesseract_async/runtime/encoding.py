@@ -4,8 +4,6 @@ Codec ``none`` copies nothing and small tensors take microseconds: these are don
 their own. Only tensors cross, and they do not change meanwhile: no module, no device, no state.
 """
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import os

@@ -87,8 +87,6 @@ class Download(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step that an expert is to take."""
-
     backend: ExpertBackend
     summed: Gradients
     call_ids: list[bytes]
@@ -133,7 +131,6 @@ class Executor:
         self._copy_again_at = 0.0  # time.monotonic, before which no good state is renewed: the experts share the time
 
     def stage(self, slices: Sequence[RowSlice], *, halved: bool = False) -> Attempt:
-        """Gather the slices' rows and start copying them to the device."""
         attempt = Attempt(slices, [one.request for one in slices], halved)  # type: ignore[misc]
         try:
             attempt.upload = self.staging.upload(_columns(slices, attempt.works))
@@ -609,7 +606,6 @@ class _NotNow(Exception):
 
 
 def _presence(works: Sequence[Work]) -> tuple[bool, ...]:
-    """Return, for each output, whether there are gradients of it."""
     given = [by.output_gradients for by in works if by.output_gradients is not None]
     return tuple([any(x is not None for x in column) for column in zip(*given, strict=True)])
 
@@ -675,7 +671,6 @@ def _check_alone(work: Work) -> None:
 
 
 def _joined(part: RowSlice, work: Work, result: WorkResult) -> WorkResult | None:
-    """Return the request's whole result if this was its last slice."""
     work.results.append(result)
     if not part.is_last:
         return None

@@ -1,7 +1,5 @@
 """Gradients as lists of tensors: their sum, norm and finiteness, and the trimmed mean over peers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Sequence
 from itertools import zip_longest
@@ -94,7 +92,6 @@ class GatheredGradients:
         self._last_peers: list[frozenset[Hashable]] = []  # of the last two steps
 
     def add(self, gradients: Gradients, peer: Hashable, num_batches: int = 1) -> None:
-        """Add the sum of so many batches of `peer`."""
         peer = peer if self._trim_peers else None
         if peer in self._sums:
             before, count = self._sums[peer]
@@ -105,11 +102,6 @@ class GatheredGradients:
 
     @property
     def is_enough(self) -> bool:
-        """True when it is time for a step.
-
-        With `trim_peers`, a step waits for all peers of the last two steps, so that one who sends faster than the
-        others is not alone in it, but not for much longer than usual.
-        """
         if self.num_batches < self._step_every or not self._trim_peers:
             return self.num_batches >= self._step_every
         absent = frozenset().union(*self._last_peers) - self._sums.keys()
@@ -126,14 +118,12 @@ class GatheredGradients:
         return trimmed_mean(means, self._trim_peers, scale=self.num_batches)
 
     def take(self) -> Gradients | None:
-        """Return what `merged` does, and begin to gather for the next step."""
         merged = self.merged()
         self._last_peers = [*self._last_peers[-1:], frozenset(self._sums) - {None}]
         self.clear()
         return merged
 
     def clear(self) -> None:
-        """Forget what was gathered."""
         self._sums, self.num_batches = {}, 0
 
 

@@ -145,7 +145,6 @@ class Member:
         self.kind = kind
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the parameters and buffers by name."""
         return {name: of[own] for name, _, of, own in self._slots}
 
     def is_unchanged(self) -> bool:
@@ -212,8 +211,6 @@ def _opaque(value: object) -> Iterator[object]:
 
 
 class _Slot(NamedTuple):
-    """Where a module has a parameter or buffer."""
-
     name: str
     first: str
     """The first name of the same tensor."""

@@ -5,8 +5,6 @@ server's experts of one grid, those without gradients too, on zeros: with an opt
 that equals one optimizer over all of them. Their versions count the steps of all, and are the *round*.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -37,7 +35,6 @@ def squared_norm(backends: Sequence[ExpertBackend]) -> float:
 
 
 def clear(backends: Sequence[ExpertBackend]) -> None:
-    """Forget the gradients that were gathered."""
     for backend in backends:
         backend.take_gathered()
 

@@ -10,8 +10,6 @@ for it in a collective. So before each part that is gathered for itself, all say
 fails its own batch, everywhere, and not the mesh.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math
@@ -481,7 +479,6 @@ class MeshBackend(ExpertBackend):
     # -- Rows ---------------------------------------------------------------------------------------------------------
 
     def _vote(self, failed: bool) -> bool:
-        """Return whether any process that has rows of this batch failed."""
         assert self._rows is not None
         flag = torch.full((), int(failed), dtype=torch.uint8, device=self._place)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._rows.get_group())
@@ -512,7 +509,6 @@ class MeshBackend(ExpertBackend):
         return found[:num_rows]
 
     def _shared(self, described: Value) -> list[torch.Tensor | None]:
-        """Return the tensors that the leader was given."""
         given = [None] * len(described) if self._given is None else self._given
         found: list[torch.Tensor | None] = []
         for one, x in zip(described, given, strict=True):
@@ -659,7 +655,6 @@ def _local(x: torch.Tensor) -> torch.Tensor:
 
 
 def _num_copies(x: torch.Tensor, num_processes: int) -> int:
-    """Return how many processes have the same part."""
     if not isinstance(x, DTensor):
         return num_processes
     for size, placement in zip(x.device_mesh.shape, x.placements, strict=True):

@@ -6,8 +6,6 @@ down to that. So no process ever holds more than its part and one layer, with an
 (the builder does not run on ``meta``, or goes back to weights that it made before), the module is built whole.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -58,7 +56,6 @@ def build_spread(
 
 
 def box_of(x: torch.Tensor) -> Box:
-    """Return this process's part of a tensor."""
     if not isinstance(x, DTensor):
         return [0] * x.dim(), list(x.shape)
     (chunk,) = x.__create_chunk_list__()  # type: ignore[no-untyped-call]
@@ -141,7 +138,6 @@ class _Cuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._open.append((module, name))
 
     def _close(self) -> None:
-        """Cut the layer that is finished."""
         for module, name in self._open:
             whole = module._parameters.get(name)
             box = self._boxes[len(self.kept)] if len(self.kept) < len(self._boxes) else None
@@ -157,7 +153,6 @@ class _Cuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _filled(module: nn.Module, order: Sequence[nn.Parameter | None], cuts: _Cuts, place: torch.device) -> nn.Module:
-    """Give the module that was spread on ``meta`` its weights."""
     numbers = {id(one): number for number, one in enumerate(order) if one is not None and cuts.kept[number] is not None}
     weights = {}
     for name, one in module.named_parameters():

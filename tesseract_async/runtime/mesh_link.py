@@ -211,7 +211,6 @@ class MeshLink:
         self._sockets[channel, rank] = one
 
     def _join(self, store: Store, until: float) -> None:
-        """Find the leader, and connect to it."""
         while len(self._sockets) < 3:
             # what is written there may be of a meeting that is over: then nobody listens any more
             host, port, self.token = store.get(_KEY).decode().split()
@@ -257,7 +256,6 @@ class MeshLink:
         return number
 
     def followers(self) -> list[Follows]:
-        """Return all that commands are about at present."""
         return [one for find in self._followers if (one := find()) is not None]
 
     def command(self, number: int, name: str, args: Sequence[Value] = ()) -> list[Value]:
@@ -298,7 +296,6 @@ class MeshLink:
             raise fault
 
     def _replies(self, until: float) -> list[tuple[str | None, Counts, Value]]:
-        """Return each follower's fault, counts and result."""
         replies = []
         for rank in range(1, self.size):
             one = self._sockets[_COMMANDS, rank]
@@ -462,7 +459,6 @@ class MeshLink:
             os._exit(LOST_STATUS)
 
     def _hand_out(self) -> None:
-        """Send the leader the rows that it asks for."""
         one = self._sockets[_STATES, 0]
         with contextlib.suppress(OSError, ValueError, struct.error, LookupError):
             while True:

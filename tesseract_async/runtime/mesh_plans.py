@@ -10,8 +10,6 @@ rows. So one for both, with two processes to each tensor, is::
         return fsdp(module, grid["rows"])
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Final

@@ -5,8 +5,6 @@ with copies of its last row (never with zeros, which a module may divide by), an
 Copies get no gradient.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
@@ -81,7 +79,6 @@ class ModuleRunner:
         self.output_specs: list[TensorSpec] = wire.flatten(self.outputs_schema)
 
     def is_stochastic(self, training: bool) -> bool:
-        """Return whether the module draws random numbers in this mode."""
         return self._habits[training].draws if self._stochastic is None else self._stochastic
 
     def only_computes(self, training: bool) -> bool:
@@ -229,7 +226,6 @@ class ModuleRunner:
         return [torch.zeros(2, *spec.least_shape, dtype=spec.dtype, device=device) for spec in sized]
 
     def _try_out(self, inputs: Sequence[torch.Tensor | None], *, training: bool) -> object:
-        """Run the module once, watched, and leave it as it was."""
         was_training = self._module.training
         present = self._take(leaves_of(inputs) if self.marks_inputs else inputs)
 

@@ -7,8 +7,6 @@ the limit for others however much it sends. An account that is alone can, within
 gradients have grown is scaled down for no longer than that.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
@@ -41,8 +39,6 @@ class _Account(NamedTuple):
 
 
 class UsualNorms:
-    """The norms of recent gradients of one expert's parameters."""
-
     def __init__(self, known: Iterable[float] = ()) -> None:
         """`known`: what `values` returned before a restart."""
         self._accounts = LRU[Hashable, _Account](_MAX_ACCOUNTS)
@@ -89,7 +85,6 @@ class UsualNorms:
         return not was_settled and self.is_settled
 
     def values(self) -> list[float]:
-        """Return all norms that are remembered."""
         return [*self._of_before, *(norm for account in self._accounts.values() for norm in account.norms)]
 
     def _find(self) -> None:

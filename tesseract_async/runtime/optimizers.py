@@ -1,7 +1,5 @@
 """An expert's optimizer and schedule: checks, steps, and how they go on from a checkpoint."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import inspect
@@ -207,10 +205,7 @@ def _laid_out(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 def kinds_of(
     module: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None
 ) -> dict[str, list[int]]:
-    """Return the classes of both, as a checkpoint names them: in UTF-8, since a state consists of numbers and tensors.
-
-    With them goes a digest of the parameters in the optimizer's groups, for its state knows these by number only.
-    """
+    """Return the classes of both, as a checkpoint names them: in UTF-8, as a state holds numbers and tensors only."""
     kinds = {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)}
     found = {what: list(kind.encode()) for what, kind in kinds.items() if kind is not None}
     if optimizer is not None:

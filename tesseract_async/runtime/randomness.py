@@ -9,8 +9,6 @@ around it.
 would silently be wrong. So it is refused: `seeded` for a backward raises where a random operation is computed again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,7 +88,6 @@ def has_own_generator(kwargs: Mapping[str, Value]) -> bool:
 
 
 def _with_generator(func: OpOverload) -> OpOverload | None:
-    """Return the overload of this operation that takes a generator, if there is one."""
     wanted = _arguments(func)
     if "generator" in wanted:
         return func

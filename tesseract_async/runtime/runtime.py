@@ -76,8 +76,6 @@ class RuntimeSettings:
 
 @dataclass(slots=True)
 class ExpertFigures:
-    """What one expert has computed."""
-
     num_calls: int = 0
     num_failures: int = 0
     latencies: Histogram = field(default_factory=lambda: Histogram(SECONDS_BUCKETS))
@@ -328,7 +326,6 @@ class TesseractRuntime(Uncopied):
             self._wake_thread()
 
     def hold(self, peer: Hashable, num_bytes: int) -> None:
-        """See `Batcher.hold`."""
         with self._lock:
             self._batcher.hold(peer, num_bytes)
 
@@ -356,7 +353,6 @@ class TesseractRuntime(Uncopied):
         return await asyncio.get_running_loop().run_in_executor(self._aside, function)
 
     def statistics(self) -> BatcherStatistics:
-        """Return the batcher's figures."""
         with self._lock:
             return self._batcher.statistics()
 
@@ -542,7 +538,6 @@ class TesseractRuntime(Uncopied):
                 self._bell.get(timeout=None if timer_at is None else max(timer_at - now, 0))
 
     def _finish(self, executor: Executor, computed: _Pass) -> None:
-        """Hand out the results of a pass."""
         batches, trial = computed.batches, computed.trial
         if computed.attempt is not None:
             outcomes = executor.outcomes(computed.attempt)
@@ -579,7 +574,6 @@ class TesseractRuntime(Uncopied):
                 self._loop.call_soon_threadsafe(self._call_posted)
 
     def _call_posted(self) -> None:
-        """Call what was posted, on the loop."""
         self._delivers = False  # before looking: what is posted from now on wakes the loop again
         try:
             while self._posted:
@@ -615,7 +609,6 @@ class _Pass:
         self.together: Together | None = None
 
     def learn(self, executor: Executor, trial: _Trial, seconds: float) -> None:
-        """Learn from what it took."""
         together = self.together
         trial.seconds += seconds
         trial.num_left -= len(self.batches)

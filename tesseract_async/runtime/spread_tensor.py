@@ -1,7 +1,5 @@
 """A tensor of a state whose parts are kept by the processes of a mesh, and is never whole anywhere."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple

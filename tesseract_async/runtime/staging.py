@@ -5,8 +5,6 @@ of their own while the batch before still computes, and copied back by a third s
 caching allocator keeps the pinned blocks, and does not hand one out again before the copies that use it have ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """States of experts: the dtypes and values that a checkpoint can hold, copies of them, and their fit to a module."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 

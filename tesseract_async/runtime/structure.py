@@ -4,8 +4,6 @@ A description names classes and functions by import path, and only those of `ALL
 reader allows, are ever imported. What cannot be described says so where it is built again.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final

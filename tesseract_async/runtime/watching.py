@@ -6,8 +6,6 @@ training, which another thread may have done, the call is repeated, watched; whe
 calls get copies.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import random

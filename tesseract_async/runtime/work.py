@@ -1,7 +1,5 @@
 """The runtime's unit of work, one forward or backward of one expert, and its result."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -12,8 +12,6 @@ Files are listed when all of them are there, and dropped when they are not liste
 folder holds one save point or the other.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib
@@ -64,8 +62,6 @@ class SavedExpert(NamedTuple):
 
 @dataclass(slots=True)
 class SavedModel:
-    """A folder and its index."""
-
     path: Path
     runs: dict[str, SignedRun] = field(default_factory=dict)
     """By prefix."""

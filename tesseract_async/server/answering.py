@@ -5,8 +5,6 @@ call id share the running computation, get the remembered answer, or, if that wa
 computed again without a step. What was applied is journalled by the backend, together with the weights.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib
@@ -215,57 +213,111 @@ class ExpertCalls:
         reply = messages.ForwardReply(metas, version, inputs_cached, hosted.epoch)
         return Message(messages.encode(reply), tuple(buffers))
 
-    async def backward(self, hosted: HostedState, call: IncomingCall) -> Message:
-        """Answer ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
+    def backward(self, hosted: HostedState, call: IncomingCall) -> Awaitable[Message]:
+        """Answer ``expert.backward``: by a `Deferred` as `forward` does. Raises only RemoteErrors, for the caller to
+        see, now or when awaited."""
+        if not self.leads(hosted):
+            return self._backward_once_it_leads(hosted, call)
+        try:
+            request, call.body = messages.decode(messages.BackwardRequest, call.body), None
+        except ProtocolError as error:
+            raise told_of(error, call.method) from None
+        uid, backend = hosted.uid, hosted.backend
+        backend.settings.codecs.check("gradients", request.reply_codec, expert=uid)
+        if request.reply_codec == "none":
+            begun = self.begun_backward((uid, journal_key(call.peer_id, request.call_id)))
+            if begun is None:
+                specs = specs_of_backward(backend, request.tensors, request.num_inputs)
+                plain = unpack_plain(request.tensors, call.buffers, specs)
+                if plain is not None:
+                    hosted.runtime.gather_turn()
+                    begun = self._begin_backward(hosted, call, request, plain)
+            if isinstance(begun, BackwardUnderWay):
+                begun.num_waiting += 1
+                self.entered()
+                return Deferred(
+                    begun.work.answer,
+                    finish=partial(self._backwarded, hosted, call, request, begun),
+                    cancel=partial(self._leave, begun),
+                )
+        return self._backward(hosted, call, request)
+
+    async def _backward_once_it_leads(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Answer a backward of an expert that somebody else trains, should that have changed; else say who does."""
         with self.answering(call):
             await self.check_leads(hosted)
-            uid, backend = hosted.uid, hosted.backend
-            request, call.body = messages.decode(messages.BackwardRequest, call.body), None
-            codec, num_inputs = request.reply_codec, request.num_inputs
-            backend.settings.codecs.check("gradients", codec, expert=uid)
+            return await self.backward(hosted, call)
+
+    def _backwarded(
+        self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, begun: BackwardUnderWay
+    ) -> Message:
+        self._leave(begun)
+        try:
+            answer = begun.result()
+        except TimeoutError as error:
+            raise told_of(error, call.method) from None
+        self._note_backward(hosted, call, request, answer)
+        return _backward_reply(hosted, answer, pack_tensors([_apart(x) for x in answer.tensors]))
+
+    async def _backward(self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest) -> Message:
+        """The same with other codecs, an answer that is there, or no rows."""
+        uid, backend = hosted.uid, hosted.backend
+        with self.answering(call):
             key = (uid, journal_key(call.peer_id, request.call_id))
             begun = self.begun_backward(key)
             if begun is None:
-                specs = specs_of_backward(backend, request.tensors, num_inputs)
-                plain = unpack_plain(request.tensors, call.buffers, specs)
-                tensors: Sequence[torch.Tensor | None] = plain or ()
-                if plain is None:
-                    check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
-                    tensors = await unpack(request.tensors, call.buffers)
-                    begun = self.begun_backward(key)  # the same call may have come meanwhile
-            if begun is None:
-                check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
-                check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
-                inputs, output_specs = check_inputs(
-                    uid, backend, self.inputs_of(uid, request.inputs_cached, tensors[:num_inputs])
-                )
-                gradients = check_gradients(uid, backend, inputs, output_specs, tensors[num_inputs:])
-                if num_rows_of(inputs) == 0:
-                    numbers = (
-                        x if x is not None and (x.is_floating_point() or x.is_complex()) else None for x in inputs
-                    )
-                    zeros = [None if x is None else torch.zeros_like(x) for x in numbers]
-                    begun = WorkResult(zeros, backend.version)
-                else:
-                    begun = self.begin_backward(
-                        key,
-                        hosted,
-                        call,
-                        inputs,
-                        gradients,
-                        call_id=request.call_id,
-                        training=request.training,
-                        seed=request.seed,
-                        forward_version=request.version,
-                    )
+                specs = specs_of_backward(backend, request.tensors, request.num_inputs)
+                check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
+                tensors = await unpack(request.tensors, call.buffers)
+                # the same call may have come meanwhile
+                begun = self.begun_backward(key) or self._begin_backward(hosted, call, request, tensors)
             answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
-            self.check_led(hosted)
-            if request.inputs_cached is not None:
-                self.memory.inputs.pop(request.inputs_cached)
-            self.backward_ended(hosted, call, request.inputs_cached, answer, request.version)
-            metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
-            reply = messages.BackwardReply(metas, answer.version, hosted.epoch)
-            return Message(messages.encode(reply), tuple(buffers))
+            self._note_backward(hosted, call, request, answer)
+            packed = await pack([_apart(x) for x in answer.tensors], request.reply_codec)
+            return _backward_reply(hosted, answer, packed)
+
+    def _begin_backward(
+        self,
+        hosted: HostedState,
+        call: IncomingCall,
+        request: messages.BackwardRequest,
+        tensors: Sequence[torch.Tensor | None],
+    ) -> BackwardUnderWay | WorkResult:
+        uid, backend, num_inputs = hosted.uid, hosted.backend, request.num_inputs
+        check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
+        check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
+        kept = self.inputs_of(uid, request.inputs_cached, tensors[:num_inputs])
+        inputs, output_specs = check_inputs(uid, backend, kept)
+        gradients = check_gradients(uid, backend, inputs, output_specs, tensors[num_inputs:])
+        if num_rows_of(inputs) == 0:
+            numbers = (x if x is not None and (x.is_floating_point() or x.is_complex()) else None for x in inputs)
+            zeros = [None if x is None else torch.zeros_like(x) for x in numbers]
+            return WorkResult(zeros, backend.version)
+        return self.begin_backward(
+            (uid, journal_key(call.peer_id, request.call_id)),
+            hosted,
+            call,
+            inputs,
+            gradients,
+            call_id=request.call_id,
+            training=request.training,
+            seed=request.seed,
+            forward_version=request.version,
+        )
+
+    def _note_backward(
+        self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, answer: WorkResult
+    ) -> None:
+        """Take note of an answer that is about to be told. Raises: NotPrimary."""
+        self.check_led(hosted)
+        if request.inputs_cached is not None:
+            self.memory.inputs.pop(request.inputs_cached)
+        self.backward_ended(hosted, call, request.inputs_cached, answer, request.version)
+
+    def _leave(self, backward: BackwardUnderWay) -> None:
+        """A caller that waited for it without a task does not wait any more."""
+        backward.leave()
+        self.left()
 
     @contextlib.contextmanager
     def answering(self, call: IncomingCall) -> Iterator[None]:
@@ -283,7 +335,6 @@ class ExpertCalls:
         self._num_active += 1
 
     def left(self) -> None:
-        """See `entered`."""
         self._num_active -= 1
         self._quiet.set()
 
@@ -307,8 +358,6 @@ class ExpertCalls:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if due is None else min(due - now, _LOOK_PERIOD)):
                     await self._quiet.wait()
-
-    # ------------------------------------------------------------------------------------------------ one expert's
 
     def leads(self, hosted: HostedState) -> bool:
         """Return whether this server may step the expert at this moment."""
@@ -384,7 +433,6 @@ class ExpertCalls:
     def backward_ended(
         self, hosted: HostedState, call: IncomingCall, name: bytes | None, answer: WorkResult, forward_version: int
     ) -> None:
-        """Take note of the answer to a backward of the forward `name`."""
         self._expected.came(name, hosted.uid, call.peer_id, asyncio.get_running_loop().time())
         self._metrics.observe(
             "expert_staleness_steps", max(0, answer.version - 1 - forward_version), bounds=_STALENESS_BUCKETS
@@ -419,6 +467,13 @@ class ExpertCalls:
         name = new_name()
         self.expect_backward(name, hosted, call)
         return name if self.memory.keep_inputs(name, inputs, self.owner(call)) else None
+
+
+def _backward_reply(
+    hosted: HostedState, answer: WorkResult, packed: tuple[list[wire.Meta], list[memoryview]]
+) -> Message:
+    metas, buffers = packed
+    return Message(messages.encode(messages.BackwardReply(metas, answer.version, hosted.epoch)), tuple(buffers))
 
 
 def told_of(error: BaseException, method: str) -> RemoteError:

@@ -5,8 +5,6 @@ gathers the rows. So quotas, refusals, staleness, the journal and the steps are 
 (`answering.ExpertCalls`), and one expert's failure is its own. `parts.Parts` decides what is sent, and when.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math
@@ -194,7 +192,6 @@ class Wave:
         return -(-block_bytes // len(self.request.rows)) + sum(spec.row_bytes for spec in answered)
 
     def _begin(self, share: _Share) -> None:
-        """Begin a share, or say why not."""
         calls, hosted = share.door.calls, share.door.hosted
         calls.entered()
         try:
@@ -285,8 +282,6 @@ class Wave:
         except Exception as error:  # nobody else would hear of it
             self._end(share, told_of(error, APPLY))
 
-    # ------------------------------------------------------------------------------------------------ what it became
-
     def _forward_ended(self, share: _Share, answer: asyncio.Future[WorkResult]) -> None:
         if not share.is_open or answer.cancelled():
             return
@@ -322,7 +317,6 @@ class Wave:
         self._end(share, answer)
 
     def _end(self, share: _Share, outcome: WorkResult | RemoteError) -> None:
-        """Nothing more is to come of a share."""
         self._close(share)
         if isinstance(outcome, RemoteError):
             self._failed(share.expert, outcome)
@@ -337,7 +331,6 @@ class Wave:
         self._held[runtime] = self._held.get(runtime, 0) + num_bytes
 
     def _let_go(self) -> None:
-        """The answers wait no more."""
         for runtime, num_bytes in self._held.items():
             runtime.hold(self._owner, -num_bytes)
         self._held.clear()
@@ -349,8 +342,6 @@ class Wave:
     def _close(self, share: _Share) -> None:
         share.is_open, share.work, share.backward = False, None, None
         share.door.calls.left()
-
-    # ------------------------------------------------------------------------------------------------ the reply
 
     async def parts(self) -> AsyncGenerator[Message, None]:
         """Yield the reply's parts when they are due."""

@@ -88,8 +88,6 @@ class Past:
 
 
 class Role(Enum):
-    """The part that a server should play for one expert."""
-
     TRAIN = "train"
     """Be its primary."""
     FOLLOW = "follow"
@@ -162,12 +160,10 @@ class _Look:
         return await asyncio.shield(self._speaks[owner]) is not None
 
     async def contender(self, replica: ExpertReplica) -> Contender:
-        """Return the replica with its present version."""
         info = await ask_info(self._node, replica, self._timeout) if await self.speaks(replica) else None
         return Contender(owner_of(replica), replica.primary, None if info is None else info.version)
 
     def close(self) -> None:
-        """Ask no more."""
         for task in self._speaks.values():
             task.cancel()
 
@@ -193,12 +189,10 @@ class BareNames:
         self._disputed: set[tuple[str, PeerID]] = set()
 
     def primary(self, uid: str) -> PeerID | None:
-        """Return the server that is followed; None if there is none."""
         primary = self._experts[uid].primary
         return None if primary is None else owner_of(primary)
 
     def forget(self, uid: str) -> None:
-        """Pull the expert's state in the next look, whenever it was pulled last."""
         self._experts[uid].synced_from = None
 
     async def read(self, uids: Iterable[str]) -> None:
@@ -300,10 +294,7 @@ class BareNames:
             await self._become_primary(one)
 
     async def _living(self, one: _Memory, primaries: list[ExpertReplica], look: _Look) -> list[ExpertReplica]:
-        """Return those that answer, and for a lease the one that is followed and does not: it may be busy.
-
-        So a claim that nobody stands behind delays no takeover. Just after a start, all have that lease.
-        """
+        """Return those that answer, and for a lease the one that is followed and does not: it may be busy."""
         speak = await asyncio.gather(*map(look.speaks, primaries))
         now, followed, living = self._elapsed(), self.primary(one.hosted.uid), []
         for other, speaks in zip(primaries, speak, strict=True):

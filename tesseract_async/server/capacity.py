@@ -1,7 +1,5 @@
 """What a member of a run can give: how many experts it computes, how fast, and how many it keeps on disk. Measured."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import time

@@ -125,7 +125,6 @@ class VolunteerContract:
         self._paused = self._memory_short = False
 
     def usage(self, now: float) -> Usage:
-        """Return the bytes of the period that `now` lies in."""
         start, _ = _period(now, self.settings.quota_period, self._timezone)
         # a clock that was set back does not give the quota a second time
         if start > self._usage.period_start:
@@ -133,7 +132,6 @@ class VolunteerContract:
         return self._usage
 
     def count_bytes(self, num_bytes: int, now: float) -> None:
-        """Count bytes that were sent or received."""
         usage = self.usage(now)
         self._usage = Usage(usage.period_start, usage.num_bytes + num_bytes)
 

@@ -1,7 +1,5 @@
 """The memory that an expert takes, measured, and how a volunteer's limit is divided."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import gc
@@ -42,8 +40,6 @@ KERNEL_MARGIN: Final = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of one expert."""
-
     weights: int
     """Parameters and buffers."""
     gradients: int
@@ -58,7 +54,6 @@ class Footprint:
 
     @property
     def state(self) -> int:
-        """Bytes of a copy of what a checkpoint holds."""
         journal = COPIED_JOURNAL_BYTES if self.gradients else 0
         return self.weights + self.optimizer + journal + self.gradients * min(self.num_sums, 1)
 
@@ -73,8 +68,6 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How a limit is divided. Bytes."""
-
     num_experts: int
     """That fit. 0: not even one does."""
     needed_for_one: int
@@ -220,7 +213,6 @@ def peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
 
 
 def process_bytes() -> int:
-    """Return the memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 

@@ -78,7 +78,6 @@ class _Tensors(nn.Module):
         return x
 
     def put(self, update: Update) -> None:
-        """Write down an update."""
         self.get_buffer("updates")[update.version % KEPT_UPDATES] = _octets(update.data)
         self.put_root(update.version, update.root)
 
@@ -92,7 +91,6 @@ class _Tensors(nn.Module):
             self.samples = _octets((len(state).to_bytes(4, "big") + state).ljust(_SAMPLES_BYTES, b"\0"))
 
     def put_root(self, version: int, root: bytes) -> None:
-        """Write down the root of a version."""
         self.get_buffer("roots")[version % (KEPT_UPDATES + 1)] = _octets(root)
 
 
@@ -195,7 +193,6 @@ class FragmentBackend(ExpertBackend):
         return self._tensors.read_samples()
 
     def close_round(self, rounds: Rounds, pushes: Sequence[Push], samples: bytes = b"") -> None:
-        """Take a step on what these pushes come to, and journal them. `samples`: the state of the ledger."""
         fragment = self.fragment
         update = fragment.step(rounds.merge(pushes, fragment.cut, fragment.outer))
         steps = self.steps + sum(min(max(1, push.steps), MAX_STEPS) for push in pushes)
@@ -230,8 +227,6 @@ class FragmentBackend(ExpertBackend):
 
 @dataclass(slots=True)
 class _Gathering:
-    """The pushes to one fragment, and who waits for them to count."""
-
     rounds: Rounds
     waiting: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
     """By journal key."""
@@ -335,7 +330,6 @@ class FragmentCalls:
         self._look(hosted, one)
 
     def _look(self, hosted: HostedState, one: _Gathering) -> None:
-        """Close the round, now or when it is due."""
         loop = asyncio.get_running_loop()
         closes_at = None if one.closing is not None else one.rounds.closes_at(loop.time())
         if one.timer is not None:

@@ -1,7 +1,5 @@
 """Holding: a node that computes no experts of a run keeps their states on disk, so that they outlive their servers."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import AsyncIterator, Collection
 from functools import partial

@@ -1,7 +1,5 @@
 """HostedState: one expert of a server, with its role, its state and its checkpoints."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from pathlib import Path
@@ -62,15 +60,12 @@ class HostedState:
 
     @property
     def version(self) -> int:
-        """Optimizer steps taken."""
         return self.backend.version
 
     async def snapshot(self) -> StateDict:
-        """Return a copy of the state, taken between two batches."""
         return await self.runtime.snapshot(self.backend)
 
     def structure(self) -> StateDict:
-        """Return how the module is built."""
         return describe_module(self.backend.module)
 
     async def restore(self) -> None:

@@ -1,7 +1,5 @@
 """Answers ``expert.lockstep``: the one trainer of a server's experts has all of them step. Untrusted."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """A server's memory for its callers: answers, inputs that a backward will need, and which backwards may come."""
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import math
@@ -92,7 +90,6 @@ class Memory(Generic[Key, Value]):
         return value
 
     def expire(self, now: float) -> None:
-        """Forget the entries that are too old."""
         while self._entries:
             key, (_, _, since) = next(iter(self._entries.items()))
             if since > now - self.max_age:
@@ -100,7 +97,6 @@ class Memory(Generic[Key, Value]):
             self.pop(key)
 
     def clear(self) -> int:
-        """Forget everything. Returns the bytes."""
         num_bytes, self.num_bytes = self.num_bytes, 0
         self._entries.clear()
         self._owners.clear()
@@ -127,7 +123,6 @@ class CallerMemory:
         return self.inputs.put(name, owned, owner=owner, now=_now())
 
     def keep_answer(self, key: CallKey, answer: WorkResult, owner: Hashable) -> None:
-        """Keep a backward's answer, if the budget allows it."""
         owned = WorkResult([None if x is None else alone(x) for x in answer.tensors], answer.version)
         self.answers.put(key, owned, owner=owner, now=_now())
         self._sweep_later()
@@ -164,12 +159,7 @@ class _Caller:
 
 
 class ExpectedBackwards:
-    """Forwards that were answered and whose backward has not come. Times are seconds of one monotonic clock.
-
-    A forward with ``keep_inputs`` announces a backward. Most come within a training step; some never do: the trainer
-    died or only evaluated. So each caller is waited for as long as its own backwards have lately taken, and not once it
-    is gone.
-    """
+    """Forwards that were answered and whose backward has not come. Times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
         self._entries: OrderedDict[bytes, tuple[str, PeerID]] = OrderedDict()
@@ -207,11 +197,7 @@ class ExpectedBackwards:
     def next_change(
         self, now: float, *, is_gone: Callable[[PeerID], bool], expects: Callable[[str], bool]
     ) -> float | None:
-        """Return when to look again, if nothing comes before; None if nothing is worth waiting for.
-
-        Forgotten are those of callers that are gone, of experts whose backwards go elsewhere (`expects`), and those
-        that are later than usual for their callers.
-        """
+        """Return when to look again, if nothing comes before; None if nothing is worth waiting for."""
         soonest = math.inf
         for peer, caller in self._callers.items():
             if not caller.names:

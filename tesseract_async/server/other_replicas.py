@@ -83,7 +83,6 @@ class ReplicaMismatch(ValueError):
 
 
 def owner_of(replica: ExpertReplica) -> PeerID:
-    """Return the server that a replica is at."""
     assert replica.peer.peer_id is not None, "manifests are read with their owners"
     return replica.peer.peer_id
 
@@ -184,7 +183,6 @@ def check_path(node: TesseractNode, replica: ExpertReplica) -> None:
 
 
 async def ask_info(node: TesseractNode, replica: ExpertReplica, timeout: float) -> messages.ExpertInfo | None:
-    """Return what the replica says of itself; None if it does not answer."""
     try:
         async with asyncio.timeout(timeout):
             body = messages.encode(messages.InfoRequest(replica.uid))

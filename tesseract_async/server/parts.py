@@ -5,8 +5,6 @@ longer the experts take. Parts cost both ends work that answers do not, so the f
 came, each later one after a longer pause, and the last when nothing is left to wait for.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple

@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 MAX_PERIOD: Final = 5.0
 """Seconds between two looks at the others' places, at most."""
+HURRIED_PERIOD: Final = 0.8
+"""Seconds between two looks while there is something to take, or ..."""
+NEW_SECONDS: Final = 30.0
+"""... for so long after entering the run."""
 RATE_SECONDS: Final = 30.0
 """Rates are averages over about so long."""
 
@@ -115,8 +119,10 @@ class Placing:
             except (ValueError, LookupError) as error:  # no address at the moment, or an expert just given up
                 logger.warning("this member's place in %s: %s", self._authority.run.full_name, describe(error))
             self._looked.set()
-            # a wish that nobody contests is fulfilled soon
-            await asyncio.sleep(min(self._period, 1.0) if self.placement.wishes or self._wanted else self._period)
+            # a wish that nobody contests is fulfilled soon, and a newcomer is waited for
+            is_new = not self._is_settled and self._now() - self._began < NEW_SECONDS
+            hurries = is_new or self.placement.wishes or self._wanted
+            await asyncio.sleep(min(self._period, HURRIED_PERIOD) if hurries else self._period)
 
     async def wait_settled(self, timeout: float) -> bool:
         """Return once there is nothing left to take at the moment; False if that is not so within `timeout` seconds."""
@@ -167,7 +173,6 @@ class Placing:
     # -- what is here ----------------------------------------------------------------------------------------------
 
     def place(self) -> Place:
-        """Return what this member has room for, and has, at this moment."""
         now, capacity = self._now(), self.capacity
         if self._server.is_paused:  # it keeps what it has, and computes nothing
             capacity = replace(capacity, room=0, files=0)
@@ -263,10 +268,7 @@ class Placing:
         self._spawn(self._compute(uid))
 
     async def _compute_wanted(self) -> bool:
-        """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile.
-
-        Returns whether there is any that it is about to be the primary of.
-        """
+        """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile."""
         is_busy = False
         for uid in self._tenures.uids():
             tenure = self._tenures.tenure(uid)

@@ -395,7 +395,6 @@ class _Linear(nn.Linear):
         pass  # this is what would draw them, when it is made
 
     def draw(self, numbers: np.random.BitGenerator) -> Self:
-        """Draw the weights; other threads run meanwhile. Returns this layer."""
         if self.weight.is_meta:
             return self
         bound = 1 / math.sqrt(self.in_features)
@@ -505,7 +504,6 @@ def block(
 
 @register("linear")
 def linear(in_features: int = 1024, out_features: int | None = None) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """Return one `nn.Linear`."""
     return nn.Linear(in_features, out_features or in_features), (TensorSpec((in_features,)),)
 
 

@@ -61,7 +61,6 @@ class Restoring:
         """Keeps the state of an expert of a run, until the run's owner names it; None if it cannot."""
 
     def close(self) -> None:
-        """Forget what arrived."""
         for one in self._arriving.values():
             one.file.close()
         self._arriving.clear()

@@ -150,7 +150,6 @@ def _build(manifest: RunManifest, uid: str, allowed_modules: Collection[str], ma
 
 @contextlib.contextmanager
 def _naming(manifest: RunManifest) -> Iterator[None]:
-    """Say in errors which run they are about."""
     try:
         yield
     except (ValueError, TypeError) as error:

@@ -4,8 +4,6 @@ and a lock.
 Blocking file work: call it where that is welcome.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools
@@ -133,7 +131,6 @@ class CheckpointStore:
         return None
 
     def files(self, uid: str) -> list[Path]:
-        """Return the checkpoints of an expert, newest first."""
         return sorted(expert_folder(self.directory, uid).glob(f"*{SUFFIX}"), reverse=True)
 
     def _drop(self, uid: str, newest: Path) -> None:
@@ -283,7 +280,6 @@ class SealedFiles:
             path.unlink(missing_ok=True)
 
     def find(self, uid: str, root: bytes) -> SealedFile | None:
-        """Return the file with this root."""
         return next((file for file in self._files.get(uid, []) if file.root == root), None)
 
     def put_aside(self, uid: str, root: bytes) -> None:
@@ -306,11 +302,9 @@ class SealedFiles:
         return self.find(uid, root) or next((file for file in map(read_sealed, paths) if file.root == root), None)
 
     def newest(self, uid: str) -> SealedFile | None:
-        """Return the file that was kept last."""
         return next(reversed(self._files.get(uid, [])), None)
 
     def close(self) -> None:
-        """Remove what was temporary."""
         if self._temporary is not None:
             self._temporary.cleanup()
 

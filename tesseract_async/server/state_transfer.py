@@ -4,8 +4,6 @@ The state travels as the file that a checkpoint would be (`server.checkpoint`): 
 hash tree. It is copied between two batches, so training goes on while it is sent; a sealed file is sent as it is.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil
@@ -235,7 +233,6 @@ class StateSource:
             self._making.pop(key, None)
 
     def close(self) -> None:
-        """Drop every copy."""
         self._copies.clear()
         self._points.clear()
         if self._folder is not None:

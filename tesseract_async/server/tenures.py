@@ -82,8 +82,6 @@ AUTHORITY_PERIOD: Final = 2.0
 
 @dataclass(slots=True)
 class _Expert:
-    """One expert of a run that is here."""
-
     uid: str
     hosted: HostedState | None
     """None: as a file alone."""

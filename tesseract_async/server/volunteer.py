@@ -35,8 +35,6 @@ SAVE_PERIOD: Final = 30.0
 
 
 class ThisMachine:
-    """The computer that this process runs on, as far as it is observed."""
-
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._num_processors = psutil.cpu_count() or 1
@@ -49,7 +47,6 @@ class ThisMachine:
         return float(max(0.0, min(1.0, everybody - own)))
 
     def memory(self) -> int:
-        """Return the bytes that this process holds."""
         return process_bytes()
 
 

@@ -4,8 +4,6 @@ A trainer pushes anchor - local, goes on stepping, and adds new - sent when the 
 values at the time of the push: what it learned meanwhile stays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +37,6 @@ class Copy:
 
     @property
     def is_pushing(self) -> bool:
-        """True between `push` and `merge`, `rebase` or `cancel`."""
         return self._sent is not None
 
     def push(self, local: torch.Tensor) -> bytes:

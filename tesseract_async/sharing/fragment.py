@@ -8,8 +8,6 @@ With m the momentum, g the members' mean difference and u the update: Nesterov's
 Solved for what everybody knows, m' = (mu m + u) / (1 + mu): what quantizing u lost is not carried on.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +42,6 @@ class Outer:
             raise ValueError(f"unknown codec {self.codec!r}; known: {', '.join(compression.CODECS)}")
 
     def codec_of(self, cut: Cut) -> str:
-        """Return the codec of this fragment's differences and updates."""
         return "none" if cut.kind is Kind.NEWEST else self.codec
 
 
@@ -61,7 +58,6 @@ class Update:
 
 
 def root_of(anchor: torch.Tensor) -> bytes:
-    """Return the digest of a fragment's anchor."""
     return hashlib.blake2b(memoryview(anchor.numpy()).cast("B"), digest_size=ROOT_BYTES).digest()  # type: ignore[arg-type, unused-ignore]
 
 
@@ -107,7 +103,6 @@ class Fragment:
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        """The last `KEPT_UPDATES` updates, the oldest first."""
         return self._line[1:]
 
     @property

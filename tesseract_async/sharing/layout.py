@@ -56,7 +56,6 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        """Its number of elements."""
         return math.prod(self.shape)
 
 
@@ -70,7 +69,6 @@ class Cut:
 
     @property
     def numel(self) -> int:
-        """Its number of elements."""
         return self.stop - self.start
 
     @property
@@ -176,7 +174,6 @@ class Layout:
             raise LayoutMismatch(f"this model is not the run's: {'; '.join(shown)}{more}")
 
     def tensors(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors by name, of the fragments' values."""
         found = {one.name: torch.empty(one.shape, dtype=one.dtype, device="cpu") for one in self.entries}
         for cut, mine in zip(self.cuts, values, strict=True):
             for name, start, stop, at in self._parts(cut):
@@ -226,7 +223,6 @@ class Layout:
 
 
 def _tensors_of(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    """Return parameters and persistent buffers by name, tied ones once."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters())
     kept = model.state_dict(keep_vars=True)
     seen = {id(tensor) for tensor in found.values()}

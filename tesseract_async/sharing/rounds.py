@@ -5,8 +5,6 @@ A round opens with the first push. It closes when every peer that pushed in the 
 between rounds. A push that comes later counts in the next round.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -115,7 +113,6 @@ class Rounds:
 
     @property
     def deadline(self) -> float:
-        """Seconds that this round waits for its members."""
         median = statistics.median(self._offsets) if self._offsets else 0.0
         deviation = statistics.median(abs(one - median) for one in self._offsets) if self._offsets else 0.0
         return min(max(MIN_WAIT, median + 4 * deviation), max(MIN_WAIT, self._interval))

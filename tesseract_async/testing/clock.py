@@ -1,7 +1,5 @@
 """Virtual time: actions happen in order, without waiting."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable
 
@@ -27,7 +25,6 @@ class VirtualClock:
         self.call_at(self.now + delay, action, *arguments)
 
     def step(self) -> bool:
-        """Do the next action. Returns False if there is none."""
         if not self._queue:
             return False
         self.now, _, action, arguments = heapq.heappop(self._queue)

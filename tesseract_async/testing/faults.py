@@ -1,7 +1,5 @@
 """Failures as data: the faults of a simulated swarm, and their times."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Nodes that break the rules."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

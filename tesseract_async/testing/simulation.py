@@ -90,7 +90,6 @@ class SimulatedNode:
         self._sequence = 0
 
     def read(self, key: str, done: Callable[[ReadFinished], None]) -> None:
-        """Start a read; `done` is called with its result."""
         self._waiting[self.protocol.read(_digest(key), self.network.clock.now)] = done
         self.cycle()
 

@@ -87,7 +87,6 @@ def export_checkpoint(model: nn.Module, folder: str | Path, *, timeout: float = 
 
 
 async def _fetch(layer: RemoteLayer, round: int | None, timeout: float) -> dict[str, torch.Tensor]:
-    """The layer's parameters as its module has them, whole."""
     gate = asyncio.Semaphore(_AT_ONCE)
     replicas = await layer.pool.replicas()
 

@@ -5,8 +5,6 @@ keep the weights of a layer's experts in a few tensors whose first dimension cou
 are, Transformers knows: nothing is listed here but those that people will ask for in vain.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any, Final

@@ -7,8 +7,6 @@ clipping has shrunk it says by how much the experts are to shrink theirs, when t
 Experts that step on every gradient, as those of swarms do, and frozen ones need none of this; the servers say so.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import weakref

@@ -8,8 +8,6 @@ Checkpoints run a layer's forward again in backward. The same layer with the sam
 second time: the first one's answer is given, and no server is asked.
 """
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -56,7 +54,6 @@ class _Call:
         _calls[self.number] = self
 
     def is_of(self, given: Sequence[torch.Tensor]) -> bool:
-        """Return whether it was asked the same."""
         return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(self._given, given, strict=True))
 
     def token(self) -> torch.Tensor:
@@ -144,8 +141,6 @@ def _(gradient, token, x, weights):  # type: ignore[no-untyped-def]
 
 
 class _Context(Protocol):
-    """The part of torch's context that is used here."""
-
     token: torch.Tensor
     saved_tensors: tuple[torch.Tensor, ...]
 

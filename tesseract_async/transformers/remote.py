@@ -4,8 +4,6 @@ The model's router stays; the experts' modules stay, without parameters, and are
 registry of experts functions, where this is ``"tesseract"``. No class is changed.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Final

@@ -1,7 +1,5 @@
 """Makes experts of a Transformers checkpoint that a `TesseractServer` can host."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,7 +37,6 @@ class CheckpointExpert(nn.Module):
             self.register_parameter(name, nn.Parameter(x, requires_grad=trains))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         if self.has_gate:
             hidden = self.apply_gate(self, self._project(x, "gate_up_proj"))
         else:

@@ -4,8 +4,6 @@ Transformers' own conversion turns the names and layouts of a family's files int
 only the tensors of the experts that are wanted, which are read from the files when it asks for them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -79,7 +77,6 @@ class Checkpoint:
 
     @property
     def hidden_size(self) -> int:
-        """The width of the experts' rows."""
         return int(self.config.get_text_config().hidden_size)
 
     def digest(self, file: str) -> bytes:
@@ -193,12 +190,10 @@ class _Rows:
         return torch.cat([self._part[row : row + 1] for row in rows])
 
     def get_shape(self) -> list[int]:
-        """As a slice of ``safetensors``."""
         shape = list(self._part.get_shape())
         return shape if self._rows is None else [len(self._rows), *shape[1:]]
 
     def get_dtype(self) -> str:
-        """As a slice of ``safetensors``."""
         return str(self._part.get_dtype())
 
 

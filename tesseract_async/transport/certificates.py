@@ -6,8 +6,6 @@ and only lets OpenSSL ask for a certificate and accept it. What TLS 1.3 itself p
 private key, and a PeerID is that key's hash.
 """
 
-from __future__ import annotations
-
 import datetime
 import ssl
 import tempfile

@@ -1,7 +1,5 @@
 """A pipe and, unless the network is trusted, TLS: an ordered byte channel to a known peer."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -114,7 +112,6 @@ class Channel:
         self.pipe_drained()
 
     def pause_reading(self) -> None:
-        """Leave what arrives to the peer's and the network's buffers."""
         self._reading_paused = True
         self.pipe.pause_reading()
 

@@ -189,7 +189,6 @@ class DialBudget:
             raise DialedInVain(f"it was dialed in vain too often; it may be again in {wait:.1f} s")
 
     def finished(self, address: str, error: BaseException | None, now: float) -> None:
-        """Learn how a dial ended; `error` is None where the right peer answered."""
         if isinstance(error, DialedInVain):
             return
         for target, times in _targets(address).items():

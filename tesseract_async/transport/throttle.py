@@ -4,8 +4,6 @@ A throttled pipe stops reading, or says that it has not drained, until the bytes
 is buffered here, and the ordinary backpressure does the rest at both ends.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Final
 

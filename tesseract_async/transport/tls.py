@@ -1,7 +1,5 @@
 """TLS 1.3 as a pure machine over `ssl.MemoryBIO`: ciphertext goes in and comes out, the same over every pipe."""
 
-from __future__ import annotations
-
 import ssl
 
 from tesseract_async.errors import HandshakeFailed, ProtocolError

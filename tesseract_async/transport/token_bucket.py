@@ -1,7 +1,5 @@
 """Token buckets: how long to wait so that bytes keep to a rate. No I/O: time is given to them."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from typing import Final
 

@@ -8,8 +8,6 @@ became of an expert is said once, in one of the parts. See `docs/design/wire.md`
 Everything that decodes takes untrusted input and raises only `ProtocolError`. No torch: tensors are metas and buffers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 

@@ -19,8 +19,6 @@ rounding: (greatest - least) / 510, or with ``int4_blockwise`` greatest magnitud
 Only floating tensors are encoded; `wire.tensors` sends all others as ``none``. All numbers are little-endian.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import sys

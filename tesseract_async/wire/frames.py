@@ -92,7 +92,6 @@ def byte_view(buffer: Buffer) -> memoryview:
 
 
 def encode_table(head_bytes: int, sizes: Sequence[int]) -> bytes:
-    """The sizes of a message's head and buffers, as its first frame tells them."""
     return _TABLE.pack(head_bytes, len(sizes)) + _SIZES[len(sizes)].pack(*sizes)
 
 
@@ -195,7 +194,6 @@ class Arena:
         return tuple(parts)
 
     def release(self) -> None:
-        """Let go of the present block: idle connections are many."""
         self._block = None
 
 
@@ -255,7 +253,6 @@ class Assembly:
             self._view = self._parts.pop()
 
     def write(self, data: memoryview) -> None:
-        """Copy `data`, which must not be longer than `left`."""
         while data:
             room = self._view[: len(data)]
             count = len(room)
@@ -298,7 +295,6 @@ class FrameReader:
         self._more_chunks = False  # the last thing read was a chunk of an unfinished message
 
     def get_buffer(self) -> memoryview:
-        """Memory for the next bytes, never empty."""
         if self._chunk_left and self._assembly is not None and self._start == self._end:
             room = self._assembly.room(self._chunk_left)
             if len(room) >= DIRECT_BYTES:

@@ -3,8 +3,6 @@
 Everything that decodes takes untrusted values and raises only `ProtocolError`.
 """
 
-from __future__ import annotations
-
 import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -51,8 +49,6 @@ _ERRORS: dict[str, type[RemoteError]] = {
 
 
 class RequestHead(NamedTuple):  # not a dataclass: one is made for every call, and a frozen one takes 2 us
-    """The head of a request."""
-
     method: str
     time_left: float
     """Seconds until the caller stops waiting."""
@@ -139,8 +135,6 @@ _HELLO_FIELDS: Final = ("session", "bulk", "peer_id", "max_calls", "max_small", 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first frame in each direction on every channel."""
-
     session: bytes
     """16 random bytes of the dialer's choice; the channels of one connection share them."""
     bulk: bool

@@ -209,8 +209,6 @@ class RestoreRequest(NamedTuple):
 
 
 class RestoreReply(NamedTuple):
-    """The piece has come."""
-
     version: int
     """Optimizer steps of the expert now."""
 
@@ -230,8 +228,6 @@ class PushRequest(NamedTuple):
 
 
 class PullRequest(NamedTuple):
-    """Asks for the updates since a base."""
-
     uid: str
     version: int
     root: bytes
@@ -302,8 +298,6 @@ class LockstepRequest(NamedTuple):
 
 
 class LockstepReply(NamedTuple):
-    """What became of it."""
-
     round: int
     """The steps that all have taken now."""
     num_experts: int

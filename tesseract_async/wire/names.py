@@ -3,8 +3,6 @@
 Many are drawn at once: the system call releases the interpreter's lock, and next to a busy device thread it takes long.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Final
 

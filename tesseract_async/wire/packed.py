@@ -3,8 +3,6 @@
 An empty list is one byte of msgpack and 64 bytes of Python, and a megabyte of them holds up a loop for 200 ms.
 """
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 import msgpack

@@ -8,8 +8,6 @@ Every benchmark is a file of this directory with a `main()` that prints figures,
 process of its own, alone. `make bench` first installs the peers into environments of their own.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import importlib.metadata

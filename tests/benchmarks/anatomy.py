@@ -3,8 +3,6 @@
 The client's and the server's parts run against the other side cut off; the endpoint's is both ends in one process.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any

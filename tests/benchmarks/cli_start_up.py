@@ -5,8 +5,6 @@ process starts: until it says ``ready``, until another node reads it in the dire
 and until a first gradient is applied. `import torch` is measured beside it: what no server can go below.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

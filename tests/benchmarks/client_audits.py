@@ -5,8 +5,6 @@ their deviations are compared with the tolerance that holds where nothing is kno
 alarm is extrapolated from the tail: log-deviations are taken as normally distributed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import math

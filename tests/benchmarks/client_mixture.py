@@ -1,7 +1,5 @@
 """Choosing among many live experts, and what failing and hanging experts cost a mixture."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import random

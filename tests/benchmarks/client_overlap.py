@@ -1,7 +1,5 @@
 """Whether the gradients of calls that were awaited one by one overlap in backward, and whether the loop stays free."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 

@@ -7,8 +7,6 @@ nothing shared.
 `--steps`, `--seeds` and `--every` make it longer than the minutes that it takes.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

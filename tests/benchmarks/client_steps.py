@@ -5,8 +5,6 @@ in flight as the first of the two asks for, so that a machine whose speed drifts
 as every program with many steps in flight should (docs/design/performance.md): one full collection is 0.2 s.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ctypes

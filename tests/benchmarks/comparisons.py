@@ -1,7 +1,5 @@
 """Which figures of a run are divided by which, and what is asked of the ratio."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

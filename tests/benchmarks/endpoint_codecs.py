@@ -1,7 +1,5 @@
 """The uint8 codecs: bytes on the wire, and float32 bytes encoded and decoded per second on one core."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -1,7 +1,5 @@
 """The endpoint alone, without experts and tensors: echoes between two processes. `ceilings` is what to compare with."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from multiprocessing.connection import Connection

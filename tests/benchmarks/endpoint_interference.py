@@ -1,7 +1,5 @@
 """What loads do to each other: small calls beside large ones, and an expert's training beside bulk traffic."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """What it costs to meet a peer: TCP, TLS 1.3 with both sides' proof, and the hello, on loopback."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from multiprocessing.connection import Connection

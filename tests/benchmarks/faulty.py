@@ -1,7 +1,5 @@
 """A node whose expert calls are delayed, fail or hang as a script says: distant and unreliable peers in one process."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager

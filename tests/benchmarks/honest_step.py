@@ -9,8 +9,6 @@ down slows both. Function calls are counted beside, since they do not depend on 
 one small call of one expert. Without another checkout, this one's figures are printed alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import collections
@@ -62,7 +60,7 @@ class Side:
         self._process.stdout.close()
 
 
-# ------------------------------------------------------------------------------------------------ in the child process
+# In the child process
 
 
 class _Calls:
@@ -179,7 +177,7 @@ async def _serve(calls: _Calls | None) -> None:
             print(json.dumps(answer), flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ in the parent process
+# In the parent process
 
 
 def measure(checkouts: list[Path]) -> None:

@@ -3,8 +3,6 @@
 All processes have one thread each. The second part lets every call of a layer wait for a made-up round trip.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import re

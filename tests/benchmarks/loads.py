@@ -1,7 +1,5 @@
 """The loads on which several frameworks are compared, in one place. Standard library only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """The experts that every side of a comparison serves: the same modules, so that only the framework differs."""
 
-from __future__ import annotations
-
 import torch
 
 

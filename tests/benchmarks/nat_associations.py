@@ -7,8 +7,6 @@ many rounds it was above one. The first MiB counts from the opening of the chann
 Run it on a machine that does nothing else: two processors are needed. One line of JSON per figure.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -4,8 +4,6 @@ Prints one line of JSON per figure. Both ends of a data channel run in this proc
 relay and both of its ends are processes of their own. Rounds alternate, and the median of their ratios counts.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -69,9 +67,6 @@ async def send(endpoint: Endpoint, peer_id: PeerID, num_bytes: int) -> float:
     reply = await endpoint.call(PeerAddress(peer_id, ("192.0.2.1:1",)), "swallow", None, [data], timeout=120)
     assert reply.body == num_bytes
     return num_bytes / (time.perf_counter() - begun)
-
-
-# ---- data channel
 
 
 async def bare_channel(num_bytes: int) -> float:
@@ -140,9 +135,6 @@ async def measure_channel() -> tuple[float, float]:
             speeds.append(await send(client, peer_id, CHANNEL_BYTES))
             ratios.append(speeds[-1] / bare)
     return statistics.median(speeds), statistics.median(ratios)
-
-
-# ---- relay
 
 
 def bound_socket() -> socket.socket:

@@ -6,8 +6,6 @@ Asked for are 2,000 nodes and 24 hours, which take hours of computing; smaller s
 and its loss, not more. Once an hour every record is read by a random node.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import sys

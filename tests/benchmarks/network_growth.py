@@ -6,8 +6,6 @@ Upkeep is what refreshing all buckets of one node costs everybody, while nobody 
 hour then. Memory is measured on one node with a full table and 1,000 records.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

@@ -5,8 +5,6 @@
 Round trips are log-normal with a median of 80 ms (sigma 0.5). Tables are filled as after long use.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 

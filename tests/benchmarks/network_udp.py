@@ -5,8 +5,6 @@
 Everything runs in one process on one loop, signatures on; no verification result is shared between nodes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

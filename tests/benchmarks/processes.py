@@ -4,8 +4,6 @@ A benchmark's parent process imports what its children need, touches no thread a
 clients that each import torch would spend more of two cores on importing than on the load.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import threading

@@ -5,8 +5,6 @@ while it was built, trained, and trained beside a copy of its state. An empty co
 socket.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

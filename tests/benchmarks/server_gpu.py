@@ -3,8 +3,6 @@
 python -m tests.benchmarks.server_gpu
 """
 
-from __future__ import annotations
-
 import asyncio
 import statistics
 import sys

@@ -7,8 +7,6 @@ side chooses its way by what it measured, the other never computes experts toget
 expert's own call takes, at the 99th percentile, while others keep the device busy.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -5,8 +5,6 @@ a node of its own. Compared is the honest trainers' validation loss at the end, 
 of one step of an expert that gathers four peers' gradients, with trimming and without.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -3,8 +3,6 @@
 python -m tests.benchmarks.server_runtime
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import random

@@ -4,8 +4,6 @@ The full size (400 MB, 25 Mbit/s each) in virtual time, and a smaller file betwe
 throttled. Then a trainer's steps each second at a server, with and without another process that fetches a state.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

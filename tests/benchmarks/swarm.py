@@ -1,7 +1,5 @@
 """Our side of the loads: one server process with the experts, client processes that call them, all on loopback."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """The benchmarks' own bookkeeping: figures, goals and comparisons."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.benchmarks.comparisons import COMPARISONS, compare, comparison_table

@@ -4,8 +4,6 @@ Each process runs half of the nodes and of the workers; a worker's stores and ge
 process. The nodes that are killed live in a third process, which gets SIGKILL after a third of the rounds.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import random

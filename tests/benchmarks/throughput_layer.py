@@ -3,8 +3,6 @@
 Against the same mixture in a local loop: each expert in turn, its rows, its step.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import cProfile

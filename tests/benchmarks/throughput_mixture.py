@@ -1,7 +1,5 @@
 """Our side of the mixture load (`loads.MixtureLoad`): one batch through a gate over a grid of live `nop` experts."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import AsyncGenerator

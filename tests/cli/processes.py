@@ -1,7 +1,5 @@
 """Runs the command `tesseract` as a user does, in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import AsyncIterator

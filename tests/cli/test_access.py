@@ -1,7 +1,5 @@
 """Who may ask, and how much, as flags: of processes that refuse strangers, and of mistakes that would let all in."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from pathlib import Path

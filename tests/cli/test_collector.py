@@ -1,7 +1,5 @@
 """The garbage collector is the program's: commands spare it, the package leaves it alone."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

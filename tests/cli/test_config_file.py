@@ -1,7 +1,5 @@
 """Options from a TOML file: the same checks and the same sentences as for flags, and flags go before it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

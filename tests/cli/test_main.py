@@ -1,7 +1,5 @@
 """The command as a user meets it: quick help, sentences for mistakes."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import subprocess

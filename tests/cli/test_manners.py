@@ -1,8 +1,6 @@
 """What a user may expect of every command: sentences for mistakes that say what to do, options from three places,
 nothing drawn where there is no terminal, and Ctrl-C."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

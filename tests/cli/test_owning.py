@@ -1,7 +1,5 @@
 """What the owner of a run does with the commands: starts it, lets others in and out, moves bare experts into it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """A run from its signature to its saved weights, by commands as processes: what volunteers and an organizer do."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """`tesseract dht` and `tesseract serve` as processes: they report, they serve, they leave."""
 
-from __future__ import annotations
-
 import signal
 import socket
 from collections.abc import AsyncIterator

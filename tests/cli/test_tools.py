@@ -1,7 +1,5 @@
 """The commands that join a swarm, do something and end: get, put, call, top; and keygen."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

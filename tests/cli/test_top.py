@@ -1,7 +1,5 @@
 """`tesseract top`: all that matters stays in sight, on any terminal, and a key ends it."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import os
@@ -44,7 +42,8 @@ def state(size: tuple[int, int], *, num_peers: int = 2, num_grids: int = 1) -> d
         "totals": {"experts": float(len(cells)), "servers": float(num_peers)},
         "grids": [grid] * num_grids,
         "peers": [peer(number) for number in range(num_peers)],
-        "losses": {f"trainer {number}": (10, 0.5, number + 1) for number in range(9)},
+        "losses": {f"trainer {number}": (10, 0.5, number + 1, 0, "samples") for number in range(9)},
+        "seen": {"samples": 12345},
         "log": [(1.7e9 + number, f"event {number} " + 100 * "x", "note") for number in range(20)],
         "node": {"join": "127.0.0.1:1"},
     }

@@ -1,7 +1,5 @@
 """What people write as arguments and options, and what it means."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import click

@@ -1,7 +1,5 @@
 """What `tesseract serve` makes of its flags: a volunteer's limits, and how steps are taken."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import click

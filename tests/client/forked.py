@@ -1,7 +1,5 @@
 """What happens to the package's objects in a child that `os.fork` has made."""
 
-from __future__ import annotations
-
 import os
 import signal
 import warnings

@@ -1,7 +1,5 @@
 """Who answers wrongly is found out, who answers rightly is not, and what cannot be told is not claimed."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections.abc import Callable, Coroutine

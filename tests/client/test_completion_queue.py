@@ -1,7 +1,5 @@
 """Tasks as they end: each once, whenever it ends, and nothing left behind."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections.abc import Coroutine

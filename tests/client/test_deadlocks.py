@@ -1,7 +1,5 @@
 """Backward ends, whatever happens around it: nested, in any pool, cancelled at every await, while the node closes."""
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import gc

@@ -1,7 +1,5 @@
 """The dispatch machines, driven through made-up time by Hypothesis, against a reference that goes row by row."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass
@@ -270,7 +268,7 @@ class ForwardMachine(RuleBasedStateMachine):
         self.reference.in_error.discard(told.expert)
         for row in told.rows:
             self.reference.fates[row][told.expert] = "answered"
-        self.machine.answered(call, self.now)
+        self.machine.answered([call], self.now)
         self.look()
 
     @precondition(lambda self: self.runs() and self.under_way)
@@ -358,7 +356,7 @@ def test_backward_ends_when_all_have_answered_or_enough_have_and_the_rest_is_lat
     forward = ForwardDispatch(candidates_of(len(delays)), scores, k_best=4, k_min=0, settings=chosen, patience=0.5)
     forward.start(0.0)
     for call in forward.calls_to_send(0.0):
-        forward.answered(call, 0.0)
+        forward.answered([call], 0.0)
     machine = BackwardDispatch(forward, settings=chosen, patience=0.5)
     machine.start(10.0)
     calls = machine.calls_to_send(10.0)
@@ -391,7 +389,7 @@ def test_backward_ends_when_all_have_answered_or_enough_have_and_the_rest_is_lat
                 machine.failed(calls[number], now, ExpertFailed("no"))
             else:
                 took.append(now - 10.0)
-                machine.answered(calls[number], now)
+                machine.answered([calls[number]], now)
         else:
             now = max(now, machine.timer_at())
         assert not machine.calls_to_send(now)
@@ -413,7 +411,7 @@ def test_an_expert_that_answered_on_its_second_chance_is_not_asked_again() -> No
     assert not machine.calls_to_send(0.0) and machine.rows_in_need is not None
     machine.came(candidates_of(2), [0])
     [call] = machine.calls_to_send(1.0)
-    machine.answered(call, 1.0)
+    machine.answered([call], 1.0)
     assert not machine.calls_to_send(1.0)
     machine.came(candidates_of(2), [0, 1])
     assert [call.expert for call in machine.calls_to_send(2.0)] == [1]
@@ -435,10 +433,10 @@ def test_a_call_ends_once() -> None:
     [call] = machine.calls_to_send(0.0)
     machine.failed(call, 1.0, ExpertFailed("no"))
     [other] = machine.calls_to_send(1.0)
-    machine.answered(other, 2.0)
+    machine.answered([other], 2.0)
     for one in (call, other):
         with pytest.raises(KeyError):
-            machine.answered(one, 3.0)
+            machine.answered([one], 3.0)
         with pytest.raises(KeyError):
             machine.failed(one, 3.0, ExpertFailed("no"))
     assert machine.num_answers_R.tolist() == [1] and machine.answers == [other]
@@ -485,7 +483,7 @@ def test_an_expert_that_answers_after_all_is_in_no_error() -> None:
     machine.failed(call, 0.0, Overloaded("full", retry_after=1.0))
     assert not machine.calls_to_send(0.0)
     [again] = machine.calls_to_send(1.0)
-    machine.answered(again, 1.0)
+    machine.answered([again], 1.0)
     assert not machine.calls_to_send(1.0) and machine.is_over
     assert not machine.errors and set(machine.left_out) == {"f.0"}
 
@@ -493,6 +491,6 @@ def test_an_expert_that_answers_after_all_is_in_no_error() -> None:
 def test_a_call_of_many_rows_gets_four_times_the_usual_time_at_most() -> None:
     machine = demanding(2, 0, *[1] * 10)
     small, large = machine.calls_to_send(0.0)
-    machine.answered(small, 1.0)
+    machine.answered([small], 1.0)
     assert not machine.calls_to_send(1.0)
     assert machine.usual_seconds(large) == 4.0 and machine.timer_at() == 8.0

@@ -1,7 +1,5 @@
 """Who answers is not left out, not in a first pass, on a busy machine or by a stalled loop; who is, is counted."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import logging

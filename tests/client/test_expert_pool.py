@@ -1,7 +1,5 @@
 """A pool of experts gives what its experts give, in both directions: all of it, or an error that says who and why."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 from collections import Counter
@@ -158,12 +156,29 @@ async def test_one_that_is_still_being_tried_when_time_is_up_says_what_stood_in_
 
     async def gone(method: str, uid: str, number: int) -> None:
         if uid == "m.0.3":
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(1.5)
             raise ConnectionLost("its peer", "it is switched off")
 
     node.fault = gone
     with pytest.raises(NotEnoughExperts, match=r"m.0.3 sent no answer in time after ConnectionLost: .*switched off"):
         await pool(x, index, weights)
+
+
+@pytest.mark.parametrize("method", [FORWARD, BACKWARD])
+@in_made_up_time
+async def test_once_all_replicas_are_gone_it_says_so_within_a_second(node: FakeNode, method: str) -> None:
+    pool, _ = make_pool(node, copies=2)
+    y = await pool(*routed())
+
+    async def gone(called: str, uid: str, number: int) -> None:
+        if called == method and uid in ("m.0.3", "m.0.4"):
+            raise ConnectionLost("its peer", "it is switched off")
+
+    node.fault = gone
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(NotEnoughExperts, match="m.0.3.* ConnectionLost: .*switched off"):
+        await (pool(*routed()) if method == FORWARD else backward(y.sum()))
+    assert asyncio.get_running_loop().time() - began <= 1.0 and node.num_open == 0
 
 
 @in_made_up_time

@@ -1,7 +1,5 @@
 """Calls, also failing ones, leave no reference cycles: what they held is free when they end, without the collector."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

@@ -1,7 +1,5 @@
 """Which server hears of which expert: the grouping machine against a reference that goes expert by expert."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
-from tesseract_async.client.grouping import MAX_LOOKUPS, Grouping, Request
+from tesseract_async.client.grouping import GONE_SECONDS, MAX_LOOKUPS, Grouping, Request
 from tesseract_async.client.routing import Candidates, LiveGrid
 from tesseract_async.errors import (
     ConnectionLost,
@@ -65,6 +63,8 @@ class Told:
     open: list[Request] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
     lookups: int = 0
+    gone_at: float = math.inf
+    silent: bool = False
     look_up_at: float = -math.inf
     waits_until: float | None = None
     """When it is looked up."""
@@ -138,9 +138,10 @@ class GroupingMachine(RuleBasedStateMachine):
             if told.left:
                 asked.append((told.left.pop(0), id(call)))
             elif not told.open and told.waits_until is None:
-                if self.looks_up and told.lookups < MAX_LOOKUPS:
-                    pause = 0.1 * 2**told.lookups if told.lookups else 0.0
-                    told.waits_until = max(self.now + pause, told.look_up_at)
+                told.gone_at = min(told.gone_at, self.now + GONE_SECONDS) if told.silent else math.inf
+                at = max(self.now + (0.1 * 2**told.lookups if told.lookups else 0.0), told.look_up_at)
+                if self.looks_up and told.lookups < MAX_LOOKUPS and at < told.gone_at:
+                    told.waits_until = at
                 else:
                     failing.append(call)
         self.due = []
@@ -186,6 +187,7 @@ class GroupingMachine(RuleBasedStateMachine):
         """What a failure of an open call should lead to."""
         told, name = self.told[call], str(request.asked[call].peer)
         told.open.remove(request)
+        told.silent = True
         if kind == "schema":
             told.strange.append(name)
         elif kind == "forgotten" and not told.forgotten:
@@ -197,7 +199,8 @@ class GroupingMachine(RuleBasedStateMachine):
         elif kind.startswith("at") and kind[3:] in told.known and name != kind[3:] and not told.redirected:
             told.redirected, told.left = True, [kind[3:]]
         elif kind == "full" or kind.startswith("at"):
-            told.redirected, told.look_up_at = False, self.now + (0.3 if kind == "full" else 0.2)
+            told.redirected, told.silent = False, False
+            told.look_up_at = self.now + (0.3 if kind == "full" else 0.2)
         self.due.append(call)
 
     def runs(self) -> bool:

@@ -1,7 +1,5 @@
 """Replies carry the epoch of their server's lineage: older ones don't count, newer ones make directories read again."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Every pattern of failing experts and rows against a reference that goes row by row; and the options of the gates."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import gc

@@ -1,7 +1,5 @@
 """Rows that have tried every expert wait for those that come, or come back, until their time-out; in virtual time."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Servers that host something else under the same uids, by mistake or on purpose: callers of the right ones go on."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """A beam search of a gate gives the best that live, however few of a grid's cells anybody hosts."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

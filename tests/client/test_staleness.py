@@ -1,7 +1,5 @@
 """How old the answers of followers may be is for the caller to say."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import copy
@@ -365,13 +363,13 @@ async def test_a_saved_and_loaded_trainer_goes_on_as_if_it_had_never_stopped(nod
             if report.version == 5:
                 break
     state, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(twin.state_dict())
-    assert state["version"] == 5 and state["sampler"] == {"at": 5}
+    assert state["version"] == 5 and state["sampler"] == {"at": 5} and state["seen"] == {"samples": 20, "tokens": 0}
     later = Model(model.expert)
     second, numbers = made(later)
     later.load_state_dict(weights)
     second.load_state_dict(state)
     rest = [report async for report in second.run(loss_of, numbers)]
-    assert [report.version for report in rest] == list(range(6, 13))
+    assert [report.version for report in rest] == list(range(6, 13)) and second.seen["samples"] == 48
     torch.testing.assert_close([one.loss for one in rest], [one.loss for one in reports[5:]], rtol=0, atol=0)
     with pytest.raises(ValueError, match="the state has a scheduler, but this trainer has none"):
         AsyncTrainer(later, torch.optim.Adam(later.parameters())).load_state_dict(state)
@@ -395,7 +393,7 @@ async def test_figures_and_callbacks_come_with_each_step_failed_ones_included(no
     async def with_figures(copied: Model, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if batch[0, 0] == 1:
             raise NotEnoughExperts(1, 1, {})
-        return await loss_of(copied, batch), {"mean": batch.mean()}
+        return await loss_of(copied, batch), {"mean": batch.mean(), "tokens": batch.numel()}
 
     seen: list[StepReport] = []
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
@@ -404,7 +402,12 @@ async def test_figures_and_callbacks_come_with_each_step_failed_ones_included(no
     trainer = AsyncTrainer(model, optimizer, scheduler=plateau, callbacks=callbacks)
     batches = [torch.full((2, 8), float(i)) for i in range(3)]
     reports = [report async for report in trainer.run(with_figures, batches, max_failures=1)]
-    assert seen == reports and [dict(one.metrics) for one in reports] == [{"mean": 0.0}, {}, {"mean": 2.0}]
+    assert seen == reports and [dict(one.metrics) for one in reports] == [
+        {"mean": 0.0, "tokens": 16},
+        {},
+        {"mean": 2.0, "tokens": 16},
+    ]
+    assert trainer.seen == {"samples": 4, "tokens": 32}, "a batch that was given up counts nothing"
     assert ("mean", 2.0, 2) in written and ("failures", 1, 1) in written
     assert [step for tag, _, step in written if tag == "loss"] == [1, 2]
     assert plateau.last_epoch == 2

@@ -1,7 +1,5 @@
 """What torch allows around a module: gradients are right there too, or a sentence says what to do instead."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 from collections.abc import Callable

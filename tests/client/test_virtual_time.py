@@ -1,7 +1,5 @@
 """Training through a swarm that misbehaves, in virtual time: what a step costs, and a thousand of them on end."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import itertools
@@ -33,8 +31,6 @@ def seconds() -> float:
     return asyncio.get_running_loop().time()
 
 
-# ------------------------------------------------------------------------------------------------ what a step costs
-
 GRID = (4, 4)
 
 
@@ -61,7 +57,7 @@ def make_swarm(**settings: Any) -> tuple[FakeNode, GatingFunction]:
     return node, gate_with(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=4, **settings)
 
 
-@pytest.mark.parametrize(("latency", "limit"), [("even", 1.6), ("scattered", 1.5)])
+@pytest.mark.parametrize(("latency", "limit"), [("even", 1.6), pytest.param("scattered", 1.5, marks=pytest.mark.slow)])
 def test_failing_and_hanging_experts_cost_about_half_a_step(latency: str, limit: float) -> None:
     """With the defaults: a tenth of all calls fails, a twentieth hangs, and no step is lost.
 
@@ -158,9 +154,6 @@ def test_with_a_spare_one_under_way_nobody_waits_for_one_that_hangs(spare: int) 
     assert num_answers == 1 and taken == pytest.approx(0.05 * (5 + 1 if spare == 0 else 1), rel=0.01)
 
 
-# ------------------------------------------------------------------------------------------------ every pattern
-
-
 def expected_of(row: torch.Tensor, scores: torch.Tensor, fates: tuple[str, ...], k_best: int, k_min: int) -> Any:
     """A row's mixture, worked out expert by expert, and how many answered."""
     order = scores.argsort(descending=True).tolist()
@@ -214,9 +207,6 @@ def test_every_pattern_of_answers_failures_and_silence(k_best: int, k_min: int) 
         assert node.num_open == 0
 
     run_in_virtual_time(main())
-
-
-# ------------------------------------------------------------------------------------------------ a thousand steps
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """An event loop in virtual time, for training steps too: hours of a swarm's life in seconds, and nobody waits."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

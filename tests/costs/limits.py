@@ -4,8 +4,6 @@ A change that raises a cost by more than `MARGIN` fails its test. A lower limit 
 lowered it; so is a higher one, with the reason.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 MARGIN: Final = 0.03

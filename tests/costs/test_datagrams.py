@@ -1,7 +1,5 @@
 """What the hash table sends for a look-up and for renewing an entry, in a simulated swarm."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How many messages a gate sends in a pass where nothing fails and nobody is late."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """What a small call of an expert costs at its client and at its server."""
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import contextlib

@@ -1,7 +1,5 @@
 """Two protocol machines joined by function calls: no socket, no clock, every byte in the test's hands."""
 
-from __future__ import annotations
-
 import functools
 import random
 from typing import Any

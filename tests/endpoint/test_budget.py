@@ -1,7 +1,5 @@
 """The bounds on bytes that connections share: never exceeded, no peer waits for another one, nothing leaks."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

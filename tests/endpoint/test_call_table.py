@@ -1,7 +1,5 @@
 """The table of handlers: by method, and by the uid that a body names."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

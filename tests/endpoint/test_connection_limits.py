@@ -1,7 +1,5 @@
 """The waiting room: bounded, nobody's crowd keeps others out, and who has just come is not sent away."""
 
-from __future__ import annotations
-
 from tesseract_async.endpoint.connection_limits import WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import range_of
 

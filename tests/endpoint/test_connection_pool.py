@@ -1,7 +1,5 @@
 """The pool's state: which connection is used, and when a failed dial may be repeated."""
 
-from __future__ import annotations
-
 import random
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Handlers that answer by a future: without a task, and like all others otherwise."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 

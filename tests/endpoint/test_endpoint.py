@@ -1,7 +1,5 @@
 """The endpoint over real sockets: calls, errors, deadlines, cancellation, large messages."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """The endpoint beyond single calls: who may call, which connection is used, what limits, backs off and ends."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """Who lives and what has stalled, over slow ways: two machines, a link of 0.5 Mbit/s, and virtual time."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

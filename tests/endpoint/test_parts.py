@@ -1,7 +1,5 @@
 """Replies in parts: order, grants, bounds, cancellation, and peers that know none or break the rules."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -453,9 +451,6 @@ def test_any_mixture_of_replies_in_parts_arrives_and_leaves_nothing(data: st.Dat
         if stream.stream not in cancelled:
             assert stream.taken == stream.expected and isinstance(stream.ended, ReplyReceived)
     assert clean(pair)
-
-
-# ---- over sockets
 
 
 def client_of(**options: Any) -> Endpoint:

@@ -1,7 +1,5 @@
 """The machine of a connection: two of them joined by function calls, under a clock of the test's own."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import random

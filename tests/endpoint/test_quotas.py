@@ -1,7 +1,5 @@
 """What peers may ask for over time: against a brute-force count, in the machine of a connection, and over sockets."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import dataclasses

@@ -1,7 +1,5 @@
 """Racing paths: head starts, failures, the loser's end."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

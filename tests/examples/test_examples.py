@@ -1,7 +1,5 @@
 """The examples do what their first lines promise, run as a user runs them."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib.util
 import re

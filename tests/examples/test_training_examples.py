@@ -1,7 +1,5 @@
 """The two training examples, small: they learn, equal their controls where they should, and go on after Ctrl-C."""
 
-from __future__ import annotations
-
 import asyncio
 import csv
 import gzip
@@ -114,6 +112,7 @@ def evaluations(out: Path) -> list[str]:
         return [row["updates"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 async def test_the_papers_experiment_small(stem: Stem, tmp_path: Path) -> None:
     """With eight steps in flight that end close together, none of the points where it is evaluated is missed."""
     small = small_experiment(tmp_path)

@@ -1,7 +1,5 @@
 """A network in memory: what publishers and directories need of `TesseractNetwork`, without any other node."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """Sources of one file in virtual time, and a fetch from them: what `PieceFetch` is tested and measured in."""
 
-from __future__ import annotations
-
 import heapq
 import itertools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Signed records of any body, as nobody in the package makes them."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from tesseract_async.experts.signed import MAX_SIGNED_BYTES, Format

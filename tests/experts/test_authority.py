@@ -1,7 +1,5 @@
 """Who may do what in a run: what its owner says holds, whatever strangers, invites and delegates gone bad add to it."""
 
-from __future__ import annotations
-
 from random import Random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Choosing experts, against brute force and against chance."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from random import Random

@@ -1,7 +1,5 @@
 """Newcomers that arrive together, over a network in memory."""
 
-from __future__ import annotations
-
 import asyncio
 from random import Random
 

@@ -1,7 +1,5 @@
 """Experts are found while they live, and not a moment longer than somebody knows that they don't."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

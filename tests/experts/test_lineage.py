@@ -1,7 +1,5 @@
 """Records that hold, records that do not, and the one branch that everybody finds in them."""
 
-from __future__ import annotations
-
 import itertools
 from random import Random
 from typing import Any

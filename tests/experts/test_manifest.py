@@ -1,7 +1,5 @@
 """Uids, and manifests as bytes: round trips, sizes, and what strangers may send."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

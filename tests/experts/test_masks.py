@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from tesseract_async.experts.masks import Masks
 from tests.experts.fake_network import peer
 

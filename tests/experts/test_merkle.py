@@ -1,7 +1,5 @@
 """A root names one file alone, and possession is proven by those who have it."""
 
-from __future__ import annotations
-
 import hashlib
 from random import Random
 

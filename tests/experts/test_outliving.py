@@ -1,7 +1,5 @@
 """A run's experts outlive their volunteers: placement and tenures together, over a fake directory, in virtual time."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from random import Random

@@ -1,7 +1,5 @@
 """What a run's owner and its delegates may sign, over a network in memory."""
 
-from __future__ import annotations
-
 import pytest
 
 from tesseract_async.experts.authority import Authority

@@ -1,7 +1,5 @@
 """Patterns name the uids that a volunteer means."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

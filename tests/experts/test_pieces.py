@@ -1,7 +1,5 @@
 """`PieceFetch` in virtual time: against the best that could be done, and against sources that lie, freeze and leave."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from random import Random
 

@@ -1,7 +1,5 @@
 """Who leads, follows and holds what: against its rules, against a brute-force optimum, over hours of virtual time."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What members of a run say they have: there and back, from strangers, and under the key where it belongs."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

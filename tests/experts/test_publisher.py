@@ -1,7 +1,5 @@
 """Manifests stay in the network while their server does, and leave with it."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

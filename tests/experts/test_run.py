@@ -1,7 +1,5 @@
 """Run manifests: what was signed comes back, what was not is refused, differences are told with both values."""
 
-from __future__ import annotations
-
 import dataclasses
 from random import Random
 from typing import Any

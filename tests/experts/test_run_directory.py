@@ -1,7 +1,5 @@
 """Runs found by name, and kept known, over a network in memory."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Which experts a server hosts: what it was asked for, within its run, its grant, its memory and its checkpoints."""
 
-from __future__ import annotations
-
 import pytest
 
 from tesseract_async.experts import ExpertPattern

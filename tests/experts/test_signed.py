@@ -1,7 +1,5 @@
 """Signed records: one meaning has one form, kinds are never mixed up, and strangers' bytes raise ProtocolError only."""
 
-from __future__ import annotations
-
 import struct
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The invariants of `Tenure`, in virtual time: machines alone, over a network and a directory that are made up."""
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from random import Random

@@ -1,7 +1,5 @@
 """Hosts with a grant that lie, against `Tenure`, in virtual time: none of what they say stops an expert."""
 
-from __future__ import annotations
-
 import pytest
 
 from tesseract_async.experts.tenure_words import State

@@ -1,7 +1,5 @@
 """A whole run stops, and days later some of its servers come back, and others are new: in virtual time."""
 
-from __future__ import annotations
-
 import hashlib
 
 from hypothesis import example, given, settings

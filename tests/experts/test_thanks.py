@@ -1,7 +1,5 @@
 """Thanks: counted by the hour, published in parts, and believed of trainers alone."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

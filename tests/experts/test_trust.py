@@ -1,7 +1,5 @@
 """Whom a node believes: its lists for bare names, a run's authority for its uids, both where there are both."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

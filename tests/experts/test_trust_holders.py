@@ -1,7 +1,5 @@
 """Holders refuse manifests that do not belong under the key where somebody wants them stored."""
 
-from __future__ import annotations
-
 import msgpack
 import pytest
 

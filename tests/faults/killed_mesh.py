@@ -3,8 +3,6 @@
 ``python -m tests.faults.killed_mesh FOLDER``: prints what was measured as a line of JSON.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

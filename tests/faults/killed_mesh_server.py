@@ -3,8 +3,6 @@
 The store outlives them all, as torchrun's does.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random

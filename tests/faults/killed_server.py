@@ -5,8 +5,6 @@ learning rate of 1, on backwards whose gradient is the number in their call id; 
 exactly, or something was applied twice, lost or torn. Prints one JSON line in the end; exits with 1 at a contradiction.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

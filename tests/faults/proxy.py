@@ -1,7 +1,5 @@
 """A proxy between two TCP endpoints that does what bad networks do, exactly once, at an exact byte."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator

@@ -2,8 +2,6 @@
 one works.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import logging

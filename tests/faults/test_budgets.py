@@ -1,7 +1,5 @@
 """Strangers who announce, hold back, drip and never take: what it costs, for how long, and what others notice."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

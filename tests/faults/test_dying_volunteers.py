@@ -1,7 +1,5 @@
 """Volunteers that leave for good, one after the other, while others come and trainers go on."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections import defaultdict

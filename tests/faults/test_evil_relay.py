@@ -1,7 +1,5 @@
 """A relay that drops, corrupts, reorders, repeats or records: calls fail with a typed error, never with wrong bytes."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Sequence

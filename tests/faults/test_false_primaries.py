@@ -3,8 +3,6 @@
 On loopback, where states may be taken from others, and with lists of who may.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """Experts that raise, lie about their shapes, compute nonsense, run out of memory, or hang: only their callers know."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Strangers who send nonsense to an open port disturb nobody."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import socket

@@ -1,7 +1,5 @@
 """Peers that announce too much, send too much, read nothing or never finish: closed, counted, others unharmed."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """What the how-to promises of a mesh under torchrun whose processes are killed, stopped, and told to leave."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from pathlib import Path

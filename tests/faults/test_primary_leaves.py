@@ -1,7 +1,5 @@
 """A server gets told to leave while trainers use its experts; another server follows them. Nobody notices."""
 
-from __future__ import annotations
-
 import asyncio
 
 import torch

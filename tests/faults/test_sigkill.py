@@ -1,7 +1,5 @@
 """A server that is killed at random moments, under load and while it saves, never contradicts itself."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Strangers that claim an expert as its primary, accept connections, and never answer: one stall, then none."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

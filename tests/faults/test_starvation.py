@@ -1,7 +1,5 @@
 """A stranger who asks for much, urgently and with high priority, beside an honest trainer: real nodes, one server."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import threading

@@ -1,7 +1,5 @@
 """Strangers in a closed swarm, by a list or by a run: what they say changes nothing, and they are sent nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import Counter

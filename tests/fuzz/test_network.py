@@ -1,7 +1,5 @@
 """Seeded garbage against a working machine: every input is dropped and counted, and the machine goes on."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """What strangers publish, offer and answer beside calls: decoders raise their documented error or nothing."""
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Whatever bytes a peer sends, decoders raise `ProtocolError` or nothing. Seeded; slowly, a million inputs."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The runtime on a CUDA device: the same results as on the CPU, copies beside computing, graphs, halving."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any

@@ -1,7 +1,5 @@
 """A swarm that is only told of: what a dashboard's page needs of an observer, without nodes, sockets and torch."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from types import SimpleNamespace
@@ -34,7 +32,8 @@ class FakeObserver:
         self.run: dict[str, Any] | None = None
         self.thanks: list[dict[str, Any]] = []
         self.log: list[list[Any]] = []
-        self.losses: dict[str, list[float]] = {}
+        self.losses: dict[str, list[Any]] = {}
+        self.seen: dict[str, int] = {}
         for peer in self.peers:
             self.note(f"{peer['short']} joined with {peer['num_experts']} experts", "joined")
         for _ in range(num_points):
@@ -132,5 +131,6 @@ class FakeObserver:
             "history": self.history.since({}),
             "contributors": self.thanks,
             "losses": self.losses,
+            "seen": self.seen,
             "log": self.log[-200:],
         }

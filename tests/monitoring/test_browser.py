@@ -4,8 +4,6 @@ Needs Playwright and a Chromium of the system (Debian's package ``chromium``); n
 missing these tests are skipped, unless TESSERACT_REQUIRE_BROWSER is set, as continuous integration does.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil
@@ -125,7 +123,8 @@ async def colours(visit: Visit, *cells: tuple[int, int]) -> list[str]:
 
 async def test_a_healthy_swarm(browser: Any) -> None:
     observer = FakeObserver(num_servers=3, num_points=60)
-    observer.losses = {"0000000a one": [60, 0.1234, 0]}
+    observer.losses = {"0000000a one": [60, 0.1234, 0, 3840, "samples"]}
+    observer.seen = {"samples": 1_234_567}
     async with visiting(browser, observer) as visit:
         totals = await visit.text("#totals")
         assert "16 of 16" in totals and "live experts" in totals and "3\nservers" in totals
@@ -247,7 +246,7 @@ async def test_nothing_is_wider_than_the_screen(browser: Any, viewport: dict[str
     observer = FakeObserver(size=(16, 32), num_servers=num_servers, num_points=20, prefix="a_very_long_prefix" * 2)
     if observer.peers:
         observer.peers[0]["error"] = "x" * 240
-        observer.losses = {"0000000a " + "y" * 55: [1, 0.5, 0]}
+        observer.losses = {"0000000a " + "y" * 55: [1, 0.5, 0, 0, "samples"]}
     observer.note("z" * 240, "failed")
     async with visiting(browser, observer, viewport=viewport) as visit:
         width = await visit.page.evaluate("document.documentElement.scrollWidth")
@@ -397,7 +396,7 @@ async def test_what_strangers_say_stays_text(browser: Any) -> None:
     evil = "<img src=x onerror='window.owned = 1'><script>window.owned = 1</script>"
     observer = FakeObserver(num_servers=1, num_points=2, prefix=evil)
     observer.peers[0] |= {"short": evil, "path": evil, "software": evil, "addresses": [evil], "peer_id": evil}
-    observer.losses = {evil: [1, 2.0, 0], "__proto__": [2, 3.0, 0]}
+    observer.losses = {evil: [1, 2.0, 0, 0, evil], "__proto__": [2, 3.0, 0, 0, "samples"]}
     observer.note(evil, "failed")
     observer.log[-1][2] = evil
     async with visiting(browser, observer) as visit:

@@ -1,7 +1,5 @@
 """The Grafana file asks for metrics that the endpoint has, and their names follow Prometheus' conventions."""
 
-from __future__ import annotations
-
 import json
 import re
 from functools import partial

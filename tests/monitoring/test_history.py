@@ -1,7 +1,5 @@
 """Figures over 5 minutes, an hour and a day: bounded, and means of what was measured."""
 
-from __future__ import annotations
-
 from tesseract_async.monitoring.history import NUM_POINTS, SPANS, History
 
 

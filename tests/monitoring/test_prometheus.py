@@ -1,7 +1,5 @@
 """A node's metrics as Prometheus reads them."""
 
-from __future__ import annotations
-
 from prometheus_client.parser import text_string_to_metric_families
 
 from tesseract_async.metrics import Metrics

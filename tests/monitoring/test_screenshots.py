@@ -1,7 +1,5 @@
 """The whole of it: `tesseract demo` in its processes, the dashboard's command, a real browser, a server killed."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

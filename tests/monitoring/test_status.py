@@ -1,7 +1,5 @@
 """What nodes say about themselves: round trips, and what strangers may say."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -9,8 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tesseract_async as ta
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ProtocolError
-from tesseract_async.monitoring.status import MAX_EXPERTS, ExpertStatus, NodeStatus, decode_status, encode_status
+from tesseract_async.monitoring import status
+from tesseract_async.monitoring.status import (
+    MAX_EXPERTS,
+    ExpertStatus,
+    NodeStatus,
+    StatusService,
+    decode_status,
+    encode_status,
+    measure_line,
+)
 
 STATUS = NodeStatus(
     software="0.1.0",
@@ -74,3 +83,22 @@ def test_garbage_is_a_protocol_error(body: Any, fields: dict[str, Any]) -> None:
             decode_status(garbage)
         except ProtocolError:
             pass
+
+
+async def test_a_line_is_measured_as_far_as_its_other_end_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ta.TesseractNode() as other, ta.TesseractNode() as node:
+        peer = other.peer_address
+        assert await measure_line(node, peer) == (None, None), "nobody answers"
+        async with StatusService(other):
+            sends, receives = await measure_line(node, peer)
+            assert sends is not None and receives is not None and min(sends, receives) > 1e5
+            monkeypatch.setattr(status, "PADDING_PER_MINUTE", 0)  # others have used it up
+            sends, receives = await measure_line(node, peer)
+            assert sends is not None and receives is None
+
+        async def older(call: IncomingCall) -> Message:
+            return Message(encode_status(STATUS))
+
+        other.endpoint.handle(status.METHOD, older)
+        sends, receives = await measure_line(node, peer)
+        assert sends is not None and receives is None

@@ -1,7 +1,5 @@
 """The observer and the dashboard in front of a real, small swarm."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json
@@ -63,7 +61,8 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 for _ in range(3):
                     await ta.backward((await expert(torch.ones(5, 2))).sum())
                 host.metrics.count("answers_left_out", way="backward", reason="late")
-                await publish_progress(host, "ffn", step=3, loss=0.5, trainer="one")
+                await publish_progress(host, "ffn", step=3, loss=0.5, seen=15, unit="tokens", trainer="one")
+                await publish_progress(host, "ffn", step=3, loss=0.25, trainer="merged")
                 await observer.look()
                 state = json.loads(json.dumps(observer.state()))
                 grid = only(state["grids"])
@@ -89,7 +88,9 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 assert peer["steps_per_second"] > 0 and peer["rows_per_second"] > 0
                 assert peer["num_experts"] == 2 and peer["error"] is None and peer["path"]
                 assert state["totals"]["experts"] == 2 and state["totals"]["loss"] == 0.5
-                assert only(list(state["losses"].values())) == [3, 0.5, 1]
+                assert only(list(state["losses"].values())) == [3, 0.5, 1, 15, "tokens"]
+                assert state["seen"] == {"tokens": 15} and state["totals"]["merged"] == 0.25
+                assert "tesseract_swarm_merged_loss 0.25" in text and 'one",unit="tokens"} 15.0' in text
                 assert "joined with 2 experts" in only(state["log"])[1] and only(state["log"])[2] == "joined"
                 assert (
                     peer["calls_per_second"] > 0
@@ -267,7 +268,9 @@ async def test_what_strangers_publish_is_bounded() -> None:
                 [3, 0.5],
                 7,
                 None,
-                [3, 0.5, 2],
+                [3, 0.5, 2, -1, "samples"],
+                [3, 0.5, 2, 7, "pages"],
+                [3, 0.5, 2, 7, "tokens", "of a later version"],
             )
         ):
             await host.network.store("progress/ffn", value, ttl=60.0, subkey=str(number))
@@ -279,7 +282,7 @@ async def test_what_strangers_publish_is_bounded() -> None:
             await observer.look()
             state = json.loads(json.dumps(observer.state(), allow_nan=False))
             assert [grid["prefix"] for grid in state["grids"]] == ["ffn"]
-            assert list(state["losses"].values()) == [[3, 0.5, 2]]
+            assert list(state["losses"].values()) == [[3, 0.5, 2, 7, "tokens"]]
             observer._note("x" * 10_000, "failed")
             assert len(observer.log[-1][1]) == 240
 

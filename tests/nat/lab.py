@@ -18,8 +18,6 @@ Needs root, iproute2 and nftables (conntrack for `Lab.forget_mappings`, miniupnp
 is missing.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

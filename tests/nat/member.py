@@ -3,8 +3,6 @@
 Run by `test_nat`, never by pytest itself.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import gc

@@ -1,7 +1,5 @@
 """A swarm in the laboratory: processes of `member`, and a test's hand on each of them."""
 
-from __future__ import annotations
-
 import json
 import os
 import select

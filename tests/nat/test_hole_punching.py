@@ -1,7 +1,5 @@
 """Whom a data channel's checks are sent to."""
 
-from __future__ import annotations
-
 from tesseract_async.nat.hole_punching import MAX_TRIED, plausible
 from tesseract_async.nat.offers import Candidate, Description
 from tesseract_async.network.address_scope import AddressScope

@@ -3,8 +3,6 @@
 Skipped where namespaces can't be made, unless TESSERACT_REQUIRE_NAT says that they must be.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """IPv6 beside a NAT, routers that map ports, outside STUN and TURN servers, and paths that become better."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator
@@ -90,6 +88,7 @@ def test_a_router_is_asked_to_map_the_port(swarm: Swarm) -> None:
     assert path(swarm, "t4", "mapped") == f"tcp {outside}"
 
 
+@pytest.mark.slow
 def test_outside_servers_help_where_the_swarm_does_not(stem: Stem, tmp_path: Path) -> None:
     """With one node to ask, the kind of NAT is known through an outside STUN server. Where nobody relays, two symmetric
     NATs are joined by an outside TURN server."""

@@ -1,7 +1,5 @@
 """`PortMapper` against a router in memory, in virtual time where it waits."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """`Reach`: the parts together. What follows from what was found is `test_role`'s matter."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import asyncio
 import random
 
@@ -17,9 +15,6 @@ ALICE, BOB = (Identity.from_seed(bytes([number]) * 32).peer_id for number in (1,
 
 def tokens(number: int) -> tuple[bytes, bytes]:
     return number.to_bytes(16, "big"), (number + 1000).to_bytes(16, "big")
-
-
-# ---- the ledger
 
 
 def test_a_token_is_good_for_one_connection() -> None:
@@ -90,9 +85,6 @@ def test_bytes_and_rate_are_limited() -> None:
     assert ledger.expired(now=69.0) == []
     assert ledger.expired(now=70.0) == [splice]
     assert ledger.account(splice, 1001, now=10.0) is None
-
-
-# ---- the splice
 
 
 class FakePipe:

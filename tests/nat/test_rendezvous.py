@@ -1,7 +1,5 @@
 """A public node and its clients, over real connections on loopback."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

@@ -1,7 +1,5 @@
 """`RoleMachine` in made-up time: what a node finds out about its place in the network, and what follows from that."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """`NatTransport` against other places, with signalling in memory: the ways, and those who spoil them."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`PathUpgrader`: relayed connections look for better paths, and stop when there can be none."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace

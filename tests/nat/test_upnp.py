@@ -3,8 +3,6 @@
 A real one (miniupnpd) is asked in `tests/nat`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import AsyncIterator, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Addresses heard from strangers: who may send where."""
 
-from __future__ import annotations
-
 import pytest
 
 from tesseract_async.network.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of

@@ -1,7 +1,5 @@
 """Copies of single values on the way to their holders: few, short-lived, never of what may be stale."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

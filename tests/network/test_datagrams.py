@@ -1,7 +1,5 @@
 """Datagrams: what is written can be read, nothing is over 1,200 bytes, and garbage raises ProtocolError only."""
 
-from __future__ import annotations
-
 import math
 import random
 

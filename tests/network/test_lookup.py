@@ -1,7 +1,5 @@
 """The lookup against brute force over whole simulated networks, answered by function calls."""
 
-from __future__ import annotations
-
 import random
 
 from hypothesis import given, settings

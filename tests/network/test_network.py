@@ -1,8 +1,7 @@
 """TesseractNetwork over real UDP on loopback."""
 
-from __future__ import annotations
-
 import asyncio
+import itertools
 import random
 import socket
 import time
@@ -16,7 +15,7 @@ from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import writing
-from tesseract_async.network.driver import NetworkDriver, families
+from tesseract_async.network.driver import MAX_PER_TURN, NetworkDriver
 from tesseract_async.network.entries import StoreItem
 from tesseract_async.network.holding import RecordCheck
 from tesseract_async.network.network import RECEIVE_BUFFER_BYTES, TesseractNetwork
@@ -492,9 +491,9 @@ async def test_nodes_with_both_kinds_of_ip_join_those_with_one() -> None:
     await middle.aclose()
 
 
-@pytest.mark.both_loops
-async def test_what_a_socket_cannot_send_to_is_counted() -> None:
-    """The machine leaves such addresses out; but should it ever want to."""
+@asynccontextmanager
+async def driven() -> AsyncIterator[tuple[NetworkDriver, socket.socket]]:
+    """A machine at work without seeds, and its socket."""
     loop = asyncio.get_running_loop()
     protocol = NetworkProtocol(
         identity=Identity.generate(),
@@ -506,12 +505,38 @@ async def test_what_a_socket_cannot_send_to_is_counted() -> None:
         public=True,
     )
     with bound() as sock:
-        driver = NetworkDriver(protocol, loop, speaks=families(sock), has_seeds=False, on_role_change=lambda: None)
+        driver = NetworkDriver(protocol, loop, sock, has_seeds=False, on_role_change=lambda: None)
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
-        protocol.core.outbox.send(b"x", ("::1", 9))
+        try:
+            yield driver, sock
+        finally:
+            await driver.aclose()
+
+
+@pytest.mark.both_loops
+async def test_what_a_socket_cannot_send_to_is_counted() -> None:
+    """The machine leaves such addresses out; but should it ever want to."""
+    async with driven() as (driver, _):
+        driver.protocol.core.outbox.send(b"x", ("::1", 9))
         driver.cycle()
-        await until(lambda: protocol.core.metrics.total("network_send_errors") == 1)
-        await driver.aclose()
+        await until(lambda: driver.protocol.core.metrics.total("network_send_errors") == 1)
+
+
+@pytest.mark.both_loops
+async def test_many_datagrams_are_read_in_one_turn_of_the_loop_but_not_all() -> None:
+    """In a busy process a turn is long: one for each datagram, and answers come seconds late."""
+    async with driven() as (driver, sock):
+        metrics, num_sent = driver.protocol.core.metrics, 3 * MAX_PER_TURN
+        with bound() as sender:
+            for _ in range(num_sent):
+                sender.sendto(b"x", sock.getsockname())
+        num_read = [0]
+        while num_read[-1] < num_sent and len(num_read) < 1000:
+            await asyncio.sleep(0)
+            num_read.append(int(metrics.total("network_datagrams_dropped")))
+        assert num_read[-1] == num_sent
+        turns = [after - before for before, after in itertools.pairwise(num_read) if after > before]
+        assert 1 < len(turns) <= 10 and max(turns) <= 2 * MAX_PER_TURN, turns
 
 
 async def test_the_receive_buffer_is_raised() -> None:

@@ -1,7 +1,5 @@
 """One identity on two nodes: both say so, and the one that started later withdraws."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any

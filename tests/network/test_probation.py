@@ -1,7 +1,5 @@
 """A node that says it is public and is not: found out by a third one's dial, and not listed."""
 
-from __future__ import annotations
-
 import random
 
 from tesseract_async.identity import Identity

@@ -1,7 +1,5 @@
 """The machine, fed by function calls: what it sends, believes, refuses and counts."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The routing table against brute force over every contact that it holds."""
 
-from __future__ import annotations
-
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

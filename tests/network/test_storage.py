@@ -1,7 +1,5 @@
 """Storage: merging, expiration, quotas, and digests and pages against recomputation."""
 
-from __future__ import annotations
-
 import random
 from unittest.mock import patch
 

@@ -1,7 +1,5 @@
 """Timers against a plain list, and what cancelling leaves behind."""
 
-from __future__ import annotations
-
 import weakref
 
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Values that may be stored come back equal; others are refused with a sentence."""
 
-from __future__ import annotations
-
 import collections
 import enum
 import math

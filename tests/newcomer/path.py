@@ -8,8 +8,6 @@ the demo trains types into a second terminal what it printed: `tesseract serve`,
 Prints the seconds of each step as a table. Exit status 1 if a step did not do what it should.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -3,19 +3,19 @@
 python tests/newcomer/wheel.py dist
 """
 
-from __future__ import annotations
-
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-MAX_ARCHIVE_BYTES = 3 << 20
-"""The source archive holds text; pictures and data of benchmarks are small."""
+MAX_ARCHIVE_BYTES = 1 << 20
+"""The source archive holds the package and its texts: no pictures, no measured data."""
 
 
 def main(dist: Path) -> None:
@@ -25,6 +25,10 @@ def main(dist: Path) -> None:
         names = files.getnames()
     assert archive.stat().st_size < MAX_ARCHIVE_BYTES, f"{archive.name} has {archive.stat().st_size} bytes"
     assert any(name.endswith("tesseract_async/py.typed") for name in names), "types would not be found"
+    assert not [name for name in names if name.endswith((".png", ".csv", ".safetensors"))], "bulk"
+    with zipfile.ZipFile(wheel) as packed:
+        (about,) = (packed.read(name).decode() for name in packed.namelist() if name.endswith("/METADATA"))
+    assert not re.search(r"\]\((?!https?://)", about), "a link of the README leads nowhere outside of the repository"
     with tempfile.TemporaryDirectory(prefix="tesseract-wheel-") as folder:
         subprocess.run([sys.executable, "-m", "venv", f"{folder}/venv"], check=True)
         python = Path(folder) / "venv" / "bin" / "python"

@@ -1,7 +1,5 @@
 """A remote expert is the same function as its module run here: outputs, gradients and the step that it takes."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import time
@@ -337,9 +335,6 @@ async def test_gradcheck_in_float64() -> None:
             assert await asyncio.to_thread(
                 torch.autograd.gradcheck, function, varied, eps=eps, atol=atol, nondet_tol=1e-12
             )
-
-
-# ------------------------------------------------------------------------------------------------ bad input
 
 
 async def test_wrong_input_is_refused_before_anything_is_sent() -> None:

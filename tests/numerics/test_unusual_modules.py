@@ -1,7 +1,5 @@
 """Modules that do what PyTorch lets them do: a remote one is still the function that it is locally."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 from collections.abc import AsyncIterator, Callable

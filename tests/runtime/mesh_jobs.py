@@ -3,8 +3,6 @@
 This process imports PyTorch once, has the store, and forks. The leader prints its findings as JSON.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

@@ -1,7 +1,5 @@
 """ExpertBackend: schemas, gradients without side effects, and states that travel."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The batcher against a brute-force model, and each of its promises by hand."""
 
-from __future__ import annotations
-
 import math
 import random
 import weakref

@@ -5,8 +5,6 @@ step begins at once. The trainer's loop does one thing after another, too. Delay
 place: random ones would spread crowds by themselves.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math

@@ -1,7 +1,5 @@
 """What batches cost, learned from made-up ones."""
 
-from __future__ import annotations
-
 import math
 import random
 

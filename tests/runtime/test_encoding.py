@@ -1,7 +1,5 @@
 """Large lossy tensors are encoded and decoded while the loop goes on; everything else at once."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable

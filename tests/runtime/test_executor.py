@@ -1,7 +1,5 @@
 """Faults stay with their request, and what a backend's settings promise: steps, seeds, staleness, halving."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Norms, finiteness and trimmed means of gradients, and a backend whose steps gather several peers' gradients."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

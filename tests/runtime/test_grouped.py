@@ -1,7 +1,5 @@
 """Experts that are computed in one pass come out as if each was computed alone: numbers, versions and errors."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 

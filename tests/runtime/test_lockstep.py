@@ -1,7 +1,5 @@
 """Experts that step together equal one optimizer over all of their parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

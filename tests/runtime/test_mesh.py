@@ -1,7 +1,5 @@
 """Experts that are spread over processes: equal to whole ones, and indifferent to strangers."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Commands between the processes of a mesh, without torch's collectives."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import time

@@ -1,7 +1,5 @@
 """Padding to preferred sizes, and torch.compile where a compiler is at hand."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 from typing import Any

@@ -1,7 +1,5 @@
 """Finite gradients that would ruin an expert: what counts as usual, and what becomes of the rest."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

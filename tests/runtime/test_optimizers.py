@@ -1,7 +1,5 @@
 """Which optimizers and schedules an expert can have, and how they go on from a checkpoint that had others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A call's random numbers follow from its seed alone, whatever other threads draw, and they disturb nobody."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The thread: equal to a plain module, one wake-up per batch, isolated failures, no leftovers."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import threading

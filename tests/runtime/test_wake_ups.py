@@ -1,7 +1,5 @@
 """Where the loop and the device's thread wake each other: no wake-up is lost, and one serves all that have ended."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import sys

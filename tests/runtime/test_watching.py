@@ -1,7 +1,5 @@
 """What a module does besides computing is found by looking, and costs only those that do it."""
 
-from __future__ import annotations
-
 import random
 import threading
 from collections.abc import Callable

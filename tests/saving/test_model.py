@@ -1,7 +1,5 @@
 """A whole model as a folder: saved from real nodes, loaded without any, and restored."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Saved experts: collected over two real nodes, loaded without any."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

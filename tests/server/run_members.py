@@ -1,7 +1,5 @@
 """Members of a run on real nodes, which take their part in it by themselves."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

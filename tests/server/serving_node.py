@@ -1,7 +1,5 @@
 """A node without a network for tests of servers, and of what they host."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Callable, Mapping

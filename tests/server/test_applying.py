@@ -1,7 +1,5 @@
 """``expert.apply`` against a node of three lines: it gives what torch gives, and each expert's trouble is its own."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import os
@@ -704,9 +702,6 @@ async def test_the_backwards_of_answered_forwards_are_waited_for(node: ServingNo
             one = Wave(x=wave.x, pairs={uid: wave.pairs[uid]}, ids=wave.ids)
             assert not (await backward(node, one, torch.ones(5, 4))).failures
         assert await draining
-
-
-# ---------------------------------------------------------------------------------------------- over the network
 
 
 @pytest.mark.both_loops

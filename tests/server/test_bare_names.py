@@ -1,7 +1,5 @@
 """Every decision about primary and followers of bare names, and that all who see the same agree."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """States as files: readable by others, checked, never unpickled."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 from pathlib import Path

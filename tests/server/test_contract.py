@@ -1,7 +1,5 @@
 """The volunteer's limits, by function calls: no clock is read, no time passes."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from zoneinfo import ZoneInfo
 
@@ -36,9 +34,6 @@ def test_without_limits_it_always_serves() -> None:
     assert verdict.serve
     assert verdict.reason == ""
     assert verdict.until is None
-
-
-# ---------------------------------------------------------------------------------------------------- hours
 
 
 def test_hours_past_midnight() -> None:
@@ -123,9 +118,6 @@ def test_hours_against_brute_force(some: list[Hours], minute: int) -> None:
     assert verdict.until == (None if change is None else monday + change * 60)
 
 
-# ---------------------------------------------------------------------------------------------------- quota
-
-
 def test_the_quota_ends_the_work_until_the_next_period() -> None:
     machine = contract(data_quota_bytes=1000, quota_period="month")
     now = at("2026-01-31 10:00")
@@ -158,9 +150,6 @@ def test_usage_outlives_a_restart_and_a_clock_that_is_set_back() -> None:
     assert not second.may_serve(now).serve
     assert not second.may_serve(now - 3 * 86400).serve
     assert second.may_serve(now + 86400).serve
-
-
-# ---------------------------------------------------------------------------------------------------- load and memory
 
 
 def test_it_pauses_while_the_machine_is_in_use() -> None:

@@ -1,7 +1,5 @@
 """Sealed files from several sources at once: through scripted sources in virtual time."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

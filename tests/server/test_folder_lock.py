@@ -1,7 +1,5 @@
 """A checkpoint folder belongs to one server, however many start, and is free however that one ends."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

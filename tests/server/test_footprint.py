@@ -1,7 +1,5 @@
 """What an expert costs in memory, against what it makes when it computes; and how a limit is divided."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -146,8 +146,6 @@ class World:
     def see(self, epoch: int, version: int, root: bytes) -> None:
         assert self.roots.setdefault((epoch, version), root) == root
 
-    # ------------------------------------------------------------------------------------------------ the primary
-
     def take_over(self) -> None:
         """Another host goes on from what was sealed last: who waits is told nothing."""
         self.epoch += 1

@@ -1,7 +1,5 @@
 """One trainer's experts gather gradients, and step when it says so."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

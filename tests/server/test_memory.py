@@ -1,7 +1,5 @@
 """Memory keeps its byte budget and forgets the oldest first; and which backwards a leaving server waits for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """`tesseract serve --max-memory`: the process keeps to it while every expert trains with its largest batch."""
 
-from __future__ import annotations
-
 import asyncio
 
 import psutil

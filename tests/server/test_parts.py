@@ -1,7 +1,5 @@
 """The parts of a reply, against sums by hand: every expert in one, few of them, and nothing that is not finite."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Servers of a run that take, hold and give up experts by themselves, on real nodes."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Ready-made experts by name, and what is said of builders that return something else than they should."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

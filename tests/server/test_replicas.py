@@ -1,7 +1,5 @@
 """Primary and followers on real nodes: in step, taken over, handed over under load, never two for long."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

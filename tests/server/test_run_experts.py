@@ -1,7 +1,5 @@
 """From a manifest to experts: the same everywhere, nothing that the volunteer did not allow."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

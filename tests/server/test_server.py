@@ -1,7 +1,5 @@
 """TesseractServer against a node of three lines: every answer, every refusal, nothing applied twice, nothing lost."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import copy

@@ -1,7 +1,5 @@
 """Several devices in one node: a runtime for each, in one server or in several, computing side by side."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import threading

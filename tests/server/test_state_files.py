@@ -1,7 +1,5 @@
 """Files of experts: checkpoints whole or not at all, damaged ones passed over; sealed states found by their root."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """States in pieces: through a fake node that scripts what goes wrong, and through real ones."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Experts of a run on real nodes: led by one, followed by others, taken over, handed over, picked up again."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

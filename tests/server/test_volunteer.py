@@ -1,7 +1,5 @@
 """The keeper against a server that writes down what it is told, with a machine and a clock that obey the test."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import datetime
 from pathlib import Path

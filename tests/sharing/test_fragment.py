@@ -1,7 +1,5 @@
 """Fragments: the same updates give the same bits everywhere, and the rule is Nesterov's."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

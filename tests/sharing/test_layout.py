@@ -1,7 +1,5 @@
 """Layouts: what is shared of a model, how it is cut, and that reading and adding find the same elements."""
 
-from __future__ import annotations
-
 import contextlib
 
 import msgpack

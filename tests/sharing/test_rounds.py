@@ -1,7 +1,5 @@
 """Rounds: when they close, who counts, and what a liar can do."""
 
-from __future__ import annotations
-
 import statistics
 
 import pytest

@@ -1,7 +1,5 @@
 """Ids that were made to lie next to a key: what is stored there is found all the same."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from typing import Any

@@ -1,7 +1,5 @@
 """Whole swarms in virtual time: they come together, stay together, and lose nothing."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Skips this folder without Transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

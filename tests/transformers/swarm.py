@@ -1,7 +1,5 @@
 """Servers with the experts of a tiny checkpoint, and a node beside them."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

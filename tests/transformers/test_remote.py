@@ -1,7 +1,5 @@
 """A model whose experts are remote computes, learns and is saved like the same model with all of its experts."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from collections.abc import Callable, Iterator

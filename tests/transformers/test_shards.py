@@ -1,7 +1,5 @@
 """Experts of checkpoints compute what Transformers does, and nothing else of the files is read."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tiny random checkpoints of several families of mixtures of experts, in shards, as Transformers saves them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -4,8 +4,6 @@ It defines one fixture, ``pipes``: an async context manager factory that yields 
 of pipes that have not been started, and leaves nothing behind. See `test_tcp`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 from collections.abc import Callable

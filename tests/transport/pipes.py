@@ -1,7 +1,5 @@
 """Pairs of connected pipes of every kind, on loopback: what the conformance suite runs against."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

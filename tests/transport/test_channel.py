@@ -1,7 +1,5 @@
 """What channels share, and what they must not."""
 
-from __future__ import annotations
-
 import asyncio
 from types import SimpleNamespace
 from typing import Any, cast

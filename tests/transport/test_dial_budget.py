@@ -1,7 +1,5 @@
 """Dials in vain are counted by target, and end after a few."""
 
-from __future__ import annotations
-
 import pytest
 
 from tesseract_async.transport.tcp import DialBudget, DialedInVain

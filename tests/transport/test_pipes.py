@@ -1,7 +1,5 @@
 """What every pipe promises (`transport.base.Pipe`), whatever carries its bytes."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 from collections.abc import Callable

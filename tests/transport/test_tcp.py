@@ -1,7 +1,5 @@
 """TCP pipes: the conformance suite, the listener, throttling."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """The throttle by function calls, and once on real pipes."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from typing import cast

@@ -1,7 +1,5 @@
 """The TLS machine: two of them joined by function calls, and impostors."""
 
-from __future__ import annotations
-
 import ssl
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The bucket against its promise: never more than burst + rate * time, and never slower than needed."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

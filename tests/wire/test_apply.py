@@ -1,7 +1,5 @@
 """``expert.apply``: what is encoded comes back, what does not hold together is refused, and nothing else is raised."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

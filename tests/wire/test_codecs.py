@@ -1,7 +1,5 @@
 """What an expert accepts and what a caller wishes: they settle on what loses no more than was wished, or say why."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

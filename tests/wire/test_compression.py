@@ -1,7 +1,5 @@
 """Every codec on every kind of tensor: what comes back, what is lost, what is refused."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Cutting bytes into frames, whole messages in one frame, and large ones into their own memory."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Heads of requests and replies, errors that travel, and the hello."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Bounds on msgpack: counted before anything is made of it, and equal to what is then made."""
 
-from __future__ import annotations
-
 import struct
 import tracemalloc
 from typing import Any

@@ -1,7 +1,5 @@
 """Plain tensors, which one look is enough for: never anything else than what the careful way gives."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -42,10 +42,7 @@ class Child:
 
     @classmethod
     async def start(cls, name: str, arguments: list[str], *, log: Path, on_event: Listener) -> Child:
-        """Start Python with these arguments; `ready` tells when it works.
-
-        `on_event(name, line)` is called for each line; `log` takes what the process writes to standard error.
-        """
+        """Start Python with these arguments; `ready` tells when it works."""
         # one thread each: five processes share a few cores, and threads of one would wait for another's
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with log.open("ab") as file:

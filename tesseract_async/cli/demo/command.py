@@ -1,7 +1,5 @@
 """`tesseract demo`."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import importlib.util

@@ -1,7 +1,5 @@
 """The plan of the demo: its options and constants, and which server hosts which experts. No I/O."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tesseract_async.experts import ExpertPattern
@@ -42,8 +40,6 @@ SIZES = {"in_features": NUM_PIXELS, "hidden_features": HIDDEN_FEATURES, "out_fea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
-    """One run of the demo."""
-
     steps: int = 400
     """Steps of each trainer."""
     num_servers: int = 3

@@ -1,7 +1,5 @@
 """The state of a running demo: fed with the processes' lines, read by the view and the report. No I/O."""
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +12,6 @@ RATE_WINDOW = 3.0
 
 @dataclass(slots=True)
 class Trainer:
-    """The reports of one trainer."""
-
     step: int = 0
     losses: list[tuple[float, float]] = field(default_factory=list)
     """(seconds since the start, loss of the step)"""

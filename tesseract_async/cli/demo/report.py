@@ -1,7 +1,5 @@
 """The results of the demo: a table for the terminal, and a picture."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.table import Table

@@ -1,7 +1,5 @@
 """The course of the demo: start everything, kill a server on the way, start it again, wait for the end."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable

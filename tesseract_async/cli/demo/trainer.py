@@ -6,8 +6,6 @@ accuracy it reaches beyond what a gate over random experts does, the experts lea
 It reports in lines of JSON on standard output: ``ready``, one ``step`` after the other, ``done``.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
@@ -34,10 +32,7 @@ Digits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def load_digits() -> Digits:
-    """Return scikit-learn's 1,797 handwritten digits, shuffled: pixels and labels for training (80 %) and validation.
-
-    The split is always the same, so that runs of different seeds can be compared.
-    """
+    """Return scikit-learn's 1,797 handwritten digits, shuffled: pixels and labels to train (80 %) and validate on."""
     from sklearn.datasets import load_digits as load
 
     pixels, labels = load(return_X_y=True)

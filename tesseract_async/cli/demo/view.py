@@ -1,7 +1,5 @@
 """The demo as a live picture in the terminal; plain lines where there is no terminal."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

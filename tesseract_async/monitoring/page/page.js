@@ -64,15 +64,15 @@ function drawTotals() {
   const all = state.grids.reduce((sum, grid) => sum + grid.size.reduce((a, b) => a * b, 1), 0);
   const present = state.peers.filter((peer) => peer.left_ago === null || peer.left_ago === undefined);
   const silent = present.filter((peer) => peer.error).length;
-  const thanked = state.contributors.reduce((sum, one) => sum + one.rows, 0);
+  const seen = Object.entries(state.seen).sort((a, b) => b[1] - a[1])[0] ?? ["samples", 0];
   const cards = [
     ["live experts", number(alive), all ? ` of ${number(all)}` : "", false],
     [present.length === 1 ? "server" : "servers", number(present.length), silent ? ` ${silent} silent` : "", silent > 0],
     ["calls per second", number(totals.calls_per_second ?? 0, 0)],
     ["rows per second", number(totals.rows_per_second ?? 0)],
     ["steps per second", number(totals.steps_per_second ?? 0, 1)],
-    ["rows in 24 h", short(thanked)],
-    ["loss", totals.loss === undefined ? "–" : number(totals.loss, 4)],
+    [`${seen[0]} seen by trainers`, seen[1] ? short(seen[1]) : "–"],
+    ["loss", totals.loss === undefined ? "–" : number(totals.loss, 4), totals.merged === undefined ? "" : ` ${number(totals.merged, 4)} merged`],
   ];
   $("totals").replaceChildren(...cards.map(([label, value, more, bad]) => {
     const card = element("div", undefined, bad ? "bad" : ""), strong = element("b", value);
@@ -367,9 +367,10 @@ function drawPlot(canvas) {
     return;
   }
   const values = points.map((point) => point[series]);
-  // each trainer's loss beside the mean of all
+  // each trainer's loss beside the mean of all, and that of the parameters that they share
   const others = series === "loss" ? [...new Set(points.flatMap(Object.keys))].filter((name) => name.startsWith("loss ")) : [];
-  const top = ceiling(Math.max(...values, ...others.flatMap((name) => points.map((point) => point[name] ?? 0))));
+  const merged = series === "loss" ? points.filter((point) => point.merged !== undefined) : [];
+  const top = ceiling(Math.max(...values, ...["merged", ...others].flatMap((name) => points.map((point) => point[name] ?? 0))));
   const until = history.at(-1).time, from = history[0].time, span = Math.max(10, until - from);
   const x = (time) => right - (until - time) / span * (right - PLOT_LEFT);
   const y = (value) => bottom - Math.max(0, value) / top * (bottom - PLOT_TOP);
@@ -406,6 +407,17 @@ function drawPlot(canvas) {
     draw.lineWidth = 1;
     draw.stroke();
   });
+  if (merged.length) {
+    draw.beginPath();
+    merged.forEach((point, index) => draw[index ? "lineTo" : "moveTo"](x(point.time), y(point.merged)));
+    draw.strokeStyle = draw.fillStyle = colours.front;
+    draw.lineWidth = 2;
+    draw.setLineDash([6, 4]);
+    draw.stroke();
+    draw.setLineDash([]);
+    draw.textAlign = "right";
+    draw.fillText(`╌ merged ${number(merged.at(-1).merged, 4)}`, right, PLOT_TOP + 10);
+  }
   draw.beginPath();
   points.forEach((point, index) => draw[index ? "lineTo" : "moveTo"](x(point.time), y(point[series])));
   draw.strokeStyle = colours.accent;
@@ -429,7 +441,8 @@ function drawPlot(canvas) {
   }
   now.textContent = `${when}${number(chosen[series], series === "loss" ? 4 : 1)}`;
   canvas.setAttribute("aria-label", `${caption.firstChild.textContent}: now ${number(values.at(-1), 4)}, `
-    + `between ${number(Math.min(...values), 4)} and ${number(Math.max(...values), 4)} in the last ${duration(span)}`);
+    + `between ${number(Math.min(...values), 4)} and ${number(Math.max(...values), 4)} in the last ${duration(span)}`
+    + (merged.length ? `; merged ${number(merged.at(-1).merged, 4)}` : ""));
 }
 
 const plots = [...document.querySelectorAll("canvas[data-series]")];
@@ -530,8 +543,9 @@ function drawContributors() {
 function drawTrainers() {
   const trainers = Object.entries(state.losses);
   $("trainers").hidden = trainers.length === 0;
-  fill($("losses"), trainers.map(([name, [step, loss, leftOut]]) => [
-    [name, number(step), number(loss, 4), number(leftOut)], "", [name, step, loss, leftOut],
+  fill($("losses"), trainers.map(([name, [step, loss, leftOut, seen, unit]]) => [
+    [name, number(step), number(loss, 4), seen ? `${number(seen)} ${unit}` : "–", number(leftOut)], "",
+    [name, step, loss, seen, leftOut],
   ]));
 }
 

@@ -8,8 +8,6 @@ leaves little of a long path that loses a few packets by chance. Here a loss wit
 is what a round trip takes beyond the shortest one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Final
 

@@ -7,8 +7,6 @@ Binary messages carry the stream's bytes. Text messages steer it: ``w<number>`` 
 says that no more bytes follow.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from typing import Final
 
@@ -60,7 +58,6 @@ class MessageStream:
         self.unsent += len(view)
 
     def finish(self) -> None:
-        """No more bytes follow what was written. Repeating it does nothing."""
         self._finishing = True
 
     def messages_to_send(self, room: int) -> list[bytes | str]:

@@ -68,8 +68,6 @@ class _Ice(aioice.Connection):
 
 
 class _IcePort:
-    """The transport below aiortc's DTLS."""
-
     def __init__(self, ice: _Ice, role: str) -> None:
         self._recv = ice.recv
         self._send = ice.send
@@ -302,7 +300,6 @@ class DataChannelPipe:
         self._end(None, flush=False)
 
     def fail(self, error: ProtocolError) -> None:
-        """End the pipe: the peer broke a rule of SCTP."""
         self._end(error, flush=False)
         self._gone.set()
 

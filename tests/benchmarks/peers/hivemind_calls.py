@@ -5,8 +5,6 @@ Runs in hivemind's own environment (see `peers/requirements_hivemind.txt`):
     .venv-hivemind/bin/python -m tests.benchmarks.peers.hivemind_calls [LOAD ...]
 """
 
-from __future__ import annotations
-
 import argparse
 import threading
 import time

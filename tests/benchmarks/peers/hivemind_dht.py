@@ -1,7 +1,5 @@
 """hivemind's side of the DHT load (`loads.DhtLoad`), through its public API; runs in hivemind's own environment."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

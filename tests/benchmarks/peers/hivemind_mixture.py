@@ -6,8 +6,6 @@ the batch, and the figure is rows/s either way. The rows go in slices of `--slic
 A slice of 24 rows keeps 96 requests in flight. Where whole batches got through, they ran at the same rows/s.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from multiprocessing.connection import Connection

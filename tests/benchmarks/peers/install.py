@@ -3,8 +3,6 @@
 python tests/benchmarks/peers/install.py [NAME ...]        (default: hivemind, rpc)
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import venv

@@ -5,8 +5,6 @@ Runs in the environment of `peers/requirements_rpc.txt`:
     .venv-rpc/bin/python -m tests.benchmarks.peers.rpc_grpc [LOAD ...]
 """
 
-from __future__ import annotations
-
 import asyncio
 import datetime
 from multiprocessing.connection import Connection

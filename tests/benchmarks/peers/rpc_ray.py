@@ -3,8 +3,6 @@
 .venv-rpc/bin/python -m tests.benchmarks.peers.rpc_ray [LOAD ...]
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 from multiprocessing.connection import Connection

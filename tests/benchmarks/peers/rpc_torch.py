@@ -4,8 +4,6 @@ knows no encryption.
     .venv-rpc/bin/python -m tests.benchmarks.peers.rpc_torch [LOAD ...]
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

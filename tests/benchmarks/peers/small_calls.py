@@ -1,7 +1,5 @@
 """What the peers of small calls (`rpc_*.py`) have in common: their loads, and how their figures are taken."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import time

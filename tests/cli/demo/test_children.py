@@ -1,7 +1,5 @@
 """The demo's processes are heard, and none is left behind."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

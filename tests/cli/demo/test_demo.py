@@ -1,7 +1,5 @@
 """The demo, whole: its promise, its control, and what Ctrl-C leaves behind (nothing)."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import signal

@@ -1,7 +1,5 @@
 """What the demo's lines add up to: the view, the table, the verdict, the picture."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 from pathlib import Path

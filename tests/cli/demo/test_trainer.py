@@ -1,7 +1,5 @@
 """The demo's control, in one process: experts that learn reach 0.97, frozen ones do not reach 0.6."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -3,8 +3,6 @@
 In virtual time, over links in memory (`benchmarks/nat_links`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
@@ -83,9 +81,6 @@ def over_links(
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110 (in virtual time)
         await asyncio.sleep(0.01)
-
-
-# ---- good peers on bad ways
 
 
 def test_one_carries_on_a_lossy_link_what_several_by_the_librarys_rule_do() -> None:
@@ -191,9 +186,6 @@ def test_many_gaps_do_not_stop_a_channel() -> None:
         assert out.num_dropped > MAX_GAPS
 
     over_links(work, delay=0.1)
-
-
-# ---- what no peer sends
 
 
 class ShortData(Chunk):

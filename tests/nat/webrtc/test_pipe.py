@@ -1,7 +1,5 @@
 """What `Negotiation` gathers, and how long it takes. (Pipes of all kinds: `test_pipes`.)"""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 

@@ -1,7 +1,5 @@
 """An association that tells and takes what tests need: a subclass, as aiortc has no other seam (`association`)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from aiortc.rtcsctptransport import (
@@ -41,8 +39,6 @@ class Watched(Association):
         self.deaf_to: int | None = None
         """The TSN of a packet that is not taken, however often it comes."""
         self._to_lose, self._times = -1, 0
-
-    # ---- what it knows
 
     @property
     def queue(self) -> list[Queued]:
@@ -91,8 +87,6 @@ class Watched(Association):
     def broken(self) -> bool:
         return self._broken
 
-    # ---- what a test has it do
-
     def lose_next(self, times: int) -> None:
         """`losing` is True the first `times` times that the next new packet is sent. Forgets what was `sent`."""
         self._to_lose, self._times = self.next_tsn, times
@@ -121,8 +115,6 @@ class Watched(Association):
 
     async def take_acknowledgement(self, sack: SackChunk) -> None:
         await self._receive_sack_chunk(sack)
-
-    # ---- overridden
 
     async def _send_chunk(self, chunk: Any) -> None:
         if isinstance(chunk, DataChunk):
