@@ -114,9 +114,7 @@ class SharedSampler(Uncopied, Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         with self._news:
-            if not self._is_told:
-                self._share.give_back()
-            self._share.begin(self.epoch)
+            self._share.begin(self.epoch, gives_back=not self._is_told)
             self._iteration = iteration = self._iteration + 1
         self._notify()
         try:
@@ -239,6 +237,11 @@ class SharedSampler(Uncopied, Sampler[int]):
                         return
                 logger.info("samples cannot be asked for yet: %s", describe(error))
                 await asyncio.sleep(PAUSE)
+            except Exception as error:  # raised where samples are waited for
+                with self._news:
+                    self._error = error
+                    self._news.notify_all()
+                raise
             try:
                 async with asyncio.timeout(SHORT_PERIOD if self._share.wants or self._share.has_news else PERIOD):
                     await self._wake.wait()

@@ -299,21 +299,23 @@ class AsyncTrainer(Generic[M]):
         progress = ProgressOf(self.module if self.publish else None)
         try:
             while True:
-                if taking is None and not source.is_over and len(under_way) < self.in_flight:
-                    taking = source.take()
-                    queue.add(taking)
-                if taking is None and not under_way:
-                    break
-                # steps end, and are told of, while a batch is waited for
-                done = await queue.wait(math.inf)
-                if taking in done:
-                    done.remove(taking)
+                while len(under_way) < self.in_flight and not source.is_over:
+                    if taking is None:
+                        taking = source.take()
+                        if not taking.done():
+                            queue.add(taking)
+                    if not taking.done():
+                        break
                     batch, taking = taking.result(), None
                     if batch is not _END:
                         task = asyncio.create_task(self._try_step(loss_of, batch))
                         under_way[task] = num_taken
                         num_taken += 1
                         queue.add(task)
+                if taking is None and not under_way:
+                    break
+                # steps end, and are told of, while a batch is waited for
+                done = [one for one in await queue.wait(math.inf) if one in under_way]
                 if done:
                     outcomes = await asyncio.gather(*done, return_exceptions=True)  # every error is asked for
                     reports: list[StepReport] = []

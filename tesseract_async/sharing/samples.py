@@ -359,9 +359,11 @@ class Share:
 
     # ------------------------------------------------------------------------------------------------ the loop's side
 
-    def begin(self, epoch: int) -> None:
-        """Go through the samples of an epoch from now on."""
+    def begin(self, epoch: int, *, gives_back: bool) -> None:
+        """Go through the samples of an epoch from now on. `gives_back`: the batches that have not ended."""
         self.end()
+        if gives_back:
+            self.give_back()
         self.epoch = epoch
         self._is_iterating, self._is_over, self._is_dry = True, False, False
 

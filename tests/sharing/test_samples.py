@@ -125,7 +125,7 @@ class Trainer:
     def __init__(self, world: World, name: Name) -> None:
         self.world, self.name = world, name
         self.share = Share(world.num_samples, batch_size=3, ahead=2)
-        self.share.begin(world.epoch_now)
+        self.share.begin(world.epoch_now, gives_back=True)
         self.is_alive, self.is_asking = True, False
         self.batch: list[Piece] = []
         self.began: set[tuple[int, int]] = set()
@@ -160,7 +160,7 @@ class Trainer:
             return
         world.after(world.random.expovariate(2.0), self.train)
         if not share.has_begun and share.is_over:
-            share.begin(max(share.epoch + 1, 0))
+            share.begin(share.epoch + 1, gives_back=True)
         if not share.has_begun or share.is_filling:
             while (sample := share.take()) is not None:
                 self.began.add(sample)
