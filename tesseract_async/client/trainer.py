@@ -295,11 +295,12 @@ class AsyncTrainer(Generic[M]):
         if tracks is not None and not isinstance(batches, AsyncIterable):
             batches = tracks.feed(batches)
         source = _Source(batches)
+        exhausted = False
         taking: asyncio.Future[Any] | None = None
         progress = ProgressOf(self.module if self.publish else None)
         try:
             while True:
-                while len(under_way) < self.in_flight and not source.is_over:
+                while len(under_way) < self.in_flight and not exhausted:
                     if taking is None:
                         taking = source.take()
                         if not taking.done():
@@ -307,7 +308,9 @@ class AsyncTrainer(Generic[M]):
                     if not taking.done():
                         break
                     batch, taking = taking.result(), None
-                    if batch is not _END:
+                    if batch is _END:
+                        exhausted = True
+                    else:
                         task = asyncio.create_task(self._try_step(loss_of, batch))
                         under_way[task] = num_taken
                         num_taken += 1
@@ -489,7 +492,6 @@ class _Source(Generic[B]):
     """Batches as they are asked for. Asynchronous ones are made in one task, as their maker may expect."""
 
     def __init__(self, batches: Iterable[B] | AsyncIterable[B]) -> None:
-        self.is_over = False
         self._wanted: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
         self._iterator: Iterator[B] | None = None
         self._making: asyncio.Task[None] | None = None
@@ -505,22 +507,17 @@ class _Source(Generic[B]):
             self._wanted.put_nowait(taking)
             return taking
         try:
-            self._give(taking, next(self._iterator, _END))
+            taking.set_result(next(self._iterator, _END))
         except Exception as error:  # the caller's own
             taking.set_exception(error)
         return taking
 
-    def _give(self, taking: asyncio.Future[Any], batch: object) -> None:
-        self.is_over = batch is _END
-        if not taking.done():
-            taking.set_result(batch)
-
     async def _make(self, batches: AsyncIterable[B]) -> None:
         iterator = aiter(batches)
-        while not self.is_over:
+        while True:
             taking = await self._wanted.get()
             try:
-                self._give(taking, await anext(iterator, _END))
+                taking.set_result(await anext(iterator, _END))
             except Exception as error:  # the caller's own
                 taking.set_exception(error)
                 return
