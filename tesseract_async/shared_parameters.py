@@ -7,10 +7,11 @@ of all trainers' differences comes back, and is added in `step`. Nobody waits fo
 import asyncio
 import contextlib
 import copy
+import hashlib
 import logging
 import random
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,16 +35,17 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.experts.manifest import is_prefix
-from tesseract_async.experts.run import SignedRun
+from tesseract_async.experts.run import RunMismatch, SignedRun
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.node import TesseractNode
 from tesseract_async.server.fragments import FragmentBackend, read_fragment, read_updates
 from tesseract_async.server.other_replicas import ReplicaSettings
+from tesseract_async.server.placing import Placing
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.shared_pieces import FoundPieces, SharedPieces
 from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import Fragment, Outer, Update
+from tesseract_async.sharing.fragment import Fragment, Outer, Update, root_of
 from tesseract_async.sharing.layout import Kind, Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.uncopied import Uncopied
@@ -105,6 +107,8 @@ class _Part:
     """... and at the one under way."""
     steps: int = 0
     """Everybody's steps, as pushed so far."""
+    lost: torch.Tensor | None = None
+    """What rounding to the model's 16 bits lost of the values: without it, no step smaller than that would last."""
     is_asking: bool = False
     arrived: _Arrived | None = None
 
@@ -177,6 +181,12 @@ class SharedParameters(Uncopied, Generic[M]):
         if self._is_bare and not is_prefix(f"{run}{SHARED}"):
             raise ValueError(f"a run's name has no spaces, and no part that is a number: {run!r}")
 
+    @staticmethod
+    def genesis_of(model: nn.Module) -> str:
+        """Return the ``genesis`` of a run whose trainers begin with this model's values, and with no others."""
+        layout = Layout.of(model)
+        return _genesis(layout, [root_of(layout.read(model, cut)) for cut in layout.cuts])
+
     @property
     def _node(self) -> TesseractNode:
         node = self._given.node if isinstance(self._given, PlainCalls) else self._given
@@ -241,10 +251,12 @@ class SharedParameters(Uncopied, Generic[M]):
         node = self._node
         node.check_running()
         self._loop = asyncio.get_running_loop()
+        run: SignedRun | None = None
         if isinstance(self._run, str) and self._is_bare:
             prefix = self._run
         else:
-            prefix = (await node.join_run(self._run)).prefix
+            authority = await node.join_run(self._run)
+            prefix, run = authority.prefix, authority.run
         self._found = SharedPieces(node, prefix + SHARED, is_bare=self._is_bare)
         if node.initial_peers:
             await node.network.wait_joined(10.0)
@@ -257,11 +269,13 @@ class SharedParameters(Uncopied, Generic[M]):
                     for cut, mine in zip(self._own.layout.cuts, values, strict=True)
                 ]
                 found = FoundPieces(self._own, fragments)
+                _check_genesis(run, found)
                 await self._host(found, follows=not self._is_bare)
                 # another one may have begun at the same moment, or this one continues from its checkpoints
                 found = await self._look(False) or found
             elif self._hosts or (self._hosts is None and self._is_bare and await self._pieces.num_hosts() < NUM_HOSTS):
                 await self._host(found, follows=True)
+            _check_genesis(run, found)
         except BaseException:
             await self._stack.aclose()
             raise
@@ -286,7 +300,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
     async def _host(self, found: FoundPieces, *, follows: bool) -> None:
         backends = {
-            self._pieces.uid(number): FragmentBackend(found.manifest, number, _copied(fragment), steps=steps)
+            self._pieces.uid(number): FragmentBackend(found.manifest.part(number), _copied(fragment), steps=steps)
             for number, (fragment, steps) in enumerate(found.fragments)
         }
         followers = list(backends) if follows else ()
@@ -295,6 +309,10 @@ class SharedParameters(Uncopied, Generic[M]):
         )
         await self._stack.enter_async_context(server)
         keeper = await self._stack.enter_async_context(ReplicaKeeper(server, settings=self._replicas))
+        authority = self._node.trust.authority(self._pieces.prefix)
+        if authority is not None:  # the run's servers see what is here, and take their part
+            num = len(backends)
+            await self._stack.enter_async_context(Placing.of_fragments(server, keeper, authority, num, num))
         self._stack.push_async_callback(_hand_over, keeper)
         self._node.directory.forget(self._pieces.prefix)
 
@@ -304,12 +322,11 @@ class SharedParameters(Uncopied, Generic[M]):
         layout, outer = found.manifest.layout, found.manifest.outer
         num = len(layout.cuts)
         for number, (cut, (fragment, steps)) in enumerate(zip(layout.cuts, found.fragments, strict=True)):
-            if writes:
-                layout.write(self.model, cut, fragment.anchor)
+            lost = layout.write(self.model, cut, fragment.anchor) if writes else None
             copied = Copy(cut, outer, fragment.anchor, version=fragment.version, epoch=found.epoch)
             # pieces take turns, so that a line is used evenly
             due_at = max(1, self.every * (number + 1) // num)
-            self._parts.append(_Part(number, self._pieces.uid(number), copied, due_at, steps=steps))
+            self._parts.append(_Part(number, self._pieces.uid(number), copied, due_at, steps=steps, lost=lost))
 
     async def _leave(self) -> None:
         tasks = [*self._asking, *self._beside]
@@ -350,10 +367,9 @@ class SharedParameters(Uncopied, Generic[M]):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of all trainers, as far as it is known here: learning-rate schedules follow it."""
-        if not self._parts:
-            return 0
-        return self._parts[0].steps + self._own_steps - self._parts[0].steps_then
+        """Optimizer steps of all trainers, as far as they are known here: learning-rate schedules follow it."""
+        parts = (part for part in self._parts if part.copy.cut.kind is not Kind.FIXED)
+        return min((part.steps + self._own_steps - part.steps_then for part in parts), default=0)
 
     def step(self) -> Any:
         """Call it after each optimizer step (not after each micro-batch): sends what is due, and adds what came.
@@ -425,6 +441,8 @@ class SharedParameters(Uncopied, Generic[M]):
                 continue
             part.due_at = self._own_steps + self.every
             values = self._own.layout.read(self.model, part.copy.cut)
+            if part.lost is not None:
+                values += part.lost
             if values.is_floating_point() and not bool(torch.isfinite(values).all()):
                 unsound += 1
                 continue
@@ -459,7 +477,7 @@ class SharedParameters(Uncopied, Generic[M]):
             logger.warning("%s: %s: it is fetched whole", part.uid, error)
             self._refetch(part, counted=arrived.counted)
             return 0
-        layout.add(self.model, own.cut, change)
+        part.lost = layout.add(self.model, own.cut, change if part.lost is None else change + part.lost)
         return 1
 
     async def _flush(self, timeout: float) -> None:
@@ -554,7 +572,7 @@ class SharedParameters(Uncopied, Generic[M]):
         while True:
             try:
                 tensors, version = await self._pieces.fetch_state(part.number)
-                fragment, steps = read_fragment(self._manifest, part.number, tensors, version)
+                fragment, steps = read_fragment(self._manifest.part(part.number), tensors, version)
                 part.arrived = _Arrived(epoch, steps, whole=fragment, counted=counted)
                 return
             except (TesseractError, TimeoutError) as error:
@@ -571,6 +589,22 @@ async def _hand_over(keeper: ReplicaKeeper) -> None:
         await keeper.hand_over()
     except (TesseractError, TimeoutError, OSError) as error:
         logger.warning("the shared parameters could not be handed over: %s", describe(error))
+
+
+def _genesis(layout: Layout, roots: Iterable[bytes]) -> str:
+    return f"file:{hashlib.sha256(layout.encode() + b''.join(roots)).hexdigest()}"
+
+
+def _check_genesis(run: SignedRun | None, found: FoundPieces) -> None:
+    """Raises: RunMismatch if the run names the values that all begins with, and these began with others."""
+    wanted = "" if run is None else run.manifest.genesis
+    fragments = [fragment for fragment, _ in found.fragments]
+    # later than that, nobody knows the first values any more
+    if run is None or not wanted.startswith("file:") or any(one.version > len(one.updates) for one in fragments):
+        return
+    began = _genesis(found.manifest.layout, [one.before for one in fragments])
+    if began != wanted:
+        raise RunMismatch(run.full_name, {"genesis": (wanted, began)})
 
 
 def _copied(fragment: Fragment) -> Fragment:

@@ -22,10 +22,10 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.fetching import fetch_state
-from tesseract_async.server.fragments import read_fragment, read_manifest, read_updates
+from tesseract_async.server.fragments import MAX_STATE_BYTES, read_fragment, read_manifest, read_updates
 from tesseract_async.server.other_replicas import may_follow
-from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment
-from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Layout
+from tesseract_async.sharing.fragment import Fragment
+from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.wire import messages
 
@@ -36,7 +36,6 @@ CALL_TIMEOUT: Final = 20.0
 """Seconds that a push waits for its round to close, before it is asked for again."""
 NUM_AT_ONCE: Final = 4
 """Pieces that are fetched at the same time."""
-_MAX_STATE_BYTES: Final = 16 * MAX_ELEMENTS + KEPT_UPDATES * 8 * MAX_ELEMENTS + MAX_LAYOUT_BYTES
 
 
 @dataclass(slots=True)
@@ -71,9 +70,9 @@ class SharedPieces:
         async def fetch(number: int) -> tuple[Fragment, int]:
             async with gate:
                 # from another host for each, so that newcomers burden all alike; the rest from the primary
-                uid = self.uid(number)
+                uid, part = self.uid(number), manifest.part(number)
                 tensors, version = await self.fetch_state(number, turn=number) if number else first
-                fragment, _ = read_fragment(manifest, number, tensors, version)
+                fragment, _ = read_fragment(part, tensors, version)
                 request = messages.PullRequest(uid, fragment.version, fragment.root)
                 message = await self.ask(uid, messages.PULL, request, b"")
                 reply = messages.decode(messages.UpdatesReply, message.body)
@@ -81,7 +80,7 @@ class SharedPieces:
                     fragment.replay(read_updates(fragment.version, reply, message.buffers))
                     return fragment, reply.steps
                 tensors, version = await self.fetch_state(number)
-                return read_fragment(manifest, number, tensors, version)
+                return read_fragment(part, tensors, version)
 
         tasks = [asyncio.ensure_future(fetch(number)) for number in range(len(manifest.layout.cuts))]
         try:
@@ -101,7 +100,7 @@ class SharedPieces:
         for replica in replicas:
             try:
                 file = await fetch_state(
-                    self._node, replica.peer, uid, weights_only=True, max_bytes=_MAX_STATE_BYTES, timeout=CALL_TIMEOUT
+                    self._node, replica.peer, uid, weights_only=True, max_bytes=MAX_STATE_BYTES, timeout=CALL_TIMEOUT
                 )
                 if file is not None:
                     state = check_state(uid, file, weights_only=True)

@@ -3,20 +3,28 @@
 import asyncio
 import contextlib
 import math
+import textwrap
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import tesseract_async as ta
+from tesseract_async.errors import Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
-from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
+from tesseract_async.experts.run import RunManifest, RunMismatch, SignedRun, sign_run
+from tesseract_async.server import fragments
 from tesseract_async.server.other_replicas import ReplicaSettings
+from tesseract_async.server.placing import Placing
+from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.shared_parameters import SharedParameters, SharingReport
-from tesseract_async.sharing.layout import LayoutMismatch
+from tesseract_async.sharing.layout import Kind, Layout, LayoutMismatch
 from tesseract_async.wire import messages
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
@@ -75,8 +83,12 @@ async def test_two_trainers_end_with_one_model() -> None:
     async with sharing(one) as (seed, first), sharing(other, seed.address) as (_, second):
         assert same(one, other)
         await asyncio.gather(steps(first, 8, 1), steps(second, 8, 2))
-        for _ in range(2):  # the second time with what the other one sent last
-            await asyncio.gather(first.flush(), second.flush())
+        await asyncio.gather(first.flush(), second.flush())
+        assert first._is_shared and second._is_shared
+        before = [part.copy.base[1] for part in second._parts]
+        # the second time only takes what the other one sent last
+        await asyncio.gather(first.flush(), second.flush())
+        assert all(part.copy.base[1] - version <= 1 for part, version in zip(second._parts, before, strict=True))
         assert same(first.merged(), second.merged())
         assert first.steps == second.steps == 16
         async with sharing(make_model(3), seed.address, host=False) as (_, third):  # a newcomer takes what is there
@@ -111,6 +123,7 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
         await asyncio.gather(first.flush(), second.flush())
         await second.flush()
         await asyncio.sleep(1.0)  # for the follower's pull
+        assert second._node.metrics.total("fragments_replayed") > 0  # not whole states, but the first
         before = second.steps
         node.network.mute()
         await node.endpoint.aclose()  # as by SIGKILL: nothing is said
@@ -179,8 +192,44 @@ async def test_an_async_trainer_shares_its_master() -> None:
         assert num_merged and shared.steps == 30 and close(shared.merged(), model)
 
 
-def test_with_a_background_node_calls_are_plain() -> None:
-    model = make_model(1)
+async def test_steps_smaller_than_the_last_bit_of_16_bits_add_up() -> None:
+    """The anchor moves by a quarter of what the trainer does: less than bfloat16 can hold."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(4, dtype=torch.bfloat16))])
+    async with sharing(model, every=1, codec="none", learning_rate=0.25, momentum=0.0) as (_, shared):
+        for _ in range(8):
+            with torch.no_grad():
+                model[0].add_(2**-7)  # the last bit of a number between 1 and 2
+            await shared.step()
+            await shared.flush()
+        anchor = torch.cat([part.copy.anchor for part in shared._parts])
+        assert anchor.dtype == torch.float32 and torch.allclose(anchor, torch.tensor(1.0 + 2 * 2**-7), atol=1e-6)
+        assert torch.equal(model[0].float(), torch.full((4,), 1.0 + 2 * 2**-7))
+
+
+@pytest.mark.slow
+async def test_a_run_may_name_the_values_that_its_trainers_begin_with() -> None:
+    genesis = SharedParameters.genesis_of(make_model(1))
+    now = int(time.time() * 1000)
+    run = sign_run(OWNER, RunManifest("shared", "ffn", (1,), "ffn", created=now, lease=2.0, genesis=genesis))
+    async with member(1, run, ("host", "share")) as node:
+        with pytest.raises(RunMismatch, match="genesis is 'file:"):
+            async with SharedParameters(node, make_model(2), run=run, host=True):
+                pass
+        model = make_model(1)
+        async with SharedParameters(node, model, run=run, host=True) as shared:
+            await steps(shared, 1, 1)
+            async with (
+                member(2, run, ("share",), node.address) as other,
+                SharedParameters(other, make_model(3), run=run) as second,
+            ):
+                assert same(second.merged(), shared.merged())
+
+
+def test_with_a_background_node_calls_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, threads = make_model(1), set()
+    for name in ("read", "add"):
+        plain = getattr(Layout, name)
+        monkeypatch.setattr(Layout, name, lambda *some, f=plain: (threads.add(threading.get_ident()), f(*some))[1])
     with ta.BackgroundNode() as node, ta.SharedParameters(node, model, run="plain", every=2) as shared:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for step in range(6):
@@ -189,6 +238,56 @@ def test_with_a_background_node_calls_are_plain() -> None:
             assert report is None or report.error is None
         shared.flush()
         assert shared.steps == 6 and close(shared.merged(), model)
+    assert threads == {threading.get_ident()}  # the model is touched by nobody else
+
+
+@pytest.mark.slow
+def test_accelerates_loop_as_the_page_has_it() -> None:
+    """Micro-batches are no steps: four of them with accumulation over two are two."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = make_model(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    names = {"accelerator": accelerator, "model": model, "optimizer": optimizer, "loss_of": nn.functional.mse_loss}
+    (loop,) = (code for code in snippets() if "accelerator" in code)
+    with (
+        ta.BackgroundNode() as node,
+        ta.SharedParameters(node, accelerator.unwrap_model(model), run="accelerated", every=1) as shared,
+    ):
+        for _ in range(4):
+            exec(loop, names | {"x": torch.randn(8, 6), "y": torch.randn(8, 3), "shared": shared})
+        shared.flush()
+        assert shared.steps == 2 and close(shared.merged(), accelerator.unwrap_model(model))
+
+
+def test_lightnings_callback_steps_where_the_optimizer_did() -> None:
+    """By a stand-in for its trainer, which calls hooks in Lightning's order, with accumulation over two batches."""
+    (code,) = (code for code in snippets() if "Callback" in code)
+    steps: list[int] = []
+    names: dict[str, Any] = {"Callback": object, "shared": SimpleNamespace(step=lambda: steps.append(batch))}
+    exec(code, names)
+    callback, trainer = names["Share"](), SimpleNamespace(global_step=0)
+    for batch in range(1, 7):
+        trainer.global_step = batch // 2
+        callback.on_train_batch_end(trainer, None, {}, None, batch)
+    assert steps == [2, 4, 6]
+
+
+def test_a_schedule_follows_everybodys_steps() -> None:
+    (code,) = (code for code in snippets() if "schedule" in code)
+    optimizer, shared = torch.optim.SGD([torch.zeros(1)], 2.0), SimpleNamespace(steps=0)
+    names: dict[str, Any] = {"torch": torch, "optimizer": optimizer, "shared": shared}
+    exec(code, names)
+    shared.steps = 500  # others', too
+    optimizer.step()
+    names["schedule"].step()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def snippets() -> list[str]:
+    page = (Path(__file__).parents[1] / "docs/how-to/one-model.md").read_text()
+    return [textwrap.dedent(part.split("```")[0]) for part in page.split("```python\n")[1:]]
 
 
 @pytest.mark.slow
@@ -235,9 +334,40 @@ async def test_strange_pushes_are_refused_and_count_nothing() -> None:
         assert shared._parts[0].copy.base == (0, version, root)
 
 
-def test_the_program_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[1] / "docs/how-to/one-model.md").read_text()
-    exec(page.split("```python\n")[1].split("```")[0], {})
+def test_the_program_of_the_page_runs() -> None:
+    exec(snippets()[0], {})
+
+
+async def test_of_a_flood_of_pushes_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    judge = fragments.judge
+    monkeypatch.setattr(fragments, "judge", lambda *some: (measured.append(1), judge(*some))[1])
+    async with (
+        sharing(make_model(1), every=1) as (node, shared),
+        ta.TesseractNode(initial_peers=[node.address]) as liar,
+    ):
+        await steps(shared, 1, 1)
+        await shared.flush()  # it takes part now, so rounds wait for it
+        part = shared._parts[0]
+        _, version, root = part.copy.base
+        (replica,) = await liar.directory.find(part.uid)
+        data = part.copy.push(part.copy.anchor.clone())
+        part.copy.cancel()
+        before = len(measured)
+        calls = [
+            asyncio.create_task(
+                liar.call_expert(
+                    replica.peer, messages.PUSH, [part.uid, number.to_bytes(16), version, root, 1], [data], timeout=9.0
+                )
+            )
+            for number in range(30)
+        ]
+        while len(done := [call for call in calls if call.done()]) < 29:
+            await asyncio.wait([call for call in calls if not call.done()], return_when=asyncio.FIRST_COMPLETED)
+        assert len(measured) == before + 1 and all(isinstance(call.exception(), Overloaded) for call in done)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 class Odd(nn.Module):
@@ -350,3 +480,66 @@ async def test_in_a_run_a_follower_takes_over_and_no_push_counts_twice() -> None
         assert same(others[0].merged(), others[1].merged())
         assert others[0].steps == 20
         await dying.__aexit__(ConnectionError, ConnectionError(), None)
+
+
+@contextlib.asynccontextmanager
+async def fragment_server(number: int, run: SignedRun, room: int, *seeds: str) -> AsyncIterator[ReplicaKeeper]:
+    async with member(number, run, ("host",), *seeds) as node:
+        server, authority = ta.TesseractServer(node, {}), node.trust.authority("ffn")
+        assert authority is not None
+        async with (
+            server,
+            ReplicaKeeper(server, settings=ReplicaSettings(check_every=0.5, call_timeout=5.0)) as keeper,
+            Placing.of_fragments(server, keeper, authority, room, 16),
+        ):
+            yield keeper
+
+
+@pytest.mark.slow
+async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> None:
+    """Three servers see what a trainer begins, and take their part; it leaves, and others train on."""
+    manifest = RunManifest("shared", "ffn", (1,), "ffn", created=int(time.time() * 1000), lease=1.0, num_replicas=3)
+    run = sign_run(OWNER, manifest)
+    async with contextlib.AsyncExitStack() as stack:
+        bootstrap = await stack.enter_async_context(ta.TesseractNode())
+        leaving = contextlib.AsyncExitStack()
+        stack.push_async_callback(leaving.aclose)
+        node = await leaving.enter_async_context(member(1, run, ("host", "share"), bootstrap.address))
+        model = make_model(1)
+        first = await leaving.enter_async_context(SharedParameters(node, model, run=run, every=2, host=True))
+        rooms = {2: 16, 3: 16, 4: 0}
+        keepers = [
+            await stack.enter_async_context(fragment_server(number, run, room, bootstrap.address))
+            for number, room in rooms.items()
+        ]
+        holder = keepers[-1]
+
+        def have(version: int) -> bool:
+            held = [
+                keeper.tenures.tenure(uid).held if uid in keeper.tenures.uids() else None
+                for keeper in keepers
+                for uid in first.uids
+            ]
+            return all(one is not None and one.version >= version for one in held)
+
+        async with asyncio.timeout(60.0):
+            while not have(0):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            assert not holder._server.experts
+            for round_ in range(3):
+                await steps(first, 2, round_)
+                await first.flush()
+            version = min(part.copy.base[1] for part in first._parts if part.copy.cut.kind is not Kind.FIXED)
+            while not have(version):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            # a holder has the file, and follows by updates as others do
+            assert holder._node.metrics.total("fragments_replayed") > 0
+            merged = first.merged()
+            await leaving.aclose()
+            node = await stack.enter_async_context(member(5, run, ("share",), bootstrap.address))
+            second = SharedParameters(node, make_model(2), run=run, every=2)
+            async with second:
+                assert same(second.model, merged) and second.steps == 6
+                await steps(second, 4, 7)
+                await second.flush()
+                assert second.steps == 10

@@ -152,6 +152,11 @@ class Hosting:
             if self._authority is not None:
                 placing = await self._place(server, replicas, self._authority)
                 await stack.enter_async_context(placing)
+                room, files = placing.capacity.fragments
+                if serving.patterns:  # it computes what it was told to
+                    room = 0
+                fragments = Placing.of_fragments(server, replicas, self._authority, room, files)
+                await stack.enter_async_context(fragments)
                 with spinner("taking what the run lacks"):
                     await placing.wait_settled(SETTLE_TIMEOUT)
             reason = await self._serve(server, volunteer)
@@ -240,6 +245,7 @@ class Hosting:
                 room=room,
                 hold_bytes=None if serving.hold_bytes is None else int(serving.hold_bytes),
                 folder=serving.checkpoint_dir,
+                max_bytes=self._limits.max_memory_bytes,
                 devices=self._builder.devices,
             )
         )
@@ -263,8 +269,8 @@ class Hosting:
         """
         stored = stored_uids(self.serving.checkpoint_dir)
         if self._authority is not None and self.serving.checkpoint_dir is not None:
-            store = CheckpointStore(self.serving.checkpoint_dir)
-            stored = [uid for uid in stored if store.files(uid)]  # others were only held
+            store, pattern = CheckpointStore(self.serving.checkpoint_dir), self._authority.run.manifest.pattern
+            stored = [uid for uid in stored if uid in pattern and store.files(uid)]  # others were only held
         num_experts = self.serving.num_experts
         if num_experts is None and self._authority is not None and not self.serving.patterns:
             num_experts = max(1, len(stored))

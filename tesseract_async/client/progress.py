@@ -24,10 +24,11 @@ MAX_GRIDS = 16
 
 
 class ProgressOf:
-    """Publishes the mean loss since the last time, every `PERIOD` seconds, while losses come. Lives on one loop."""
+    """Publishes the mean loss since the last time, every `period` seconds, while losses come. Lives on one loop."""
 
-    def __init__(self, module: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module | None, *, trainer: str = "", period: float = PERIOD) -> None:
         """Find the grids of the module's gates and experts; None: nothing is published."""
+        self._trainer, self._period = trainer, period
         self._grids: dict[str, TesseractNode] = {}
         for part in () if module is None else module.modules():
             if isinstance(part, GatingFunction | RemoteExpert | ExpertPool) and isinstance(part.node, TesseractNode):
@@ -62,7 +63,9 @@ class ProgressOf:
                 seen = self._seen.get(unit, 0)
                 for prefix, node in self._grids.items():
                     try:
-                        await publish_progress(node, prefix, step=self._step, loss=mean, seen=seen, unit=unit)
+                        await publish_progress(
+                            node, prefix, step=self._step, loss=mean, seen=seen, unit=unit, trainer=self._trainer
+                        )
                     except (TesseractError, TimeoutError, RuntimeError) as error:
                         logger.info("the loss could not be published: %s", describe(error))
-            await asyncio.sleep(PERIOD)
+            await asyncio.sleep(self._period)

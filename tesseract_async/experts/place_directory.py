@@ -9,6 +9,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.lineage import SKEW
 from tesseract_async.experts.manifest import addresses_within
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.placement import Place
 from tesseract_async.experts.places import decode_place, places_key, ranges_of
 from tesseract_async.experts.trust import Trust
@@ -27,23 +28,36 @@ Places = dict[PeerID, Place]
 
 
 async def fetch_places(
-    network: TesseractNetwork, trust: Trust, authority: Authority, scope: AddressScope
+    network: TesseractNetwork,
+    trust: Trust,
+    authority: Authority,
+    scope: AddressScope,
+    *,
+    pattern: ExpertPattern | None = None,
 ) -> tuple[Places, dict[PeerID, PeerAddress]]:
-    """Return the places of all members of a run but this one, and their addresses. Raises: what the network raises."""
-    entries = await network.get_entries(places_key(authority.prefix, authority.tag))
+    """Return the places of all members of a run but this one, and their addresses. `pattern`: of what they host, by
+    default the run's experts. Raises: what the network raises."""
+    pattern = authority.run.manifest.pattern if pattern is None else pattern
+    entries = await network.get_entries(places_key(pattern.prefix, authority.tag))
     others = [entry for entry in entries if entry.owner != network.peer_id]
-    return await read_places(others, authority, trust=trust, scope=scope, now=time.time())
+    return await read_places(others, authority, pattern, trust=trust, scope=scope, now=time.time())
 
 
 async def read_places(
-    entries: Iterable[Entry], authority: Authority, *, trust: Trust, scope: AddressScope, now: float
+    entries: Iterable[Entry],
+    authority: Authority,
+    pattern: ExpertPattern,
+    *,
+    trust: Trust,
+    scope: AddressScope,
+    now: float,
 ) -> tuple[Places, dict[PeerID, PeerAddress]]:
     """Return the places of those who may host in the run, and their addresses. Untrusted: what does not fit is left
     out, and the loop is let run in between. `now`: wall-clock seconds."""
     places: Places = {}
     addresses: dict[PeerID, PeerAddress] = {}
     num_parts: dict[PeerID, int] = {}
-    latest, pattern = authority.epoch(now) + SKEW, authority.run.manifest.pattern
+    latest = authority.epoch(now) + SKEW
     for number, entry in enumerate(sorted(entries, key=lambda entry: entry.expiration)):  # what is newest counts
         owner = entry.owner
         if number % 16 == 15:
@@ -54,7 +68,7 @@ async def read_places(
             continue
         try:
             part = decode_place(entry.value)
-            if (part.prefix, part.tag) != (authority.prefix, authority.tag):
+            if (part.prefix, part.tag) != (pattern.prefix, authority.tag):
                 continue
             if part.grant:
                 authority.learn_grant(part.grant, owner)

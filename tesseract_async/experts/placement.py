@@ -218,7 +218,7 @@ def assign(
     survey: Survey,
     *,
     num_copies: int,
-    pattern: ExpertPattern,
+    pattern: ExpertPattern | None,
     may: Callable[[PeerID, str], bool],
     idle: Collection[PeerID] = (),
 ) -> dict[PeerID, list[Step]]:
@@ -233,7 +233,8 @@ def assign(
             computes = room[peer] > 0
             room[peer] -= computes
             steps[peer].append(Step("follow" if computes else "hold", uid))
-    _begin(survey, pattern, free, may, steps)
+    if pattern is not None:
+        _begin(survey, pattern, free, may, steps)
     _relieve(survey, free, may, steps)
     return steps
 
@@ -368,7 +369,7 @@ class Placement:
     def __init__(
         self,
         me: PeerID,
-        pattern: ExpertPattern,
+        pattern: ExpertPattern | None,
         *,
         num_copies: int,
         lease: float,
@@ -376,7 +377,8 @@ class Placement:
         may_restart: bool,
         may: Callable[[PeerID, str], bool] = lambda peer, uid: True,
     ) -> None:
-        """`created`: when the run was, in wall-clock seconds. `may`: whether a member may host an expert."""
+        """`pattern`: of what members begin by themselves; None: others do. `created`: when the run was, in wall-clock
+        seconds. `may`: whether a member may host an expert."""
         self._me, self._pattern, self._num_copies, self._may = me, pattern, num_copies, may
         self._grace = NUM_LEASES_MISSED * lease
         self._settle = min(1.5, lease / 6)

@@ -90,8 +90,8 @@ class RunManifest:
     delegates: Sequence[bytes] = ()
     """Grants with the role ``admit`` of those who may grant, revoke and appoint besides the owner."""
     genesis: str = "seed"
-    """Where an expert's first state comes from: ``seed``; ``founder:`` and the id of the peer that has it; ``file:``
-    and the root of the checkpoint that it is."""
+    """Where first states come from: ``seed``; ``founder:`` and the id of the peer that has them; ``file:`` and the root
+    of the parameters that trainers share (`SharedParameters.genesis_of`), while experts begin as with ``seed``."""
     num_replicas: int = 3
     """Servers that should hold each expert's state."""
     lease: float = 30.0

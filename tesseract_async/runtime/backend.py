@@ -500,8 +500,11 @@ class ExpertBackend:
         elif self._make_optimizer is not None:
             self.optimizer, self.scheduler = None, None  # the state of an expert that has taken no step
         self.version = state["version"]
-        ids = state["applied"]["ids"].numpy().tobytes()
-        versions = state["applied"]["versions"].tolist()
+        ids, versions = state["applied"]["ids"], state["applied"]["versions"]
+        if versions.dtype != torch.int64 or versions.dim() != 1 or ids.numel() != 16 * len(versions):
+            raise ValueError("a malformed journal")
+        versions = versions[-states.JOURNAL_LENGTH :].tolist()  # a stranger's may be longer
+        ids = ids[-16 * len(versions) :].numpy().tobytes()
         self.applied = OrderedDict(
             (ids[16 * index : 16 * index + 16], version) for index, version in enumerate(versions)
         )

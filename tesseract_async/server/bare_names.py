@@ -37,6 +37,7 @@ from tesseract_async.errors import (
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.merkle import possession
 from tesseract_async.identity import PeerID
+from tesseract_async.server.fragments import FragmentBackend, fetch_replay
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     NUM_AT_ONCE,
@@ -333,9 +334,29 @@ class BareNames:
             return
         if not await look.speaks(primary):
             return  # waiting for the state of one that is gone would put off that another takes over
-        # of a new primary whatever it has, even if that is less than the steps that were taken here
-        await self._pull(one, primary, min_version=one.hosted.backend.version + 1 if is_same else 0)
+        if not is_same or not await self._replay(one, primary):
+            # of a new primary whatever it has, even if that is less than the steps that were taken here
+            await self._pull(one, primary, min_version=one.hosted.backend.version + 1 if is_same else 0)
         one.synced_from, one.synced_at = owner, now
+
+    async def _replay(self, one: _Memory, primary: ExpertReplica) -> bool:
+        """Follow a fragment's primary by its updates. False if its state must be fetched whole."""
+        hosted, backend = one.hosted, one.hosted.backend
+        if not isinstance(backend, FragmentBackend):
+            return False
+        check_path(self._node, primary)
+        timeout = self._settings.call_timeout
+        try:
+            update = await fetch_replay(self._node, hosted.uid, backend, primary.peer, timeout=timeout)
+            if update is None:
+                return False
+            await hosted.runtime.call(update)
+        except ProtocolError as error:
+            logger.info("%s could not be followed by its updates: %s", hosted.uid, describe(error))
+            return False
+        hosted.shared_version = hosted.version
+        self._node.metrics.count("fragments_replayed")
+        return True
 
     async def _pull(self, one: _Memory, primary: ExpertReplica, *, min_version: int) -> bytes | memoryview | None:
         """Take the primary's state. Returns its file; None before `min_version`."""

@@ -22,6 +22,11 @@ MEMORY_SHARE: Final = 0.5
 DISK_SHARE: Final = 0.1
 MAX_HOLD_BYTES: Final = 20 * 10**9
 """Disk for states of others' experts, where the volunteer said nothing: this much, or that share of what is free."""
+FRAGMENTS_MEMORY: Final = 1 / 16
+FRAGMENTS_DISK: Final = 1 / 8
+"""Shares of the memory, and of the disk for states, for fragments of the parameters that a run's trainers share."""
+FRAGMENT_BYTES: Final = 16 << 20
+"""Memory, or disk, that a fragment takes: its values and momentum, and its last updates."""
 NUM_ROWS: Final = 64
 NUM_TRIES: Final = 3
 
@@ -38,6 +43,8 @@ class Capacity:
     """Rows each second."""
     sentence: str = ""
     """The same for people."""
+    fragments: tuple[int, int] = (0, 0)
+    """The same two numbers for fragments of shared parameters (`server.fragments`)."""
 
 
 def measure_capacity(
@@ -46,25 +53,32 @@ def measure_capacity(
     room: int | None,
     hold_bytes: int | None,
     folder: Path | None,
+    max_bytes: int | None = None,
     devices: Sequence[str] = ("cpu",),
 ) -> tuple[Capacity, ExpertBackend]:
     """Build an expert and measure it; return what this computer can give, and the expert without its weights.
 
     `room`: experts to compute, None for as many as fit; 0 measures no speed. `hold_bytes`: disk for others' states in
-    `folder`, None for a share of what is free. Blocking. Raises what building and running the expert raises.
+    `folder`, None for a share of what is free. `max_bytes`: of memory, where the volunteer set a limit. Blocking.
+    Raises what building and running the expert raises.
     """
     backend = build()
     speed = speed_of(backend, devices[0]) * len(devices) if room != 0 else 0.0
     footprint = measure(build())
+    memory = psutil.virtual_memory().available
     if room is None:
-        room = max(1, min(MAX_ROOM, int(MEMORY_SHARE * psutil.virtual_memory().available) // footprint.resident))
+        room = max(1, min(MAX_ROOM, int(MEMORY_SHARE * memory) // footprint.resident))
     if hold_bytes is None:
         free = shutil.disk_usage(tempfile.gettempdir() if folder is None else folder).free
         hold_bytes = min(MAX_HOLD_BYTES, int(DISK_SHARE * free))
-    num_held = hold_bytes // ((NUM_SEALED + 1) * footprint.state)  # and one on its way
+    num_files = NUM_SEALED + 1  # and one on its way
+    num_held = int((1 - FRAGMENTS_DISK) * hold_bytes) // (num_files * footprint.state)
+    memory = memory if max_bytes is None else min(memory, max_bytes)
+    num_fragments = int(FRAGMENTS_MEMORY * memory) // FRAGMENT_BYTES if room else 0
+    fragments = num_fragments, num_fragments + int(FRAGMENTS_DISK * hold_bytes) // (num_files * FRAGMENT_BYTES)
     computes = f"computes up to {room} of the run's experts, about {speed:,.0f} rows/s, and " if room else ""
     sentence = f"this computer {computes}holds up to {num_held} on disk ({size_text(hold_bytes)})"
-    return Capacity(room, room + num_held, speed, sentence), template_of(backend)
+    return Capacity(room, room + num_held, speed, sentence, fragments), template_of(backend)
 
 
 def speed_of(backend: ExpertBackend, device: str) -> float:

@@ -8,7 +8,7 @@ rounds.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
+from tesseract_async.endpoint.budget import FairCount, Owner
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import ProtocolError, RemoteError, TesseractError
+from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, TesseractError, describe
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.runtime.backend import ExpertBackend
-from tesseract_async.runtime.states import StateDict
+from tesseract_async.runtime.states import JOURNAL_LENGTH, StateDict
 from tesseract_async.server.answering import ExpertCalls, journal_key, told_of
-from tesseract_async.server.hosted import HostedState
+from tesseract_async.server.checkpoint import check_state
+from tesseract_async.server.hosted import UNFIT, HostedState
 from tesseract_async.sharing.fragment import KEPT_UPDATES, ROOT_BYTES, Fragment, Update
-from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES
+from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 from tesseract_async.sharing.rounds import Push, Rounds, judge
 from tesseract_async.sharing.samples import (
     GRACE_SECONDS,
@@ -47,6 +51,10 @@ MAX_STEPS: Final = 1024
 JOURNALED_VERSIONS: Final = 64
 """Versions whose pushes are remembered. Those whose base is older than 8 versions are not counted anyway."""
 
+MAX_HELD_BYTES: Final = 256 << 20
+"""Differences of rounds that are open, of all fragments of a server together."""
+MAX_STATE_BYTES: Final = (16 + 8 * KEPT_UPDATES) * MAX_ELEMENTS + 2 * MAX_LAYOUT_BYTES
+"""The longest file that a state of a fragment is."""
 _SAMPLES_BYTES: Final = 4 + STATE_BYTES
 
 Tensors = Mapping[str, torch.Tensor]
@@ -55,10 +63,9 @@ Tensors = Mapping[str, torch.Tensor]
 class _Tensors(nn.Module):
     """The state of a fragment, as tensors whose shapes follow from the manifest."""
 
-    def __init__(self, manifest: SharedManifest, number: int, fragment: Fragment, steps: int) -> None:
+    def __init__(self, part: FragmentPart, fragment: Fragment, steps: int) -> None:
         super().__init__()
-        outer, cut = manifest.outer, fragment.cut
-        num_bytes = encoded_bytes(cut.numel, cut.dtype, outer.codec_of(cut))
+        num_bytes = encoded_bytes(part.cut.numel, part.cut.dtype, part.outer.codec_of(part.cut))
         self.register_buffer("anchor", fragment.anchor.clone())
         if fragment.has_momentum:
             self.register_buffer("momentum", fragment.momentum)
@@ -66,8 +73,8 @@ class _Tensors(nn.Module):
         self.register_buffer("updates", torch.zeros(KEPT_UPDATES, num_bytes, dtype=torch.uint8))
         self.register_buffer("roots", torch.zeros(KEPT_UPDATES + 1, ROOT_BYTES, dtype=torch.uint8))
         self.register_buffer("counts", torch.tensor([steps, len(fragment.updates)]))
-        self.register_buffer("manifest", _octets(manifest.part(number)))
-        if number == 0:
+        self.register_buffer("manifest", _octets(part.data))
+        if part.number == 0:
             self.register_buffer("samples", torch.zeros(_SAMPLES_BYTES, dtype=torch.uint8))
         self.put_root(fragment.version - len(fragment.updates), fragment.before)
         for update in fragment.updates:
@@ -105,18 +112,27 @@ def _read_samples(tensor: torch.Tensor) -> bytes:
 
 def read_manifest(tensors: Tensors) -> SharedManifest:
     """Return the manifest in the state of fragment 0. Untrusted. Raises: ProtocolError."""
-    part = tensors.get("manifest")
-    if part is None or part.dtype != torch.uint8:
-        raise ProtocolError("the state of a first fragment without a manifest")
-    return SharedManifest.decode(part.numpy().tobytes())
+    return SharedManifest.decode(_said(tensors))
 
 
-def read_fragment(manifest: SharedManifest, number: int, tensors: Tensors, version: int) -> tuple[Fragment, int]:
+def read_part(uid: str, tensors: Tensors) -> FragmentPart:
+    """Return what the state of a fragment says of it. Untrusted. Raises: ProtocolError."""
+    return FragmentPart.read(split_uid(uid)[1][0], _said(tensors))
+
+
+def _said(tensors: Tensors) -> bytes:
+    said = tensors.get("manifest")
+    if said is None or said.dtype != torch.uint8:
+        raise ProtocolError("the state of a fragment that does not say of which model")
+    return said.numpy().tobytes()
+
+
+def read_fragment(part: FragmentPart, tensors: Tensors, version: int) -> tuple[Fragment, int]:
     """Return the fragment in the tensors of a state, and the steps that were pushed to it. Untrusted.
 
     The tensors become the fragment's. Raises: ProtocolError.
     """
-    cut, outer = manifest.layout.cuts[number], manifest.outer
+    cut, outer = part.cut, part.outer
     num_bytes = encoded_bytes(cut.numel, cut.dtype, outer.codec_of(cut))
     shapes = {
         "anchor": (cut.dtype, (cut.numel,)),
@@ -124,17 +140,16 @@ def read_fragment(manifest: SharedManifest, number: int, tensors: Tensors, versi
         "roots": (torch.uint8, (KEPT_UPDATES + 1, ROOT_BYTES)),
         "counts": (torch.int64, (2,)),
     }
-    if number == 0:
+    if part.number == 0:
         shapes["samples"] = torch.uint8, (_SAMPLES_BYTES,)
     for name, wanted in shapes.items():
         found = tensors.get(name)
         if found is None or (found.dtype, tuple(found.shape)) != wanted:
             raise ProtocolError(f"the state of a fragment has another {name}")
     steps, num_updates = tensors["counts"].tolist()
-    part = tensors.get("manifest")
-    if part is None or part.dtype != torch.uint8 or part.numpy().tobytes() != manifest.part(number):
+    if _said(tensors) != part.data:
         raise ProtocolError("a fragment of another model")
-    if number == 0:
+    if part.number == 0:
         Ledger(_read_samples(tensors["samples"]))
     if not 0 <= num_updates <= min(KEPT_UPDATES, version) or not 0 <= steps < 2**62:
         raise ProtocolError("the state of a fragment has other counts")
@@ -159,10 +174,10 @@ def read_fragment(manifest: SharedManifest, number: int, tensors: Tensors, versi
 class FragmentBackend(ExpertBackend):
     """A fragment that a server hosts. It stays on the CPU, and takes its steps on the runtime's thread."""
 
-    def __init__(self, manifest: SharedManifest, number: int, fragment: Fragment, *, steps: int = 0) -> None:
-        """`fragment` is fragment `number` of the manifest's layout; `steps`: of all members, that it holds."""
-        self.manifest, self.number, self.fragment, self.steps = manifest, number, fragment, steps
-        self._tensors = _Tensors(manifest, number, fragment, steps)
+    def __init__(self, part: FragmentPart, fragment: Fragment, *, steps: int = 0) -> None:
+        """`steps`: of all members, that `fragment` holds."""
+        self.part, self.fragment, self.steps = part, fragment, steps
+        self._tensors = _Tensors(part, fragment, steps)
         super().__init__(self._tensors, args_schema=(TensorSpec((1,)),), max_batch_size=2)
         self.recent: dict[int, tuple[int, bytes, bytes]] = {}
         """By version: `steps` then, the journal's keys of the pushes that led there, and the state of the samples, as
@@ -170,6 +185,19 @@ class FragmentBackend(ExpertBackend):
         self.num_followed = 0
         """How often it went on from what another host had done."""
         self._take(fragment, steps)
+
+    @classmethod
+    def of_file(cls, uid: str, file: bytes | memoryview) -> FragmentBackend:
+        """Return the fragment in the file of a whole state. Untrusted. Raises: ProtocolError."""
+        state = check_state(uid, file)
+        part, tensors = read_part(uid, state["module"]), {name: one.clone() for name, one in state["module"].items()}
+        fragment, steps = read_fragment(part, tensors, state["version"])
+        found = cls(part, fragment, steps=steps)
+        try:
+            found.load_state(state)
+        except UNFIT as error:
+            raise ProtocolError(f"{uid}: a state that does not fit: {describe(error)}") from None
+        return found
 
     def _take(self, fragment: Fragment, steps: int) -> None:
         self.fragment, self.steps, self.version = fragment, steps, fragment.version
@@ -182,7 +210,7 @@ class FragmentBackend(ExpertBackend):
         super().load_state(state)
         tensors = {name: tensor.clone() for name, tensor in self._tensors.state_dict().items()}
         try:
-            self._take(*read_fragment(self.manifest, self.number, tensors, state["version"]))
+            self._take(*read_fragment(self.part, tensors, state["version"]))
             self.num_followed += 1
         except ProtocolError as error:
             raise ValueError(str(error)) from error
@@ -221,14 +249,24 @@ class FragmentBackend(ExpertBackend):
         self.recent.pop(self.version - KEPT_UPDATES, None)
         for at in range(0, len(keys), 16):
             self.applied[keys[at : at + 16]] = self.version
-        while self.applied and next(iter(self.applied.values())) <= self.version - JOURNALED_VERSIONS:
+        oldest = self.version - JOURNALED_VERSIONS
+        while len(self.applied) > JOURNAL_LENGTH or (self.applied and next(iter(self.applied.values())) <= oldest):
             self.applied.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A push that is to count."""
+
+    counts: asyncio.Future[None]
+    owner: Owner
+    num_bytes: int
 
 
 @dataclass(slots=True)
 class _Gathering:
     rounds: Rounds
-    waiting: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
+    waiting: dict[bytes, _Waiting] = field(default_factory=dict)
     """By journal key."""
     timer: asyncio.TimerHandle | None = None
     closing: asyncio.Task[None] | None = None
@@ -251,13 +289,14 @@ class FragmentCalls:
     def __init__(self, calls: ExpertCalls) -> None:
         self._calls = calls
         self._gathering: dict[str, _Gathering] = {}
+        self._held = FairCount(MAX_HELD_BYTES)
         self._samples: dict[str, _Samples] = {}
 
     async def samples(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Hand out samples of the dataset, and take note of those that are done. Raises only RemoteErrors."""
         with self._calls.answering(call):
             await self._calls.check_leads(hosted)
-            if _backend(hosted).number:
+            if _backend(hosted).part.number:
                 raise RemoteError("samples are handed out with the first fragment")
             request, now = messages.decode(messages.SamplesRequest, call.body), asyncio.get_running_loop().time()
             held, done, returned = map(decode_pieces, (request.held, request.done, request.returned))
@@ -295,25 +334,41 @@ class FragmentCalls:
             request = messages.decode(messages.PushRequest, call.body)
             backend, key = _backend(hosted), journal_key(call.peer_id, request.call_id)
             one = self._gathering.setdefault(hosted.uid, _Gathering(Rounds(backend.version, max_steps=MAX_STEPS)))
-            counts = one.waiting.get(key)
-            if counts is None and backend.led_to(key, request.call_id) is None:
+            waiting = one.waiting.get(key)
+            if waiting is None and backend.led_to(key, request.call_id) is None:
                 if backend.fragment.since(request.version, request.root) is None:
                     return _updates(hosted, request, counted=False)
                 if len(call.buffers) != 1:
                     raise ProtocolError("a push holds one difference")
-                counts = one.waiting[key] = asyncio.get_running_loop().create_future()
-                counts.add_done_callback(lambda future: future.cancelled() or future.exception())
+                waiting = self._wait(one, key, call)
                 try:
                     await self._add(hosted, one, request, call)
                 except BaseException as error:
-                    del one.waiting[key]
+                    self._end(one, key)
                     # another call of this id may wait, too
-                    counts.set_exception(error if isinstance(error, TesseractError) else ProtocolError("given up"))
+                    told = error if isinstance(error, TesseractError) else ProtocolError("given up")
+                    waiting.counts.set_exception(told)
                     raise
-            if counts is not None:
-                await asyncio.shield(counts)
+            if waiting is not None:
+                await asyncio.shield(waiting.counts)
             self._calls.check_led(hosted)
             return _updates(hosted, request, counted=True)
+
+    def _wait(self, one: _Gathering, key: bytes, call: IncomingCall) -> _Waiting:
+        """Take a push in, before it costs anything. Raises: Overloaded."""
+        owner, num_bytes = Owner(self._calls.owner(call), call.peer_id), len(call.buffers[0])
+        if any(other.owner.peer == owner.peer for other in one.waiting.values()):
+            raise Overloaded("one push per round: wait for the answer to the last one", retry_after=1.0)
+        if not self._held.take(owner, num_bytes):
+            raise Overloaded("this server holds as many differences as it can", retry_after=1.0)
+        waiting = one.waiting[key] = _Waiting(asyncio.get_running_loop().create_future(), owner, num_bytes)
+        waiting.counts.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return waiting
+
+    def _end(self, one: _Gathering, key: bytes) -> asyncio.Future[None]:
+        waiting = one.waiting.pop(key)
+        self._held.give_back(waiting.owner, waiting.num_bytes)
+        return waiting.counts
 
     async def _add(
         self, hosted: HostedState, one: _Gathering, request: messages.PushRequest, call: IncomingCall
@@ -344,7 +399,8 @@ class FragmentCalls:
 
     async def _close(self, hosted: HostedState, one: _Gathering) -> None:
         pushes = one.rounds.close()
-        waiting = [one.waiting.pop(journal_key(push.peer, push.call_id)) for push in pushes]
+        # what is merged is held no longer than that takes
+        waiting = [self._end(one, journal_key(push.peer, push.call_id)) for push in pushes]
         backend = _backend(hosted)
         try:
             await self._calls.check_leads(hosted)
@@ -370,9 +426,9 @@ class FragmentCalls:
                 one.timer.cancel()
             if one.closing is not None:
                 one.closing.cancel()
-            for future in one.waiting.values():
-                if not future.done():
-                    future.set_exception(RemoteError("this server has left"))
+            for waiting in one.waiting.values():
+                if not waiting.counts.done():
+                    waiting.counts.set_exception(RemoteError("this server has left"))
         self._gathering.clear()
         self._samples.clear()
 
@@ -407,25 +463,36 @@ def _updates(
     return Message(messages.encode(reply), tuple(memoryview(one.data) for one in updates or ()))
 
 
-async def replay(node: TesseractNode, hosted: HostedState, primary: PeerAddress, *, up_to: int, timeout: float) -> bool:
-    """Follow a fragment's primary by its updates, up to this version. False if the state must be fetched whole.
+Replay = Callable[[], None]
 
-    Raises: ProtocolError for updates that lie; what the call raises.
+
+async def fetch_replay(
+    node: TesseractNode,
+    uid: str,
+    backend: FragmentBackend,
+    primary: PeerAddress,
+    *,
+    up_to: int | None = None,
+    timeout: float,
+) -> Replay | None:
+    """Return what has a fragment follow its primary by its updates, up to this version or the newest, once it is called
+    where the fragment is used; it raises ProtocolError for updates that lie. None if the state must be fetched whole.
+
+    Raises: ProtocolError; what the call raises.
     """
-    backend = _backend(hosted)
     base = backend.fragment
-    request = messages.PullRequest(hosted.uid, base.version, base.root, True)
+    request = messages.PullRequest(uid, base.version, base.root, True)
     message = await node.call_expert(primary, messages.PULL, messages.encode(request), timeout=timeout, idempotent=True)
     reply = messages.decode(messages.UpdatesReply, message.body)
     if not reply.known:
-        return False
+        return None
     updates = read_updates(request.version, reply, message.buffers)
     journal = [_journal_row(row) for row in reply.journal]
     if len(journal) != len(updates):
         raise ProtocolError("updates without their journal")
+    up_to = reply.version if up_to is None else up_to
     num = sum(one.version <= up_to for one in updates)
-    await hosted.runtime.call(partial(backend.replay, updates[:num], journal[:num]))
-    return backend.version == up_to
+    return partial(backend.replay, updates[:num], journal[:num]) if base.version + num == up_to else None
 
 
 def _journal_row(row: object) -> tuple[int, bytes, bytes]:
@@ -438,7 +505,11 @@ def _journal_row(row: object) -> tuple[int, bytes, bytes]:
 
 def read_updates(base: int, reply: messages.UpdatesReply, buffers: Sequence[memoryview]) -> list[Update]:
     """Return the updates of a reply to a base of that version. Untrusted. Raises: ProtocolError."""
-    fits = len(reply.roots) == len(buffers) <= KEPT_UPDATES and base + len(buffers) == reply.version
+    fits = (
+        0 <= reply.steps < 2**62
+        and len(reply.roots) == len(buffers) <= KEPT_UPDATES
+        and base + len(buffers) == reply.version
+    )
     if not fits or any(type(root) is not bytes or len(root) != ROOT_BYTES for root in reply.roots):
         raise ProtocolError("malformed updates of a fragment")
     rows = enumerate(zip(buffers, reply.roots, strict=True), base + 1)

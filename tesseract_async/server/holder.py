@@ -49,5 +49,6 @@ async def holding(
                 folder=server.checkpoint_dir,
             )
         )
-        async with Placing(server, keeper, authority, capacity, build=build, template=template) as placing:
+        fragments = Placing.of_fragments(server, keeper, authority, *capacity.fragments)
+        async with fragments, Placing(server, keeper, authority, capacity, build=build, template=template) as placing:
             yield placing

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Final
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Leave
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import Places, fetch_places
 from tesseract_async.experts.placement import NEVER, Part, Place, Placement, Role, Step
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import Kind
+from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.capacity import Capacity
 from tesseract_async.server.other_replicas import wall_clock
 from tesseract_async.server.succession import ReplicaKeeper
+from tesseract_async.sharing.layout import MAX_FRAGMENTS
 
 if TYPE_CHECKING:
     from tesseract_async.server.server import TesseractServer
@@ -52,10 +55,12 @@ class Placing:
         capacity: Capacity,
         *,
         build: Callable[[str], ExpertBackend],
-        template: ExpertBackend,
+        template: ExpertBackend | None,
         chooses: bool = True,
+        pattern: ExpertPattern | None = None,
     ) -> None:
         """`build` makes an expert with its first weights; `template` is one, of which shapes and sizes count.
+        `pattern`: of what it takes part in, by default the run's experts; what else there is, others begin.
 
         `chooses`: the server computes what the run lacks. Otherwise it computes what it was told to, and only holds
         others.
@@ -63,13 +68,16 @@ class Placing:
         self._server, self._node, self._keeper = server, server.node, keeper
         self._tenures = keeper.tenures
         self._authority, self.capacity, self._build, self._chooses = authority, capacity, build, chooses
-        self._tenures.template = template
         manifest = authority.run.manifest
+        self._pattern = manifest.pattern if pattern is None else pattern
+        self._prefix, self._begins = self._pattern.prefix, pattern is None
+        if self._begins:
+            self._tenures.template = template
         self._period = min(MAX_PERIOD, max(0.5, authority.lease / 3))
         self._ttl = max(4.0, 6 * self._period)
         self.placement = Placement(
             self._node.peer_id,
-            manifest.pattern,
+            self._pattern if self._begins else None,
             num_copies=manifest.num_replicas,
             lease=authority.lease,
             created=manifest.created / 1000,
@@ -93,9 +101,19 @@ class Placing:
         self._looked = asyncio.Event()
         self._is_settled = False
 
+    @classmethod
+    def of_fragments(
+        cls, server: TesseractServer, keeper: ReplicaKeeper, authority: Authority, room: int, files: int
+    ) -> Placing:
+        """The same for the fragments of the parameters that the run's trainers share: they begin them, and servers
+        lead, follow and hold what is there. `room`, `files`: how many it computes, and has a state of, at most."""
+        pattern = ExpertPattern(authority.prefix + SHARED, (range(MAX_FRAGMENTS),))
+        build = keeper.tenures.fragment
+        return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
+
     async def __aenter__(self) -> Placing:
-        self._tenures.on_leading = self._lead
-        for uid in self._tenures.stored(self._authority):
+        self._tenures.on_leading[self._prefix] = self._lead
+        for uid in self._tenures.stored(self._pattern):
             await self._hold(uid)  # what was held before, also where others hold it now
         self._spawn(self._run())
         return self
@@ -140,7 +158,8 @@ class Placing:
         """
         if self._node.initial_peers and not await self._node.network.wait_joined(self._period):
             return  # alone for the moment: that nobody is seen says nothing
-        places, addresses = await fetch_places(self._node.network, self._node.trust, self._authority, self._node.scope)
+        network, trust, scope = self._node.network, self._node.trust, self._node.scope
+        places, addresses = await fetch_places(network, trust, self._authority, scope, pattern=self._pattern)
         self._tenures.knows(addresses)
         self._note_loads()
         self._note_moves()
@@ -151,10 +170,10 @@ class Placing:
             for uid, part in place.parts.items():
                 if part.has_file or part.role is Role.LEADS:
                     by_uid.setdefault(uid, {})[peer] = part.epoch
-        self._tenures.places = by_uid
+        self._tenures.places[self._prefix] = by_uid
         self._tenures.look_for_newer(places)
         passive = frozenset(peer for peer, place in places.items() if place.room == 0)
-        for uid in self._tenures.uids():
+        for uid in self._uids():
             may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
             if held is not None:
                 may.begin = may.anew = False
@@ -177,7 +196,7 @@ class Placing:
         if self._server.is_paused:  # it keeps what it has, and computes nothing
             capacity = replace(capacity, room=0, files=0)
         parts = {uid: Part(Role.HOLDS) for uid in self.placement.wishes}
-        for uid in self._tenures.uids():
+        for uid in self._uids():
             tenure, hosted = self._tenures.tenure(uid), self._server.hosted.get(uid)
             held = tenure.held
             age = (tenure.epoch, 0) if held is None else held.age
@@ -204,7 +223,8 @@ class Placing:
         seconds, self._rated_at = max(0.01, now - self._rated_at), now
         share = min(1.0, seconds / RATE_SECONDS)
         found: dict[str, tuple[float, int]] = {}
-        for uid, hosted in self._server.hosted.items():
+        for uid in self._computed():
+            hosted = self._server.hosted[uid]
             num_rows = hosted.runtime.rows_of(hosted.backend)[0]
             rate, before = self._rates.get(uid, (0.0, num_rows))
             found[uid] = rate + share * (max(0, num_rows - before) / seconds - rate), num_rows
@@ -214,7 +234,7 @@ class Placing:
         """Notice experts that another primary handed over since the last look."""
         now, me = self._now(), self._node.peer_id
         led: dict[str, PeerID | None] = {}
-        for uid in self._tenures.uids():
+        for uid in self._uids():
             tenure = self._tenures.tenure(uid)
             led[uid] = tenure.primary
             before, term = self._led.get(uid), tenure.term
@@ -224,7 +244,15 @@ class Placing:
                 self.placement.came(uid, before, now)
         self._led = led
 
+    def _uids(self) -> list[str]:
+        return [uid for uid in self._tenures.uids() if uid in self._pattern]
+
+    def _computed(self) -> list[str]:
+        return [uid for uid in self._server.experts if uid in self._pattern]
+
     def _tell(self, me: Place) -> None:
+        if not self._begins:
+            return
         metrics = self._node.metrics
         metrics.set("run_experts_led", me.num_led)
         metrics.set("run_experts_held", sum(part.has_file for part in me.parts.values()))
@@ -270,13 +298,13 @@ class Placing:
     async def _compute_wanted(self) -> bool:
         """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile."""
         is_busy = False
-        for uid in self._tenures.uids():
+        for uid in self._uids():
             tenure = self._tenures.tenure(uid)
             leads = tenure.state is State.PRIMARY
             is_busy |= uid not in self._server.experts and (leads or tenure.may.begin)
             if uid in self._server.experts or not (leads or (uid in self._wanted and tenure.held is not None)):
                 continue
-            if leads or len(self._server.experts) < self.capacity.room:
+            if leads or len(self._computed()) < self.capacity.room:
                 self._spawn(self._compute(uid))
         return is_busy
 
@@ -292,19 +320,19 @@ class Placing:
             except (TesseractError, OSError, ValueError, LookupError, RuntimeError, TypeError, MemoryError) as error:
                 logger.error("%s cannot be computed here, and is left to others: %s", uid, describe(error))
                 self._unable.add(uid)
-                if uid in self._tenures.uids() and self._tenures.tenure(uid).state is State.PRIMARY:
+                if uid in self._uids() and self._tenures.tenure(uid).state is State.PRIMARY:
                     await self._tenures.drop(uid, even_primary=True)
 
     async def _make_room(self) -> None:
         """Have one expert that is only followed rest on disk, where all places are taken."""
-        followed = [uid for uid in self._server.experts if not self._server.is_primary(uid)]
-        if len(self._server.experts) >= max(1, self.capacity.room) and followed:
+        followed = [uid for uid in self._computed() if not self._server.is_primary(uid)]
+        if len(self._computed()) >= max(1, self.capacity.room) and followed:
             await self._tenures.rest(min(followed, key=lambda uid: self._rates.get(uid, (0.0, 0))[0]))
 
     # -- in the network --------------------------------------------------------------------------------------------
 
     async def _publish_if_due(self, me: Place) -> None:
-        trust, prefix, address = self._node.trust, self._authority.prefix, self._node.peer_address
+        trust, prefix, address = self._node.trust, self._prefix, self._node.peer_address
         parts = encode_place(
             me,
             prefix=prefix,
@@ -319,7 +347,7 @@ class Placing:
             self._said = _news(me)
 
     async def _publish(self, parts: list[bytes]) -> None:
-        key, network = places_key(self._authority.prefix, self._authority.tag), self._node.network
+        key, network = places_key(self._prefix, self._authority.tag), self._node.network
         gone = range(len(parts), len(self._published))
         self._published, self._published_at = parts, self._now()
         for number, part in enumerate(parts):

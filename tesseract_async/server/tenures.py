@@ -26,6 +26,7 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.merkle import leaves_of, possession, root_from
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import MAX_MEMBERS
 from tesseract_async.experts.placement import Place
 from tesseract_async.experts.tenure import Tenure
@@ -42,12 +43,13 @@ from tesseract_async.experts.tenure_words import (
     State,
 )
 from tesseract_async.experts.terms import RECORDS_SECONDS, Kind, Seal
+from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import encode, largest_state
 from tesseract_async.server.fetching import SealFetcher
-from tesseract_async.server.fragments import FragmentBackend, replay
+from tesseract_async.server.fragments import MAX_STATE_BYTES, FragmentBackend, fetch_replay
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
@@ -130,10 +132,11 @@ class Tenures:
         """Sends what is here as a file alone."""
         self.template: ExpertBackend | None = None
         """An expert like all of the run: what is fetched must fit it."""
-        self.places: Mapping[str, Mapping[PeerID, int]] = {}
-        """uid -> members that have its state by their own word, be it as a file alone, and the epoch of that."""
-        self.on_leading: Callable[[str], None] = lambda uid: None
-        """Called when this server became the primary of an expert that is here as a file alone."""
+        self.places: dict[str, Mapping[str, Mapping[PeerID, int]]] = {}
+        """Prefix -> uid -> members that have its state by their own word, be it as a file alone, and the epoch of
+        that."""
+        self.on_leading: dict[str, Callable[[str], None]] = {}
+        """Prefix -> called when this server became the primary of an expert that is here as a file alone."""
         self.upload_rate: float | None = None
         """Bytes per second that the volunteer gives; None without a limit."""
         self._boot, self._random = os.urandom(8), Random()
@@ -264,9 +267,8 @@ class Tenures:
                 if not even_primary:
                     await self._server.call_aside(partial(self.files.forget, uid))
 
-    def stored(self, authority: Authority) -> list[str]:
+    def stored(self, pattern: ExpertPattern) -> list[str]:
         """Return the experts of a run that have a folder here, and are not looked after yet."""
-        pattern = authority.run.manifest.pattern
         return [uid for uid in stored_uids(self._server.checkpoint_dir) if uid in pattern and uid not in self._experts]
 
     def uids(self) -> list[str]:
@@ -451,7 +453,7 @@ class Tenures:
             case RoleChanged(is_primary, _) if expert.hosted is None:
                 if is_primary:
                     self._node.metrics.count("experts_taken_over")
-                    self.on_leading(expert.uid)
+                    self.on_leading[split_uid(expert.uid)[0]](expert.uid)
             case RoleChanged(is_primary, _):
                 term = expert.tenure.term
                 if is_primary and term is not None and term.kind is Kind.GENESIS and expert.waited_for:
@@ -512,17 +514,22 @@ class Tenures:
         """
         uid, seal, aside = expert.uid, command.seal, self._server.call_aside
         backend = self.template if expert.hosted is None else expert.hosted.backend
-        if backend is None:
+        is_fragment = split_uid(uid)[0].endswith(SHARED)
+        if backend is None and not is_fragment:
             return False
         if not command.check and not command.aside:
             await stack.enter_async_context(expert.installing)
             if await self._replay(expert, seal):
                 return True
             await stack.aclose()  # nobody waits for what comes from afar
+        max_bytes = MAX_STATE_BYTES if is_fragment or backend is None else largest_state(backend)
         sources = [address for peer in command.sources if (address := self._addresses.get(peer)) is not None]
-        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=largest_state(backend))
+        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=max_bytes)
         if command.check:
             return True
+        if is_fragment:
+            backend = await aside(lambda: FragmentBackend.of_file(uid, file.map()))
+        assert backend is not None
         state = await aside(partial(_check_file, uid, backend, file))
         await stack.enter_async_context(expert.installing)
         is_free = expert.tenure.state in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE)
@@ -541,23 +548,37 @@ class Tenures:
         """Come to the sealed state of a fragment by its primary's updates: a thousandth of the bytes."""
         uid, hosted, aside = expert.uid, expert.hosted, self._server.call_aside
         primary = self._addresses.get(seal.primary)
-        if hosted is None or not isinstance(hosted.backend, FragmentBackend) or primary is None:
-            return False
-        if expert.tenure.state is not State.FOLLOWING:
+        is_free = expert.tenure.state in (State.FOLLOWING, State.HOLDING)
+        if primary is None or not is_free or not split_uid(uid)[0].endswith(SHARED):
             return False
         try:
-            if not await replay(self._node, hosted, primary, up_to=seal.version, timeout=self._call_timeout):
+            backend = await aside(partial(self.fragment, uid)) if hosted is None else hosted.backend
+            assert isinstance(backend, FragmentBackend)
+            update = await fetch_replay(
+                self._node, uid, backend, primary, up_to=seal.version, timeout=self._call_timeout
+            )
+            if update is None:
                 return False
-        except (TesseractError, TimeoutError) as error:
+            await (aside(update) if hosted is None else hosted.runtime.call(update))
+        except (TesseractError, TimeoutError, OSError) as error:
             logger.info("%s could not be followed by its updates: %s", uid, describe(error))
             return False
-        file = encode(await hosted.snapshot())
+        file = encode(backend.state() if hosted is None else await hosted.snapshot())
         if await aside(lambda: root_from(leaves_of(file), file.size)) != seal.root:
             return False
         await aside(lambda: self.files.keep(uid, file))
-        hosted.shared_version, expert.progress = hosted.version, hosted.backend.progress
+        if hosted is not None:
+            hosted.shared_version, expert.progress = hosted.version, backend.progress
         self._node.metrics.count("fragments_replayed")
         return True
+
+    def fragment(self, uid: str) -> FragmentBackend:
+        """Return the fragment in the sealed file that is here. Blocking. Raises: CheckpointError, ProtocolError."""
+        held = self._experts[uid].tenure.held
+        file = None if held is None else self.files.find(uid, held.root)
+        if file is None:
+            raise CheckpointError(f"the state of {uid} is not here yet")
+        return FragmentBackend.of_file(uid, file.map())
 
     async def _take(self, hosted: HostedState, authority: Authority, state: StateDict, *, aside: bool) -> None:
         """Continue from this state, and say how to get back the steps of this server that it lacks."""
@@ -647,7 +668,8 @@ class Tenures:
                 for record in records[uid]:
                     expert.tenure.sight(record, *self._now())
                 self._addresses |= {owner_of(one): one.peer for one in others}
-                hosts = {**self.places.get(uid, {}), **{owner_of(one): one.epoch for one in others}}
+                said = self.places.get(split_uid(uid)[0], {}).get(uid, {})
+                hosts = {**said, **{owner_of(one): one.epoch for one in others}}
                 expert.tenure.set_hosts(hosts | {self._node.peer_id: expert.tenure.epoch}, *self._now())
                 expert.tenure.looked(*self._now())
                 if expert.tenure.waits_for_state(*self._now()) and not expert.waited_for:

@@ -162,12 +162,14 @@ class Fragment:
         if self.cut.kind is Kind.NEWEST:
             self.anchor = step
         else:
-            if not bool(torch.isfinite(step).all()):
-                raise ProtocolError("an update is not finite")
-            if self.momentum is not None:
-                mu = self.outer.momentum
-                self.momentum = self.momentum.mul(mu).add_(step).div_(1 + mu)
+            mu, momentum = self.outer.momentum, self.momentum
+            if momentum is not None:
+                momentum = momentum.mul(mu).add_(step).div_(1 + mu)
             rate = self.outer.learning_rate if self.cut.kind is Kind.STEPPED else 1.0
-            self.anchor = self.anchor - (step if rate == 1.0 else step.mul_(rate))
+            anchor = self.anchor - (step if rate == 1.0 else step.mul_(rate))
+            for one in (anchor, momentum):
+                if one is not None and not bool(torch.isfinite(one).all()):
+                    raise ProtocolError("an update leads to what is not finite")
+            self.anchor, self.momentum = anchor, momentum
         self.version += 1
         self.root = root_of(self.anchor)

@@ -188,30 +188,37 @@ class Layout:
             out[at : at + stop - start] = tensors[name].detach().reshape(-1)[start:stop]
         return out
 
-    def add(self, model: nn.Module, cut: Cut, change: torch.Tensor) -> None:
-        """Add `change` to the fragment's values in place; integers take its values instead."""
-        self._put(model, cut, change, replace=cut.kind is Kind.NEWEST)
+    def add(self, model: nn.Module, cut: Cut, change: torch.Tensor) -> torch.Tensor | None:
+        """Add `change` to the fragment's values in place; integers take its values instead.
 
-    def write(self, model: nn.Module, cut: Cut, values: torch.Tensor) -> None:
-        """Set the fragment's values in place."""
-        self._put(model, cut, values, replace=True)
+        Returns what rounding to 16 bits lost, which belongs to the values until the next change; else None.
+        """
+        return self._put(model, cut, change, replace=cut.kind is Kind.NEWEST)
 
-    def _put(self, model: nn.Module, cut: Cut, values: torch.Tensor, *, replace: bool) -> None:
-        tensors = _tensors_of(model)
+    def write(self, model: nn.Module, cut: Cut, values: torch.Tensor) -> torch.Tensor | None:
+        """Set the fragment's values in place. Returns as `add`."""
+        return self._put(model, cut, values, replace=True)
+
+    def _put(self, model: nn.Module, cut: Cut, values: torch.Tensor, *, replace: bool) -> torch.Tensor | None:
+        tensors, lost = _tensors_of(model), None
         with torch.no_grad():
             for name, start, stop, at in self._parts(cut):
                 tensor, part = tensors[name].detach(), values[at : at + stop - start]
                 flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
                 here = flat[start:stop]
-                if replace:
-                    here.copy_(part)
-                elif here.dtype == torch.float32 or here.dtype == torch.float64:
-                    here.add_(part.to(here.device))
-                else:
+                if here.is_floating_point() and here.element_size() < 4:
                     # the sum is rounded once, not the change and then the sum
-                    here.copy_(here.float().add_(part.to(here.device)))
+                    exact = part.to(here.device) if replace else here.float().add_(part.to(here.device))
+                    here.copy_(exact)
+                    lost = torch.zeros(cut.numel, device="cpu") if lost is None else lost
+                    lost[at : at + stop - start] = exact - here.float()
+                elif replace:
+                    here.copy_(part)
+                else:
+                    here.add_(part.to(here.device))
                 if not tensor.is_contiguous():
                     tensor.copy_(flat.view(tensor.shape))
+        return lost
 
     def _parts(self, cut: Cut) -> Iterator[tuple[str, int, int, int]]:
         """Yield (name, start, stop, place in the fragment) of each tensor's piece."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgpack
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing.fragment import Outer
-from tesseract_async.sharing.layout import MAX_LAYOUT_BYTES, Layout
+from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Cut, Kind, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,31 +19,68 @@ class SharedManifest:
 
     layout: Layout
     outer: Outer
+    data: bytes = field(init=False)
+    """The whole in bytes; equal ones for equal manifests."""
+    digest: bytes = field(init=False)
 
-    def encode(self) -> bytes:
-        """Return its bytes; equal ones for equal manifests."""
-        outer = self.outer
-        packed: bytes = msgpack.packb([outer.learning_rate, outer.momentum, outer.codec, self.layout.encode()])
-        return packed
+    def __post_init__(self) -> None:
+        data = msgpack.packb([*_packed(self.outer), self.layout.encode()])
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "digest", hashlib.sha256(data).digest())
 
     @classmethod
     def decode(cls, data: bytes) -> SharedManifest:
-        """Read what `encode` made. Untrusted. Raises: ProtocolError."""
-        if len(data) > MAX_LAYOUT_BYTES:
-            raise ProtocolError("a manifest of shared parameters is too large")
-        try:
-            rate, momentum, codec, layout = msgpack.unpackb(data)
-            if type(rate) is not float or type(momentum) is not float or type(codec) is not str:
-                raise ProtocolError("malformed manifest of shared parameters")
-            outer = Outer(learning_rate=rate, momentum=momentum, codec=codec)
-        except ProtocolError:
-            raise
-        except Exception:  # msgpack raises many kinds
-            raise ProtocolError("malformed manifest of shared parameters") from None
-        if type(layout) is not bytes:
-            raise ProtocolError("malformed manifest of shared parameters")
-        return cls(Layout.decode(layout), outer)
+        """Read `data`. Untrusted. Raises: ProtocolError."""
+        rate, momentum, codec, layout = _unpacked(data, float, float, str, bytes)
+        return cls(Layout.decode(layout), _outer(rate, momentum, codec))
 
-    def part(self, number: int) -> bytes:
+    def part(self, number: int) -> FragmentPart:
         """Return what the state of a fragment says of it: the whole in the first, else its digest."""
-        return self.encode() if number == 0 else hashlib.sha256(self.encode()).digest()
+        cut, data = self.layout.cuts[number], self.data
+        if number > 0:
+            data = msgpack.packb([*_packed(self.outer), cut.kind.value, cut.start, cut.stop, self.digest])
+        return FragmentPart(number, cut, self.outer, data)
+
+
+@dataclass(frozen=True, slots=True)
+class FragmentPart:
+    """What the state of one fragment says of it: a server that has only that can host it."""
+
+    number: int
+    cut: Cut
+    outer: Outer
+    data: bytes
+    """The same as it stands in the state."""
+
+    @classmethod
+    def read(cls, number: int, data: bytes) -> FragmentPart:
+        """Read `data` of fragment `number`. Untrusted. Raises: ProtocolError."""
+        if number == 0:
+            return SharedManifest.decode(data).part(0)
+        rate, momentum, codec, kind, start, stop, digest = _unpacked(data, float, float, str, str, int, int, bytes)
+        if kind not in {*Kind} or not 0 <= start < stop <= start + MAX_ELEMENTS or len(digest) != 32:
+            raise ProtocolError("malformed part of shared parameters")
+        return cls(number, Cut(Kind(kind), start, stop), _outer(rate, momentum, codec), data)
+
+
+def _packed(outer: Outer) -> list[float | str]:
+    return [outer.learning_rate, outer.momentum, outer.codec]
+
+
+def _unpacked(data: bytes, *kinds: type) -> list[Any]:
+    """Raises: ProtocolError unless these are values of these types."""
+    try:
+        values = msgpack.unpackb(data) if len(data) <= MAX_LAYOUT_BYTES else None
+    except Exception:  # msgpack raises many kinds
+        values = None
+    if type(values) is not list or [type(value) for value in values] != [*kinds]:
+        raise ProtocolError("malformed manifest of shared parameters")
+    return values
+
+
+def _outer(rate: float, momentum: float, codec: str) -> Outer:
+    """Raises: ProtocolError."""
+    try:
+        return Outer(learning_rate=rate, momentum=momentum, codec=codec)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from None

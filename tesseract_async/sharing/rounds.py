@@ -29,8 +29,8 @@ TRIMMED_FROM: Final = 4
 TRIMMED_SHARE: Final = 0.25
 MAX_NORM_RATIO: Final = 3.0
 """Differences count with at most so many times the median norm, from three members on."""
-MAX_PUSHES_BYTES: Final = 64 << 20
-"""Encoded differences that one round holds."""
+MAX_MEMBERS: Final = 1024
+"""Members that one round counts."""
 _OFFSETS: Final = 32
 
 
@@ -48,8 +48,10 @@ class Push:
 def judge(peer: PeerID, call_id: bytes, steps: int, data: bytes, cut: Cut, outer: Outer) -> Push:
     """Decode a difference and measure it. Untrusted; takes milliseconds.
 
-    Raises: ProtocolError if it does not fit the fragment; ValueError if it is not finite.
+    Raises: ProtocolError if it does not fit the fragment; ValueError if it is not finite, or of frozen parameters.
     """
+    if cut.kind is Kind.FIXED:
+        raise ValueError("frozen parameters stay as they are")
     norm = 0.0
     values = _decode(data, cut, outer)
     if cut.kind is not Kind.NEWEST:
@@ -66,7 +68,6 @@ class Rounds:
         """`max_steps`: a push counts as at most so many optimizer steps, whatever it claims."""
         self._version, self._max_steps = version, max_steps
         self._pushes: dict[PeerID, Push] = {}
-        self._num_bytes = 0
         self._members: deque[frozenset[PeerID]] = deque(maxlen=2)
         self._offsets: deque[float] = deque(maxlen=_OFFSETS)
         self._opened: dict[int, float] = {}
@@ -90,7 +91,7 @@ class Rounds:
         """
         if push.peer in self._pushes:
             raise Overloaded("one push per round: wait for the answer to the last one", retry_after=1.0)
-        if self._num_bytes + len(push.data) > MAX_PUSHES_BYTES:
+        if len(self._pushes) >= MAX_MEMBERS:
             raise Overloaded("this round has as many members as it can hold", retry_after=self._interval)
         if not self._pushes:
             last = self._opened.get(self._version - 1)
@@ -100,7 +101,6 @@ class Rounds:
             while len(self._opened) > KEPT_UPDATES + 1:
                 del self._opened[next(iter(self._opened))]
         self._pushes[push.peer] = push
-        self._num_bytes += len(push.data)
         self._offsets.append(now - self._opened.get(base_version, now))
 
     def closes_at(self, now: float) -> float | None:
@@ -121,7 +121,7 @@ class Rounds:
         """End the round. Returns its pushes, in the order of their peers: what they come to must not depend on luck."""
         pushes = sorted(self._pushes.values(), key=lambda push: push.peer)
         self._members.append(frozenset(self._pushes))
-        self._pushes, self._num_bytes = {}, 0
+        self._pushes = {}
         self._version += 1
         return pushes
 
@@ -129,12 +129,14 @@ class Rounds:
         """Return what the pushes of a closed round come to, decoded: their mean difference, or the newest values.
 
         Under `TRIMMED_FROM` members the mean weighted by steps; from there on the trimmed mean, in which each counts
-        alike. Takes milliseconds for each of them.
+        alike (of integers the upper median). Takes milliseconds for each of them.
         """
         steps = [min(max(1, push.steps), self._max_steps) for push in pushes]
-        if cut.kind is Kind.NEWEST:
+        if cut.kind is Kind.NEWEST and len(pushes) < TRIMMED_FROM:
             return _decode(pushes[steps.index(max(steps))].data, cut, outer)
         differences = [_decode(push.data, cut, outer) for push in pushes]
+        if cut.kind is Kind.NEWEST:
+            return torch.stack(differences).sort(0).values[len(pushes) // 2].clone()
         if len(pushes) >= 3:
             most = MAX_NORM_RATIO * statistics.median_low(push.norm for push in pushes)
             for push, difference in zip(pushes, differences, strict=True):

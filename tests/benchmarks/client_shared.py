@@ -1,32 +1,41 @@
-"""One model from four trainers: its loss, the bytes that sharing costs, and its processor time.
+"""One model from four trainers in four processes, against all-reducing at every step and against sharing nothing.
 
-The model is that of `examples/train_lm.py`, small, on the standard library's sources; four trainers in one process,
-each a node of its own, train equal numbers of tokens over the same hosted experts. Compared are: the local layers
-shared by `SharedParameters`, their gradients averaged at every step (what an all-reduce does, taken in memory), and
-nothing shared.
-`--steps`, `--seeds` and `--every` make it longer than the minutes that it takes.
+The model is that of `examples/train_lm.py`, small; a fifth process hosts the experts, of which all variants have the
+same ones at first. Each trainer takes equally many steps on samples of its own. `reduce`: the local layers' gradients
+are averaged at every step by torch.distributed (gloo). `nothing`: each trains its own; their losses' mean counts.
+`share`: `SharedParameters`; the merged copy's loss counts. Numbers behind a name are steps in flight.
+
+On two cores a step takes about 50 ms of one of them: with the default 256 steps a seed takes two minutes. What is
+asked is asked with three seeds: ``--seeds 3 --text input.txt`` with the text of your choice; else it reads the standard
+library's sources.
 """
 
 import argparse
 import asyncio
 import contextlib
-import copy
 import importlib.util
+import socket
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import torch
+import torch.distributed as dist
 
 import tesseract_async as ta
 from tesseract_async.wire import messages
 from tests.benchmarks.figures import emit
+from tests.benchmarks.processes import _fork, child, wait_for_stop
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_lm.py"
 TRAINERS, PAIRS = 4, 10
 SIZES = {"layers": 1, "grid": 2, "k_best": 2, "width": 48, "length": 48, "batch_size": 8, "lr": 2e-3}
+VARIANTS = ("reduce", "nothing 1", "share 1", "nothing 8", "share 8")
 
 
 def load_example() -> Any:
@@ -38,151 +47,217 @@ def load_example() -> Any:
     return module
 
 
-class Swarm:
-    """Experts at one node, and a node and a model for each trainer."""
+lm = load_example()
 
-    def __init__(self, lm: Any, seed: int, stack: contextlib.AsyncExitStack) -> None:
-        self.lm, self.seed, self.stack = lm, seed, stack
-        self.args = argparse.Namespace(**SIZES, seed=seed, out="", eval_batches=32)
-        tokens = lm.read_text(None, 1_000_000)
-        self.train_tokens, self.valid_tokens = tokens[:-100_000], tokens[-100_000:]
-        self.nodes: list[ta.TesseractNode] = []
-        self.models: list[torch.nn.Module] = []
-        self.optimizers: list[torch.optim.Optimizer] = []
-        self.draws = [torch.Generator().manual_seed(1000 * seed + number) for number in range(TRAINERS)]
-        self.num_bytes = 0
 
-    async def start(self) -> None:
-        args, lm = self.args, self.lm
-        host = await self.stack.enter_async_context(ta.TesseractNode())
-        experts = lm.hosted(host, args).experts
-        await self.stack.enter_async_context(ta.TesseractServer(host, experts))
-        options = {"grid_size": (args.grid, args.grid), "in_features": args.width, "k_best": args.k_best}
-        for _ in range(TRAINERS):
-            node = await self.stack.enter_async_context(ta.TesseractNode(initial_peers=[host.address]))
-            torch.manual_seed(self.seed + 1)
-            gates = [ta.GatingFunction(node, uid_prefix="layer0", route="token", **options)]
-            model = lm.Transformer(gates, args)
-            self.nodes.append(node)
-            self.models.append(model)
-            self.optimizers.append(torch.optim.Adam(model.parameters(), args.lr))
+@dataclass(frozen=True)
+class Plan:
+    """One variant at one seed."""
 
-    def count(self, node: ta.TesseractNode) -> None:
-        """Count what pushes and their answers hold, heads and digests included."""
-        call = node.call_expert
+    variant: str
+    seed: int
+    steps: int
+    every: int
+    text: str | None
+    port: int
+    """For gloo."""
 
-        async def counted(peer: Any, method: str, body: Any = None, buffers: Any = (), **options: Any) -> Any:
-            reply = await call(peer, method, body, buffers, **options)
-            if method in (messages.PUSH, messages.PULL):
-                for one_body, some in ((body, buffers), (reply.body, reply.buffers)):
-                    self.num_bytes += 64 + len(msgpack.packb(one_body)) + sum(len(one) for one in some)
-            return reply
+    @property
+    def kind(self) -> str:
+        return self.variant.split()[0]
 
-        node.call_expert = counted  # type: ignore[method-assign]
+    @property
+    def in_flight(self) -> int:
+        return int((*self.variant.split(), "1")[1])
 
-    async def gradients(self, number: int) -> None:
-        """One forward and backward of a trainer."""
-        loss = await self.lm.loss_of(
-            self.models[number], self.lm.sample(self.train_tokens, self.args, self.draws[number])
-        )
-        self.optimizers[number].zero_grad()
-        await ta.backward(loss)
+    @property
+    def args(self) -> argparse.Namespace:
+        return argparse.Namespace(**SIZES, seed=self.seed, out="", eval_batches=32)
+
+
+def host(pipe: Connection, plan: Plan) -> None:
+    """The process that hosts the experts."""
+
+    async def main() -> None:
+        torch.set_num_threads(1)
+        async with ta.TesseractNode() as node:
+            async with ta.TesseractServer(node, lm.hosted(node, plan.args).experts):
+                pipe.send(("value", node.address))
+                await asyncio.to_thread(wait_for_stop, pipe)
+
+    asyncio.run(main())
+
+
+def trainer(pipe: Connection, plan: Plan, number: int, address: str, barrier: Any) -> None:
+    """One trainer's process. Sends what it measured."""
+    torch.set_num_threads(1)
+    if plan.kind == "reduce":
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{plan.port}", rank=number, world_size=TRAINERS)
+    pipe.send(("value", asyncio.run(Trainer(plan, number, barrier).run(address))))
+
+
+class Trainer:
+    """One of the four."""
+
+    def __init__(self, plan: Plan, number: int, barrier: Any) -> None:
+        self.plan, self.number, self._barrier = plan, number, barrier
+        tokens = lm.read_text(plan.text, 2_000_000)
+        self.train_tokens, self.valid_tokens = tokens[: -len(tokens) // 10], tokens[-len(tokens) // 10 :]
+        self.draw = torch.Generator().manual_seed(1000 * plan.seed + number)
+        self.num_bytes = {"sharing": 0, "replication": 0}
+        self.longest = 0.0
+        self.shared: ta.SharedParameters[torch.nn.Module] | None = None
+
+    async def together(self) -> None:
+        """Returns once all trainers are here."""
+        await asyncio.to_thread(self._barrier.wait, 600.0)
+
+    def batches(self, num: int) -> Iterator[list[torch.Tensor]]:
+        return (lm.sample(self.train_tokens, self.plan.args, self.draw) for _ in range(num))
+
+    async def run(self, address: str) -> dict[str, Any]:
+        plan, args = self.plan, self.plan.args
+        async with contextlib.AsyncExitStack() as stack:
+            node = await stack.enter_async_context(ta.TesseractNode(initial_peers=[address]))
+            torch.manual_seed(plan.seed + 1)
+            options = {"grid_size": (args.grid, args.grid), "in_features": args.width, "k_best": args.k_best}
+            gates = [
+                ta.GatingFunction(node, uid_prefix=f"layer{i}", route="token", **options) for i in range(args.layers)
+            ]
+            self.model = lm.Transformer(gates, args)
+            self.optimizer = torch.optim.Adam(self.model.parameters(), args.lr)
+            if plan.kind == "share":
+                self.count(node)
+                if self.number:
+                    await self.together()  # the first one begins
+                shared = ta.SharedParameters(node, self.model, run="bench", every=plan.every)
+                self.shared = await stack.enter_async_context(shared)
+                if not self.number:
+                    await self.together()
+            await self.together()
+            before, began = dict(self.num_bytes), time.perf_counter()
+            await self.train(plan.steps)
+            found: dict[str, Any] = {"seconds": time.perf_counter() - began}
+            found |= {name: (num - before[name]) / plan.steps for name, num in self.num_bytes.items()}
+            await self.together()
+            for _ in range(2 if self.shared is not None else 0):
+                await self.shared.flush()
+                await self.together()
+            model = self.model if self.shared is None else self.shared.merged()
+            found |= {"loss": await self.loss(model), "longest": self.longest}
+            found["numel"] = sum(one.numel() for one in model.parameters())
+            await self.together()
+            if plan.variant == "share 1":
+                found["pairs"] = [[await self.processor_time(shares) for shares in (False, True)] for _ in range(PAIRS)]
+            await self.together()
+        return found
+
+    async def train(self, steps: int, *, shares: bool = True) -> None:
+        async def loss_of(model: torch.nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+            loss: torch.Tensor = await lm.loss_of(model, batch)
+            return loss
+
+        if self.plan.in_flight > 1:
+            ahead = ta.AsyncTrainer(self.model, self.optimizer, in_flight=self.plan.in_flight)
+            async for _ in ahead.run(loss_of, self.batches(steps)):
+                await self.share()
+            return
+        for batch in self.batches(steps):
+            loss = await loss_of(self.model, batch)
+            self.optimizer.zero_grad(set_to_none=False)
+            await ta.backward(loss)
+            if self.plan.kind == "reduce":
+                await asyncio.to_thread(self.reduce)
+            self.optimizer.step()
+            if shares:
+                await self.share()
+
+    async def share(self) -> None:
+        if self.shared is not None:
+            began = time.perf_counter()
+            await self.shared.step()
+            self.longest = max(self.longest, time.perf_counter() - began)
+
+    def reduce(self) -> None:
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self.model.parameters()]
+        flat = torch.cat([one.reshape(-1) for one in gradients])
+        dist.all_reduce(flat)
+        parts = (flat / TRAINERS).split([one.numel() for one in gradients])
+        for parameter, part in zip(self.model.parameters(), parts, strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+    async def processor_time(self, shares: bool) -> float:
+        await self.together()
+        began = time.process_time()
+        await self.train(self.plan.every, shares=shares)
+        await self.together()  # others' pushes cost their host's time
+        return time.process_time() - began
 
     async def loss(self, model: torch.nn.Module) -> float:
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            batches = [self.lm.sample(self.valid_tokens, self.args, draw) for _ in range(self.args.eval_batches)]
-            return statistics.mean([float(await self.lm.loss_of(model, batch)) for batch in batches])
+            batches = [lm.sample(self.valid_tokens, self.plan.args, draw) for _ in range(self.plan.args.eval_batches)]
+            return statistics.mean([float(await lm.loss_of(model, batch)) for batch in batches])
+
+    def count(self, node: ta.TesseractNode) -> None:
+        """Count what pushes and their answers hold, heads and digests included; and what hosts say to one another."""
+        call = node.call_expert
+
+        async def counted(peer: Any, method: str, body: Any = None, buffers: Any = (), **options: Any) -> Any:
+            reply = await call(peer, method, body, buffers, **options)
+            is_replica = method == messages.STATE or (method == messages.PULL and len(body) > 3 and body[3])
+            if method in (messages.PUSH, messages.PULL, messages.STATE):
+                for one_body, some in ((body, buffers), (reply.body, reply.buffers)):
+                    num = 64 + len(msgpack.packb(one_body)) + sum(len(one) for one in some)
+                    self.num_bytes["replication" if is_replica else "sharing"] += num
+            return reply
+
+        node.call_expert = counted  # type: ignore[method-assign]
 
 
-async def share_nothing(swarm: Swarm, steps: int, every: int) -> float:
-    """The mean loss of the trainers' own models."""
-
-    async def train(number: int) -> float:
-        for _ in range(steps):
-            await swarm.gradients(number)
-            swarm.optimizers[number].step()
-        return await swarm.loss(swarm.models[number])
-
-    return statistics.mean(await asyncio.gather(*map(train, range(TRAINERS))))
+def measure(plan: Plan) -> list[dict[str, Any]]:
+    """Run one variant in processes of its own. Returns what each trainer measured."""
+    barrier = _fork.Barrier(TRAINERS)
+    with contextlib.ExitStack() as stack:
+        serving = stack.enter_context(child(host, (plan,)))
+        address = serving.receive(120)
+        trainers = [stack.enter_context(child(trainer, (plan, number, address, barrier))) for number in range(TRAINERS)]
+        return [one.receive(3600) for one in trainers]
 
 
-async def reduce_all(swarm: Swarm, steps: int, every: int) -> float:
-    """The loss with gradients averaged at every step."""
-    for _ in range(steps):
-        await asyncio.gather(*map(swarm.gradients, range(TRAINERS)))
-        for same in zip(*(model.parameters() for model in swarm.models), strict=True):
-            mean = torch.stack([one.grad for one in same if one.grad is not None]).mean(0)
-            for one in same:
-                one.grad = mean.clone()
-        for optimizer in swarm.optimizers:
-            optimizer.step()
-    return await swarm.loss(swarm.models[0])
-
-
-async def share(swarm: Swarm, steps: int, every: int) -> float:
-    """The loss of the merged copy. Prints what sharing costs."""
-    shared: list[ta.SharedParameters[torch.nn.Module]] = []
-    for node, model in zip(swarm.nodes, swarm.models, strict=True):
-        swarm.count(node)
-        one = ta.SharedParameters(node, model, run="bench", every=every, host=not shared)
-        shared.append(await swarm.stack.enter_async_context(one))
-    longest = 0.0
-
-    async def train(number: int) -> None:
-        nonlocal longest
-        for _ in range(steps):
-            await swarm.gradients(number)
-            swarm.optimizers[number].step()
-            began = time.perf_counter()
-            await shared[number].step()
-            longest = max(longest, time.perf_counter() - began)
-
-    before = swarm.num_bytes
-    await asyncio.gather(*map(train, range(TRAINERS)))
-    per_step = (swarm.num_bytes - before) / (steps * TRAINERS)
-    await asyncio.gather(*(one.flush() for one in shared))
-    await shared[0].flush()
-    numel = sum(one.numel() for one in swarm.models[0].parameters())
-    full = 2 * 4 * numel * (TRAINERS - 1) / TRAINERS  # sent in a ring
-    emit("shared parameters: bytes per trainer and step", per_step, "B", None, all_reduce=full)
-    emit("shared parameters: bytes, share of fp32 all-reduce", per_step / full, "", "<= 0.00667")
-    emit("shared parameters: longest pause in step()", 1000 * longest, "ms")
-    await measure_time(swarm, shared[0], every)
-    return await swarm.loss(shared[0].merged())
-
-
-async def measure_time(swarm: Swarm, shared: ta.SharedParameters[torch.nn.Module], every: int) -> None:
-    ratios = []
-    state = copy.deepcopy(swarm.optimizers[0].state_dict())
-    for _ in range(PAIRS):
-        seconds = []
-        for shares in (False, True):
-            began = time.process_time()
-            for _ in range(every):
-                await swarm.gradients(0)
-                swarm.optimizers[0].step()
-                if shares:
-                    await shared.step()
-            seconds.append(time.process_time() - began)
-        ratios.append(seconds[1] / seconds[0])
-    swarm.optimizers[0].load_state_dict(state)
-    emit("shared parameters: processor time with sharing / without", statistics.median(ratios), "", "<= 1.03")
-
-
-async def main(steps: int, seeds: int, every: int) -> None:
-    torch.set_num_threads(1)
-    lm = load_example()
+def main(steps: int, seeds: int, every: int, text: str | None, variants: list[str]) -> None:
     losses: dict[str, list[float]] = {}
     for seed in range(seeds):
-        for variant in (reduce_all, share_nothing, share):
-            async with contextlib.AsyncExitStack() as stack:
-                swarm = Swarm(lm, seed, stack)
-                await swarm.start()
-                losses.setdefault(variant.__name__, []).append(await variant(swarm, steps, every))
+        for variant in variants:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            found = measure(Plan(variant, seed, steps, every, text, port))
+            losses.setdefault(variant, []).append(statistics.mean(one["loss"] for one in found))
+            name = f"shared parameters, {variant} in flight, seed {seed}"
+            seconds = max(one["seconds"] for one in found)
+            emit(f"{name}: loss", losses[variant][-1], "nats", None, steps=steps, seconds=round(seconds, 1))
+            if variant == "share 1":
+                tell(found)
     mean = {name: statistics.mean(some) for name, some in losses.items()}
-    emit("shared parameters: loss, merged / all-reduced every step", mean["share"] / mean["reduce_all"], "", "<= 1.015")
-    emit("shared parameters: loss, merged / nothing shared", mean["share"] / mean["share_nothing"], "", "<= 0.92")
+    for one, other, asked in (
+        ("share 1", "reduce", "<= 1.015"),
+        ("share 1", "nothing 1", "<= 0.92"),
+        ("share 8", "nothing 8", "<= 0.92"),
+    ):
+        if one in mean and other in mean:
+            emit(f"shared parameters: loss, {one} / {other}", mean[one] / mean[other], "", asked, seeds=seeds)
+
+
+def tell(found: list[dict[str, Any]]) -> None:
+    full = 2 * 4 * found[0]["numel"] * (TRAINERS - 1) / TRAINERS  # sent in a ring
+    for name, asked in (("sharing", "<= 0.00667"), ("replication", None)):
+        share = statistics.mean(one[name] for one in found) / full
+        emit(f"shared parameters: bytes of {name} / fp32 all-reduce, each trainer and step", share, "", asked)
+    emit("shared parameters: longest pause in step()", 1000 * max(one["longest"] for one in found), "ms")
+    pairs = zip(*(one["pairs"] for one in found), strict=True)
+    ratios = [sum(one[1] for one in pair) / sum(one[0] for one in pair) for pair in pairs]
+    emit("shared parameters: processor time with sharing / without", statistics.median(ratios), "", "<= 1.03")
 
 
 if __name__ == "__main__":
@@ -190,5 +265,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=256, help="of each trainer")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--every", type=int, default=32)
+    parser.add_argument("--text", help="a text file")
+    parser.add_argument("--variants", nargs="*", default=VARIANTS, choices=VARIANTS)
     given = parser.parse_args()
-    asyncio.run(main(given.steps, given.seeds, given.every))
+    main(given.steps, given.seeds, given.every, given.text, list(given.variants))

@@ -56,7 +56,9 @@ async def read(entries: list[Entry]) -> dict[PeerID, Place]:
     trust = Trust(OWNER.peer_id)
     authority = Authority(RUN)
     trust.add(authority)
-    places, addresses = await read_places(entries, authority, trust=trust, scope=scope, now=NOW)
+    places, addresses = await read_places(
+        entries, authority, authority.run.manifest.pattern, trust=trust, scope=scope, now=NOW
+    )
     assert places.keys() == addresses.keys()
     return places
 

@@ -246,7 +246,9 @@ async def test_nothing_is_wider_than_the_screen(browser: Any, viewport: dict[str
     observer = FakeObserver(size=(16, 32), num_servers=num_servers, num_points=20, prefix="a_very_long_prefix" * 2)
     if observer.peers:
         observer.peers[0]["error"] = "x" * 240
-        observer.losses = {"0000000a " + "y" * 55: [1, 0.5, 0, 0, "samples"]}
+        observer.losses = {"0000000a " + "y" * 55: [1_234_567, 0.1234, 12_345, 123_456_789, "samples"]}
+        observer.thanks = [{"peer_id": "ab" * 32, "short": "abababab", "name": "z" * 64, "hours": 24, "trainers": 99}]
+        observer.thanks[0] |= {"rows": 1_234_567, "steps": 123_456}
     observer.note("z" * 240, "failed")
     async with visiting(browser, observer, viewport=viewport) as visit:
         width = await visit.page.evaluate("document.documentElement.scrollWidth")

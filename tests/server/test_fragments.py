@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from torch import nn
 
 from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.runtime import states
 from tesseract_async.runtime.states import StateDict
+from tesseract_async.server import fragments
 from tesseract_async.server.answering import journal_key
 from tesseract_async.server.checkpoint import check_state, encode, largest_state
-from tesseract_async.server.fragments import FragmentBackend, read_fragment, read_manifest
+from tesseract_async.server.fragments import MAX_STATE_BYTES, FragmentBackend, read_fragment, read_manifest
 from tesseract_async.sharing.copy import Copy
 from tesseract_async.sharing.fragment import Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
@@ -30,7 +33,7 @@ PEERS = [Identity.from_seed(bytes([n]) * 32).peer_id for n in range(1, 6)]
 
 def make_backend(number: int = 0, manifest: SharedManifest = MANIFEST) -> FragmentBackend:
     cut = manifest.layout.cuts[number]
-    return FragmentBackend(manifest, number, Fragment(cut, manifest.outer, torch.zeros(cut.numel)))
+    return FragmentBackend(manifest.part(number), Fragment(cut, manifest.outer, torch.zeros(cut.numel)))
 
 
 def pushed(backend: FragmentBackend, seed: int, peer: PeerID = PEERS[0]) -> bytes:
@@ -62,11 +65,11 @@ def test_a_state_goes_through_a_file(num_rounds: int) -> None:
     state = through_a_file(backend)
     assert sum(map(len, encode(state))) <= largest_state(other)
     other.load_state(state)
-    for one in (other.fragment, read_fragment(MANIFEST, 0, state["module"], num_rounds)[0]):
+    for one in (other.fragment, read_fragment(MANIFEST.part(0), state["module"], num_rounds)[0]):
         assert one.root == backend.fragment.root and one.updates == backend.fragment.updates
         assert one.before == backend.fragment.before
     assert other.samples == backend.samples == (ledger(num_rounds - 1).encode() if num_rounds else b"")
-    assert read_manifest(state["module"]).encode() == MANIFEST.encode()
+    assert read_manifest(state["module"]).data == MANIFEST.data
     assert other.version == num_rounds and other.steps == 3 * num_rounds
     assert all(other.led_to(journal_key(PEERS[0], one), one) for one in call_ids)
     assert [pushed(one, 99) for one in (backend, other)] and backend.fragment.root == other.fragment.root
@@ -95,7 +98,7 @@ def test_states_that_lie_are_refused() -> None:
         tensors = dict(through_a_file(backend)["module"])
         change(tensors)
         with pytest.raises(ProtocolError):
-            read_fragment(MANIFEST, number, tensors, version)
+            read_fragment(MANIFEST.part(number), tensors, version)
 
     lie(lambda tensors: tensors.__delitem__("anchor"))
     lie(lambda tensors: tensors.update(anchor=tensors["anchor"].double()))
@@ -111,6 +114,53 @@ def test_states_that_lie_are_refused() -> None:
     lie(lambda tensors: None, number=1)
     with pytest.raises(ValueError):
         backend.load_state({**through_a_file(backend), "version": 7})
+
+
+def test_a_server_hosts_what_a_file_says_by_itself() -> None:
+    for number in (0, 1):
+        backend = make_backend(number)
+        for seed in range(11):
+            pushed(backend, seed)
+        file = b"".join(encode(backend.state()))
+        other = FragmentBackend.of_file(f"x.{number}", file)
+        assert b"".join(encode(other.state())) == file and other.part == MANIFEST.part(number)
+        assert largest_state(other) <= MAX_STATE_BYTES
+        for uid, data in ((f"x.{1 - number}", file), (f"x.{number}", file[:-9]), (f"x.{number}", b"")):
+            with pytest.raises(ProtocolError):
+                FragmentBackend.of_file(uid, data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("applied", {}),
+        ("applied", {"ids": 3, "versions": 4}),
+        ("applied", {"ids": torch.zeros(3), "versions": torch.zeros(2, 2)}),
+        ("module", {}),
+        ("module", {"manifest": torch.zeros(9, dtype=torch.uint8)}),
+        ("accumulated", 7),
+        ("version", 5),
+    ],
+)
+def test_files_that_lie_are_refused(key: str, value: object) -> None:
+    backend = make_backend()
+    pushed(backend, 1)
+    with contextlib.suppress(ProtocolError):
+        other = FragmentBackend.of_file("x.0", b"".join(encode({**backend.state(), key: value})))
+        assert key in ("applied", "accumulated") and other.fragment.root == backend.fragment.root
+        pushed(other, 2)
+
+
+def test_a_journal_from_elsewhere_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (states, fragments):
+        monkeypatch.setattr(module, "JOURNAL_LENGTH", 8)
+    state = make_backend().state()
+    state["applied"] |= {"ids": torch.arange(16 * 20, dtype=torch.uint8), "versions": torch.full((20,), 2**40)}
+    other = FragmentBackend.of_file("x.0", b"".join(encode(state)))
+    assert len(other.applied) == 8 and list(other.applied)[-1] == bytes(range(48, 64))
+    for seed in range(20):
+        pushed(other, seed)
+        assert len(other.applied) <= 8
 
 
 class World:

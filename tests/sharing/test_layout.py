@@ -13,7 +13,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing import layout as layouts
 from tesseract_async.sharing.fragment import Outer
 from tesseract_async.sharing.layout import Cut, Entry, Kind, Layout, LayoutMismatch
-from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 
 
 class Model(nn.Module):
@@ -152,13 +152,30 @@ def packed(value: object) -> bytes:
 def test_a_strangers_manifest_is_read_or_refused(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         assert SharedManifest.decode(data).layout.cuts
+    with contextlib.suppress(ProtocolError):
+        assert FragmentPart.read(1, data).cut.numel
 
 
 def test_a_manifest_comes_back() -> None:
     manifest = SharedManifest(Layout.of(nn.Linear(3, 4)), Outer(learning_rate=0.5, momentum=0.0, codec="none"))
-    read = SharedManifest.decode(manifest.encode())
+    read = SharedManifest.decode(manifest.data)
     assert read.outer == manifest.outer and read.layout.entries == manifest.layout.entries
-    assert read.part(0) == manifest.encode() and len(read.part(1)) == 32
+    assert read.data == manifest.data and read.digest == manifest.digest
+    for number in range(len(manifest.layout.cuts)):
+        assert FragmentPart.read(number, manifest.part(number).data) == manifest.part(number)
+    rate, momentum, codec, kind, start, stop, digest = msgpack.unpackb(manifest.part(1).data)
+    for row in (
+        [rate, momentum, codec, kind, start, start, digest],
+        [rate, momentum, codec, kind, start, start + 2**40, digest],
+        [rate, momentum, codec, "odd", start, stop, digest],
+        [rate, momentum, codec, kind, True, stop, digest],
+        [11.0, momentum, codec, kind, start, stop, digest],
+        [rate, momentum, codec, kind, start, stop, b""],
+        [rate],
+        7,
+    ):
+        with pytest.raises(ProtocolError):
+            FragmentPart.read(1, packed(row))
     for wrong in ([0.5, 2.0, "none", b""], [0.5, 0.0, "zip", b""], [0.5, 0.0, "none", "x"], [1, 0.0, "none", b""]):
         with pytest.raises(ProtocolError):
             SharedManifest.decode(packed(wrong))

@@ -131,6 +131,14 @@ def test_integers_are_those_of_the_most_advanced() -> None:
         for at, steps in enumerate((5, 30, 7))
     ]
     assert Rounds(0, max_steps=64).merge(pushes, cut, OUTER).tolist() == [1]
+    liar = judge(PEERS[3], bytes(16), 10**6, bytes(compression.encode(torch.tensor([-(2**62)]), "none")), cut, OUTER)
+    assert Rounds(0, max_steps=64).merge([*pushes, liar], cut, OUTER).tolist() == [1]  # from four on, the median
+
+
+def test_frozen_parameters_are_not_pushed() -> None:
+    data = bytes(compression.encode(torch.ones(4), "none"))
+    with pytest.raises(ValueError, match="frozen"):
+        judge(PEERS[0], bytes(16), 1, data, Cut(Kind.FIXED, 0, 4), OUTER)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
@@ -145,8 +153,8 @@ def test_what_does_not_fit_is_refused() -> None:
             judge(PEERS[0], bytes(16), 1, data, CUT, OUTER)
 
 
-def test_a_round_holds_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_PUSHES_BYTES", 3 * 160)
+def test_a_round_holds_a_bounded_number_of_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_MEMBERS", 3)
     rounds = Rounds(0, max_steps=64)
     for peer in range(3):
         rounds.add(push(peer), 0, 0.0)

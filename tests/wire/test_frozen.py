@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from tesseract_async.errors import NotPrimary
+from tesseract_async.experts.grants import Invite, grant_text, sign_grant
+from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.network import datagrams
 from tesseract_async.transport.certificates import ALPN
 from tesseract_async.wire import apply, compression, frames, heads, messages, packed
@@ -35,6 +37,8 @@ PAIRS = {
     messages.LOCKSTEP: (messages.LockstepRequest, messages.LockstepReply),
 }
 HELLO = heads.Hello(bytes(range(16)), False, bytes(32), 1024, 2**23, 2**30, (b"grant",), frozenset({"reply_parts"}))
+OWNER = Identity.from_seed(b"o" * 32)
+GRANT = sign_grant(OWNER, bytes(16), OWNER.peer_id, ["host", "train"], serial=7, not_after=2**33)
 LED = NotPrimary("ffn.3.7 is led by others", primary=bytes(32), retry_after=1.5)
 
 
@@ -119,6 +123,12 @@ BYTES = {
     "frame": frames.frame(frames.PONG, stream=77, flags=frames.REPORT),
     "table": frames.encode_table(5, [1, 2**40]),
     "apply": msgpack.packb(apply_request()),
+    "datagram": datagrams.encode_request(
+        datagrams.FIND, 0, b"t" * 8, b"s" * 32, token=b"k" * 8, challenge=b"", arguments=[bytes(32)]
+    ),
+    "record": SignedRecord.sign(OWNER, bytes(32), sequence=5, expiration=1.5e9, value=b"value", subkey="name").body,
+    "grant": GRANT.blob,
+    "invite": Invite(f"digits@{OWNER.peer_id}", ("198.51.100.7:31337",), grant_text(GRANT)).text().encode(),
     **{codec: bytes(compression.encode(X, codec)) for codec in CODECS},
 }
 
@@ -150,6 +160,31 @@ FROZEN = {
         "161718191a1b1c1d1e1fc41004000000000000000500000000000000c40c0000000001000000030000009193a7666c6f"
         "61743332920203a46e6f6e6501c2c3c309a462663136c0c40c010000000000000001000000c40c0000803f0000803e00"
         "00403f"
+    ),
+    "datagram": (
+        "540202007474747474747474737373737373737373737373737373737373737373737373737373737373737393c4086b"
+        "6b6b6b6b6b6b6bc400c4200000000000000000000000000000000000000000000000000000000000000000"
+    ),
+    "record": (
+        "2a15d82c740858c73940358f3a2ad531069e039fdcdbf3eb9b5324db58077bd073b8492db45da907be3ecea83bfcbc84"
+        "868c43f17f83d64429b4a323fd222405c86d01ad8b2fb694b22ff60e3c9d9e7ed90db5604772b74450d40913b9a9cbaf"
+        "00000000000000050000015d3ef7980002046e616d6576616c7565"
+    ),
+    "grant": (
+        "c86d01ad8b2fb694b22ff60e3c9d9e7ed90db5604772b74450d40913b9a9cbaf500c7fc5cacf03a4424c83018f395f2b"
+        "caad1ecbacdd46a4e56805716f40d54a603e8034dee076e36726d33ebd8a6259c50061f0dac5aaf84730277e67242b09"
+        "97c41000000000000000000000000000000000c420e577275f191892ed88311038fd26de52488a74e0852efc97c3a466"
+        "87a4a050d803a007cf0000000200000000c400"
+    ),
+    "invite": (
+        "746573736572616374312d6b396c485a476c6e6158527a514755314e7a63794e7a566d4d546b784f446b795a5751344f"
+        "444d784d54417a4f475a6b4d6a5a6b5a5455794e446734595463305a5441344e544a6c5a6d4d354e324d7a595451324e"
+        "6a6733595452684d4455775a446952736a45354f4334314d5334784d4441754e7a6f7a4d544d7a4e38536b5a38687441"
+        "61324c4c37615573695f32446a79646e6e375a4462566752334b335246445543524f35716375765541785f7863725041"
+        "36524354494d426a7a6c664b387174487375733355616b355767466357394131557067506f4130337542323432636d30"
+        "7a3639696d4a5a78514268384e7246717668484d43642d5a795172435a66454541414141414141414141414141414141"
+        "41414141414445494f56334a31385a474a4c74694445514f50306d336c4a49696e5467685337386c384f6b5a6f656b6f"
+        "464459413641487a77414141414941414141417841433533576167"
     ),
     "none": (
         "000000c00000e0bf0000c0bf0000a0bf000080bf000040bf000000bf000080be000000000000803e0000003f0000403f"

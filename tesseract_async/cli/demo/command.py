@@ -36,9 +36,10 @@ async def command(
 
     A bootstrap node, three expert servers and two trainers are started on loopback; they learn to read handwritten
     digits (part of scikit-learn: nothing is downloaded). A third of the way in, one server is killed; it returns later
-    with its weights. Nothing in the trainers learns but their gates: it is the experts that learn the digits.
+    with its weights. Nothing in the trainers learns but their gate, which they share: it is the experts that learn the
+    digits.
 
-    The exit status is 0 if every trainer's validation accuracy ends at 0.97 or more.
+    The exit status is 0 if both trainers end with one model, whose validation accuracy is 0.97 or more.
     """
     missing = [
         name for name in ("sklearn", *(() if no_plot else ("matplotlib",))) if not importlib.util.find_spec(name)

@@ -27,6 +27,8 @@ NOISE = 0.5
 K_BEST = 4
 EXPERT_LEARNING_RATE = 2e-3
 GATE_LEARNING_RATE = 1e-3
+SHARE_EVERY = 16
+"""Steps between two exchanges of what trainers share."""
 VALIDATE_EVERY = 10
 """Steps between validations."""
 REFRESH_PERIOD = 1.0

@@ -16,7 +16,9 @@ class Trainer:
     losses: list[tuple[float, float]] = field(default_factory=list)
     """(seconds since the start, loss of the step)"""
     accuracies: list[tuple[float, float]] = field(default_factory=list)
-    """(seconds since the start, validation accuracy)"""
+    """(seconds since the start, validation accuracy of the model that all trainers made together)"""
+    model: str | None = None
+    """That model's digest at the end."""
     errors: list[str] = field(default_factory=list)
     """Sentences about steps that were lost."""
     num_calls: int = 0
@@ -82,6 +84,10 @@ class Progress:
             self.servers[name].versions = facts["versions"]
 
     def _take_trainer(self, trainer: Trainer, facts: dict[str, Any], now: float) -> None:
+        if "accuracy" in facts:
+            trainer.accuracies.append((now, facts["accuracy"]))
+        if facts["event"] == "done":
+            trainer.model = facts["model"]
         if facts["event"] != "step":
             return
         trainer.step = facts["step"]
@@ -92,8 +98,6 @@ class Progress:
             trainer.recent.popleft()
         if "loss" in facts:
             trainer.losses.append((now, facts["loss"]))
-        if "accuracy" in facts:
-            trainer.accuracies.append((now, facts["accuracy"]))
         if "error" in facts:
             trainer.errors.append(facts["error"])
 
@@ -112,5 +116,15 @@ class Progress:
         return None if None in known else min(value for value in known if value is not None)
 
     @property
+    def models(self) -> set[str | None]:
+        """The trainers' models at the end: one."""
+        return {trainer.model for trainer in self.trainers.values()}
+
+    @property
+    def is_done(self) -> bool:
+        return None not in self.models
+
+    @property
     def passed(self) -> bool:
-        return self.accuracy is not None and self.accuracy >= plan.REQUIRED_ACCURACY
+        is_one = self.is_done and len(self.models) == 1
+        return is_one and self.accuracy is not None and self.accuracy >= plan.REQUIRED_ACCURACY

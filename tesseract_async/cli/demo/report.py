@@ -21,6 +21,9 @@ def summary(progress: Progress) -> Table:
     for name, trainer in progress.trainers.items():
         if trainer.accuracy is not None:
             table.add_row(f"{name}, validation accuracy", f"{trainer.accuracy:.3f}")
+    if progress.is_done:
+        num = len(progress.models)
+        table.add_row("models at the end", "one, of all trainers" if num == 1 else f"{num}: not all steps were shared")
     steps = sum(server.num_steps for server in progress.servers.values())
     table.add_row(
         "experts' optimizer steps", "none: they are frozen" if progress.options.freeze_experts else str(steps)
@@ -43,6 +46,8 @@ def verdict(progress: Progress) -> str:
     reached = f"{progress.accuracy:.3f}"
     if progress.options.freeze_experts:
         return f"With frozen experts the gates alone reach {reached}; the experts carry the rest."
+    if len(progress.models) > 1:
+        return f"Validation accuracy {reached}, but the trainers ended with different models."
     if progress.passed:
         return f"Validation accuracy {reached}, the goal was {plan.REQUIRED_ACCURACY}."
     return f"Validation accuracy {reached} is less than the goal of {plan.REQUIRED_ACCURACY}."
@@ -57,7 +62,8 @@ def plot(progress: Progress, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, trainer in progress.trainers.items():
-        axes.plot([at for at, _ in trainer.accuracies], [value for _, value in trainer.accuracies], label=name)
+        times, values = [at for at, _ in trainer.accuracies], [value for _, value in trainer.accuracies]
+        axes.plot(times, values, label=f"the model of all trainers, at {name}")
     axes.axhline(plan.REQUIRED_ACCURACY, color="grey", linewidth=0.8, linestyle=":")
     for at, text in ((progress.killed_at, "one server killed"), (progress.returned_at, "back with its weights")):
         if at is not None:
@@ -70,7 +76,7 @@ def plot(progress: Progress, path: Path) -> None:
         xlabel="seconds of training",
         ylabel="validation accuracy",
         ylim=(0, 1.02),
-        title=f"Handwritten digits: {plan.NUM_TRAINERS} trainers, {kind}, separate processes",
+        title=f"Handwritten digits: {plan.NUM_TRAINERS} trainers make one model, {kind}, separate processes",
     )
     axes.set_xlim(left=0)
     axes.legend(loc="lower right")

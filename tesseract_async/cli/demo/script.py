@@ -59,10 +59,9 @@ class Script:
         """Wait for the trainers. Raises: ChildFailed for the first process that fails."""
         try:
             async with asyncio.TaskGroup() as group:
-                guards = [group.create_task(child.wait()) for child in (*family[:1], *servers)]
+                guards = [group.create_task(child.wait()) for child in (*family[:1], *servers, *trainers)]
                 accident = group.create_task(self._kill_and_return(family, servers))
-                for trainer in [group.create_task(trainer.wait()) for trainer in trainers]:
-                    await trainer
+                await self._until(lambda: self.progress.is_done)
                 self._note("all steps are taken")
                 accident.cancel()
                 for guard in guards:

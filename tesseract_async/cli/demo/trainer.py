@@ -1,16 +1,18 @@
 """One trainer of the demo, a process of its own: ``python -m tesseract_async.cli.demo.trainer '{"seed": 0, ...}'``.
 
-It holds nothing that learns but its gate: pixels go into the mixture, and what comes out are the logits. So whatever
-accuracy it reaches beyond what a gate over random experts does, the experts learned.
+It holds nothing that learns but its gate, which it shares with the other trainers: pixels go into the mixture, and what
+comes out are the logits. So whatever accuracy it reaches beyond what a gate over random experts does, the experts
+learned. The accuracy is that of the gate that all trainers made together.
 
 It reports in lines of JSON on standard output: ``ready``, one ``step`` after the other, ``done``.
 """
 
 import asyncio
+import contextlib
+import hashlib
 import json
-import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,10 @@ from torch.nn import functional as F
 
 import tesseract_async as ta
 from tesseract_async.cli.demo import plan
-from tesseract_async.cli.running import run, say, set_up_logging
-from tesseract_async.errors import TesseractError, describe
+from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
+from tesseract_async.client.progress import ProgressOf
+from tesseract_async.errors import TesseractError
 from tesseract_async.monitoring import publish_progress
-
-logger = logging.getLogger(__name__)
 
 PUBLISH_PERIOD = 1.0
 """Seconds between two publications of the loss."""
@@ -45,7 +46,7 @@ def load_digits() -> Digits:
 
 
 WAIT_FOR_EVERYBODY = 30.0
-"""Seconds that a trainer waits at most for the killed server."""
+"""Seconds that a trainer waits at most for the killed server, and at the end for the others' last steps."""
 
 
 async def train(
@@ -58,26 +59,40 @@ async def train(
     report: Callable[..., None] = say,
     rows: int = plan.ROWS,
     validate_every: int = plan.VALIDATE_EVERY,
+    num_trainers: int = plan.NUM_TRAINERS,
+    stay: Callable[[], Awaitable[object]] = until_told_to_leave,
 ) -> int:
     """Join the swarm, train, and report until all steps are taken. Returns the exit status.
 
     `number`: which trainer it is: each draws its own batches. `go_on`: at `WAIT_AT`, the trainer waits until all
-    experts live and this file exists.
+    experts live and this file exists. `stay`: awaited at the end, while others may need what is hosted here.
     """
     wait_at = max(1, round(plan.WAIT_AT * steps))
     x_train, y_train, x_val, y_val = load_digits()
     torch.manual_seed(seed * 1000 + number)
     node = ta.TesseractNode(initial_peers=initial_peers, refresh_period=plan.REFRESH_PERIOD)
-    losses: list[tuple[int, float]] = []
-    async with node, asyncio.TaskGroup() as group:
-        publishing = group.create_task(publish_losses(node, f"trainer {number + 1}", losses))
+    async with node, contextlib.AsyncExitStack() as stack:
         gate = ta.GatingFunction(
             node, uid_prefix=plan.PREFIX, grid_size=plan.GRID_SIZE, in_features=plan.NUM_PIXELS, k_best=plan.K_BEST
         )
+        progress = ProgressOf(gate, trainer=f"trainer {number + 1}", period=PUBLISH_PERIOD)
+        await stack.enter_async_context(contextlib.aclosing(progress))
         optimizer = torch.optim.Adam(gate.parameters(), lr=plan.GATE_LEARNING_RATE)
         node.directory.watch(plan.PREFIX, plan.GRID_SIZE)
         await node.directory.wait_warm(plan.PREFIX)
+        # the first trainer begins the run, and hosts what is shared
+        sharing = ta.SharedParameters(node, gate, run=plan.PREFIX, every=plan.SHARE_EVERY, host=number == 0)
+        shared = await stack.enter_async_context(sharing)
         report("ready")
+
+        async def accuracy() -> float:
+            with torch.no_grad():
+                logits = await shared.merged()(x_val)
+            if number == 0:
+                loss = F.cross_entropy(logits, y_val).item()
+                with contextlib.suppress(TesseractError, TimeoutError):  # it is for onlookers only
+                    await publish_progress(node, plan.PREFIX, step=shared.steps, loss=loss, trainer="merged")
+            return float((logits.argmax(1) == y_val).float().mean())
 
         for step in range(1, steps + 1):
             if step == wait_at:
@@ -92,35 +107,32 @@ async def train(
                 await ta.backward(loss)
                 optimizer.step()
                 facts["loss"] = loss.item()
-                losses.append((step, facts["loss"]))
-                if step % validate_every == 0 or step == steps:
-                    with torch.no_grad():
-                        logits = await gate(x_val)
-                    facts["accuracy"] = (logits.argmax(1) == y_val).float().mean().item()
+                progress.add(step, facts["loss"], {"samples": step * rows})
+                if step % validate_every == 0:
+                    facts["accuracy"] = await accuracy()
             except (TesseractError, TimeoutError) as error:
                 # too many experts vanished at once: the next step finds others
                 facts["error"] = f"{type(error).__name__}: {error}"
+            await shared.step()  # also after a lost one: so all know how many there will be
             facts["num_calls"] = int(node.metrics.total("expert_calls"))
             view = node.directory.live(plan.PREFIX)
             facts["live"] = [] if view is None else [view.uid(row) for row in range(len(view))]
             report("step", **facts)
-        publishing.cancel()
-        report("done")
+        await flush_all(shared, num_trainers * steps)
+        model = b"".join(one.numpy().tobytes() for one in shared.merged().state_dict().values())
+        report("done", accuracy=await accuracy(), model=hashlib.sha256(model).hexdigest())
+        await stay()
     return 0
 
 
-async def publish_losses(node: ta.TesseractNode, trainer: str, losses: list[tuple[int, float]]) -> None:
-    """Let `tesseract top` and the dashboard show the mean loss since the last time, until cancelled."""
-    while True:
-        await asyncio.sleep(PUBLISH_PERIOD)
-        if not losses:
-            continue
-        step, mean = losses[-1][0], sum(loss for _, loss in losses) / len(losses)
-        losses.clear()
-        try:
-            await publish_progress(node, plan.PREFIX, step=step, loss=mean, trainer=trainer)
-        except (TesseractError, TimeoutError) as error:
-            logger.info("the loss could not be published: %s", describe(error))
+async def flush_all(shared: ta.SharedParameters[ta.GatingFunction], num_steps: int) -> None:
+    """Return once all steps of all trainers count and are here, or after `WAIT_FOR_EVERYBODY` seconds."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(WAIT_FOR_EVERYBODY):
+            await shared.flush()
+            while shared.steps < num_steps:
+                await asyncio.sleep(0.1)
+                await shared.flush()
 
 
 async def wait_for_everybody(node: ta.TesseractNode, may_go_on: Callable[[], bool]) -> None:

@@ -71,8 +71,8 @@ function drawTotals() {
     ["calls per second", number(totals.calls_per_second ?? 0, 0)],
     ["rows per second", number(totals.rows_per_second ?? 0)],
     ["steps per second", number(totals.steps_per_second ?? 0, 1)],
-    [`${seen[0]} seen by trainers`, seen[1] ? short(seen[1]) : "–"],
-    ["loss", totals.loss === undefined ? "–" : number(totals.loss, 4), totals.merged === undefined ? "" : ` ${number(totals.merged, 4)} merged`],
+    [`${seen[0]} seen`, seen[1] ? short(seen[1]) : "–"],
+    totals.merged === undefined ? ["loss, mean", number(totals.loss, 4)] : ["loss, merged", number(totals.merged, 4)],
   ];
   $("totals").replaceChildren(...cards.map(([label, value, more, bad]) => {
     const card = element("div", undefined, bad ? "bad" : ""), strong = element("b", value);
@@ -130,6 +130,7 @@ function coordsAt(grid, [row, column]) {
 
 function drawGrids() {
   const holder = $("grids");
+  $("detail").hidden = state.grids.length === 0;
   if (state.grids.length === 0) {
     if (!holder.querySelector(".quiet")) {
       const lines = [
@@ -457,6 +458,11 @@ for (const canvas of plots) {
 
 // ---------------------------------------------------------------------------------------------- lists
 
+function titled(text, title) {
+  const made = element("span", text);
+  made.title = title;
+  return made;
+}
 const nameOf = (one) => one.name ? `${one.name} (${one.short})` : one.short;
 
 function link(hash, text) {
@@ -534,8 +540,13 @@ function drawContributors() {
   const some = state.contributors;
   $("no-thanks").hidden = some.length > 0;
   $("thanks").closest("table").hidden = some.length === 0;
+  const named = (one) => {
+    const made = link(`server/${one.peer_id}`, one.name || one.short);
+    if (one.name) made.append(element("span", ` (${one.short})`, "id"));
+    return made;
+  };
   fill($("thanks"), some.map((one) => [
-    [link(`server/${one.peer_id}`, nameOf(one)), number(one.rows), number(one.steps), number(one.hours), number(one.trainers)],
+    [named(one), number(one.rows), number(one.steps), number(one.hours), number(one.trainers)],
     "", [nameOf(one), one.rows, one.steps, one.hours, one.trainers],
   ]));
 }
@@ -544,7 +555,7 @@ function drawTrainers() {
   const trainers = Object.entries(state.losses);
   $("trainers").hidden = trainers.length === 0;
   fill($("losses"), trainers.map(([name, [step, loss, leftOut, seen, unit]]) => [
-    [name, number(step), number(loss, 4), seen ? `${number(seen)} ${unit}` : "–", number(leftOut)], "",
+    [name, short(step), number(loss, 4), titled(seen ? short(seen) : "–", `${number(seen)} ${unit}`), short(leftOut)], "",
     [name, step, loss, seen, leftOut],
   ]));
 }

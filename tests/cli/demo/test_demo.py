@@ -24,7 +24,7 @@ async def test_a_server_is_killed_and_returns_while_training_goes_on(stem: Stem,
     )
     assert status == 1, "20 steps are too few for the accuracy: the status says so"
     assert err == "" and len(accuracies(shown)) == 2, shown + err
-    assert re.search(r"steps that trainers lost\W+0\b", shown), shown
+    assert re.search(r"steps that trainers lost\W+0\b", shown) and "one, of all trainers" in shown, shown
     assert re.search(r"killed at [\d.]+ s, back at", shown), shown
     kept, since = map(int, next(re.finditer(r"(\d+) kept, (\d+) since its return", shown)).groups())
     assert since > 0

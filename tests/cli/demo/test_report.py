@@ -26,7 +26,7 @@ def step(number: int, *, accuracy: float | None = None, error: str | None = None
     return facts if accuracy is None else facts | {"accuracy": accuracy}
 
 
-def finished(*accuracies: float, **options: Any) -> Progress:
+def finished(*accuracies: float, models: str = "aa", **options: Any) -> Progress:
     progress = Progress(plan.DemoOptions(steps=3, **options))
     for number in range(3):
         progress.servers[f"server {number + 1}"].alive = True
@@ -37,7 +37,7 @@ def finished(*accuracies: float, **options: Any) -> Progress:
         progress.take(name, step(1, accuracy=0.2), 1.0)
         progress.take(name, step(2, error="NotEnoughExperts: nobody"), 2.0)
         progress.take(name, step(3, accuracy=accuracy), 4.0)
-        progress.take(name, {"event": "done"}, 4.0)
+        progress.take(name, {"event": "done", "model": models[number], "accuracy": accuracy}, 4.0)
     server = progress.servers["server 2"]
     progress.killed_at, progress.returned_at = 1.5, 3.0
     server.versions_at_return = {"digits.0.0": 4}
@@ -74,6 +74,8 @@ def test_progress_is_what_the_slower_trainer_did() -> None:
 def test_the_verdict_follows_the_lower_accuracy() -> None:
     assert finished(0.98, 0.971).passed
     assert not finished(0.99, 0.969).passed
+    assert not finished(0.99, 0.98, models="ab").passed
+    assert "different models" in report.verdict(finished(0.99, 0.98, models="ab"))
     assert not Progress(plan.DemoOptions()).passed
     assert "the goal was 0.97" in report.verdict(finished(0.98, 0.971))
     assert "less than" in report.verdict(finished(0.98, 0.5))
