@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar
 
 from tesseract_async.client.experience import experience_of
 from tesseract_async.errors import Overloaded, ProtocolError, TesseractError, TooStale, describe
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.pieces import LIST
@@ -25,6 +27,7 @@ from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Role
 from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.fetching import ask_piece, fetch_state
+from tesseract_async.server.other_replicas import owner_of, read_replicas
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -56,6 +59,9 @@ class Origin(NamedTuple):
     """``primary``, ``follower``, or ``holder``, which has the sealed file alone."""
     age: tuple[int, int] = (0, 0)
     """The epoch and number of its Seal, as far as they are known."""
+    root: bytes = messages.NO_ROOT
+    """The root of the file of the newest Seal that an expert's primaries signed, where that is known: what others than
+    the primary give whole is that file."""
 
 
 @dataclass(slots=True)
@@ -94,10 +100,32 @@ async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, .
                     role = ROLES[part.role] if known is None else known.role
                     found[uid][peer] = Origin(peer, role, (part.epoch, part.number))
 
+        await _look_up_lineages(node, authority, found)
+
     def rank(one: Origin) -> tuple[bool, tuple[int, int], bool]:
         return one.role == "primary", one.age, one.role == "follower"
 
     return {uid: sorted(some.values(), key=rank, reverse=True) for uid, some in found.items() if some}
+
+
+async def _look_up_lineages(
+    node: TesseractNode, authority: Authority, found: Mapping[str, dict[PeerAddress, Origin]]
+) -> None:
+    """Let the primaries be those who are by signed records, not by their own word."""
+    records: dict[str, list[bytes]] = {uid: [] for uid in found}
+    replicas = await read_replicas(node, records, records=records)
+    for uid, some in found.items():
+        lineage, now = Lineage(uid, authority), node.trust.clock()
+        lineage.set_hosts({owner_of(one): one.epoch for one in replicas.get(uid, ())})
+        for blob in records[uid]:
+            if (record := lineage.read(blob)) is not None:
+                lineage.add(record, now=now)
+        if (term := lineage.best) is None:
+            continue
+        seal = lineage.seal_of(term)
+        for peer, origin in some.items():
+            role = "primary" if peer.peer_id == lineage.primary else origin.role.replace("primary", "follower")
+            some[peer] = origin._replace(role=role, root=messages.NO_ROOT if seal is None else seal.root)
 
 
 class SavePoint:
@@ -162,11 +190,16 @@ class SavePoint:
         self._late = {uid for uid in self._origins if uid not in self._marked and uid not in self._failed}
 
     async def _ask(self, uid: str, origin: Origin) -> tuple[messages.StateReply, memoryview]:
-        request = messages.StateRequest(uid, not self._is_whole, 0, messages.NO_ROOT, LIST, self._point)
+        root = self._root(origin)
+        request = messages.StateRequest(uid, not self._is_whole, 0, root, LIST, self._point)
         head, data = await ask_piece(self._node, origin.peer, request, timeout=self._timeout)
-        if head.size == 0:
+        if head.size == 0 or root not in (messages.NO_ROOT, head.root):
             raise ProtocolError(f"{origin.peer.short} does not have the state of {uid}")
         return head, data
+
+    def _root(self, origin: Origin) -> bytes:
+        """The file that this one has to give; `NO_ROOT` for its state now."""
+        return origin.root if self._is_whole and origin.role != "primary" else messages.NO_ROOT
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
         loop = asyncio.get_running_loop()
@@ -229,5 +262,11 @@ class SavePoint:
 
     async def _fetch(self, uid: str, origin: Origin) -> bytes | memoryview | None:
         return await fetch_state(
-            self._node, origin.peer, uid, weights_only=not self._is_whole, point=self._point, timeout=self._timeout
+            self._node,
+            origin.peer,
+            uid,
+            weights_only=not self._is_whole,
+            root=self._root(origin),
+            point=self._point,
+            timeout=self._timeout,
         )

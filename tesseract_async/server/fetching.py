@@ -183,16 +183,18 @@ async def fetch_state(
     *,
     weights_only: bool = False,
     min_version: int = 0,
+    root: bytes = messages.NO_ROOT,
     point: bytes = messages.NO_POINT,
     max_bytes: int = MAX_STATE_BYTES,
     timeout: float = 60.0,
 ) -> bytes | memoryview | None:
-    """Return the file of an expert's newest state at a server; None before `min_version`. Or that of a save point.
+    """Return the file of an expert's newest state at a server; None before `min_version`. Or that of a save point, or
+    the sealed one with this `root`; None where it is not there.
 
     `timeout` is for each piece; one, and the whole, may take longer by its size at `MIN_RATE`. Raises: as
     `TesseractNode.call_expert`; ProtocolError for too long a file, or pieces that do not fit together; TimeoutError.
     """
-    request = messages.StateRequest(uid, weights_only, min_version, messages.NO_ROOT, LIST, point)
+    request = messages.StateRequest(uid, weights_only, min_version, root, LIST, point)
     left = NUM_RETRIES
     while True:
         left -= 1

@@ -23,11 +23,13 @@ from tesseract_async.experts.placement import Part, Place, Role
 from tesseract_async.experts.places import encode_place, places_key
 from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
+from tesseract_async.experts.terms import EPOCH_ZERO, Kind, sign_seal, sign_term
 from tesseract_async.runtime.structure import describe_module
 from tesseract_async.saving import saver
 from tesseract_async.saving.folder import load_experts, open_folder_or_make
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
 from tesseract_async.server.checkpoint import encode
+from tesseract_async.server.other_replicas import record_subkey
 from tesseract_async.server.run_experts import build_run_backend, complete
 from tesseract_async.server.state_files import SealedFiles
 from tesseract_async.server.state_transfer import SealedState, StateSource
@@ -261,6 +263,65 @@ async def test_without_a_server_that_leads_followers_and_holders_give_what_they_
             assert torch.equal(saved["ffn.0.1"](torch.ones(1, 8)), held.forward([torch.ones(1, 8)])[0])
         await publisher.aclose()
         swarm.source.close()
+
+
+async def test_whole_states_of_holders_are_what_the_primaries_sealed(run: SignedRun, tmp_path: Path) -> None:
+    uid, identity = "ffn.0.1", ta.Identity.from_seed(b"p" * 32)
+    files = SealedFiles(tmp_path / "files")
+    good, bad = build_run_backend(run.manifest, uid), build_run_backend(run.manifest, uid)
+    with torch.no_grad():
+        next(bad.module.parameters()).add_(1.0)
+    sealed = {is_good: files.keep(uid, encode(one.state())) for is_good, one in ((True, good), (False, bad))}
+    async with (
+        ta.TesseractNode(identity=identity) as primary,
+        ta.TesseractNode(initial_peers=[primary.address]) as holder,
+        ta.TesseractNode(initial_peers=[primary.address]) as guest,
+    ):
+        for node in (primary, holder, guest):
+            await join(node, run)
+        sources = []
+        for node, is_good in ((primary, False), (holder, True)):
+            swarm = Swarm(node, guest, run)
+            swarm.source.find_sealed = lambda uid, root, own=sealed[is_good]: own if root == own.root else None
+            sources.append(swarm.source)
+            state = SealedState(uid, 0, sealed[is_good], swarm.aside)
+
+            async def answer(call: IncomingCall, source: StateSource = swarm.source, own: Any = state) -> Message:
+                return await source.answer(own, call)
+
+            node.host_expert(uid, {STATE: answer})
+        assert run.tag is not None
+        run_id, now = run.tag.run_id("ffn"), int(time.time()) - EPOCH_ZERO
+        term = sign_term(identity, run_id, uid=uid, epoch=now - 9, boot=bytes(8), kind=Kind.GENESIS)
+        file = sealed[True]
+        sign = {"version": 0, "root": file.root, "size": file.size, "time": now - 5, "successors": ()}
+        seal = sign_seal(identity, run_id, term=term, number=1, **sign)  # type: ignore[arg-type]
+        key = primary.trust.shard_key(uid)
+        for subkey, record in ((record_subkey(uid, 0), term.blob), (record_subkey(uid, 1), seal.blob)):
+            await primary.network.store(key, record, ttl=60.0, subkey=subkey)
+        publishers = []
+        for node in (primary, holder):
+            publisher = ExpertPublisher(node.network, addresses=[node.address], trust=node.trust)
+            await publisher.declare({uid: node is holder})  # who says that it is the primary is not
+            publishers.append(publisher)
+        await guest.network.wait_joined(30.0)
+        origins = await find_origins(guest, "ffn", (2, 2))
+        assert {one.peer.peer_id: one.role for one in origins[uid]} == {
+            primary.peer_id: "primary",
+            holder.peer_id: "follower",
+        }
+        assert all(one.root == file.root for one in origins[uid])
+        others = [one._replace(role="holder") for one in origins[uid]]  # the liar comes first
+        store = open_folder_or_make(tmp_path / "out")
+        store.add_run(run)
+        async with SavePoint(guest, {uid: others}, is_whole=True) as point:
+            await point.mark()
+            report = await point.fetch(store)
+        assert report.origins == {uid: "holder"} and store.experts[uid].root == file.root.hex()
+        for publisher in publishers:
+            await publisher.aclose()
+        for source in sources:
+            source.close()
 
 
 async def test_another_runs_folder_is_not_overwritten(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
