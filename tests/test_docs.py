@@ -75,10 +75,14 @@ def check(words: list[str]) -> None:
     if len(words) == 1 or words[1].startswith("-"):
         return
     assert words[1] in COMMANDS, words
-    command = main.get_command(click.Context(main), words[1])
-    assert command is not None
+    command: click.Command = main
+    rest = words[1:]
+    while isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), rest[0])
+        assert found is not None, words
+        command, rest = found, rest[1:]
     context = click.Context(command, info_name=words[1])
-    _, left, _ = command.make_parser(context).parse_args(list(words[2:]))
+    _, left, _ = command.make_parser(context).parse_args(list(rest))
     assert left == [], f"{shlex.join(words)}: nobody takes {left}"
 
 
@@ -379,10 +383,10 @@ def check_torchrun(words: list[str]) -> Any:
 def test_a_mesh_is_started_by_words_that_torchrun_and_serve_take() -> None:
     page = DOCS / "how-to/larger-than-a-device.md"
     scripts = blocks(page, "sh") + blocks(page, "bash")
-    found = [line for text in scripts for line in re.sub(r"\\\n\s*", " ", text).splitlines() if "torchrun " in line]
+    found = [line for text in scripts for line in re.sub(r"\\\n\s*", " ", text).splitlines() if "cli.torchrun " in line]
     for line in found:
         words = shlex.split(line.replace("$SLURM_NNODES", "2"), comments=True)
-        check_torchrun(words[words.index("torchrun") + 1 :])
+        check_torchrun(words[words.index("tesseract_async.cli.torchrun") + 1 :])
     assert len(found) == 2 and check_shell("\n".join(scripts)) == 0
 
 
@@ -398,8 +402,8 @@ def test_the_manifest_of_a_mesh_fits_its_schema() -> None:
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
     [container] = pod["containers"]
-    assert container["command"][0] == "torchrun"
-    options = check_torchrun(container["command"][1:])
+    assert container["command"][:3] == ["python", "-m", "tesseract_async.cli.torchrun"]
+    options = check_torchrun(container["command"][3:])
     # each pod's torchrun finds the first pod by the name that JobSet gives it
     assert job["parallelism"] == job["completions"] == int(options.nnodes)
     host, port = options.rdzv_endpoint.split(":")

@@ -229,7 +229,7 @@ def test_importing_the_package_is_cheap() -> None:
 PROCESS_WIDE = {
     "client/autograd.py": {"_engine_thread", "_steps"},  # PyTorch's engine, whose passes bear numbers of its own
     "client/scaling.py": {"_noted"},  # the same
-    "runtime/mesh.py": {"_links"},  # to the other processes of torch's process group
+    "runtime/mesh_job.py": {"_links", "_on_cpu"},  # to the other processes of torch's process groups
     "runtime/encoding.py": {"_threads"},  # shared by all nodes, renewed after a fork
     "server/registry.py": {"EXPERTS", "_MARKED"},  # filled by decorators, when modules are imported
     "server/state_files.py": {"_held"},  # some file systems' locks are a process's

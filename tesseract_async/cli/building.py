@@ -15,7 +15,7 @@ from tesseract_async.experts.run import RUNS, SignedRun
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.server.footprint import process_bytes
-from tesseract_async.server.registry import build_all, make_backend
+from tesseract_async.server.registry import backend_of, build_all, make_backend
 from tesseract_async.server.run_experts import backend_settings, build_run_backend, make_scheduler
 from tesseract_async.wire.packed import Value
 
@@ -32,14 +32,15 @@ def make_builder(serving: ServeOptions, limits: VolunteerSettings, *, keeps_lear
 
     Raises: ValueError, TimeoutError, where they cannot be spread.
     """
-    computing = {
+    computing: dict[str, object] = {
         "autocast": AUTOCAST[serving.autocast],
         "compile_mode": serving.compile_mode,
         "cuda_graphs": serving.cuda_graphs,
         "own_options": ("lr",) if keeps_learning_rate else (),
         "preferred_sizes": tuple(sorted(serving.preferred_sizes)),
-        "lockstep": serving.step == "lockstep",
     }
+    if serving.run_name is None:  # else the run says it
+        computing["lockstep"] = serving.step == "lockstep"
     limit = limits.max_memory_bytes
     # what the process leaves; measured exactly later, but this is known before anything is built
     max_bytes = None if limit is None else max(0, limit - process_bytes())
@@ -69,6 +70,10 @@ class ExpertBuilder:
         """Return one. Blocking. Raises: ValueError."""
         serving = self._serving
         if run is not None:
+            if run.manifest.shards:
+                raise ValueError(
+                    f"{run.full_name} begins from a checkpoint of Hugging Face: say --hf-checkpoint FOLDER"
+                )
             return build_run_backend(
                 run.manifest,
                 uid,
@@ -98,33 +103,57 @@ class CheckpointBuilder(ExpertBuilder):
 
     def __init__(self, serving: ServeOptions, computing: Mapping[str, object], max_bytes: int | None) -> None:
         """Reads the checkpoint's configuration. Blocking. Raises: ValueError."""
-        super().__init__(serving, computing, max_bytes)
-        from tesseract_async.transformers.serving import CheckpointExperts, CheckpointOptions
+        super().__init__(serving, {**computing, "stochastic": False}, max_bytes)
+        from tesseract_async.transformers.shards import Checkpoint
 
         assert serving.hf_checkpoint is not None
-        options = CheckpointOptions(
-            dtype=None if serving.dtype is None else getattr(torch, serving.dtype),
-            master=None if serving.master is None else getattr(torch, serving.master),
-            optimizer=serving.optimizer,
-            optimizer_options={"learning_rate": serving.learning_rate, **dict(serving.optimizer_option)},
-            scheduler=make_scheduler(serving.schedule, dict(serving.schedule_option)),
-            max_batch_size=serving.max_batch_size,
-        )
-        settings = backend_settings(dict(serving.training), computing)
-        self._experts = CheckpointExperts(serving.hf_checkpoint, options, settings)
+        self._checkpoint = Checkpoint(serving.hf_checkpoint)
 
     async def build_all(
         self, uids: Sequence[str], run: SignedRun | None, *, on_built: Callable[[], None]
     ) -> dict[str, ExpertBackend]:
         """Return them by uid: their weights are read together. Raises: ValueError."""
-        found = await asyncio.to_thread(self._experts.build, uids)
+        found = await asyncio.to_thread(self._build, uids, run)
         for _ in found:
             on_built()
         return found
 
     def build(self, uid: str, run: SignedRun | None) -> ExpertBackend:
         """Return one. Blocking. Raises: ValueError."""
-        return self._experts.build([uid])[uid]
+        return self._build([uid], run)[uid]
+
+    def _build(self, uids: Sequence[str], run: SignedRun | None) -> dict[str, ExpertBackend]:
+        from tesseract_async.transformers.serving import CheckpointExperts, manifest_fields
+
+        serving, checkpoint = self._serving, self._checkpoint
+        if run is None:
+            experts = CheckpointExperts(checkpoint, dtype=serving.dtype, master=serving.master)
+            rates = {"learning_rate": serving.learning_rate, **dict(serving.optimizer_option)}
+            rule = None if serving.optimizer is None else (serving.optimizer, rates)
+            scheduler = make_scheduler(serving.schedule, dict(serving.schedule_option))
+            settings = backend_settings(dict(serving.training), self._computing)
+            return {
+                uid: backend_of(
+                    lambda one=one: one,  # type: ignore[misc]
+                    optimizer=rule,
+                    scheduler=scheduler,
+                    max_batch_size=serving.max_batch_size,
+                    settings=settings,
+                    spread=None,
+                )
+                for uid, one in experts.build(uids, trains=rule is not None).items()
+            }
+        manifest = run.manifest
+        numbers = {name: manifest.sizes.get(name) for name in ("dtype", "master")}
+        fields = manifest_fields(checkpoint, **numbers)  # type: ignore[arg-type]
+        sizes: Mapping[str, object] = fields.pop("sizes")
+        manifest.check(fields | {f"sizes.{name}": value for name, value in sizes.items()}, run=run.full_name)
+        checkpoint.shards = frozenset(manifest.shards)
+        experts = CheckpointExperts(checkpoint, **numbers)  # type: ignore[arg-type]
+        return {
+            uid: build_run_backend(manifest, uid, computing=self._computing, build=lambda one=one: one)  # type: ignore[misc]
+            for uid, one in experts.build(uids, trains=manifest.optimizer is not None).items()
+        }
 
 
 class SpreadBuilder(ExpertBuilder):
@@ -140,7 +169,8 @@ class SpreadBuilder(ExpertBuilder):
             raise ValueError("--shard needs a PyTorch with torch.distributed")
         from torch.distributed.device_mesh import init_device_mesh
 
-        from tesseract_async.runtime.mesh import Spread, join_job, link_of_job
+        from tesseract_async.runtime.mesh import Spread
+        from tesseract_async.runtime.mesh_job import join_job, link_of_job
         from tesseract_async.runtime.mesh_plans import check_torch, find_plan
 
         assert serving.shard is not None

@@ -17,6 +17,7 @@ from tesseract_async.cli.running import set_up_logging, spinner
 from tesseract_async.cli.types import (
     ADDRESS,
     FILE,
+    FOLDER,
     OPTIMIZERS,
     PAIR,
     PATTERN,
@@ -138,6 +139,23 @@ run_option = click.option(
 )
 expert_class_option = click.option(
     "--expert-class", default="ffn", help="Use this kind of expert, ready-made or your own (module:builder)."
+)
+checkpoint_options = with_options(
+    click.option(
+        "--hf-checkpoint",
+        type=FOLDER,
+        help="Take the experts of this mixture-of-experts checkpoint of Hugging Face, as PREFIX.LAYER.EXPERT.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Compute the checkpoint's experts in this number type, not in the checkpoint's.",
+    ),
+    click.option(
+        "--master",
+        type=click.Choice(["float32"]),
+        help="Keep and train the checkpoint's weights in this number type, whatever they are computed in.",
+    ),
 )
 sizes_option = several_option(
     "--size",

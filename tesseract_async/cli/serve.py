@@ -97,6 +97,9 @@ def manifest_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> d
         "schedule": ("schedule", serving.schedule),
         "max_batch_size": ("training.max_batch_size", serving.max_batch_size),
         "seed": ("seed", serving.seed),
+        "dtype": ("sizes.dtype", serving.dtype),
+        "master": ("sizes.master", serving.master),
+        "step": ("training.lockstep", serving.step == "lockstep" or None),
     }
     found = {field: value for flag, (field, value) in fields.items() if is_given(flag)}
     pairs = {

@@ -8,6 +8,7 @@ import click
 
 from tesseract_async.cli.options import (
     FIRST,
+    checkpoint_options,
     expert_class_option,
     grouped,
     hold_option,
@@ -83,8 +84,6 @@ class ServeOptions:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
         if self.shard is not None and (self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1):
             raise click.UsageError("--shard goes with one --device, and without --compile and --cuda-graphs")
-        if self.hf_checkpoint is not None and self.run_name is not None:
-            raise click.UsageError("--hf-checkpoint goes without --run: a run says nothing of a checkpoint")
         if self.hf_checkpoint is None and (self.dtype or self.master):
             raise click.UsageError("--dtype and --master go with --hf-checkpoint")
         if self.schedule is None and self.schedule_option:
@@ -145,21 +144,7 @@ serve_options = grouped(
         "Experts",
         expert_class_option,
         sizes_option,
-        click.option(
-            "--hf-checkpoint",
-            type=FOLDER,
-            help="Host the experts of this mixture-of-experts checkpoint of Hugging Face, as PREFIX.LAYER.EXPERT.",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16"]),
-            help="Compute the checkpoint's experts in this number type, not in the checkpoint's.",
-        ),
-        click.option(
-            "--master",
-            type=click.Choice(["float32"]),
-            help="Keep and train the checkpoint's weights in this number type, whatever they are computed in.",
-        ),
+        checkpoint_options,
         click.option(
             "--step",
             type=click.Choice(["async", "lockstep"]),

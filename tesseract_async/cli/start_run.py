@@ -3,13 +3,17 @@
 import ipaddress
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import (
     JOIN_TIMEOUT,
     NodeOptions,
+    checkpoint_options,
     expert_class_option,
     find_code_here,
     host_towards,
@@ -40,9 +44,10 @@ Pairs = tuple[tuple[str, Value], ...]
 @click.command("create")
 @click.argument("name")
 @click.option("--prefix", default="ffn", help="Begin the experts' uids with this word.")
-@click.option("--grid", required=True, type=GRID, metavar="32x32", help="Make this many experts in each dimension.")
+@click.option("--grid", type=GRID, metavar="32x32", help="Make this many experts in each dimension.")
 @expert_class_option
 @sizes_option
+@checkpoint_options
 @optimizer_option
 @click.option("--learning-rate", default=1e-3, type=LEARNING_RATE, help="Train with this learning rate.")
 @with_options(*step_options)
@@ -73,9 +78,12 @@ async def create(
     *,
     name: str,
     prefix: str,
-    grid: tuple[int, ...],
+    grid: tuple[int, ...] | None,
     expert_class: str,
     sizes: Pairs,
+    hf_checkpoint: Path | None,
+    dtype: str | None,
+    master: str | None,
     optimizer: str | None,
     learning_rate: float,
     optimizer_option: Pairs,
@@ -107,24 +115,35 @@ async def create(
         raise click.UsageError("--once needs --initial-peers: with this node, the manifest would end at once")
     if adopt and not node.initial_peers:
         raise click.UsageError("--adopt needs --initial-peers: where are the servers?")
+    if (grid is None) == (hf_checkpoint is None):
+        raise click.UsageError("say --grid, or --hf-checkpoint, whose model says it")
+    if hf_checkpoint is None and (dtype or master):
+        raise click.UsageError("--dtype and --master go with --hf-checkpoint")
     if ":" in expert_class:
         find_code_here()
 
     from tesseract_async.server.run_experts import complete
 
+    what: dict[str, Any] = {"grid_size": grid, "expert": expert_class, "sizes": dict(sizes), "seed": seed}
+    if hf_checkpoint is not None:
+        from tesseract_async.transformers.serving import manifest_fields, shards_of
+        from tesseract_async.transformers.shards import Checkpoint
+
+        checkpoint = Checkpoint(hf_checkpoint)
+        if click.get_current_context().get_parameter_source("optimizer") is ParameterSource.DEFAULT:
+            optimizer = "adamw"  # as Transformers trains
+        with spinner("reading the checkpoint"):
+            what = {**manifest_fields(checkpoint, dtype=dtype, master=master), "shards": shards_of(checkpoint)}
     manifest = RunManifest(
         name=name,
         prefix=prefix,
-        grid_size=grid,
-        expert=expert_class,
-        sizes=dict(sizes),
+        **what,
         optimizer=optimizer,
         optimizer_options={"learning_rate": learning_rate} | dict(optimizer_option),
         schedule=schedule,
         schedule_options=dict(schedule_option),
         training={"max_batch_size": max_batch_size} | dict(training),
         codecs={direction: "none" if value is None else value for direction, value in codec},
-        seed=seed,
         created=int(time.time() * 1000),
         mode="open" if is_open else "granted",
         num_replicas=replicas,
@@ -139,7 +158,7 @@ async def create(
             await join(author)  # nobody else would keep the manifest
         with spinner("joining the network"):
             await author.network.wait_joined(JOIN_TIMEOUT)
-            hosting = await author.directory.read_grid(prefix, grid) if adopt else {}
+            hosting = await author.directory.read_grid(prefix, manifest.grid_size) if adopt else {}
             if adopt and not hosting:
                 raise click.ClickException(f"no server hosts experts of the bare prefix {prefix!r} now")
             holders = await publish_run(author.network, signed)
@@ -166,7 +185,8 @@ async def create(
             address=str(author.peer_address),
             invite=invite,
             holders=holders,
-            manifest=manifest.fields() | {"delegates": list(map(str, delegates))},
+            manifest=manifest.fields()
+            | {"delegates": list(map(str, delegates)), "shards": [one.hex() for one in manifest.shards]},
             adopted=adopted,
         )
         if once:

@@ -31,12 +31,13 @@ MAX_PART_BYTES: Final = 850
 MAX_OPTIONS: Final = 64
 MAX_TEXT: Final = 256
 MAX_DELEGATES: Final = 4
+MAX_SHARDS: Final = 384
 MAX_SCHEMA_DEPTH: Final = 10
 """Most levels of a schema as data: two more than `wire.tensors` builds."""
 MAX_SCHEMA_ITEMS: Final = 2048
 
 _DIGEST: Final = 8
-_GENESIS: Final = re.compile(r"seed|(founder|file):[0-9a-f]{64}")
+_GENESIS: Final = re.compile(r"seed|shards|(founder|file):[0-9a-f]{64}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -91,7 +92,12 @@ class RunManifest:
     """Grants with the role ``admit`` of those who may grant, revoke and appoint besides the owner."""
     genesis: str = "seed"
     """Where first states come from: ``seed``; ``founder:`` and the id of the peer that has them; ``file:`` and the root
-    of the parameters that trainers share (`SharedParameters.genesis_of`), while experts begin as with ``seed``."""
+    of the parameters that trainers share (`SharedParameters.genesis_of`), while experts begin as with ``seed``;
+    ``shards``: the files of a checkpoint of Hugging Face."""
+    shards: Sequence[bytes] = ()
+    """The SHA-256 of each of these files."""
+    first: int = 0
+    """Where the first dimension of the grid begins: of a model, its first layer that has experts."""
     num_replicas: int = 3
     """Servers that should hold each expert's state."""
     lease: float = 30.0
@@ -104,6 +110,7 @@ class RunManifest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid_size", tuple(self.grid_size))
         object.__setattr__(self, "delegates", tuple(self.delegates))
+        object.__setattr__(self, "shards", tuple(self.shards))
         _check(self)
         # as they come back from the wire, so that what is equal there is equal here
         for name in ("args_schema", "kwargs_schema", "outputs_schema"):
@@ -111,7 +118,7 @@ class RunManifest:
 
     @property
     def pattern(self) -> ExpertPattern:
-        return ExpertPattern(self.prefix, tuple(map(range, self.grid_size)))
+        return ExpertPattern(self.prefix, (range(self.first, self.grid_size[0]), *map(range, self.grid_size[1:])))
 
     def fields(self) -> dict[str, object]:
         """Every single value by a printable name: ``grid_size``, ``sizes.in_features``, ``args_schema``."""
@@ -168,8 +175,8 @@ def _signed_run(data: object, signer: PeerID, blob: bytes, digest: bytes) -> Sig
     if missing := [name for name in names if name not in data]:
         raise ProtocolError(f"a run manifest without {missing[0]}")
     values = {name: data[name] for name in names}
-    if type(values["grid_size"]) is not list or type(values["delegates"]) is not list:
-        raise ProtocolError("a run's grid_size and delegates are lists")
+    if any(type(values[name]) is not list for name in ("grid_size", "delegates", "shards")):
+        raise ProtocolError("a run's grid_size, delegates and shards are lists")
     try:
         manifest = RunManifest(**values)
     except ValueError as error:
@@ -262,6 +269,12 @@ def _are_delegates(value: object) -> bool:
     return isinstance(value, tuple) and len(value) <= MAX_DELEGATES and all(type(grant) is bytes for grant in value)
 
 
+def _are_shards(value: object) -> bool:
+    if not isinstance(value, tuple) or len(value) > MAX_SHARDS:
+        return False
+    return all(type(digest) is bytes and len(digest) == 32 for digest in value)
+
+
 def _are_seconds(value: object) -> bool:
     return isinstance(value, int | float) and type(value) is not bool and 0.1 <= value <= 86400
 
@@ -282,9 +295,11 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     **dict.fromkeys(("seed", "created"), (_is_number, "is a number, 0 or more")),
     "mode": (lambda value: value in MODES[1:], f"is one of {', '.join(MODES[1:])}"),
     "delegates": (_are_delegates, f"are at most {MAX_DELEGATES} signed grants"),
+    "shards": (_are_shards, f"are at most {MAX_SHARDS} digests of 32 bytes"),
+    "first": (lambda value: _is_number(value, 0, MAX_COORDINATE), "is a number, 0 or more"),
     "genesis": (
         lambda value: type(value) is str and _GENESIS.fullmatch(value) is not None,
-        "is seed, founder:PEER_ID or file:ROOT",
+        "is seed, founder:PEER_ID, file:ROOT or shards",
     ),
     "num_replicas": (lambda value: _is_number(value, 1, 16), "is 1 to 16"),
     **dict.fromkeys(("lease", "sync_every"), (_are_seconds, "is 0.1 to 86,400 seconds")),
@@ -299,6 +314,10 @@ def _check(manifest: RunManifest) -> None:
     for name, (holds, rule) in _RULES.items():
         if not holds(getattr(manifest, name)):
             raise ValueError(f"a run's {name} {rule}")
+    if manifest.first >= manifest.grid_size[0]:
+        raise ValueError("a run's first coordinate lies in its grid")
+    if (manifest.genesis == "shards") != bool(manifest.shards):
+        raise ValueError("a run whose genesis is shards names their digests")
     budget = [MAX_SCHEMA_ITEMS]
     for schema in (manifest.args_schema, manifest.kwargs_schema, manifest.outputs_schema):
         _check_schema(schema, budget, MAX_SCHEMA_DEPTH)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.grants import is_within
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest
@@ -83,7 +84,7 @@ def select_experts(
 def _check_inside(pattern: ExpertPattern, run: RunManifest) -> None:
     if pattern.prefix != run.prefix or len(pattern.ranges) != len(run.grid_size):
         raise ValueError(f"{pattern} is not part of the run's grid {run.pattern}")
-    if any(one.stop > size for one, size in zip(pattern.ranges, run.grid_size, strict=True)):
+    if not is_within(pattern, run.pattern):
         raise ValueError(f"{pattern} reaches beyond the run's grid {run.pattern}")
 
 

@@ -273,6 +273,11 @@ class ExpertBackend:
         return self.version, self._gathered.num_batches
 
     @property
+    def journal_length(self) -> int:
+        """Backwards that are remembered: in lockstep, those of one step at most."""
+        return states.LOCKSTEP_JOURNAL_LENGTH if self.settings.lockstep else states.JOURNAL_LENGTH
+
+    @property
     def trains(self) -> bool:
         return self.optimizer is not None or self._make_optimizer is not None
 
@@ -396,7 +401,7 @@ class ExpertBackend:
     def _journal(self, call_ids: Sequence[bytes]) -> None:
         for call_id in call_ids:
             self.applied[call_id] = self.version
-        while len(self.applied) > states.JOURNAL_LENGTH:
+        while len(self.applied) > self.journal_length:
             self.applied.popitem(last=False)
             self.num_bare = max(0, self.num_bare - 1)
 

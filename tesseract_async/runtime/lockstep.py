@@ -43,7 +43,8 @@ def step(backends: Mapping[str, ExpertBackend], number: int, optimizer: str, opt
     """Have all experts that are in round `number` step; those that are one further have done so before.
 
     `options`: ``lr``, and others by PyTorch's names (``beta1`` and ``beta2`` for ``betas``), replace the experts' own;
-    ``scale`` multiplies the gradients. `optimizer`: its name, where the trainer says it.
+    ``scale`` multiplies the gradients, and ``limit`` bounds the size of each number in them. `optimizer`: its name,
+    where the trainer says it.
 
     Raises: ValueError, before anything was changed, for another round, an unknown option, another optimizer or one that
     does not treat each number alone, or gradients that are not finite. Raises what optimizers raise.
@@ -55,15 +56,15 @@ def step(backends: Mapping[str, ExpertBackend], number: int, optimizer: str, opt
         if backend.version == number:
             _check(uid, backend, optimizer, options)
             due.append(backend)
-    scale = options.get("scale", 1.0)
-    if not math.isfinite(scale) or not math.isfinite(squared_norm(due)):
+    scale, limit = options.get("scale", 1.0), options.get("limit", math.inf)
+    if not (math.isfinite(scale) and limit >= 0) or not math.isfinite(squared_norm(due)):
         raise ValueError("the gradients of this step are not finite")
     for backend in due:
         _set(backend, options)
     for _, alike in groupby(_chunks(due), key=lambda one: one[0]):
         found = [backend for _, backend in alike]
         zeros: dict[tuple[torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
-        gradients = [_scaled(backend, scale, zeros) for backend in found]
+        gradients = [_changed(backend, scale, limit, zeros) for backend in found]
         take_steps([one.optimizer for one in found if one.optimizer is not None], gradients, None)
         for backend in found:
             backend.end_lockstep()
@@ -79,7 +80,7 @@ def _check(uid: str, backend: ExpertBackend, optimizer: str, options: Mapping[st
         raise ValueError(f"{kind} of {uid} does not treat each number alone: SGD, Adam and AdamW do")
     if optimizer and optimizer != kind.lower():
         raise ValueError(f"{uid} is trained with {kind} and the rest of the model with {optimizer}: take one for both")
-    known = {"scale", *(() if "betas" not in own.defaults else ("beta1", "beta2")), *own.defaults}
+    known = {"scale", "limit", *(() if "betas" not in own.defaults else ("beta1", "beta2")), *own.defaults}
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"{kind} of {uid} has no {', '.join(unknown)}")
 
@@ -104,10 +105,15 @@ def _chunks(backends: Sequence[ExpertBackend]) -> list[tuple[tuple[object, int],
     return found
 
 
-def _scaled(
-    backend: ExpertBackend, scale: float, zeros: dict[tuple[torch.Size, torch.dtype, torch.device], torch.Tensor]
+def _changed(
+    backend: ExpertBackend,
+    scale: float,
+    limit: float,
+    zeros: dict[tuple[torch.Size, torch.dtype, torch.device], torch.Tensor],
 ) -> Gradients:
     found: Gradients = backend.take_gathered() or [None] * len(backend.parameters)
+    if limit < math.inf:
+        found = [None if x is None else x.clamp(-limit, limit) for x in found]
     return [
         zeros.setdefault((like.shape, like.dtype, like.device), torch.zeros_like(like))
         if x is None

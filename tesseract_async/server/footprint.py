@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tesseract_async.runtime import lockstep
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.states import JOURNAL_LENGTH
@@ -23,9 +24,9 @@ from tesseract_async.server.memory import trim_heap
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_BYTES: Final = 256 * JOURNAL_LENGTH
-"""A full one: Python takes 170 to 250 for a call id and a version, the most when the table has just grown."""
-COPIED_JOURNAL_BYTES: Final = 24 * JOURNAL_LENGTH
+JOURNALED_BYTES: Final = 256
+"""Python takes 170 to 250 for a call id and a version, the most when the table has just grown."""
+COPIED_JOURNALED_BYTES: Final = 24
 NUM_PROBE_ROWS: Final = 4
 PROBE_MARGIN: Final = 2.0
 """A module that does not run on ``meta`` is taken to need this many times the memory of each probed row: with few rows,
@@ -51,10 +52,13 @@ class Footprint:
     only one expert of a device computes at a time."""
     num_sums: int = 0
     """Sums of gradients that wait for a step, at most: one over all batches, or one for each peer."""
+    journal_length: int = JOURNAL_LENGTH
+    goes_back: bool = True
+    """A failed step goes back to a state that is kept for that. In lockstep none is."""
 
     @property
     def state(self) -> int:
-        journal = COPIED_JOURNAL_BYTES if self.gradients else 0
+        journal = COPIED_JOURNALED_BYTES * self.journal_length if self.gradients else 0
         return self.weights + self.optimizer + journal + self.gradients * min(self.num_sums, 1)
 
     @property
@@ -63,7 +67,13 @@ class Footprint:
         to. A frozen one has no more than its weights."""
         if not self.gradients:
             return self.weights
-        return self.weights + self.optimizer + JOURNAL_BYTES + self.gradients * self.num_sums + self.state
+        held = self.weights + self.optimizer + self.journal + self.gradients * self.num_sums
+        return held + (self.state if self.goes_back else 0)
+
+    @property
+    def journal(self) -> int:
+        """Bytes of a full one."""
+        return JOURNALED_BYTES * self.journal_length if self.gradients else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,7 @@ def plan_memory(limit: int, *, base: int, expert: Footprint, on_gpu: bool = Fals
     budgets = {name: min(int(share * room), most) for name, (share, most) in SHARES.items()}
     # a checkpoint is copied while the copy before it is still held, and a state is sent as one piece of memory
     once = expert.batch + expert.state + expert.state
-    resident = expert.state + JOURNAL_BYTES if on_gpu else expert.resident
+    resident = expert.state + expert.journal if on_gpu else expert.resident
     left = room - sum(budgets.values()) - once
     share = sum(share for share, _ in SHARES.values())
     needed = base + math.ceil((once + resident) / (1 - share)) + 1
@@ -116,6 +126,8 @@ def measure(backend: ExpertBackend) -> Footprint:
     found = backend.gradients(*probe(backend, 1, backend.device), training=True)
     for _ in range(settings.step_every):
         backend.step(found[1])
+    if settings.lockstep:
+        lockstep.step({backend.name: backend}, backend.version, "", {})
     state = {} if backend.optimizer is None else backend.optimizer.state_dict()["state"]
     try:
         batch = peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
@@ -130,7 +142,9 @@ def measure(backend: ExpertBackend) -> Footprint:
         gradients=_num_bytes(backend.parameters),
         optimizer=_num_bytes(tree_leaves(state)),
         batch=int(KERNEL_MARGIN * batch),
-        num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
+        num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1 or settings.lockstep),
+        journal_length=backend.journal_length,
+        goes_back=not settings.lockstep,
     )
 
 

@@ -200,7 +200,8 @@ def _check_sizes(builder: Builder, sizes: Mapping[str, object], name: str) -> No
         if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) and key != "seed"
     }
     known = f"it takes {', '.join(parameters)}" if parameters else "it takes none"
-    if unknown := [key for key in sizes if key not in parameters]:
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in _signature(builder).parameters.values())
+    if not takes_any and (unknown := [key for key in sizes if key not in parameters]):
         raise ValueError(f"{name} takes no size {', '.join(unknown)}; {known}")
     if missing := [key for key, one in parameters.items() if one.default is one.empty and key not in sizes]:
         raise ValueError(f"{name} needs the size {', '.join(missing)}; {known}")
@@ -353,6 +354,7 @@ def backend_of(
         optimizer=maker,
         scheduler=None if maker is None else scheduler,
         args_schema=args_schema,
+        outputs_schema=getattr(module, "outputs_schema", None),  # few say so; the others are run once
         max_batch_size=max_batch_size,
         settings=settings,
     )

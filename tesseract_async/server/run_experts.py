@@ -42,12 +42,14 @@ TRAINING_OPTIONS: Final = frozenset(
 )
 """The keys of `RunManifest.training` besides ``max_batch_size``: the `BackendSettings` that change what is learned.
 Others (compilation, graphs, journal) are each volunteer's own business."""
+CHECKPOINTS: Final = "tesseract_async.transformers.serving"
+"""The module whose experts come from a checkpoint of Hugging Face. It is part of this package, and always allowed."""
 
 
 def check_allowed(manifest: RunManifest, allowed_modules: Collection[str]) -> None:
     """Refuse a run whose expert is code by import path, and not from an allowed module. Raises: ValueError."""
     path, separator, _ = manifest.expert.partition(":")
-    if separator and path not in allowed_modules:
+    if separator and path != CHECKPOINTS and path not in allowed_modules:
         raise ValueError(
             f"the run {manifest.name} wants to run {manifest.expert} here. If you know that code and have it installed "
             f"allow it: --allow-module {path}, or allowed_modules=[{path!r}] in Python"
@@ -71,11 +73,13 @@ def build_run_backend(
     computing: Mapping[str, object] | None = None,
     max_bytes: int | None = None,
     spread: Spread | None = None,
+    build: Callable[[], Built] | None = None,
 ) -> ExpertBackend:
     """Return the expert, ready to be hosted, checked against the manifest's schemas.
 
     `computing`: the `BackendSettings` that are each volunteer's own business, such as ``compile_mode``. `max_bytes`: of
-    the expert with gradients and optimizer, by default this computer's memory. `spread`: over which processes.
+    the expert with gradients and optimizer, by default this computer's memory. `spread`: over which processes. `build`
+    makes the module in place of the manifest's builder, which knows no checkpoint: its weights are zeros then.
 
     Raises: ValueError if it is not allowed, is too large, or asks for what this version does not have; RunMismatch if
     its schemas are others.
@@ -85,7 +89,7 @@ def build_run_backend(
         max_batch_size = options.pop("max_batch_size")
         computing = {**(computing or {}), "codecs": CodecPolicy.only(manifest.codecs)}  # type: ignore[arg-type]
         backend = backend_of(
-            functools.partial(_build, manifest, uid, allowed_modules, max_bytes),
+            build or functools.partial(_build, manifest, uid, allowed_modules, max_bytes),
             optimizer=None if manifest.optimizer is None else (manifest.optimizer, manifest.optimizer_options),
             scheduler=make_scheduler(manifest.schedule, manifest.schedule_options),
             max_batch_size=max_batch_size,  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Lockstep, the trainer's side: remote experts take the steps of the local optimizer, with its settings and clipping.
 
-In backward the experts only accumulate. A parameter of one number, the *anchor*, stands for all of them in the local
-model: after a backward its gradient is the norm of what they have accumulated, so that clipping counts it. By how much
-clipping has shrunk it says by how much the experts are to shrink theirs, when the optimizer steps.
+In backward the experts only accumulate. A small parameter, the *anchor*, stands for all of them in the local model:
+after a backward its gradient has the norm of what they have accumulated, so that clipping counts it. What clipping has
+made of it says what the experts are to do to theirs when the optimizer steps: see `Norm`.
 
 Experts that step on every gradient, as those of swarms do, and frozen ones need none of this; the servers say so.
 """
@@ -10,8 +10,8 @@ Experts that step on every gradient, as those of swarms do, and frozen ones need
 import asyncio
 import math
 import weakref
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
@@ -28,6 +28,52 @@ from tesseract_async.wire.messages import LOCKSTEP, LockstepReply, LockstepReque
 
 _OPTIMIZERS: Final = {torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd"}
 _UNKNOWN_SETTINGS: Final = ("amsgrad", "maximize", "nesterov", "dampening")
+_NORMS: Final = frozenset({torch._foreach_norm, torch.linalg.vector_norm, torch.norm, torch.Tensor.norm})
+_TRACE: Final = 2.0**-30
+_BIASES: Final = (
+    "these experts have biases, to which weight_decay applies as to their weights, and this optimizer has several "
+    "groups of parameters: take weight_decay=0, or one group for all"
+)
+
+
+class Norm(torch.Tensor):
+    """The anchor's gradient: two numbers, ``[n / 2**30, n]`` for the norm ``n`` of what the experts have gathered.
+
+    To norms of order 2, it is ``n``; those of another order it cannot stand for. What multiplies all gradients changes
+    both numbers alike; what limits the size of each number changes the second alone, to that limit.
+    """
+
+    @classmethod
+    def of(cls, norm: float, like: torch.Tensor) -> Self:
+        """Return it, as a gradient of `like`."""
+        return torch.tensor([norm * _TRACE, norm], dtype=like.dtype, device=like.device).as_subclass(cls)
+
+    def change(self, norm: float) -> dict[str, float]:
+        """Return what was done to it since it was that of `norm`: ``scale``, or ``limit`` of each number.
+
+        Raises: ValueError for both.
+        """
+        trace, total = self.as_subclass(torch.Tensor).tolist()
+        scale = trace / (norm * _TRACE) if norm else 1.0
+        if math.isclose(total, scale * norm, rel_tol=1e-5):
+            return {"scale": scale}
+        if not math.isclose(scale, 1.0, rel_tol=1e-5):
+            raise ValueError("gradients of remote experts are clipped by norm or by value, not both: do one of them")
+        return {"limit": total}
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _NORMS:
+            order = kwargs.get("ord", kwargs.get("p", args[1] if len(args) > 1 else 2))
+            if order not in (2, None, "fro"):
+                raise ValueError(
+                    f"remote experts know the norm of order 2 of their gradients, not that of order {order}"
+                )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
 
 class StandIn(nn.Module):
@@ -37,7 +83,7 @@ class StandIn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(1, device="cpu", dtype=torch.float32))
+        self.anchor = nn.Parameter(torch.zeros(2, device="cpu", dtype=torch.float32))
         self.register_buffer("round", torch.zeros((), device="cpu", dtype=torch.int64))
         """The steps that the experts had taken beside these weights."""
 
@@ -60,6 +106,7 @@ class Lockstep(Uncopied):
     def __init__(self, node: BackgroundNode, prefix: str, *, timeout: float) -> None:
         self._node, self._prefix, self._timeout = node, prefix, timeout
         self._pools: list[ExpertPool] = []
+        self._has_biases = False
         self._stand_in: weakref.ref[StandIn] | None = None
         self.round: int | None = None
         """The steps that the experts have taken; None before they were asked, and if they are not in lockstep."""
@@ -69,12 +116,14 @@ class Lockstep(Uncopied):
         self._scale = 1.0
         """By which a `GradScaler` multiplies what this pass gives."""
         self._norm = 0.0
+        """Of what the experts have gathered."""
         self._holds_some = True
         """The servers may hold gradients that no step has used."""
 
-    def add(self, pool: ExpertPool) -> None:
-        """One more of the model's layers."""
+    def add(self, pool: ExpertPool, *, has_biases: bool) -> None:
+        """One more of the model's layers, and whether its experts have biases."""
         self._pools.append(pool)
+        self._has_biases |= has_biases
 
     def belongs_to(self, stand_in: StandIn) -> None:
         """That is of the model that is computed now: a copy may be another one's."""
@@ -89,17 +138,22 @@ class Lockstep(Uncopied):
     def backward_begins(self) -> None:
         """Before the gradients of a layer's experts leave, in the engine's thread; once per layer.
 
-        Raises: ValueError if the experts are of another step than the model.
+        Raises: ValueError if the experts are of another step than the model, or what they gathered was changed here.
         """
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return
-        self._task, self._scale = task, noted_scale(task) or 1.0
+        before, self._task, self._scale = self._norm * self._scale, task, noted_scale(task) or 1.0
         anchor = self._local().anchor
         if not anchor.requires_grad or self.agree() is None:
             return
-        if self._holds_some and (anchor.grad is None or not bool(anchor.grad.any())):
-            self._ask("clear")  # zero_grad() was called without a step, or another trainer left some
+        if anchor.grad is None or not bool(anchor.grad.any()):
+            if self._holds_some:
+                self._ask("clear")  # zero_grad() was called without a step, or another trainer left some
+        elif not torch.equal(anchor.grad, Norm.of(before, anchor)):
+            raise ValueError(
+                "gradients were changed between two backwards of one step: clip them once, before the step"
+            )
         self._holds_some = True
 
     def backward_ends(self) -> None:
@@ -117,7 +171,7 @@ class Lockstep(Uncopied):
             ):  # another trainer's, or a server went back to an older checkpoint
                 raise ValueError(self._of_another_step(self.round, reply.round))
         self._norm = math.sqrt(sum(reply.squared_norm for reply in replies))
-        anchor.grad = torch.full_like(anchor, self._norm * self._scale)
+        anchor.grad = Norm.of(self._norm * self._scale, anchor)
 
     def step(self, anchor: nn.Parameter, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
         """The local optimizer is about to step. Raises: ValueError for an optimizer that the experts do not have."""
@@ -125,8 +179,17 @@ class Lockstep(Uncopied):
         if gradient is None or self.round is None:
             return
         try:
-            scale = float(gradient) / self._norm if self._norm else 1.0
-            self._ask("step", _OPTIMIZERS.get(type(optimizer), ""), {"scale": scale, **_settings(optimizer, group)})
+            change = gradient.as_subclass(Norm).change(self._norm)
+            # what a GradScaler leaves to optimizers with kernels of their own
+            scale, overflown = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+            if overflown is not None and bool(overflown):
+                return
+            if scale is not None:
+                change["scale"] = change.get("scale", 1.0) / float(scale)
+            name, settings = _rule(optimizer, group)
+            if self._has_biases and settings.get("weight_decay") and len(optimizer.param_groups) > 1:
+                raise ValueError(_BIASES)
+            self._ask("step", name, settings | change)
         except BaseException:  # the step may be tried again
             anchor.grad = gradient
             raise
@@ -197,8 +260,8 @@ class Lockstep(Uncopied):
         return found
 
 
-def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, float]:
-    """The settings of a step. Raises: ValueError for what the servers do not have."""
+def _rule(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """The name of an optimizer, and the settings of a step. Raises: ValueError for what the servers do not have."""
     unknown = [name for name in _UNKNOWN_SETTINGS if group.get(name)]
     if type(optimizer) not in _OPTIMIZERS or unknown:
         what = f"{type(optimizer).__name__} {' '.join(unknown)}".strip()
@@ -206,7 +269,7 @@ def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, float
     found = {name: float(group[name]) for name in ("lr", "weight_decay", "eps", "momentum") if name in group}
     if "betas" in group:
         found["beta1"], found["beta2"] = map(float, group["betas"])
-    return found
+    return "adamw" if group.get("decoupled_weight_decay") else _OPTIMIZERS[type(optimizer)], found
 
 
 def _before_step(optimizer: Optimizer, _args: object, _kwargs: object) -> None:

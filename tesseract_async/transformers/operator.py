@@ -9,6 +9,7 @@ second time: the first one's answer is given, and no server is asked.
 """
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -27,6 +28,10 @@ from tesseract_async.uncopied import Uncopied
 _NOT_FINITE: Final = (
     "the gradients of remote experts' outputs are not finite (is the loss, or is it NaN?): nothing was sent, and no "
     "expert learned from them"
+)
+_REENTRANT: Final = (
+    "a checkpoint runs the forward of remote experts again, and asks them again: use_reentrant=False spares the second "
+    "call"
 )
 _FORGOTTEN: Final = "this graph's call to remote experts was made by another process, or is gone: run the forward again"
 
@@ -91,6 +96,7 @@ def experts(
         for call in tuple(remote.calls):
             if call.is_of(given):
                 return call.pool_answer.answer.clone(), call.token()
+        warnings.warn(_REENTRANT, stacklevel=2)
     if not len(x):
         return torch.zeros_like(x), torch.zeros(1, dtype=torch.int64)
     remote.pool.train(training)

@@ -154,7 +154,7 @@ def _place(
         vars(layers).update(_IGNORED)
     else:
         lockstep = vars(first)["tesseract_layer"].lockstep
-    lockstep.add(pool)
+    lockstep.add(pool, has_biases=any(name.endswith("_bias") for name in vars(experts)["tesseract_shapes"]))
     # in the module's dictionary alone: neither is a submodule
     vars(experts).update(tesseract_first=first, tesseract_layer=operator.RemoteLayer(node, pool, lockstep))
 

@@ -68,6 +68,8 @@ class Checkpoint:
         }
         self.opened: set[str] = set()
         """Names of the files of which something was read."""
+        self.shards: frozenset[bytes] | None = None
+        """Digests of the files that may be read; None: any."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,14 +77,18 @@ class Checkpoint:
         dtype: torch.dtype = self._skeleton.dtype
         return dtype
 
-    @property
-    def hidden_size(self) -> int:
-        return int(self.config.get_text_config().hidden_size)
-
     def digest(self, file: str) -> bytes:
         """Return the SHA-256 of one of its files. Raises: OSError."""
         with (self.folder / file).open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").digest()
+
+    def _check(self, file: str) -> None:
+        """Raises: ValueError for a file that may not be read."""
+        if self.shards is not None and file not in self.opened and self.digest(file) not in self.shards:
+            raise ValueError(
+                f"{self.folder / file} is not a file of the checkpoint that the run began from: its SHA-256 is "
+                "another. Download the one that the run's owner names"
+            )
 
     def tensors_of(self, wanted: Mapping[int, Sequence[int]]) -> dict[str, dict[str, tuple[int, bool]]]:
         """Return the tensors that hold these experts (layer -> ascending numbers), by file: name -> layer, and whether
@@ -145,6 +151,7 @@ class Checkpoint:
             with contextlib.ExitStack() as opened, _quietly():
                 lazy: dict[str, _Rows] = {}
                 for file, inside in tensors.items():
+                    self._check(file)
                     shard = opened.enter_context(safe_open(self.folder / file, "pt"))
                     self.opened.add(file)
                     for key, (number, is_alone) in inside.items():

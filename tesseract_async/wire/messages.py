@@ -294,7 +294,7 @@ class LockstepRequest(NamedTuple):
     optimizer: str = ""
     """The name of the trainer's: experts with another refuse. Empty: whatever they have."""
     options: dict[str, Value] = {}  # noqa: RUF012  (a named tuple's default)
-    """Numbers: ``lr`` and others of the optimizer; ``scale``, by which gradients are multiplied."""
+    """Numbers: ``lr`` and others of the optimizer; ``scale`` that multiplies gradients; ``limit`` of their numbers."""
 
 
 class LockstepReply(NamedTuple):

@@ -21,22 +21,13 @@ import tesseract_async as ta
 from tesseract_async.errors import TesseractError
 
 STALL_TIMEOUT = 10.0
+LAUNCHER = (sys.executable, "-m", "tesseract_async.cli.torchrun")
 
 
 def start(folder: Path, seed: str) -> subprocess.Popen[bytes]:
-    """`tesseract serve --shard fsdp` by torchrun, as the how-to says; what it writes is in ``log``."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [
-        "--max-restarts=100",
-        "-m",
-        "--",
-        "tesseract_async.cli",
-        "serve",
-        "--shard",
-        "fsdp",
-        "--experts",
-        "big.0",
-    ]
+    """`tesseract serve --shard fsdp`, as the how-to says; what it writes is in ``log``."""
+    command = [*LAUNCHER, "--standalone", "--nproc-per-node=2", "--max-restarts=100", "-m", "--"]
+    command += ["tesseract_async.cli", "serve", "--shard", "fsdp", "--experts", "big.0"]
     command += ["--size", "in_features=16", "--size", "hidden_features=32", "--optimizer", "sgd"]
     command += ["--learning-rate", "0.05", "--checkpoint-dir", str(folder), "--checkpoint-period", "1"]
     command += ["--stall-timeout", str(STALL_TIMEOUT), "--identity", str(folder / "identity.pem"), "-p", seed]

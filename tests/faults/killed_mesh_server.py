@@ -20,7 +20,8 @@ from torch import nn
 
 from tesseract_async.errors import Overloaded
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.mesh import MeshBackend, join_job
+from tesseract_async.runtime.mesh import MeshBackend
+from tesseract_async.runtime.mesh_job import join_job
 from tesseract_async.server.registry import Built
 from tesseract_async.wire.tensors import TensorSpec
 from tests.faults import killed_server

@@ -34,8 +34,9 @@ from torch.distributed.fsdp import fully_shard
 from tesseract_async.errors import Overloaded, TesseractError
 from tesseract_async.files import mapped, write_whole
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.mesh import MeshBackend, join_job, link_of_job
-from tesseract_async.runtime.mesh_link import MAX_STRANGERS
+from tesseract_async.runtime.mesh import MeshBackend
+from tesseract_async.runtime.mesh_job import join_job, link_of_job
+from tesseract_async.runtime.mesh_meeting import MAX_STRANGERS
 from tesseract_async.runtime.mesh_plans import PLANS, Plan, fsdp, tensor_parallel
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.spread_tensor import SpreadTensor
@@ -70,6 +71,8 @@ def launch(ranks: Iterable[int], size: int, work: Callable[[], None], store: Any
             try:
                 work()
                 status = 0
+            except SystemExit as error:
+                status = int(error.code or 0)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -206,12 +209,39 @@ def equality(*cases: str) -> None:
     spread.leave()
 
 
-class Poisoned(nn.Module):
-    """Raises in the middle of its forward pass for rows that begin with a large number."""
+class Trap(torch.autograd.Function):
+    """Raises in the backward pass for rows whose second number is large."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        ctx.is_armed = bool((x[:, 1] > 100).any())
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        if ctx.is_armed:
+            raise ValueError("poison on the way back")
+        return gradient, None
+
+
+class Trapped(nn.Module):
+    """Gathered as one: its last layer has its gradients when the trap is met."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+        self.below, self.above = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.above(Trap.apply(self.below(x), x))
+        return y
+
+
+class Poisoned(nn.Module):
+    """Raises in the middle of its forward or backward pass for rows that begin with large numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(Trapped(), nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
         self.last = nn.Sequential(nn.Linear(4, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -252,13 +282,14 @@ async def meet_faults(spread: MeshBackend, one: ExpertBackend, timeout: float) -
                     outcomes[-1].append(str(error))
         return outcomes
 
-    def row(start: float, at: int = 0) -> torch.Tensor:
+    def row(start: float, at: int = 0, column: int = 0) -> torch.Tensor:
         x = torch.ones(3, 4)
-        x[at, 0] = start
+        x[at, column] = start
         return x
 
     found["good"] = await both(row(1.0))
     found["poisoned"] = await both(row(1000.0), row(2.0), row(1000.0, at=2), row(-1000.0), row(-1000.0, at=2))
+    found["on the way back"] = await both(row(1000.0, column=1), row(2.0), row(1000.0, at=2, column=1))
     found["good again"] = await both(row(1.0))
     states = [await runtime.snapshot(backend) for runtime, backend in zip(runtimes, (spread, one), strict=True)]
     found["difference"] = worst(*([*state["module"].values()] for state in states))
@@ -502,11 +533,27 @@ def overhead() -> None:
     spread.leave()
 
 
+def orphans() -> None:
+    """The leader is killed before the others follow: one waits in a collective for another, which does not come."""
+    join_job(60.0)
+    spread = MeshBackend(partial(build, "ffn"), mesh=whole_mesh(), plan=both, optimizer=sgd)
+    for group in spread.groups:
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=60)
+    rank = dist.get_rank()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1:
+        assert spread._rows is not None
+        dist.all_reduce(torch.zeros(1), group=spread._rows.get_group())  # with process 3
+    time.sleep(600.0)
+
+
 JOBS: Final[dict[str, Callable[..., None]]] = {
     "equality": equality,
     "faults": faults,
     "limit": limit,
     "memory": memory,
+    "orphans": orphans,
     "overhead": overhead,
     "replicas": replicas,
 }
@@ -528,9 +575,14 @@ def main() -> None:
         assert len(strangers) > MAX_STRANGERS
     else:
         pids = launch(range(int(size)), int(size), lambda: JOBS[job](*arguments), store)
-        statuses = [os.waitpid(pid, 0)[1] for pid in (pids[:1] if job == "limit" else pids)]
-    if job != "limit":  # whose followers are left behind
-        sys.exit(int(any(statuses)))
+        statuses, times = [], []
+        for pid in pids[:1] if job == "limit" else pids:  # whose followers are left behind
+            statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            times.append(time.monotonic())
+        if job == "orphans":
+            print(json.dumps({"statuses": statuses, "seconds": times[-1] - times[0]}), flush=True)
+            return
+    sys.exit(0 if job == "limit" else int(any(statuses)))
 
 
 if __name__ == "__main__":

@@ -1,41 +1,51 @@
 """Experts that are spread over processes: equal to whole ones, and indifferent to strangers."""
 
+import asyncio
+import contextlib
 import json
 import os
-import subprocess
+import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.stem import ROOT, Stem
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
 TOLERANCE = 1e-5
 
 
-def run(job: str, size: int, *arguments: str, timeout: float = 100.0) -> list[dict[str, Any]]:
-    """What the leader of a job of so many processes found, line by line."""
-    command = [sys.executable, "-m", "tests.runtime.mesh_jobs", job, str(size), *arguments]
-    # large blocks are the system's again as soon as they are free: what is measured is what is held
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+async def run(
+    stem: Stem, job: str, size: int, *arguments: str, timeout: float = 100.0, measures: bool = False
+) -> list[dict[str, Any]]:
+    """What the leader of a job of so many processes found, line by line. `measures`: memory."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if measures:  # large blocks are the system's again as soon as they are free: what is measured is what is held
+        environment["MALLOC_MMAP_THRESHOLD_"] = "131072"
+    words = ("tests.runtime.mesh_jobs", job, str(size), *arguments)
+    process = await stem.start(*words, module=True, folder=ROOT, environment=environment, fresh=measures)
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # all that it started, too
+    assert process.returncode == 0, err.decode()[-4000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith(b"{")]
 
 
-def check_equal(size: int, *cases: str) -> None:
-    found = run("equality", size, *cases)
+async def check_equal(stem: Stem, size: int, *cases: str) -> None:
+    found = await run(stem, "equality", size, *cases)
     assert [one.pop("case") for one in found] == list(cases)
     for case, one in zip(cases, found, strict=True):
         assert one.pop("sound")
         assert max(one.values()) <= TOLERANCE, (case, one)
 
 
-def test_two_processes_equal_one() -> None:
-    check_equal(
+async def test_two_processes_equal_one(stem: Stem) -> None:
+    await check_equal(
+        stem,
         2,
         "fsdp ffn sgd",
         "tp block sgd",
@@ -45,15 +55,21 @@ def test_two_processes_equal_one() -> None:
     )
 
 
-def test_strangers_poison_idleness_and_the_end_of_a_process() -> None:
+async def test_strangers_poison_idleness_and_the_end_of_a_process(stem: Stem) -> None:
     timeout = 1.0
-    (found,) = run("faults", 2, str(timeout))
-    # a row that raises in either process, between parts that are gathered or at the end, fails its own request
-    for name in ("good", "poisoned", "good again", "after idling"):
+    (found,) = await run(stem, "faults", 2, str(timeout))
+    # a row that raises in either process, within parts that are gathered or between them, fails its own request
+    for name in ("good", "poisoned", "on the way back", "good again", "after idling"):
         spread, whole = ([one.rpartition(": ")[2] for one in said] for said in found[name])
         assert spread == whole
     said = found["poisoned"][0]
     assert [one.rpartition(": ")[2] for one in said] == ["poison", "version 2", "poison", "late poison", "late poison"]
+    said = found["on the way back"][0]
+    assert [one.rpartition(": ")[2] for one in said] == [
+        "poison on the way back",
+        "version 3",
+        "poison on the way back",
+    ]
     assert found["difference"] <= TOLERANCE
     assert found["busy"] < 0.01
     # a process that stopped is noticed within the time-out and the grace, one that is gone at once; calls are refused
@@ -65,19 +81,21 @@ def test_strangers_poison_idleness_and_the_end_of_a_process() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_fsdp_equals_one_device(size: int) -> None:
-    check_equal(size, "fsdp ffn sgd", "fsdp block sgd", "fsdp transformer sgd", "fsdp ffn sgd clip_gradient_norm=0.1")
+async def test_fsdp_equals_one_device(stem: Stem, size: int) -> None:
+    await check_equal(
+        stem, size, "fsdp ffn sgd", "fsdp block sgd", "fsdp transformer sgd", "fsdp ffn sgd clip_gradient_norm=0.1"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_tensor_parallelism_equals_one_device(size: int) -> None:
-    check_equal(size, "tp ffn sgd", "tp block sgd", "tp block sgd clip_gradient_norm=0.1")
+async def test_tensor_parallelism_equals_one_device(stem: Stem, size: int) -> None:
+    await check_equal(stem, size, "tp ffn sgd", "tp block sgd", "tp block sgd clip_gradient_norm=0.1")
 
 
 @pytest.mark.slow
-def test_both_at_once_equal_one_device() -> None:
-    check_equal(4, "both ffn sgd", "both block sgd", "both ffn sgd clip_gradient_norm=0.1 step_every=2")
+async def test_both_at_once_equal_one_device(stem: Stem) -> None:
+    await check_equal(stem, 4, "both ffn sgd", "both block sgd", "both ffn sgd clip_gradient_norm=0.1 step_every=2")
 
 
 WIDTH, NUM_LAYERS = 1024, 12
@@ -89,8 +107,8 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @LINUX
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_each_process_has_its_share_of_the_memory(size: int) -> None:
-    (found,) = run("memory", size, str(WIDTH), str(NUM_LAYERS))
+async def test_each_process_has_its_share_of_the_memory(stem: Stem, size: int) -> None:
+    (found,) = await run(stem, "memory", size, str(WIDTH), str(NUM_LAYERS), measures=True)
     weights = NUM_LAYERS * UNIT
     slack = 4 << 20
     # weights, gradients, and Adam's two moments; a part that is gathered has its gradient beside it
@@ -102,26 +120,34 @@ def test_each_process_has_its_share_of_the_memory(size: int) -> None:
 
 @LINUX
 @pytest.mark.slow
-def test_two_processes_train_what_is_twice_too_large_for_one() -> None:
+async def test_two_processes_train_what_is_twice_too_large_for_one(stem: Stem) -> None:
     allowed = 4 * NUM_LAYERS * UNIT + 6 * UNIT + (16 << 20)
 
-    def trains(size: int, num_layers: int) -> bool:
-        return bool(run("limit", size, str(allowed), str(WIDTH), str(num_layers))[0]["trained"])
+    async def trains(size: int, num_layers: int) -> bool:
+        (found,) = await run(stem, "limit", size, str(allowed), str(WIDTH), str(num_layers), measures=True)
+        return bool(found["trained"])
 
-    assert trains(1, NUM_LAYERS)
-    assert not trains(1, NUM_LAYERS + 4)
-    assert trains(2, 2 * NUM_LAYERS)
+    assert await trains(1, NUM_LAYERS)
+    assert not await trains(1, NUM_LAYERS + 4)
+    assert await trains(2, 2 * NUM_LAYERS)
 
 
 @pytest.mark.slow
-def test_a_command_costs_little_more_than_a_round_trip() -> None:
-    (found,) = run("overhead", 2)
+async def test_a_command_costs_little_more_than_a_round_trip(stem: Stem) -> None:
+    (found,) = await run(stem, "overhead", 2)
     assert found["least"] <= 50e-6
 
 
 @pytest.mark.slow
-def test_replicas_of_a_spread_expert_are_replicas_like_any_other() -> None:
-    (found,) = run("replicas", 2)
+async def test_replicas_of_a_spread_expert_are_replicas_like_any_other(stem: Stem) -> None:
+    (found,) = await run(stem, "replicas", 2)
     for name in ("spread leads", "spread follows"):
         assert found[name] == [3, 3, True]
         assert found[f"{name}, and hands over"] == [1, True, 4, True]
+
+
+@pytest.mark.slow
+async def test_processes_end_with_their_leader_whatever_they_wait_for(stem: Stem) -> None:
+    (found,) = await run(stem, "orphans", 4)
+    assert found["statuses"] == [-9, 75, 75, 75]
+    assert found["seconds"] < 5.0

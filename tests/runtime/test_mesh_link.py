@@ -12,7 +12,7 @@ import torch
 from torch.distributed import HashStore
 
 from tesseract_async.errors import Overloaded
-from tesseract_async.runtime import mesh_link
+from tesseract_async.runtime import mesh_meeting
 from tesseract_async.runtime.mesh_link import MeshLink
 
 
@@ -49,8 +49,8 @@ def test_a_process_that_reads_nothing_is_noticed() -> None:
     with pytest.raises(Overloaded, match="comes back from its last checkpoint"):
         leader.command(leader.add(told), "work", ["x" * (32 << 20)])  # more than what is sent and not read may be
     assert time.monotonic() - started < 5.0
-    leader._close()
     follower._close()
+    leader._close()
 
 
 def test_a_follower_obeys_nobody_who_has_not_read_the_token() -> None:
@@ -67,8 +67,8 @@ def test_a_follower_obeys_nobody_who_has_not_read_the_token() -> None:
         leader = MeshLink(store, 0, 2)
         follower = joined.result()
     assert follower.token == leader.token != "0" * 64
-    leader._close()
     follower._close()
+    leader._close()
 
 
 def test_strangers_are_few_and_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,16 +84,16 @@ def test_strangers_are_few_and_are_not_waited_for(monkeypatch: pytest.MonkeyPatc
             while one.recv(4096):
                 pass
 
-        silent = [stranger() for _ in range(mesh_link.MAX_STRANGERS + 1)]
+        silent = [stranger() for _ in range(mesh_meeting.MAX_STRANGERS + 1)]
         hear_end(silent[0])  # it made room for the last
-        monkeypatch.setattr(mesh_link, "HELLO_TIMEOUT", late)
+        monkeypatch.setattr(mesh_meeting, "HELLO_TIMEOUT", late)
         started = time.monotonic()
         hear_end(stranger())
         assert time.monotonic() - started >= late
         follower = MeshLink(store, 1, 2)
         leader = leading.result()
-    leader._close()
     follower._close()
+    leader._close()
 
 
 class Failing(Told):
@@ -109,31 +109,32 @@ class Failing(Told):
 
 
 @pytest.mark.parametrize(
-    ("command", "fault", "count", "is_lost"),
+    ("command", "fault", "counts", "is_lost"),
     [
-        ("raise", "process 1: mine", 5, False),  # all had it, after as many collectives
-        ("raise", "process 1: mine", 6, True),
-        ("raise", None, 5, True),
-        ("work", "process 1: mine", 5, True),
+        ("raise", "process 1: mine", {"rows": 5}, False),  # all had it, after as many collectives
+        ("raise", "process 1: mine", {"rows": 6}, True),
+        ("raise", "process 1: mine", {"rows": 5, "another group of the same processes": 7}, False),
+        ("raise", None, {}, True),
+        ("work", "process 1: mine", {"rows": 5}, True),
     ],
 )
 def test_only_a_fault_that_all_had_at_one_point_is_survived(
-    command: str, fault: str | None, count: int, is_lost: bool
+    command: str, fault: str | None, counts: dict[str, int], is_lost: bool
 ) -> None:
-    store, ranks = HashStore(), [0, 1]
+    store = HashStore()
     with ThreadPoolExecutor(1) as pool:
         joined = pool.submit(MeshLink, store, 1, 2)
         leader = MeshLink(store, 0, 2, grace=2.0)
         follower = joined.result()
-        leader.counts = lambda: [(ranks, 5)]
-        told, one = Failing(), follower._sockets[mesh_link._COMMANDS, 0]
+        leader.counts = lambda: {"rows": 5}
+        told, one = Failing(), follower._sockets[mesh_meeting.COMMANDS, 0]
         asked = pool.submit(leader.command, leader.add(told), command)
-        assert mesh_link._receive(one)[1] == command
-        mesh_link._send(one, [fault, [[ranks, count]], None])
+        assert mesh_meeting.receive(one)[1] == command
+        mesh_meeting.send(one, [fault, counts, None])
         with pytest.raises(Overloaded if is_lost else LookupError):
             asked.result()
         assert (leader.lost is not None) == is_lost
         if not is_lost:
-            assert mesh_link._receive(one) is None, "go on"
-    leader._close()
+            assert mesh_meeting.receive(one) is None, "go on"
     follower._close()
+    leader._close()

@@ -32,9 +32,11 @@ def test_weights_gradients_optimizer_and_journal_are_counted() -> None:
     assert (expert.weights, expert.gradients) == (weights, weights)
     assert expert.optimizer == 2 * weights + 2 * 4, "two moments, and two counters of steps"
     copied = 24 * JOURNAL_LENGTH
-    assert footprint.JOURNAL_BYTES == 256 * JOURNAL_LENGTH and footprint.COPIED_JOURNAL_BYTES == copied
+    assert expert.journal == 256 * JOURNAL_LENGTH
     assert expert.state == 4 * weights + 8 + copied, "gradients of half a step are saved, too"
-    assert expert.resident == 2 * (4 * weights + 8) + copied + footprint.JOURNAL_BYTES
+    assert expert.resident == 2 * (4 * weights + 8) + copied + expert.journal
+    together = measure(make(nn.Linear(64, 64), lockstep=True))
+    assert together.resident == 4 * weights + 8 + 256 * 256, "no state to go back to, and a journal of one step"
     frozen = measure(ExpertBackend(nn.Linear(64, 64), args_schema=(TensorSpec((64,)),)))
     assert frozen.gradients == frozen.optimizer == 0 and frozen.weights == weights
     assert frozen.resident == frozen.state == weights, "it takes no steps: nothing to journal, nothing to go back to"
@@ -95,7 +97,7 @@ def test_everything_together_stays_within_the_limit(
 ) -> None:
     expert = Footprint(weights, weights, 2 * weights, batch)
     plan = plan_memory(limit, base=base, expert=expert, on_gpu=on_gpu)
-    one = expert.state + footprint.JOURNAL_BYTES if on_gpu else expert.resident
+    one = expert.state + expert.journal if on_gpu else expert.resident
     rest = (
         base
         + plan.budgets["queue"]

@@ -8,9 +8,11 @@ from typing import NamedTuple
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.runtime.backend import BackendSettings
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.server.registry import backend_of
 from tesseract_async.server.succession import ReplicaKeeper
-from tesseract_async.transformers.serving import CheckpointExperts, CheckpointOptions
+from tesseract_async.transformers.serving import CheckpointExperts
+from tesseract_async.transformers.shards import Checkpoint
 
 
 class Swarm(NamedTuple):
@@ -32,6 +34,29 @@ def local(folder: Path, **kwargs: object) -> nn.Module:
     return model
 
 
+def build(
+    checkpoint: Checkpoint,
+    uids: list[str],
+    *,
+    optimizer: str | None = None,
+    lockstep: bool = False,
+    dtype: str | None = None,
+    master: str | None = None,
+) -> dict[str, ExpertBackend]:
+    """Experts as `tesseract serve` makes them."""
+    experts = CheckpointExperts(checkpoint, dtype=dtype, master=master).build(uids, trains=optimizer is not None)
+    return {
+        uid: backend_of(
+            lambda one=one: one,  # type: ignore[misc]
+            optimizer=None if optimizer is None else (optimizer, {"learning_rate": 1e-3}),
+            max_batch_size=4096,
+            settings=BackendSettings(stochastic=False, lockstep=lockstep),
+            spread=None,
+        )
+        for uid, one in experts.items()
+    }
+
+
 @contextlib.contextmanager
 def serving(
     folder: Path,
@@ -42,17 +67,15 @@ def serving(
     checkpoints: Path | None = None,
 ) -> Iterator[Swarm]:
     """Each server has every `num_servers`-th expert of each layer, ``m.LAYER.EXPERT``."""
-    made = CheckpointExperts(
-        folder, CheckpointOptions(optimizer=optimizer, optimizer_options={}), BackendSettings(lockstep=lockstep)
-    )
+    checkpoint = Checkpoint(folder)
     with contextlib.ExitStack() as stack:
         servers: list[ta.BackgroundNode] = []
         for i in range(num_servers):
             peers = [server.address for server in servers[:1]]
             servers.append(node := stack.enter_context(ta.BackgroundNode(initial_peers=peers)))
-            layers = made.checkpoint.layers.items()
+            layers = checkpoint.layers.items()
             uids = [f"m.{layer}.{e}" for layer, one in layers for e in range(i, one.num_experts, num_servers)]
-            backends = made.build(uids)
+            backends = build(checkpoint, uids, optimizer=optimizer, lockstep=lockstep)
             path = None if checkpoints is None else checkpoints / str(i)
             server = stack.enter_context(node.entered(ta.TesseractServer(node.node, backends, checkpoint_dir=path)))
             stack.enter_context(node.entered(ReplicaKeeper(server)))

@@ -21,7 +21,11 @@ Checkpoints = Callable[[str], Path]
 
 
 def load(folder: Path, swarm: Swarm, **kwargs: Any) -> Any:
-    with ta.transformers.remote_experts(swarm.node, "m"):
+    return load_with(folder, swarm.node, **kwargs)
+
+
+def load_with(folder: Path, node: ta.BackgroundNode, **kwargs: Any) -> Any:
+    with ta.transformers.remote_experts(node, "m"):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 
@@ -57,7 +61,7 @@ def test_it_is_the_model_and_asks_each_server_once_per_layer(frozen: tuple[Path,
     folder, swarm = frozen
     remote, whole = load(folder, swarm), local(folder)
     held = sum(x.numel() for x in remote.parameters())
-    assert held - 1 == sum(x.numel() for name, x in whole.named_parameters() if ".experts." not in name)
+    assert held - 2 == sum(x.numel() for name, x in whole.named_parameters() if ".experts." not in name)
     check_same(remote, whole, num_tokens=10)
     expected = {name: x.grad for name, x in whole.named_parameters()}
     for copied in (remote, copy.deepcopy(remote)):
@@ -73,9 +77,12 @@ def test_it_is_the_model_and_asks_each_server_once_per_layer(frozen: tuple[Path,
                 torch.testing.assert_close(x.grad, expected[name], rtol=0, atol=1e-5)
     from tesseract_async.transformers import operator
 
-    del loss, copied, x
+    del loss, x
     gc.collect()
     assert not operator._calls, "what no graph needs is not kept"
+    copied.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.warns(UserWarning, match="use_reentrant=False"):
+        copied(input_ids=IDS, labels=IDS).loss.backward()
 
     ta.transformers.export_checkpoint(remote, tmp_path / "out")
     given, written = tensors(folder), tensors(tmp_path / "out")
@@ -104,7 +111,7 @@ def test_the_rest_alone_does_not_open_with_random_experts(frozen: tuple[Path, Sw
 
 
 def train(model: Any, *, num_steps: int = 6) -> list[float]:
-    """Steps of two batches each, clipped, by a schedule; once gradients are thrown away."""
+    """Steps of two batches each, clipped in two ways, by a schedule; once gradients are thrown away."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.02, betas=(0.8, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, num_steps)
     losses, generator = [], torch.Generator().manual_seed(2)
@@ -117,7 +124,10 @@ def train(model: Any, *, num_steps: int = 6) -> list[float]:
             losses += [loss.item()]
             if step == 2:
                 optimizer.zero_grad()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if step % 2:
+            torch.nn.utils.clip_grad_value_(model.parameters(), 0.01)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -148,6 +158,31 @@ def test_in_lockstep_it_learns_as_if_all_of_it_were_here(checkpoint: Checkpoints
             ta.transformers.export_checkpoint(remote, tmp_path / "late")
         with pytest.raises(ValueError, match="of step 5"):
             remote(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_a_scaled_loss_and_gradients_that_were_changed_before_the_step(checkpoint: Checkpoints) -> None:
+    folder = checkpoint("mixtral")
+    with serving(folder, optimizer="sgd", lockstep=True, num_servers=1) as swarm:
+        remote, whole = load(folder, swarm), local(folder)
+        for model in (remote, whole):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            for factor in (1.0, 1.0, torch.inf):  # the last one is skipped
+                scaler.scale(model(input_ids=IDS, labels=IDS).loss * factor).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        with torch.no_grad():
+            torch.testing.assert_close(remote(IDS).logits, whole(IDS).logits, rtol=0, atol=1e-5)
+        remote(input_ids=IDS, labels=IDS).loss.backward()
+        with pytest.raises(ValueError, match="not that of order inf"):
+            torch.nn.utils.clip_grad_norm_(remote.parameters(), 1.0, norm_type=torch.inf)
+        torch.nn.utils.clip_grad_norm_(remote.parameters(), 1e-3)
+        with pytest.raises(ValueError, match="clip them once, before the step"):
+            remote(input_ids=IDS, labels=IDS).loss.backward()
+        torch.nn.utils.clip_grad_value_(remote.parameters(), 1e-4)
+        with pytest.raises(ValueError, match="not both"):
+            torch.optim.SGD(remote.parameters(), lr=0.1).step()
 
 
 def test_bad_input_is_a_sentence(checkpoint: Checkpoints, tmp_path: Path) -> None:

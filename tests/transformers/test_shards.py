@@ -8,19 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.server.registry import build_module
 from tesseract_async.transformers.families import experts_of
-from tesseract_async.transformers.serving import CheckpointExperts, CheckpointOptions
+from tesseract_async.transformers.serving import family_of, manifest_fields, shards_of
 from tesseract_async.transformers.shards import Checkpoint
+from tests.transformers.swarm import build
 from tests.transformers.tiny import FAMILIES, make_checkpoint
 
 Makes = Callable[[str], Path]
-
-
-def build(folder: Path, uids: list[str], **options: object) -> tuple[CheckpointExperts, dict[str, ExpertBackend]]:
-    fields = {"optimizer_options": {"learning_rate": 1e-3}, **options}
-    experts = CheckpointExperts(folder, CheckpointOptions(**fields), BackendSettings())  # type: ignore[arg-type]
-    return experts, experts.build(uids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -28,7 +23,10 @@ def test_experts_are_those_of_the_family(family: str, checkpoint: Makes) -> None
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint(family), experts_implementation="eager")
-    _, backends = build(checkpoint(family), ["m.1.1", "m.1.6", "m.1.2"])
+    source = Checkpoint(checkpoint(family))
+    backends = build(source, ["m.1.1", "m.1.6", "m.1.2"])
+    fields = manifest_fields(source, dtype=None, master=None)
+    described, schemas = build_module(fields["expert"], fields["sizes"], marked=True)
     _, module = experts_of(model)[1]
     x = torch.randn(5, 32)
     for uid, backend in backends.items():
@@ -38,21 +36,24 @@ def test_experts_are_those_of_the_family(family: str, checkpoint: Makes) -> None
         with torch.no_grad():
             theirs = module(x, torch.full((5, 1), number), torch.ones(5, 1))
         assert torch.allclose(backend.forward([x])[0], theirs, atol=1e-6)
+        described.load_state_dict(backend.module.state_dict())
+        assert torch.equal(described(x), backend.forward([x])[0]) and schemas == backend.args_schema
     slabs = {one.untyped_storage().data_ptr() for backend in backends.values() for one in backend.module.parameters()}
     assert len(slabs) == len(list(module.parameters()))
 
 
 def test_only_files_of_those_experts_are_opened(checkpoint: Makes) -> None:
-    experts, _ = build(checkpoint("qwen3_moe"), ["m.1.6", "m.1.7"])
+    source = Checkpoint(checkpoint("qwen3_moe"))
+    build(source, ["m.1.6", "m.1.7"])
     named = json.loads((checkpoint("qwen3_moe") / "model.safetensors.index.json").read_text())["weight_map"]
     expected = {file for key, file in named.items() if ".layers.1.mlp.experts.6." in key or ".1.mlp.experts.7." in key}
-    assert experts.checkpoint.opened == expected and len(expected) < len(set(named.values()))
+    assert source.opened == expected and len(expected) < len(set(named.values()))
 
 
 def test_weights_are_kept_in_another_type_than_they_are_computed_in(checkpoint: Makes) -> None:
-    plain = build(checkpoint("qwen3_moe"), ["m.0.3"])[1]["m.0.3"]
-    options = dict(dtype=torch.bfloat16, master=torch.float32, optimizer="adamw")
-    backend = build(checkpoint("qwen3_moe"), ["m.0.3"], **options)[1]["m.0.3"]
+    source = Checkpoint(checkpoint("qwen3_moe"))
+    plain = build(source, ["m.0.3"])["m.0.3"]
+    backend = build(source, ["m.0.3"], dtype="bfloat16", master="float32", optimizer="adamw")["m.0.3"]
     x = torch.randn(4, 32)
     y = backend.forward([x.bfloat16()])[0]
     assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), plain.forward([x])[0], atol=0.05)
@@ -74,7 +75,7 @@ def test_weights_are_kept_in_another_type_than_they_are_computed_in(checkpoint: 
 )
 def test_experts_that_the_model_does_not_have(uids: list[str], reason: str, checkpoint: Makes) -> None:
     with pytest.raises(ValueError, match=reason):
-        build(checkpoint("qwen3_moe"), uids)
+        build(Checkpoint(checkpoint("qwen3_moe")), uids)
 
 
 def test_folders_that_are_no_such_checkpoint(tmp_path: Path, checkpoint: Makes) -> None:
@@ -97,11 +98,35 @@ def test_folders_that_are_no_such_checkpoint(tmp_path: Path, checkpoint: Makes) 
     (folder / "model.safetensors.index.json").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="does not hold the experts of layer 0"):
-        build(folder, ["m.0.3"])
+        build(Checkpoint(folder), ["m.0.3"])
     (folder / lost).unlink()
     (folder / lost).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read"):
-        build(folder, ["m.0.3", "m.0.4", "m.0.2"])
+        build(Checkpoint(folder), ["m.0.3", "m.0.4", "m.0.2"])
+
+
+def test_files_of_another_checkpoint_than_the_runs_are_refused(checkpoint: Makes) -> None:
+    source = Checkpoint(checkpoint("qwen3_moe"))
+    source.shards = frozenset(shards_of(source))
+    build(source, ["m.0.3"])
+    other = Checkpoint(checkpoint("qwen3_moe"))
+    other.shards = source.shards - {source.digest(max(source.opened))}
+    with pytest.raises(ValueError, match="is not a file of the checkpoint that the run began from"):
+        build(other, ["m.0.3"])
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("os.system", "has no os.system"),
+        ("../os.X", "not a family"),
+        ("mixtral.MixtralModel", "no experts that Transformers lets others compute"),
+        ("mixtral.nn", "no experts"),
+    ],
+)
+def test_a_strangers_family_of_experts(family: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        family_of(family, {})
 
 
 def test_a_family_without_the_hook_is_named() -> None:
