@@ -431,12 +431,17 @@ class SwarmObserver:
                 "name": authority.run.full_name,
                 "mode": authority.mode,
                 "num_experts": len(manifest.pattern),
+                "parameters": len(manifest.pattern) * self._parameters(),
                 "expert": manifest.expert,
                 "sizes": dict(manifest.sizes),
                 "losses": min((one.losses for one in standings), default=None),
                 "at_risk": sum(one.word != "safe" for one in standings),
             }
         return None
+
+    def _parameters(self) -> int:
+        """Return the parameters of the largest expert, by the words of servers."""
+        return max((one.status.num_parameters for one in self.peers.values() if one.status is not None), default=0)
 
     def _seed(self) -> str:
         """Return the address by which others join: this node's seed, or this node if it has none."""
@@ -516,7 +521,6 @@ class SwarmObserver:
             "failures": 0 if status is None else sum(one.num_failures for one in status.experts.values()),
             "median": None if status is None else _middle([one.median_seconds for one in status.experts.values()]),
             "slow": None if status is None else max((one.slow_seconds for one in status.experts.values()), default=0.0),
-            "parameters": 0 if status is None else status.num_parameters,
             "left_ago": None if peer.left_at is None else round(asyncio.get_running_loop().time() - peer.left_at),
             "error": peer.error,
             "gone": peer.is_gone,
