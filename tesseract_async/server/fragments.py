@@ -25,7 +25,7 @@ from tesseract_async.runtime.states import JOURNAL_LENGTH, StateDict
 from tesseract_async.server.answering import ExpertCalls, journal_key, told_of
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.hosted import UNFIT, HostedState
-from tesseract_async.sharing.fragment import KEPT_UPDATES, ROOT_BYTES, Fragment, Update
+from tesseract_async.sharing.fragment import KEPT_UPDATES, NEWCOMERS, ROOT_BYTES, Fragment, Update
 from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES
 from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 from tesseract_async.sharing.rounds import Push, Rounds, judge
@@ -128,20 +128,19 @@ def _said(tensors: Tensors) -> bytes:
 
 
 def read_fragment(part: FragmentPart, tensors: Tensors, version: int) -> tuple[Fragment, int]:
-    """Return the fragment in the tensors of a state, and the steps that were pushed to it. Untrusted.
+    """Return the fragment in the tensors of a state, or in those of `NEWCOMERS`, and the steps that were pushed to it.
 
-    The tensors become the fragment's. Raises: ProtocolError.
+    Untrusted. The tensors become the fragment's. Raises: ProtocolError.
     """
     cut, outer = part.cut, part.outer
     num_bytes = encoded_bytes(cut.numel, cut.dtype, outer.codec_of(cut))
-    shapes = {
-        "anchor": (cut.dtype, (cut.numel,)),
-        "updates": (torch.uint8, (KEPT_UPDATES, num_bytes)),
-        "roots": (torch.uint8, (KEPT_UPDATES + 1, ROOT_BYTES)),
-        "counts": (torch.int64, (2,)),
-    }
-    if part.number == 0:
-        shapes["samples"] = torch.uint8, (_SAMPLES_BYTES,)
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    shapes = {"anchor": (cut.dtype, (cut.numel,)), "counts": (torch.int64, (2,))}
+    if is_whole := tensors.keys() != NEWCOMERS:
+        shapes["updates"] = torch.uint8, (KEPT_UPDATES, num_bytes)
+        shapes["roots"] = torch.uint8, (KEPT_UPDATES + 1, ROOT_BYTES)
+        if part.number == 0:
+            shapes["samples"] = torch.uint8, (_SAMPLES_BYTES,)
     for name, wanted in shapes.items():
         found = tensors.get(name)
         if found is None or (found.dtype, tuple(found.shape)) != wanted:
@@ -149,10 +148,12 @@ def read_fragment(part: FragmentPart, tensors: Tensors, version: int) -> tuple[F
     steps, num_updates = tensors["counts"].tolist()
     if _said(tensors) != part.data:
         raise ProtocolError("a fragment of another model")
-    if part.number == 0:
+    if part.number == 0 and is_whole:
         Ledger(_read_samples(tensors["samples"]))
     if not 0 <= num_updates <= min(KEPT_UPDATES, version) or not 0 <= steps < 2**62:
         raise ProtocolError("the state of a fragment has other counts")
+    if not is_whole:
+        return Fragment(cut, outer, tensors["anchor"], version=version), steps
 
     def root(at: int) -> bytes:
         return tensors["roots"][at % (KEPT_UPDATES + 1)].numpy().tobytes()

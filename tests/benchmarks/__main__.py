@@ -33,6 +33,8 @@ FIRST = ("ceilings", "throughput", "throughput_presets", "throughput_dht", "thro
 SIDES = {"hivemind": "hivemind", "rpc_grpc": "grpc.aio", "rpc_torch": "torch.distributed.rpc", "rpc_ray": "ray"}
 """The peers by how their files begin."""
 LONG = {
+    "client_shared",
+    "client_shared_faults",
     "nat_links",
     "network_churn",
     "network_growth",
