@@ -112,9 +112,12 @@ class Experience(Uncopied):
         self, call: ExpertCall, replicas: Sequence[ExpertReplica], num_bytes: int, settings: MixtureSettings
     ) -> None:
         """Notes in `call` how long it usually takes, and for how long it is waited for beyond that."""
-        usual = (self.latencies.usual(replica_key(r), path=self.path_seconds(r, num_bytes)) for r in replicas)
-        call.expected = min((seconds for seconds in usual if seconds is not None), default=None)
-        is_new = all(self.latencies.expected(replica_key(replica)) is None for replica in replicas)
+        is_new, call.expected = True, None
+        for replica in replicas:
+            key = replica_key(replica)
+            if (usual := self.latencies.usual(key, path=self.path_seconds(replica, num_bytes))) is not None:
+                call.expected = usual if call.expected is None else min(usual, call.expected)
+            is_new = is_new and self.latencies.expected(key) is None
         self._set_grace(call, "forward", is_new, settings, settings.forward_timeout)
 
     def expect_backward(self, call: ExpertCall, replicas: Sequence[ExpertReplica], settings: MixtureSettings) -> None:
@@ -122,7 +125,7 @@ class Experience(Uncopied):
         key = call.uid, "backward"
         call.expected = self.latencies.usual(key)
         # of several that claim to be the primary, those that are silent are found out within the longer time
-        is_new = self.latencies.expected(key) is None or sum(replica.primary for replica in replicas) > 1
+        is_new = self.latencies.expected(key) is None or sum([replica.primary for replica in replicas]) > 1
         self._set_grace(call, "backward", is_new, settings, settings.backward_timeout)
 
     def _set_grace(
