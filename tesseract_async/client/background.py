@@ -15,11 +15,12 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Self, TypeVar
+from typing import Concatenate, Literal, ParamSpec, Self, TypeVar
 
 from tesseract_async.admission import Policy
 from tesseract_async.client.ports import PlainCalls
 from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.experts.authority import Authority
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.leaving import new_event_loop
 from tesseract_async.metrics import Metrics
@@ -27,9 +28,6 @@ from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.uncopied import Uncopied
-
-if TYPE_CHECKING:
-    from tesseract_async.experts.authority import Authority
 
 P = ParamSpec("P")
 T = TypeVar("T")

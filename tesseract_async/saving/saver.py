@@ -4,8 +4,6 @@ A server takes the state between two batches after it is asked (`StateRequest.po
 answered before. It keeps it on disk until it is fetched, whatever is learned meanwhile.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math
@@ -14,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar
+from typing import Final, NamedTuple, Self, TypeVar
 
 from tesseract_async.client.experience import experience_of
 from tesseract_async.errors import Overloaded, ProtocolError, TesseractError, TooStale, describe
@@ -25,14 +23,12 @@ from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.pieces import LIST
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Role
+from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.fetching import ask_piece, fetch_state
 from tesseract_async.server.other_replicas import owner_of, read_replicas
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
 

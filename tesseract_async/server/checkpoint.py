@@ -6,25 +6,20 @@ the weights, whose names begin with ``module/``. Everything else is JSON in the 
 SHA-256 over the whole: nothing is ever unpickled, and a damaged file is noticed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError, describe
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.spread_tensor import SpreadTensor
 from tesseract_async.runtime.states import JOURNAL_LENGTH, SAFETENSORS, StateDict
 from tesseract_async.wire.compression import flat_of
-
-if TYPE_CHECKING:
-    from tesseract_async.runtime.backend import ExpertBackend
-
 
 FORMAT_VERSION: Final = 1
 MAX_HEADER_VALUES: Final = 1 << 20

@@ -1,7 +1,5 @@
 """Fetches experts' states in pieces: a sealed file from all who have it at once, a server's newest from that server."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import logging
@@ -11,7 +9,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 from weakref import WeakValueDictionary
 
 from tesseract_async.errors import (
@@ -26,12 +24,10 @@ from tesseract_async.experts.merkle import leaf_of
 from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, size_of, split_list
 from tesseract_async.experts.terms import Seal
 from tesseract_async.files import mapped_file
+from tesseract_async.node import TesseractNode
 from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
 

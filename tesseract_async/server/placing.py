@@ -1,14 +1,12 @@
 """Placing: has a server do its part in a run: which experts it leads, follows and holds. Drives `Placement`."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.authority import Authority
@@ -24,11 +22,9 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.capacity import Capacity
 from tesseract_async.server.other_replicas import wall_clock
+from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.sharing.layout import MAX_FRAGMENTS
-
-if TYPE_CHECKING:
-    from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 
@@ -104,14 +100,14 @@ class Placing:
     @classmethod
     def of_fragments(
         cls, server: TesseractServer, keeper: ReplicaKeeper, authority: Authority, room: int, files: int
-    ) -> Placing:
+    ) -> "Placing":
         """The same for the fragments of the parameters that the run's trainers share: they begin them, and servers
         lead, follow and hold what is there. `room`, `files`: how many it computes, and has a state of, at most."""
         pattern = ExpertPattern(authority.prefix + SHARED, (range(MAX_FRAGMENTS),))
         build = keeper.tenures.fragment
         return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
 
-    async def __aenter__(self) -> Placing:
+    async def __aenter__(self) -> "Placing":
         self._tenures.on_leading[self._prefix] = self._lead
         for uid in self._tenures.stored(self._pattern):
             await self._hold(uid)  # what was held before, also where others hold it now

@@ -4,8 +4,6 @@ It carries their questions, reads and publishes their records, writes down what 
 files.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools
@@ -16,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, NotAllowed, ProtocolError, TesseractError, describe
@@ -59,13 +57,11 @@ from tesseract_async.server.other_replicas import (
     record_subkey,
     wall_clock,
 )
+from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_files import SealedFile, SealedFiles, read_sealed, stored_uids
 from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ A packed tensor is one *meta*, ``[dtype, shape, codec]``, in the message's msgpa
 Everything that decodes takes untrusted input and raises only `ProtocolError`; sizes are checked before memory is taken.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,12 +78,12 @@ class TensorSpec:
         object.__setattr__(self, "least_shape", tuple(1 if size is None else size for size in self.shape))
         object.__setattr__(self, "row_bytes", math.prod(self.least_shape) * self.dtype.itemsize)
 
-    def sized(self, size: int | None) -> TensorSpec:
+    def sized(self, size: int | None) -> "TensorSpec":
         """Return the spec of calls in which what varies has this size; the same one if nothing does."""
         return self if size is None or not self.varies else _sized(self, size)
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+    def of(cls, tensor: torch.Tensor) -> "TensorSpec":
         """The spec that `tensor` (rows first) fits. Raises: ValueError for a 0-d tensor, which has no rows."""
         if tensor.dim() == 0:
             raise ValueError("an expert's tensors have rows as their first dimension; got a 0-d tensor")
