@@ -2,12 +2,15 @@
 
 A server takes the state between two batches after it is asked (`StateRequest.point`), so it holds every step that was
 answered before. It keeps it on disk until it is fetched, whatever is learned meanwhile.
+
+What has no primary comes as its last one sealed it, from all that have that file. No other server's word counts.
 """
 
 import asyncio
 import logging
 import math
 import os
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +26,12 @@ from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.pieces import LIST
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Role
+from tesseract_async.experts.terms import Seal
 from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
-from tesseract_async.server.fetching import ask_piece, fetch_state
-from tesseract_async.server.other_replicas import owner_of, read_replicas
+from tesseract_async.server.checkpoint import check_state, encode
+from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
+from tesseract_async.server.other_replicas import read_replicas
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -36,10 +41,12 @@ T = TypeVar("T")
 
 ROLES: Final = {Role.LEADS: "primary", Role.FOLLOWS: "follower", Role.HOLDS: "holder"}
 NUM_MARKED_AT_ONCE: Final = 64
-MAX_HELD_BYTES: Final = 64 << 20
-"""Of small states that came with the answer; beyond, they are asked for again."""
+MAX_ASKED: Final = 64
+"""Members that are asked for an expert's Seal."""
 PATIENCE: Final = 10.0
 """Overloaded servers are asked again for so many times the timeout of a piece."""
+MAX_HELD_BYTES: Final = 64 << 20
+"""Of small states that came with the answer; beyond, they are asked for again."""
 MAX_SIZE_RATIO: Final = 4
 """A state that is so many times larger than most of its grid's is not fetched: Adam's are three times the weights', ...
 """
@@ -55,9 +62,6 @@ class Origin(NamedTuple):
     """``primary``, ``follower``, or ``holder``, which has the sealed file alone."""
     age: tuple[int, int] = (0, 0)
     """The epoch and number of its Seal, as far as they are known."""
-    root: bytes = messages.NO_ROOT
-    """The root of the file of the newest Seal that an expert's primaries signed, where that is known: what others than
-    the primary give whole is that file."""
 
 
 @dataclass(slots=True)
@@ -96,32 +100,44 @@ async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, .
                     role = ROLES[part.role] if known is None else known.role
                     found[uid][peer] = Origin(peer, role, (part.epoch, part.number))
 
-        await _look_up_lineages(node, authority, found)
-
     def rank(one: Origin) -> tuple[bool, tuple[int, int], bool]:
         return one.role == "primary", one.age, one.role == "follower"
 
     return {uid: sorted(some.values(), key=rank, reverse=True) for uid, some in found.items() if some}
 
 
-async def _look_up_lineages(
-    node: TesseractNode, authority: Authority, found: Mapping[str, dict[PeerAddress, Origin]]
-) -> None:
-    """Let the primaries be those who are by signed records, not by their own word."""
-    records: dict[str, list[bytes]] = {uid: [] for uid in found}
-    replicas = await read_replicas(node, records, records=records)
-    for uid, some in found.items():
-        lineage, now = Lineage(uid, authority), node.trust.clock()
-        lineage.set_hosts({owner_of(one): one.epoch for one in replicas.get(uid, ())})
-        for blob in records[uid]:
-            if (record := lineage.read(blob)) is not None:
-                lineage.add(record, now=now)
-        if (term := lineage.best) is None:
-            continue
-        seal = lineage.seal_of(term)
-        for peer, origin in some.items():
-            role = "primary" if peer.peer_id == lineage.primary else origin.role.replace("primary", "follower")
-            some[peer] = origin._replace(role=role, root=messages.NO_ROOT if seal is None else seal.root)
+async def find_seal(
+    node: TesseractNode, uid: str, authority: Authority, origins: Sequence[Origin], *, timeout: float
+) -> tuple[Seal, list[Origin]]:
+    """Return the newest Seal of the line that holds, as these show it, and those that show it.
+
+    Raises: ProtocolError if none does; what the network raises.
+    """
+    lineage, found = Lineage(uid, authority), list[tuple[Seal, Origin]]()
+    records: dict[str, list[bytes]] = {uid: []}
+    await read_replicas(node, [uid], by_shard=True, records=records)
+    question = messages.encode(messages.TenureRequest(uid, "probe", 0, [b"", b"", b""]))
+
+    async def ask(origin: Origin) -> None:
+        try:
+            reply = await node.call_expert(origin.peer, messages.TENURE, question, timeout=timeout, idempotent=True)
+            shown = messages.decode(messages.TenureReply, reply.body).records
+        except (TesseractError, TimeoutError) as error:
+            logger.info("the Seal of %s at %s: %s", uid, origin.peer.short, describe(error))
+            return
+        records[uid] += [blob for blob in shown if type(blob) is bytes]
+        found.extend((one, origin) for one in map(lineage.read, shown) if isinstance(one, Seal))
+
+    await asyncio.gather(*map(ask, origins[:MAX_ASKED]))
+    for record in map(lineage.read, records[uid]):
+        if record is not None:
+            lineage.add(record, now=time.time())
+    lineage.set_hosts({one.peer.peer_id: one.age[0] for one in origins if one.peer.peer_id is not None})
+    seals = [(seal, origin) for seal, origin in found if lineage.is_sealed(seal)]
+    if not seals:
+        raise ProtocolError(f"nobody shows a state of {uid} that its last primary sealed")
+    newest = max((seal for seal, _ in seals), key=lambda seal: seal.age)
+    return newest, [origin for seal, origin in seals if seal.root == newest.root]
 
 
 class SavePoint:
@@ -141,6 +157,7 @@ class SavePoint:
         self._node, self._origins, self._timeout = node, origins, timeout
         self._is_whole, self._point = is_whole, os.urandom(16)
         self._marked: dict[str, tuple[Origin, messages.StateReply, bytes | memoryview | None]] = {}
+        self._sealed: dict[str, tuple[Seal, list[Origin]]] = {}
         self._failed: dict[str, BaseException] = {}
         self._late: set[str] = set()
         self._num_held = 0
@@ -162,7 +179,10 @@ class SavePoint:
         async def mark(uid: str) -> None:
             async with gate:
                 error: BaseException = ProtocolError(f"nobody has a state of {uid}")
+                authority = self._node.trust.authority(split_uid(uid)[0])
                 for origin in self._origins[uid]:
+                    if authority is not None and origin.role != "primary":
+                        continue
                     try:
                         head, data = await self._patiently(lambda origin=origin: self._ask(uid, origin))  # type: ignore[misc]
                         epoch, version = lineages.newest(uid)
@@ -178,24 +198,26 @@ class SavePoint:
                     except (TesseractError, TimeoutError) as caught:
                         logger.warning("%s at %s: %s", uid, origin.peer.short, describe(caught))
                         error = caught
+                others = [one for one in self._origins[uid] if one.role != "primary"]
+                if authority is not None and others:
+                    try:
+                        self._sealed[uid] = await find_seal(self._node, uid, authority, others, timeout=self._timeout)
+                        return
+                    except (TesseractError, TimeoutError) as caught:
+                        error = caught
                 self._failed[uid] = error
 
         self._marking = [asyncio.create_task(mark(uid), name="saving: mark") for uid in sorted(self._origins)]
         if self._marking:
             await asyncio.wait(self._marking, timeout=None if within == math.inf else within)
-        self._late = {uid for uid in self._origins if uid not in self._marked and uid not in self._failed}
+        self._late = {uid for uid, task in zip(sorted(self._origins), self._marking, strict=True) if not task.done()}
 
     async def _ask(self, uid: str, origin: Origin) -> tuple[messages.StateReply, memoryview]:
-        root = self._root(origin)
-        request = messages.StateRequest(uid, not self._is_whole, 0, root, LIST, self._point)
+        request = messages.StateRequest(uid, not self._is_whole, 0, messages.NO_ROOT, LIST, self._point)
         head, data = await ask_piece(self._node, origin.peer, request, timeout=self._timeout)
-        if head.size == 0 or root not in (messages.NO_ROOT, head.root):
+        if head.size == 0:
             raise ProtocolError(f"{origin.peer.short} does not have the state of {uid}")
         return head, data
-
-    def _root(self, origin: Origin) -> bytes:
-        """The file that this one has to give; `NO_ROOT` for its state now."""
-        return origin.root if self._is_whole and origin.role != "primary" else messages.NO_ROOT
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
         loop = asyncio.get_running_loop()
@@ -220,28 +242,35 @@ class SavePoint:
         gate, limits = asyncio.Semaphore(num_at_once), self._limits()
 
         async def take(uid: str) -> None:
-            origin, head, data = self._marked.pop(uid)
-            known = store.experts.get(uid)
-            if known is not None and known.root == head.root.hex() and (store.path / known.file).exists():
-                report.kept[uid] = known.version
-                return
-            try:
+            if uid in self._sealed:
+                seal, origins = self._sealed.pop(uid)
+                data, origin = await self._patiently(lambda: self._fetch_sealed(uid, seal, origins)), origins[0]
+                root = root_of(data)
+            else:
+                origin, head, marked = self._marked.pop(uid)
+                data, root = marked if marked is not None else b"", head.root
                 if head.size > limits[split_uid(uid)[0]]:
                     raise ProtocolError(f"{uid}: a state of {head.size} bytes, many times larger than most others")
-                if data is None:
-                    data = await self._patiently(lambda: self._fetch(uid, origin))
-                    if data is None or root_of(data) != head.root:
-                        raise ProtocolError(f"{origin.peer.short} does not have {uid} as at the save point any more")
-                store.put_expert(uid, data, head.root, origin.role, is_whole=self._is_whole)
-                report.taken[uid], report.origins[uid] = store.experts[uid].version, origin.role
-            except (TesseractError, TimeoutError) as caught:
-                logger.warning("%s at %s: %s", uid, origin.peer.short, describe(caught))
-                report.failed[uid] = caught
+            known = store.experts.get(uid)
+            if known is not None and known.root == root.hex() and (store.path / known.file).exists():
+                report.kept[uid] = known.version
+                return
+            if not data:
+                fetched = await self._patiently(lambda: self._fetch(uid, origin))
+                if fetched is None or root_of(fetched) != root:
+                    raise ProtocolError(f"{origin.peer.short} does not have {uid} as at the save point any more")
+                data = fetched
+            store.put_expert(uid, data, root, origin.role, is_whole=self._is_whole)
+            report.taken[uid], report.origins[uid] = store.experts[uid].version, origin.role
 
         async def one(uid: str) -> None:
             async with gate:
-                if uid in self._marked:
-                    await take(uid)
+                if uid not in self._failed:
+                    try:
+                        await take(uid)
+                    except (TesseractError, TimeoutError) as caught:
+                        logger.warning("%s: %s", uid, describe(caught))
+                        report.failed[uid] = caught
             progress(uid)
 
         async with asyncio.TaskGroup() as group:
@@ -258,11 +287,13 @@ class SavePoint:
 
     async def _fetch(self, uid: str, origin: Origin) -> bytes | memoryview | None:
         return await fetch_state(
-            self._node,
-            origin.peer,
-            uid,
-            weights_only=not self._is_whole,
-            root=self._root(origin),
-            point=self._point,
-            timeout=self._timeout,
+            self._node, origin.peer, uid, weights_only=not self._is_whole, point=self._point, timeout=self._timeout
         )
+
+    async def _fetch_sealed(self, uid: str, seal: Seal, origins: Sequence[Origin]) -> bytes | memoryview:
+        peers = [one.peer for one in origins]
+        data = await fetch_sealed(self._node, uid, seal, peers, timeout=self._timeout)
+        if self._is_whole:
+            return data
+        state = check_state(uid, data)
+        return b"".join(encode({"module": state["module"], "version": state["version"]}))
