@@ -170,6 +170,7 @@ serve_options = grouped(
         type=METRICS_ADDRESS,
         help="Serve this node's metrics for Prometheus there, under /metrics.",
     ),
+    "Advanced",
     click.option(
         "--autocast", type=click.Choice(["bf16", "fp16"]), help="Compute in this shorter number type where it is safe."
     ),
