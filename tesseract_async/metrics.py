@@ -61,11 +61,15 @@ class Metrics(Uncopied):
 
     def observe(self, name: str, value: float, *, bounds: Sequence[float] = SECONDS_BUCKETS, **labels: str) -> None:
         """Add an observation to a histogram; `bounds` is read at its first observation only."""
+        self.histogram(name, bounds, **labels).observe(value)
+
+    def histogram(self, name: str, bounds: Sequence[float], **labels: str) -> Histogram:
+        """Return a histogram, for several observations; see `observe`."""
         key = (name, tuple(labels.items()) if len(labels) < 2 else _sorted(labels))
         histogram = self.histograms.get(key)
         if histogram is None:
             histogram = self.histograms[key] = Histogram(bounds)
-        histogram.observe(value)
+        return histogram
 
     def total(self, name: str) -> float:
         """Return a counter's sum over all its labels."""

@@ -116,7 +116,9 @@ class Together:
     incoming: Gradients = ()
     """The output gradients, damped, and the rows' weights."""
     verdicts: torch.Tensor | None = None
-    """The norms of each one's gradients, and the sum of all incoming ones."""
+    """See `_verdicts`."""
+    are_stacked: bool = False
+    """True if each one's gradients are parts of stacks."""
 
 
 class Executor:
@@ -234,10 +236,11 @@ class Executor:
         together = Together(group, attempts)
         try:
             works = [work for one in attempts for work in one.works]
-            if len({_presence(one.works) for one in attempts}) > 1:
+            of_one_block = len({id(by.output_gradients) for by in works}) == 1
+            if not of_one_block and len({_presence(one.works) for one in attempts}) > 1:
                 raise Unfit("some gradients are absent for some experts")  # no gradient is not one of zeros
             together.upload = self.staging.upload(_columns([one for slices in batches for one in slices], works))
-        except BaseException as error:
+        except BaseException as error:  # told to those who asked, by `complete`
             together.error = error
         return together
 
@@ -279,7 +282,7 @@ class Executor:
         for one in attempts:
             backend = one.works[0].backend
             member = self.groups.member_of(backend)
-            if member is None or member.kind is not kind or backend in self._broken:
+            if member is None or member.kind is not kind or (self._broken and backend in self._broken):
                 raise _NotNow
             members.append(member)
             if not backend.may_be_grouped(work.training):
@@ -297,13 +300,14 @@ class Executor:
             for one in attempts:
                 one.works[0].backend.prepare()
             parameters = [one.works[0].backend.parameters for one in attempts]
-            together.results, summed = kind.gradients(
+            together.results, summed, stacks = kind.gradients(
                 members, inputs, gradients, counts, parameters, training=work.training, weights=weights
             )
             for one, own in zip(attempts, summed, strict=True):
                 one.summed = own
             together.incoming = [*gradients, weights]
-            together.verdicts = _verdicts(together.incoming, summed)
+            together.are_stacked = stacks is not None
+            together.verdicts = _verdicts(together.incoming, summed, stacks)
         if states and have_moved(states):
             raise _NotNow
 
@@ -362,7 +366,8 @@ class Executor:
         bounds = list(itertools.accumulate(together.counts, initial=0))
         left = iter(norms)
         for index, one in enumerate(together.attempts):
-            own = list(itertools.islice(left, sum([x is not None for x in one.summed or ()])))
+            num_present = sum([x is not None for x in one.summed or ()])
+            own = list(itertools.islice(left, min(1, num_present) if together.are_stacked else num_present))
             if one.error is not None:
                 continue
             try:
@@ -384,7 +389,7 @@ class Executor:
                 if step is not None:
                     optimizer = step.backend.optimizer
                     rule = None if optimizer is None or not step.backend.steps_at_once else rule_of(optimizer)
-                    if rule is None or any(x is not None and x.layout is not torch.strided for x in step.summed):
+                    if rule is None or any([x is not None and x.layout is not torch.strided for x in step.summed]):
                         self._take(step, [one])
                     else:
                         by_rule.setdefault(rule, []).append((one, step))
@@ -406,7 +411,7 @@ class Executor:
             for one, step in due:
                 try:
                     self._check_step(step.backend, [one], step.weights)
-                except BaseException as error:
+                except BaseException as error:  # told to those who asked
                     one.outcomes |= dict.fromkeys(one.works, error)
 
     def _lose(self, attempt: Attempt, error: BaseException) -> None:
@@ -610,15 +615,19 @@ def _presence(works: Sequence[Work]) -> tuple[bool, ...]:
     return tuple([any(x is not None for x in column) for column in zip(*given, strict=True)])
 
 
-def _verdicts(incoming: Gradients, summed: Sequence[Gradients]) -> torch.Tensor:
-    """Return the norm of each gradient of each expert's parameters, and the sum of all incoming gradients."""
-    present = [for_norm(x) for own in summed for x in own if x is not None]
+def _verdicts(incoming: Gradients, summed: Sequence[Gradients], stacks: Gradients | None) -> torch.Tensor:
+    """Return the norms of each expert's gradients, and the sum of all incoming ones. A norm is that of one parameter's;
+    where gradients are parts of `stacks`, of all of an expert's."""
+    present = [for_norm(x) for own in (summed if stacks is None else [stacks]) for x in own if x is not None]
+    parts: list[torch.Tensor] = []
+    if stacks is None and present:
+        norms = torch._foreach_norm(present)
+        parts = [torch.stack(norms if len({x.dtype for x in norms}) == 1 else [x.double() for x in norms]).double()]
+    elif present:
+        each = [torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1).double() for x in present]
+        parts = [torch.linalg.vector_norm(torch.stack(each), dim=0)]
     totals = [for_norm(x).sum(dtype=torch.float64) for x in incoming if x is not None]
-    norms = list(torch._foreach_norm(present)) if present else []
-    if len({x.dtype for x in norms}) > 1:
-        norms = [x.double() for x in norms]
-    parts = [torch.stack(x).double() for x in (norms, totals) if x]
-    total = parts.pop().sum(0, keepdim=True) if totals else torch.zeros(1, dtype=torch.float64)
+    total = torch.stack(totals).sum(0, keepdim=True) if totals else torch.zeros(1, dtype=torch.float64)
     return torch.cat([*parts, total])
 
 
