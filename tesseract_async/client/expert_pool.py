@@ -226,10 +226,12 @@ class ExpertPool(nn.Module):
             uids = [candidates.uid(expert) for expert, _ in pairs]
             errors = {uid: ExpertNotFound(f"no live server hosts the expert {uid}") for uid in uids}
             raise NotEnoughExperts(None, len(values), errors)
-        is_hosted = torch.zeros(1, self.num_experts, device="cpu")
-        for expert, _ in pairs:
-            is_hosted[0, expert] = bool(candidates.replicas_of(expert))
-        schema = await self._schemas.schema(candidates, is_hosted, arguments)
+        schema = self._schemas.known
+        if schema is None:
+            is_hosted = torch.zeros(1, self.num_experts, device="cpu")
+            for expert, _ in pairs:
+                is_hosted[0, expert] = bool(candidates.replicas_of(expert))
+            schema = await self._schemas.schema(candidates, is_hosted, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
                 f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: whole numbers can't be "

@@ -201,9 +201,8 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
     now, book, key = asyncio.get_running_loop().time, experience.latencies, (replica.uid, replica.peer.peer_id)
     start = now()
     try:
-        with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
-            result = await exchange.send(replica, timeout)
-            exchange.answered(replica, result, timeout)
+        result = await exchange.send(replica, timeout)
+        exchange.answered(replica, result, timeout)
     except (*REPLICA_FAULTS, Overloaded) as error:
         report(experience, replica, error)
         raise

@@ -422,7 +422,7 @@ class _ModelCopy(Generic[M]):
 def _copied(master: M) -> M:
     try:
         return copy.deepcopy(master)
-    except Exception as error:
+    except Exception as error:  # a module's own code may raise anything
         raise TypeError(
             f"AsyncTrainer copies the module for each step in flight, but {_uncopiable(master)} can't be copied: keep "
             f"it outside of the module, or give its class a __deepcopy__ that returns itself ({error})"

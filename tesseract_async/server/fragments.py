@@ -5,13 +5,11 @@ followers, Seals and transfers take it for any expert. `FragmentCalls` gathers t
 rounds.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -20,6 +18,7 @@ from tesseract_async.endpoint.budget import FairCount, Owner
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, TesseractError, describe
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import JOURNAL_LENGTH, StateDict
 from tesseract_async.server.answering import ExpertCalls, journal_key, told_of
@@ -33,9 +32,6 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.compression import encoded_bytes
 from tesseract_async.wire.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 MAX_STEPS: Final = 1024
 """Optimizer steps that a push counts as, at most."""
@@ -155,7 +151,7 @@ class FragmentBackend(ExpertBackend):
         self._take(fragment, steps)
 
     @classmethod
-    def of_file(cls, uid: str, file: bytes | memoryview) -> FragmentBackend:
+    def of_file(cls, uid: str, file: bytes | memoryview) -> "FragmentBackend":
         """Return the fragment in the file of a whole state. Untrusted. Raises: ProtocolError."""
         state = check_state(uid, file)
         part, tensors = read_part(uid, state["module"]), {name: one.clone() for name, one in state["module"].items()}
@@ -264,7 +260,7 @@ class FragmentCalls:
                 waiting = self._wait(one, key, call)
                 try:
                     await self._add(hosted, one, request, call)
-                except BaseException as error:
+                except BaseException as error:  # cancelled, too: who else waits must hear of it
                     self._end(one, key)
                     # another call of this id may wait, too
                     told = error if isinstance(error, TesseractError) else ProtocolError("given up")
@@ -325,7 +321,7 @@ class FragmentCalls:
         try:
             await self._calls.check_leads(hosted)
             await hosted.runtime.call(partial(_backend(hosted).close_round, one.rounds, pushes))
-        except BaseException as error:
+        except BaseException as error:  # all who wait must hear of it, however it ended
             for future in waiting:
                 future.set_exception(told_of(error, messages.PUSH))
             if not isinstance(error, Exception):
