@@ -209,7 +209,7 @@ async def test_a_pause_does_not_wait_for_a_slow_server(swarm: Swarm, run: Signed
         await point.mark(within=0.2)
         go_on.set()
         report = await point.fetch(store)
-    assert report.late == {"ffn.0.0"} and sorted(report.taken) == sorted(UIDS)
+    assert "ffn.0.0" in report.late and sorted(report.taken) == sorted(UIDS)
 
 
 async def join(node: ta.TesseractNode, run: SignedRun, *, roles: tuple[Role, ...] = ("host", "train")) -> None:
