@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Generic, Protocol, TypeVar, runtime_checkable
@@ -15,7 +14,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.completion_queue import CompletionQueue
 from tesseract_async.client.leaves import fire_post_accumulate_hooks, wait_for_accumulation
 from tesseract_async.client.progress import ProgressOf
 from tesseract_async.client.scaling import Scaled
@@ -289,7 +287,7 @@ class AsyncTrainer(Generic[M]):
         num_failures = 0
         num_taken = 0
         under_way: dict[asyncio.Future[Any], int] = {}
-        queue: CompletionQueue[Any] = CompletionQueue()
+        ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()  # `asyncio.wait` looks at all each time
         tracks = self.sampler if isinstance(self.sampler, TracksBatches) else None
         first_batch = 0 if tracks is None else tracks.begin_run()
         if tracks is not None and not isinstance(batches, AsyncIterable):
@@ -304,7 +302,7 @@ class AsyncTrainer(Generic[M]):
                     if taking is None:
                         taking = source.take()
                         if not taking.done():
-                            queue.add(taking)
+                            taking.add_done_callback(ended.put_nowait)
                     if not taking.done():
                         break
                     batch, taking = taking.result(), None
@@ -314,17 +312,20 @@ class AsyncTrainer(Generic[M]):
                         task = asyncio.create_task(self._try_step(loss_of, batch))
                         under_way[task] = num_taken
                         num_taken += 1
-                        queue.add(task)
+                        task.add_done_callback(ended.put_nowait)
                 if taking is None and not under_way:
                     break
                 # steps end, and are told of, while a batch is waited for
-                done = [one for one in await queue.wait(math.inf) if one in under_way]
+                done = [await ended.get()]
+                while not ended.empty():
+                    done.append(ended.get_nowait())
+                done = [one for one in done if one in under_way]
                 if done:
                     outcomes = await asyncio.gather(*done, return_exceptions=True)  # every error is asked for
                     reports: list[StepReport] = []
                     broken: dict[int, BaseException] = {}
-                    for ended, outcome in zip(done, outcomes, strict=True):
-                        batch_number = under_way.pop(ended)
+                    for one, outcome in zip(done, outcomes, strict=True):
+                        batch_number = under_way.pop(one)
                         if isinstance(outcome, BaseException):
                             broken[batch_number] = outcome
                         else:
