@@ -264,7 +264,7 @@ class SharedParameters(Uncopied, Generic[M]):
             elif self._hosts or (self._hosts is None and self._is_bare and await self._pieces.num_hosts() < NUM_HOSTS):
                 await self._host(found, follows=True)
             _check_genesis(run, found)
-        except BaseException:
+        except BaseException:  # cancelled, too: leave what was entered
             await self._stack.aclose()
             raise
         return found

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transformers": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"},
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
-    "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
+    "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "leaving"},
     "shared_pieces": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server"},
     "shared_parameters": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}

@@ -20,10 +20,13 @@ from tesseract_async.errors import Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.run import RunManifest, RunMismatch, SignedRun, sign_run
 from tesseract_async.server import fragments
+from tesseract_async.server.checkpoint import check_state
+from tesseract_async.server.fetching import fetch_state
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.placing import Placing
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.shared_parameters import SharedParameters, SharingReport
+from tesseract_async.sharing.fragment import NEWCOMERS
 from tesseract_async.sharing.layout import Kind, Layout, LayoutMismatch
 from tesseract_async.wire import messages
 
@@ -311,6 +314,8 @@ async def test_strange_pushes_are_refused_and_count_nothing() -> None:
     ):
         uid, (_, version, root) = shared._parts[0].uid, shared._parts[0].copy.base
         (replica,) = await liar.directory.find(uid)
+        file = await fetch_state(liar, replica.peer, uid, weights_only=True)
+        assert file and check_state(uid, file, weights_only=True)["module"].keys() == NEWCOMERS
         good = shared._parts[0].copy.push(torch.zeros(shared._parts[0].copy.cut.numel))
         shared._parts[0].copy.cancel()
         bodies: list[tuple[list[object], list[bytes]]] = [

@@ -22,6 +22,7 @@ from tesseract_async.cli.options import (
 )
 from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
+from tesseract_async.cli.swarm_picture import safety
 from tesseract_async.cli.types import EXISTING_FILE, FILE, PATTERN, PEER, Number, Parsed, counted
 from tesseract_async.experts.grants import Grant, Invite, Role, grant_text
 from tesseract_async.experts.manifest import split_uid
@@ -314,8 +315,7 @@ def _safety(standings: Mapping[str, Standing], num_members: int, num_copies: int
     if not standings:
         return []
     losses = min(one.losses for one in standings.values())
-    word = "survives" if losses > 0 else "does not survive"
-    lines = [f"the run {word} the loss of {counted(max(losses, 1), 'more member')}, whichever they are"]
+    lines = [f"the run {safety(losses)}"]
     if num_members <= num_copies:
         lines.append(f"{counted(num_members, 'member')} cannot hold {num_copies} copies besides each primary")
     for uid, one in standings.items():

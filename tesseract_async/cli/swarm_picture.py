@@ -177,14 +177,18 @@ def _where(peer: State) -> str:
 
 
 def _describe_run(run: State) -> str:
-    losses = run["losses"]
+    name, _, owner = run["name"].partition("@")
+    size = f"{counted(run['num_experts'], 'expert')} ({run['expert']}), {counted(run['parameters'], 'parameter')}"
+    return f"{name}@{owner[:8]}, {run['mode']}: {size}; {safety(run['losses'])}"
+
+
+def safety(losses: int | None) -> str:
+    """Return what a run survives, in words: so many more members may be lost."""
     if losses is None:
-        safety = "how safe it is, is not known yet"
-    elif losses > 0:
-        safety = f"survives the loss of {counted(losses, 'more member')}, whichever they are"
-    else:
-        safety = "does not survive the loss of one more member"
-    return f"{run['name']}, {run['mode']}: {counted(run['num_experts'], 'expert')} ({run['expert']}); {safety}"
+        return "how safe it is, is not known yet"
+    if losses <= 0:
+        return "may lose experts with the next member that goes"
+    return f"survives the loss of any {'member' if losses == 1 else f'{losses:,} members'}"
 
 
 def _and_more(number: int, noun: str) -> list[RenderableType]:
@@ -219,7 +223,7 @@ def _describe_standings(standings: list[list[Any]]) -> list[str]:
     counts = Counter(word for *_, word in standings)
     losses = min(losses for *_, losses, _ in standings)
     facts = [f"{counts[word]} {word}" for word in ("lost", "at risk", "not led") if counts[word]]
-    return [*facts, f"all survive the loss of {counted(losses, 'more member')}"] if losses > 0 else facts
+    return [*facts, f"each {safety(losses)}"] if losses > 0 else facts
 
 
 def _draw_grid(grid: State, peers: list[State], width: int, height: int, signs: dict[str, str]) -> RenderableType:

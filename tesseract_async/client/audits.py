@@ -1,8 +1,7 @@
 """Audits: a share of the experts' answers is computed again elsewhere, to find servers that answer wrongly.
 
-Replicas at the same version answer the same rows, mode and seed alike, but for rounding. If two differ, both are asked
-again: the one that contradicts itself is caught; otherwise a third replica decides. Only replicas at one version can be
-compared: a training primary only just after a follower has pulled its weights.
+If two replicas of one version differ, both are asked again: the one that contradicts itself is caught; otherwise a
+third one decides.
 """
 
 import asyncio

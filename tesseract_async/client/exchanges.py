@@ -7,12 +7,12 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.experience import Experience
-from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt, call_forward, check_growth, fetch_info
-from tesseract_async.errors import ExpertNotFound, InputsForgotten, ProtocolError, TesseractError, TooStale, describe
+from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt, call_forward, fetch_info, unpack_fitting
+from tesseract_async.errors import ExpertNotFound, InputsForgotten, TesseractError, TooStale, describe
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.runtime.encoding import pack
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import BACKWARD
@@ -191,17 +191,8 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
         decoded = messages.decode(messages.BackwardReply, reply.body)
         self.experience.lineages.take(replica, decoded.epoch, decoded.version)
         specs = forward.schema.input_specs
-        plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=self.inputs[0].shape[0])
+        num_rows = self.inputs[0].shape[0]
+        plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=num_rows)
         if plain is not None:
             return [*plain]
-        check_growth(forward.uid, decoded.tensors, specs)
-        gradients = await unpack(decoded.tensors, reply.buffers)
-        if len(gradients) != len(self.inputs):
-            raise ProtocolError(f"{forward.uid} answered {len(gradients)} gradients for {len(self.inputs)} inputs")
-        for gradient, tensor in zip(gradients, self.inputs, strict=True):
-            if gradient is not None and (gradient.shape != tensor.shape or gradient.dtype != tensor.dtype):
-                raise ProtocolError(
-                    f"{forward.uid} answered a gradient of {gradient.dtype} and shape {tuple(gradient.shape)} "
-                    f"for an input of {tensor.dtype} and shape {tuple(tensor.shape)}"
-                )
-        return gradients
+        return await unpack_fitting(forward.uid, decoded.tensors, reply.buffers, specs, num_rows)

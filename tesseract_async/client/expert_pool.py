@@ -20,7 +20,7 @@ from tesseract_async.client.experience import experience_of
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
-from tesseract_async.client.routing import Candidates, Indices, LiveGrid
+from tesseract_async.client.routing import Candidates, Indices, LiveGrid, cut
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, MixtureSettings
 from tesseract_async.errors import ExpertNotFound, NotEnoughExperts, SchemaMismatch
@@ -211,8 +211,7 @@ class ExpertPool(nn.Module):
         cells = np.unique(index_RK.astype(np.int64) * num_rows + np.arange(num_rows)[:, None])
         if not len(cells):
             return []
-        experts, starts = np.unique(cells // num_rows, return_index=True)
-        return list(zip(experts.tolist(), np.split(cells % num_rows, starts[1:]), strict=True))
+        return cut(*np.unique(cells // num_rows, return_index=True), cells % num_rows)
 
     async def _call(
         self,
@@ -227,10 +226,12 @@ class ExpertPool(nn.Module):
             uids = [candidates.uid(expert) for expert, _ in pairs]
             errors = {uid: ExpertNotFound(f"no live server hosts the expert {uid}") for uid in uids}
             raise NotEnoughExperts(None, len(values), errors)
-        is_hosted = torch.zeros(1, self.num_experts, device="cpu")
-        for expert, _ in pairs:
-            is_hosted[0, expert] = bool(candidates.replicas_of(expert))
-        schema = await self._schemas.schema(candidates, is_hosted, arguments)
+        schema = self._schemas.known
+        if schema is None:
+            is_hosted = torch.zeros(1, self.num_experts, device="cpu")
+            for expert, _ in pairs:
+                is_hosted[0, expert] = bool(candidates.replicas_of(expert))
+            schema = await self._schemas.schema(candidates, is_hosted, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
                 f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: whole numbers can't be "

@@ -4,12 +4,10 @@ A reply that breaks the rules raises ProtocolError, so that a server that lies a
 is down.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,7 +55,7 @@ class ExpertSchema:
         return settled
 
     @classmethod
-    def decode(cls, info: messages.ExpertInfo) -> ExpertSchema:
+    def decode(cls, info: messages.ExpertInfo) -> "ExpertSchema":
         """Read an untrusted info. Raises: ProtocolError."""
         args, kwargs = decode_schema(info.args_schema), decode_schema(info.kwargs_schema)
         outputs = decode_schema(info.outputs_schema)
@@ -136,17 +134,25 @@ async def call_forward(
     receipt = Receipt(peer, decoded.version, decoded.inputs_cached, decoded.epoch)
     if (plain := unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=num_rows)) is not None:
         return plain, receipt
-    check_growth(forward.uid, decoded.tensors, specs)
-    outputs = await unpack(decoded.tensors, reply.buffers)
-    if len(outputs) != len(specs):
-        raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
-    fitting = []
-    for output, spec in zip(outputs, specs, strict=True):
-        if output is None or output.dtype != spec.dtype or output.shape != (num_rows, *spec.shape):
-            got = "nothing" if output is None else f"{output.dtype} of shape {tuple(output.shape)}"
-            raise ProtocolError(f"{forward.uid} answered {got} where its schema says {spec} with {num_rows} rows")
-        fitting.append(output)
-    return fitting, receipt
+    outputs = await unpack_fitting(forward.uid, decoded.tensors, reply.buffers, specs, num_rows)
+    if any(output is None for output in outputs):
+        raise ProtocolError(f"{forward.uid} answered nothing where its schema says a tensor")
+    return [output for output in outputs if output is not None], receipt
+
+
+async def unpack_fitting(
+    uid: str, metas: list[Any], buffers: Sequence[memoryview], specs: Sequence[TensorSpec], num_rows: int
+) -> list[torch.Tensor | None]:
+    """The tensors of an answer, each of its spec or absent. Raises: ProtocolError."""
+    check_growth(uid, metas, specs)
+    tensors = await unpack(metas, buffers)
+    if len(tensors) != len(specs):
+        raise ProtocolError(f"{uid} answered {len(tensors)} tensors instead of {len(specs)}")
+    for tensor, spec in zip(tensors, specs, strict=True):
+        if tensor is not None and (tensor.dtype != spec.dtype or tensor.shape != (num_rows, *spec.shape)):
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ProtocolError(f"{uid} answered {got} where its schema says {spec} with {num_rows} rows")
+    return tensors
 
 
 def check_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:

@@ -31,7 +31,6 @@ from tesseract_async.errors import InputsForgotten, TesseractError, TooStale, de
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.encoding import pack
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest
-from tesseract_async.wire.codecs import Codecs
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec, flatten
 
@@ -39,8 +38,6 @@ Values = npt.NDArray[np.floating[Any]]
 
 _MAX_GAP: Final = 30.0
 """Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
-_MAX_GAP_HALF: Final = 10.0
-"""The same for sums in fp16, whose smallest number is 6e-8: what is less adds no more than is rounded off."""
 
 
 @dataclass(slots=True, eq=False)
@@ -180,7 +177,7 @@ class _ForwardPass(Pass):
             block.scales_R = np.full(len(block.rows), -np.inf, dtype=values_P.dtype)
             np.maximum.at(block.scales_R, block.numbers_P, values_P)
             gaps_P = values_P - block.scales_R[block.numbers_P]
-            block.weights_P = np.exp(np.maximum(gaps_P, -_max_gap(self.codecs))).astype(np.float32)
+            block.weights_P = np.exp(np.maximum(gaps_P, -_MAX_GAP)).astype(np.float32)
         elif self._audited.get(block.calls[0]):  # it is alone, and its answer is needed as it is
             block.weights_P, block.scales_R = np.ones(len(values_P), dtype=np.float32), values_P
         else:
@@ -343,9 +340,7 @@ class _BackwardPass(Pass):
         weights_P = self._call.values(self._matrix, block.rows_P, block.experts_P())
         if self._call.is_normalized:
             scales_P = np.concatenate([self._scales(call) for call in block.calls])
-            gaps_P = (
-                np.maximum(weights_P - scales_P, -_max_gap(self.codecs)) + scales_P - self._call.top_R[block.rows_P]
-            )
+            gaps_P = np.maximum(weights_P - scales_P, -_MAX_GAP) + scales_P - self._call.top_R[block.rows_P]
             weights_P = np.exp(gaps_P) / self._call.weights_R[block.rows_P]
         block.weights_P = weights_P.astype(np.float32)
         inputs = [] if kept is not None else _rows_of(self._inputs, block.rows)
@@ -426,10 +421,6 @@ def _rows_of(tensors: Sequence[torch.Tensor], rows: Indices) -> list[torch.Tenso
         return list(tensors)
     at = torch.from_numpy(rows)
     return [tensor.index_select(0, at) for tensor in tensors]
-
-
-def _max_gap(codecs: Codecs) -> float:
-    return _MAX_GAP_HALF if codecs.outputs == "fp16" else _MAX_GAP
 
 
 def _is_differentiable(dtype: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
 from tesseract_async.experts import ExpertPattern, GridView, split_uid
@@ -22,10 +22,8 @@ from tesseract_async.experts.thanks import HOUR, NUM_HOURS, Thank, read_thanks
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.history import History
 from tesseract_async.monitoring.status import NodeStatus, ask_status
+from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 log = logging.getLogger(__name__)
 
@@ -431,12 +429,17 @@ class SwarmObserver:
                 "name": authority.run.full_name,
                 "mode": authority.mode,
                 "num_experts": len(manifest.pattern),
+                "parameters": len(manifest.pattern) * self._parameters(),
                 "expert": manifest.expert,
                 "sizes": dict(manifest.sizes),
                 "losses": min((one.losses for one in standings), default=None),
                 "at_risk": sum(one.word != "safe" for one in standings),
             }
         return None
+
+    def _parameters(self) -> int:
+        """Return the parameters of the largest expert, by the words of servers."""
+        return max((one.status.num_parameters for one in self.peers.values() if one.status is not None), default=0)
 
     def _seed(self) -> str:
         """Return the address by which others join: this node's seed, or this node if it has none."""
@@ -516,7 +519,6 @@ class SwarmObserver:
             "failures": 0 if status is None else sum(one.num_failures for one in status.experts.values()),
             "median": None if status is None else _middle([one.median_seconds for one in status.experts.values()]),
             "slow": None if status is None else max((one.slow_seconds for one in status.experts.values()), default=0.0),
-            "parameters": 0 if status is None else status.num_parameters,
             "left_ago": None if peer.left_at is None else round(asyncio.get_running_loop().time() - peer.left_at),
             "error": peer.error,
             "gone": peer.is_gone,

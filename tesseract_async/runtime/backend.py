@@ -213,6 +213,8 @@ class ExpertBackend:
         self.output_specs = self._runner.output_specs
         states.check_module(module)  # not before: the dry run makes the weights of lazy layers
         wire.check_schema(self.outputs_schema, what="the module's output")
+        self.signature = repr((self.input_specs, self.output_specs, settings.codecs))
+        """The same for experts that take and give the same, in the same codecs."""
         if len(self.input_specs) + len(self.output_specs) > wire.MAX_TENSORS:
             raise ValueError(
                 f"an expert takes and returns at most {wire.MAX_TENSORS} tensors together; this one takes "

@@ -287,7 +287,7 @@ class TesseractRuntime(Uncopied):
             if self._closing or self._thread is None:
                 raise _leaving()
             self._batcher.add(work, now)
-            if self._is_idle:
+            if self._is_idle and not self._num_gathering:
                 self._wake_thread()
         return work
 
@@ -428,9 +428,12 @@ class TesseractRuntime(Uncopied):
                     work.rows = work.weights = None
                     if work.results:
                         work.results.clear()
-            direction = direction or _direction(batch)
-            self.metrics.observe("runtime_batch_rows", batch.num_rows, bounds=ROWS_BUCKETS, direction=direction)
-            self.metrics.observe("runtime_batch_seconds", seconds / len(batches), direction=direction)
+        direction = direction or _direction(batches[0])
+        rows = self.metrics.histogram("runtime_batch_rows", ROWS_BUCKETS, direction=direction)
+        times = self.metrics.histogram("runtime_batch_seconds", SECONDS_BUCKETS, direction=direction)
+        for batch in batches:
+            rows.observe(batch.num_rows)
+        times.observe(seconds / len(batches), len(batches))
         if len(batches) > 1:
             self.metrics.count("runtime_grouped_batches", len(batches), direction=direction)
 

@@ -1,12 +1,10 @@
 """`save_model`, `load_model` and `restore_model`: a whole model as a folder, and back."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -19,14 +17,12 @@ from tesseract_async.client.trainer import AsyncTrainer
 from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import Identity
+from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.structure import Described, build_module, describe_module
 from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
 from tesseract_async.saving.restorer import enter_owned, restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
 from tesseract_async.shared_parameters import SharedParameters
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -1,10 +1,8 @@
 """Takes a swarm's experts back to a save point: their files are sent to every server that hosts them."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tesseract_async.errors import CheckpointError, ExpertNotFound, TesseractError, describe
 from tesseract_async.experts.grid import ExpertReplica
@@ -16,11 +14,9 @@ from tesseract_async.experts.run_directory import enter_run
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.files import mapped
 from tesseract_async.identity import Identity
+from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 MAX_TOLD: Final = 3
 

@@ -328,7 +328,8 @@ class ExpertCalls:
 
     def left(self) -> None:
         self._num_active -= 1
-        self._quiet.set()
+        if not self._num_active:
+            self._quiet.set()
 
     async def wait_backwards(self, uid: str) -> None:
         """Return once no backward of this expert is under way any more; new ones are the caller's business."""
@@ -398,10 +399,11 @@ class ExpertCalls:
         rows: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
         num_bytes: int | None = None,
+        owner: Hashable | None = None,
     ) -> BackwardUnderWay:
         """Queue a backward (see `TesseractRuntime.submit`). Raises: Overloaded."""
         backend = hosted.backend
-        version, owner = backend.led_to(key[1], call_id), self.owner(call)
+        version, owner = backend.led_to(key[1], call_id), owner or self.owner(call)
         work = hosted.runtime.submit(
             backend,
             inputs,
@@ -412,7 +414,7 @@ class ExpertCalls:
             call_id=key[1] if version is None else None,
             forward_version=forward_version if version is None else None,
             deadline=call.deadline,
-            priority=priority_of(call),
+            priority=call.priority and priority_of(call),
             peer=owner,
             rows=rows,
             weights=weights,

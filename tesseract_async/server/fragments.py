@@ -5,13 +5,11 @@ followers, Seals and transfers take it for any expert. `FragmentCalls` gathers t
 rounds.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -20,12 +18,13 @@ from tesseract_async.endpoint.budget import FairCount, Owner
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, TesseractError, describe
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import JOURNAL_LENGTH, StateDict
 from tesseract_async.server.answering import ExpertCalls, journal_key, told_of
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.hosted import UNFIT, HostedState
-from tesseract_async.sharing.fragment import KEPT_UPDATES, ROOT_BYTES, Fragment, Update
+from tesseract_async.sharing.fragment import KEPT_UPDATES, NEWCOMERS, ROOT_BYTES, Fragment, Update
 from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES
 from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 from tesseract_async.sharing.rounds import Push, Rounds, judge
@@ -33,9 +32,6 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.compression import encoded_bytes
 from tesseract_async.wire.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 MAX_STEPS: Final = 1024
 """Optimizer steps that a push counts as, at most."""
@@ -102,18 +98,17 @@ def _said(tensors: Tensors) -> bytes:
 
 
 def read_fragment(part: FragmentPart, tensors: Tensors, version: int) -> tuple[Fragment, int]:
-    """Return the fragment in the tensors of a state, and the steps that were pushed to it. Untrusted.
+    """Return the fragment in the tensors of a state, or in those of `NEWCOMERS`, and the steps that were pushed to it.
 
-    The tensors become the fragment's. Raises: ProtocolError.
+    Untrusted. The tensors become the fragment's. Raises: ProtocolError.
     """
     cut, outer = part.cut, part.outer
     num_bytes = encoded_bytes(cut.numel, cut.dtype, outer.codec_of(cut))
-    shapes = {
-        "anchor": (cut.dtype, (cut.numel,)),
-        "updates": (torch.uint8, (KEPT_UPDATES, num_bytes)),
-        "roots": (torch.uint8, (KEPT_UPDATES + 1, ROOT_BYTES)),
-        "counts": (torch.int64, (2,)),
-    }
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    shapes = {"anchor": (cut.dtype, (cut.numel,)), "counts": (torch.int64, (2,))}
+    if is_whole := tensors.keys() != NEWCOMERS:
+        shapes["updates"] = torch.uint8, (KEPT_UPDATES, num_bytes)
+        shapes["roots"] = torch.uint8, (KEPT_UPDATES + 1, ROOT_BYTES)
     for name, wanted in shapes.items():
         found = tensors.get(name)
         if found is None or (found.dtype, tuple(found.shape)) != wanted:
@@ -123,6 +118,8 @@ def read_fragment(part: FragmentPart, tensors: Tensors, version: int) -> tuple[F
         raise ProtocolError("a fragment of another model")
     if not 0 <= num_updates <= min(KEPT_UPDATES, version) or not 0 <= steps < 2**62:
         raise ProtocolError("the state of a fragment has other counts")
+    if not is_whole:
+        return Fragment(cut, outer, tensors["anchor"], version=version), steps
 
     def root(at: int) -> bytes:
         return tensors["roots"][at % (KEPT_UPDATES + 1)].numpy().tobytes()
@@ -154,7 +151,7 @@ class FragmentBackend(ExpertBackend):
         self._take(fragment, steps)
 
     @classmethod
-    def of_file(cls, uid: str, file: bytes | memoryview) -> FragmentBackend:
+    def of_file(cls, uid: str, file: bytes | memoryview) -> "FragmentBackend":
         """Return the fragment in the file of a whole state. Untrusted. Raises: ProtocolError."""
         state = check_state(uid, file)
         part, tensors = read_part(uid, state["module"]), {name: one.clone() for name, one in state["module"].items()}
@@ -263,7 +260,7 @@ class FragmentCalls:
                 waiting = self._wait(one, key, call)
                 try:
                     await self._add(hosted, one, request, call)
-                except BaseException as error:
+                except BaseException as error:  # cancelled, too: who else waits must hear of it
                     self._end(one, key)
                     # another call of this id may wait, too
                     told = error if isinstance(error, TesseractError) else ProtocolError("given up")
@@ -324,7 +321,7 @@ class FragmentCalls:
         try:
             await self._calls.check_leads(hosted)
             await hosted.runtime.call(partial(_backend(hosted).close_round, one.rounds, pushes))
-        except BaseException as error:
+        except BaseException as error:  # all who wait must hear of it, however it ended
             for future in waiting:
                 future.set_exception(told_of(error, messages.PUSH))
             if not isinstance(error, Exception):

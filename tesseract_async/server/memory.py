@@ -244,7 +244,7 @@ def trim_heap() -> None:
 
 def _num_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
     """Return the bytes of remembering them: small tensors are mostly objects, and those of strangers may be empty."""
-    return ENTRY_BYTES + sum(TENSOR_BYTES + tensor.nbytes for tensor in tensors if tensor is not None)
+    return ENTRY_BYTES + sum([TENSOR_BYTES + tensor.nbytes for tensor in tensors if tensor is not None])
 
 
 def _now() -> float:

@@ -279,7 +279,7 @@ def _call(builder: Builder, sizes: Mapping[str, object], name: str, seed: int | 
         with torch.random.fork_rng(devices=[]):  # the caller's own random numbers are not ours to change
             torch.manual_seed(seed)
             return builder(**sizes)
-    except Exception as error:
+    except Exception as error:  # a stranger's builder may raise anything
         given = ", ".join(f"{key}={value}" for key, value in sizes.items()) or "its own sizes"
         reason = describe(error).partition("\n")[0][:MAX_REASON]
         raise ValueError(f"{name} cannot be built with {given}: {reason}") from error

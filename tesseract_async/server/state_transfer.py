@@ -24,6 +24,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import EncodedState, check_state, encode
 from tesseract_async.server.state_files import SealedFile
+from tesseract_async.sharing.fragment import NEWCOMERS
 from tesseract_async.transport.throttle import Leftover, Throttle
 from tesseract_async.wire import messages
 
@@ -248,7 +249,10 @@ class StateSource:
             raise Overloaded("too many experts' states are being sent already", retry_after=KEEP_SECONDS / 4)
         state = await owner.snapshot()
         if weights_only:
-            state = {"module": state["module"], "version": state["version"]}
+            module = state["module"]
+            if NEWCOMERS <= module.keys():  # two thirds of a fragment are for its hosts alone
+                module = {name: module[name] for name in NEWCOMERS}
+            state = {"module": module, "version": state["version"]}
 
         def write() -> tuple[EncodedState, list[bytes]]:
             file = encode(state)

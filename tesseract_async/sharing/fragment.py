@@ -22,6 +22,8 @@ from tesseract_async.wire import compression
 KEPT_UPDATES: Final = 8
 """Updates that a fragment keeps: a trainer whose base is older fetches the whole state."""
 ROOT_BYTES: Final = 16
+NEWCOMERS: Final = frozenset({"anchor", "counts", "manifest"})
+"""The tensors of a fragment's state that a trainer needs. Its hosts have more: momentum and the last updates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,6 @@ A packed tensor is one *meta*, ``[dtype, shape, codec]``, in the message's msgpa
 Everything that decodes takes untrusted input and raises only `ProtocolError`; sizes are checked before memory is taken.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +57,7 @@ class TensorSpec:
         object.__setattr__(self, "row_bytes", math.prod(self.shape) * self.dtype.itemsize)
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+    def of(cls, tensor: torch.Tensor) -> "TensorSpec":
         """The spec that `tensor` (rows first) fits. Raises: ValueError for a 0-d tensor, which has no rows."""
         if tensor.dim() == 0:
             raise ValueError("an expert's tensors have rows as their first dimension; got a 0-d tensor")

@@ -33,10 +33,13 @@ FIRST = ("ceilings", "throughput", "throughput_presets", "throughput_dht", "thro
 SIDES = {"hivemind": "hivemind", "rpc_grpc": "grpc.aio", "rpc_torch": "torch.distributed.rpc", "rpc_ray": "ray"}
 """The peers by how their files begin."""
 LONG = {
+    "client_shared",
+    "client_shared_faults",
     "nat_links",
     "network_churn",
     "network_growth",
     "network_simulated",
+    "run_churn",
 }  # minutes to hours: when named, or with --long
 TIMEOUT = 300.0
 LONG_TIMEOUT = 4 * 3600.0

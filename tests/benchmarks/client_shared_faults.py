@@ -334,6 +334,8 @@ class Trainer:
             change = own.merge(updates or (), epoch=0)
         self.world.manifest.layout.add(self.model, own.cut, change)
         self.num_merged += 1
+        if self.world.num_steps >= self.world.most_steps:
+            self.flush()  # what came after that push
 
 
 def at_once(coroutine: Coroutine[None, None, torch.Tensor]) -> torch.Tensor:

@@ -160,6 +160,36 @@ async def test_a_run_from_its_signature_to_its_saved_weights(stem: Stem, tmp_pat
         assert await organizer.wait() == 0
 
 
+@pytest.mark.slow
+async def test_volunteers_host_what_trainers_share(stem: Stem, tmp_path: Path) -> None:
+    author = ("--identity", str(tmp_path / "author.pem"))
+    async with tesseract(stem, "run", "create", "digits", "--open", "--grid", "2x2", *SIZES, *author) as organizer:
+        started = await event(organizer, "run")
+        seed, run = started["address"], started["run"]
+        models = [torch.nn.Linear(3, 40) for _ in range(2)]
+        async with volunteer(hosting(run, seed)) as one, volunteer(hosting(run, seed)) as other:
+            assert one.server is not None and other.server is not None
+            async with (
+                ta.TesseractNode(initial_peers=[seed]) as node,
+                ta.SharedParameters(node, models[0], run=run, host=True) as shared,
+            ):
+                uids = set(shared.uids)
+                async with asyncio.timeout(60):
+                    servers = (one.server, other.server)
+                    while not all(uids <= server.experts.keys() for server in servers):  # noqa: ASYNC110
+                        await asyncio.sleep(0.1)
+            async with ta.TesseractNode(initial_peers=[seed]) as node:
+                async with ta.SharedParameters(node, models[1], run=run) as shared:
+                    assert torch.equal(models[0].weight, models[1].weight)
+                    with torch.no_grad():
+                        models[1].weight.add_(1.0)
+                    await shared.step()
+                    await shared.flush()
+                    assert shared.steps == 1
+        organizer.send_signal(signal.SIGINT)
+        assert await organizer.wait() == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -66,7 +66,6 @@ class FakeObserver:
             "failures": number,
             "median": 0.01,
             "slow": 0.05,
-            "parameters": 1000,
             "left_ago": None,
         }
 

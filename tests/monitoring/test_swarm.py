@@ -69,7 +69,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 assert grid["size"] == [2, 3]
                 assert [(cell[0], cell[2], cell[3]) for cell in grid["experts"]] == [([0, 0], 1, 0), ([1, 2], 1, 3)]
                 peer = only(state["peers"])
-                assert peer["peer_id"] == str(host.peer_id) and peer["name"] == "attic" and peer["parameters"] == 6
+                assert peer["peer_id"] == str(host.peer_id) and peer["name"] == "attic" and observer._parameters() == 6
                 assert "cores" in peer["hardware"] and peer["memory"] > 0 and peer["left_ago"] is None
                 page = observer.expert("ffn.1.2")
                 assert only(page["servers"])["num_calls"] == 6 and only(page["servers"])["slow_seconds"] > 0

@@ -21,7 +21,7 @@ from tesseract_async.server.answering import journal_key
 from tesseract_async.server.checkpoint import check_state, encode, largest_state
 from tesseract_async.server.fragments import MAX_STATE_BYTES, FragmentBackend, read_fragment, read_manifest
 from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import Fragment, Outer, Update
+from tesseract_async.sharing.fragment import NEWCOMERS, Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.sharing.rounds import Rounds, judge
@@ -59,6 +59,8 @@ def test_a_state_goes_through_a_file(num_rounds: int) -> None:
     for one in (other.fragment, read_fragment(MANIFEST.part(0), state["module"], num_rounds)[0]):
         assert one.root == backend.fragment.root and one.updates == backend.fragment.updates
         assert one.before == backend.fragment.before
+    few = {name: state["module"][name] for name in NEWCOMERS}
+    assert read_fragment(MANIFEST.part(0), few, num_rounds)[0].root == backend.fragment.root
     assert read_manifest(state["module"]).data == MANIFEST.data
     assert other.version == num_rounds and other.steps == 3 * num_rounds
     assert all(other.led_to(journal_key(PEERS[0], one), one) for one in call_ids)

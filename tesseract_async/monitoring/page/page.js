@@ -89,14 +89,13 @@ function drawRun() {
     $("run").textContent = state.grids.length ? "Experts outside of runs." : "";
     return;
   }
-  const parameters = Math.max(0, ...state.peers.map((peer) => peer.parameters ?? 0)) * run.num_experts;
   const safety = run.losses === null ? "how safe they are is not known yet"
-    : run.losses > 0 ? `survives the loss of ${number(run.losses)} more member${run.losses === 1 ? "" : "s"}, whichever they are`
-    : "does not survive the loss of one more member";
+    : run.losses > 0 ? `survives the loss of any ${run.losses === 1 ? "member" : `${number(run.losses)} members`}`
+    : "may lose experts with the next member that goes";
   const risky = run.at_risk ? `; ${number(run.at_risk)} expert${run.at_risk === 1 ? " is" : "s are"} at risk, led by nobody or lost` : "";
   $("run").title = run.name;
   $("run").textContent = `Run ${run.name.replace(/@(.{8}).*/, "@$1…")}, ${run.mode}: ${number(run.num_experts)} experts (${run.expert})`
-    + (parameters ? `, ${short(parameters)} parameters in total` : "") + `; ${safety}${risky}.`;
+    + (run.parameters ? `, ${short(run.parameters)} parameters in total` : "") + `; ${safety}${risky}.`;
 }
 
 // ---------------------------------------------------------------------------------------------- grids
@@ -400,11 +399,11 @@ function drawPlot(canvas) {
     draw.stroke();
   }
   draw.setLineDash([]);
-  others.forEach((name, place) => {
+  others.forEach((name) => {
     draw.beginPath();
     points.filter((point) => point[name] !== undefined)
       .forEach((point, index) => draw[index ? "lineTo" : "moveTo"](x(point.time), y(point[name])));
-    draw.strokeStyle = `hsl(${(205 + place * 137.5) % 360} 45% ${dark ? 60 : 55}%)`;
+    draw.strokeStyle = curveColour(name.slice("loss ".length));
     draw.lineWidth = 1;
     draw.stroke();
   });
@@ -458,6 +457,12 @@ for (const canvas of plots) {
 
 // ---------------------------------------------------------------------------------------------- lists
 
+// of a trainer, by its name: the curve's and, in the table, the chip's
+function curveColour(name) {
+  let hash = 7;
+  for (const letter of name) hash = (31 * hash + letter.codePointAt(0)) % 3600;
+  return `hsl(${hash / 10} 55% ${dark ? 62 : 46}%)`;
+}
 function titled(text, title) {
   const made = element("span", text);
   made.title = title;
@@ -554,8 +559,14 @@ function drawContributors() {
 function drawTrainers() {
   const trainers = Object.entries(state.losses);
   $("trainers").hidden = trainers.length === 0;
+  const chipped = (name) => {
+    const made = element("span", undefined, "swatch"), both = element("span");
+    made.style.background = curveColour(name);
+    both.append(made, name);
+    return both;
+  };
   fill($("losses"), trainers.map(([name, [step, loss, leftOut, seen, unit]]) => [
-    [name, short(step), number(loss, 4), titled(seen ? short(seen) : "–", `${number(seen)} ${unit}`), short(leftOut)], "",
+    [chipped(name), short(step), number(loss, 4), titled(seen ? short(seen) : "–", `${number(seen)} ${unit}`), short(leftOut)], "",
     [name, step, loss, seen, leftOut],
   ]));
 }
