@@ -473,22 +473,29 @@ class TesseractNode(Uncopied):
         self._table.unhost(uid)
 
     def host_together(self, handler: CallHandler) -> Callable[[], None]:
-        """Answer ``expert.apply``, which is for many of this node's experts, by `handler`: it asks `find_expert` for
-        each. Of several handlers, which all do the same, the first one answers. Returns a function that ends this."""
+        """Answer ``expert.apply``, which is for many of this node's experts, by `handler`: it asks `find_experts` for
+        them. Of several handlers, which all do the same, the first one answers. Returns a function that ends this."""
         self._apply_handlers.append(handler)
         return lambda: self._apply_handlers.remove(handler)
 
-    def find_expert(self, call: IncomingCall, uid: str) -> CallHandler:
-        """Return the handler that `host_expert` was given for ``expert.apply``.
+    def find_experts(self, call: IncomingCall, uids: Sequence[str]) -> list[CallHandler | RemoteError]:
+        """Return for each of these experts the handler that `host_expert` was given for ``expert.apply``, or the error
+        that refuses it: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
 
-        `call` is from whom, and how, the expert is asked in it: by ``expert.forward`` or ``expert.backward``. Each
+        `call` is from whom, and how, the experts are asked in it: by ``expert.forward`` or ``expert.backward``. Each
         expert counts as a call in the caller's quota.
-        Raises: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
         """
-        handler = self._table.find_for(call, uid, APPLY)
-        if wait := self.endpoint.quotas.add(call.peer_id, asyncio.get_running_loop().time()):
-            raise Overloaded("this peer has used up its quota here", retry_after=wait)
-        return handler
+        quotas, now = self.endpoint.quotas, asyncio.get_running_loop().time()
+        found: list[CallHandler | RemoteError] = []
+        for uid in uids:
+            try:
+                handler = self._table.find_for(call, uid, APPLY)
+                if wait := quotas.add(call.peer_id, now):
+                    raise Overloaded("this peer has used up its quota here", retry_after=wait)
+                found.append(handler)
+            except RemoteError as error:
+                found.append(error)
+        return found
 
     def _apply(self, call: IncomingCall) -> Answer:
         if not self._apply_handlers:

@@ -7,7 +7,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.experience import Experience
 from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt, call_forward, fetch_info, unpack_fitting
 from tesseract_async.errors import ExpertNotFound, InputsForgotten, TesseractError, TooStale, describe

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.dispatch import CallsUnderWay, ExpertCall
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, check_growth

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,7 +14,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.completion_queue import CompletionQueue
 from tesseract_async.client.leaves import fire_post_accumulate_hooks, wait_for_accumulation
 from tesseract_async.client.progress import ProgressOf
 from tesseract_async.client.scaling import Scaled
@@ -266,7 +264,7 @@ class AsyncTrainer(Generic[M]):
         num_failures = 0
         num_taken = 0
         under_way: dict[asyncio.Task[StepReport], int] = {}
-        queue: CompletionQueue[StepReport] = CompletionQueue()
+        ended: asyncio.Queue[asyncio.Task[StepReport]] = asyncio.Queue()  # `asyncio.wait` looks at all each time
         source = _iterate(batches)
         exhausted = False
         progress = ProgressOf(self.module if self.publish else None)
@@ -281,9 +279,11 @@ class AsyncTrainer(Generic[M]):
                     task = asyncio.create_task(self._try_step(loss_of, batch))
                     under_way[task] = num_taken
                     num_taken += 1
-                    queue.add(task)
+                    task.add_done_callback(ended.put_nowait)
                 if under_way:
-                    done = await queue.wait(math.inf)
+                    done = [await ended.get()]
+                    while not ended.empty():
+                        done.append(ended.get_nowait())
                     outcomes = await asyncio.gather(*done, return_exceptions=True)  # every error is asked for
                     reports: list[StepReport] = []
                     broken: dict[int, BaseException] = {}
