@@ -433,7 +433,7 @@ class TesseractRuntime(Uncopied):
         times = self.metrics.histogram("runtime_batch_seconds", SECONDS_BUCKETS, direction=direction)
         for batch in batches:
             rows.observe(batch.num_rows)
-            times.observe(seconds / len(batches))
+        times.observe(seconds / len(batches), len(batches))
         if len(batches) > 1:
             self.metrics.count("runtime_grouped_batches", len(batches), direction=direction)
 

@@ -46,14 +46,14 @@ SHARE_BYTES: Final = 3584
 PORTION: Final = 64
 """Shares begun in one turn of the loop."""
 
-FindsExpert = Callable[[IncomingCall, str], CallHandler]
-"""Finds an expert of this node for a caller, as `TesseractNode.find_expert` does. Raises RemoteErrors."""
+FindsExperts = Callable[[IncomingCall, Sequence[str]], Sequence[CallHandler | RemoteError]]
+"""Finds experts of this node for a caller, as `TesseractNode.find_experts` does."""
 
 
 class Applying:
     """Handles ``expert.apply`` at a node, for the experts of all its servers. Lives on the loop."""
 
-    def __init__(self, calls: ExpertCalls, find: FindsExpert) -> None:
+    def __init__(self, calls: ExpertCalls, find: FindsExperts) -> None:
         """`calls`: of one of the servers; it keeps the blocks."""
         self._calls, self._find = calls, find
 
@@ -123,7 +123,7 @@ class Wave:
         self._timer: asyncio.TimerHandle | None = None
         self._due: asyncio.Future[None] | None = None
 
-    async def begin(self, find: FindsExpert, buffers: Sequence[memoryview]) -> None:
+    async def begin(self, find: FindsExperts, buffers: Sequence[memoryview]) -> None:
         """Hand each expert's share to its runtime. Raises: ProtocolError, SchemaMismatch for a malformed block."""
         request = self.request
         doors = await self._find_all(find)
@@ -160,22 +160,21 @@ class Wave:
             if left:
                 await asyncio.sleep(0)
 
-    async def _find_all(self, find: FindsExpert) -> dict[int, ExpertShares]:
+    async def _find_all(self, find: FindsExperts) -> dict[int, ExpertShares]:
         """Return the handlers of the experts that are here and that the caller may ask, by their places."""
         request = self.request
         asked = replace(self._call, method=messages.BACKWARD if request.backward else messages.FORWARD)
         doors: dict[int, ExpertShares] = {}
-        for expert, coords in enumerate(request.experts.tolist()):
-            if expert and not expert % PORTION:
+        uids = [join_uid(request.prefix, coords) for coords in request.experts.tolist()]
+        for start in range(0, len(uids), PORTION):
+            if start:
                 await asyncio.sleep(0)
-            uid = join_uid(request.prefix, coords)
-            try:
-                door = find(asked, uid)
-            except RemoteError as error:
-                self._failed(expert, error)
-                continue
-            assert isinstance(door, ExpertShares)
-            doors[expert] = door
+            for expert, door in enumerate(find(asked, uids[start : start + PORTION]), start):
+                if isinstance(door, RemoteError):
+                    self._failed(expert, door)
+                else:
+                    assert isinstance(door, ExpertShares)
+                    doors[expert] = door
         return doors
 
     def _bytes_per_row(self, door: ExpertShares) -> int:

@@ -13,7 +13,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import Places, fetch_places
-from tesseract_async.experts.placement import NEVER, Part, Place, Placement, Role, Step
+from tesseract_async.experts.placement import DROP_AFTER, NEVER, Part, Place, Placement, Role, Step
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import Kind
@@ -85,7 +85,7 @@ class Placing:
         self._now = asyncio.get_running_loop().time
         self._began, self._moved_at = self._now(), -NEVER
         self._wanted: set[str] = set()  # to be computed, once their file is here
-        self._unable: set[str] = set()  # computing them here failed
+        self._unable: dict[str, float] = {}  # computing them here failed; left to others until then
         self._led: dict[str, PeerID | None] = {}  # uid -> its primary at the last look
         self._rates: dict[str, tuple[float, int]] = {}  # rows each second, and rows ever
         self._rated_at = self._now()
@@ -160,7 +160,7 @@ class Placing:
         self._note_loads()
         self._note_moves()
         me = self.place()
-        self.places = {**places, self._node.peer_id: me}
+        self.places = {**{peer: self._checked(place) for peer, place in places.items()}, self._node.peer_id: me}
         by_uid: dict[str, dict[PeerID, int]] = {}
         for peer, place in places.items():
             for uid, part in place.parts.items():
@@ -168,6 +168,7 @@ class Placing:
                     by_uid.setdefault(uid, {})[peer] = part.epoch
         self._tenures.places[self._prefix] = by_uid
         self._tenures.look_for_newer(places)
+        self._unable = {uid: until for uid, until in self._unable.items() if until > self._now()}
         passive = frozenset(peer for peer, place in places.items() if place.room == 0)
         for uid in self._uids():
             may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
@@ -189,8 +190,6 @@ class Placing:
 
     def place(self) -> Place:
         now, capacity = self._now(), self.capacity
-        if self._server.is_paused:  # it keeps what it has, and computes nothing
-            capacity = replace(capacity, room=0, files=0)
         parts = {uid: Part(Role.HOLDS) for uid in self.placement.wishes}
         for uid in self._uids():
             tenure, hosted = self._tenures.tenure(uid), self._server.hosted.get(uid)
@@ -203,6 +202,8 @@ class Placing:
             waiting = 0 if hosted is None else hosted.runtime.rows_of(hosted.backend)[1]
             rate = self._rates.get(uid, (0.0, 0))[0]
             parts[uid] = Part(role, *age, 0 if held is None else held.version, rate, waiting)
+        if self._server.is_paused:  # it keeps what it has, and computes nothing
+            capacity = replace(capacity, room=0, files=len(parts))
         return Place(
             self._node.peer_id,
             capacity.room,
@@ -213,6 +214,18 @@ class Placing:
             now - self._began,
             parts,
         )
+
+    def _checked(self, place: Place) -> Place:
+        """Return a member's place without what the lineage of an expert that is here speaks against: otherwise one that
+        says it leads it, or is newer than all others, makes copies look old that are not."""
+        mine = {uid: self._tenures.tenure(uid) for uid in self._tenures.uids() if uid in place.parts}
+
+        def is_possible(uid: str, part: Part) -> bool:
+            if (tenure := mine.get(uid)) is None:
+                return True
+            return part.epoch <= tenure.epoch and (part.role is not Role.LEADS or place.peer == tenure.primary)
+
+        return replace(place, parts={uid: part for uid, part in place.parts.items() if is_possible(uid, part)})
 
     def _note_loads(self) -> None:
         now = self._now()
@@ -315,7 +328,7 @@ class Placing:
                 await self._tenures.compute(uid, backend)
             except (TesseractError, OSError, ValueError, LookupError, RuntimeError, TypeError, MemoryError) as error:
                 logger.error("%s cannot be computed here, and is left to others: %s", uid, describe(error))
-                self._unable.add(uid)
+                self._unable[uid] = self._now() + DROP_AFTER
                 if uid in self._uids() and self._tenures.tenure(uid).state is State.PRIMARY:
                     await self._tenures.drop(uid, even_primary=True)
 

@@ -190,7 +190,7 @@ class TesseractServer(Uncopied):
             for uid in self.experts:
                 self.node.host_expert(uid, self._handlers[uid])
                 hosted.append(uid)
-            self._end_applying = self.node.host_together(Applying(self.calls, self.node.find_expert).answer)
+            self._end_applying = self.node.host_together(Applying(self.calls, self.node.find_experts).answer)
             await self.node.wait_reachable()
             peer = self.node.peer_address
             self._unwatch = self.node.watch_address(lambda: self._spawn(self._update_addresses()))
