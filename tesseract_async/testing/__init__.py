@@ -16,6 +16,7 @@ The same seed gives the same run, to the byte (`SimulatedNetwork.trace`). Failur
 
 from tesseract_async.testing.clock import VirtualClock
 from tesseract_async.testing.faults import Fault, FaultScript, Heal, Join, Kill, Leave, Partition, SetLoss
+from tesseract_async.testing.malicious import LyingProtocol
 from tesseract_async.testing.simulation import (
     Latency,
     SimulatedIdentity,
@@ -32,6 +33,7 @@ __all__ = [
     "Kill",
     "Latency",
     "Leave",
+    "LyingProtocol",
     "Partition",
     "SetLoss",
     "SimulatedIdentity",

@@ -11,8 +11,7 @@ import sys
 from tesseract_async.network.contacts import Contact
 from tesseract_async.network.events import ReadFinished
 from tesseract_async.network.protocol import NetworkProtocol
-from tesseract_async.testing import SimulatedNetwork, SimulatedNode, log_normal_latency
-from tests.malicious import LyingProtocol
+from tesseract_async.testing import LyingProtocol, SimulatedNetwork, SimulatedNode, log_normal_latency
 
 LATENCY = log_normal_latency(median_rtt=0.08, sigma=0.5)
 

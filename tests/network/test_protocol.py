@@ -20,8 +20,7 @@ from tesseract_async.network.rpcs import MAX_CALLS, Call, Caller
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
 from tesseract_async.network.writing import SHORTEST_WAIT
-from tesseract_async.testing import SimulatedNetwork
-from tests.malicious import LyingProtocol
+from tesseract_async.testing import LyingProtocol, SimulatedNetwork
 
 A, B, STRANGER = ("10.0.0.1", 4000), ("10.0.0.2", 4000), ("10.0.0.9", 4000)
 WALL = 1_700_000_000.0

@@ -9,9 +9,8 @@ import pytest
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Contact
 from tesseract_async.network.routing_table import common_prefix
-from tesseract_async.testing import SimulatedNetwork, SimulatedNode
+from tesseract_async.testing import LyingProtocol, SimulatedNetwork, SimulatedNode
 from tesseract_async.testing.simulation import SimulatedIdentity
-from tests.malicious import LyingProtocol
 
 KEY = "experts/ffn"
 TARGET = int.from_bytes(hashlib.sha256(KEY.encode()).digest(), "big")

@@ -14,6 +14,7 @@ from tesseract_async.testing import (
     Join,
     Kill,
     Leave,
+    LyingProtocol,
     Partition,
     SetLoss,
     SimulatedNetwork,
@@ -22,7 +23,6 @@ from tesseract_async.testing import (
     log_normal_latency,
 )
 from tesseract_async.testing.simulation import Latency
-from tests.malicious import LyingProtocol
 
 QUICK = NetworkSettings(republish_period=30.0)
 
