@@ -76,8 +76,10 @@ class ServeOptions:
         """Raises: ValueError, click.BadParameter."""
         if not self.patterns and self.run_name is None:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
-        if self.shard is not None and (self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1):
-            raise click.UsageError("--shard goes with one --device, and without --compile and --cuda-graphs")
+        if self.shard is not None and (
+            self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1 or self.step == "lockstep"
+        ):
+            raise click.UsageError("--shard goes with one --device, without --compile, --cuda-graphs, --step lockstep")
         if self.hf_checkpoint is None and (self.dtype or self.master):
             raise click.UsageError("--dtype and --master go with --hf-checkpoint")
         if self.hf_checkpoint is not None and (self.shard or self.sizes or self.autocast):
