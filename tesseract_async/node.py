@@ -56,6 +56,7 @@ from tesseract_async.wire.messages import (
     PULL,
     PUSH,
     RESTORE,
+    SAMPLES,
     STATE,
     TAKE_OVER,
     TENURE,
@@ -79,6 +80,7 @@ EXPERT_METHODS: dict[str, Action] = {
     TENURE: "host",
     PUSH: "train",
     PULL: "call",
+    SAMPLES: "train",
     LOCKSTEP: "train",
 }
 # what each takes in a run; to be a member is enough for the others
@@ -89,6 +91,7 @@ _ROLES: dict[str, Role] = {
     TAKE_OVER: "host",
     TENURE: "host",
     PUSH: "share",
+    SAMPLES: "share",
     RESTORE: "host",
 }
 
