@@ -57,6 +57,7 @@ from tesseract_async.wire.messages import (
     PULL,
     PUSH,
     RESTORE,
+    SAMPLES,
     STATE,
     TAKE_OVER,
     TENURE,
@@ -80,6 +81,7 @@ EXPERT_METHODS: dict[str, Action] = {
     TENURE: "host",
     PUSH: "train",
     PULL: "call",
+    SAMPLES: "train",
     LOCKSTEP: "train",
 }
 # what each takes in a run; to be a member is enough for the others
@@ -90,6 +92,7 @@ _ROLES: dict[str, Role] = {
     TAKE_OVER: "host",
     TENURE: "host",
     PUSH: "share",
+    SAMPLES: "share",
     RESTORE: "host",
 }
 

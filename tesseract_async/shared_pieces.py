@@ -112,7 +112,11 @@ class SharedPieces:
         return len(await self.find(self.uid(0)))
 
     async def ask(
-        self, uid: str, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
+        self,
+        uid: str,
+        method: str,
+        request: messages.PushRequest | messages.PullRequest | messages.SamplesRequest,
+        data: bytes,
     ) -> Message:
         """Ask the primary. Raises: what the call raises, after taking note of it."""
         replica = (await self.find(uid))[0]

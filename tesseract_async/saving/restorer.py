@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Final
 
+from tesseract_async.client.experience import experience_of
 from tesseract_async.errors import CheckpointError, ExpertNotFound, TesseractError, describe
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
@@ -57,6 +58,7 @@ async def restore_experts(
                     raise CheckpointError(f"{uid} was saved without its optimizer")
                 await _restore(node, saved, uid, (owners or {}).get(split_uid(uid)[0]), timeout)
                 versions[uid] = saved.experts[uid].version
+                experience_of(node).lineages.forget(uid)
         except (TesseractError, TimeoutError, OSError) as error:
             failed[uid] = error
 

@@ -365,8 +365,9 @@ class TesseractServer(Uncopied):
             return {APPLY: ExpertShares(self.calls, hosted), **methods}
         for name in (messages.FORWARD, messages.BACKWARD):
             methods.pop(name, None)
-        pushes = {messages.PUSH: self._fragments.push, messages.PULL: self._fragments.pull}
-        return methods | {name: partial(answer, hosted) for name, answer in pushes.items()}
+        fragments = self._fragments
+        own = {messages.PUSH: fragments.push, messages.PULL: fragments.pull, messages.SAMPLES: fragments.samples}
+        return methods | {name: partial(answer, hosted) for name, answer in own.items()}
 
     def _host(
         self, uid: str, backend: ExpertBackend, runtime: TesseractRuntime, *, is_primary: bool = False
