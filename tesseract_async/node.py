@@ -51,9 +51,12 @@ from tesseract_async.wire.messages import (
     FORWARD,
     INFO,
     LOCKSTEP,
+    NO_POINT,
+    NO_ROOT,
     PULL,
     PUSH,
     RESTORE,
+    SAMPLES,
     STATE,
     TAKE_OVER,
     TENURE,
@@ -77,6 +80,7 @@ EXPERT_METHODS: dict[str, Action] = {
     TENURE: "host",
     PUSH: "train",
     PULL: "call",
+    SAMPLES: "train",
     LOCKSTEP: "train",
 }
 # what each takes in a run; to be a member is enough for the others
@@ -87,6 +91,7 @@ _ROLES: dict[str, Role] = {
     TAKE_OVER: "host",
     TENURE: "host",
     PUSH: "share",
+    SAMPLES: "share",
     RESTORE: "host",
 }
 
@@ -592,7 +597,7 @@ class TesseractNode(Uncopied):
             # asked by its method alone, unless the call is for many
             self.metrics.count("endpoint_calls_refused", action=action)
             raise NotAllowed(f"{self.peer_id.short} does not let {call.peer_id.short} {action}: ask its owner")
-        role = None if call.method == STATE and call.body[1:2] == [True] else _ROLES.get(call.method)
+        role = None if _is_for_members(call.method, call.body) else _ROLES.get(call.method)
         if not self.trust.may_ask(call.peer_id, role, uid):
             self.metrics.count("endpoint_calls_refused", action=role or "call")
             needed = "is no member of" if role is None else f"may not {role} in"
@@ -600,6 +605,14 @@ class TesseractNode(Uncopied):
                 f"{call.peer_id.short} {needed} the run of {uid}: its owner grants that (tesseract run grant)"
             )
         self.metrics.count("expert_calls_answered", method=call.method)
+
+
+def _is_for_members(method: str, body: Any) -> bool:
+    """Return whether it asks for what every member may have: weights, what a primary signed, the file of that."""
+    if method == STATE:
+        is_sealed = body[3:4] != [NO_ROOT] and body[5:6] in ([], [NO_POINT])
+        return body[1:2] == [True] or is_sealed
+    return method == TENURE and body[1:2] == ["probe"]
 
 
 @contextlib.contextmanager

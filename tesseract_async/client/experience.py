@@ -1,7 +1,5 @@
 """Experience: the things that one node's calls have taught about servers, shared by its modules."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -13,7 +11,6 @@ from typing import Final
 import torch
 
 from tesseract_async.client.audits import Audits
-from tesseract_async.client.coarse_timeouts import CoarseTimeouts
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
 from tesseract_async.client.lineages import Lineages
@@ -43,7 +40,7 @@ _MAX_GRACE_SECONDS: Final = 1.0
 _GRACE_SHARE: Final = 0.05
 
 
-def experience_of(given: Node | PlainCalls) -> Experience:
+def experience_of(given: Node | PlainCalls) -> "Experience":
     """The node's, made when it is first asked for."""
     node = given.node if isinstance(given, PlainCalls) else given
     if not isinstance(node.client_state, Experience):
@@ -63,7 +60,6 @@ class Experience(Uncopied):
         self.node = node
         self.audits = Audits(node)
         self.latencies = LatencyBook()
-        self.timeouts = CoarseTimeouts()
         self.stalls = Stalls()
         self.left_out = LeftOut(node.metrics)
         self.lineages = Lineages(node)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.arguments import Arguments, present
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import StrictForward
@@ -227,20 +227,25 @@ class ExpertPool(nn.Module):
             uids = [candidates.uid(expert) for expert, _ in pairs]
             errors = {uid: ExpertNotFound(f"no live server hosts the expert {uid}") for uid in uids}
             raise NotEnoughExperts(None, len(values), errors)
-        is_hosted = torch.zeros(1, self.num_experts, device="cpu")
-        is_hosted[0, hosted] = 1.0
-        schema = await self._schemas.schema(candidates, is_hosted, arguments)
+        schema = self._schemas.known
+        if schema is None:
+            is_hosted = torch.zeros(1, self.num_experts, device="cpu")
+            is_hosted[0, hosted] = 1.0
+            schema = await self._schemas.schema(candidates, is_hosted, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
                 f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: whole numbers can't be "
                 "weighted"
             )
         inputs = arguments.fit(schema, f"the pool {self.uid_prefix}")
+        schema, (tensors, absent) = schema.sized(inputs), present(inputs)
         settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
         dispatch = StrictForward(candidates, pairs, len(values), timeout=settings.forward_timeout)
-        call = MixtureCall(dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False)
+        call = MixtureCall(
+            dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False, absent=absent
+        )
         try:
-            *sums, _ = await through(call, [*inputs, values])
+            *sums, _ = await through(call, [*tensors, values])
         except NotEnoughExperts as error:
             if any(isinstance(one, SchemaMismatch) for one in error.errors.values()):
                 self._schemas.known = None  # they may be other experts now

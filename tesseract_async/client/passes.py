@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.dispatch import CallsUnderWay, ExpertCall
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, check_growth
@@ -206,7 +206,7 @@ class Pass:
         timeout = max(self._deadline - loop.time(), 1e-3)
         error: BaseException | None = None
         try:
-            with experience.timeouts.timeout_at(loop.time() + timeout + ABANDON_SECONDS):  # if the call does not itself
+            async with asyncio.timeout(timeout + ABANDON_SECONDS):  # a call to this node itself keeps no time
                 rivals = self._grouping.rivals(request)
                 await watched(experience, self._exchange(request, timeout), rivals)
         except (TesseractError, TimeoutError) as caught:

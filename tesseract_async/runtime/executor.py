@@ -229,7 +229,7 @@ class Executor:
             if not of_one_block and len({_presence(one.works) for one in attempts}) > 1:
                 raise Unfit("some gradients are absent for some experts")  # no gradient is not one of zeros
             together.upload = self.staging.upload(_columns([one for slices in batches for one in slices], works))
-        except BaseException as error:
+        except BaseException as error:  # told to those who asked, by `complete`
             together.error = error
         return together
 
@@ -399,7 +399,7 @@ class Executor:
             for one, step in due:
                 try:
                     self._check_step(step.backend, [one], step.weights)
-                except BaseException as error:
+                except BaseException as error:  # told to those who asked
                     one.outcomes |= dict.fromkeys(one.works, error)
 
     def _lose(self, attempt: Attempt, error: BaseException) -> None:

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
 from tesseract_async.runtime.costs import GroupChoice
 from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
-from tesseract_async.runtime.module_runner import leaves_of
+from tesseract_async.runtime.module_runner import leaf_of
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 
@@ -294,7 +294,7 @@ class Kind:
         Returns gradients of the inputs, and of each one's `parameters`; where these are parts of stacks, one for each
         parameter, also the stacks.
         """
-        leaves, each = leaves_of(inputs), [member.tensors() for member in members]
+        leaves, each = [leaf_of(x) for x in inputs], [member.tensors() for member in members]
         stacks = self._stacks(each, parameters)
         with torch.enable_grad():
             outputs = self._call(each, stacks, leaves, counts, training)

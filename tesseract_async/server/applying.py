@@ -32,6 +32,7 @@ from tesseract_async.server.answering import (
     check_inputs,
     journal_key,
     priority_of,
+    specs_of_backward,
     told_of,
 )
 from tesseract_async.server.hosted import HostedState
@@ -39,7 +40,7 @@ from tesseract_async.server.parts import Parts
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY, ApplyRequest, decode_request, encode_part
 from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import TensorSpec
+from tesseract_async.wire.tensors import meta_size
 
 SHARE_BYTES: Final = 3584
 """Memory of the objects around one expert's share: measured at 2,200 bytes in a forward, 3,500 in a backward."""
@@ -115,7 +116,7 @@ class Wave:
         self._inputs: Sequence[torch.Tensor | None] = ()
         self._gradients: Sequence[torch.Tensor | None] = ()
         self._weights = torch.from_numpy(request.weights)
-        self._checked: tuple[str, Sequence[torch.Tensor], Gradients] | None = None
+        self._checked: tuple[str, Sequence[torch.Tensor | None], Gradients] | None = None
         self._owner = calls.owner(call)
         self._held: dict[TesseractRuntime, int] = {}
         self._entered: list[ExpertCalls] = []
@@ -130,9 +131,11 @@ class Wave:
         if not doors:
             return
         first = next(iter(doors.values()))
-        specs = first.hosted.backend.input_specs if request.num_inputs else []
+        backend = first.hosted.backend
         if request.backward:
-            specs = [*specs, *first.hosted.backend.output_specs]
+            specs = specs_of_backward(backend, request.tensors, request.num_inputs)
+        else:
+            specs = [*backend.specs(meta_size(backend.input_specs, request.tensors))[0]]
         check_growth(f"{APPLY} of {request.prefix}", request.tensors, tuple(specs), specs)
         tensors = await unpack(request.tensors, buffers)
         self._inputs = tensors[: request.num_inputs]
@@ -181,7 +184,9 @@ class Wave:
         """Return what a pair counts as: its part of the block, which all share, and a row of the answer."""
         backend, block = door.hosted.backend, (*self._inputs, *self._gradients)
         block_bytes = sum(x.nbytes for x in block if x is not None)
-        answered: Sequence[TensorSpec] = backend.input_specs if self.request.backward else backend.output_specs
+        size = meta_size([*backend.input_specs[: self.request.num_inputs], *backend.output_specs], self.request.tensors)
+        of_inputs, of_outputs = backend.specs(size)
+        answered = of_inputs if self.request.backward else of_outputs
         return -(-block_bytes // len(self.request.rows)) + sum(spec.row_bytes for spec in answered)
 
     def _begin(self, share: _Share) -> None:
@@ -199,7 +204,7 @@ class Wave:
         except RemoteError as error:
             self._end(share, error)
 
-    def _block_for(self, hosted: HostedState) -> tuple[Sequence[torch.Tensor], Gradients]:
+    def _block_for(self, hosted: HostedState) -> tuple[Sequence[torch.Tensor | None], Gradients]:
         """Return inputs and gradients, once they fit the expert. Raises: SchemaMismatch, InputsForgotten."""
         request, backend = self.request, hosted.backend
         kind = backend.signature
@@ -208,11 +213,11 @@ class Wave:
             what = "gradients" if request.backward else "outputs"
             backend.settings.codecs.check(what, codec, expert=uid)
             check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], self._inputs)
-            inputs = check_inputs(uid, backend, self._calls.inputs_of(uid, request.kept, self._inputs))
+            inputs, specs = check_inputs(uid, backend, self._calls.inputs_of(uid, request.kept, self._inputs))
             gradients: Gradients = ()
             if request.backward:
                 check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], self._gradients)
-                gradients = check_gradients(uid, backend, inputs, self._gradients)
+                gradients = check_gradients(uid, backend, inputs, specs, self._gradients)
             elif not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in backend.output_specs):
                 raise SchemaMismatch(f"{uid} answers whole numbers, which cannot be weighted: call it alone")
             self._checked = kind, inputs, gradients
@@ -362,8 +367,8 @@ class Wave:
         request = self.request
         if request.backward or not request.keep or not any(share.is_open for share in self._shares):
             return None
-        name, inputs = new_name(), [x for x in self._inputs if x is not None]
-        return name if self._calls.memory.keep_inputs(name, inputs, self._calls.owner(self._call)) else None
+        name = new_name()
+        return name if self._calls.memory.keep_inputs(name, self._inputs, self._calls.owner(self._call)) else None
 
     async def _wait_due(self) -> None:
         while self._gathered.due_at() > self._loop.time():
