@@ -29,7 +29,7 @@ from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.answering import journal_key
 from tesseract_async.server.fragments import MAX_STEPS, FragmentBackend
 from tesseract_async.shared_parameters import PAUSE
-from tesseract_async.shared_pieces import CALL_TIMEOUT
+from tesseract_async.shared_pieces import PUSH_TIMEOUT
 from tesseract_async.sharing.copy import Copy
 from tesseract_async.sharing.fragment import Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
@@ -315,7 +315,7 @@ class Trainer:
         if self.asks.get(ask.number) is ask:
             if self.world.random.random() >= self.world.scenario.lost:
                 self.world.after(CALL, lambda: self.world.arrives(ask))
-            self.world.after(CALL_TIMEOUT + PAUSE, lambda: self.ask(ask))
+            self.world.after(PUSH_TIMEOUT + PAUSE, lambda: self.ask(ask))
 
     def answered(
         self,
