@@ -23,7 +23,7 @@ from tesseract_async.monitoring.catalogue import METRICS, SWARM_METRICS  # noqa:
 from tesseract_async.monitoring.prometheus import SWARM_COUNTERS  # noqa: E402
 
 PREFIX = "tesseract_"
-KINDS = {"count": "counter", "set": "gauge", "observe": "histogram"}
+KINDS = {"count": "counter", "set": "gauge", "observe": "histogram", "histogram": "histogram"}
 FETCHED = re.compile(r"""(?:<(?:script|img|iframe|source)\b[^>]*\bsrc|<link\b[^>]*\bhref)=["']?(?:https?:)?//[^"'>]*""")
 
 

@@ -1,7 +1,5 @@
 """`Policy` and `Quota`: what each peer may do at a node, and how much of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -62,7 +60,7 @@ class Policy:
     """The same for single peers, instead of `quota`."""
 
     @classmethod
-    def only(cls, peers: Collection[PeerID]) -> Policy:
+    def only(cls, peers: Collection[PeerID]) -> "Policy":
         """Return an allow-list: these peers may do everything, all others nothing."""
         allowed = frozenset(peers)
         return cls(callers=allowed, trainers=allowed, hosts=allowed)

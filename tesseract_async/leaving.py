@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import stat
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
@@ -18,6 +19,16 @@ SAME_PRESS: Final = 0.5
 _SIGNALS: Final = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )  # Windows has no SIGHUP
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return a new event loop: uvloop's where that is installed, which takes half of the time."""
+    if sys.platform != "win32":
+        with contextlib.suppress(ImportError):
+            import uvloop
+
+            return uvloop.new_event_loop()
+    return asyncio.new_event_loop()
 
 
 def run(

@@ -26,10 +26,10 @@ class Histogram:
         self.count = 0
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.count += 1
-        self.sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.count += times
+        self.sum += value * times
 
     def quantile(self, share: float) -> float | None:
         """Return a value that this share of the observations does not exceed, as near as the bounds tell; None before
@@ -61,11 +61,15 @@ class Metrics(Uncopied):
 
     def observe(self, name: str, value: float, *, bounds: Sequence[float] = SECONDS_BUCKETS, **labels: str) -> None:
         """Add an observation to a histogram; `bounds` is read at its first observation only."""
+        self.histogram(name, bounds, **labels).observe(value)
+
+    def histogram(self, name: str, bounds: Sequence[float], **labels: str) -> Histogram:
+        """Return a histogram, for several observations; see `observe`."""
         key = (name, tuple(labels.items()) if len(labels) < 2 else _sorted(labels))
         histogram = self.histograms.get(key)
         if histogram is None:
             histogram = self.histograms[key] = Histogram(bounds)
-        histogram.observe(value)
+        return histogram
 
     def total(self, name: str) -> float:
         """Return a counter's sum over all its labels."""

@@ -51,9 +51,12 @@ from tesseract_async.wire.messages import (
     FORWARD,
     INFO,
     LOCKSTEP,
+    NO_POINT,
+    NO_ROOT,
     PULL,
     PUSH,
     RESTORE,
+    SAMPLES,
     STATE,
     TAKE_OVER,
     TENURE,
@@ -77,6 +80,7 @@ EXPERT_METHODS: dict[str, Action] = {
     TENURE: "host",
     PUSH: "train",
     PULL: "call",
+    SAMPLES: "train",
     LOCKSTEP: "train",
 }
 # what each takes in a run; to be a member is enough for the others
@@ -87,6 +91,7 @@ _ROLES: dict[str, Role] = {
     TAKE_OVER: "host",
     TENURE: "host",
     PUSH: "share",
+    SAMPLES: "share",
     RESTORE: "host",
 }
 
@@ -471,22 +476,29 @@ class TesseractNode(Uncopied):
         self._table.unhost(uid)
 
     def host_together(self, handler: CallHandler) -> Callable[[], None]:
-        """Answer ``expert.apply``, which is for many of this node's experts, by `handler`: it asks `find_expert` for
-        each. Of several handlers, which all do the same, the first one answers. Returns a function that ends this."""
+        """Answer ``expert.apply``, which is for many of this node's experts, by `handler`: it asks `find_experts` for
+        them. Of several handlers, which all do the same, the first one answers. Returns a function that ends this."""
         self._apply_handlers.append(handler)
         return lambda: self._apply_handlers.remove(handler)
 
-    def find_expert(self, call: IncomingCall, uid: str) -> CallHandler:
-        """Return the handler that `host_expert` was given for ``expert.apply``.
+    def find_experts(self, call: IncomingCall, uids: Sequence[str]) -> list[CallHandler | RemoteError]:
+        """Return for each of these experts the handler that `host_expert` was given for ``expert.apply``, or the error
+        that refuses it: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
 
-        `call` is from whom, and how, the expert is asked in it: by ``expert.forward`` or ``expert.backward``. Each
+        `call` is from whom, and how, the experts are asked in it: by ``expert.forward`` or ``expert.backward``. Each
         expert counts as a call in the caller's quota.
-        Raises: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
         """
-        handler = self._table.find_for(call, uid, APPLY)
-        if wait := self.endpoint.quotas.add(call.peer_id, asyncio.get_running_loop().time()):
-            raise Overloaded("this peer has used up its quota here", retry_after=wait)
-        return handler
+        quotas, now = self.endpoint.quotas, asyncio.get_running_loop().time()
+        found: list[CallHandler | RemoteError] = []
+        for uid in uids:
+            try:
+                handler = self._table.find_for(call, uid, APPLY)
+                if wait := quotas.add(call.peer_id, now):
+                    raise Overloaded("this peer has used up its quota here", retry_after=wait)
+                found.append(handler)
+            except RemoteError as error:
+                found.append(error)
+        return found
 
     def _apply(self, call: IncomingCall) -> Answer:
         if not self._apply_handlers:
@@ -585,7 +597,7 @@ class TesseractNode(Uncopied):
             # asked by its method alone, unless the call is for many
             self.metrics.count("endpoint_calls_refused", action=action)
             raise NotAllowed(f"{self.peer_id.short} does not let {call.peer_id.short} {action}: ask its owner")
-        role = None if call.method == STATE and call.body[1:2] == [True] else _ROLES.get(call.method)
+        role = None if _is_for_members(call.method, call.body) else _ROLES.get(call.method)
         if not self.trust.may_ask(call.peer_id, role, uid):
             self.metrics.count("endpoint_calls_refused", action=role or "call")
             needed = "is no member of" if role is None else f"may not {role} in"
@@ -593,6 +605,14 @@ class TesseractNode(Uncopied):
                 f"{call.peer_id.short} {needed} the run of {uid}: its owner grants that (tesseract run grant)"
             )
         self.metrics.count("expert_calls_answered", method=call.method)
+
+
+def _is_for_members(method: str, body: Any) -> bool:
+    """Return whether it asks for what every member may have: weights, what a primary signed, the file of that."""
+    if method == STATE:
+        is_sealed = body[3:4] != [NO_ROOT] and body[5:6] in ([], [NO_POINT])
+        return body[1:2] == [True] or is_sealed
+    return method == TENURE and body[1:2] == ["probe"]
 
 
 @contextlib.contextmanager

@@ -1,10 +1,8 @@
 """SharedPieces: the pieces of the shared parameters in the network: who hosts them, their states, calls to them."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 
@@ -20,6 +18,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import join_uid
+from tesseract_async.node import TesseractNode
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.fetching import fetch_state
 from tesseract_async.server.fragments import MAX_STATE_BYTES, read_fragment, read_manifest, read_updates
@@ -28,9 +27,6 @@ from tesseract_async.sharing.fragment import Fragment
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 CALL_TIMEOUT: Final = 20.0
 PUSH_TIMEOUT: Final = 10.0
@@ -117,7 +113,11 @@ class SharedPieces:
         return len(await self.find(self.uid(0)))
 
     async def ask(
-        self, uid: str, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
+        self,
+        uid: str,
+        method: str,
+        request: messages.PushRequest | messages.PullRequest | messages.SamplesRequest,
+        data: bytes,
     ) -> Message:
         """Ask the primary. Raises: what the call raises, after taking note of it."""
         replica = (await self.find(uid))[0]

@@ -38,7 +38,8 @@ async def command(*, uid: str, visit: Visit, run_name: str | None, rows: int, re
         schema = ExpertSchema.decode(await fetch_info(node, uid, replicas[0].peer, timeout=10.0))
         make = {True: torch.randn, False: torch.zeros}  # by whether the numbers are fractions
         tensors = [
-            make[spec.dtype.is_floating_point](rows, *spec.shape, dtype=spec.dtype) for spec in flatten(schema.inputs)
+            make[spec.dtype.is_floating_point](rows, *spec.sized(8).shape, dtype=spec.dtype)
+            for spec in flatten(schema.inputs)
         ]
         args, kwargs = unflatten(schema.inputs, tensors)
         seconds = []

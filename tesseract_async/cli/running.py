@@ -15,7 +15,7 @@ import click
 
 from tesseract_async.endpoint.connection_limits import raise_descriptor_limit
 from tesseract_async.errors import TesseractError
-from tesseract_async.leaving import told_to_leave
+from tesseract_async.leaving import new_event_loop, told_to_leave
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def run(main: Main, *, leave_with_parent: bool = False) -> None:
     raise_descriptor_limit()
     told: list[int] = []
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
             leaving = _Leaving()
 
             def leave(number: signal.Signals) -> None:
@@ -165,18 +165,6 @@ def spare_the_collector() -> None:
     """
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    if sys.platform != "win32":
-        try:
-            import uvloop
-        except ImportError:
-            pass
-        else:
-            factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-            return factory
-    return asyncio.new_event_loop
 
 
 def say(event: str, /, on_terminal: object = False, **facts: object) -> None:

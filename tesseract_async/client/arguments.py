@@ -1,8 +1,6 @@
 """A call's arguments as they are when it is made: later changes in place are noticed, or do not reach a copy."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +43,12 @@ class Arguments:
     """Autocast is on where the tensors are: floating-point ones are cast to the schema's dtypes."""
 
     @classmethod
-    def now(cls, args: tuple[Structure, ...], kwargs: Mapping[str, Structure], *, training: bool) -> Arguments:
-        """Read grad mode and autocast, draw a seed if `training`, and hold the arguments (see `arguments_now`).
+    def now(cls, args: tuple[Structure, ...], kwargs: Mapping[str, Structure], *, training: bool) -> "Arguments":
+        """Read grad mode and autocast, draw a seed if `training`, and hold the arguments in new plain structures.
 
-        The seed comes from torch's generator of the CPU: `torch.manual_seed`, `torch.set_rng_state` and
-        `torch.random.fork_rng` do to remote dropout what they do to local one.
+        Tensors that may change without another version are copied. The seed comes from torch's generator of the CPU:
+        `torch.manual_seed`, `torch.set_rng_state` and `torch.random.fork_rng` do to remote dropout what they do to
+        local one.
         """
         tensors: list[torch.Tensor] = []
         taken = tuple([_taken(value, tensors) for value in args])
@@ -61,8 +60,11 @@ class Arguments:
         )
         return cls(taken, keywords, Versions(tensors), mode, casts)
 
-    def fit(self, schema: ExpertSchema, what: str) -> list[torch.Tensor]:
-        """The tensors in the order of `schema`. Raises: SchemaMismatch, which names `what`; TypeError."""
+    def fit(self, schema: ExpertSchema, what: str) -> list[torch.Tensor | None]:
+        """The tensors in the order of `schema`, None where an optional one is absent.
+
+        Raises: SchemaMismatch, which names `what`; TypeError.
+        """
         given = self.args, self.kwargs
         if self.casts:
             with torch.set_grad_enabled(self.mode.differentiable):
@@ -77,6 +79,19 @@ class Arguments:
         return True
 
 
+def present(inputs: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], list[int]]:
+    """Return the tensors, and the places of those that are absent."""
+    return [x for x in inputs if x is not None], [place for place, x in enumerate(inputs) if x is None]
+
+
+def with_absent(tensors: Iterable[torch.Tensor], places: Sequence[int]) -> list[torch.Tensor | None]:
+    """Undo `present`."""
+    inputs: list[torch.Tensor | None] = [*tensors]
+    for place in places:
+        inputs.insert(place, None)
+    return inputs
+
+
 def _cast_to(schema: Schema, value: Structure) -> Structure:
     """`value` with its floating-point tensors in the schema's dtypes; what does not fit is left for the check."""
     if isinstance(schema, dict) and isinstance(value, Mapping):
@@ -87,16 +102,6 @@ def _cast_to(schema: Schema, value: Structure) -> Structure:
     if both and value.is_floating_point() and schema.dtype.is_floating_point:
         return value.to(schema.dtype)
     return value
-
-
-def arguments_now(structure: Structure) -> tuple[Structure, Versions]:
-    """Return the structure in new plain tuples, lists and dicts, and its tensors' versions, for a check after use.
-
-    Copied, in the caller's grad mode, is what may change without another version (inference tensors, memory shared with
-    NumPy or another process), and the part of a buffer whose other parts may be filled meanwhile.
-    """
-    tensors: list[torch.Tensor] = []
-    return _taken(structure, tensors), Versions(tensors)
 
 
 def _taken(value: Structure, tensors: list[torch.Tensor]) -> Structure:

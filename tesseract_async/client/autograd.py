@@ -90,8 +90,8 @@ async def remote_call(
 ) -> list[torch.Tensor]:
     """Run `remote.forward` and, if `differentiable`, put the call into the graph of `inputs`.
 
-    It is differentiable even where no input requires grad: backward trains the expert. `inputs` are as `arguments_now`
-    gives them. Raises: what `remote.forward` raises; RuntimeError if an input was changed in place since `versions`.
+    It is differentiable even where no input requires grad: backward trains the expert. `inputs` are as `Arguments`
+    holds them. Raises: what `remote.forward` raises; RuntimeError if an input was changed in place since `versions`.
     """
     if not differentiable:
         outputs = await remote.forward(inputs)

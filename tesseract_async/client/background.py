@@ -15,20 +15,19 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Self, TypeVar
+from typing import Concatenate, Literal, ParamSpec, Self, TypeVar
 
 from tesseract_async.admission import Policy
 from tesseract_async.client.ports import PlainCalls
 from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.experts.authority import Authority
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.leaving import new_event_loop
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.uncopied import Uncopied
-
-if TYPE_CHECKING:
-    from tesseract_async.experts.authority import Authority
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -112,7 +111,7 @@ class BackgroundNode(PlainCalls):
             self._thread.join()
 
     def _serve(self, started: concurrent.futures.Future[asyncio.AbstractEventLoop]) -> None:
-        with asyncio.Runner() as runner:  # cancels what is left when the loop has stopped
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:  # cancels what is left when the loop has stopped
             loop = runner.get_loop()
             asyncio.set_event_loop(loop)
             loop.call_soon(started.set_result, loop)

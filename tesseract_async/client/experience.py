@@ -1,7 +1,5 @@
 """Experience: the things that one node's calls have taught about servers, shared by its modules."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -13,7 +11,6 @@ from typing import Final
 import torch
 
 from tesseract_async.client.audits import Audits
-from tesseract_async.client.coarse_timeouts import CoarseTimeouts
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
 from tesseract_async.client.lineages import Lineages
@@ -43,7 +40,7 @@ _MAX_GRACE_SECONDS: Final = 1.0
 _GRACE_SHARE: Final = 0.05
 
 
-def experience_of(given: Node | PlainCalls) -> Experience:
+def experience_of(given: Node | PlainCalls) -> "Experience":
     """The node's, made when it is first asked for."""
     node = given.node if isinstance(given, PlainCalls) else given
     if not isinstance(node.client_state, Experience):
@@ -63,7 +60,6 @@ class Experience(Uncopied):
         self.node = node
         self.audits = Audits(node)
         self.latencies = LatencyBook()
-        self.timeouts = CoarseTimeouts()
         self.stalls = Stalls()
         self.left_out = LeftOut(node.metrics)
         self.lineages = Lineages(node)
@@ -112,9 +108,12 @@ class Experience(Uncopied):
         self, call: ExpertCall, replicas: Sequence[ExpertReplica], num_bytes: int, settings: MixtureSettings
     ) -> None:
         """Notes in `call` how long it usually takes, and for how long it is waited for beyond that."""
-        usual = (self.latencies.usual(replica_key(r), path=self.path_seconds(r, num_bytes)) for r in replicas)
-        call.expected = min((seconds for seconds in usual if seconds is not None), default=None)
-        is_new = all(self.latencies.expected(replica_key(replica)) is None for replica in replicas)
+        is_new, call.expected = True, None
+        for replica in replicas:
+            key = replica_key(replica)
+            if (usual := self.latencies.usual(key, path=self.path_seconds(replica, num_bytes))) is not None:
+                call.expected = usual if call.expected is None else min(usual, call.expected)
+            is_new = is_new and self.latencies.expected(key) is None
         self._set_grace(call, "forward", is_new, settings, settings.forward_timeout)
 
     def expect_backward(self, call: ExpertCall, replicas: Sequence[ExpertReplica], settings: MixtureSettings) -> None:
@@ -122,7 +121,7 @@ class Experience(Uncopied):
         key = call.uid, "backward"
         call.expected = self.latencies.usual(key)
         # of several that claim to be the primary, those that are silent are found out within the longer time
-        is_new = self.latencies.expected(key) is None or sum(replica.primary for replica in replicas) > 1
+        is_new = self.latencies.expected(key) is None or sum([replica.primary for replica in replicas]) > 1
         self._set_grace(call, "backward", is_new, settings, settings.backward_timeout)
 
     def _set_grace(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.arguments import Arguments, present
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import StrictForward
@@ -20,7 +20,7 @@ from tesseract_async.client.experience import experience_of
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
-from tesseract_async.client.routing import Candidates, Indices, LiveGrid
+from tesseract_async.client.routing import Candidates, Indices, LiveGrid, cut
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, MixtureSettings
 from tesseract_async.errors import ExpertNotFound, NotEnoughExperts, SchemaMismatch
@@ -211,8 +211,7 @@ class ExpertPool(nn.Module):
         cells = np.unique(index_RK.astype(np.int64) * num_rows + np.arange(num_rows)[:, None])
         if not len(cells):
             return []
-        experts, starts = np.unique(cells // num_rows, return_index=True)
-        return list(zip(experts.tolist(), np.split(cells % num_rows, starts[1:]), strict=True))
+        return cut(*np.unique(cells // num_rows, return_index=True), cells % num_rows)
 
     async def _call(
         self,
@@ -227,21 +226,26 @@ class ExpertPool(nn.Module):
             uids = [candidates.uid(expert) for expert, _ in pairs]
             errors = {uid: ExpertNotFound(f"no live server hosts the expert {uid}") for uid in uids}
             raise NotEnoughExperts(None, len(values), errors)
-        is_hosted = torch.zeros(1, self.num_experts, device="cpu")
-        for expert, _ in pairs:
-            is_hosted[0, expert] = bool(candidates.replicas_of(expert))
-        schema = await self._schemas.schema(candidates, is_hosted, arguments)
+        schema = self._schemas.known
+        if schema is None:
+            is_hosted = torch.zeros(1, self.num_experts, device="cpu")
+            for expert, _ in pairs:
+                is_hosted[0, expert] = bool(candidates.replicas_of(expert))
+            schema = await self._schemas.schema(candidates, is_hosted, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
                 f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: whole numbers can't be "
                 "weighted"
             )
         inputs = arguments.fit(schema, f"the pool {self.uid_prefix}")
+        schema, (tensors, absent) = schema.sized(inputs), present(inputs)
         settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
         dispatch = StrictForward(candidates, pairs, len(values), timeout=settings.forward_timeout)
-        call = MixtureCall(dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False)
+        call = MixtureCall(
+            dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False, absent=absent
+        )
         try:
-            *sums, _ = await through(call, [*inputs, values])
+            *sums, _ = await through(call, [*tensors, values])
         except NotEnoughExperts as error:
             if any(isinstance(one, SchemaMismatch) for one in error.errors.values()):
                 self._schemas.known = None  # they may be other experts now

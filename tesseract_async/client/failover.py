@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.exchanges import BackwardExchange, Exchange
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import fetch_info
@@ -201,9 +201,8 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
     now, book, key = asyncio.get_running_loop().time, experience.latencies, (replica.uid, replica.peer.peer_id)
     start = now()
     try:
-        with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
-            result = await exchange.send(replica, timeout)
-            exchange.answered(replica, result, timeout)
+        result = await exchange.send(replica, timeout)
+        exchange.answered(replica, result, timeout)
     except (*REPLICA_FAULTS, Overloaded) as error:
         report(experience, replica, error)
         raise

@@ -10,7 +10,6 @@ the primary does; where it fails, the expert is looked up anew.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -130,9 +129,9 @@ class Grouping:
         """Return the replicas asked in a backward, and others that say that they are the primary of such an expert."""
         if self._takes_any:
             return []
-        known = (self._searches[call].known for call in request.open)
-        others = (one for replicas in known for one in replicas if one.primary and one.peer != request.peer)
-        return [*request.open.values(), *others]
+        peer, known = request.peer, [one for call in request.open for one in self._searches[call].known]
+        others = [one for one in known if one.primary and one.peer is not peer and one.peer != peer]
+        return [*request.open.values(), *others] if others else []
 
     def take_strange(self) -> list[tuple[ExpertReplica, SchemaMismatch]]:
         """Return, once, the replicas that refused what another one of the same expert answered, and how."""
@@ -219,8 +218,10 @@ class Grouping:
             search.known = self._rank(call, found, now)
         except TesseractError as error:
             search.known, search.is_silent, call.error = (), False, call.error or error
-        strange = [replica.peer for replica, _ in search.strange]
-        search.left = [replica for replica in search.known if replica.peer not in strange]
+        search.left = [*search.known]
+        if search.strange:
+            strange = [replica.peer for replica, _ in search.strange]
+            search.left = [replica for replica in search.known if replica.peer not in strange]
         if not self._takes_any:
             del search.left[1:]
         self._due[call] = None
@@ -228,15 +229,15 @@ class Grouping:
     def _group(self, now: float) -> list[Request]:
         due, self._due = self._due, {}
         groups: dict[Hashable, list[tuple[ExpertCall, ExpertReplica]]] = {}
-        named: Counter[tuple[Hashable, int]] = Counter()
+        named: dict[tuple[Hashable, int], int] = {}
         for call in due:
             if (search := self._searches.get(call)) is None:
                 continue
             if search.left:
                 replica = search.left.pop(0)
                 key = self._key(call, replica)
-                num = named[key, call.expert]  # an expert that is asked about other rows, too, is in another message
-                named[key, call.expert] += 1
+                num = named.get((key, call.expert), 0)  # one that is asked about other rows, too, is in another message
+                named[key, call.expert] = num + 1
                 groups.setdefault((key, num), []).append((call, replica))
             elif not search.requests and call not in self._pausing:
                 self._exhausted(call, search, now)

@@ -1,14 +1,9 @@
 """Torch's modes (grad mode, inference mode, autocast) belong to a thread; tasks that share the thread share them.
 
 A task that awaits inside ``with torch.no_grad():`` leaves the mode switched for tasks that run meanwhile. `isolated`
-swaps a coroutine's modes out at every suspension and back in when it goes on. The awaitables of this package are
-isolated already; your own coroutines that await something else inside such a block have to be wrapped.
-
-While an awaitable of this package is suspended, the thread is in torch's default modes. Switch modes around what your
-tasks compute, not for the whole thread (as with ``torch.set_grad_enabled(False)`` at a program's start).
+swaps a coroutine's modes out at every suspension and back in when it goes on. While an awaitable of this package is
+suspended, the thread is in torch's default modes.
 """
-
-from __future__ import annotations
 
 import asyncio
 import types
@@ -30,7 +25,7 @@ class Modes(NamedTuple):
     autocast_cache: bool
 
     @classmethod
-    def current(cls) -> Modes:
+    def current(cls) -> "Modes":
         inference, cache = torch.is_inference_mode_enabled(), torch.is_autocast_cache_enabled()
         if cache and not inference and not torch._C._is_any_autocast_enabled():
             # as nearly always: this runs several times in every call

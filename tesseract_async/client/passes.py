@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.dispatch import CallsUnderWay, ExpertCall
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, check_growth
@@ -30,7 +30,7 @@ from tesseract_async.errors import ExpertFailed, ProtocolError, TesseractError, 
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.runtime.encoding import unpack
-from tesseract_async.runtime.gradients import are_finite
+from tesseract_async.runtime.gradients import are_finite, per_row
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Weights, decode_part, encode_request
 from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import TensorSpec
@@ -206,7 +206,7 @@ class Pass:
         timeout = max(self._deadline - loop.time(), 1e-3)
         error: BaseException | None = None
         try:
-            with experience.timeouts.timeout_at(loop.time() + timeout + ABANDON_SECONDS):  # if the call does not itself
+            async with asyncio.timeout(timeout + ABANDON_SECONDS):  # a call to this node itself keeps no time
                 rivals = self._grouping.rivals(request)
                 await watched(experience, self._exchange(request, timeout), rivals)
         except (TesseractError, TimeoutError) as caught:
@@ -242,6 +242,8 @@ class Pass:
         part, buffers = decode_part(message.body, message.buffers, asked)
         rows = asked.rows_of(part.experts)
         sums = await self._sums(part, buffers, len(rows))
+        if (scales := asked.scales_of(part.experts)) is not None:
+            sums = [None if x is None else x * per_row(torch.from_numpy(scales), x) for x in sums]
         if self.calls.is_over:
             return
         calls = [block.calls[place] for place in part.experts.tolist()]

@@ -8,6 +8,7 @@ coordinates but the last), M values of the last coordinate, U distinct patterns 
 L lines (pairs of a row and an expert).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,11 @@ class LiveGrid:
         expert_PM[torch.from_numpy(prefix_of), torch.from_numpy(last_of)] = torch.arange(num_live, device="cpu")
         offset = sum(self.grid_size[:-1])
         self._by_prefix = (columns(prefixes, grid_size[:-1]), torch.from_numpy(lasts[:, 0]) + offset, expert_PM)
+
+    @functools.cached_property
+    def coords(self) -> list[tuple[int, ...]]:
+        """The places of the experts, in order."""
+        return [*map(tuple, self.coords_ND.tolist())]
 
     def top_k(self, scores_RS: torch.Tensor, k: int, *, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """Exactly the `k` best live experts of every row: ``[R, min(k, N)]`` indices into `coords_ND`, best first.
@@ -164,14 +170,14 @@ class Candidates:
         return len(self.grid.coords_ND)
 
     def coords(self, expert: int) -> tuple[int, ...]:
-        return tuple(self.grid.coords_ND[expert].tolist())
+        return self.grid.coords[expert]
 
     def uid(self, expert: int) -> str:
         return uid_at(self.prefix, self.coords(expert))
 
     def replicas_of(self, expert: int) -> Sequence[ExpertReplica]:
         """The servers that host the expert, the primary first; none where nobody is known to."""
-        return self.replicas.get(self.coords(expert), ())
+        return self.replicas.get(self.grid.coords[expert], ())
 
 
 def uid_at(prefix: str, coords: Sequence[int]) -> str:
@@ -198,8 +204,13 @@ def group(rows_L: Indices, experts_L: Indices) -> list[tuple[int, Indices]]:
     """The pairs by expert: each expert once, with its rows in ascending order."""
     order = np.lexsort((rows_L, experts_L))
     rows_L, experts_L = rows_L[order], experts_L[order]
-    experts, starts = np.unique(experts_L, return_index=True)
-    return list(zip(experts.tolist(), np.split(rows_L, starts[1:]), strict=True)) if len(experts) else []
+    return cut(*np.unique(experts_L, return_index=True), rows_L)
+
+
+def cut(experts: Indices, starts: Indices, rows_L: Indices) -> list[tuple[int, Indices]]:
+    """Each expert with the part of the rows that begins at its start. (`np.split` takes ten times as long.)"""
+    bounds = [*starts.tolist(), len(rows_L)]
+    return [(expert, rows_L[bounds[i] : bounds[i + 1]]) for i, expert in enumerate(experts.tolist())]
 
 
 def within_capacity(

@@ -7,8 +7,6 @@ reached, a message of the peer that holds most makes room: the address range tha
 A grant or a message given up is noted in `NodeBudgets.changed`; the driver whose cycle caused it calls `deliver`.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Hashable
 from typing import Final, NamedTuple, Protocol
@@ -24,7 +22,7 @@ SHARE: Final = 1 / 8
 class RoomHolder(Protocol):
     """The driver of the connection that a reservation belongs to."""
 
-    def room_changed(self, room: Reservation) -> None:
+    def room_changed(self, room: "Reservation") -> None:
         """`room` was granted after waiting, or (`released`) is wanted for others and was taken back."""
 
 
@@ -41,7 +39,7 @@ class Reservation:
 
     __slots__ = ("size", "num_bytes", "granted", "released", "owner", "use", "call", "asked", "_budget")
 
-    def __init__(self, budget: Budget, owner: Owner, use: _Use, size: int, call: object, *, asked: bool) -> None:
+    def __init__(self, budget: "Budget", owner: Owner, use: "_Use", size: int, call: object, *, asked: bool) -> None:
         self.size = size
         self.num_bytes = 0
         """Bytes of it that count."""

@@ -1,7 +1,5 @@
 """Drives the calls of one peer (`protocol`) over one or two channels."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -56,8 +54,8 @@ class Connection:
         dialed: PeerAddress | None,
         pipe: Pipe,
         answer: Callable[[IncomingCall], Answer],
-        open_bulk: Callable[[Connection], Awaitable[None]],
-        on_closed: Callable[[Connection], None],
+        open_bulk: "Callable[[Connection], Awaitable[None]]",
+        on_closed: "Callable[[Connection], None]",
         budgets: NodeBudgets,
         bounds: Bounds,
         metrics: Metrics,

@@ -1,7 +1,5 @@
 """State that both halves of a connection (outgoing and incoming calls) share, and their large messages. No I/O."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -43,11 +41,11 @@ class CallState:
     on_bulk = False
     """True if request or reply travel on the bulk lane."""
     sending: Sending | None = None
-    announced: Announced | None = None
+    announced: "Announced | None" = None
     """A message that waits for room."""
     room: Reservation | None = None
     """Room of the message that comes in, from its BEGIN on."""
-    arrival: Arrival | None = None
+    arrival: "Arrival | None" = None
     window_bytes = 0
     """Bytes of the flow-control window that it uses."""
 

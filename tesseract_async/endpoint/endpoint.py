@@ -1,7 +1,5 @@
 """`Endpoint`: calls to other nodes, and answers to theirs."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -135,7 +133,7 @@ class Endpoint(Uncopied):
         closes = [connection.aclose("the node is closing") for connection in self.pool.connections()]
         await asyncio.gather(*closes, *self._closing, return_exceptions=True)
 
-    async def __aenter__(self) -> Endpoint:
+    async def __aenter__(self) -> "Endpoint":
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -4,8 +4,6 @@ All that it learns may come from anybody, in any order, as often as they like: w
 another run, or signed by somebody whose word does not count there, changes nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -193,7 +191,7 @@ class Authority:
         return [_MANIFEST + self.run.blob, *self.records(), *(_GRANT + one.blob for one in grants)]
 
     @classmethod
-    def from_kept(cls, records: Iterable[object]) -> Authority:
+    def from_kept(cls, records: Iterable[object]) -> "Authority":
         """The inverse of `kept`; what does not hold is left out. Raises: ProtocolError without a manifest first."""
         rest = iter(records)
         first = next(rest, None)

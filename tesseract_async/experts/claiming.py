@@ -1,9 +1,7 @@
 """How a newcomer settles which experts it takes, before it has built any: reservations in the network.
 
-A newcomer reads who hosts what, chooses (`choice.choose`), and says so under the grid's *claims* key for a minute.
-After a moment it reads what others reserved meanwhile; where two took the same expert, both compute who keeps it, and
-the other draws again. So newcomers that arrive in the same second share the free experts out, where choosing alone
-would let them meet by chance. Reservations bind nobody: a server that ignores them merely hosts one replica more.
+A newcomer says under the grid's *claims* key what it chose (`choice.choose`), and reads after a moment what others
+reserved meanwhile; where two took the same expert, both compute who keeps it. Reservations bind nobody.
 
 A reservation is bytes: the number of dimensions, then 4 bytes (big-endian) per coordinate, expert by expert.
 """

@@ -1,12 +1,8 @@
 """Grants, revocations and appointments: the signed records by which a run's owner decides who may do what. No I/O.
 
-The run's owner signs, or one of the delegates that its manifest names; a grant may also be signed by an *invite's* key,
-which has a grant with the role ``admit`` itself and shows it along (`Grant.via`). Whose word counts in which run is for
-`experts.authority` to say: here is only checked that a record is whole, and that no signer of a grant gives more than
-it has.
+Whose word counts in which run is for `experts.authority` to say: here is only checked that a record is whole, and that
+no signer of a grant gives more than it has.
 """
-
-from __future__ import annotations
 
 import base64
 import hashlib
@@ -63,7 +59,7 @@ class Grant:
     """Seconds since 1970 at which it was signed: of two grants of a peer the later one holds."""
     not_after: int
     """Seconds since 1970. From then on it is good for no new claim; what goes on by it goes on."""
-    via: Grant | None
+    via: "Grant | None"
     """The signer's own grant, where the signer is not the run's owner."""
     signer: PeerID
     blob: bytes
@@ -165,7 +161,7 @@ class Invite:
         return f"{INVITE_PREFIX}{_lettered(body + hashlib.sha256(body).digest()[:4])}"
 
     @classmethod
-    def parse(cls, text: str) -> Invite:
+    def parse(cls, text: str) -> "Invite":
         """Read `text`, whose line breaks do not matter. Untrusted. Raises: ValueError."""
         letters = "".join(text.split())
         if (version := _INVITE.match(letters)) is None or len(letters) > MAX_INVITE:

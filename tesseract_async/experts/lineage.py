@@ -214,6 +214,14 @@ class Lineage:
         """Return whether the Term goes on from this Seal, or has it."""
         return seal.term in self._ancestors(term)
 
+    def is_sealed(self, seal: Seal) -> bool:
+        """Return whether a primary in the line of the Term that holds signed this, and no other of that number."""
+        term, best = self._terms.get(seal.term), self.best
+        if term is None or best is None or self.is_exposed(term):
+            return best is not None and best.seal == seal
+        is_its = (seal.uid, seal.primary, seal.epoch) == (self.uid, term.primary, term.epoch)
+        return is_its and self.is_in_line(seal, best)
+
     def line(self, term: Term) -> list[bytes]:
         """The records that show where a Term comes from, as far as they are known, the oldest first; with its Seal."""
         line = [step.blob for step in itertools.islice(self._walk(term), MAX_TERMS_OF_ONE)][::-1]

@@ -33,8 +33,6 @@ One record per uid would cost more than eight times as much at 8 experts per ser
 weigh more than the coordinates.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import ipaddress
@@ -159,7 +157,7 @@ class Manifest:
     def num_dims(self) -> int:
         return int(self.coords.shape[1])
 
-    def within(self, scope: AddressScope) -> Manifest:
+    def within(self, scope: AddressScope) -> "Manifest":
         """Keep only the addresses that `scope` allows, one for each host, and no more of them than one computer has:
         the writer of a manifest has its readers dial what it names.
 
@@ -168,7 +166,7 @@ class Manifest:
         addresses, rendezvous = addresses_within(scope, self.addresses, self.rendezvous)
         return replace(self, addresses=addresses, rendezvous=rendezvous)
 
-    def only(self, rows: npt.NDArray[np.bool_]) -> Manifest:
+    def only(self, rows: npt.NDArray[np.bool_]) -> "Manifest":
         """The same with these experts only. Raises: ProtocolError where nothing is left."""
         if not rows.any():
             raise ProtocolError("a manifest of experts that its server may not host")

@@ -1,8 +1,7 @@
 """Replicas that failed here lately: hidden for a while, and asked last until they answer again. No I/O.
 
 Kept for each server and replica, not for each manifest: a server that renews its claim every second is not believed
-anew each time. The first failure is forgiven with the server's next manifest, for a server that restarts says so by
-one. Every further one before an answer hides the replica for twice as long, whatever it publishes meanwhile.
+anew each time.
 """
 
 from dataclasses import dataclass

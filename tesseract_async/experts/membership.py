@@ -31,6 +31,10 @@ from tesseract_async.identity import Identity, PeerID
 
 MAX_OTHER_SOURCES: Final = 4
 """Hosts that are asked for a file besides the Seal's members, which may all be gone."""
+POLL_SECONDS: Final = 2.0
+"""Seconds for the answers to questions of one kind."""
+ASKING: Final = 3.0
+"""Seconds for asking all members, and reading the network before or meanwhile."""
 
 
 @dataclass(slots=True)
@@ -45,8 +49,10 @@ class Poll:
     votes: dict[PeerID, Vote] = field(default_factory=dict)
     given: dict[PeerID, tuple[float, Age]] = field(default_factory=dict)
     """For each vote, when it was asked for, and the age of the file that the voter holds."""
-    is_alive: bool = False
+    is_led: bool = False
     """True if an answer said that there is a primary."""
+    is_alive: bool = False
+    """True if anybody who could lead the expert answered."""
 
     def settles(self, peer: PeerID, question: Question) -> bool:
         if peer not in self.waiting or (question.kind, question.epoch) != (self.kind, self.epoch):
@@ -147,12 +153,13 @@ class Membership:
     def silence_at(self, state: State) -> float:
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
-        if state is State.HOLDING:
-            wait = 2 * self.lease
+        step = min(2.0, self.lease / 15)
+        if state is State.HOLDING:  # the members come first; then it leads when two leases have passed
+            wait = max(self.lease + 3 * step, self._adopt_after - ASKING)
         else:
             members = () if self.held is None else self.held.successors
             rank = members.index(self.me) if self.me in members else 0
-            wait = 2.0 * rank + (0.0 if exposed else self.lease)
+            wait = step * rank + (0.0 if exposed else self.lease)
         return max(self.heard + wait, self.agreed_at + self.lease, self.vote_from, self.retry_at)
 
     def is_unsealed(self, now: float) -> bool:
@@ -172,8 +179,26 @@ class Membership:
             return True
         return now >= self.first_look + 10 * self.lease and (self._authority.may_restart or not forgotten)
 
+    @property
+    def settle(self) -> float:
+        """Seconds for which a Term that adopts the expert lies in the network before it is looked at again."""
+        return min(5.0, self.lease / 6)
+
+    @property
+    def _adopt_after(self) -> float:
+        # it leads once that has settled, and all members are silent still: two leases after they were heard
+        return max(self.lease, 2 * self.lease - self.settle - ASKING)
+
+    @property
+    def adopt_at(self) -> float:
+        """When the expert may be adopted, if all of its members are silent until then."""
+        return self.heard + self._adopt_after
+
     def may_adopt(self, now: float, wall: float) -> bool:
-        """Return whether the network answers here, so that the others' silence says something, and would believe it."""
+        """Return whether the silence is long enough, and says something: the network answers here, and would believe
+        it."""
+        if now < self.adopt_at:
+            return False
         best = self.lineage.best
         seal = None if best is None else self.lineage.seal_of(best)
         past = seal is None or wall - EPOCH_ZERO > seal.time + 1
@@ -183,7 +208,7 @@ class Membership:
         best, held = self.lineage.best, self.held
         term = b"" if best is None or kind == "vote" else best.blob
         question = Question(kind, epoch, self._boot, term, b"" if held is None else held.blob)
-        return Poll(kind, epoch, now + 2.0, set(others)), [Send(peer, question) for peer in sorted(others)]
+        return Poll(kind, epoch, now + POLL_SECONDS, set(others)), [Send(peer, question) for peer in sorted(others)]
 
     def primaries(self, best: Term, members: Iterable[PeerID]) -> set[PeerID]:
         """Whom to ask, besides these, whether the expert has a primary: while one is alive whose file could not be had,
@@ -250,6 +275,10 @@ class Membership:
 
     def may_host(self, peer: PeerID) -> bool:
         return self._authority.may(peer, "host", self.uid, now=None)
+
+    def may_look(self, peer: PeerID) -> bool:
+        """Return whether this peer may know who leads the expert, and from which state others can go on."""
+        return self._authority.is_member(peer)
 
     def may_succeed(self, peer: PeerID) -> bool:
         return self.may_host(peer) and peer not in self.leave.passive

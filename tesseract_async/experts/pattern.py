@@ -1,7 +1,5 @@
 """Patterns of uids, as a volunteer writes them: ``ffn.[0:4].[0:16].7``. No I/O."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
@@ -21,7 +19,7 @@ class ExpertPattern:
     ranges: tuple[range, ...]
 
     @classmethod
-    def parse(cls, text: str) -> ExpertPattern:
+    def parse(cls, text: str) -> "ExpertPattern":
         """Read ``ffn.[0:4].7``: a prefix, then per dimension a number or ``[first:after last]``.
 
         Raises: ValueError with a sentence that names the pattern.

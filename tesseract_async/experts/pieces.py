@@ -1,9 +1,4 @@
-"""`PieceFetch`: which piece of a file to ask of which source, and when to ask another one. A pure machine.
-
-All sources have the same file, which its root names. Piece 0 is the list of the leaves' hashes, checked against the
-root; each further piece is a leaf, checked against the list, so the sender of a wrong one is known at once. A file of
-one leaf is piece 0 itself.
-"""
+"""`PieceFetch`: which piece of a file to ask of which source, and when to ask another one. A pure machine."""
 
 import math
 from collections import deque

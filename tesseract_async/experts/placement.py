@@ -471,13 +471,15 @@ class Placement:
         return self._may_restart and now - self._missed.setdefault(uid, now) >= self._grace
 
     def _drops(self, survey: Survey, now: float) -> list[Step]:
-        found: dict[str, float] = {}
-        for uid, part in survey.places[self._me].parts.items():
-            if part.role is Role.LEADS or not self._is_surplus(survey, uid):
-                continue
-            found[uid] = self._surplus.get(uid, now)
-        self._surplus = found
-        return [Step("drop", uid) for uid, since in found.items() if now - since >= DROP_AFTER]
+        mine = survey.places[self._me]
+        copies = [uid for uid, part in mine.parts.items() if part.role is not Role.LEADS]
+        self._surplus = {uid: self._surplus.get(uid, now) for uid in copies if self._is_surplus(survey, uid)}
+        drops = [uid for uid, since in self._surplus.items() if now - since >= DROP_AFTER]
+        if (num_over := len(mine.parts) - len(drops) - mine.files) > 0:  # it has room for fewer than it had
+            led = [uid for uid in copies if uid not in drops and survey.leader(uid) not in (None, self._me)]
+            led.sort(key=lambda uid: (-survey.standing(uid).losses, uid))
+            drops += led[: min(num_over, MAX_STEPS)]
+        return [Step("drop", uid) for uid in drops]
 
     def _is_surplus(self, survey: Survey, uid: str) -> bool:
         leader = survey.leader(uid)

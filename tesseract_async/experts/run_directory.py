@@ -4,8 +4,6 @@ Every member keeps copies of the manifest, of revocations and of appointments. A
 of its peer's for a day (`grant_key`), or its signer hands it on.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib
@@ -156,7 +154,7 @@ async def enter_run(
     grant: str | None = None,
     identity_file: Path | None = None,
     clock: Callable[[], float] = time.time,
-) -> RunKeeper:
+) -> "RunKeeper":
     """Take part in a run: from now on `trust` goes by it. Return the keeper of its records, which is not started yet.
 
     `run` is its name, or its manifest if that was found already; `grant` the text of a grant or an invite. What is

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from random import Random
 
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.membership import Membership, Poll
+from tesseract_async.experts.membership import POLL_SECONDS, Membership, Poll
 from tesseract_async.experts.own_term import NEVER, PUBLISH_EVERY, OwnTerm
 from tesseract_async.experts.tenure_words import (
     MAX_PAST,
@@ -193,10 +193,11 @@ class Tenure:
 
     def ask(self, peer: PeerID, question: Question, now: float, wall: float) -> Response:
         """Answer `peer`. Carry out `commands` before the answer goes out."""
-        if not self._member.may_host(peer):
+        if self._member.may_host(peer):
+            self.sight(question.term, now, wall)
+            self.sight(question.seal, now, wall)
+        elif question.kind != "probe" or not self._member.may_look(peer):
             return Response(False, (0, 0), b"", b"")
-        self.sight(question.term, now, wall)
-        self.sight(question.seal, now, wall)
         best, member, agrees, vote = self.lineage.best, self._member, False, b""
         if question.kind in ("beat", "rise") and member.is_beat(peer, question, now):
             # for a lease, a primary that lost touch may come back; then others stand
@@ -215,7 +216,8 @@ class Tenure:
             agrees = self.state is State.FOLLOWING and now < member.heard + self._lease / 2
             vote = self._vote(peer, question, now)
         known = b"" if best is None or agrees or best.blob == question.term else best.blob
-        return Response(agrees, (0, 0) if self.held is None else self.held.age, known, vote)
+        is_of_use = question.kind != "probe" or agrees or self.may.lead
+        return Response(agrees, self.held.age if self.held is not None and is_of_use else (0, 0), known, vote)
 
     def answered(
         self, peer: PeerID, question: Question, answer: Response | None, sent: float, now: float, wall: float
@@ -243,7 +245,8 @@ class Tenure:
                 poll.votes[peer] = vote
                 poll.given[peer] = sent, answer.held
             else:
-                poll.is_alive |= answer.agrees or (question.kind == "probe" and self.state is State.HOLDING)
+                poll.is_led |= answer.agrees
+                poll.is_alive |= answer.agrees or answer.held > (0, 0)
             self._count(now, wall)
 
     def _vote(self, peer: PeerID, question: Question, now: float) -> bytes:
@@ -385,6 +388,8 @@ class Tenure:
         elif self.state is State.FOLLOWING and self.lineage.is_exposed(best):
             self._stand(Kind.TAKEOVER, held, now, wall)
         elif others := self._member.primaries(best, held.members if self.state is State.HOLDING else ()):
+            if self.state is State.HOLDING:
+                self._look(now)  # before it adopts the expert, it must know what the network has
             self._ask_all("probe", others, best.epoch, now)
         else:
             self._stand(Kind.TAKEOVER, held, now, wall)
@@ -397,8 +402,10 @@ class Tenure:
         poll, held = self._poll, self.held
         assert poll is not None and held is not None
         if poll.kind == "probe":
-            if poll.is_alive:
-                self._member.heard = now
+            adopts = self.state is State.HOLDING or (self.term is not None and self.term.kind is Kind.ADOPTION)
+            if poll.is_led or (adopts and poll.is_alive):
+                if poll.is_led or self.state is State.HOLDING:
+                    self._member.heard = now
                 self._give_up(now)
             elif not poll.waiting:
                 self._poll = None
@@ -410,19 +417,22 @@ class Tenure:
                 elif self.state is State.HOLDING and self._member.may_adopt(now, wall):
                     self._stand(Kind.ADOPTION, held, now, wall)
                 else:
-                    self._retry(now)
+                    self._look(now)
+                    self._retry_adopting(now)
         elif 1 + len(poll.votes) >= majority(len(held.members)) and now <= poll.deadline:
             self._poll = None
             self._begin(Kind.TAKEOVER, held, poll.epoch, now, wall, poll)
         elif not poll.waiting or now > poll.deadline:
             self._poll = None
             all_gone = poll.silent | poll.votes.keys() >= set(held.members) - {self.me}
-            if all_gone and now >= self._member.heard + 2 * self._lease and self._member.may_adopt(now, wall):
+            if all_gone and self._member.may_adopt(now, wall):
                 self._begin(Kind.ADOPTION, held, poll.epoch, now, wall, poll)
-            else:
-                if poll.is_alive:  # only this server was cut off: by the next time, its own vote binds it no more
-                    self._member.heard = now
-                self._give_up(now)
+                return
+            if poll.is_led:  # only this server was cut off: by the next time, its own vote binds it no more
+                self._member.heard = now
+            self._give_up(now)
+            if all_gone:
+                self._retry_adopting(now)
 
     # -- becoming the primary ------------------------------------------------------------------------------------------
 
@@ -463,7 +473,7 @@ class Tenure:
         self._publish(self._own, now)
         if kind is Kind.ADOPTION:
             # two may adopt at once: both wait, and see each other
-            self._settle_at = now + min(5.0, self._lease / 6)
+            self._settle_at = now + self._member.settle
         else:
             self._commands.append(Look())
         return True
@@ -631,6 +641,10 @@ class Tenure:
     def _retry(self, now: float) -> None:
         self._member.retry_at = now + self._lease * self._random.uniform(0.1, 0.4)
         self._look(now)
+
+    def _retry_adopting(self, now: float) -> None:
+        """Nobody else is left, so there is nobody to make way for: try again as soon as it may be adopted."""
+        self._member.retry_at = max(now + 1.0, self._member.adopt_at - POLL_SECONDS)
 
     def _look(self, now: float) -> None:
         self._look_at = now + self._lease / 6

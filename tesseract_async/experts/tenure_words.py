@@ -50,7 +50,7 @@ class Response(NamedTuple):
     agrees: bool
     """To a beat: you are my primary. To a probe: I am. To a vote: I have heard the primary just now."""
     held: tuple[int, int]
-    """The age of the Seal whose file it holds; (0, 0) for none."""
+    """The age of the Seal whose file it holds; (0, 0) for none, and to a probe from one that could not lead it."""
     term: bytes
     """The Term that holds by what it knows, where that is not the asker's."""
     vote: bytes

@@ -1,12 +1,6 @@
 """Terms, Seals and Votes: the signed records that say who is the primary of an expert of a run. No I/O.
 
-- A `Term` begins when a server becomes an expert's primary. It names the `Seal` that it goes on from, and holds the
-  evidence that its signer may: the last primary's signature, or the votes of that Seal's members.
-- A `Seal` is a state that others can go on from: the hash of the primary's file, and the members: the primary and its
-  successors.
-- A `Vote` is given by a member for a candidate, once per epoch.
-
-Times and epochs are whole seconds since `EPOCH_ZERO`.
+`docs/design/authority.md` says what each means. Times and epochs are whole seconds since `EPOCH_ZERO`.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,4 @@
-"""Thanks: what trainers say that they received from each server, hour by hour. Signed by the trainer, or not counted.
-
-A node counts the rows and steps that it was answered (`Thanks.add`), and publishes the counts of each hour under a key
-of that hour (`publish_thanks`). Entries of the network are signed by the node that stores them. `read_thanks` takes the
-word of peers that may train only, and nobody's word about itself.
-"""
+"""Thanks: what trainers say that they received from each server, hour by hour, in records that they signed."""
 
 import math
 import time

@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
 from tesseract_async.experts import ExpertPattern, GridView, split_uid
@@ -22,10 +22,8 @@ from tesseract_async.experts.thanks import HOUR, NUM_HOURS, Thank, read_thanks
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.history import History
 from tesseract_async.monitoring.status import NodeStatus, ask_status
+from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 log = logging.getLogger(__name__)
 

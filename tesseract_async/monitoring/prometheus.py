@@ -1,10 +1,8 @@
 """A node's metrics in Prometheus' text format, with its naming conventions: prefix, unit, ``_total`` for counters."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -12,9 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.metrics import Key, Metrics
 from tesseract_async.monitoring.catalogue import METRICS, SWARM_METRICS
-
-if TYPE_CHECKING:
-    from tesseract_async.monitoring.observer import SwarmObserver
+from tesseract_async.monitoring.observer import SwarmObserver
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "tesseract_"

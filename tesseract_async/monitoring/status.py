@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
@@ -19,13 +19,11 @@ import tesseract_async
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ProtocolError, TesseractError
 from tesseract_async.experts import split_uid
+from tesseract_async.node import TesseractNode
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.runtime import TesseractRuntime
+from tesseract_async.server.server import TesseractServer
 from tesseract_async.transport.base import PeerAddress
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
-    from tesseract_async.runtime.backend import ExpertBackend
-    from tesseract_async.runtime.runtime import TesseractRuntime
-    from tesseract_async.server.server import TesseractServer
 
 METHOD = "node.status"
 MAX_STATUS_BYTES = 2**20

@@ -1,7 +1,5 @@
 """The preamble demultiplexer: tells accepted connections apart by their first bytes (`preamble`)."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections.abc import Callable, Mapping
@@ -64,7 +62,7 @@ class PreambleDemultiplexer(TcpTransport):
         else:
             self._refuse(visitor, "too_many")
 
-    def _decide(self, visitor: _Visitor, data: bytes) -> None:
+    def _decide(self, visitor: "_Visitor", data: bytes) -> None:
         if data[:1] != preamble.MAGIC[:1]:
             self._gone(visitor)
             visitor.pipe.unread(data)
@@ -81,12 +79,12 @@ class PreambleDemultiplexer(TcpTransport):
             self._gone(visitor)
             self._handlers[kind](token, visitor.pipe)
 
-    def _refuse(self, visitor: _Visitor, reason: str) -> None:
+    def _refuse(self, visitor: "_Visitor", reason: str) -> None:
         self._metrics.count("demultiplexer_refused", reason=reason)
         self._gone(visitor)
         visitor.pipe.abort()
 
-    def _gone(self, visitor: _Visitor) -> None:
+    def _gone(self, visitor: "_Visitor") -> None:
         visitor.timer.cancel()
         visitor.pipe.detach()
         self._visitors.leave(visitor)

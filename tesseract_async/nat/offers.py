@@ -1,14 +1,8 @@
 """Offers and answers, by which two nodes get a pipe between them through a third one that they need not trust. Pure.
 
-An *offer* says: I want a pipe to you, and this is how (`kind`); the *answer* accepts or declines. Both are signed, name
-their recipient and are fresh; an answer holds its offer's hash. So their carrier can lose them, and no more.
-
-Layout: 64 bytes of Ed25519 signature, 32 bytes of the sender's public key, then a msgpack list:
-``["offer" | "answer", recipient, nonce or hash, milliseconds since 1970, kind, body]``. What is signed is `CONTEXT`
-followed by the key and the list.
+Both are signed, name their recipient and are fresh; an answer holds its offer's hash. So their carrier can lose them,
+and no more. `docs/design/nat.md` has the layout.
 """
-
-from __future__ import annotations
 
 import hashlib
 import ipaddress
@@ -83,7 +77,7 @@ class Description:
         }
 
     @classmethod
-    def unpack(cls, body: object) -> Description:
+    def unpack(cls, body: object) -> "Description":
         """Untrusted. Addresses are literal and could belong to a peer. Raises: ProtocolError."""
         username, password = _ice_text(body, "username", 4), _ice_text(body, "password", 22)
         fingerprint, raw = field(body, "fingerprint", bytes), field(body, "candidates", list)
@@ -105,7 +99,7 @@ class ReverseBody:
         return {"addresses": list(self.addresses), "token": self.token}
 
     @classmethod
-    def unpack(cls, body: object) -> ReverseBody:
+    def unpack(cls, body: object) -> "ReverseBody":
         """Untrusted. Raises: ProtocolError."""
         addresses = field(body, "addresses", list)
         if not 0 < len(addresses) <= MAX_ADDRESSES:
@@ -124,7 +118,7 @@ class RelayBody:
         return {"relay": bytes(self.relay), "token": self.token}
 
     @classmethod
-    def unpack(cls, body: object) -> RelayBody:
+    def unpack(cls, body: object) -> "RelayBody":
         """Untrusted. Raises: ProtocolError."""
         return cls(PeerID(field(body, "relay", bytes)), _token(body))
 

@@ -1,10 +1,4 @@
-"""The first bytes of a TCP connection that is not dialed in the ordinary way. No I/O.
-
-A connection on which the *other* side will open TLS (reverse dial), both connections that meet at a relay, and a mere
-proof of reachability begin with 24 plain bytes that say so: ``"TSRP"``, one byte version, one byte kind, two zero
-bytes, a 16-byte token. Ordinary connections begin with a TLS record (0x16) or, where security is off, with a frame
-(0x01): the first byte tells.
-"""
+"""The first bytes of a TCP connection that is not dialed in the ordinary way (`docs/design/nat.md`). No I/O."""
 
 from typing import Final
 

@@ -12,14 +12,13 @@
 
     PING       ()                        -> ()
     FIND       (target)                  -> (v4 contacts, v6 contacts)
-    GET        (key)                     -> (count, digests, records, v4 contacts, v6 contacts, copied?)
+    GET        (key)                     -> (count, digests, records, v4 contacts, v6 contacts)
     PAGE       (key, start, end)         -> (next or nil, records)
     STORE      ([key + record, ...])     -> (outcomes: a byte for each)
     LEAVE      ()                        no reply
     DIAL       (nonce)                   -> (whether it was passed on)
     DIAL_FOR   (address, nonce)          no reply; see `network.dial_back`
     DIALED     (nonce)                   no reply
-    COPY       (key + record)            no reply; see `network.holding`
 
 The *token* in a request is one that its receiver gave to that address before (BEP 5): it proves the address. A request
 without one is padded, and its reply kept within three times its length. The *challenge* asks the receiver to sign it,
@@ -47,8 +46,8 @@ MIN_REQUEST_BYTES = 400
 AMPLIFICATION = 3
 """Reply bytes per request byte towards an address that has proven nothing."""
 
-PING, FIND, GET, PAGE, STORE, LEAVE, DIAL, DIAL_FOR, DIALED, COPY = range(1, 11)
-ONE_WAY = (LEAVE, DIAL_FOR, COPY)
+PING, FIND, GET, PAGE, STORE, LEAVE, DIAL, DIAL_FOR, DIALED = range(1, 10)
+ONE_WAY = (LEAVE, DIAL_FOR)
 """Requests that nobody replies to, so that a sender without a token would learn nothing: they are dropped."""
 REPLY = 0x80
 """Added to a request's kind in its reply."""
@@ -195,11 +194,6 @@ def read_items(arguments: list[object]) -> list[tuple[bytes, bytes]]:
     return [(item[:ID_BYTES], item[ID_BYTES:]) for item in items]
 
 
-def read_item(arguments: list[object]) -> tuple[bytes, bytes]:
-    """Read the key and record of a COPY. Raises: ProtocolError."""
-    return read_items([arguments[:1]])[0]
-
-
 def read_nonce(arguments: list[object]) -> bytes:
     """Read the nonce of DIAL, DIAL_FOR (from its second argument on) and DIALED. Raises: ProtocolError."""
     return _bytes_at(arguments, 0, "nonce", TRANSACTION_BYTES)
@@ -237,11 +231,6 @@ def read_value(results: list[object]) -> tuple[Summary | None, list[bytes]]:
     if len(packed) != _DIGESTS.size:
         raise ProtocolError("range digests of the wrong length")
     return Summary(count, _DIGESTS.unpack(packed)), []
-
-
-def is_copy(results: list[object]) -> bool:
-    """Return True if a GET reply's record is only a copy on the way to the holders."""
-    return len(results) > 5 and results[5] is True
 
 
 def read_page(results: list[object]) -> tuple[int | None, list[bytes]]:

@@ -1,23 +1,8 @@
-"""Dial-back: finding out which nodes can be dialed, by having a third node try. Pure.
+"""Dial-back: finding out which nodes can be dialed, by having a third node try (`docs/design/network.md`). Pure.
 
-A node that does not know whether others can dial it (`DatagramDialBack`)::
-
-    A  --DIAL-->  B           B replies whether it passed the question on
-                  B --DIAL_FOR(address of A, nonce)-->  C
-    A  <------------------------DIALED(nonce)--------  C
-
-A gateway that lets in only addresses that were written to drops the last datagram. So it counts only if it comes from
-an address that A has not written to for a while.
-
-A newcomer that says it is public and wrote first, perhaps through such a gateway, is dialed before it is listed
-(`Probation`)::
-
-    X  --any request-->  A                                 A has pinged it since
-                         A  --DIAL_FOR(X, nonce, A?)-->  C
-    X  <------------------------DIALED(nonce, A)-------  C    dropped, where X can't be dialed
-    X  --DIALED(nonce)-->  A                               so now A lists X
-
-X replies only to those it has written to: nobody is made to send anything to third parties.
+A node that does not know its own role has a contact ask a third node to dial it (`DatagramDialBack`). A newcomer that
+says it is public and wrote first, perhaps through a gateway, is dialed by a third node before it is listed, and
+confirms that (`Probation`).
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,8 @@
 """An iterative lookup over disjoint paths (Kademlia section 2.3, S/Kademlia section 4.4). Pure.
 
-The contacts known at the start are dealt to the paths in turn. Each contact is asked once, by one path, and what it
-answers is believed by that path alone: a liar leads astray one path of several. A path is finished when the k contacts
-nearest to the target that it has heard of have all answered, and the first few of its start too (else the first one
-asked could end it by naming k friends); failed ones do not count. The lookup knows nothing of
-datagrams: `to_ask` says whom to ask, and the caller reports `answered`, `stalled` or `failed`.
+Each contact is asked once, by one path, and what it answers is believed by that path alone. `to_ask` says whom to ask,
+and the caller reports `answered`, `stalled` or `failed`.
 """
-
-from __future__ import annotations
 
 import enum
 from bisect import insort
@@ -43,10 +38,10 @@ class LookupCandidate:
     distance: int
     round: int
     """How many answers led here, itself included: 1 for a contact known at the start."""
-    teller: LookupCandidate | None
+    teller: "LookupCandidate | None"
     """The candidate that named it, and is answerable for it."""
     state: CandidateState = CandidateState.NEW
-    path: LookupPath | None = None
+    path: "LookupPath | None" = None
     """The path that asked it."""
     num_in_vain: int = 0
     """Number of contacts named by this one that did not answer, less two for each that did."""

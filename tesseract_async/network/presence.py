@@ -1,9 +1,4 @@
-"""Two nodes with one identity (a cloned machine, a key that is part of an image): each overwrites what the other says.
-
-A node with a lasting identity keeps an entry of its own in the network: when it was started, and a random number.
-Nobody else can sign it. So a node that reads a newer one than it wrote last has a twin, and of two the one that started
-later withdraws.
-"""
+"""Looks for a twin: a node with the same identity, such as a cloned machine (`docs/design/network.md`)."""
 
 import asyncio
 import logging

@@ -1,12 +1,8 @@
 """One node of the DHT as a machine without I/O: datagrams and the time in; datagrams, events and a timer out.
 
 The driver (`network.driver`) repeats one cycle: feed (`receive_datagram`, `handle_timer`, or a request such as `read`),
-hand out `events`, send `datagrams_to_send`, wake up at `timer_at`. The machine never awaits, sleeps or reads a clock:
-it is given `now`, a loop time in seconds that never goes back, and its `core` is told `wall_offset`, which added to it
-gives the wall-clock time that records live by.
-
-Whatever comes from the network is untrusted. A datagram that breaks a rule is dropped and counted by its reason in
-``network_datagrams_dropped``; it raises nothing and changes nothing.
+hand out `events`, send `datagrams_to_send`, wake up at `timer_at`. A datagram that breaks a rule is dropped and counted
+by its reason in ``network_datagrams_dropped``; it raises nothing and changes nothing.
 """
 
 import hashlib
@@ -229,8 +225,6 @@ class NetworkProtocol:
                 core.outbox.drop("token")
             elif datagram.kind == wire.LEAVE:
                 core.farewell(datagram.sender, address)
-            elif datagram.kind == wire.COPY:
-                self.holder.keep_copy(request.arguments, address, now)
             else:
                 asker = core.table.get(datagram.sender)
                 # nodes that start together list one another within seconds
@@ -271,7 +265,7 @@ class NetworkProtocol:
         if kind == wire.FIND:
             return self.core.closest_for(wire.read_key(request.arguments), sender, room)
         if kind == wire.GET:
-            return self.holder.get(wire.read_key(request.arguments), sender, room, now)
+            return self.holder.get(wire.read_key(request.arguments), sender, room)
         if kind == wire.PAGE:
             key = wire.read_key(request.arguments)
             start, last = wire.read_range(request.arguments)
@@ -330,7 +324,6 @@ class NetworkProtocol:
         core.timers.start(now + HOUSEKEEPING_PERIOD * core.jitter(), self._keep_house)
         core.keep_house(now)
         self.tokens.rotate(now)
-        self.holder.expire_copies(core.wall(now))
         if len(core.table) >= K and not core.density.was_sampled:
             probe_density(core, now)
         if core.joined:

@@ -1,7 +1,5 @@
 """Reading a dictionary from its holders: digests first, then what differs, once. Pure."""
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass
 
@@ -46,8 +44,6 @@ class Holding:
     summary: Summary
     records: dict[EntryID, SignedRecord] | None
     """The records known to be there; None while none has been fetched."""
-    is_copy: bool = False
-    """True if it only keeps a copy for a while, and is no holder."""
 
 
 class Read:
@@ -63,8 +59,6 @@ class Read:
         self.cancelled = False
         self._holdings: list[Holding] = []
         self._verified: dict[bytes, SignedRecord] = {}
-        self._without: list[Contact] = []
-        """The nodes that answered and hold nothing."""
         self._summaries: dict[frozenset[bytes], tuple[Summary, dict[EntryID, SignedRecord]]] = {}
         self._merged: dict[EntryID, SignedRecord] = {}
         self._unchecked: deque[tuple[_Fetch, int, int, list[bytes]]] = deque()
@@ -101,7 +95,6 @@ class Read:
             return
         summary, bodies = wire.read_value(reply.results)
         if summary is None:
-            self._without.append(contact)
             return
         records: dict[EntryID, SignedRecord] | None = None
         if bodies:
@@ -115,10 +108,10 @@ class Read:
                     records[_entry_id(record)] = record
                 known = self._summaries[same] = summarize(list(records.values())), records
             summary, records = known
-        self._holdings.append(Holding(contact, summary, records, is_copy=wire.is_copy(reply.results)))
+        self._holdings.append(Holding(contact, summary, records))
         equal = [item for item in self._holdings if item.summary == summary]
         missing = NUM_EQUAL_HOLDERS - _num_counted(equal)
-        if missing <= 0 and not all(item.is_copy for item in equal) and not self._may_be_captured:
+        if missing <= 0 and not self._may_be_captured:
             self._search.stop()
             self._settle(now, equal)
         elif missing > 0 and self._search.lookup.max_in_progress < ALPHA:
@@ -218,7 +211,7 @@ class Read:
         if not self._num_fetching and not self._fetches and not self._unchecked and not self.cancelled:
             self._finish(now)
 
-    def page(self, fetch: _Fetch, start: int, last: int, bodies: list[bytes], now: float) -> None:
+    def page(self, fetch: "_Fetch", start: int, last: int, bodies: list[bytes], now: float) -> None:
         """Take a page of slots from `start` to `last`. Its signatures are checked in slices that yield the loop."""
         self._unchecked.append((fetch, start, last, bodies))
         if len(self._unchecked) == 1:
@@ -243,13 +236,12 @@ class Read:
         else:
             self._go_on(now)
 
-    def fetched(self, fetch: _Fetch, now: float) -> None:
+    def fetched(self, fetch: "_Fetch", now: float) -> None:
         self._num_fetching -= 1
         self._go_on(now)
 
     def _finish(self, now: float) -> None:
         self._repair(self._merged, now)
-        self._leave_copy(now)
         lookup = self._search.lookup
         event = ReadFinished(
             self._number,
@@ -263,7 +255,7 @@ class Read:
 
     def _repair(self, merged: dict[EntryID, SignedRecord], now: float) -> None:
         for holding in self._holdings:
-            if holding.records is None or holding.is_copy:
+            if holding.records is None:
                 continue
             missing = [
                 record
@@ -280,18 +272,6 @@ class Read:
             for items in wire.store_items(missing):
                 self.core.call(Caller(), wire.STORE, (items,), holding.contact, now)
 
-    def _leave_copy(self, now: float) -> None:
-        """Leave a copy of a single value with the nearest contact that had none (see `holding.Holder`)."""
-        if len(self._merged) != 1 or not self._without:
-            return
-        (record,) = self._merged.values()
-        if record.subkey is not None or record.tombstone or not self.complete:
-            return
-        target = int.from_bytes(self.key, "big")
-        nearest = min(self._without, key=lambda contact: contact.number ^ target)
-        if nearest.token_until > now:
-            self.core.outbox.send_one_way(wire.COPY, (self.key + record.body,), nearest.address, nearest.token, now)
-
 
 @dataclass(slots=True, eq=False)
 class _Fetch(Caller):
@@ -304,7 +284,7 @@ class _Fetch(Caller):
     """Holders to ask, the last one first."""
     num_records: int = 0
 
-    def elsewhere(self, start: int, last: int) -> _Fetch:
+    def elsewhere(self, start: int, last: int) -> "_Fetch":
         """Return a fetch of slots that this one's present source could not give, from the other sources."""
         return _Fetch(self.read, start, last, self.sources[:-1])
 

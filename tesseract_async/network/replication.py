@@ -127,8 +127,6 @@ class _Sync(Caller):
         if reply.flags & wire.FLAG_CLIENT:
             return
         summary, bodies = wire.read_value(reply.results)
-        if wire.is_copy(reply.results):
-            summary, bodies = None, []
         own = core.storage.summary(self._key)
         if own is None:
             return

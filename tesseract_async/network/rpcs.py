@@ -4,8 +4,6 @@ A call is sent up to three times under the same transaction before it fails; req
 one does no harm.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,16 +36,16 @@ STRANGERS_PER_RANGE = 1.0
 class Caller:
     """Base of what makes calls and hears how each ends: `call_answered` or `call_failed`, once."""
 
-    def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
+    def call_answered(self, call: "Call", reply: RpcReply, now: float) -> None:
         """The contact replied, and its id is proven. `call.contact` is set, also where only an address was given.
 
         May raise ProtocolError: then the reply is dropped as malformed, and `call_failed` follows.
         """
 
-    def call_stalled(self, call: Call, now: float) -> None:
+    def call_stalled(self, call: "Call", now: float) -> None:
         """A wait passed without a reply, and the request was sent again. Heard once for each retransmission."""
 
-    def call_failed(self, call: Call, now: float) -> None:
+    def call_failed(self, call: "Call", now: float) -> None:
         """No reply came, or one that proves that another node is there, or a malformed one."""
 
 

@@ -1,7 +1,5 @@
 """Accounts of what each source has brought to a holder, so that none fills it alone. Pure."""
 
-from __future__ import annotations
-
 from itertools import islice
 from typing import NamedTuple
 
@@ -23,7 +21,7 @@ class Source(NamedTuple):
     """True if it was a holder that copied another's record: such a one brings those of many owners."""
 
     @property
-    def block(self) -> Source:
+    def block(self) -> "Source":
         """The wider range: 2 of the 3 bytes of a /24, 4 of the 6 of a /48."""
         return Source(self.range[: 2 * len(self.range) // 3], self.copied)
 

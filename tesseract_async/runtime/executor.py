@@ -13,12 +13,13 @@ happened.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -75,15 +76,13 @@ class Attempt:
 
 
 class Download(NamedTuple):
-    """Results of slices on their way back, from this `row` on in what arrives."""
+    """Results of slices on their way back."""
 
     slices: Sequence[RowSlice]
     works: list[Work]
-    results: Transfer
-    row: int
+    wait: Callable[[], Sequence[torch.Tensor | None]]
+    """Returns them when they are there."""
     version: int
-    is_alone: bool = True
-    """False if rows of other experts arrive with these."""
 
 
 class Step(NamedTuple):
@@ -116,7 +115,9 @@ class Together:
     incoming: Gradients = ()
     """The output gradients, damped, and the rows' weights."""
     verdicts: torch.Tensor | None = None
-    """The norms of each one's gradients, and the sum of all incoming ones."""
+    """See `_verdicts`."""
+    are_stacked: bool = False
+    """True if each one's gradients are parts of stacks."""
 
 
 class Executor:
@@ -193,7 +194,7 @@ class Executor:
             for one in good:
                 results = one.results if one.scales is None else _undamped(one.results, one.scales)
                 arriving = self.staging.download(results)
-                attempt.downloads.append(Download(one.slices, one.works, arriving, 0, version))
+                attempt.downloads.append(Download(one.slices, one.works, arriving.wait, version))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             self._lose(attempt, error)
 
@@ -201,21 +202,11 @@ class Executor:
         """Return the result or error of each request; waits for the results to arrive."""
         try:
             outcomes = dict(attempt.outcomes)
-            for slices, works, download, row, version, is_alone in attempt.downloads:
-                tensors = download.wait()
-                if is_alone and len(slices) == 1:
-                    shares: Iterable[Sequence[torch.Tensor | None]] = (tensors,)
-                else:
-                    counts = [stop - start for _, start, stop in slices]
-                    num_rows = sum(counts)
-                    shares = zip(
-                        *[
-                            itertools.repeat(None) if x is None else x[row : row + num_rows].split_with_sizes(counts)
-                            for x in tensors
-                        ],
-                        strict=False,
-                    )
-                for one, work, share in zip(slices, works, shares, strict=False):
+            for slices, works, wait, version in attempt.downloads:
+                shares = [wait()]
+                if len(slices) > 1:
+                    shares = _divided(shares[0], [stop - start for _, start, stop in slices])
+                for one, work, share in zip(slices, works, shares, strict=True):
                     result = WorkResult(share, version)
                     if one.stop - one.start == work.num_rows:
                         outcomes[work] = result
@@ -234,10 +225,11 @@ class Executor:
         together = Together(group, attempts)
         try:
             works = [work for one in attempts for work in one.works]
-            if len({_presence(one.works) for one in attempts}) > 1:
+            of_one_block = len({id(by.output_gradients) for by in works}) == 1
+            if not of_one_block and len({_presence(one.works) for one in attempts}) > 1:
                 raise Unfit("some gradients are absent for some experts")  # no gradient is not one of zeros
             together.upload = self.staging.upload(_columns([one for slices in batches for one in slices], works))
-        except BaseException as error:
+        except BaseException as error:  # told to those who asked, by `complete`
             together.error = error
         return together
 
@@ -279,7 +271,7 @@ class Executor:
         for one in attempts:
             backend = one.works[0].backend
             member = self.groups.member_of(backend)
-            if member is None or member.kind is not kind or backend in self._broken:
+            if member is None or member.kind is not kind or (self._broken and backend in self._broken):
                 raise _NotNow
             members.append(member)
             if not backend.may_be_grouped(work.training):
@@ -297,13 +289,14 @@ class Executor:
             for one in attempts:
                 one.works[0].backend.prepare()
             parameters = [one.works[0].backend.parameters for one in attempts]
-            together.results, summed = kind.gradients(
+            together.results, summed, stacks = kind.gradients(
                 members, inputs, gradients, counts, parameters, training=work.training, weights=weights
             )
             for one, own in zip(attempts, summed, strict=True):
                 one.summed = own
             together.incoming = [*gradients, weights]
-            together.verdicts = _verdicts(together.incoming, summed)
+            together.are_stacked = stacks is not None
+            together.verdicts = _verdicts(together.incoming, summed, stacks)
         if states and have_moved(states):
             raise _NotNow
 
@@ -335,7 +328,7 @@ class Executor:
             except BaseException as error:  # the device has failed
                 for one in together.attempts:
                     one.error = one.error or error
-        if together.is_each_alone or any(one.error is not None for one in together.attempts):
+        if together.is_each_alone or any([one.error is not None for one in together.attempts]):
             for one in together.attempts:
                 if together.is_each_alone or one.error is not None:
                     self.complete(one)
@@ -345,12 +338,11 @@ class Executor:
         try:
             self._step_together([one for one in left if one.works[0].output_gradients is not None])
             download = self.staging.download(_undamped(together.results, together.scales))
-            row = 0
-            for one, count in zip(together.attempts, together.counts, strict=True):
+            parts = functools.cache(lambda: _divided(download.wait(), together.counts))
+            for index, one in enumerate(together.attempts):
                 if one.error is None and not one.outcomes:
-                    version = one.works[0].backend.version
-                    one.downloads.append(Download(one.slices, one.works, download, row, version, is_alone=False))
-                row += count
+                    version, wait = one.works[0].backend.version, functools.partial(_part, parts, index)
+                    one.downloads.append(Download(one.slices, one.works, wait, version))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             for one in left:
                 self._lose(one, error)
@@ -362,7 +354,8 @@ class Executor:
         bounds = list(itertools.accumulate(together.counts, initial=0))
         left = iter(norms)
         for index, one in enumerate(together.attempts):
-            own = list(itertools.islice(left, sum([x is not None for x in one.summed or ()])))
+            num_present = sum([x is not None for x in one.summed or ()])
+            own = list(itertools.islice(left, min(1, num_present) if together.are_stacked else num_present))
             if one.error is not None:
                 continue
             try:
@@ -384,7 +377,7 @@ class Executor:
                 if step is not None:
                     optimizer = step.backend.optimizer
                     rule = None if optimizer is None or not step.backend.steps_at_once else rule_of(optimizer)
-                    if rule is None or any(x is not None and x.layout is not torch.strided for x in step.summed):
+                    if rule is None or any([x is not None and x.layout is not torch.strided for x in step.summed]):
                         self._take(step, [one])
                     else:
                         by_rule.setdefault(rule, []).append((one, step))
@@ -406,7 +399,7 @@ class Executor:
             for one, step in due:
                 try:
                     self._check_step(step.backend, [one], step.weights)
-                except BaseException as error:
+                except BaseException as error:  # told to those who asked
                     one.outcomes |= dict.fromkeys(one.works, error)
 
     def _lose(self, attempt: Attempt, error: BaseException) -> None:
@@ -557,6 +550,16 @@ class _GoodState(NamedTuple):
     renew_at: float
 
 
+def _divided(tensors: Sequence[torch.Tensor | None], counts: Sequence[int]) -> list[Sequence[torch.Tensor | None]]:
+    """Return each of them in parts of so many rows."""
+    columns = [None if x is None else x.split_with_sizes(counts) for x in tensors]
+    return [[None if parts is None else parts[i] for parts in columns] for i in range(len(counts))]
+
+
+def _part(parts: Callable[[], Sequence[Sequence[torch.Tensor | None]]], index: int) -> Sequence[torch.Tensor | None]:
+    return parts()[index]
+
+
 def _columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
     """Return the rows of each slice, tensor by tensor: inputs, then output gradients, then weights."""
     first = works[0]
@@ -570,11 +573,11 @@ def _columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
     given = [[*by.inputs, *(by.output_gradients or ())] for by in works]
     columns: list[Sequence[torch.Tensor] | None] = []
     weights = [] if first.weights is None else [_cut(by.weights, one) for one, by in zip(slices, works, strict=True)]
-    if first.rows is not None and all(by.inputs is first.inputs and by.rows is not None for by in works):
+    if first.rows is not None and all([by.inputs is first.inputs and by.rows is not None for by in works]):
         # of one block: every row is copied once, to where it is computed
         parts = [_cut(by.rows, one) for one, by in zip(slices, works, strict=True)]
         index = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if all(by.output_gradients is first.output_gradients for by in works):
+        if all([by.output_gradients is first.output_gradients for by in works]):
             columns = [None if x is None else (x.index_select(0, index),) for x in given[0]]
             return [*columns, weights] if weights else columns
     specs = (*first.backend.input_specs, *(first.backend.output_specs if first.output_gradients is not None else ()))
@@ -610,15 +613,19 @@ def _presence(works: Sequence[Work]) -> tuple[bool, ...]:
     return tuple([any(x is not None for x in column) for column in zip(*given, strict=True)])
 
 
-def _verdicts(incoming: Gradients, summed: Sequence[Gradients]) -> torch.Tensor:
-    """Return the norm of each gradient of each expert's parameters, and the sum of all incoming gradients."""
-    present = [for_norm(x) for own in summed for x in own if x is not None]
+def _verdicts(incoming: Gradients, summed: Sequence[Gradients], stacks: Gradients | None) -> torch.Tensor:
+    """Return the norms of each expert's gradients, and the sum of all incoming ones. A norm is that of one parameter's;
+    where gradients are parts of `stacks`, of all of an expert's."""
+    present = [for_norm(x) for own in (summed if stacks is None else [stacks]) for x in own if x is not None]
+    parts: list[torch.Tensor] = []
+    if stacks is None and present:
+        norms = torch._foreach_norm(present)
+        parts = [torch.stack(norms if len({x.dtype for x in norms}) == 1 else [x.double() for x in norms]).double()]
+    elif present:
+        each = [torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1).double() for x in present]
+        parts = [torch.linalg.vector_norm(torch.stack(each), dim=0)]
     totals = [for_norm(x).sum(dtype=torch.float64) for x in incoming if x is not None]
-    norms = list(torch._foreach_norm(present)) if present else []
-    if len({x.dtype for x in norms}) > 1:
-        norms = [x.double() for x in norms]
-    parts = [torch.stack(x).double() for x in (norms, totals) if x]
-    total = parts.pop().sum(0, keepdim=True) if totals else torch.zeros(1, dtype=torch.float64)
+    total = torch.stack(totals).sum(0, keepdim=True) if totals else torch.zeros(1, dtype=torch.float64)
     return torch.cat([*parts, total])
 
 

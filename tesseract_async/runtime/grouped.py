@@ -24,6 +24,7 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from torch.nn import functional as F
 from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
 from tesseract_async.runtime.costs import GroupChoice
 from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
-from tesseract_async.runtime.module_runner import leaves_of
+from tesseract_async.runtime.module_runner import leaf_of
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 
@@ -126,14 +127,18 @@ class Member:
             or any(part.training != module.training for part in module.modules())
         ):
             raise Unfit
-        self._parts = [(vars(part), *_attributes_of(part)) for part in module.modules()]
+        parts = [(vars(part), *_attributes_of(part)) for part in module.modules()]
+        self._parts = [
+            (own, num_attributes, itemgetter(*_HOOKS, *names), (*[{} for _ in _HOOKS], *values))
+            for own, names, values, num_attributes in parts
+        ]
         slots = _slots_of(module)
         self._slots = [slot for slot in slots if slot.name == slot.first]
         if not self.is_unchanged():
             raise Unfit
         key = (
             tuple([(path, type(part)) for path, part in module.named_modules(remove_duplicate=False)]),
-            tuple([(tuple(names), tuple(map(_Value, values))) for _, names, values, _ in self._parts]),
+            tuple([(tuple(names), tuple(map(_Value, values))) for _, names, values, _ in parts]),
             tuple([(name, x.shape, x.dtype, x.requires_grad, x.device) for name, x in self.tensors().items()]),
             tuple([(slot.name, slot.first) for slot in slots]),
             repr((backend.inputs_schema, backend.outputs_schema)),
@@ -150,10 +155,8 @@ class Member:
     def is_unchanged(self) -> bool:
         """Return whether it has no hooks, and the attributes that it had."""
         try:
-            for own, names, values, num_attributes in self._parts:
-                if any([own[name] for name in _HOOKS]) or len(own) != num_attributes:
-                    return False
-                if [own[name] for name in names] != values:
+            for own, num_attributes, values_of, values in self._parts:
+                if len(own) != num_attributes or values_of(own) != values:
                     return False
             return not any([of[own]._backward_hooks for _, _, of, own in self._slots])
         except Exception:  # an attribute is gone, or can't be compared
@@ -273,7 +276,7 @@ class Kind:
         Raises: Unfit, if the module is not one that can be computed so.
         """
         with torch.no_grad():
-            return self._call(members, inputs, counts, training)
+            return self._call([member.tensors() for member in members], {}, inputs, counts, training)
 
     def gradients(
         self,
@@ -285,32 +288,65 @@ class Kind:
         *,
         training: bool,
         weights: torch.Tensor | None = None,
-    ) -> tuple[Gradients, list[Gradients]]:
-        """Do what `ExpertBackend.gradients` does. Returns gradients of the inputs, and of each one's `parameters`."""
-        leaves = leaves_of(inputs)
+    ) -> tuple[Gradients, list[Gradients], Gradients | None]:
+        """Do what `ExpertBackend.gradients` does.
+
+        Returns gradients of the inputs, and of each one's `parameters`; where these are parts of stacks, one for each
+        parameter, also the stacks.
+        """
+        leaves, each = [leaf_of(x) for x in inputs], [member.tensors() for member in members]
+        stacks = self._stacks(each, parameters)
         with torch.enable_grad():
-            outputs = self._call(members, leaves, counts, training)
-        sources = [*leaves, *(x for own in parameters for x in own)]
+            outputs = self._call(each, stacks, leaves, counts, training)
+        sources = [*leaves, *(stacks.values() if stacks else [x for own in parameters for x in own])]
         found = backpropagate(outputs, weighted(output_gradients, weights), sources, run_engine)
         of_inputs, rest = found[: len(leaves)], found[len(leaves) :]
         if weights is not None:
             of_inputs.append(weight_gradients(outputs, output_gradients, weights))
-        each: list[Gradients] = []
-        for own in parameters:
-            each.append(rest[: len(own)])
-            del rest[: len(own)]
-        return of_inputs, each
+        if stacks:
+            rest = [None if x is None else x.contiguous() for x in rest]
+            columns = [[None] * len(members) if x is None else x.unbind() for x in rest]
+            return of_inputs, [*zip(*columns, strict=True)], rest
+        size = len(parameters[0])
+        return of_inputs, [rest[number * size : (number + 1) * size] for number in range(len(members))], None
+
+    def _stacks(
+        self, each: Sequence[Mapping[str, torch.Tensor]], parameters: Sequence[Sequence[nn.Parameter]]
+    ) -> dict[str, torch.Tensor]:
+        """Return the experts' `parameters` as leaves, each a stack of all experts', by name and in their order. Empty
+        if they are not in one order, or so large that some layers do without a stack."""
+        names = {id(x): name for name, x in each[0].items()}
+        order = [names.get(id(x), "") for x in parameters[0]]
+        if not all(order) or (self._is_ragged and any([x.nbytes > _STACKED_BYTES for x in parameters[0]])):
+            return {}
+        for tensors, own in zip(each, parameters, strict=True):
+            if [*map(id, map(tensors.get, order))] != [*map(id, own)]:
+                return {}
+        with torch.no_grad():
+            return {
+                name: torch.stack([own[name] for own in each]).requires_grad_(each[0][name].requires_grad)
+                for name in order
+            }
+
+    @property
+    def _is_ragged(self) -> bool:
+        return bool(self._ways) and self._ways[-1] == self._ragged
 
     def _call(
-        self, members: Sequence[Member], inputs: Sequence[torch.Tensor], counts: Sequence[int], training: bool
+        self,
+        each: Sequence[Mapping[str, torch.Tensor]],
+        stacks: Mapping[str, torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        counts: Sequence[int],
+        training: bool,
     ) -> list[torch.Tensor]:
+        """`each`: the experts' tensors. `stacks`: those of them that are stacked already."""
         if not self._ways:
             raise Unfit
         if self._skeleton.training != training:
             self._skeleton.train(training)
         versions = [x._version for x in inputs]
-        each = [member.tensors() for member in members]
-        table = {name: [own[name] for own in each] for name in each[0]}
+        table = {name: stacks[name] if name in stacks else [own[name] for own in each] for name in each[0]}
         outputs = self._ways[-1](table, inputs, counts)
         if versions != [x._version for x in inputs]:
             raise Unfit("it writes its inputs")
@@ -337,7 +373,7 @@ class Kind:
         return wire.flatten_like(self._outputs_schema, outputs, what="this expert's output")
 
     def _ragged(
-        self, table: Mapping[str, list[torch.Tensor]], inputs: Sequence[torch.Tensor], counts: Sequence[int]
+        self, table: Mapping[str, _Column], inputs: Sequence[torch.Tensor], counts: Sequence[int]
     ) -> list[torch.Tensor]:
         outputs = self._apply({name: _Ragged.of(each, counts) for name, each in table.items()}, inputs)
         if any([type(x) is _Ragged or x.shape[0] != inputs[0].shape[0] for x in outputs]):
@@ -345,9 +381,9 @@ class Kind:
         return outputs
 
     def _vmapped(
-        self, table: Mapping[str, list[torch.Tensor]], inputs: Sequence[torch.Tensor], counts: Sequence[int]
+        self, table: Mapping[str, _Column], inputs: Sequence[torch.Tensor], counts: Sequence[int]
     ) -> list[torch.Tensor]:
-        stacked = {name: torch.stack(each) for name, each in table.items()}
+        stacked = {name: _stacked(column) for name, column in table.items()}
         versions = [x._version for x in stacked.values()]
         num, most = len(counts), max(counts) + self.num_extra_rows
         taken = None
@@ -367,21 +403,36 @@ class Kind:
         return flat if taken is None else [x.index_select(0, taken) for x in flat]
 
 
+_Column = list[torch.Tensor] | torch.Tensor
+"""One parameter of several experts: each one's, or a stack of all."""
+
+
+def _stacked(column: _Column) -> torch.Tensor:
+    return torch.stack(column) if isinstance(column, list) else column
+
+
 class _Ragged(torch.Tensor):
     """One parameter of several experts. With rows, it acts on each one's rows; to all else it says Unfit."""
 
-    each: list[torch.Tensor]
+    column: _Column
     counts: Sequence[int]
+    one: torch.Tensor
+    """The first expert's."""
 
     @staticmethod
-    def of(each: list[torch.Tensor], counts: Sequence[int]) -> _Ragged:
-        made = torch.empty(each[0].shape, dtype=each[0].dtype, device="meta").as_subclass(_Ragged)
-        made.each, made.counts = each, counts
+    def of(column: _Column, counts: Sequence[int]) -> _Ragged:
+        one = column[0]
+        made = torch.empty(one.shape, dtype=one.dtype, device="meta").as_subclass(_Ragged)
+        made.column, made.counts, made.one = column, counts, one
         return made
+
+    @property
+    def each(self) -> Sequence[torch.Tensor]:
+        return self.column if isinstance(self.column, list) else self.column.unbind()
 
     def beside(self, num_dims: int) -> torch.Tensor:
         """Return it row by row, to be broadcast against a tensor of so many dimensions."""
-        rows = torch.stack(self.each).repeat_interleave(torch.tensor(self.counts), 0, output_size=sum(self.counts))
+        rows = _stacked(self.column).repeat_interleave(torch.tensor(self.counts), 0, output_size=sum(self.counts))
         missing = num_dims - rows.dim()
         if missing < 0:
             raise Unfit
@@ -397,9 +448,9 @@ class _Ragged(torch.Tensor):
                 return _RAGGED_LAYERS[func](*args, **kwargs)
             name = getattr(func, "__name__", "")
             if name == "__get__":  # shape, dtype, device
-                return func(args[0].each[0])
+                return func(args[0].one)
             if name in ("dim", "size", "numel"):
-                return func(args[0].each[0], *args[1:], **kwargs)
+                return func(args[0].one, *args[1:], **kwargs)
             if name in _ELEMENTWISE and len(args) == 2 and not kwargs:
                 plain = [x for x in args if isinstance(x, torch.Tensor) and not isinstance(x, _Ragged)]
                 if len(plain) == 1:
@@ -419,15 +470,16 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
     inner = x.shape[1:-1].numel()
     flat = x.reshape(-1, x.shape[-1])
     counts = [count * inner for count in weight.counts]
-    one = weight.each[0]
+    one = weight.one
     if torch.is_grad_enabled() and one.nbytes <= _STACKED_BYTES and _fits_grouped_mm(one):
         offsets = torch.tensor(counts).cumsum(0).int()
-        y = F.grouped_mm(flat, torch.stack(weight.each).mT, offs=offsets)
+        y = F.grouped_mm(flat, _stacked(weight.column).mT, offs=offsets)
         if bias is not None:
-            y = y + torch.stack(bias.each).repeat_interleave(torch.tensor(counts), 0, output_size=len(flat))
+            y = y + _stacked(bias.column).repeat_interleave(torch.tensor(counts), 0, output_size=len(flat))
     else:
         apply: Any = _EachLinear.apply  # untyped
-        y = apply(flat, counts, len(counts), *weight.each, *(bias.each if bias is not None else ()))
+        call = apply if torch.is_grad_enabled() else _each_linear
+        y = call(flat, counts, len(counts), *weight.each, *(bias.each if bias is not None else ()))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -436,20 +488,26 @@ def _fits_grouped_mm(weight: torch.Tensor) -> bool:
     return hasattr(F, "grouped_mm") and aligned and weight.dtype == torch.float32
 
 
+def _each_linear(x: torch.Tensor, counts: list[int], num: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """``F.linear`` of each expert's rows with its own weight, which stays where it is: `num` weights, then biases."""
+    weights, biases = tensors[:num], tensors[num:]
+    y = x.new_empty(x.shape[0], weights[0].shape[0])
+    rows, into = torch.split(x, counts), torch.split(y, counts)
+    if biases:
+        for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):
+            torch.addmm(bias, own, weight.t(), out=out)
+    else:
+        for own, out, weight in zip(rows, into, weights, strict=True):
+            torch.mm(own, weight.t(), out=out)
+    return y
+
+
 class _EachLinear(torch.autograd.Function):
-    """``F.linear`` of each expert's rows with its own weight, which stays where it is."""
+    """The same in a graph."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, counts: list[int], num: int, *tensors: torch.Tensor) -> torch.Tensor:
-        weights, biases = tensors[:num], tensors[num:]
-        y = x.new_empty(x.shape[0], weights[0].shape[0])
-        rows, into = torch.split(x, counts), torch.split(y, counts)
-        if biases:
-            for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):
-                torch.addmm(bias, own, weight.t(), out=out)
-        else:
-            for own, out, weight in zip(rows, into, weights, strict=True):
-                torch.mm(own, weight.t(), out=out)
+        y, weights, biases = _each_linear(x, counts, num, *tensors), tensors[:num], tensors[num:]
         ctx.save_for_backward(x, *weights)
         ctx.counts, ctx.has_bias = counts, bool(biases)
         return y

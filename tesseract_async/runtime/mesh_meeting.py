@@ -165,7 +165,7 @@ class Meeting:
             if not hmac.compare_digest(bytes(read(one, _PROOF_BYTES)), expected):
                 raise ConnectionRefusedError("somebody else listens there")
             one.settimeout(None)
-        except BaseException:
+        except BaseException:  # no socket is left open
             one.close()
             raise
         return one

@@ -1,12 +1,11 @@
 """`save_model`, `load_model` and `restore_model`: a whole model as a folder, and back."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -19,17 +18,17 @@ from tesseract_async.client.trainer import AsyncTrainer
 from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import Identity
+from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.structure import Described, build_module, describe_module
 from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
 from tesseract_async.saving.restorer import enter_owned, restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
 from tesseract_async.shared_parameters import SharedParameters
 
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
-
 M = TypeVar("M", bound=nn.Module)
 
+MAX_PAUSE: Final = 10.0
+"""Seconds that a trainer pauses at most for the servers' answers; a step waits longer for an expert."""
 MAX_TOLD: Final = 3
 """Experts that an error names."""
 
@@ -50,7 +49,8 @@ def save_model(
     `load_model` and `restore_model` read the folder. An older one of the same model is replaced when all is there.
 
     - `model`: with its gates on `node`, or the SharedParameters, of which the merged copy is written.
-    - `trainer`: pauses at the save point, no longer than a step; its state is written, too.
+    - `trainer`: pauses at the save point, no longer than a step; its state is written, too. Experts whose servers do
+      not answer meanwhile are `SaveReport.late`.
     - `optimizers`: with the experts' optimizers and journals, for `restore_model`. Takes the role ``host`` in a run.
     - `num_at_once`: experts that are fetched at the same time. `timeout`: seconds for each piece of a state.
 
@@ -97,18 +97,18 @@ async def _save(
             origins[uid] = [Origin(one.peer, "primary" if one.primary else "follower") for one in found]
     if shared is not None and not shared.is_plain:
         await shared.flush()
-    point = SavePoint(node, origins, is_whole=optimizers, timeout=timeout)
-    async with contextlib.AsyncExitStack() as paused:
-        if trainer is not None:
-            await paused.enter_async_context(trainer.paused())
-        await point.mark()
-        model = own if shared is None else shared.merged()
-        tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
-        state: dict[str, Any] = {} if trainer is None else {"trainer": trainer.state_dict()}
-        if optimizers and shared is not None:
-            local = {name: one.detach().cpu().clone() for name, one in _tensors_of(own).items()}
-            state |= {"local": local, "shared": shared.state_dict()}
-    report = await point.fetch(store, num_at_once=num_at_once)
+    async with SavePoint(node, origins, is_whole=optimizers, timeout=timeout) as point:
+        async with contextlib.AsyncExitStack() as paused:
+            if trainer is not None:
+                await paused.enter_async_context(trainer.paused())
+            await point.mark(within=math.inf if trainer is None else MAX_PAUSE)
+            model = own if shared is None else shared.merged()
+            tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
+            state: dict[str, Any] = {} if trainer is None else {"trainer": trainer.state_dict()}
+            if optimizers and shared is not None:
+                local = {name: one.detach().cpu().clone() for name, one in _tensors_of(own).items()}
+                state |= {"local": local, "shared": shared.state_dict()}
+        report = await point.fetch(store, num_at_once=num_at_once)
     store.experts = {uid: one for uid, one in store.experts.items() if uid in origins}
     store.model = describe_module(model, replace=_describe_gate)
 

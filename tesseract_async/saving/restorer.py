@@ -1,11 +1,10 @@
 """Takes a swarm's experts back to a save point: their files are sent to every server that hosts them."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from tesseract_async.client.experience import experience_of
 from tesseract_async.errors import CheckpointError, ExpertNotFound, TesseractError, describe
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
@@ -16,11 +15,9 @@ from tesseract_async.experts.run_directory import enter_run
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.files import mapped
 from tesseract_async.identity import Identity
+from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 MAX_TOLD: Final = 3
 
@@ -61,6 +58,7 @@ async def restore_experts(
                     raise CheckpointError(f"{uid} was saved without its optimizer")
                 await _restore(node, saved, uid, (owners or {}).get(split_uid(uid)[0]), timeout)
                 versions[uid] = saved.experts[uid].version
+                experience_of(node).lineages.forget(uid)
         except (TesseractError, TimeoutError, OSError) as error:
             failed[uid] = error
 

@@ -2,31 +2,38 @@
 
 A server takes the state between two batches after it is asked (`StateRequest.point`), so it holds every step that was
 answered before. It keeps it on disk until it is fetched, whatever is learned meanwhile.
-"""
 
-from __future__ import annotations
+What has no primary comes as its last one sealed it, from all that have that file. No other server's word counts.
+"""
 
 import asyncio
 import logging
+import math
 import os
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from statistics import median_low
+from typing import Final, NamedTuple, Self, TypeVar
 
-from tesseract_async.errors import Overloaded, ProtocolError, TesseractError, describe
+from tesseract_async.client.experience import experience_of
+from tesseract_async.errors import Overloaded, ProtocolError, TesseractError, TooStale, describe
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.pieces import LIST
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Role
+from tesseract_async.experts.terms import Seal
+from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
-from tesseract_async.server.fetching import ask_piece, fetch_state
+from tesseract_async.server.checkpoint import check_state, encode
+from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
+from tesseract_async.server.other_replicas import read_replicas
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +41,17 @@ T = TypeVar("T")
 
 ROLES: Final = {Role.LEADS: "primary", Role.FOLLOWS: "follower", Role.HOLDS: "holder"}
 NUM_MARKED_AT_ONCE: Final = 64
+MAX_ASKED: Final = 64
+"""Members that are asked for an expert's Seal."""
 PATIENCE: Final = 10.0
 """Overloaded servers are asked again for so many times the timeout of a piece."""
+MAX_HELD_BYTES: Final = 64 << 20
+"""Of small states that came with the answer; beyond, they are asked for again."""
+MAX_SIZE_RATIO: Final = 4
+"""A state that is so many times larger than most of its grid's is not fetched: Adam's are three times the weights', ...
+"""
+SLACK_BYTES: Final = 16 << 20
+"""... and journals count besides."""
 
 
 class Origin(NamedTuple):
@@ -60,6 +76,8 @@ class SaveReport:
     """uid -> the role of the server that gave it, of those that were written now."""
     failed: dict[str, BaseException] = field(default_factory=dict)
     """uid -> the last error, of those that no server gave. An older file stays, if there is one."""
+    late: set[str] = field(default_factory=set)
+    """Those whose servers had not answered when the pause ended: their states may hold steps that began after it."""
 
 
 async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, ...]) -> dict[str, list[Origin]]:
@@ -88,6 +106,40 @@ async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, .
     return {uid: sorted(some.values(), key=rank, reverse=True) for uid, some in found.items() if some}
 
 
+async def find_seal(
+    node: TesseractNode, uid: str, authority: Authority, origins: Sequence[Origin], *, timeout: float
+) -> tuple[Seal, list[Origin]]:
+    """Return the newest Seal of the line that holds, as these show it, and those that show it.
+
+    Raises: ProtocolError if none does; what the network raises.
+    """
+    lineage, found = Lineage(uid, authority), list[tuple[Seal, Origin]]()
+    records: dict[str, list[bytes]] = {uid: []}
+    await read_replicas(node, [uid], by_shard=True, records=records)
+    question = messages.encode(messages.TenureRequest(uid, "probe", 0, [b"", b"", b""]))
+
+    async def ask(origin: Origin) -> None:
+        try:
+            reply = await node.call_expert(origin.peer, messages.TENURE, question, timeout=timeout, idempotent=True)
+            shown = messages.decode(messages.TenureReply, reply.body).records
+        except (TesseractError, TimeoutError) as error:
+            logger.info("the Seal of %s at %s: %s", uid, origin.peer.short, describe(error))
+            return
+        records[uid] += [blob for blob in shown if type(blob) is bytes]
+        found.extend((one, origin) for one in map(lineage.read, shown) if isinstance(one, Seal))
+
+    await asyncio.gather(*map(ask, origins[:MAX_ASKED]))
+    for record in map(lineage.read, records[uid]):
+        if record is not None:
+            lineage.add(record, now=time.time())
+    lineage.set_hosts({one.peer.peer_id: one.age[0] for one in origins if one.peer.peer_id is not None})
+    seals = [(seal, origin) for seal, origin in found if lineage.is_sealed(seal)]
+    if not seals:
+        raise ProtocolError(f"nobody shows a state of {uid} that its last primary sealed")
+    newest = max((seal for seal, _ in seals), key=lambda seal: seal.age)
+    return newest, [origin for seal, origin in seals if seal.root == newest.root]
+
+
 class SavePoint:
     """The states of some experts at one moment."""
 
@@ -105,31 +157,60 @@ class SavePoint:
         self._node, self._origins, self._timeout = node, origins, timeout
         self._is_whole, self._point = is_whole, os.urandom(16)
         self._marked: dict[str, tuple[Origin, messages.StateReply, bytes | memoryview | None]] = {}
+        self._sealed: dict[str, tuple[Seal, list[Origin]]] = {}
         self._failed: dict[str, BaseException] = {}
+        self._late: set[str] = set()
+        self._num_held = 0
+        self._marking: list[asyncio.Task[None]] = []
 
-    async def mark(self) -> None:
-        """Have every server write down its experts' states now: training that pauses meanwhile pauses so long."""
-        gate = asyncio.Semaphore(NUM_MARKED_AT_ONCE)
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._marking:
+            task.cancel()
+        await asyncio.gather(*self._marking, return_exceptions=True)
+
+    async def mark(self, *, within: float = math.inf) -> None:
+        """Have every server write down its experts' states now. Training that pauses meanwhile pauses for `within`
+        seconds at most: those that have not answered by then are `SaveReport.late`."""
+        gate, lineages = asyncio.Semaphore(NUM_MARKED_AT_ONCE), experience_of(self._node).lineages
 
         async def mark(uid: str) -> None:
             async with gate:
                 error: BaseException = ProtocolError(f"nobody has a state of {uid}")
+                authority = self._node.trust.authority(split_uid(uid)[0])
                 for origin in self._origins[uid]:
+                    if authority is not None and origin.role != "primary":
+                        continue
                     try:
                         head, data = await self._patiently(lambda origin=origin: self._ask(uid, origin))  # type: ignore[misc]
+                        epoch, version = lineages.newest(uid)
+                        if origin.age[0] <= epoch and head.version < version:
+                            raise TooStale(f"{uid}: a state of version {head.version}, after {version} was answered")
                         is_all = len(data) == head.size
                         if is_all and root_of(data) != head.root:
                             raise ProtocolError(f"{uid}: another state than was named")
-                        self._marked[uid] = origin, head, data if is_all else None
+                        is_held = is_all and self._num_held < MAX_HELD_BYTES
+                        self._num_held += len(data) if is_held else 0
+                        self._marked[uid] = origin, head, data if is_held else None
                         return
                     except (TesseractError, TimeoutError) as caught:
                         logger.warning("%s at %s: %s", uid, origin.peer.short, describe(caught))
                         error = caught
+                others = [one for one in self._origins[uid] if one.role != "primary"]
+                if authority is not None and others:
+                    try:
+                        self._sealed[uid] = await find_seal(self._node, uid, authority, others, timeout=self._timeout)
+                        return
+                    except (TesseractError, TimeoutError) as caught:
+                        error = caught
                 self._failed[uid] = error
 
-        async with asyncio.TaskGroup() as group:
-            for uid in sorted(self._origins):
-                group.create_task(mark(uid))
+        self._marking = [asyncio.create_task(mark(uid), name="saving: mark") for uid in sorted(self._origins)]
+        if self._marking:
+            await asyncio.wait(self._marking, timeout=None if within == math.inf else within)
+        self._late = {uid for uid, task in zip(sorted(self._origins), self._marking, strict=True) if not task.done()}
 
     async def _ask(self, uid: str, origin: Origin) -> tuple[messages.StateReply, memoryview]:
         request = messages.StateRequest(uid, not self._is_whole, 0, messages.NO_ROOT, LIST, self._point)
@@ -156,29 +237,40 @@ class SavePoint:
 
         `progress` is called with each uid that is done or failed. Raises: OSError if the folder can't be written.
         """
-        report, gate = SaveReport(failed=dict(self._failed)), asyncio.Semaphore(num_at_once)
+        await asyncio.gather(*self._marking)
+        report = SaveReport(failed=dict(self._failed), late=self._late - self._failed.keys())
+        gate, limits = asyncio.Semaphore(num_at_once), self._limits()
 
         async def take(uid: str) -> None:
-            origin, head, data = self._marked.pop(uid)
+            if uid in self._sealed:
+                seal, origins = self._sealed.pop(uid)
+                data, origin = await self._patiently(lambda: self._fetch_sealed(uid, seal, origins)), origins[0]
+                root = root_of(data)
+            else:
+                origin, head, marked = self._marked.pop(uid)
+                data, root = marked if marked is not None else b"", head.root
+                if head.size > limits[split_uid(uid)[0]]:
+                    raise ProtocolError(f"{uid}: a state of {head.size} bytes, many times larger than most others")
             known = store.experts.get(uid)
-            if known is not None and known.root == head.root.hex() and (store.path / known.file).exists():
+            if known is not None and known.root == root.hex() and (store.path / known.file).exists():
                 report.kept[uid] = known.version
                 return
-            try:
-                if data is None:
-                    data = await self._patiently(lambda: self._fetch(uid, origin))
-                    if data is None or root_of(data) != head.root:
-                        raise ProtocolError(f"{origin.peer.short} does not have {uid} as at the save point any more")
-                store.put_expert(uid, data, head.root, origin.role, is_whole=self._is_whole)
-                report.taken[uid], report.origins[uid] = store.experts[uid].version, origin.role
-            except (TesseractError, TimeoutError) as caught:
-                logger.warning("%s at %s: %s", uid, origin.peer.short, describe(caught))
-                report.failed[uid] = caught
+            if not data:
+                fetched = await self._patiently(lambda: self._fetch(uid, origin))
+                if fetched is None or root_of(fetched) != root:
+                    raise ProtocolError(f"{origin.peer.short} does not have {uid} as at the save point any more")
+                data = fetched
+            store.put_expert(uid, data, root, origin.role, is_whole=self._is_whole)
+            report.taken[uid], report.origins[uid] = store.experts[uid].version, origin.role
 
         async def one(uid: str) -> None:
             async with gate:
-                if uid in self._marked:
-                    await take(uid)
+                if uid not in self._failed:
+                    try:
+                        await take(uid)
+                    except (TesseractError, TimeoutError) as caught:
+                        logger.warning("%s: %s", uid, describe(caught))
+                        report.failed[uid] = caught
             progress(uid)
 
         async with asyncio.TaskGroup() as group:
@@ -186,7 +278,22 @@ class SavePoint:
                 group.create_task(one(uid))
         return report
 
+    def _limits(self) -> dict[str, int]:
+        """The most bytes of a state, by prefix: a server that lies costs little, whatever it says."""
+        sizes = defaultdict[str, list[int]](list)
+        for uid, (_, head, _) in self._marked.items():
+            sizes[split_uid(uid)[0]].append(head.size)
+        return {prefix: MAX_SIZE_RATIO * median_low(some) + SLACK_BYTES for prefix, some in sizes.items()}
+
     async def _fetch(self, uid: str, origin: Origin) -> bytes | memoryview | None:
         return await fetch_state(
             self._node, origin.peer, uid, weights_only=not self._is_whole, point=self._point, timeout=self._timeout
         )
+
+    async def _fetch_sealed(self, uid: str, seal: Seal, origins: Sequence[Origin]) -> bytes | memoryview:
+        peers = [one.peer for one in origins]
+        data = await fetch_sealed(self._node, uid, seal, peers, timeout=self._timeout)
+        if self._is_whole:
+            return data
+        state = check_state(uid, data)
+        return b"".join(encode({"module": state["module"], "version": state["version"]}))

@@ -20,7 +20,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import RemoteError, SchemaMismatch, TooStale, UnknownMethod
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.runtime.encoding import pack, unpack
-from tesseract_async.runtime.gradients import Gradients
+from tesseract_async.runtime.gradients import Gradients, per_row
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.server.answering import (
@@ -32,29 +32,29 @@ from tesseract_async.server.answering import (
     check_inputs,
     journal_key,
     priority_of,
+    specs_of_backward,
     told_of,
 )
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.parts import Parts
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY, ApplyRequest, decode_request, encode_part
-from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import TensorSpec
+from tesseract_async.wire.tensors import meta_size
 
 SHARE_BYTES: Final = 3584
 """Memory of the objects around one expert's share: measured at 2,200 bytes in a forward, 3,500 in a backward."""
 PORTION: Final = 64
 """Shares begun in one turn of the loop."""
 
-FindsExpert = Callable[[IncomingCall, str], CallHandler]
-"""Finds an expert of this node for a caller, as `TesseractNode.find_expert` does. Raises RemoteErrors."""
+FindsExperts = Callable[[IncomingCall, Sequence[str]], Sequence[CallHandler | RemoteError]]
+"""Finds experts of this node for a caller, as `TesseractNode.find_experts` does."""
 
 
 class Applying:
     """Handles ``expert.apply`` at a node, for the experts of all its servers. Lives on the loop."""
 
-    def __init__(self, calls: ExpertCalls, find: FindsExpert) -> None:
+    def __init__(self, calls: ExpertCalls, find: FindsExperts) -> None:
         """`calls`: of one of the servers; it keeps the blocks."""
         self._calls, self._find = calls, find
 
@@ -74,10 +74,6 @@ class Applying:
                     yield part
             finally:
                 wave.withdraw()
-
-
-_Kind = tuple[list[TensorSpec], Sequence[TensorSpec], CodecPolicy]
-"""The specs of an expert's inputs and outputs, and the codecs that it accepts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -120,23 +116,26 @@ class Wave:
         self._inputs: Sequence[torch.Tensor | None] = ()
         self._gradients: Sequence[torch.Tensor | None] = ()
         self._weights = torch.from_numpy(request.weights)
-        self._checked: tuple[_Kind, Sequence[torch.Tensor], Gradients] | None = None
+        self._checked: tuple[str, Sequence[torch.Tensor | None], Gradients] | None = None
         self._owner = calls.owner(call)
         self._held: dict[TesseractRuntime, int] = {}
+        self._entered: list[ExpertCalls] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._due: asyncio.Future[None] | None = None
 
-    async def begin(self, find: FindsExpert, buffers: Sequence[memoryview]) -> None:
+    async def begin(self, find: FindsExperts, buffers: Sequence[memoryview]) -> None:
         """Hand each expert's share to its runtime. Raises: ProtocolError, SchemaMismatch for a malformed block."""
         request = self.request
         doors = await self._find_all(find)
         if not doors:
             return
         first = next(iter(doors.values()))
-        specs = first.hosted.backend.input_specs if request.num_inputs else []
+        backend = first.hosted.backend
         if request.backward:
-            specs = [*specs, *first.hosted.backend.output_specs]
+            specs = specs_of_backward(backend, request.tensors, request.num_inputs)
+        else:
+            specs = [*backend.specs(meta_size(backend.input_specs, request.tensors))[0]]
         check_growth(f"{APPLY} of {request.prefix}", request.tensors, tuple(specs), specs)
         tensors = await unpack(request.tensors, buffers)
         self._inputs = tensors[: request.num_inputs]
@@ -144,6 +143,9 @@ class Wave:
         rows = torch.from_numpy(request.rows).long()
         row_bytes = self._bytes_per_row(first)
         offsets = request.offsets.tolist()
+        self._entered = [*dict.fromkeys([door.calls for door in doors.values()])]
+        for calls in self._entered:
+            calls.entered()
         runtimes = {door.hosted.runtime for door in doors.values()}
         left = list(doors.items())
         while left:
@@ -161,34 +163,34 @@ class Wave:
             if left:
                 await asyncio.sleep(0)
 
-    async def _find_all(self, find: FindsExpert) -> dict[int, ExpertShares]:
+    async def _find_all(self, find: FindsExperts) -> dict[int, ExpertShares]:
         """Return the handlers of the experts that are here and that the caller may ask, by their places."""
         request = self.request
         asked = replace(self._call, method=messages.BACKWARD if request.backward else messages.FORWARD)
         doors: dict[int, ExpertShares] = {}
-        for expert, coords in enumerate(request.experts.tolist()):
-            if expert and not expert % PORTION:
+        uids = [join_uid(request.prefix, coords) for coords in request.experts.tolist()]
+        for start in range(0, len(uids), PORTION):
+            if start:
                 await asyncio.sleep(0)
-            uid = join_uid(request.prefix, coords)
-            try:
-                door = find(asked, uid)
-            except RemoteError as error:
-                self._failed(expert, error)
-                continue
-            assert isinstance(door, ExpertShares)
-            doors[expert] = door
+            for expert, door in enumerate(find(asked, uids[start : start + PORTION]), start):
+                if isinstance(door, RemoteError):
+                    self._failed(expert, door)
+                else:
+                    assert isinstance(door, ExpertShares)
+                    doors[expert] = door
         return doors
 
     def _bytes_per_row(self, door: ExpertShares) -> int:
         """Return what a pair counts as: its part of the block, which all share, and a row of the answer."""
         backend, block = door.hosted.backend, (*self._inputs, *self._gradients)
         block_bytes = sum(x.nbytes for x in block if x is not None)
-        answered: Sequence[TensorSpec] = backend.input_specs if self.request.backward else backend.output_specs
+        size = meta_size([*backend.input_specs[: self.request.num_inputs], *backend.output_specs], self.request.tensors)
+        of_inputs, of_outputs = backend.specs(size)
+        answered = of_inputs if self.request.backward else of_outputs
         return -(-block_bytes // len(self.request.rows)) + sum(spec.row_bytes for spec in answered)
 
     def _begin(self, share: _Share) -> None:
         calls, hosted = share.door.calls, share.door.hosted
-        calls.entered()
         try:
             if not self.request.backward:
                 share.work = self._begin_forward(share)
@@ -202,19 +204,20 @@ class Wave:
         except RemoteError as error:
             self._end(share, error)
 
-    def _block_for(self, hosted: HostedState) -> tuple[Sequence[torch.Tensor], Gradients]:
+    def _block_for(self, hosted: HostedState) -> tuple[Sequence[torch.Tensor | None], Gradients]:
         """Return inputs and gradients, once they fit the expert. Raises: SchemaMismatch, InputsForgotten."""
         request, backend = self.request, hosted.backend
-        kind = backend.input_specs, backend.output_specs, backend.settings.codecs
+        kind = backend.signature
         if self._checked is None or self._checked[0] != kind:  # else it fits as it fitted the expert before
             num_inputs, codec, uid = request.num_inputs, request.reply_codec, hosted.uid
-            kind[2].check("gradients" if request.backward else "outputs", codec, expert=uid)
+            what = "gradients" if request.backward else "outputs"
+            backend.settings.codecs.check(what, codec, expert=uid)
             check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], self._inputs)
-            inputs = check_inputs(uid, backend, self._calls.inputs_of(uid, request.kept, self._inputs))
+            inputs, specs = check_inputs(uid, backend, self._calls.inputs_of(uid, request.kept, self._inputs))
             gradients: Gradients = ()
             if request.backward:
                 check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], self._gradients)
-                gradients = check_gradients(uid, backend, inputs, self._gradients)
+                gradients = check_gradients(uid, backend, inputs, specs, self._gradients)
             elif not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in backend.output_specs):
                 raise SchemaMismatch(f"{uid} answers whole numbers, which cannot be weighted: call it alone")
             self._checked = kind, inputs, gradients
@@ -233,7 +236,7 @@ class Wave:
             training=request.training,
             seed=request.seed,
             deadline=call.deadline,
-            priority=priority_of(call),
+            priority=call.priority and priority_of(call),
             peer=self._owner,
             rows=share.rows,
             num_bytes=share.num_bytes,
@@ -264,6 +267,7 @@ class Wave:
                 rows=share.rows,
                 weights=self._weights[start : start + share.num_rows],
                 num_bytes=share.num_bytes,
+                owner=self._owner,
             )
         begun.num_waiting += 1
         share.backward, share.work = begun, begun.work
@@ -318,7 +322,8 @@ class Wave:
         else:
             self._hold(share.door.hosted.runtime, share.num_bytes)
             self._gathered.answered(share.expert, outcome, share.door.hosted.epoch)
-            self._look()
+            if self._due is not None:
+                self._look()
 
     def _hold(self, runtime: TesseractRuntime, num_bytes: int) -> None:
         """Count an answer that waits for its part where its work was counted until now: as the caller's."""
@@ -336,7 +341,6 @@ class Wave:
 
     def _close(self, share: _Share) -> None:
         share.is_open, share.work, share.backward = False, None, None
-        share.door.calls.left()
 
     async def parts(self) -> AsyncGenerator[Message, None]:
         """Yield the reply's parts when they are due."""
@@ -346,6 +350,8 @@ class Wave:
             part, sums = self._gathered.take(self._loop.time())
             self._let_go()
             num_failed += len(part.failures)
+            if (scales := request.scales_of(part.experts)) is not None:
+                sums = [None if x is None else x / per_row(torch.from_numpy(scales), x) for x in sums]
             metas, buffers = await pack(sums, request.reply_codec)
             body, first = encode_part(part._replace(tensors=metas, kept=kept), backward=request.backward)
             kept = None
@@ -361,8 +367,8 @@ class Wave:
         request = self.request
         if request.backward or not request.keep or not any(share.is_open for share in self._shares):
             return None
-        name, inputs = new_name(), [x for x in self._inputs if x is not None]
-        return name if self._calls.memory.keep_inputs(name, inputs, self._calls.owner(self._call)) else None
+        name = new_name()
+        return name if self._calls.memory.keep_inputs(name, self._inputs, self._calls.owner(self._call)) else None
 
     async def _wait_due(self) -> None:
         while self._gathered.due_at() > self._loop.time():
@@ -403,3 +409,6 @@ class Wave:
                     backward.leave()
                 elif work is not None:
                     share.door.hosted.runtime.withdraw(work)
+        for calls in self._entered:
+            calls.left()
+        self._entered.clear()

@@ -1,17 +1,8 @@
-"""BareNames: who is the primary of a server's experts that belong to no run.
+"""BareNames: who is the primary of a server's experts that belong to no run (`docs/design/authority.md`, Bare names).
 
-Bare names have no records that say who may train (`experts.lineage` has, for runs), so one server's word counts for
-little. A running primary gives way to no other for its large version: versions are compared only among servers that the
-node's own allow-list names. Among others, which are machines on one's own network, it gives way
-
-- while it has just begun and taken no step: two that start together settle on one;
-- after it stood still or was cut off for a lease, in which another may have taken over;
-- to the one that it took over from, if that has been there all the time.
-
-Everything else stays as it is, and is reported: two primaries are for people to settle.
+Bare names have no records that say who may train, so one server's word counts for little: versions are compared only
+among servers that the node's own allow-list names.
 """
-
-from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -21,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
@@ -37,6 +28,7 @@ from tesseract_async.errors import (
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.merkle import possession
 from tesseract_async.identity import PeerID
+from tesseract_async.node import TesseractNode
 from tesseract_async.server.fragments import FragmentBackend, fetch_replay
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
@@ -49,12 +41,9 @@ from tesseract_async.server.other_replicas import (
     owner_of,
     read_replicas,
 )
+from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
-    from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 

@@ -6,31 +6,30 @@ the weights, whose names begin with ``module/``. Everything else is JSON in the 
 SHA-256 over the whole: nothing is ever unpickled, and a damaged file is noticed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError, describe
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.spread_tensor import SpreadTensor
 from tesseract_async.runtime.states import JOURNAL_LENGTH, SAFETENSORS, StateDict
 from tesseract_async.wire.compression import flat_of
-
-if TYPE_CHECKING:
-    from tesseract_async.runtime.backend import ExpertBackend
-
 
 FORMAT_VERSION: Final = 1
 MAX_HEADER_VALUES: Final = 1 << 20
 """Lists, maps and what they hold, in a stranger's file: a full journal has a fifth. A byte of JSON may cost 60."""
 MAX_VERSION: Final = 2**53
 """No expert takes so many steps: a state that says so would leave it no room for its own."""
+
+JOURNAL_SHARE: Final = 0.05
+"""The part of a sealed file that the journal takes at most, unless more backwards came within minutes."""
+_BYTES_OF_ENTRY: Final = 24
 
 _DTYPE_NAMES: Final = {dtype: name for name, dtype in SAFETENSORS.items()}
 _MAX_HEADER_BYTES: Final = 16 << 20
@@ -155,6 +154,31 @@ def largest_state(backend: ExpertBackend) -> int:
     tensors = [*backend.module.parameters(), *backend.module.buffers()]
     num_bytes = sum(max(4, x.element_size()) * x.numel() for x in tensors)
     return 6 * num_bytes + 32 * JOURNAL_LENGTH + (4096 * len(tensors)) + (1 << 20)
+
+
+def with_recent_journal(state: StateDict, *, since: int) -> StateDict:
+    """Return the state with the newest entries of its journal: those after version `since`, and as many more as take
+    `JOURNAL_SHARE` of the file. Only calls that are under way are sent again."""
+    applied = state.get("applied")
+    if not isinstance(applied, dict) or "versions" not in applied:
+        return state  # a piece of shared parameters, which has none
+    versions = applied["versions"]
+    rest = _num_bytes({name: value for name, value in state.items() if name != "applied"})
+    room = int(rest * JOURNAL_SHARE / (1 - JOURNAL_SHARE)) // _BYTES_OF_ENTRY
+    gone = len(versions) - max(room, int((versions > since).sum()))
+    if gone <= 0:
+        return state
+    ids = applied["ids"].view(len(versions), -1)[gone:].reshape(-1)
+    num_bare = max(0, applied["num_bare"] - gone)
+    return {**state, "applied": {"ids": ids, "versions": versions[gone:], "num_bare": num_bare}}
+
+
+def _num_bytes(value: object) -> int:
+    if isinstance(value, Mapping):
+        return sum(map(_num_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_num_bytes, value))
+    return value.nbytes if isinstance(value, torch.Tensor | SpreadTensor) else 0
 
 
 def difference(uid: str, backend: ExpertBackend, state: StateDict) -> str | None:

@@ -5,8 +5,6 @@
 `WorkPermission.reason`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ class Hours:
     """Days on which it starts, Monday = 0."""
 
     @classmethod
-    def parse(cls, text: str) -> Hours:
+    def parse(cls, text: str) -> "Hours":
         """Read ``22:00-07:00``, ``sat,sun 00:00-24:00`` or ``mon-fri 18:30-23:00``. Raises: ValueError."""
         match = _WINDOW.fullmatch(text.strip().lower())
         if match is None:

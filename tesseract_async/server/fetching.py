@@ -1,7 +1,5 @@
 """Fetches experts' states in pieces: a sealed file from all who have it at once, a server's newest from that server."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import logging
@@ -11,7 +9,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 from weakref import WeakValueDictionary
 
 from tesseract_async.errors import (
@@ -26,12 +24,10 @@ from tesseract_async.experts.merkle import leaf_of
 from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, size_of, split_list
 from tesseract_async.experts.terms import Seal
 from tesseract_async.files import mapped_file
+from tesseract_async.node import TesseractNode
 from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
 
@@ -207,15 +203,39 @@ async def fetch_state(
         if head.size > max_bytes:
             raise ProtocolError(f"{uid}: a state of {head.size} bytes; at most {max_bytes} are fetched")
         fetch = _plan(node, [peer], head.root, head.size, timeout)
-        into: BinaryIO = io.BytesIO() if head.size <= MAX_BYTES_HERE else tempfile.TemporaryFile()
+        into = _anywhere(head.size)
         transfer = _Transfer(node, uid, fetch, into, weights_only=weights_only, point=point, aside=_here)
         await transfer.take(peer, LIST, first)
         try:
             await transfer.run(timeout + head.size / MIN_RATE)
-            return into.getvalue() if isinstance(into, io.BytesIO) else mapped_file(into)
+            return _content(into)
         except _NotThere:  # it has a newer copy now, and the one before is gone
             if left < 0:
                 raise ProtocolError(f"{uid}: the server changes its state faster than it sends it") from None
+
+
+async def fetch_sealed(
+    node: TesseractNode, uid: str, seal: Seal, sources: Iterable[PeerAddress], *, timeout: float = 60.0
+) -> bytes | memoryview:
+    """Return the file of this Seal, from all `sources` at once: it has the right root. It is kept nowhere.
+
+    `timeout` is as in `fetch_state`. Raises: ProtocolError for too long a file; what the last source failed with;
+    TimeoutError.
+    """
+    if seal.size > MAX_STATE_BYTES:
+        raise ProtocolError(f"{uid}: a state of {seal.size} bytes; at most {MAX_STATE_BYTES} are fetched")
+    into = _anywhere(seal.size)
+    transfer = _Transfer(node, uid, _plan(node, sources, seal.root, seal.size, timeout), into, aside=_here)
+    await transfer.run(timeout + seal.size / MIN_RATE)
+    return _content(into)
+
+
+def _anywhere(size: int) -> BinaryIO:
+    return io.BytesIO() if size <= MAX_BYTES_HERE else tempfile.TemporaryFile()
+
+
+def _content(into: BinaryIO) -> bytes | memoryview:
+    return into.getvalue() if isinstance(into, io.BytesIO) else mapped_file(into)
 
 
 class SealFetcher:

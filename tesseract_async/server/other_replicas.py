@@ -1,8 +1,6 @@
 """The replicas of a server's experts at other servers: who hosts them, their records, whether their word counts, and
 their states."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -10,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tesseract_async.errors import (
     CheckpointError,
@@ -27,6 +25,9 @@ from tesseract_async.experts.manifest import MAGIC, split_uid
 from tesseract_async.experts.tenure_words import MAX_PAST
 from tesseract_async.identity import PeerID
 from tesseract_async.network.address_scope import is_near
+from tesseract_async.network.entries import Entries, Entry
+from tesseract_async.node import TesseractNode
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import check_state, difference, largest_state
 from tesseract_async.server.fetching import fetch_state
@@ -34,11 +35,6 @@ from tesseract_async.server.state_transfer import MAX_COPIES_BYTES
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
-
-if TYPE_CHECKING:
-    from tesseract_async.network.entries import Entries, Entry
-    from tesseract_async.node import TesseractNode
-    from tesseract_async.runtime.backend import ExpertBackend
 
 logger = logging.getLogger(__name__)
 

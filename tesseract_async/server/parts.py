@@ -108,7 +108,7 @@ class Parts:
         pairs = request.pairs(experts)
         rows, index = np.unique(request.rows[pairs], return_inverse=True)
         weights = None if request.backward else torch.from_numpy(request.weights[pairs])
-        columns = list(zip(*(answer.result.tensors for answer in answers.values()), strict=True))
+        columns = list(zip(*[answer.result.tensors for answer in answers.values()], strict=True))
         gradients = [*columns.pop()] if request.backward else []
         sizes = request.offsets[experts + 1] - request.offsets[experts]
         return [_sum(column, sizes, torch.from_numpy(index), weights, len(rows)) for column in columns], gradients
@@ -127,7 +127,7 @@ def _sum(
     if not there:
         return None
     total = torch.zeros(num_rows, *there[0].shape[1:], dtype=torch.promote_types(there[0].dtype, torch.float32))
-    if len(there) == len(column) and sum(x.nbytes for x in there) <= _STACKED_BYTES:
+    if len(there) == len(column) and sum([x.nbytes for x in there]) <= _STACKED_BYTES:
         column, sizes = [torch.cat(there)], np.array([len(index)])
     start = 0
     for x, size in zip(column, sizes.tolist(), strict=True):

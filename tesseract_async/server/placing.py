@@ -1,21 +1,19 @@
 """Placing: has a server do its part in a run: which experts it leads, follows and holds. Drives `Placement`."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import Places, fetch_places
-from tesseract_async.experts.placement import NEVER, Part, Place, Placement, Role, Step
+from tesseract_async.experts.placement import DROP_AFTER, NEVER, Part, Place, Placement, Role, Step
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import Kind
@@ -24,11 +22,9 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.capacity import Capacity
 from tesseract_async.server.other_replicas import wall_clock
+from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.sharing.layout import MAX_FRAGMENTS
-
-if TYPE_CHECKING:
-    from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +85,7 @@ class Placing:
         self._now = asyncio.get_running_loop().time
         self._began, self._moved_at = self._now(), -NEVER
         self._wanted: set[str] = set()  # to be computed, once their file is here
-        self._unable: set[str] = set()  # computing them here failed
+        self._unable: dict[str, float] = {}  # computing them here failed; left to others until then
         self._led: dict[str, PeerID | None] = {}  # uid -> its primary at the last look
         self._rates: dict[str, tuple[float, int]] = {}  # rows each second, and rows ever
         self._rated_at = self._now()
@@ -104,14 +100,14 @@ class Placing:
     @classmethod
     def of_fragments(
         cls, server: TesseractServer, keeper: ReplicaKeeper, authority: Authority, room: int, files: int
-    ) -> Placing:
+    ) -> "Placing":
         """The same for the fragments of the parameters that the run's trainers share: they begin them, and servers
         lead, follow and hold what is there. `room`, `files`: how many it computes, and has a state of, at most."""
         pattern = ExpertPattern(authority.prefix + SHARED, (range(MAX_FRAGMENTS),))
         build = keeper.tenures.fragment
         return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
 
-    async def __aenter__(self) -> Placing:
+    async def __aenter__(self) -> "Placing":
         self._tenures.on_leading[self._prefix] = self._lead
         for uid in self._tenures.stored(self._pattern):
             await self._hold(uid)  # what was held before, also where others hold it now
@@ -164,7 +160,7 @@ class Placing:
         self._note_loads()
         self._note_moves()
         me = self.place()
-        self.places = {**places, self._node.peer_id: me}
+        self.places = {**{peer: self._checked(place) for peer, place in places.items()}, self._node.peer_id: me}
         by_uid: dict[str, dict[PeerID, int]] = {}
         for peer, place in places.items():
             for uid, part in place.parts.items():
@@ -172,6 +168,7 @@ class Placing:
                     by_uid.setdefault(uid, {})[peer] = part.epoch
         self._tenures.places[self._prefix] = by_uid
         self._tenures.look_for_newer(places)
+        self._unable = {uid: until for uid, until in self._unable.items() if until > self._now()}
         passive = frozenset(peer for peer, place in places.items() if place.room == 0)
         for uid in self._uids():
             may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
@@ -193,8 +190,6 @@ class Placing:
 
     def place(self) -> Place:
         now, capacity = self._now(), self.capacity
-        if self._server.is_paused:  # it keeps what it has, and computes nothing
-            capacity = replace(capacity, room=0, files=0)
         parts = {uid: Part(Role.HOLDS) for uid in self.placement.wishes}
         for uid in self._uids():
             tenure, hosted = self._tenures.tenure(uid), self._server.hosted.get(uid)
@@ -207,6 +202,8 @@ class Placing:
             waiting = 0 if hosted is None else hosted.runtime.rows_of(hosted.backend)[1]
             rate = self._rates.get(uid, (0.0, 0))[0]
             parts[uid] = Part(role, *age, 0 if held is None else held.version, rate, waiting)
+        if self._server.is_paused:  # it keeps what it has, and computes nothing
+            capacity = replace(capacity, room=0, files=len(parts))
         return Place(
             self._node.peer_id,
             capacity.room,
@@ -217,6 +214,18 @@ class Placing:
             now - self._began,
             parts,
         )
+
+    def _checked(self, place: Place) -> Place:
+        """Return a member's place without what the lineage of an expert that is here speaks against: otherwise one that
+        says it leads it, or is newer than all others, makes copies look old that are not."""
+        mine = {uid: self._tenures.tenure(uid) for uid in self._tenures.uids() if uid in place.parts}
+
+        def is_possible(uid: str, part: Part) -> bool:
+            if (tenure := mine.get(uid)) is None:
+                return True
+            return part.epoch <= tenure.epoch and (part.role is not Role.LEADS or place.peer == tenure.primary)
+
+        return replace(place, parts={uid: part for uid, part in place.parts.items() if is_possible(uid, part)})
 
     def _note_loads(self) -> None:
         now = self._now()
@@ -319,7 +328,7 @@ class Placing:
                 await self._tenures.compute(uid, backend)
             except (TesseractError, OSError, ValueError, LookupError, RuntimeError, TypeError, MemoryError) as error:
                 logger.error("%s cannot be computed here, and is left to others: %s", uid, describe(error))
-                self._unable.add(uid)
+                self._unable[uid] = self._now() + DROP_AFTER
                 if uid in self._uids() and self._tenures.tenure(uid).state is State.PRIMARY:
                     await self._tenures.drop(uid, even_primary=True)
 

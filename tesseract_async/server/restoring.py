@@ -1,14 +1,12 @@
 """Answers ``expert.restore``: an expert goes back to a state that its owner kept (`saving.restorer`)."""
 
-from __future__ import annotations
-
 import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, NotAllowed, Overloaded, ProtocolError, RemoteError, describe
@@ -18,15 +16,13 @@ from tesseract_async.experts.pieces import PIECE_BYTES
 from tesseract_async.files import mapped_file
 from tesseract_async.identity import PeerID
 from tesseract_async.network.address_scope import is_near
+from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import largest_state
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import check_fitting
 from tesseract_async.transport.base import split_host_port
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 MAX_UNDER_WAY: Final = 16
 """States that arrive at a time, at one server."""

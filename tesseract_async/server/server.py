@@ -1,7 +1,5 @@
 """TesseractServer: hosts experts on a node. It declares them, has their calls answered and keeps their checkpoints."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import logging
@@ -9,7 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping,
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 import torch
 
@@ -17,6 +15,7 @@ from tesseract_async.endpoint.call_table import CallHandler
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, Overloaded, TesseractError, describe
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
+from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.runtime.states import StateDict
@@ -32,9 +31,6 @@ from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +190,7 @@ class TesseractServer(Uncopied):
             for uid in self.experts:
                 self.node.host_expert(uid, self._handlers[uid])
                 hosted.append(uid)
-            self._end_applying = self.node.host_together(Applying(self.calls, self.node.find_expert).answer)
+            self._end_applying = self.node.host_together(Applying(self.calls, self.node.find_experts).answer)
             await self.node.wait_reachable()
             peer = self.node.peer_address
             self._unwatch = self.node.watch_address(lambda: self._spawn(self._update_addresses()))
@@ -369,8 +365,9 @@ class TesseractServer(Uncopied):
             return {APPLY: ExpertShares(self.calls, hosted), **methods}
         for name in (messages.FORWARD, messages.BACKWARD):
             methods.pop(name, None)
-        pushes = {messages.PUSH: self._fragments.push, messages.PULL: self._fragments.pull}
-        return methods | {name: partial(answer, hosted) for name, answer in pushes.items()}
+        fragments = self._fragments
+        own = {messages.PUSH: fragments.push, messages.PULL: fragments.pull, messages.SAMPLES: fragments.samples}
+        return methods | {name: partial(answer, hosted) for name, answer in own.items()}
 
     def _host(
         self, uid: str, backend: ExpertBackend, runtime: TesseractRuntime, *, is_primary: bool = False
@@ -400,7 +397,7 @@ class TesseractServer(Uncopied):
             self._handlers[uid] = self._handlers_of(hosted)
             ready()
             self.node.host_expert(uid, self._handlers[uid])
-        except BaseException:
+        except BaseException:  # the backend is free again, whatever it was
             backend.host = None
             raise
         self.experts[uid], self.hosted[uid] = backend, hosted

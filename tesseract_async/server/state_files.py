@@ -339,7 +339,7 @@ class FolderLock:
             raise CheckpointError(f"the folder {self.folder} cannot be written: {describe(error)}") from error
         try:
             self._lock(handle)
-        except BaseException:
+        except BaseException:  # cancelled or refused: the handle is nobody's
             os.close(handle)
             raise
         self._key, _held[key] = key, handle

@@ -1,12 +1,9 @@
 """ReplicaKeeper: has a server's experts follow their primaries elsewhere, take over from them and be handed over."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.manifest import split_uid
@@ -14,12 +11,10 @@ from tesseract_async.identity import PeerID
 from tesseract_async.server.bare_names import BareNames
 from tesseract_async.server.hosted import Succession
 from tesseract_async.server.other_replicas import DEFAULT_SETTINGS, NUM_AT_ONCE, ReplicaSettings
+from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_transfer import REUSE_SECONDS
 from tesseract_async.server.tenures import Tenures
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +62,7 @@ class ReplicaKeeper(Succession):
         self._looking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> ReplicaKeeper:
+    async def __aenter__(self) -> "ReplicaKeeper":
         self._server.succession = self
         self._server.handle(messages.TAKE_OVER, self.bare.take_over)
         self._server.handle(messages.TENURE, self.tenures.answer)

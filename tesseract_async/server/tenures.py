@@ -4,19 +4,18 @@ It carries their questions, reads and publishes their records, writes down what 
 files.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, NotAllowed, ProtocolError, TesseractError, describe
@@ -45,9 +44,10 @@ from tesseract_async.experts.tenure_words import (
 from tesseract_async.experts.terms import RECORDS_SECONDS, Kind, Seal
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import PeerID
+from tesseract_async.network.entries import StoreItem
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import encode, largest_state
+from tesseract_async.server.checkpoint import encode, largest_state, with_recent_journal
 from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.fragments import MAX_STATE_BYTES, FragmentBackend, fetch_replay
 from tesseract_async.server.hosted import HostedState
@@ -59,13 +59,11 @@ from tesseract_async.server.other_replicas import (
     record_subkey,
     wall_clock,
 )
+from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_files import SealedFile, SealedFiles, read_sealed, stored_uids
 from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-
-if TYPE_CHECKING:
-    from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +76,8 @@ ASK_TIMEOUT: Final = 1.5
 MAX_RECORD_BYTES: Final = 1024
 UPLOAD_SHARE: Final = 0.5
 """The share of the upload rate that copies of states may take."""
+RETRY_SECONDS: Final = 300.0
+"""Backwards of so long are in a sealed state's journal: whoever goes on from there applies none of them twice."""
 AUTHORITY_PERIOD: Final = 2.0
 """Seconds after which grants, revocations and appointments are looked at again: they come by themselves."""
 
@@ -97,6 +97,8 @@ class _Expert:
     progress: tuple[int, int] | None = None
     """How far the sealed file is."""
     sealed_at: float = -math.inf
+    versions: deque[tuple[float, int]] = field(default_factory=deque)
+    """When the last states were sealed, and their versions."""
     waited_for: bool = False
     """It was told that this expert may have a state, which nobody shows."""
     wanted_root: bytes | None = None
@@ -656,26 +658,35 @@ class Tenures:
         async with asyncio.timeout(self._call_timeout):
             if self._node.initial_peers and not await self._node.network.wait_joined(self._call_timeout):
                 return  # alone for the moment: that nobody is seen says nothing
-            records: dict[str, list[bytes]] = {uid: [] for uid in uids}
-            replicas = await read_replicas(self._node, records, records=records)
-            if len({self._node.trust.shard_key(uid) for uid in records}) > MAX_SHARDS_READ:  # only the grid was read
-                changed = [uid for uid, others in replicas.items() if self._has_changed(uid, others)]
-                for uid, more in (await read_replicas(self._node, changed, by_shard=True, records=records)).items():
-                    replicas[uid] += more
-            for uid, others in replicas.items():
-                if (expert := self._experts.get(uid)) is None:
-                    continue
-                for record in records[uid]:
-                    expert.tenure.sight(record, *self._now())
-                self._addresses |= {owner_of(one): one.peer for one in others}
-                said = self.places.get(split_uid(uid)[0], {}).get(uid, {})
-                hosts = {**said, **{owner_of(one): one.epoch for one in others}}
-                expert.tenure.set_hosts(hosts | {self._node.peer_id: expert.tenure.epoch}, *self._now())
-                expert.tenure.looked(*self._now())
-                if expert.tenure.waits_for_state(*self._now()) and not expert.waited_for:
-                    expert.waited_for = True
-                    logger.warning("nobody has a state of %s now: this server waits for one that had it", uid)
-                await self._carry_out(expert)
+            wanted = set(uids)
+            if len({self._node.trust.shard_key(uid) for uid in wanted}) > MAX_SHARDS_READ:  # the grid says what is new
+                for uid, others in (await read_replicas(self._node, wanted)).items():
+                    if not self._has_changed(uid, others):
+                        wanted.discard(uid)
+                        await self._take_in(uid, others, [])
+            # each by itself: where one is late, the others are taken in
+            await asyncio.gather(*map(self._read_one, wanted))
+
+    async def _read_one(self, uid: str) -> None:
+        records: dict[str, list[bytes]] = {uid: []}
+        others = (await read_replicas(self._node, [uid], by_shard=True, records=records))[uid]
+        await self._take_in(uid, others, records[uid])
+
+    async def _take_in(self, uid: str, others: Iterable[ExpertReplica], records: Iterable[bytes]) -> None:
+        """Take what the network holds of one expert."""
+        if (expert := self._experts.get(uid)) is None:
+            return
+        for record in records:
+            expert.tenure.sight(record, *self._now())
+        self._addresses |= {owner_of(one): one.peer for one in others}
+        said = self.places.get(split_uid(uid)[0], {}).get(uid, {})
+        hosts = {**said, **{owner_of(one): one.epoch for one in others}}
+        expert.tenure.set_hosts(hosts | {self._node.peer_id: expert.tenure.epoch}, *self._now())
+        expert.tenure.looked(*self._now())
+        if expert.tenure.waits_for_state(*self._now()) and not expert.waited_for:
+            expert.waited_for = True
+            logger.warning("nobody has a state of %s now: this server waits for one that had it", uid)
+        await self._carry_out(expert)
 
     def _has_changed(self, uid: str, others: Iterable[ExpertReplica]) -> bool:
         if uid not in self._experts:
@@ -693,11 +704,11 @@ class Tenures:
             # records outlive manifests: their readers must know that the signer might sign them
             self._shown[key] = grant, self._elapsed() + RECORDS_SECONDS / 2
             named += [(GRANT_SUBKEY, grant)] if grant else []
-        for subkey, record in named:
-            try:
-                await self._node.network.store(key, record, ttl=RECORDS_SECONDS, subkey=subkey)
-            except (TesseractError, TimeoutError, OSError) as error:
-                logger.warning("a record of %s could not be stored: %s", uid, describe(error))
+        try:
+            items = [StoreItem(key, record, RECORDS_SECONDS, subkey) for subkey, record in named]
+            await self._node.network.store_many(items)  # by one look-up
+        except (TesseractError, TimeoutError, OSError) as error:
+            logger.warning("records of %s could not be stored: %s", uid, describe(error))
 
     async def _seal_often(self) -> None:
         """Seal what changed, every `sync_every` of the run; at once what has no Seal yet."""
@@ -740,6 +751,7 @@ class Tenures:
         expert.sealed_at = self._elapsed()
         if hosted is not None and (held is None or self._has_moved(expert) or self.files.find(uid, held.root) is None):
             state = await hosted.snapshot()
+            state = with_recent_journal(state, since=self._version_before(expert, int(state["version"])))
 
             file = await self._server.call_aside(lambda: self.files.keep(uid, encode(state)))
             root, size = file.root, file.size
@@ -751,6 +763,15 @@ class Tenures:
         seal = tenure.seal(root, size, version, *self._now())
         await self._carry_out(expert)
         return seal
+
+    @staticmethod
+    def _version_before(expert: _Expert, version: int) -> int:
+        """Note this version, and return one that the expert had `RETRY_SECONDS` ago, or before."""
+        versions, now = expert.versions, expert.sealed_at
+        versions.append((now, version))
+        while len(versions) > 1 and versions[1][0] <= now - RETRY_SECONDS:
+            versions.popleft()
+        return versions[0][1] if versions[0][0] <= now - RETRY_SECONDS else -1
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name="server: tenures")

@@ -1,7 +1,5 @@
 """VolunteerKeeper: keeps a server to its volunteer's contract. It watches the machine, pauses and resumes."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import json
@@ -9,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import psutil
 
@@ -17,9 +15,7 @@ from tesseract_async.errors import TesseractError, describe
 from tesseract_async.files import write_whole
 from tesseract_async.server.contract import Usage, VolunteerContract, VolunteerSettings, WorkPermission
 from tesseract_async.server.footprint import process_bytes
-
-if TYPE_CHECKING:
-    from tesseract_async.server.server import TesseractServer
+from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +83,7 @@ class VolunteerKeeper:
         self._task: asyncio.Task[None] | None = None
         self._most_told = 0
 
-    async def __aenter__(self) -> VolunteerKeeper:
+    async def __aenter__(self) -> "VolunteerKeeper":
         """Look once before returning, so that a server outside of its hours begins with a pause."""
         await self.look()
         self._task = asyncio.create_task(self._watch(), name="server: volunteer's contract")

@@ -4,8 +4,6 @@ Only the network between the nodes and the signatures (`SimulatedIdentity`) are 
 `network.protocol.NetworkProtocol`, the same code that `TesseractNetwork` drives.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import random
@@ -71,7 +69,7 @@ class SimulatedNode:
     """One node: a machine, its address, and its reads and writes in progress."""
 
     def __init__(
-        self, network: SimulatedNetwork, protocol: NetworkProtocol, address: Address, *, gateway: bool
+        self, network: "SimulatedNetwork", protocol: NetworkProtocol, address: Address, *, gateway: bool
     ) -> None:
         self.network = network
         self.protocol = protocol

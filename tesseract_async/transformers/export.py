@@ -1,13 +1,11 @@
 """A model whose experts are elsewhere as a folder that plain Transformers opens: `export_checkpoint`."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from safetensors import safe_open
@@ -17,14 +15,12 @@ from torch import nn
 from tesseract_async.client.expert_rpc import fetch_info
 from tesseract_async.errors import ExpertNotFound, Overloaded
 from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.node import TesseractNode
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.fetching import fetch_state
 from tesseract_async.transformers.families import library
 from tesseract_async.transformers.operator import RemoteLayer
 from tesseract_async.transformers.remote import is_stand_in, lockstep_of, remote_layers
-
-if TYPE_CHECKING:
-    from tesseract_async.node import TesseractNode
 
 INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"

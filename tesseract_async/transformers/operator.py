@@ -48,6 +48,19 @@ class RemoteLayer(Uncopied):
         """The latest of a compiled graph, which drops the token if it means to run the forward again."""
         _layers[self.number] = self
 
+    def ask(
+        self,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        training: bool,
+        *,
+        differentiable: bool,
+    ) -> PoolAnswer:
+        """The layer's weighted sum for rows `x`. Raises: as `ExpertPool.forward`."""
+        self.pool.train(training)
+        return self.node.run(self.pool.ask(x, index, weights, differentiable=differentiable))
+
 
 class _Call:
     """One forward that a backward may go through."""
@@ -99,8 +112,7 @@ def experts(
         warnings.warn(_REENTRANT, stacklevel=2)
     if not len(x):
         return torch.zeros_like(x), torch.zeros(1, dtype=torch.int64)
-    remote.pool.train(training)
-    answer = remote.node.run(remote.pool.ask(x, index, weights, differentiable=differentiable))
+    answer = remote.ask(x, index, weights, training, differentiable=differentiable)
     if not differentiable:
         return answer.answer, torch.zeros(1, dtype=torch.int64)
     call = _Call(remote, given, answer)

@@ -5,8 +5,6 @@ blocks; `paused` says when to stop, and `pipe_drained` that everything written h
 used again.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +83,7 @@ class PeerAddress:
             split_host_port(text.partition("/")[0])
 
     @classmethod
-    def parse(cls, text: str) -> PeerAddress:
+    def parse(cls, text: str) -> "PeerAddress":
         """Read ``host:port`` or ``host:port/PEER_ID``, or several of one peer with commas, as ``str()`` writes.
 
         Raises: ValueError; also where some name a peer id and others another one, or none.

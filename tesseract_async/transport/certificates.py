@@ -1,9 +1,7 @@
-"""The certificates by which TLS carries Ed25519 identities, without any authority.
+"""The certificates by which TLS carries Ed25519 identities, without any authority (`docs/design/wire.md`, section 1).
 
 Python's `ssl` has no callback that could accept an unknown certificate, and OpenSSL accepts no self-signed one from a
-client. So every leaf (a node's own key) is signed by a CA key that is *published right here*: it vouches for nothing,
-and only lets OpenSSL ask for a certificate and accept it. What TLS 1.3 itself proves is that the peer holds the leaf's
-private key, and a PeerID is that key's hash.
+client: so every leaf is signed by a CA key that is published right here.
 """
 
 import datetime

@@ -1,7 +1,5 @@
 """Pipes over TCP, on any asyncio loop, receiving straight into the receiver's memory."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import socket
@@ -47,7 +45,7 @@ MAX_TARGETS: Final = 4096
 class TcpPipe(asyncio.BufferedProtocol):
     """See `base.Pipe`. Made by `connect` and `TcpTransport`; what arrives before `start` is kept for it."""
 
-    def __init__(self, opened: Callable[[TcpPipe], None] | None = None) -> None:
+    def __init__(self, opened: "Callable[[TcpPipe], None] | None" = None) -> None:
         self.paused = False
         self.description = "tcp"
         self.origin = ""

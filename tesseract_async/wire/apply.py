@@ -91,12 +91,25 @@ class ApplyRequest(NamedTuple):
         """The rows that any of these experts sees, ascending: those of a part's sums."""
         return np.unique(self.rows[self.pairs(experts)])
 
+    def scales_of(self, experts: npt.NDArray[np.integer[Any]]) -> Weights | None:
+        """By what each row of these experts' sums is divided before a codec that loses something takes it: the greatest
+        magnitude among the row's weights, if any is not 0. None for sums that travel as they are."""
+        if self.backward or self.reply_codec == "none" or not len(experts):
+            return None
+        pairs = self.pairs(experts)
+        index = np.unique(self.rows[pairs], return_inverse=True)[1]
+        scales = np.zeros(int(index.max()) + 1, dtype=np.float32)
+        np.maximum.at(scales, index, np.abs(self.weights[pairs]))
+        scales[scales == 0] = 1
+        return scales
+
 
 class ApplyPart(NamedTuple):
     """The sum over some experts, and what became of others. All of a reply's parts name each expert once.
 
-    A part's sums have the rows of `ApplyRequest.rows_of`: a row's sum is over those of `experts` that see it. They
-    travel in the codec that was asked for, from float32 (float64 and complex numbers where the experts' are).
+    A part's sums have the rows of `ApplyRequest.rows_of`: a row's sum is over those of `experts` that see it.
+    Divided by `ApplyRequest.scales_of`, they travel in the codec that was asked for, from float32 (float64 and complex
+    numbers where the experts' are).
     """
 
     experts: Numbers

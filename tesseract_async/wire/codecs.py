@@ -4,8 +4,6 @@ Three things travel between a caller and an expert, each with codecs of its own:
 ``outputs`` back, and ``gradients``, of the outputs towards it and of the inputs back. `wire.compression` encodes.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ class Codecs(NamedTuple):
     gradients: str = AUTO
 
     @classmethod
-    def of(cls, preference: str | Mapping[str, str]) -> Codecs:
+    def of(cls, preference: str | Mapping[str, str]) -> "Codecs":
         """A preference as callers write it: one name for all, or names by what travels; what is left out is `AUTO`.
 
         Raises: ValueError for a name that is not known.
@@ -68,7 +66,7 @@ class CodecPolicy:
             object.__setattr__(self, name, tuple(names))
 
     @classmethod
-    def only(cls, codecs: Mapping[str, str]) -> CodecPolicy:
+    def only(cls, codecs: Mapping[str, str]) -> "CodecPolicy":
         """One codec for each of the three that is named; the others may travel in any. Raises: ValueError."""
         if unknown := codecs.keys() - set(Codecs._fields):
             raise ValueError(f"codecs are for {', '.join(Codecs._fields)}; not for {', '.join(map(repr, unknown))}")
@@ -85,7 +83,7 @@ class CodecPolicy:
         return {name: list(getattr(self, name)) for name in Codecs._fields}
 
     @classmethod
-    def decode(cls, value: object) -> CodecPolicy:
+    def decode(cls, value: object) -> "CodecPolicy":
         """Untrusted. Codecs of later versions are left out. Raises: ProtocolError."""
         accepted: dict[str, tuple[str, ...]] = {}
         for name in Codecs._fields:

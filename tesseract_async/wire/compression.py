@@ -1,20 +1,4 @@
-"""Codecs: how one tensor becomes one buffer, and back.
-
-======================= ==================== ===============================================================
-codec                   bytes per element    what is lost
-======================= ==================== ===============================================================
-``none``                the dtype's own      nothing: the buffer is the tensor's memory
-``bf16``                2                    all but 8 bits of precision; range, NaN and infinities stay
-``fp16``                2                    all but 11 bits of precision; what exceeds ±65504 becomes ±65504
-``uint8``               1, and 8 per tensor  256 equal steps between the tensor's least and greatest value
-``uint8_blockwise``     1, and 8 per block   256 equal steps between a block's least and greatest value
-``int4_blockwise``      1/2, 2 per block     15 equal steps around 0, up to a block's greatest magnitude
-======================= ==================== ===============================================================
-
-A block is 4,096 elements of the flattened tensor, 128 for ``int4_blockwise``; the last one may be shorter. A tensor (or
-block) of equal values survives the uint8 codecs exactly; one that holds a NaN or an infinity comes back as NaNs
-throughout, so that nothing that was not finite passes for finite. The loss is at most half a step plus float32
-rounding: (greatest - least) / 510, or with ``int4_blockwise`` greatest magnitude / 13.9.
+"""Codecs: how one tensor becomes one buffer, and back. What each loses is in `docs/design/wire.md`, section 9.
 
 Only floating tensors are encoded; `wire.tensors` sends all others as ``none``. All numbers are little-endian.
 """

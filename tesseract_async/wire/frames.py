@@ -7,8 +7,6 @@ received bytes into frames; a chunk's payload is received straight into the mess
 Everything here takes untrusted bytes and raises only `ProtocolError`; sizes are checked before memory is taken.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -130,7 +128,7 @@ def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:
     return _TABLE.size + 8 * len(sizes) + head_bytes + sum(sizes)
 
 
-def decode_small(payload: memoryview, arena: Arena) -> tuple[Value, tuple[memoryview, ...]]:
+def decode_small(payload: memoryview, arena: "Arena") -> tuple[Value, tuple[memoryview, ...]]:
     """The head's value and the buffers, copied into memory of `arena`. Untrusted. Raises: ProtocolError."""
     head_bytes, sizes, begin = decode_table(payload)
     position = begin + head_bytes

@@ -20,5 +20,5 @@ def new_name() -> bytes:
         return _names.pop()
     except IndexError:
         drawn = os.urandom(NAME_BYTES * _AT_ONCE)
-        _names.extend(drawn[at : at + NAME_BYTES] for at in range(NAME_BYTES, len(drawn), NAME_BYTES))
+        _names.extend([drawn[at : at + NAME_BYTES] for at in range(NAME_BYTES, len(drawn), NAME_BYTES)])
         return drawn[:NAME_BYTES]

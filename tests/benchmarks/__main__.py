@@ -39,6 +39,7 @@ LONG = {
     "network_churn",
     "network_growth",
     "network_simulated",
+    "run_churn",
 }  # minutes to hours: when named, or with --long
 TIMEOUT = 300.0
 LONG_TIMEOUT = 4 * 3600.0

@@ -395,7 +395,9 @@ class FakeNode(Uncopied):
                     total.index_add_(0, torch.from_numpy(np.searchsorted(rows_of, rows)), x)
             sums.append(total)
         of_weights = np.concatenate([np.empty(0, np.float32), *(answer[1].float() for answer in answers.values())])
-        metas, buffers = pack_tensors(sums)
+        if (scales := request.scales_of(places)) is not None:
+            sums = [None if x is None else scaled(x, 1 / torch.from_numpy(scales)) for x in sums]
+        metas, buffers = pack_tensors(sums, request.reply_codec)
         versions, epochs = np.array([answer[2] for answer in answers.values()], dtype=np.int64), np.zeros_like(places)
         part = ApplyPart(places, versions, epochs, failures, metas, of_weights, name)
         out = [memoryview(bytearray(buffer)) for buffer in buffers]

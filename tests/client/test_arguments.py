@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Versions, arguments_now
+from tesseract_async.client.arguments import Arguments, Versions
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.remote_expert import RemoteExpert
@@ -155,14 +155,15 @@ async def test_a_large_tensor_is_not_copied_for_having_been_sent(node: FakeNode)
         x = torch.zeros(8, 4096)
         with torch.no_grad():
             await RemoteExpert(node, "wide.0").with_options(codec=codec)(x)
-        assert arguments_now(x)[0] is x
+        assert Arguments.now((x,), {}, training=False).args[0] is x
 
 
 def test_what_is_not_copied_stays_the_same_object() -> None:
     x, p = torch.ones(4, 4), nn.Parameter(torch.ones(2))
     in_graph = (p * 2)[:1]
     given = Pair([x, x.t(), in_graph], {"p": p, "n": 3})
-    taken, versions = arguments_now(given)
+    held = Arguments.now((given,), {}, training=False)
+    taken, versions = held.args[0], held.versions
     assert type(taken) is tuple and taken[0][0] is x and taken[0][2] is in_graph and taken[1] == {"p": p, "n": 3}
     assert taken[0] is not given.first and taken[0][1]._base is x
     versions.check()

@@ -311,7 +311,7 @@ async def test_load_balancing_loss(node: FakeNode) -> None:
 
 async def test_sequences_by_sample_and_by_token(node: FakeNode) -> None:
     x = torch.randn(3, 5, 2, requires_grad=True)
-    gate = make_gate(node, k_best=2, route="token")
+    gate = make_gate(node, k_best=2, k_min=2, route="token")  # a slow machine drops nobody
     y = await gate(x)
     assert y.shape == x.shape
     torch.testing.assert_close(y[1], await gate(x[1]))
@@ -438,7 +438,7 @@ def test_answers_that_came_too_late_to_count_are_not_kept_for_the_backward() -> 
         return sum(isinstance(one, torch.Tensor) and one.shape == (1237, 2) for one in gc.get_objects())
 
     async def main() -> None:
-        assert await num_kept(1) == await num_kept(5)
+        assert await num_kept(2) == await num_kept(5)
 
     run_in_virtual_time(main())
 

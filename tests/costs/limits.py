@@ -31,6 +31,10 @@ LIMITS: Final[dict[str, float]] = {
     # a gate over 16 experts on 4 servers, 64 rows, k = 4
     "messages per gate pass, forward": 4,
     "messages per gate pass, backward": 4,
+    # a pass of 32 experts on one server, 8 rows each, forward and backward, without TLS on asyncio's loop
+    "caller: Python calls per expert of a pass, both ways": 102,
+    "server: Python calls per expert of a pass, both ways": 153,
+    "device: Python calls per expert of a pass, both ways": 116,
     # a hash table of 200 nodes
     "datagrams per look-up": 12.25,
     "datagrams per renewal": 86,

@@ -48,6 +48,9 @@ class FakeAuthority:
     def may(self, peer_id: PeerID, role: str, uid: str | None = None, *, now: float | None) -> bool:
         return peer_id in self.granted and (now is None or now < self.expires)
 
+    def is_member(self, peer_id: PeerID) -> bool:
+        return peer_id in self.granted
+
     def appointment(self, uid: str) -> Appointment | None:
         return self.appointed
 

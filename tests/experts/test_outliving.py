@@ -14,6 +14,8 @@ from tests.experts.tenure_world import Server, World, identity
 
 LEASE = 30.0
 LOOK_EVERY = 5.0
+DECIDE_EVERY = 30.0
+"""Seconds after which members decide although nothing that they say has changed."""
 ROOM, FILES = 8, 40
 
 
@@ -45,6 +47,9 @@ class Run:
         self.gaps: list[float] = []
         """Seconds, rounded up to a look, for which an expert was led by nobody."""
         self.doubles = 0
+        self.survey: Survey | None = None
+        self.said: object = None
+        self.decided_at = -DECIDE_EVERY
         for _ in range(num_servers):
             self.join()
 
@@ -100,25 +105,37 @@ class Run:
             self.leave(volunteer)
             self.join()
         places = {peer: self.place(one) for peer, one in self.volunteers.items()}
-        some = next(iter(self.volunteers.values())).machine.survey(places, self.now)
-        steps = assign(some, num_copies=3, pattern=self.pattern, may=lambda peer, uid: True)
-        for peer, volunteer in self.volunteers.items():
-            for step in volunteer.machine.choose(some, steps.get(peer, []), self.now, self.now):
-                self.take(volunteer, step.kind, step.uid)
+        said = {
+            peer: {uid: (part.role, part.epoch, part.has_file) for uid, part in place.parts.items()}
+            for peer, place in places.items()
+        }
+        is_waiting = any(volunteer.machine.wishes for volunteer in self.volunteers.values())
+        if self.survey is None or is_waiting or said != self.said or self.now - self.decided_at >= DECIDE_EVERY:
+            self.said, self.decided_at = said, self.now
+            self.decide(places)
         for world in self.worlds.values():
             world.run(LOOK_EVERY)
         self.now += LOOK_EVERY
-        self.check(some)
+        self.check()
 
-    def check(self, survey: Survey) -> None:
+    def decide(self, places: dict[PeerID, Place]) -> None:
+        self.survey = next(iter(self.volunteers.values())).machine.survey(places, self.now)
+        steps = assign(self.survey, num_copies=3, pattern=self.pattern, may=lambda peer, uid: True)
+        for peer, volunteer in self.volunteers.items():
+            for step in volunteer.machine.choose(self.survey, steps.get(peer, []), self.now, self.now):
+                self.take(volunteer, step.kind, step.uid)
+
+    def check(self) -> None:
+        assert self.survey is not None
+        alive = self.survey.alive
         for uid, world in self.worlds.items():
-            if uid in survey.alive and not any(one.files for one in world.servers):
+            if uid in alive and not any(one.files for one in world.servers):
                 self.lost.add(uid)
             leaders = len(world.leaders)
             self.doubles += leaders > 1
             if leaders and self.unled[uid]:
                 self.gaps.append(self.unled.pop(uid))
-            elif not leaders and uid in survey.alive:
+            elif not leaders and uid in alive:
                 self.unled[uid] += LOOK_EVERY
 
 
@@ -126,7 +143,7 @@ class Run:
     ("num_servers", "num_experts", "hours", "session"),
     [
         (8, 2, 0.25, 900.0),
-        pytest.param(200, 48, 24.0, 3600.0, marks=[pytest.mark.slow, pytest.mark.timeout(6 * 3600)]),
+        pytest.param(200, 12, 24.0, 3600.0, marks=[pytest.mark.slow, pytest.mark.timeout(6 * 3600)]),
     ],
 )
 def test_no_expert_is_lost(num_servers: int, num_experts: int, hours: float, session: float) -> None:
@@ -137,6 +154,6 @@ def test_no_expert_is_lost(num_servers: int, num_experts: int, hours: float, ses
     assert not run.lost, f"of {num_experts} experts and {run.num_ever} volunteers"
     assert not run.doubles
     gaps = sorted(run.gaps)
-    assert not gaps or (gaps[len(gaps) // 2] <= 2 * LEASE and gaps[-1] <= 4 * LEASE), "from the death on"
+    assert not gaps or gaps[int(0.99 * len(gaps))] <= 2 * LEASE + LOOK_EVERY, "from the death on"
     survey = Survey({peer: run.place(one) for peer, one in run.volunteers.items()})
     assert all(survey.standing(uid).losses >= 1 for uid in run.pattern)

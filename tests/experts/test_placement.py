@@ -203,6 +203,25 @@ def test_a_copy_too_many_is_given_up_after_a_while_and_its_loss_is_not_noticed()
     assert len(world.survey.copies("ffn.7")) == 3
 
 
+def test_a_member_with_less_room_than_before_gives_up_what_others_lead() -> None:
+    world = World([place(n, room=8) for n in range(8)], pattern=ExpertPattern.parse("ffn.[0:16]"))
+    for _ in range(20):
+        world.tick()
+    held = world.places[peer(3)].parts
+    only = next(uid for uid, part in held.items() if part.role is not Role.LEADS)
+    for one in [one for one in world.places if one != peer(3) and only in world.places[one].parts]:
+        world.set_part(one, only, None)
+    num_led = world.places[peer(3)].num_led
+    world.places[peer(3)] = replace(world.places[peer(3)], files=num_led + 1, room=num_led)
+    for _ in range(3):
+        world.tick()
+    left = world.places[peer(3)].parts
+    assert only in left and len(left) == num_led + 1 < len(held)
+    for _ in range(20):
+        world.tick()
+    assert all(len(world.survey.copies(uid)) >= 2 for uid in world.pattern), "others have them"
+
+
 def test_an_old_copy_does_not_count_and_is_replaced() -> None:
     world = World([place(n, room=8) for n in range(6)], pattern=ExpertPattern.parse("ffn.7"))
     for _ in range(10):

@@ -423,6 +423,42 @@ def test_of_two_adopters_one_answers_and_all_who_return_stand_aside(seed: int) -
     assert world.agree() and not overlaps(world)
 
 
+def adoption(seed: int, lease: float, *, left: int) -> float:
+    """Seconds without a primary after this one and its members, but for `left` of them, died within half a lease."""
+    world = World(seed, 6, lease=lease, skew=0.0)
+    leader = world.begin()
+    world.run(world.random.uniform(2, 4) * lease)
+    members = [one for one in world.up if one.peer in leader.machine.members]
+    for one in members[: len(members) - left]:
+        one.kill()
+    world.run(world.random.uniform(0, lease / 2))
+    leader.kill()
+    died = world.now
+    assert world.run_until(world.is_led, 10 * lease), world.describe()
+    return world.now - died
+
+
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("lease", [LEASE, 5.0])
+@pytest.mark.parametrize("seeds", [6, pytest.param(200, marks=pytest.mark.slow)])
+def test_an_orphan_is_led_again_two_leases_after_its_primary_died(lease: float, left: int, seeds: int) -> None:
+    took = sorted(adoption(seed, lease, left=left) for seed in range(seeds))
+    assert took[int(0.99 * seeds)] <= 2 * lease, took
+    assert took[0] >= 1.5 * lease, "its members come first, and whoever stood still for a moment"
+
+
+def test_a_member_that_could_not_lead_keeps_nobody_from_adopting_the_expert() -> None:
+    world = World(3, 6)
+    leader = world.begin()
+    world.run(2 * LEASE)
+    first, second = (one for one in world.up if one.peer in leader.machine.members)
+    second.machine.may.lead = False
+    first.kill()
+    leader.kill()
+    assert world.run_until(world.is_led, 3 * LEASE), world.describe()
+    assert second not in world.leaders and world.run_until(world.agree, 3 * LEASE)
+
+
 # -- 11, 12. the owner, and signatures --------------------------------------------------------------------------------
 
 

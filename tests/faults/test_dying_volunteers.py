@@ -25,8 +25,10 @@ class Watch:
 
     num_experts: int
     led_at: dict[str, float] = field(default_factory=dict)
-    longest: float = 0.0
-    """Seconds for which any expert was led by nobody."""
+    gaps: list[tuple[float, str]] = field(default_factory=list)
+    """Seconds for which an expert was led by nobody, where it was more than one."""
+    stood_still: float = 0.0
+    """Seconds between two looks, at most: so long the whole process did something else."""
     doubles: int = 0
     """Looks at which two would take a step."""
     acknowledged: defaultdict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -42,7 +44,8 @@ class Watch:
             self.doubles += len(leading) > 1
             if not leading:
                 continue
-            self.longest = max(self.longest, now - self.led_at.get(uid, now))
+            if (gap := now - self.led_at.get(uid, now)) > 1.0:
+                self.gaps.append((round(gap, 1), uid))
             self.led_at[uid] = now
             epoch, version = leading[0].keeper.tenures.tenure(uid).epoch, leading[0].version(uid)
             if epoch != self.epochs.get(uid, epoch):
@@ -54,8 +57,14 @@ class Watch:
     async def run(self, members: list[Member]) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self.look(members, loop.time())
+            before = loop.time()
+            self.look(members, before)
             await asyncio.sleep(0.1)
+            self.stood_still = max(self.stood_still, loop.time() - before - 0.1)
+
+    @property
+    def longest(self) -> float:
+        return max((gap for gap, _ in self.gaps), default=0.0)
 
 
 async def train(trainer: ta.TesseractNode, watch: Watch, members: list[Member], random: Random) -> None:
@@ -102,6 +111,11 @@ async def churn(num_servers: int, per_server: int, seconds: float, *, lease: flo
 
         await until(is_ready, 240)
         trainer = await stack.enter_async_context(joined(run, 5000, addresses))
+
+        async def clean_up(one: Member) -> None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(stacks.pop(one).aclose(), 10.0)
+
         tasks = [asyncio.create_task(watch.run(members)), asyncio.create_task(train(trainer, watch, members, random))]
         began, number = loop.time(), 100
         try:
@@ -110,8 +124,7 @@ async def churn(num_servers: int, per_server: int, seconds: float, *, lease: flo
                 victim = random.choice(members)
                 members.remove(victim)
                 await victim.kill()
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(stacks.pop(victim).aclose(), 5.0)
+                tasks.append(asyncio.create_task(clean_up(victim)))
                 number += 1
                 await start(number)
             await until(lambda: all(one.leader is not None for one in standings(members, num_experts)), 6 * lease)

@@ -1,7 +1,9 @@
 """Saved experts: collected over two real nodes, loaded without any."""
 
 import asyncio
+import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,25 +15,32 @@ import safetensors.torch
 import torch
 
 import tesseract_async as ta
+from tesseract_async.client.experience import experience_of
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import CheckpointError, ExpertNotFound
-from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
-from tesseract_async.experts.placement import Part, Place, Role
+from tesseract_async.errors import CheckpointError, ExpertNotFound, Overloaded, TooStale
+from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.placement import Part, Place
+from tesseract_async.experts.placement import Role as PlaceRole
 from tesseract_async.experts.places import encode_place, places_key
 from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
+from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, sign_seal, sign_term
 from tesseract_async.runtime.structure import describe_module
+from tesseract_async.saving import saver
 from tesseract_async.saving.folder import load_experts, open_folder_or_make
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
 from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.run_experts import build_run_backend, complete
-from tesseract_async.server.state_files import SealedFiles
+from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
-from tesseract_async.wire.messages import STATE
+from tesseract_async.wire import messages
+from tesseract_async.wire.messages import STATE, TENURE
 
 ALICE = ta.Identity.from_seed(bytes(32))
 UIDS = ("ffn.0.0", "ffn.1.1")
+EPOCH = int(time.time()) - EPOCH_ZERO - 60
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +148,160 @@ async def test_a_dead_server_is_passed_over_and_what_nobody_gives_is_told(
     assert list(load_experts(tmp_path)) == ["ffn.0.0"]
 
 
-async def join(node: ta.TesseractNode, run: SignedRun) -> None:
+async def test_a_busy_server_is_asked_again(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
+    busy = [1, 2]
+
+    async def answer(call: IncomingCall) -> Message:
+        if busy:
+            busy.pop()
+            raise Overloaded("later", retry_after=0.0)
+        return await swarm.answer(call)
+
+    swarm.host.unhost_expert("ffn.0.0")
+    swarm.host.host_expert("ffn.0.0", {STATE: answer})
+    report = await save(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
+    assert report.taken == {"ffn.0.0": 0} and not busy
+
+
+async def test_a_state_that_is_older_than_what_was_answered_is_not_taken(
+    swarm: Swarm, run: SignedRun, tmp_path: Path
+) -> None:
+    peer = swarm.host.peer_address
+    experience_of(swarm.guest).lineages.take(ExpertReplica("ffn.0.0", peer, 1, math.inf, primary=True), 0, 3)
+    for version in range(3):
+        report = await save(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
+        assert isinstance(report.failed["ffn.0.0"], TooStale) and not report.taken
+        assert "version " + str(version) in str(report.failed["ffn.0.0"])
+        swarm.train("ffn.0.0")
+    report = await save(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
+    assert report.taken == {"ffn.0.0": 3}
+
+
+async def test_a_state_that_is_far_larger_than_others_is_not_fetched(
+    swarm: Swarm, run: SignedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "SLACK_BYTES", 0)
+    num_asked = 0
+
+    async def lie(call: IncomingCall) -> Message:
+        nonlocal num_asked
+        num_asked += 1
+        reply = messages.StateReply(1, bytes(32), 1 << 31, 0)
+        return Message(messages.encode(reply), (memoryview(bytes(1 << 15)),))
+
+    swarm.host.host_expert("ffn.0.1", {STATE: lie})
+    report = await save(swarm.guest, run, swarm.origins(*UIDS, "ffn.0.1"), tmp_path)
+    assert sorted(report.taken) == sorted(UIDS) and num_asked == 1
+    assert "2147483648 bytes, many times larger" in str(report.failed["ffn.0.1"])
+
+
+async def test_a_pause_does_not_wait_for_a_slow_server(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
+    go_on = asyncio.Event()
+
+    async def answer(call: IncomingCall) -> Message:
+        await go_on.wait()
+        return await swarm.answer(call)
+
+    swarm.host.unhost_expert("ffn.0.0")
+    swarm.host.host_expert("ffn.0.0", {STATE: answer})
+    store = open_folder_or_make(tmp_path)
+    async with SavePoint(swarm.guest, swarm.origins(*UIDS)) as point:
+        await point.mark(within=0.2)
+        go_on.set()
+        report = await point.fetch(store)
+    assert "ffn.0.0" in report.late and sorted(report.taken) == sorted(UIDS)
+
+
+async def join(node: ta.TesseractNode, run: SignedRun, *, roles: tuple[Role, ...] = ("host", "train")) -> None:
     now = int(time.time())
     assert run.tag is not None
     run_id = run.tag.run_id(run.manifest.prefix)
-    grant = sign_grant(ALICE, run_id, node.peer_id, ("host", "train"), serial=now, not_after=now + GRANT_SECONDS)
+    grant = sign_grant(ALICE, run_id, node.peer_id, roles, serial=now, not_after=now + GRANT_SECONDS)
     await node.join_run(run, grant=grant_text(grant))
+
+
+class Held:
+    """Files that `node` keeps, as if `primary` had sealed them and were gone."""
+
+    def __init__(self, run: SignedRun, primary: ta.Identity, node: ta.TesseractNode, folder: Path) -> None:
+        assert run.tag is not None
+        self.run_id, self.primary, self.node = run.tag.run_id("ffn"), primary, node
+        self.files, self.version = SealedFiles(folder), 0
+        self.seals: dict[str, tuple[Term, Seal]] = {}
+        self.source = StateSource(self.aside)
+        self.source.find_sealed = self.find
+
+    async def aside(self, work: Any) -> Any:
+        return work()
+
+    def find(self, uid: str, root: bytes) -> SealedFile | None:
+        return self.files.find(uid, root)
+
+    def keep(self, uid: str, state: dict[str, Any], *, number: int = 1, signer: ta.Identity | None = None) -> None:
+        file, epoch = self.files.keep(uid, encode(state)), EPOCH
+        term = sign_term(self.primary, self.run_id, uid=uid, epoch=epoch, boot=bytes(8), kind=Kind.GENESIS)
+        seal = sign_seal(
+            signer or self.primary,
+            self.run_id,
+            term=term,
+            number=number,
+            version=state["version"],
+            root=file.root,
+            size=file.size,
+            time=epoch + 1,
+            successors=[],
+        )
+        self.seals[uid] = term, seal
+        self.node.host_expert(uid, {STATE: self.send, TENURE: self.show})
+
+    async def send(self, call: IncomingCall) -> Message:
+        uid = call.body[0]
+        file = self.files.find(uid, self.seals[uid][1].root)
+        assert file is not None
+        return await self.source.answer(SealedState(uid, 0, file, self.aside), call)
+
+    async def show(self, call: IncomingCall) -> Message:
+        term, seal = self.seals[call.body[0]]
+        return Message(messages.encode(messages.TenureReply(False, list(seal.age), [term.blob, seal.blob])))
+
+    def origin(self, number: int = 1, *, epoch: int = 7) -> Origin:
+        return Origin(self.node.peer_address, "holder", (epoch, number))
+
+
+def trained(run: SignedRun, uid: str, steps: int = 1) -> Any:
+    backend = build_run_backend(run.manifest, uid)
+    for _ in range(steps):
+        _, gradients = backend.gradients([torch.ones(1, 8)], [torch.ones(1, 8)])
+        backend.step(gradients)
+    return backend
+
+
+async def test_what_holders_give_is_the_newest_that_a_primary_signed_whatever_some_of_them_say(
+    run: SignedRun, tmp_path: Path
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(ta.TesseractNode()) for _ in range(5)]
+        for node in nodes[:4]:
+            await join(node, run)
+        await join(nodes[4], run, roles=("train",))
+        primary, guest = nodes[0].identity, nodes[4]
+        for node in nodes[:4]:
+            guest.trust.introduced(node.peer_id, [node.trust.own_grant("ffn")])
+        honest, old, swapped, liar = (Held(run, primary, one, tmp_path / str(n)) for n, one in enumerate(nodes[:4]))
+        newest, garbage = trained(run, "ffn.0.0", 3), trained(run, "ffn.0.0", 9)
+        old.keep("ffn.0.0", trained(run, "ffn.0.0").state(), number=1)
+        honest.keep("ffn.0.0", newest.state(), number=2)
+        swapped.keep("ffn.0.0", newest.state(), number=2)
+        swapped.source.find_sealed = lambda uid, root: swapped.files.keep(uid, encode(garbage.state()))
+        liar.keep("ffn.0.0", garbage.state(), number=2**31, signer=liar.node.identity)
+        origins = [liar.origin(2**31), swapped.origin(2), old.origin(2**20), honest.origin(2)]
+        report = await save(guest, run, {"ffn.0.0": origins}, tmp_path / "out", timeout=10.0)
+        assert report.taken == {"ffn.0.0": 3} and not report.failed
+        with torch.no_grad():
+            found = load_experts(tmp_path / "out")["ffn.0.0"](torch.ones(1, 8))
+            assert torch.equal(found, newest.forward([torch.ones(1, 8)])[0])
+        report = await save(guest, run, {"ffn.0.0": origins[:1]}, tmp_path / "alone", timeout=10.0)
+        assert "nobody shows a state" in str(report.failed["ffn.0.0"])
 
 
 async def test_without_a_server_that_leads_followers_and_holders_give_what_they_have(
@@ -153,20 +310,15 @@ async def test_without_a_server_that_leads_followers_and_holders_give_what_they_
     async with ta.TesseractNode() as host, ta.TesseractNode(initial_peers=[host.address]) as guest:
         for node in (host, guest):
             await join(node, run)
-        swarm, files = Swarm(host, guest, run), SealedFiles(tmp_path / "files")
-        held = build_run_backend(run.manifest, "ffn.0.1")
-        _, gradients = held.gradients([torch.ones(1, 8)], [torch.ones(1, 8)])
-        held.step(gradients)
-        file = files.keep("ffn.0.1", encode(held.state()))
-
-        async def send_held(call: IncomingCall) -> Message:
-            return await swarm.source.answer(SealedState("ffn.0.1", 1, file, swarm.aside), call)
-
-        host.host_expert("ffn.0.1", {STATE: send_held})
+        swarm, files = Swarm(host, guest, run), Held(run, host.identity, host, tmp_path / "files")
+        held = trained(run, "ffn.0.1")
+        host.unhost_expert("ffn.0.0")
+        files.keep("ffn.0.0", swarm.backends["ffn.0.0"].state())
+        files.keep("ffn.0.1", held.state())
         publisher = ExpertPublisher(host.network, addresses=[host.address], trust=host.trust)
         await publisher.declare({"ffn.0.0": False, "ffn.1.1": True})
-        parts = {"ffn.0.0": Part(Role.FOLLOWS, 7, 2, 0), "ffn.0.1": Part(Role.HOLDS, 7, 3, 1)}
-        place = Place(host.peer_id, 4, 4, 1.0, frozenset(), 0.0, 0.0, parts | {"ffn.1.0": Part(Role.HOLDS)})
+        parts = {"ffn.0.0": Part(PlaceRole.FOLLOWS, 7, 2, 0), "ffn.0.1": Part(PlaceRole.HOLDS, 7, 3, 1)}
+        place = Place(host.peer_id, 4, 4, 1.0, frozenset(), 0.0, 0.0, parts | {"ffn.1.0": Part(PlaceRole.HOLDS)})
         assert run.tag is not None
         key, grant = places_key("ffn", run.tag), host.trust.own_grant("ffn")
         encoded = encode_place(place, prefix="ffn", tag=run.tag, grant=grant, addresses=[host.address])

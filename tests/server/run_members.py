@@ -61,8 +61,14 @@ class Member:
         return -1 if held is None else held.version
 
     async def kill(self) -> None:
-        """As by SIGKILL: connections and tasks end, nothing is said."""
-        self.node.network.mute()
+        """As by SIGKILL: its sockets are gone, nothing is said, and no task goes on."""
+        driver = self.node.network._driver
+        assert driver is not None and driver._transport is not None
+        driver._transport.abort()
+        for connection in self.node.endpoint.pool.connections():
+            for channel in connection._channels:
+                if channel is not None:
+                    channel.abort()
         await self.node.endpoint.aclose()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.1):
@@ -86,7 +92,14 @@ async def joined(run: SignedRun, number: int, seeds: list[str]) -> AsyncIterator
 
 @contextlib.asynccontextmanager
 async def member(
-    run: SignedRun, number: int, seeds: list[str], *, room: int = 4, files: int = 16, folder: Path | None = None
+    run: SignedRun,
+    number: int,
+    seeds: list[str],
+    *,
+    room: int = 4,
+    files: int = 16,
+    folder: Path | None = None,
+    build: Callable[[str], ta.ExpertBackend] = build,
 ) -> AsyncIterator[Member]:
     async with joined(run, number, seeds) as node:
         server = ta.TesseractServer(node, {}, checkpoint_dir=folder, publisher_settings=PUBLISHER)

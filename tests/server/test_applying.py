@@ -170,9 +170,10 @@ class Reply:
         replied, place = self.replied, 0
         sums = wire.unpack_tensors(part.tensors, buffers)
         rows = torch.from_numpy(self.request.rows_of(part.experts)).long()
+        scales = self.request.scales_of(part.experts)
         for one in sums:
             assert one is not None and one.dtype == torch.float32 and len(one) == len(rows)
-            replied.total.index_add_(0, rows, one)
+            replied.total.index_add_(0, rows, one if scales is None else one * torch.from_numpy(scales)[:, None])
         for expert, version in zip(part.experts.tolist(), part.versions.tolist(), strict=True):
             assert uids[expert] not in replied.versions
             replied.versions[uids[expert]] = version
@@ -252,6 +253,18 @@ async def test_it_equals_the_same_mixture_in_torch(node: ServingNode, server: Te
             torch.testing.assert_close(
                 server.experts[uid].module.state_dict(), module.state_dict(), atol=1e-6, rtol=1e-6
             )
+
+
+@pytest.mark.parametrize("codec", ["uint8", "int4_blockwise", "fp16"])
+async def test_a_row_of_tiny_weights_keeps_its_digits_in_every_codec(
+    node: ServingNode, server: TesseractServer, codec: str
+) -> None:
+    wave = Wave(pairs={"ffn.0": {0: 1.0, 1: 1e-12, 2: 0.0}, "ffn.1": {1: -3e-13, 3: 2e9}})
+    weights = weights_of(wave)
+    expected = by_hand({uid: one.module for uid, one in server.experts.items()}, wave, wave.x, weights).detach()
+    replied = await forward(node, wave, reply_codec=codec)
+    scales = torch.tensor([1.0, 1e-12, 1.0, 2e9, 1.0])[:, None]
+    assert float(((replied.total - expected) / scales).abs().max()) < 0.15
 
 
 async def test_a_replayed_backward_steps_once_and_has_the_same_answer(

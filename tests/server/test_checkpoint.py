@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tesseract_async import ExpertBackend, TensorSpec
 from tesseract_async.errors import CheckpointError
 from tesseract_async.server import checkpoint
 from tesseract_async.server.state_files import CheckpointStore
@@ -85,3 +86,24 @@ def test_a_strangers_header_makes_no_more_than_a_journal_does() -> None:
     whole = b"".join(checkpoint.encode({"version": 1, "applied": applied}))
     state = checkpoint.decode(whole, max_values=checkpoint.MAX_HEADER_VALUES)
     assert len(state["applied"]["versions"]) == 65536
+
+
+@pytest.mark.parametrize(("since", "least"), [(10**6, 0), (900, 100), (-1, 1000)])
+def test_a_sealed_journal_has_the_calls_of_the_last_minutes_and_else_a_small_part_of_the_file(
+    since: int, least: int
+) -> None:
+    backend = ExpertBackend(torch.nn.Linear(50, 50), args_schema=(TensorSpec((50,)),))
+    keys = [number.to_bytes(16, "big") for number in range(1000)]
+    for number, key in enumerate(keys, 1):
+        backend.applied[key] = number
+    backend.num_bare = 990
+    whole = backend.state()
+    sealed = checkpoint.with_recent_journal(whole, since=since)
+    backend.load_state(sealed)
+    num = len(backend.applied)
+    assert num >= least and list(backend.applied.items()) == list(zip(keys, range(1, 1001), strict=True))[-num:]
+    assert backend.num_bare == max(0, num - 10) and len(whole["applied"]["versions"]) == 1000
+    if not least:
+        rest = len(b"".join(checkpoint.encode({**sealed, "applied": {}})))
+        assert 0 < 24 * num <= 0.05 * (rest + 24 * num)
+    assert checkpoint.with_recent_journal(sealed, since=since)["applied"] is sealed["applied"]

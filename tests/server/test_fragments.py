@@ -34,6 +34,7 @@ from tesseract_async.sharing.fragment import NEWCOMERS, Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.sharing.rounds import Rounds, judge
+from tesseract_async.sharing.samples import Ledger, Report
 from tesseract_async.wire import messages
 
 MANIFEST = SharedManifest(Layout.of(nn.Linear(16, 40)), Outer())
@@ -51,8 +52,16 @@ def pushed(backend: FragmentBackend, seed: int, peer: PeerID = PEERS[0]) -> byte
     copy = Copy(backend.fragment.cut, MANIFEST.outer, backend.fragment.anchor, version=backend.version)
     call_id, rounds = seed.to_bytes(16, "big"), Rounds(backend.version, max_steps=100)
     rounds.add(judge(peer, call_id, 3, copy.push(values), backend.fragment.cut, MANIFEST.outer), backend.version, 0.0)
-    backend.close_round(rounds, rounds.close())
+    backend.close_round(rounds, rounds.close(), ledger(seed).encode())
     return call_id
+
+
+def ledger(seed: int) -> Ledger:
+    """One in which some samples are done."""
+    made = Ledger()
+    done = [(0, 0, seed + 1)]
+    made.report((PEERS[0], bytes(16)), 1, Report(0, 1000, 0, (), done, ()), 0.0)
+    return made
 
 
 def through_a_file(backend: FragmentBackend) -> StateDict:
@@ -69,6 +78,7 @@ def test_a_state_goes_through_a_file(num_rounds: int) -> None:
     for one in (other.fragment, read_fragment(MANIFEST.part(0), state["module"], num_rounds)[0]):
         assert one.root == backend.fragment.root and one.updates == backend.fragment.updates
         assert one.before == backend.fragment.before
+    assert other.samples == backend.samples == (ledger(num_rounds - 1).encode() if num_rounds else b"")
     few = {name: state["module"][name] for name in NEWCOMERS}
     assert read_fragment(MANIFEST.part(0), few, num_rounds)[0].root == backend.fragment.root
     assert read_manifest(state["module"]).data == MANIFEST.data
@@ -109,6 +119,8 @@ def test_states_that_lie_are_refused() -> None:
     lie(lambda tensors: tensors.update(counts=torch.tensor([3, 9])))
     lie(lambda tensors: tensors.update(roots=tensors["roots"][:4]))
     lie(lambda tensors: tensors.update(momentum=torch.full_like(tensors["anchor"], torch.nan)))
+    lie(lambda tensors: tensors.update(samples=torch.full_like(tensors["samples"], 7)))
+    lie(lambda tensors: tensors.__delitem__("samples"))
     lie(lambda tensors: tensors.update(manifest=tensors["manifest"][:-1]))
     lie(lambda tensors: None, version=2)
     lie(lambda tensors: None, number=1)

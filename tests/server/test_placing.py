@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import tesseract_async as ta
-from tests.server.run_members import joined, make_run, member, standings, until
+from tesseract_async.experts.placement import Part, Place, Role, Survey
+from tesseract_async.experts.places import encode_place, places_key
+from tests.server.run_members import Member, joined, make_run, member, standings, until
 
 X = torch.ones(2, 4)
 
@@ -75,6 +77,33 @@ async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor()
         await first.kill()
         heir = await stack.enter_async_context(member(run, 3, [holder.node.address], room=1))
         await until(lambda: heir.leads("ffn.0") and heir.version("ffn.0") == 3)
+
+
+async def test_who_only_says_that_it_leads_in_the_newest_epoch_makes_no_copy_look_old() -> None:
+    run = make_run(1, num_replicas=1)
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(member(run, 1, [], room=1))
+        second = await stack.enter_async_context(member(run, 2, [first.node.address], room=1))
+        await until(lambda: standings([first, second], 1)[0].losses == 1)
+        leader, follower = (first, second) if first.leads("ffn.0") else (second, first)
+        liar = await stack.enter_async_context(joined(run, 66, [first.node.address]))
+        epoch = leader.keeper.tenures.tenure("ffn.0").epoch
+        authority = liar.trust.authority("ffn")
+        assert authority is not None
+        parts = encode_place(
+            Place(liar.peer_id, 4, 16, parts={"ffn.0": Part(Role.LEADS, epoch + 50, 2**31)}),
+            prefix="ffn",
+            tag=authority.tag,
+            grant=liar.trust.own_grant("ffn"),
+            addresses=[liar.address],
+        )
+        await liar.network.store(places_key("ffn", authority.tag), parts[0], ttl=60.0, subkey="0")
+
+        def is_right(one: Member) -> bool:
+            standing = Survey(one.placing.places).standing("ffn.0")
+            return liar.peer_id in one.placing.places and standing[::4] == (leader.node.peer_id, 1)
+
+        await until(lambda: is_right(leader) and is_right(follower), 20)
 
 
 async def test_a_newcomer_gets_the_state_although_the_seal_in_the_network_is_an_old_one() -> None:

@@ -2,9 +2,6 @@
 
 aiortc queues what is sent without bound, and delivers what it receives whether wanted or not. So each side says how
 many bytes the other one may still send.
-
-Binary messages carry the stream's bytes. Text messages steer it: ``w<number>`` allows so many further bytes, and ``f``
-says that no more bytes follow.
 """
 
 from collections import deque
