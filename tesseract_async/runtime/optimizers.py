@@ -199,7 +199,9 @@ def _step_fused(groups: Sequence[Mapping[str, Any]], optimizers: Sequence[torch.
         for group, memories in due:
             (beta1, beta2), steps = group["betas"], [memory["step"] for memory in memories]
             torch._foreach_add_(steps, 1)
-            step = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+            # the option came after PyTorch 2.4
+            is_decoupled = group.get("decoupled_weight_decay", type(optimizers[0]) is torch.optim.AdamW)
+            step = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
             step(
                 group["params"],
                 [x.grad for x in group["params"]],
