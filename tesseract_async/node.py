@@ -27,9 +27,10 @@ from tesseract_async.errors import (
     UnknownMethod,
     describe,
 )
-from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.directory import ExpertDirectory
 from tesseract_async.experts.grants import Role
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.experts.thanks import Thanks

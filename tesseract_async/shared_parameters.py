@@ -547,10 +547,17 @@ class SharedParameters(Uncopied, Generic[M]):
         self, part: _Part, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
     ) -> None:
         """Ask until there is an answer: always under the same id, so that a push counts once."""
+        sends = True
         while True:
             try:
-                message = await self._pieces.ask(part.uid, method, request, data)
+                sent, sends = data if sends else b"", False  # who has it answers without it
+                message = await self._pieces.ask(part.uid, method, request, sent)
                 reply = messages.decode(messages.UpdatesReply, message.body)
+                if method == messages.PUSH and reply.known and not reply.counted:
+                    if sent:
+                        raise ProtocolError("a push was answered, but not counted")
+                    sends = True
+                    continue
                 if reply.known:
                     updates = read_updates(request.version, reply, message.buffers)
                     arrived = _Arrived(reply.epoch, reply.steps, updates, counted=reply.counted)

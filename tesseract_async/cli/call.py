@@ -27,7 +27,7 @@ async def command(*, uid: str, visit: Visit, run_name: str | None, rows: int, re
         import torch
 
         from tesseract_async.client.expert_rpc import ExpertSchema, fetch_info
-        from tesseract_async.experts import split_uid
+        from tesseract_async.experts.manifest import split_uid
         from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
     split_uid(uid)  # reports a malformed one before joining

@@ -28,7 +28,7 @@ from tesseract_async.cli.types import (
     THREADS,
     TURN_SERVER,
 )
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
 from tesseract_async.nat.stun_client import TurnServer

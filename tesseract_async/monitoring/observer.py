@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
-from tesseract_async.experts import ExpertPattern, GridView, split_uid
+from tesseract_async.experts.grid import GridView
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Survey
 from tesseract_async.experts.progress import MERGED, Progress, progress_key, read_progress

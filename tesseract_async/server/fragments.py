@@ -335,6 +335,8 @@ class FragmentCalls:
             if waiting is None and backend.led_to(key, request.call_id) is None:
                 if backend.fragment.since(request.version, request.root) is None:
                     return _updates(hosted, request, counted=False)
+                if not call.buffers:  # it asks what became of a push
+                    return _updates(hosted, request, counted=False)
                 if len(call.buffers) != 1:
                     raise ProtocolError("a push holds one difference")
                 waiting = self._wait(one, key, call)

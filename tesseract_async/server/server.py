@@ -14,7 +14,7 @@ import torch
 from tesseract_async.endpoint.call_table import CallHandler
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, Overloaded, TesseractError, describe
-from tesseract_async.experts import ExpertPublisher, PublisherSettings
+from tesseract_async.experts.publisher import ExpertPublisher, PublisherSettings
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime

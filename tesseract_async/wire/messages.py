@@ -215,7 +215,8 @@ class RestoreReply(NamedTuple):
 
 class PushRequest(NamedTuple):
     """A trainer's difference from a base, the state of a fragment that it began at. The answer comes when the round
-    that counts it has closed."""
+    that counts it has closed. Repeated without the difference, it asks what became of it: if it is not here, the answer
+    is that it is not counted although its base is known, and the difference is sent again."""
 
     uid: str
     call_id: bytes

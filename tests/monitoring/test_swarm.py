@@ -16,7 +16,7 @@ from rich.console import Console
 import tesseract_async as ta
 from tesseract_async.cli import swarm_picture as picture
 from tesseract_async.errors import PeerUnreachable
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
 from tesseract_async.monitoring.observer import SHOW_DEAD_FOR

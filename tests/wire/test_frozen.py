@@ -1,7 +1,5 @@
 """The wire of 0.2.0 is frozen: its bytes stay what they are, and the page that specifies it says what the code does."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
