@@ -47,6 +47,7 @@ from tesseract_async.transport.base import PeerAddress, ip_version, is_loopback,
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.apply import APPLY
+from tesseract_async.wire.frames import Buffer
 from tesseract_async.wire.messages import (
     BACKWARD,
     FORWARD,
@@ -510,13 +511,13 @@ class TesseractNode(Uncopied):
         self,
         peer: PeerAddress,
         method: str,
-        body: Any = None,
-        buffers: Sequence[Any] = (),
+        body: object = None,
+        buffers: Sequence[Buffer] = (),
         *,
         timeout: float,
         idempotent: bool = False,
         priority: int = 0,
-    ) -> Coroutine[Any, Any, Message]:
+    ) -> Coroutine[object, object, Message]:
         """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler. Await it.
 
         It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
@@ -532,7 +533,9 @@ class TesseractNode(Uncopied):
             peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
         )
 
-    async def _call_own(self, method: str, body: Any, buffers: Sequence[Any], timeout: float, priority: int) -> Message:
+    async def _call_own(
+        self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int
+    ) -> Message:
         call = self._own_call(method, body, buffers, timeout, priority)
         async with asyncio.timeout(timeout):
             with _as_by_the_network(method):
@@ -542,8 +545,8 @@ class TesseractNode(Uncopied):
         self,
         peer: PeerAddress,
         uids: Sequence[str],
-        body: Any,
-        buffers: Sequence[Any],
+        body: object,
+        buffers: Sequence[Buffer],
         *,
         timeout: float,
         priority: int = 0,
@@ -578,7 +581,9 @@ class TesseractNode(Uncopied):
                 refusal = NotAllowed(f"it may not host {uid}: nothing is sent there")
                 raise PeerUnreachable(peer.short, {"policy": refusal})
 
-    def _own_call(self, method: str, body: Any, buffers: Sequence[Any], timeout: float, priority: int) -> IncomingCall:
+    def _own_call(
+        self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int
+    ) -> IncomingCall:
         """A call of this node to itself, with copies, as the network would make: neither side may see the other's later
         changes."""
         check_priority(priority)  # as the endpoint does

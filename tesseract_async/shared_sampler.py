@@ -1,7 +1,5 @@
 """SharedSampler: trainers that share a model go through a dataset together. The driver of `sharing.samples.Share`."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading

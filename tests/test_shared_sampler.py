@@ -1,7 +1,5 @@
 """Trainers that go through one dataset together, on real nodes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections import Counter

@@ -1,7 +1,5 @@
 """Experts whose sizes vary from call to call, and whose arguments may be absent: over real nodes."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any

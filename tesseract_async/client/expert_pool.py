@@ -222,15 +222,14 @@ class ExpertPool(nn.Module):
     ) -> Structure:
         mode, settings = arguments.mode, self._settings
         candidates = await self._candidates()
-        hosted = [expert for expert, _ in pairs if candidates.replicas_of(expert)]
-        if pairs and not hosted:
+        if pairs and not any(candidates.replicas_of(expert) for expert, _ in pairs):
             uids = [candidates.uid(expert) for expert, _ in pairs]
             errors = {uid: ExpertNotFound(f"no live server hosts the expert {uid}") for uid in uids}
             raise NotEnoughExperts(None, len(values), errors)
         schema = self._schemas.known
         if schema is None:
             is_hosted = torch.zeros(1, self.num_experts, device="cpu")
-            is_hosted[0, hosted] = 1.0
+            is_hosted[0, [expert for expert, _ in pairs if candidates.replicas_of(expert)]] = 1.0
             schema = await self._schemas.schema(candidates, is_hosted, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(

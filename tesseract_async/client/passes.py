@@ -4,8 +4,6 @@ A `Pass` is one direction. It sends what the machine says, one `expert.apply` to
 replies say. What travels, and what becomes of the sums, is the business of its subclasses in `mixture`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Coroutine, Hashable, Sequence
@@ -60,7 +58,7 @@ class Block:
     """Names the block, as long as its server keeps it."""
 
     @classmethod
-    def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> Block:
+    def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> "Block":
         """The block of these calls for a batch of `num_rows`; the weights are for the caller to set."""
         experts = np.array([call.expert for call in calls], dtype=np.int64)
         coords = candidates.grid.coords_ND[experts]

@@ -1,7 +1,5 @@
 """`RemoteExpert`: a module that lives on somebody else's computer."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -95,7 +93,7 @@ class RemoteExpert(nn.Module):
         codec: str | Mapping[str, str] | None = None,
         max_staleness: int | None = None,
         audit_share: float | None = None,
-    ) -> RemoteExpert:
+    ) -> "RemoteExpert":
         """The same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
 
         `timeout`: seconds for one call, forward or backward. `priority`: -1, 0 or 1; higher goes first at the server.

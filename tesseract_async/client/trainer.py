@@ -1,7 +1,5 @@
 """`AsyncTrainer`: many training steps in flight over one set of local parameters."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import copy
@@ -375,7 +373,7 @@ class AsyncTrainer(Generic[M]):
         await backward(loss * scale, scaler=Scaled(float(scale)))
         return float(scale)
 
-    def _commit(self, replica: _ModelCopy[M], scale: float, loss: torch.Tensor) -> None:
+    def _commit(self, replica: "_ModelCopy[M]", scale: float, loss: torch.Tensor) -> None:
         """Moves the gradients to the master and takes the step."""
         scaler = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
         try:

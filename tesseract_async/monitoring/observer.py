@@ -1,7 +1,5 @@
 """SwarmObserver: servers and their experts, what they compute, and who joined, left and failed."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -125,7 +123,7 @@ class SwarmObserver:
         self._changed = asyncio.Event()
         self.num_looks = 0
 
-    async def __aenter__(self) -> SwarmObserver:
+    async def __aenter__(self) -> "SwarmObserver":
         self._task = asyncio.create_task(self._run(), name="monitoring: observe")
         return self
 

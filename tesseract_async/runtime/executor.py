@@ -11,8 +11,6 @@ that are not finite, the expert's last good state is loaded, journal included, a
 happened.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging
@@ -69,7 +67,7 @@ class Attempt:
     scales: torch.Tensor | None = None
     """By which each row's gradients were weakened, as they are stale."""
     error: BaseException | None = None
-    downloads: list[Download] = field(default_factory=list)
+    downloads: "list[Download]" = field(default_factory=list)
     """Results of each attempt without an error that this one came to."""
     outcomes: Outcomes = field(default_factory=dict)
     """The errors of the requests that failed."""

@@ -5,8 +5,6 @@ microseconds; so the thread never waits for the loop to hand it the next batch, 
 batch wakes the loop once, for all of its requests. Everything that touches a module runs on the thread.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -540,7 +538,7 @@ class TesseractRuntime(Uncopied):
             with contextlib.suppress(Empty):
                 self._bell.get(timeout=None if timer_at is None else max(timer_at - now, 0))
 
-    def _finish(self, executor: Executor, computed: _Pass) -> None:
+    def _finish(self, executor: Executor, computed: "_Pass") -> None:
         batches, trial = computed.batches, computed.trial
         if computed.attempt is not None:
             outcomes = executor.outcomes(computed.attempt)

@@ -9,11 +9,11 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, describe
@@ -23,6 +23,7 @@ from tesseract_async.files import write_whole
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import EncodedState, check_state, encode
+from tesseract_async.server.fetching import Aside
 from tesseract_async.server.state_files import SealedFile
 from tesseract_async.sharing.fragment import NEWCOMERS
 from tesseract_async.transport.throttle import Leftover, Throttle
@@ -67,7 +68,7 @@ class SealedState:
     uid: str
     version: int
     file: SealedFile
-    aside: Callable[[Callable[[], Any]], Awaitable[Any]]
+    aside: Aside
 
     async def snapshot(self) -> StateDict:
         """Return the state. Raises: ProtocolError if its primary sealed something else; OSError."""
@@ -100,7 +101,7 @@ class StateSource:
 
     def __init__(
         self,
-        aside: Callable[[Callable[[], Any]], Awaitable[Any]],
+        aside: Aside,
         *,
         max_bytes: int = MAX_COPIES_BYTES,
         reuse: float = REUSE_SECONDS,

@@ -5,8 +5,6 @@ trainer says all that it holds; so a reply that was lost costs nothing, and afte
 knows what was done when the last round closed, learns the rest from the trainers before it hands out more.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
