@@ -126,7 +126,13 @@ def take_step(
     """
     try:
         _give(parameters, gradients, max_norm)
-        optimizer.step()
+        given = [
+            group | {"params": [x for x in group["params"] if x.grad is not None]} for group in optimizer.param_groups
+        ]
+        if rule_of(optimizer) is None or not _step_fused(given, [optimizer]):
+            optimizer.step()
+        else:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
     finally:
         for parameter in parameters:  # PyTorch's `zero_grad` does this in four times the time
             parameter.grad = None
