@@ -217,6 +217,8 @@ class Pass:
         self._grouping.ended(request, error, loop.time())
 
     async def _exchange(self, request: Request, timeout: float) -> None:
+        if not request.open:  # others answered between the decision to ask and this task's first turn
+            return
         block, asked, tensors = await self.pack(request)
         if not request.open:
             return
