@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from tesseract_async.admission import Policy, Quota
-from tesseract_async.cli.options import grouped, section, several_option
+from tesseract_async.cli.options import grouped, several_option, with_options
 from tesseract_async.cli.types import PEER_FILE, PEERS, SECONDS, SIZE, counted
 from tesseract_async.identity import PeerID
 
@@ -47,38 +47,31 @@ def make_policy(
 access_options = grouped(
     "policy",
     make_policy,
-    section(
-        "Limits",
-        several_option(
-            "--allow",
-            type=PEERS,
-            metavar="PEER_ID",
-            help="Let only this peer call, train and store here, not everybody.",
-        ),
-        click.option(
-            "--allow-file",
-            type=PEER_FILE,
-            help="Let only the peers in this file call, train and store here, one id a line.",
-        ),
-        click.option(
-            "--peer-calls", type=click.IntRange(1), help="Answer at most this many calls of each peer in --peer-period."
-        ),
-        click.option(
-            "--peer-bytes",
-            type=SIZE,
-            help="Exchange at most this much with each peer in --peer-period, such as '1 GiB'.",
-        ),
-        click.option(
-            "--peer-concurrent", type=click.IntRange(1), help="Work on at most this many calls of each peer at once."
-        ),
-        click.option(
-            "--peer-period", type=SECONDS, default=60.0, help="Count --peer-calls and --peer-bytes over this time."
-        ),
+    "Limits",
+    several_option(
+        "--allow", type=PEERS, metavar="PEER_ID", help="Let only this peer call, train and store here, not everybody."
+    ),
+    click.option(
+        "--allow-file",
+        type=PEER_FILE,
+        help="Let only the peers in this file call, train and store here, one id a line.",
+    ),
+    click.option(
+        "--peer-calls", type=click.IntRange(1), help="Answer at most this many calls of each peer in --peer-period."
+    ),
+    click.option(
+        "--peer-bytes", type=SIZE, help="Exchange at most this much with each peer in --peer-period, such as '1 GiB'."
+    ),
+    click.option(
+        "--peer-concurrent", type=click.IntRange(1), help="Work on at most this many calls of each peer at once."
+    ),
+    click.option(
+        "--peer-period", type=SECONDS, default=60.0, help="Count --peer-calls and --peer-bytes over this time."
     ),
 )
 """For commands that answer strangers: a policy, or None, as the argument `policy`."""
 
-training_option = section(
+training_option = with_options(
     "Limits",
     several_option(
         "--allow-training",

@@ -28,7 +28,7 @@ from tesseract_async.cli.types import (
     THREADS,
     TURN_SERVER,
 )
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
 from tesseract_async.nat.stun_client import TurnServer
@@ -39,16 +39,33 @@ from tesseract_async.transport.throttle import Throttle
 Function = Callable[..., object]
 Decorator = Callable[[Function], Function]
 
+SECTIONS: Final = ("What matters first", "Experts", "Run", "Limits", "Network", "Advanced")
+FIRST: Final = SECTIONS[0]
 JOIN_TIMEOUT = 10.0
 """Seconds that a command waits for the first answer of the network."""
 
 
-def with_options(*options: Decorator) -> Decorator:
-    """Return a decorator that adds `options` to a command, in the order in which its help lists them."""
-    return lambda function: functools.reduce(lambda command, option: option(command), reversed(options), function)
+def with_options(*options: Decorator | str) -> Decorator:
+    """Return a decorator that adds `options` to a command, in the order in which its help lists them.
+
+    A text among them is one of `SECTIONS`: those that follow stand in it, if the command's help has sections.
+    """
+    title, decorators = SECTIONS[-1], list[Decorator]()
+    for one in options:
+        if isinstance(one, str):
+            title = one
+        else:
+            decorators.append(functools.partial(_add, one, title))
+    return lambda function: functools.reduce(lambda command, option: option(command), reversed(decorators), function)
 
 
-def grouped(name: str | None, make: Callable[..., object], *options: Decorator) -> Decorator:
+def _add(option: Decorator, title: str, function: Function) -> Function:
+    command = option(function)
+    vars(getattr(command, "__click_params__")[-1]).setdefault("section", title)  # noqa: B009  (click's)
+    return command
+
+
+def grouped(name: str | None, make: Callable[..., object], *options: Decorator | str) -> Decorator:
     """Return a decorator that adds `options` to a command, and calls `make` with their values when the command runs.
 
     The command gets what `make` returns as its argument `name`, in place of the values that `make` has parameters for.
@@ -74,23 +91,6 @@ def grouped(name: str | None, make: Callable[..., object], *options: Decorator) 
 def several_option(*names: str, help: str, **more: Any) -> Decorator:
     """Return a `click.option` that may be given several times, and says so."""
     return click.option(*names, multiple=True, help=f"{help.removesuffix('.')}; may be given several times.", **more)
-
-
-SECTIONS: Final = ("What matters first", "Experts", "Run", "Limits", "Network", "Advanced")
-FIRST: Final = SECTIONS[0]
-
-
-def section(title: str, *options: Decorator) -> Decorator:
-    """Return a decorator that adds `options` to a command: under this one of `SECTIONS`, if its help has sections."""
-
-    def decorate(function: Function) -> Function:
-        before = len(getattr(function, "__click_params__", ()))
-        decorated = with_options(*options)(function)
-        for option in getattr(decorated, "__click_params__")[before:]:  # noqa: B009  (click's)
-            vars(option).setdefault("section", title)
-        return decorated
-
-    return decorate
 
 
 class Sectioned(click.Command):
@@ -141,6 +141,7 @@ expert_class_option = click.option(
     "--expert-class", default="ffn", help="Use this kind of expert, ready-made or your own (module:builder)."
 )
 checkpoint_options = with_options(
+    "Experts",
     click.option(
         "--hf-checkpoint",
         type=FOLDER,
@@ -158,11 +159,7 @@ checkpoint_options = with_options(
     ),
 )
 sizes_option = several_option(
-    "--size",
-    "sizes",
-    type=PAIR,
-    metavar="NAME=NUMBER",
-    help="Set a size of the experts, such as in_features=1024.",
+    "--size", "sizes", type=PAIR, metavar="NAME=NUMBER", help="Set a size of the experts, such as in_features=1024."
 )
 optimizer_option = click.option(
     "--optimizer",
@@ -171,6 +168,22 @@ optimizer_option = click.option(
     callback=lambda context, option, value: None if value == "none" else value,
     help="Train the experts with this optimizer; none keeps their weights as they are.",
 )
+
+
+def pairs_option(name: str, help_text: str) -> Decorator:
+    """Return an option of NAME=VALUE pairs."""
+    return several_option(f"--{name}", name.replace("-", "_"), type=PAIR, metavar="NAME=VALUE", help=help_text)
+
+
+step_options: tuple[Decorator, ...] = (
+    pairs_option("optimizer-option", "Give this to the optimizer, such as weight_decay=0.01 or beta1=0"),
+    click.option(
+        "--schedule", type=click.Choice(["linear", "cosine"]), help="Change the learning rate over time in this shape."
+    ),
+    pairs_option("schedule-option", "Give this to the schedule, such as num_warmup_steps=100 or num_steps=10000"),
+    pairs_option("training", "Change how steps are taken, such as clip_gradient_norm=1 or merge_backward=false"),
+)
+"""Options of `tesseract serve`, and of `tesseract run create` for all who serve the run."""
 max_batch_size_option = click.option(
     "--max-batch-size", default=4096, type=ROWS, help="Compute at most this many rows at once."
 )
@@ -218,44 +231,32 @@ class NodeOptions:
 _node_group = grouped(
     "node",
     NodeOptions,
-    section(
-        FIRST,
-        initial_peers_option(),
-        click.option(
-            "--host", default="127.0.0.1", help="Listen on this address; 0.0.0.0 lets other computers reach this one."
-        ),
-        click.option(
-            "--identity",
-            type=FILE,
-            help="Use the key in this file, made if missing, so that a restart is the same node.",
-        ),
+    FIRST,
+    initial_peers_option(),
+    click.option(
+        "--host", default="127.0.0.1", help="Listen on this address; 0.0.0.0 lets other computers reach this one."
     ),
-    section(
-        "Network",
-        click.option(
-            "--port", default=0, type=PORT, help="Listen on this port, by UDP and by TCP; 0 takes a free one."
-        ),
-        click.option(
-            "--announce", metavar="HOST:PORT", help="Tell others to dial this address, not the one of --host."
-        ),
-        click.option(
-            "--public", is_flag=True, help="Be the first node of a swarm: all others can reach this computer."
-        ),
-        click.option("--upnp", is_flag=True, help="Ask the router to let others in (pip install -e '.[upnp]')."),
-        click.option("--relay/--no-relay", default=True, help="Pass on traffic between nodes that cannot meet."),
-        several_option(
-            "--stun-server",
-            "stun_servers",
-            type=ADDRESS,
-            metavar="HOST:PORT",
-            help="Ask this server, too, how the internet sees this computer.",
-        ),
-        click.option(
-            "--turn-server",
-            type=TURN_SERVER,
-            metavar="USER:PASSWORD@HOST:PORT",
-            help="Use this TURN server if all else fails.",
-        ),
+    click.option(
+        "--identity", type=FILE, help="Use the key in this file, made if missing, so that a restart is the same node."
+    ),
+    "Network",
+    click.option("--port", default=0, type=PORT, help="Listen on this port, by UDP and by TCP; 0 takes a free one."),
+    click.option("--announce", metavar="HOST:PORT", help="Tell others to dial this address, not the one of --host."),
+    click.option("--public", is_flag=True, help="Be the first node of a swarm: all others can reach this computer."),
+    click.option("--upnp", is_flag=True, help="Ask the router to let others in (pip install -e '.[upnp]')."),
+    click.option("--relay/--no-relay", default=True, help="Pass on traffic between nodes that cannot meet."),
+    several_option(
+        "--stun-server",
+        "stun_servers",
+        type=ADDRESS,
+        metavar="HOST:PORT",
+        help="Ask this server, too, how the internet sees this computer.",
+    ),
+    click.option(
+        "--turn-server",
+        type=TURN_SERVER,
+        metavar="USER:PASSWORD@HOST:PORT",
+        help="Use this TURN server if all else fails.",
     ),
     leave_with_parent_option,
 )

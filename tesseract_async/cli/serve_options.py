@@ -14,9 +14,9 @@ from tesseract_async.cli.options import (
     hold_option,
     max_batch_size_option,
     optimizer_option,
-    section,
     several_option,
     sizes_option,
+    step_options,
     threads_option,
 )
 from tesseract_async.cli.types import (
@@ -65,6 +65,10 @@ class ServeOptions:
     stall_timeout: float
     leave_within: float
     report_period: float | None
+    optimizer_option: Sequence[tuple[str, Value]] = ()
+    schedule: str | None = None
+    schedule_option: Sequence[tuple[str, Value]] = ()
+    training: Sequence[tuple[str, Value]] = ()
     shard: str | None = None
     hf_checkpoint: Path | None = None
     dtype: str | None = None
@@ -77,10 +81,14 @@ class ServeOptions:
         """Raises: ValueError, click.BadParameter."""
         if not self.patterns and self.run_name is None:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
-        if self.shard is not None and (self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1):
-            raise click.UsageError("--shard goes with one --device, and without --compile and --cuda-graphs")
+        if self.shard is not None and (
+            self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1 or self.step == "lockstep"
+        ):
+            raise click.UsageError("--shard goes with one --device, without --compile, --cuda-graphs, --step lockstep")
         if self.hf_checkpoint is None and (self.dtype or self.master):
             raise click.UsageError("--dtype and --master go with --hf-checkpoint")
+        if self.schedule is None and self.schedule_option:
+            raise click.UsageError("--schedule-option goes with --schedule")
         if self.hf_checkpoint is not None and (self.shard or self.sizes or self.autocast):
             raise click.UsageError("--hf-checkpoint goes without --shard, --size and --autocast (say --dtype)")
         for pattern in self.patterns if self.num_experts is None else ():
@@ -95,97 +103,84 @@ class ServeOptions:
 serve_options = grouped(
     "serving",
     ServeOptions,
-    section(
-        FIRST,
-        several_option(
-            "--experts",
-            "patterns",
-            type=PATTERN,
-            metavar="PATTERN",
-            help="Host these experts, such as ffn.3.7 or 'ffn.[0:4].[0:16]'.",
-        ),
-        click.option(
-            "--num-experts",
-            type=click.IntRange(1, MAX_EXPERTS),
-            help="Host this many experts of the pattern or run, free ones first; of a run, as many as fit by default.",
-        ),
-        click.option(
-            "--run",
-            "run_name",
-            metavar="NAME[@PEER_ID]",
-            help="Take part in this training run, whose owner sets its experts.",
-        ),
-        click.option(
-            "--grant",
-            type=TEXT_OR_FILE,
-            metavar="TEXT|FILE",
-            help="Show this grant or invite of the run's owner, once.",
-        ),
-        several_option(
-            "--device",
-            "devices",
-            default=("cpu",),
-            help="Compute on this device, such as cpu or cuda:1, or spread the experts over several.",
-        ),
-        click.option(
-            "--checkpoint-dir",
-            type=FOLDER,
-            help="Keep the experts in this folder, and go on from there after a restart.",
-        ),
+    FIRST,
+    several_option(
+        "--experts",
+        "patterns",
+        type=PATTERN,
+        metavar="PATTERN",
+        help="Host these experts, such as ffn.3.7 or 'ffn.[0:4].[0:16]'.",
     ),
-    section(
-        "Experts",
-        expert_class_option,
-        sizes_option,
-        checkpoint_options,
-        click.option(
-            "--step",
-            type=click.Choice(["async", "lockstep"]),
-            default="async",
-            help="Step each expert as gradients come, or all at once when their one trainer says so.",
-        ),
-        optimizer_option,
-        click.option(
-            "--learning-rate",
-            default=1e-3,
-            type=LEARNING_RATE,
-            help="Train at this rate; if given, it replaces a checkpoint's.",
-        ),
-        max_batch_size_option,
-        click.option("--seed", default=0, help="Draw the experts' first weights from this seed and their uids."),
-        click.option(
-            "--shard",
-            metavar="fsdp|tp|MODULE:FUNCTION",
-            help="Spread each expert over all processes of the job that torchrun has started, by this plan.",
-        ),
-        click.option(
-            "--checkpoint-period", default=60.0, type=PERIOD, help="Save the experts this often, such as '5 min'."
-        ),
+    click.option(
+        "--num-experts",
+        type=click.IntRange(1, MAX_EXPERTS),
+        help="Host this many experts of the pattern or run, free ones first; of a run, as many as fit by default.",
     ),
-    section(
-        "Run",
-        hold_option,
-        several_option(
-            "--allow-module",
-            "allowed_modules",
-            metavar="MODULE",
-            help="Let a run use experts from this Python module, whose code then runs on this computer.",
-        ),
-        click.option("--name", default="", help="Call this machine so in dashboards and lists of contributors."),
+    click.option(
+        "--run",
+        "run_name",
+        metavar="NAME[@PEER_ID]",
+        help="Take part in this training run, whose owner sets its experts.",
     ),
-    section(
-        "Limits",
-        threads_option,
+    click.option(
+        "--grant", type=TEXT_OR_FILE, metavar="TEXT|FILE", help="Show this grant or invite of the run's owner, once."
     ),
-    section(
-        "Network",
-        click.option(
-            "--metrics-port",
-            metavar="[HOST:]PORT",
-            type=METRICS_ADDRESS,
-            help="Serve this node's metrics for Prometheus there, under /metrics.",
-        ),
+    several_option(
+        "--device",
+        "devices",
+        default=("cpu",),
+        help="Compute on this device, such as cpu or cuda:1, or spread the experts over several.",
     ),
+    click.option(
+        "--checkpoint-dir", type=FOLDER, help="Keep the experts in this folder, and go on from there after a restart."
+    ),
+    "Experts",
+    expert_class_option,
+    sizes_option,
+    checkpoint_options,
+    click.option(
+        "--step",
+        type=click.Choice(["async", "lockstep"]),
+        default="async",
+        help="Step each expert as gradients come, or all at once when their one trainer says so.",
+    ),
+    optimizer_option,
+    click.option(
+        "--learning-rate",
+        default=1e-3,
+        type=LEARNING_RATE,
+        help="Train at this rate; if given, it replaces a checkpoint's.",
+    ),
+    *step_options,
+    max_batch_size_option,
+    click.option("--seed", default=0, help="Draw the experts' first weights from this seed and their uids."),
+    click.option(
+        "--shard",
+        metavar="fsdp|tp|MODULE:FUNCTION",
+        help="Spread each expert over all processes of the job that torchrun has started, by this plan.",
+    ),
+    click.option(
+        "--checkpoint-period", default=60.0, type=PERIOD, help="Save the experts this often, such as '5 min'."
+    ),
+    "Run",
+    hold_option,
+    several_option(
+        "--allow-module",
+        "allowed_modules",
+        metavar="MODULE",
+        help="Let a run use experts from this Python module, whose code then runs on this computer.",
+    ),
+    click.option("--name", default="", help="Call this machine so in dashboards and lists of contributors."),
+    "Limits",
+    threads_option,
+    "Network",
+    click.option(
+        "--metrics-port",
+        metavar="[HOST:]PORT",
+        type=METRICS_ADDRESS,
+        help="Serve this node's metrics for Prometheus there, under /metrics.",
+    ),
+    "Advanced",
     click.option(
         "--autocast", type=click.Choice(["bf16", "fp16"]), help="Compute in this shorter number type where it is safe."
     ),

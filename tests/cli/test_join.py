@@ -211,6 +211,14 @@ async def test_from_an_invite_to_the_first_answer(stem: Stem, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+async def test_the_owners_node_is_a_seed_that_helps_to_measure_the_line(stem: Stem, tmp_path: Path) -> None:
+    async with tesseract(stem, "run", "create", "digits", "--grid", "1x2", *SIZES, *key(tmp_path)) as owner:
+        facts = await event(owner, "run")
+        result = await run("doctor", "-p", facts["address"])
+    assert result.exit_code == 0 and "ok    clock" in result.output and "ok    line: sends" in result.output
+
+
+@pytest.mark.slow
 async def test_a_hundred_starts_at_the_same_port_after_kill_9(stem: Stem, tmp_path: Path) -> None:
     """Same port, same identity, killed in the middle of it: each time others get an answer within 5 s."""
     async with ta.TesseractNode() as seed:

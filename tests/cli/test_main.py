@@ -84,6 +84,7 @@ def test_help_of_serve_lists_each_option_once_the_ten_that_matter_first() -> Non
     titles = ["What matters first:", "Experts:", "Run:", "Limits:", "Network:", "Advanced:"]
     places = [text.index(f"\n{title}\n") for title in titles]
     assert places == sorted(places)
+    assert places[3] < text.index("  --hours") < places[4] and text.index("  --autocast") > places[5]
     command = main.get_command(click.Context(main), "serve")
     assert command is not None
     shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, flags=re.M)

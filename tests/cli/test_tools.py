@@ -193,6 +193,12 @@ async def test_the_doctor_tells_a_closed_door_from_a_broken_one() -> None:
     assert result.exit_code == 0, findings
 
 
+async def test_a_node_of_a_program_that_tells_no_status_is_a_good_seed() -> None:
+    async with ta.TesseractNode() as node:
+        result = await tesseract("doctor", "-p", node.address, "--json")
+    assert result.exit_code == 0 and '"answers by TCP"' in result.output, result.output
+
+
 @pytest.fixture
 def router(monkeypatch: pytest.MonkeyPatch) -> Router:
     """This computer's, which has no address but that of loopback."""
