@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 from tesseract_async.client.experience import experience_of
@@ -17,6 +18,7 @@ from tesseract_async.files import mapped
 from tesseract_async.identity import Identity
 from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
+from tesseract_async.saving.saver import patiently
 from tesseract_async.wire import messages
 
 MAX_TOLD: Final = 3
@@ -95,6 +97,10 @@ async def _send(node: TesseractNode, replica: ExpertReplica, saved: SavedModel, 
     for start in range(0, len(data), PIECE_BYTES):
         request = messages.RestoreRequest(replica.uid, bytes.fromhex(entry.root), len(data), start)
         part = memoryview(bytes(data[start : start + PIECE_BYTES]))
-        await node.call_expert(
-            replica.peer, messages.RESTORE, messages.encode(request), [part], timeout=timeout, idempotent=True
+        send = partial(
+            node.call_expert,
+            *(replica.peer, messages.RESTORE, messages.encode(request), [part]),
+            timeout=timeout,
+            idempotent=True,
         )
+        await patiently(send, timeout=timeout)

@@ -140,6 +140,19 @@ async def find_seal(
     return newest, [origin for seal, origin in seals if seal.root == newest.root]
 
 
+async def patiently(ask: Callable[[], Awaitable[T]], *, timeout: float) -> T:
+    """Return what `ask` gives, asking again where servers are overloaded. `timeout`: of one call."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + PATIENCE * timeout
+    while True:
+        try:
+            return await ask()
+        except Overloaded as error:
+            if loop.time() + error.retry_after > end:
+                raise
+            await asyncio.sleep(max(0.1, error.retry_after))
+
+
 class SavePoint:
     """The states of some experts at one moment."""
 
@@ -220,15 +233,7 @@ class SavePoint:
         return head, data
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + PATIENCE * self._timeout
-        while True:
-            try:
-                return await ask()
-            except Overloaded as error:
-                if loop.time() + error.retry_after > end:
-                    raise
-                await asyncio.sleep(max(0.1, error.retry_after))
+        return await patiently(ask, timeout=self._timeout)
 
     async def fetch(
         self, store: SavedModel, *, num_at_once: int = 4, progress: Callable[[str], None] = lambda uid: None

@@ -29,6 +29,7 @@ from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, sign_sea
 from tesseract_async.runtime.structure import describe_module
 from tesseract_async.saving import saver
 from tesseract_async.saving.folder import load_experts, open_folder_or_make
+from tesseract_async.saving.restorer import restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
 from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.run_experts import build_run_backend, complete
@@ -36,7 +37,7 @@ from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-from tesseract_async.wire.messages import STATE, TENURE
+from tesseract_async.wire.messages import RESTORE, STATE, TENURE
 
 ALICE = ta.Identity.from_seed(bytes(32))
 UIDS = ("ffn.0.0", "ffn.1.1")
@@ -161,6 +162,30 @@ async def test_a_busy_server_is_asked_again(swarm: Swarm, run: SignedRun, tmp_pa
     swarm.host.host_expert("ffn.0.0", {STATE: answer})
     report = await save(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
     assert report.taken == {"ffn.0.0": 0} and not busy
+
+
+async def test_a_busy_server_is_asked_again_to_restore(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
+    store = open_folder_or_make(tmp_path)
+    async with SavePoint(swarm.guest, swarm.origins("ffn.0.0"), is_whole=True) as point:
+        await point.mark()
+        await point.fetch(store)
+    asked: list[int] = []
+
+    async def restore(call: IncomingCall) -> Message:
+        asked.append(len(call.buffers[0]))
+        if len(asked) == 1:
+            raise Overloaded("later", retry_after=0.0)
+        return Message(messages.encode(messages.RestoreReply(0)))
+
+    swarm.host.unhost_expert("ffn.0.0")
+    swarm.host.host_expert("ffn.0.0", {RESTORE: restore})
+    publisher = ExpertPublisher(swarm.host.network, addresses=[swarm.host.address], trust=swarm.host.trust)
+    await publisher.declare({"ffn.0.0": True})
+    async with ta.TesseractNode(initial_peers=[swarm.host.address]) as node:
+        await node.network.wait_joined(30.0)
+        assert await restore_experts(node, store) == {"ffn.0.0": 0}
+    assert len(asked) == 2 and asked[0] == asked[1] > 0
+    await publisher.aclose()
 
 
 async def test_a_state_that_is_older_than_what_was_answered_is_not_taken(
