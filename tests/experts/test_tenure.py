@@ -443,7 +443,7 @@ def adoption(seed: int, lease: float, *, left: int) -> float:
 @pytest.mark.parametrize("seeds", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_an_orphan_is_led_again_two_leases_after_its_primary_died(lease: float, left: int, seeds: int) -> None:
     took = sorted(adoption(seed, lease, left=left) for seed in range(seeds))
-    assert took[int(0.99 * seeds)] <= 2 * lease, took
+    assert took[int(0.99 * seeds)] <= 2 * lease + 1e-6, took  # looked at twice a second
     assert took[0] >= 1.5 * lease, "its members come first, and whoever stood still for a moment"
 
 
