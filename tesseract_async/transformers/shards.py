@@ -5,6 +5,8 @@ only the tensors of the experts that are wanted, which are read from the files w
 """
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import os
@@ -147,6 +149,8 @@ class Checkpoint:
                     requires_grad=False,
                 )
         mapping = conversion_mapping.get_model_conversion_mapping(self._skeleton)
+        for one in mapping:
+            vars(one)["__deepcopy__"] = functools.partial(_fresh, one)
         try:
             with contextlib.ExitStack() as opened, _quietly():
                 lazy: dict[str, _Rows] = {}
@@ -202,6 +206,14 @@ class _Rows:
 
     def get_dtype(self) -> str:
         return str(self._part.get_dtype())
+
+
+def _fresh(one: Any, _memo: object) -> Any:
+    """Return a copy of a conversion, with collections of its own: Transformers copies one for every name in the files,
+    and what is deep in it never changes."""
+    made = copy.copy(one)
+    vars(made).update({name: copy.copy(x) for name, x in vars(one).items() if isinstance(x, dict | list | set)})
+    return made
 
 
 @contextlib.contextmanager
