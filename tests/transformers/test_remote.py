@@ -292,9 +292,10 @@ def test_half_the_digits_with_weights_kept_in_all_of_them(checkpoint: Checkpoint
         for ours, expected in zip(train(remote), train(whole), strict=True):
             assert abs(ours - expected) <= 0.05
         ta.transformers.export_checkpoint(remote, tmp_path / "out")
-    assert {x.dtype for x in tensors(tmp_path / "out").values()} == {torch.bfloat16}
-    with torch.no_grad():
-        torch.testing.assert_close(local(tmp_path / "out")(IDS).logits, remote.eval()(IDS).logits, rtol=0, atol=0.05)
+        assert {x.dtype for x in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+        with torch.no_grad():
+            exported = local(tmp_path / "out")(IDS).logits
+            torch.testing.assert_close(exported, remote.eval()(IDS).logits, rtol=0, atol=0.05)
 
 
 @pytest.mark.slow
