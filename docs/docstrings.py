@@ -1,7 +1,5 @@
 """Docstrings as Markdown wants them: this package writes `::` before an indented block, as its source reads best."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -3,8 +3,6 @@
 After the build it looks through the site: nothing in it may be fetched from elsewhere when the pages are read.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

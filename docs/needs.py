@@ -5,8 +5,6 @@
 `tests/test_needs.py` compares them with simulations, and their bytes with what the codecs give.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Final

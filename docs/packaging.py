@@ -4,8 +4,6 @@ Hatch runs this when it builds (`pyproject.toml`). The repository's address come
 site. Where it is not set, the package has no addresses, and its README has words instead of links that lead nowhere.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -6,8 +6,6 @@
 Rewrites everything between ``<!-- figures: begin -->`` and ``<!-- figures: end -->``, and the plots next to it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

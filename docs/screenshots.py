@@ -6,8 +6,6 @@ Needs Playwright and the system's Chromium (Debian: apt-get install chromium). T
 dashboard-healthy.png, dashboard-killed.png (the demo kills one of its servers) and dashboard-empty.png.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

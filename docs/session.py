@@ -16,8 +16,6 @@ loopback, and the addresses of the page become that of the node that was started
 starts and loads PyTorch once: every command is a process forked from that one, which spares three seconds each.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

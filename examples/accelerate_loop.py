@@ -6,8 +6,6 @@
 The experts live in this process unless --initial-peers says where they are hosted (as layer "ffn", a grid of 2 x 2).
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

@@ -14,8 +14,6 @@ The paper's own curve had no failures, untrained gates and experts of 6.3 millio
 thousand each.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -8,8 +8,6 @@ Ctrl-C stops cleanly; the first one goes on where it was when it is started agai
 other computers.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -14,7 +14,7 @@ import asyncio
 import torch
 
 import tesseract_async as ta
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 
 
 def make_expert(width: int, learning_rate: float) -> ta.ExpertBackend:

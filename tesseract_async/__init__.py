@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tesseract_async.server.registry import expert_builder as expert_builder
     from tesseract_async.server.server import TesseractServer as TesseractServer
     from tesseract_async.shared_parameters import SharedParameters as SharedParameters
+    from tesseract_async.shared_sampler import SharedSampler as SharedSampler
     from tesseract_async.wire.tensors import TensorSpec as TensorSpec
 
 __version__ = "0.2.0"
@@ -72,6 +73,7 @@ _HOMES = {
     "restore_model": "saving.model",
     "save_model": "saving.model",
     "SharedParameters": "shared_parameters",
+    "SharedSampler": "shared_sampler",
     "TensorSpec": "wire.tensors",
 }
 _MODULES = ("errors", "testing", "transformers")

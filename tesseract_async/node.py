@@ -27,9 +27,10 @@ from tesseract_async.errors import (
     UnknownMethod,
     describe,
 )
-from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.directory import ExpertDirectory
 from tesseract_async.experts.grants import Role
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.experts.thanks import Thanks
@@ -46,6 +47,7 @@ from tesseract_async.transport.base import PeerAddress, ip_version, is_loopback,
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.apply import APPLY
+from tesseract_async.wire.frames import Buffer
 from tesseract_async.wire.messages import (
     BACKWARD,
     FORWARD,
@@ -56,6 +58,7 @@ from tesseract_async.wire.messages import (
     PULL,
     PUSH,
     RESTORE,
+    SAMPLES,
     STATE,
     TAKE_OVER,
     TENURE,
@@ -79,6 +82,7 @@ EXPERT_METHODS: dict[str, Action] = {
     TENURE: "host",
     PUSH: "train",
     PULL: "call",
+    SAMPLES: "train",
     LOCKSTEP: "train",
 }
 # what each takes in a run; to be a member is enough for the others
@@ -89,6 +93,7 @@ _ROLES: dict[str, Role] = {
     TAKE_OVER: "host",
     TENURE: "host",
     PUSH: "share",
+    SAMPLES: "share",
     RESTORE: "host",
 }
 
@@ -473,22 +478,29 @@ class TesseractNode(Uncopied):
         self._table.unhost(uid)
 
     def host_together(self, handler: CallHandler) -> Callable[[], None]:
-        """Answer ``expert.apply``, which is for many of this node's experts, by `handler`: it asks `find_expert` for
-        each. Of several handlers, which all do the same, the first one answers. Returns a function that ends this."""
+        """Answer ``expert.apply``, which is for many of this node's experts, by `handler`: it asks `find_experts` for
+        them. Of several handlers, which all do the same, the first one answers. Returns a function that ends this."""
         self._apply_handlers.append(handler)
         return lambda: self._apply_handlers.remove(handler)
 
-    def find_expert(self, call: IncomingCall, uid: str) -> CallHandler:
-        """Return the handler that `host_expert` was given for ``expert.apply``.
+    def find_experts(self, call: IncomingCall, uids: Sequence[str]) -> list[CallHandler | RemoteError]:
+        """Return for each of these experts the handler that `host_expert` was given for ``expert.apply``, or the error
+        that refuses it: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
 
-        `call` is from whom, and how, the expert is asked in it: by ``expert.forward`` or ``expert.backward``. Each
+        `call` is from whom, and how, the experts are asked in it: by ``expert.forward`` or ``expert.backward``. Each
         expert counts as a call in the caller's quota.
-        Raises: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
         """
-        handler = self._table.find_for(call, uid, APPLY)
-        if wait := self.endpoint.quotas.add(call.peer_id, asyncio.get_running_loop().time()):
-            raise Overloaded("this peer has used up its quota here", retry_after=wait)
-        return handler
+        quotas, now = self.endpoint.quotas, asyncio.get_running_loop().time()
+        found: list[CallHandler | RemoteError] = []
+        for uid in uids:
+            try:
+                handler = self._table.find_for(call, uid, APPLY)
+                if wait := quotas.add(call.peer_id, now):
+                    raise Overloaded("this peer has used up its quota here", retry_after=wait)
+                found.append(handler)
+            except RemoteError as error:
+                found.append(error)
+        return found
 
     def _apply(self, call: IncomingCall) -> Answer:
         if not self._apply_handlers:
@@ -499,13 +511,13 @@ class TesseractNode(Uncopied):
         self,
         peer: PeerAddress,
         method: str,
-        body: Any = None,
-        buffers: Sequence[Any] = (),
+        body: object = None,
+        buffers: Sequence[Buffer] = (),
         *,
         timeout: float,
         idempotent: bool = False,
         priority: int = 0,
-    ) -> Coroutine[Any, Any, Message]:
+    ) -> Coroutine[object, object, Message]:
         """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler. Await it.
 
         It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
@@ -521,7 +533,9 @@ class TesseractNode(Uncopied):
             peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
         )
 
-    async def _call_own(self, method: str, body: Any, buffers: Sequence[Any], timeout: float, priority: int) -> Message:
+    async def _call_own(
+        self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int
+    ) -> Message:
         call = self._own_call(method, body, buffers, timeout, priority)
         async with asyncio.timeout(timeout):
             with _as_by_the_network(method):
@@ -531,8 +545,8 @@ class TesseractNode(Uncopied):
         self,
         peer: PeerAddress,
         uids: Sequence[str],
-        body: Any,
-        buffers: Sequence[Any],
+        body: object,
+        buffers: Sequence[Buffer],
         *,
         timeout: float,
         priority: int = 0,
@@ -567,7 +581,9 @@ class TesseractNode(Uncopied):
                 refusal = NotAllowed(f"it may not host {uid}: nothing is sent there")
                 raise PeerUnreachable(peer.short, {"policy": refusal})
 
-    def _own_call(self, method: str, body: Any, buffers: Sequence[Any], timeout: float, priority: int) -> IncomingCall:
+    def _own_call(
+        self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int
+    ) -> IncomingCall:
         """A call of this node to itself, with copies, as the network would make: neither side may see the other's later
         changes."""
         check_priority(priority)  # as the endpoint does

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
 
 from tesseract_async.client.ports import PlainCalls
+from tesseract_async.endpoint.call_table import Message
 from tesseract_async.errors import (
     ConnectionLost,
     ExpertNotFound,
@@ -112,6 +113,13 @@ class _Part:
     arrived: _Arrived | None = None
 
 
+class Sampler(Protocol):
+    """What is told of steps: `SharedSampler`."""
+
+    def stepped(self) -> None: ...
+    async def leave(self) -> None: ...
+
+
 class SharedParameters(Uncopied, Generic[M]):
     """Trains `model` together with all trainers of the run. Use it as an (asynchronous) context manager.
 
@@ -163,6 +171,9 @@ class SharedParameters(Uncopied, Generic[M]):
         self._parts: list[_Part] = []
         self._own_steps = 0
         self._asking: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._samplers: list[Sampler] = []
         self._stack = contextlib.AsyncExitStack()
         self._is_bare = isinstance(run, str) and "@" not in run
         self._manifest = self._own
@@ -239,6 +250,7 @@ class SharedParameters(Uncopied, Generic[M]):
         """Find the run's fragments, or begin them with these values; host them, if that is for this trainer to do."""
         node = self._node
         node.check_running()
+        self._loop = asyncio.get_running_loop()
         run: SignedRun | None = None
         if isinstance(self._run, str) and self._is_bare:
             prefix = self._run
@@ -317,10 +329,41 @@ class SharedParameters(Uncopied, Generic[M]):
             self._parts.append(_Part(number, self._pieces.uid(number), copied, due_at, steps=steps, lost=lost))
 
     async def _leave(self) -> None:
-        for task in self._asking:
+        tasks = [*self._asking, *self._beside]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for sampler in self._samplers:
+            await sampler.leave()
         await self._stack.aclose()
+
+    def attach(self, sampler: Sampler) -> None:
+        """Tell this sampler of each step, and when sharing ends."""
+        self._samplers.append(sampler)
+
+    def spawn(self, work: Coroutine[object, object, None]) -> asyncio.AbstractEventLoop:
+        """Run this on the node's loop, which is returned, until sharing ends. From any thread.
+
+        Raises: RuntimeError before sharing is entered.
+        """
+        loop = self._loop
+        if loop is None:
+            work.close()
+            raise RuntimeError("SharedParameters are entered first, by `async with` or `with`")
+
+        def start() -> None:
+            task = loop.create_task(work, name="shared parameters")
+            self._beside.add(task)
+            task.add_done_callback(self._beside.discard)
+
+        loop.call_soon_threadsafe(start)
+        return loop
+
+    async def ask_first(self, method: str, request: messages.SamplesRequest) -> Message:
+        """Ask the primary of the first piece. Raises: what the call raises."""
+        return await self._pieces.ask(request.uid, method, request, b"")
+
+    # ------------------------------------------------------------------------------------------------ a trainer's calls
 
     @property
     def steps(self) -> int:
@@ -334,6 +377,8 @@ class SharedParameters(Uncopied, Generic[M]):
         Never waits for a peer. Returns what was done, a `SharingReport`, or None for nothing.
         """
         self._own_steps += 1
+        for sampler in self._samplers:
+            sampler.stepped()
         report = self._turn(lambda part: self._own_steps >= part.due_at)
         return report if isinstance(self._given, PlainCalls) else _at_once(report)
 
@@ -502,10 +547,17 @@ class SharedParameters(Uncopied, Generic[M]):
         self, part: _Part, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
     ) -> None:
         """Ask until there is an answer: always under the same id, so that a push counts once."""
+        sends = True
         while True:
             try:
-                message = await self._pieces.ask(part.uid, method, request, data)
+                sent, sends = data if sends else b"", False  # who has it answers without it
+                message = await self._pieces.ask(part.uid, method, request, sent)
                 reply = messages.decode(messages.UpdatesReply, message.body)
+                if method == messages.PUSH and reply.known and not reply.counted:
+                    if sent:
+                        raise ProtocolError("a push was answered, but not counted")
+                    sends = True
+                    continue
                 if reply.known:
                     updates = read_updates(request.version, reply, message.buffers)
                     arrived = _Arrived(reply.epoch, reply.steps, updates, counted=reply.counted)

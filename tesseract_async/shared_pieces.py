@@ -29,7 +29,8 @@ from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.wire import messages
 
 CALL_TIMEOUT: Final = 20.0
-"""Seconds that a push waits for its round to close, before it is asked for again."""
+PUSH_TIMEOUT: Final = 10.0
+"""Seconds that a push waits for its round to close, before it is asked what became of it."""
 NUM_AT_ONCE: Final = 4
 """Pieces that are fetched at the same time."""
 
@@ -112,16 +113,19 @@ class SharedPieces:
         return len(await self.find(self.uid(0)))
 
     async def ask(
-        self, uid: str, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
+        self,
+        uid: str,
+        method: str,
+        request: messages.PushRequest | messages.PullRequest | messages.SamplesRequest,
+        data: bytes,
     ) -> Message:
         """Ask the primary. Raises: what the call raises, after taking note of it."""
         replica = (await self.find(uid))[0]
         body = list(request)
-        buffers = [memoryview(data)] if method == messages.PUSH else []
+        buffers = [memoryview(data)] if data else []
+        timeout = PUSH_TIMEOUT if method == messages.PUSH else CALL_TIMEOUT
         try:
-            return await self._node.call_expert(
-                replica.peer, method, body, buffers, timeout=CALL_TIMEOUT, idempotent=True
-            )
+            return await self._node.call_expert(replica.peer, method, body, buffers, timeout=timeout, idempotent=True)
         except NotPrimary as error:
             self._primaries[uid] = error.primary
             await asyncio.sleep(min(error.retry_after, CALL_TIMEOUT))

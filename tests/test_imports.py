@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shared_parameters": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
     | {"shared_pieces"},
+    "shared_sampler": LOWER | {"shared_parameters", "sharing"},
     "saving": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
     | {"shared_pieces", "shared_parameters"},
@@ -107,6 +108,8 @@ MUST_BE_PURE = {
 THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}
 # The codecs of large tensors only, functions that share nothing: their threads are not the loop's default executor.
 THREADS_ALLOWED |= {"runtime/encoding.py"}
+# A loader asks for samples in a thread of its own, and waits there for what the loop brings.
+THREADS_ALLOWED |= {"shared_sampler.py"}
 # A follower of a mesh hands out its state, and ends with its leader, whatever its main thread waits for.
 THREADS_ALLOWED |= {"runtime/mesh_link.py"}
 WITHOUT_TORCH = ("network", "endpoint", "transport", "nat", "identity")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
+from tesseract_async import shared_pieces
 from tesseract_async.errors import Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.run import RunManifest, RunMismatch, SignedRun, sign_run
@@ -139,6 +140,26 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
         assert second.steps == before + 4
         assert close(second.merged(), other)
         await dying.__aexit__(ConnectionError, ConnectionError(), None)
+
+
+@pytest.mark.slow
+async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round waits two seconds for a trainer that is gone; who asks meanwhile does not send again."""
+    monkeypatch.setattr(shared_pieces, "PUSH_TIMEOUT", 0.3)
+    async with sharing(make_model(1), every=1) as (node, first), sharing(make_model(2), node.address) as (_, second):
+        await steps(first, 1, 1)
+        await first.flush()
+        pushes: list[int] = []
+        call = second._node.call_expert
+
+        async def counted(peer: Any, method: str, body: Any = None, buffers: Any = (), **options: Any) -> Any:
+            pushes.extend([len(buffers)] if method == messages.PUSH else [])
+            return await call(peer, method, body, buffers, **options)
+
+        monkeypatch.setattr(second._node, "call_expert", counted)
+        await steps(second, 1, 2)
+        await second.flush()
+        assert sum(pushes) == len(second._parts) < len(pushes)
 
 
 async def test_another_model_is_refused_by_name() -> None:
@@ -322,7 +343,6 @@ async def test_strange_pushes_are_refused_and_count_nothing() -> None:
             ([uid], [good]),
             ([uid, b"short", version, root, 1], [good]),
             ([uid, bytes(16), version, root, 2**63], [good]),
-            ([uid, bytes(16), version, root, 1], []),
             ([uid, bytes(16), version, root, 1], [good, good]),
             ([uid, bytes(16), version, root, 1], [good[:-1]]),
             ([uid, bytes(16), version, root, 1], [b"\xff" * len(good)]),
@@ -330,6 +350,10 @@ async def test_strange_pushes_are_refused_and_count_nothing() -> None:
         for body, buffers in bodies:
             with pytest.raises(ta.errors.RemoteError):
                 await liar.call_expert(replica.peer, messages.PUSH, body, buffers, timeout=10.0)
+        reply = await liar.call_expert(
+            replica.peer, messages.PUSH, [uid, bytes(16), version, root, 1], [], timeout=10.0
+        )
+        assert reply.body[:2] == [False, True]  # no such push is here
         reply = await liar.call_expert(replica.peer, messages.PUSH, [uid, bytes(16), 5, root, 1], [good], timeout=10.0)
         assert reply.body[:2] == [False, False]  # of a version that is not here
         for method in (messages.FORWARD, messages.BACKWARD):

@@ -47,7 +47,7 @@ async def command(
     if len(backend.input_specs) != 1:
         raise ValueError(f"{expert_class} takes {len(backend.input_specs)} tensors; bench measures experts of one")
     spec = backend.input_specs[0]
-    x = torch.randn(rows, *spec.shape, dtype=spec.dtype)
+    x = torch.randn(rows, *spec.least_shape, dtype=spec.dtype)
 
     async def measure(backward: bool) -> float:
         loop = asyncio.get_running_loop()

@@ -12,11 +12,11 @@ import torch
 
 from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.experts.run import RUNS, SignedRun
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.server.footprint import process_bytes
 from tesseract_async.server.registry import backend_of, build_all, make_backend
-from tesseract_async.server.run_experts import build_run_backend
+from tesseract_async.server.run_experts import backend_settings, build_run_backend, make_scheduler
 from tesseract_async.wire.packed import Value
 
 if TYPE_CHECKING:
@@ -86,11 +86,13 @@ class ExpertBuilder:
             serving.expert_class,
             optimizer=serving.optimizer,
             learning_rate=serving.learning_rate,
+            optimizer_options=dict(serving.optimizer_option),
+            scheduler=make_scheduler(serving.schedule, dict(serving.schedule_option)),
             max_batch_size=serving.max_batch_size,
             # the same first weights at each start, others for each expert
             seed=zlib.crc32(f"{serving.seed}/{uid}".encode()),
             sizes=dict(serving.sizes),
-            settings=BackendSettings(**self._computing),  # type: ignore[arg-type]
+            settings=backend_settings(dict(serving.training), self._computing),
             max_bytes=self._max_bytes,
             spread=self.spread,
         )
@@ -126,12 +128,15 @@ class CheckpointBuilder(ExpertBuilder):
         serving, checkpoint = self._serving, self._checkpoint
         if run is None:
             experts = CheckpointExperts(checkpoint, dtype=serving.dtype, master=serving.master)
-            rule = None if serving.optimizer is None else (serving.optimizer, {"learning_rate": serving.learning_rate})
-            settings = BackendSettings(**self._computing)  # type: ignore[arg-type]
+            rates = {"learning_rate": serving.learning_rate, **dict(serving.optimizer_option)}
+            rule = None if serving.optimizer is None else (serving.optimizer, rates)
+            scheduler = make_scheduler(serving.schedule, dict(serving.schedule_option))
+            settings = backend_settings(dict(serving.training), self._computing)
             return {
                 uid: backend_of(
                     lambda one=one: one,  # type: ignore[misc]
                     optimizer=rule,
+                    scheduler=scheduler,
                     max_batch_size=serving.max_batch_size,
                     settings=settings,
                     spread=None,

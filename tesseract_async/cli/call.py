@@ -27,7 +27,7 @@ async def command(*, uid: str, visit: Visit, run_name: str | None, rows: int, re
         import torch
 
         from tesseract_async.client.expert_rpc import ExpertSchema, fetch_info
-        from tesseract_async.experts import split_uid
+        from tesseract_async.experts.manifest import split_uid
         from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
     split_uid(uid)  # reports a malformed one before joining
@@ -38,7 +38,8 @@ async def command(*, uid: str, visit: Visit, run_name: str | None, rows: int, re
         schema = ExpertSchema.decode(await fetch_info(node, uid, replicas[0].peer, timeout=10.0))
         make = {True: torch.randn, False: torch.zeros}  # by whether the numbers are fractions
         tensors = [
-            make[spec.dtype.is_floating_point](rows, *spec.shape, dtype=spec.dtype) for spec in flatten(schema.inputs)
+            make[spec.dtype.is_floating_point](rows, *spec.sized(8).shape, dtype=spec.dtype)
+            for spec in flatten(schema.inputs)
         ]
         args, kwargs = unflatten(schema.inputs, tensors)
         seconds = []

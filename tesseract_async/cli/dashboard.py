@@ -12,7 +12,7 @@ from tesseract_async.cli.options import (
 )
 from tesseract_async.cli.running import asynchronous, importing_dashboard, say, until_told_to_leave
 from tesseract_async.cli.types import PORT, seconds
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.monitoring import SwarmObserver
 
 

@@ -29,9 +29,9 @@ from tesseract_async.cli.running import (
 from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.cli.types import counted
 from tesseract_async.errors import CheckpointError, TesseractError, describe
-from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
+from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunNotFound
 from tesseract_async.experts.selection import select_experts

@@ -28,7 +28,7 @@ from tesseract_async.cli.types import (
     THREADS,
     TURN_SERVER,
 )
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
 from tesseract_async.nat.stun_client import TurnServer
@@ -168,6 +168,22 @@ optimizer_option = click.option(
     callback=lambda context, option, value: None if value == "none" else value,
     help="Train the experts with this optimizer; none keeps their weights as they are.",
 )
+
+
+def pairs_option(name: str, help_text: str) -> Decorator:
+    """Return an option of NAME=VALUE pairs."""
+    return several_option(f"--{name}", name.replace("-", "_"), type=PAIR, metavar="NAME=VALUE", help=help_text)
+
+
+step_options: tuple[Decorator, ...] = (
+    pairs_option("optimizer-option", "Give this to the optimizer, such as weight_decay=0.01 or beta1=0"),
+    click.option(
+        "--schedule", type=click.Choice(["linear", "cosine"]), help="Change the learning rate over time in this shape."
+    ),
+    pairs_option("schedule-option", "Give this to the schedule, such as num_warmup_steps=100 or num_steps=10000"),
+    pairs_option("training", "Change how steps are taken, such as clip_gradient_norm=1 or merge_backward=false"),
+)
+"""Options of `tesseract serve`, and of `tesseract run create` for all who serve the run."""
 max_batch_size_option = click.option(
     "--max-batch-size", default=4096, type=ROWS, help="Compute at most this many rows at once."
 )

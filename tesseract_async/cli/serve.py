@@ -94,6 +94,7 @@ def manifest_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> d
         "expert_class": ("expert", serving.expert_class),
         "optimizer": ("optimizer", serving.optimizer),
         "learning_rate": ("optimizer_options.learning_rate", serving.learning_rate),
+        "schedule": ("schedule", serving.schedule),
         "max_batch_size": ("training.max_batch_size", serving.max_batch_size),
         "seed": ("seed", serving.seed),
         "dtype": ("sizes.dtype", serving.dtype),
@@ -101,4 +102,10 @@ def manifest_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> d
         "step": ("training.lockstep", serving.step == "lockstep" or None),
     }
     found = {field: value for flag, (field, value) in fields.items() if is_given(flag)}
-    return found | {f"sizes.{name}": value for name, value in serving.sizes}
+    pairs = {
+        "sizes": serving.sizes,
+        "optimizer_options": serving.optimizer_option,
+        "schedule_options": serving.schedule_option,
+        "training": serving.training,
+    }
+    return found | {f"{field}.{name}": value for field, some in pairs.items() for name, value in some}

@@ -16,6 +16,7 @@ from tesseract_async.cli.options import (
     optimizer_option,
     several_option,
     sizes_option,
+    step_options,
     threads_option,
 )
 from tesseract_async.cli.types import (
@@ -64,6 +65,10 @@ class ServeOptions:
     stall_timeout: float
     leave_within: float
     report_period: float | None
+    optimizer_option: Sequence[tuple[str, Value]] = ()
+    schedule: str | None = None
+    schedule_option: Sequence[tuple[str, Value]] = ()
+    training: Sequence[tuple[str, Value]] = ()
     shard: str | None = None
     hf_checkpoint: Path | None = None
     dtype: str | None = None
@@ -76,10 +81,14 @@ class ServeOptions:
         """Raises: ValueError, click.BadParameter."""
         if not self.patterns and self.run_name is None:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
-        if self.shard is not None and (self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1):
-            raise click.UsageError("--shard goes with one --device, and without --compile and --cuda-graphs")
+        if self.shard is not None and (
+            self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1 or self.step == "lockstep"
+        ):
+            raise click.UsageError("--shard goes with one --device, without --compile, --cuda-graphs, --step lockstep")
         if self.hf_checkpoint is None and (self.dtype or self.master):
             raise click.UsageError("--dtype and --master go with --hf-checkpoint")
+        if self.schedule is None and self.schedule_option:
+            raise click.UsageError("--schedule-option goes with --schedule")
         if self.hf_checkpoint is not None and (self.shard or self.sizes or self.autocast):
             raise click.UsageError("--hf-checkpoint goes without --shard, --size and --autocast (say --dtype)")
         for pattern in self.patterns if self.num_experts is None else ():
@@ -142,6 +151,7 @@ serve_options = grouped(
         type=LEARNING_RATE,
         help="Train at this rate; if given, it replaces a checkpoint's.",
     ),
+    *step_options,
     max_batch_size_option,
     click.option("--seed", default=0, help="Draw the experts' first weights from this seed and their uids."),
     click.option(

@@ -12,7 +12,6 @@ from click.core import ParameterSource
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import (
     JOIN_TIMEOUT,
-    Decorator,
     NodeOptions,
     checkpoint_options,
     expert_class_option,
@@ -22,11 +21,14 @@ from tesseract_async.cli.options import (
     max_batch_size_option,
     node_options,
     optimizer_option,
+    pairs_option,
     several_option,
     sizes_option,
+    step_options,
+    with_options,
 )
 from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
-from tesseract_async.cli.types import GRID, LEARNING_RATE, PAIR, PEER, Value, counted, seconds
+from tesseract_async.cli.types import GRID, LEARNING_RATE, PEER, Value, counted, seconds
 from tesseract_async.experts.grants import GRANT_SECONDS, Invite
 from tesseract_async.experts.ownership import MEMBER, RunOwner, adopt_servers, with_delegates
 from tesseract_async.experts.run import RunManifest, sign_run
@@ -39,16 +41,6 @@ from tesseract_async.transport.base import PeerAddress, split_host_port
 Pairs = tuple[tuple[str, Value], ...]
 
 
-def _pairs_option(name: str, help_text: str) -> Decorator:
-    return several_option(
-        f"--{name}",
-        name.replace("-", "_"),
-        type=PAIR,
-        metavar="NAME=VALUE",
-        help=f"{help_text}.",
-    )
-
-
 @click.command("create")
 @click.argument("name")
 @click.option("--prefix", default="ffn", help="Begin the experts' uids with this word.")
@@ -58,14 +50,9 @@ def _pairs_option(name: str, help_text: str) -> Decorator:
 @checkpoint_options
 @optimizer_option
 @click.option("--learning-rate", default=1e-3, type=LEARNING_RATE, help="Train with this learning rate.")
-@_pairs_option("optimizer-option", "Give this to the optimizer, such as weight_decay=0.01 or beta1=0")
-@click.option(
-    "--schedule", type=click.Choice(["linear", "cosine"]), help="Change the learning rate over time in this shape."
-)
-@_pairs_option("schedule-option", "Give this to the schedule, such as num_warmup_steps=100 or num_steps=10000")
+@with_options(*step_options)
 @max_batch_size_option
-@_pairs_option("training", "Change how steps are taken, such as clip_gradient_norm=1 or merge_backward=false")
-@_pairs_option("codec", "Shorten the numbers of inputs, outputs or gradients on the wire, such as inputs=bf16")
+@pairs_option("codec", "Shorten the numbers of inputs, outputs or gradients on the wire, such as inputs=bf16")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Draw first weights from this seed.")
 @click.option("--open", "is_open", is_flag=True, help="Let everybody host and train, not only those with a grant.")
 @several_option(

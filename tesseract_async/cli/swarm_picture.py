@@ -1,7 +1,5 @@
 """One frame of `tesseract top`: a swarm's state drawn for a terminal. No I/O."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -62,7 +60,7 @@ class _Room:
     events: int
 
     @classmethod
-    def divide(cls, state: State, height: int | None) -> _Room:
+    def divide(cls, state: State, height: int | None) -> "_Room":
         num_grids, num_peers, num_trainers = len(state["grids"]), len(state["peers"]), len(state["losses"])
         if height is None:
             return cls(num_grids, MAX_ROWS, num_peers, min(8, num_trainers), MAX_EVENTS)

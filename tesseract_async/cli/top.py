@@ -16,7 +16,7 @@ from tesseract_async.cli.options import Visit, enter, patterns_argument, visit_o
 from tesseract_async.cli.running import asynchronous, spinner, until_told_to_leave
 from tesseract_async.cli.swarm_picture import draw, signs_for
 from tesseract_async.cli.types import seconds
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.monitoring import SwarmObserver
 
 try:

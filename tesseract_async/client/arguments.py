@@ -1,6 +1,6 @@
 """A call's arguments as they are when it is made: later changes in place are noticed, or do not reach a copy."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +60,11 @@ class Arguments:
         )
         return cls(taken, keywords, Versions(tensors), mode, casts)
 
-    def fit(self, schema: ExpertSchema, what: str) -> list[torch.Tensor]:
-        """The tensors in the order of `schema`. Raises: SchemaMismatch, which names `what`; TypeError."""
+    def fit(self, schema: ExpertSchema, what: str) -> list[torch.Tensor | None]:
+        """The tensors in the order of `schema`, None where an optional one is absent.
+
+        Raises: SchemaMismatch, which names `what`; TypeError.
+        """
         given = self.args, self.kwargs
         if self.casts:
             with torch.set_grad_enabled(self.mode.differentiable):
@@ -74,6 +77,19 @@ class Arguments:
         except SchemaMismatch:
             return False
         return True
+
+
+def present(inputs: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], list[int]]:
+    """Return the tensors, and the places of those that are absent."""
+    return [x for x in inputs if x is not None], [place for place, x in enumerate(inputs) if x is None]
+
+
+def with_absent(tensors: Iterable[torch.Tensor], places: Sequence[int]) -> list[torch.Tensor | None]:
+    """Undo `present`."""
+    inputs: list[torch.Tensor | None] = [*tensors]
+    for place in places:
+        inputs.insert(place, None)
+    return inputs
 
 
 def _cast_to(schema: Schema, value: Structure) -> Structure:

@@ -26,6 +26,7 @@ from tesseract_async.wire.codecs import settle
 
 logger = logging.getLogger(__name__)
 
+Inputs = Sequence[torch.Tensor | None]
 Outputs = Sequence[torch.Tensor]
 
 MAX_PENDING_BYTES: Final = 64 << 20
@@ -79,7 +80,7 @@ class AuditFinding:
 class _Sample:
     forward: Forward
     receipt: Receipt
-    inputs: Outputs
+    inputs: Inputs
     outputs: Outputs
     timeout: float
 
@@ -99,9 +100,7 @@ class Audits:
         self._unrepeatable: set[tuple[str, bool]] = set()
         self._closes = False
 
-    def consider(
-        self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, *, timeout: float
-    ) -> None:
+    def consider(self, forward: Forward, receipt: Receipt, inputs: Inputs, outputs: Outputs, *, timeout: float) -> None:
         """Audit this answer in the background with the probability that its options name."""
         if self.draws(forward):
             self.check(forward, receipt, inputs, outputs, timeout=timeout)
@@ -111,8 +110,8 @@ class Audits:
         is_drawn = self.random.random() < forward.options.audit_share
         return is_drawn and (forward.uid, forward.mode.training) not in self._unrepeatable
 
-    def check(self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, *, timeout: float) -> None:
-        num_bytes = sum(x.nbytes for x in (*inputs, *outputs))
+    def check(self, forward: Forward, receipt: Receipt, inputs: Inputs, outputs: Outputs, *, timeout: float) -> None:
+        num_bytes = sum(x.nbytes for x in (*inputs, *outputs) if x is not None)
         if self._num_pending_bytes + num_bytes > MAX_PENDING_BYTES:
             self._count(Verdict.SKIPPED)
             return
@@ -120,9 +119,10 @@ class Audits:
             self._closes = True
             self._node.at_close(self.aclose)
         # copies: the caller may change its tensors as soon as it has the answer
-        copies = [[x.detach().clone() for x in tensors] for tensors in (inputs, outputs)]
+        given = [None if x is None else x.detach().clone() for x in inputs]
+        answered = [x.detach().clone() for x in outputs]
         forward = forward._replace(mode=forward.mode._replace(differentiable=False))
-        sample = _Sample(forward, receipt, copies[0], copies[1], timeout)
+        sample = _Sample(forward, receipt, given, answered, timeout)
         self._num_pending_bytes += num_bytes
 
         def ended(task: asyncio.Task[None]) -> None:

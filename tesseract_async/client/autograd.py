@@ -9,8 +9,6 @@ The token between the two nodes is a CPU scalar: `_Await` runs in the thread tha
 the graph is on a GPU. Requests under way are keyed by graph task, so that one graph can be gone through several times.
 """
 
-from __future__ import annotations
-
 import asyncio
 import atexit
 import contextlib
@@ -149,7 +147,7 @@ class _Cancelled(Exception):
 class _GradientRequest:
     """One gradient request under way: started by an engine thread, carried by the loop, awaited by an engine thread."""
 
-    def __init__(self, call: _Call, scale: float | None) -> None:
+    def __init__(self, call: "_Call", scale: float | None) -> None:
         self.call = call
         self.scale = scale
         """By which the gradients were multiplied that it carries, divided."""
@@ -240,7 +238,7 @@ class _Context(Protocol):
 
     call: _Call
     devices: list[torch.device]
-    step: _Step
+    step: "_Step"
     saved_tensors: tuple[torch.Tensor, ...]
 
     def save_for_backward(self, *tensors: torch.Tensor) -> None: ...

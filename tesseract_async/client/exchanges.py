@@ -7,7 +7,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.experience import Experience
 from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt, call_forward, fetch_info, unpack_fitting
 from tesseract_async.errors import ExpertNotFound, InputsForgotten, TesseractError, TooStale, describe
@@ -35,6 +35,11 @@ def eligible(uid: str, replicas: Sequence[ExpertReplica], max_staleness: int | N
     if not primaries:
         raise ExpertNotFound(f"nobody is the primary of {uid} now: max_staleness={max_staleness} can't be kept")
     return replicas if max_staleness else primaries
+
+
+def _num_rows(inputs: Sequence[torch.Tensor | None]) -> int:
+    assert inputs[0] is not None
+    return inputs[0].shape[0]
 
 
 class Exchange(Generic[T]):
@@ -80,7 +85,7 @@ class ForwardExchange(Exchange[Forwarded]):
 
     experience: Experience
     forward: Forward
-    inputs: Sequence[torch.Tensor]
+    inputs: Sequence[torch.Tensor | None]
     """On the CPU; they fit the schema and must not change before the end."""
     is_timed: ClassVar[bool] = True
     _primaries: list[PeerAddress] = field(default_factory=list, init=False)
@@ -88,11 +93,11 @@ class ForwardExchange(Exchange[Forwarded]):
 
     @property
     def num_bytes(self) -> int:
-        return self.inputs[0].shape[0] * self.forward.schema.row_bytes
+        return _num_rows(self.inputs) * self.forward.schema.row_bytes
 
     @property
     def gives(self) -> tuple[int, int]:
-        return self.inputs[0].shape[0], 0
+        return _num_rows(self.inputs), 0
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         max_staleness = self.forward.options.max_staleness
@@ -142,7 +147,7 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
     experience: Experience
     forward: Forward
     receipt: Receipt
-    inputs: Sequence[torch.Tensor]
+    inputs: Sequence[torch.Tensor | None]
     output_gradients: Sequence[torch.Tensor | None]
     call_id: bytes = field(default_factory=new_name)
 
@@ -191,7 +196,7 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
         decoded = messages.decode(messages.BackwardReply, reply.body)
         self.experience.lineages.take(replica, decoded.epoch, decoded.version)
         specs = forward.schema.input_specs
-        num_rows = self.inputs[0].shape[0]
+        num_rows = _num_rows(self.inputs)
         plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=num_rows)
         if plain is not None:
             return [*plain]

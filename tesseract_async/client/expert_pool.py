@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.arguments import Arguments, present
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import StrictForward
@@ -229,8 +229,7 @@ class ExpertPool(nn.Module):
         schema = self._schemas.known
         if schema is None:
             is_hosted = torch.zeros(1, self.num_experts, device="cpu")
-            for expert, _ in pairs:
-                is_hosted[0, expert] = bool(candidates.replicas_of(expert))
+            is_hosted[0, [expert for expert, _ in pairs if candidates.replicas_of(expert)]] = 1.0
             schema = await self._schemas.schema(candidates, is_hosted, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
@@ -238,11 +237,14 @@ class ExpertPool(nn.Module):
                 "weighted"
             )
         inputs = arguments.fit(schema, f"the pool {self.uid_prefix}")
+        schema, (tensors, absent) = schema.sized(inputs), present(inputs)
         settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
         dispatch = StrictForward(candidates, pairs, len(values), timeout=settings.forward_timeout)
-        call = MixtureCall(dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False)
+        call = MixtureCall(
+            dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False, absent=absent
+        )
         try:
-            *sums, _ = await through(call, [*inputs, values])
+            *sums, _ = await through(call, [*tensors, values])
         except NotEnoughExperts as error:
             if any(isinstance(one, SchemaMismatch) for one in error.errors.values()):
                 self._schemas.known = None  # they may be other experts now

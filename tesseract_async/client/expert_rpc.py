@@ -4,10 +4,9 @@ A reply that breaks the rules raises ProtocolError, so that a server that lies a
 is down.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -19,7 +18,19 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.codecs import CodecPolicy, Codecs, settle
 from tesseract_async.wire.messages import FORWARD, INFO
-from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten, may_unpack, unpack_plain
+from tesseract_async.wire.tensors import (
+    Schema,
+    TensorSpec,
+    decode_schema,
+    flatten,
+    may_unpack,
+    size_of,
+    unflatten,
+    unpack_plain,
+)
+
+MAX_SIZES: Final = 64
+"""Sizes for which a schema whose sizes vary is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,7 @@ class ExpertSchema:
     row_bytes: int = field(init=False)
     """Bytes of one row's inputs and outputs together, uncompressed."""
     _settled: dict[Codecs, Codecs] = field(init=False, default_factory=dict, compare=False)
+    _sized: dict[int, "ExpertSchema"] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # asked for in every call
@@ -45,7 +57,7 @@ class ExpertSchema:
         object.__setattr__(self, "input_specs", tuple(flatten(self.inputs)))
         object.__setattr__(self, "output_specs", tuple(flatten(self.outputs)))
         specs = (*self.input_specs, *self.output_specs)
-        object.__setattr__(self, "row_bytes", sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs))
+        object.__setattr__(self, "row_bytes", sum(spec.row_bytes for spec in specs))
 
     def settle(self, preference: Codecs) -> Codecs:
         """The codecs that calls with this preference use. Raises: SchemaMismatch if there is none."""
@@ -54,6 +66,19 @@ class ExpertSchema:
             settled = self._settled[preference] = settle(self.codecs, preference)
         return settled
 
+    def sized(self, inputs: Sequence[torch.Tensor | None]) -> "ExpertSchema":
+        """The schema of a call with these inputs, which fit it: with what varies as it is there."""
+        size = size_of(self.input_specs, [None if x is None else x.shape for x in inputs])
+        if size is None:
+            return self
+        if size not in self._sized:
+            if len(self._sized) >= MAX_SIZES:
+                self._sized.clear()
+            args, kwargs = (unflatten(one, [spec.sized(size) for spec in flatten(one)]) for one in self.inputs)
+            outputs = unflatten(self.outputs, [spec.sized(size) for spec in self.output_specs])
+            self._sized[size] = ExpertSchema(args, kwargs, outputs, self.max_batch_size, self.codecs)
+        return self._sized[size]
+
     @classmethod
     def decode(cls, info: messages.ExpertInfo) -> "ExpertSchema":
         """Read an untrusted info. Raises: ProtocolError."""
@@ -61,8 +86,14 @@ class ExpertSchema:
         outputs = decode_schema(info.outputs_schema)
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise ProtocolError("an expert's arguments are a tuple and a map of schemas")
-        if not flatten((args, kwargs)) or not flatten(outputs):
+        specs, answered = flatten((args, kwargs)), flatten(outputs)
+        if not specs or not answered:
             raise ProtocolError("an expert without tensors to take or to give")
+        first = next((spec for spec in specs if spec.varies), specs[0])
+        if specs[0].optional or first.optional or any(spec.optional for spec in answered):
+            raise ProtocolError("optional tensors where there has to be one")
+        if first is specs[0] and not first.varies and any(spec.varies for spec in answered):
+            raise ProtocolError("an output whose size varies, of inputs whose sizes do not")
         return cls(args, kwargs, outputs, info.max_batch_size, CodecPolicy.decode(info.codecs))
 
 
@@ -108,7 +139,7 @@ async def fetch_info(node: Node, uid: str, peer: PeerAddress, *, timeout: float)
 
 
 async def call_forward(
-    node: Node, forward: Forward, peer: PeerAddress, inputs: Sequence[torch.Tensor], *, timeout: float
+    node: Node, forward: Forward, peer: PeerAddress, inputs: Sequence[torch.Tensor | None], *, timeout: float
 ) -> tuple[list[torch.Tensor], Receipt]:
     """The expert's outputs (on the CPU), and what its backward needs to know.
 
@@ -130,6 +161,7 @@ async def call_forward(
     )
     decoded = messages.decode(messages.ForwardReply, reply.body)
     specs = forward.schema.output_specs
+    assert inputs[0] is not None
     num_rows = inputs[0].shape[0]
     receipt = Receipt(peer, decoded.version, decoded.inputs_cached, decoded.epoch)
     if (plain := unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=num_rows)) is not None:

@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.exchanges import BackwardExchange, Exchange
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import fetch_info

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.arguments import Arguments, present
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import ForwardDispatch
@@ -212,6 +212,7 @@ class GatingFunction(Gate):
                 "which whole numbers can't bear; call the experts that `choose` gives"
             )
         inputs = arguments.fit(schema, f"the grid {self.uid_prefix}")
+        schema, (tensors, absent) = schema.sized(inputs), present(inputs)
         settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
         patience = self._experience.patience("forward", settings)
         dispatch = ForwardDispatch(
@@ -225,10 +226,11 @@ class GatingFunction(Gate):
             settings=settings,
             is_normalized=True,
             search=self._search,
+            absent=absent,
         )
         try:
             *sums, weights_R = await remote_call(
-                call, [*inputs, scores_RS], versions=arguments.versions, differentiable=mode.differentiable
+                call, [*tensors, scores_RS], versions=arguments.versions, differentiable=mode.differentiable
             )
         finally:
             self._search.learned.learn(dispatch, schema.row_bytes)

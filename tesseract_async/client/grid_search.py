@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from tesseract_async.client.beam_search import BeamSearch
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.dispatch import ForwardDispatch
 from tesseract_async.client.experience import Experience, GridExperience
 from tesseract_async.client.routing import Candidates, LiveGrid, uid_at

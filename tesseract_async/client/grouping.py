@@ -9,6 +9,7 @@ In forward any replica may answer; the next one is asked when one fails, or is s
 the primary does; where it fails, the expert is looked up anew.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -228,21 +229,23 @@ class Grouping:
 
     def _group(self, now: float) -> list[Request]:
         due, self._due = self._due, {}
-        groups: dict[Hashable, list[tuple[ExpertCall, ExpertReplica]]] = {}
-        named: dict[tuple[Hashable, int], int] = {}
+        # of each group the messages: an expert that is asked about other rows, too, is in another one
+        groups: dict[Hashable, list[dict[int, tuple[ExpertCall, ExpertReplica]]]] = {}
         for call in due:
             if (search := self._searches.get(call)) is None:
                 continue
             if search.left:
                 replica = search.left.pop(0)
-                key = self._key(call, replica)
-                num = named.get((key, call.expert), 0)  # one that is asked about other rows, too, is in another message
-                named[key, call.expert] = num + 1
-                groups.setdefault((key, num), []).append((call, replica))
+                messages = groups.setdefault(self._key(call, replica), [])
+                message = next((one for one in messages if call.expert not in one), None)
+                if message is None:
+                    messages.append(message := {})
+                message[call.expert] = call, replica
             elif not search.requests and call not in self._pausing:
                 self._exhausted(call, search, now)
         requests = []
-        for asked in groups.values():
+        for message in itertools.chain.from_iterable(groups.values()):
+            asked = [*message.values()]
             for start in range(0, len(asked), MAX_EXPERTS):
                 request = Request(dict(asked[start : start + MAX_EXPERTS]), now)
                 requests.append(request)

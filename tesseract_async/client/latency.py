@@ -84,6 +84,12 @@ class LatencyBook:
         record.recent.append(seconds)
         self._all.append(seconds)
         beyond = max(0.0, seconds - path)
+        if answered and record.answered is not None and record.usual is not None and record.beyond_path is not None:
+            # nearly all calls: once for each expert of a pass
+            record.beyond_path += _SMOOTHING * (beyond - record.beyond_path)
+            record.answered += _SMOOTHING * (beyond - record.answered)
+            record.usual += _SMOOTHING * (beyond - record.usual)
+            return
         record.beyond_path = _smoothed(record.beyond_path, beyond)
         if answered:
             record.answered = _smoothed(record.answered, beyond)

@@ -35,7 +35,7 @@ class Lineages:
             # once per manifest: a server that lies must not make every call read the directory
             self._reported[key] = replica.sequence
             self._node.directory.report_outdated(replica.uid)
-        if not replica.primary or not epoch:
+        if not replica.primary:
             return
         seen_epoch, seen_version = self._seen.get(replica.uid, (0, 0))
         if epoch > seen_epoch and version < seen_version:
@@ -48,3 +48,11 @@ class Lineages:
             )
         if epoch >= seen_epoch:
             self._seen[replica.uid] = epoch, version if epoch > seen_epoch else max(version, seen_version)
+
+    def newest(self, uid: str) -> tuple[int, int]:
+        """Return the newest epoch, and the newest version in it, at which the expert's primary has answered here."""
+        return self._seen.get(uid, (0, 0))
+
+    def forget(self, uid: str) -> None:
+        """The expert goes back to an older state."""
+        self._seen.pop(uid, None)

@@ -113,7 +113,10 @@ class LocalMixture(Gate):
             weights_R = weights_R.index_add(0, at, weight_L)
             leaves = flatten(answer)
             if not sums:
-                sums = [_zeros(len(top_R), leaf) for leaf in leaves]
+                sums = [
+                    leaf.new_zeros(len(top_R), *leaf.shape[1:], dtype=torch.promote_types(leaf.dtype, torch.float32))
+                    for leaf in leaves
+                ]
             sums = [
                 total.index_add(0, at, scaled(leaf.to(total.dtype), weight_L))
                 for total, leaf in zip(sums, leaves, strict=True)
@@ -128,7 +131,3 @@ class LocalMixture(Gate):
             versions={},
             settings=self.settings,
         )
-
-
-def _zeros(num_rows: int, leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.new_zeros(num_rows, *leaf.shape[1:], dtype=torch.promote_types(leaf.dtype, torch.float32))

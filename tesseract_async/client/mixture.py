@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tesseract_async.client.arguments import with_absent
 from tesseract_async.client.dispatch import BackwardDispatch, CallsUnderWay, ExpertCall, ForwardDispatch
 from tesseract_async.client.exchanges import eligible
 from tesseract_async.client.experience import Experience, replica_key
@@ -32,7 +33,7 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.encoding import pack
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest
 from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import TensorSpec, flatten
+from tesseract_async.wire.tensors import TensorSpec
 
 Values = npt.NDArray[np.floating[Any]]
 
@@ -64,8 +65,10 @@ class MixtureCall:
         settings: MixtureSettings,
         is_normalized: bool,
         search: GridSearch | None = None,
+        absent: Sequence[int] = (),
     ) -> None:
-        """`search`: looks for further experts where rows are in need of them."""
+        """`search`: looks for further experts where rows are in need of them. `absent`: the places of optional inputs
+        that are None."""
         self.timeout = settings.backward_timeout
         self.dispatch, self.experience = dispatch, experience
         self.schema, self.mode, self.settings = schema, mode, settings
@@ -77,7 +80,7 @@ class MixtureCall:
         self.answers: dict[ExpertCall, _Answer] = {}
         self.ids: dict[ExpertCall, bytes] = {}
         """What the servers know calls by, until their backward begins: going through a graph again is another one."""
-        self._search = search
+        self._search, self._absent = search, absent
 
     @property
     def versions(self) -> dict[str, int]:
@@ -87,7 +90,7 @@ class MixtureCall:
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """See `MixtureCall`. Raises: NotEnoughExperts where the dispatch says so."""
         device = inputs[0].device
-        forward = _ForwardPass(self, [tensor.cpu() for tensor in inputs])
+        forward = _ForwardPass(self, self._all(inputs), inputs[-1].cpu())
         await forward.run(None if self._search is None else self._find_more)
         self.answers = {call: forward.answers[call] for call in self.dispatch.answers}
         self.top_R, self.weights_R = forward.top_R, forward.weights_R
@@ -104,9 +107,13 @@ class MixtureCall:
             return [None] * len(inputs)
         self.experience.node.check_running()
         gradients = [None if gradient is None else gradient.cpu() for gradient in output_gradients]
-        backward = _BackwardPass(self, [tensor.cpu() for tensor in inputs], gradients)
+        backward = _BackwardPass(self, self._all(inputs), inputs[-1].cpu(), gradients)
         await backward.run()
         return backward.input_gradients()
+
+    def _all(self, inputs: Sequence[torch.Tensor]) -> Tensors:
+        """The experts' inputs, with those that are absent."""
+        return with_absent([tensor.cpu() for tensor in inputs[:-1]], self._absent)
 
     async def _find_more(self, rows: torch.Tensor) -> None:
         """Look for experts for these rows (see `CallsUnderWay.rows_in_need`) and tell the dispatch. If all that failed
@@ -127,8 +134,8 @@ class MixtureCall:
 class _ForwardPass(Pass):
     what = "numbers"
 
-    def __init__(self, call: MixtureCall, inputs: Sequence[torch.Tensor]) -> None:
-        """`inputs`: see `MixtureCall`; on the CPU."""
+    def __init__(self, call: MixtureCall, inputs: Tensors, values: torch.Tensor) -> None:
+        """`inputs` and `values`: see `MixtureCall`; on the CPU."""
         super().__init__(
             call.experience,
             call.dispatch,
@@ -137,12 +144,12 @@ class _ForwardPass(Pass):
             options=call.settings.calls,
             timeout=call.settings.forward_timeout,
         )
-        self._call, self._inputs = call, inputs[:-1]
-        self._matrix: Values = np.nan_to_num(inputs[-1].numpy(), posinf=1e30, neginf=-1e30)
+        self._call, self._inputs = call, inputs
+        self._matrix: Values = np.nan_to_num(values.numpy(), posinf=1e30, neginf=-1e30)
         num_rows = len(self._matrix)
         specs = [TensorSpec(spec.shape, _sum_dtype(spec.dtype)) for spec in call.schema.output_specs]
         self.reply_specs = specs
-        self.sums = [torch.zeros(num_rows, *spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
+        self.sums = [torch.zeros(num_rows, *spec.least_shape, dtype=spec.dtype, device="cpu") for spec in specs]
         self.weights_R: Values = np.zeros(num_rows, dtype=self._matrix.dtype)
         self.top_R: Values = np.full(num_rows, -np.inf, dtype=self._matrix.dtype)
         self.answers: dict[ExpertCall, _Answer] = {}
@@ -285,8 +292,8 @@ class _ForwardPass(Pass):
 class _BackwardPass(Pass):
     what = "gradients"
 
-    def __init__(self, call: MixtureCall, inputs: Sequence[torch.Tensor], gradients: Tensors) -> None:
-        """`inputs` and `gradients` of the outputs: see `MixtureCall`; on the CPU."""
+    def __init__(self, call: MixtureCall, inputs: Tensors, values: torch.Tensor, gradients: Tensors) -> None:
+        """`inputs`, `values` and `gradients` of the outputs: see `MixtureCall`; on the CPU."""
         patience = call.experience.patience("backward", call.settings)
         dispatch = BackwardDispatch(call.dispatch, settings=call.settings, patience=patience)
         super().__init__(
@@ -297,8 +304,8 @@ class _BackwardPass(Pass):
             options=call.settings.calls,
             timeout=call.settings.backward_timeout,
         )
-        self._call, self._inputs = call, inputs[:-1]
-        self._matrix: Values = np.nan_to_num(inputs[-1].numpy(), posinf=1e30, neginf=-1e30)
+        self._call, self._inputs = call, inputs
+        self._matrix: Values = np.nan_to_num(values.numpy(), posinf=1e30, neginf=-1e30)
         self._gradients, of_weights = gradients[:-1], gradients[-1]
         self._of_weights_R: Values = np.zeros(len(self._matrix)) if of_weights is None else of_weights.numpy()
         if call.is_normalized:
@@ -308,12 +315,12 @@ class _BackwardPass(Pass):
             self._gradients = [None if x is None else x * _factor(call.weights_R, x) for x in self._gradients]
         self._forward_calls = dispatch.forward_calls
         self.reply_specs = [
-            TensorSpec(spec.shape, _sum_dtype(spec.dtype)) if _is_differentiable(spec.dtype) else None
-            for spec in flatten(call.schema.inputs)
+            TensorSpec(spec.shape, _sum_dtype(spec.dtype)) if x is not None and _is_differentiable(spec.dtype) else None
+            for x, spec in zip(inputs, call.schema.input_specs, strict=True)
         ]
         self._ids: dict[ExpertCall, bytes] = {}
         self._totals: list[torch.Tensor | None] = [None] * len(self._inputs)
-        self._of_values = torch.zeros_like(inputs[-1])
+        self._of_values = torch.zeros_like(values)
         self._arrived_R: Values = np.zeros(len(self._matrix))
 
     def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
@@ -391,7 +398,8 @@ class _BackwardPass(Pass):
         for i, partial in enumerate(sums):
             if partial is not None:
                 if (total := self._totals[i]) is None:
-                    total = self._totals[i] = torch.zeros(self._inputs[i].shape, dtype=partial.dtype, device="cpu")
+                    shape = (len(self._matrix), *partial.shape[1:])
+                    total = self._totals[i] = torch.zeros(shape, dtype=partial.dtype, device="cpu")
                 total.index_add_(0, at, partial)
         rows_P, weights_P = block.rows_P[pairs], block.weights_P[pairs]
         np.add.at(self._arrived_R, rows_P, weights_P)
@@ -411,16 +419,17 @@ class _BackwardPass(Pass):
             # a row that lost nearly all of its weight is not blown up to noise
             scale_R = 1 / np.maximum(self._arrived_R, 0.05)
             sums = [None if total is None else total * _factor(scale_R, total) for total in sums]
-        found = [None if total is None else total.to(x.dtype) for total, x in zip(sums, self._inputs, strict=True)]
+        pairs = zip(sums, self._inputs, strict=True)
+        found = [None if total is None else total.to(x.dtype) for total, x in pairs if x is not None]
         return [*found, self._of_values]
 
 
-def _rows_of(tensors: Sequence[torch.Tensor], rows: Indices) -> list[torch.Tensor]:
+def _rows_of(tensors: Tensors, rows: Indices) -> Tensors:
     """These rows of each; the tensors themselves where that is all of them."""
-    if len(rows) == len(tensors[0]):
+    if tensors[0] is not None and len(rows) == len(tensors[0]):
         return list(tensors)
     at = torch.from_numpy(rows)
-    return [tensor.index_select(0, at) for tensor in tensors]
+    return [None if tensor is None else tensor.index_select(0, at) for tensor in tensors]
 
 
 def _is_differentiable(dtype: torch.dtype) -> bool:

@@ -4,8 +4,6 @@ A `Pass` is one direction. It sends what the machine says, one `expert.apply` to
 replies say. What travels, and what becomes of the sums, is the business of its subclasses in `mixture`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Coroutine, Hashable, Sequence
@@ -16,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.dispatch import CallsUnderWay, ExpertCall
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, check_growth
@@ -60,7 +58,7 @@ class Block:
     """Names the block, as long as its server keeps it."""
 
     @classmethod
-    def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> Block:
+    def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> "Block":
         """The block of these calls for a batch of `num_rows`; the weights are for the caller to set."""
         experts = np.array([call.expert for call in calls], dtype=np.int64)
         coords = candidates.grid.coords_ND[experts]
@@ -219,6 +217,8 @@ class Pass:
         self._grouping.ended(request, error, loop.time())
 
     async def _exchange(self, request: Request, timeout: float) -> None:
+        if not request.open:  # others answered between the decision to ask and this task's first turn
+            return
         block, asked, tensors = await self.pack(request)
         if not request.open:
             return

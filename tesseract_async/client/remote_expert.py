@@ -1,7 +1,5 @@
 """`RemoteExpert`: a module that lives on somebody else's computer."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -11,7 +9,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.arguments import Arguments, present, with_absent
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.exchanges import BackwardExchange, Exchange, ForwardExchange, SchemaExchange
@@ -95,7 +93,7 @@ class RemoteExpert(nn.Module):
         codec: str | Mapping[str, str] | None = None,
         max_staleness: int | None = None,
         audit_share: float | None = None,
-    ) -> RemoteExpert:
+    ) -> "RemoteExpert":
         """The same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
 
         `timeout`: seconds for one call, forward or backward. `priority`: -1, 0 or 1; higher goes first at the server.
@@ -180,10 +178,11 @@ class RemoteExpert(nn.Module):
             schema, inputs = other, arguments.fit(other, f"expert {self.uid}")
         schema.settle(options.codecs)  # raises before anybody is asked
         mode = arguments.mode
-        forward = Forward(self.uid, schema, mode, options)
+        forward = Forward(self.uid, schema.sized(inputs), mode, options)
         try:
             if mode.differentiable:
-                outputs = await remote_call(_ExpertCall(self, forward), inputs, versions=arguments.versions)
+                tensors, absent = present(inputs)
+                outputs = await remote_call(_ExpertCall(self, forward, absent), tensors, versions=arguments.versions)
             else:
                 outputs, _ = await self._forward(forward, inputs)
                 arguments.versions.check()
@@ -193,7 +192,10 @@ class RemoteExpert(nn.Module):
             raise
         return unflatten(schema.outputs, outputs)
 
-    async def _forward(self, forward: Forward, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Receipt]:
+    async def _forward(
+        self, forward: Forward, inputs: Sequence[torch.Tensor | None]
+    ) -> tuple[list[torch.Tensor], Receipt]:
+        assert inputs[0] is not None
         outputs, receipt = await self.ask(ForwardExchange(self._experience, forward, inputs))
         self.__dict__["version"] = receipt.version  # a module looks for parameters in whatever it is assigned
         if not inputs[0].is_cpu:
@@ -250,15 +252,16 @@ class RemoteExpert(nn.Module):
 class _ExpertCall:
     """One call of one expert: where its forward was answered, and how its backward goes (see `autograd.Remote`)."""
 
-    def __init__(self, expert: RemoteExpert, forward: Forward) -> None:
+    def __init__(self, expert: RemoteExpert, forward: Forward, absent: Sequence[int]) -> None:
+        """`absent`: the places of optional inputs that are None."""
         self.timeout = expert.backward_timeout
         self._expert = expert
         self._experience = expert._experience
-        self._forward = forward
+        self._forward, self._absent = forward, absent
         self._receipt: Receipt | None = None
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        outputs, self._receipt = await self._expert._forward(self._forward, inputs)
+        outputs, self._receipt = await self._expert._forward(self._forward, with_absent(inputs, self._absent))
         return outputs
 
     async def backward(
@@ -268,6 +271,8 @@ class _ExpertCall:
             return [None] * len(inputs)
         self._experience.node.check_running()
         assert self._receipt is not None
-        exchange = BackwardExchange(self._experience, self._forward, self._receipt, inputs, output_gradients)
+        given = with_absent(inputs, self._absent)
+        exchange = BackwardExchange(self._experience, self._forward, self._receipt, given, output_gradients)
         replicas = await self._expert.find()
-        return await ask_primary(self._experience, replicas, exchange, timeout=self.timeout)
+        gradients = await ask_primary(self._experience, replicas, exchange, timeout=self.timeout)
+        return [gradient for gradient, x in zip(gradients, given, strict=True) if x is not None]

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from tesseract_async.client.arguments import Arguments
-from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.exchanges import SchemaExchange
 from tesseract_async.client.experience import Experience
 from tesseract_async.client.expert_rpc import ExpertSchema

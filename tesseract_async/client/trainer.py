@@ -1,21 +1,17 @@
 """`AsyncTrainer`: many training steps in flight over one set of local parameters."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import copy
-import math
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.completion_queue import CompletionQueue
 from tesseract_async.client.leaves import fire_post_accumulate_hooks, wait_for_accumulation
 from tesseract_async.client.progress import ProgressOf
 from tesseract_async.client.scaling import Scaled
@@ -28,6 +24,7 @@ Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]
 """A loss of one element, alone or with named figures for the report."""
 LossOf = Callable[[M, B], Awaitable[Loss]]
 
+_END: Final = object()
 _SHARED_GRADIENTS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -59,6 +56,23 @@ class Sampler(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> object:
         """Go on from there."""
+
+
+@runtime_checkable
+class TracksBatches(Protocol):
+    """A sampler that is told what becomes of each batch: `SharedSampler`."""
+
+    def begin_run(self) -> int:
+        """Return the number of the first batch of the run that begins."""
+
+    def feed(self, batches: Iterable[B]) -> AsyncGenerator[B, None]:
+        """Yield the batches."""
+
+    def batch_ended(self, number: int, *, failed: bool) -> None:
+        """Take note of a batch."""
+
+    def end_run(self) -> None:
+        """Take note that all other batches are given up."""
 
 
 class AsyncTrainer(Generic[M]):
@@ -112,7 +126,8 @@ class AsyncTrainer(Generic[M]):
         - `scheduler`: of the optimizer's learning rate; stepped once per optimizer step, ReduceLROnPlateau with the
           step's loss.
         - `scaler`: scales the losses, which come unscaled, and decides over each step of the optimizer.
-        - `sampler`: where `run`'s batches come from; its position is part of `state_dict`.
+        - `sampler`: where `run`'s batches come from; its position is part of `state_dict`. A `SharedSampler` learns of
+          each batch how it ended.
         - `callbacks`: called with each step's report, failed ones of a run included, in the order in which steps end.
           What one raises is raised by the step, which stands.
         - `publish`: `run` shows observers, such as the dashboard, the loss of each grid that the module uses.
@@ -160,6 +175,7 @@ class AsyncTrainer(Generic[M]):
         self._begun_at: dict[int, int] = {}
         """Steps under way, in the order in which they began: the version that each has seen."""
         self._num_begun = 0
+        self._num_pauses = 0
         self._changed = asyncio.Event()
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,17 +216,17 @@ class AsyncTrainer(Generic[M]):
 
     @contextlib.asynccontextmanager
     async def paused(self) -> AsyncGenerator[None, None]:
-        """Enter when the steps under way have ended; no other begins inside. For a save point."""
-        num_slots = self.in_flight if self.max_staleness is None else min(self.in_flight, self.max_staleness + 1)
-        num_taken = 0
+        """Enter when the steps under way have ended; no other begins until it is left. For a save point; several may
+        pause it at a time."""
+        self._num_pauses += 1
         try:
-            while num_taken < num_slots:
-                await self._slots.acquire()
-                num_taken += 1
+            while self._begun_at:
+                self._changed.clear()
+                await self._changed.wait()
             yield
         finally:
-            for _ in range(num_taken):
-                self._slots.release()
+            self._num_pauses -= 1
+            self._changed.set()
 
     async def step(self, loss_of: LossOf[M, B], batch: B) -> StepReport:
         """One step: a copy of the module, ``await loss_of(copy, batch)``, backward, the optimizer.
@@ -225,6 +241,9 @@ class AsyncTrainer(Generic[M]):
     async def _step(self, loss_of: LossOf[M, B], batch: B) -> StepReport:
         loop = asyncio.get_running_loop()
         async with self._slots:
+            while self._num_pauses:
+                self._changed.clear()
+                await self._changed.wait()
             started = loop.time()
             replica = self._idle.pop() if self._idle else _ModelCopy(self.module)
             number = self._num_begun
@@ -265,30 +284,46 @@ class AsyncTrainer(Generic[M]):
         """
         num_failures = 0
         num_taken = 0
-        under_way: dict[asyncio.Task[StepReport], int] = {}
-        queue: CompletionQueue[StepReport] = CompletionQueue()
-        source = _iterate(batches)
+        under_way: dict[asyncio.Future[Any], int] = {}
+        ended: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()  # `asyncio.wait` looks at all each time
+        tracks = self.sampler if isinstance(self.sampler, TracksBatches) else None
+        first_batch = 0 if tracks is None else tracks.begin_run()
+        if tracks is not None and not isinstance(batches, AsyncIterable):
+            batches = tracks.feed(batches)
+        source = _Source(batches)
         exhausted = False
+        taking: asyncio.Future[Any] | None = None
         progress = ProgressOf(self.module if self.publish else None)
         try:
-            while under_way or not exhausted:
-                while not exhausted and len(under_way) < self.in_flight:
-                    try:
-                        batch = await anext(source)
-                    except StopAsyncIteration:
-                        exhausted = True
+            while True:
+                while len(under_way) < self.in_flight and not exhausted:
+                    if taking is None:
+                        taking = source.take()
+                        if not taking.done():
+                            taking.add_done_callback(ended.put_nowait)
+                    if not taking.done():
                         break
-                    task = asyncio.create_task(self._try_step(loss_of, batch))
-                    under_way[task] = num_taken
-                    num_taken += 1
-                    queue.add(task)
-                if under_way:
-                    done = await queue.wait(math.inf)
+                    batch, taking = taking.result(), None
+                    if batch is _END:
+                        exhausted = True
+                    else:
+                        task = asyncio.create_task(self._try_step(loss_of, batch))
+                        under_way[task] = num_taken
+                        num_taken += 1
+                        task.add_done_callback(ended.put_nowait)
+                if taking is None and not under_way:
+                    break
+                # steps end, and are told of, while a batch is waited for
+                done = [await ended.get()]
+                while not ended.empty():
+                    done.append(ended.get_nowait())
+                done = [one for one in done if one in under_way]
+                if done:
                     outcomes = await asyncio.gather(*done, return_exceptions=True)  # every error is asked for
                     reports: list[StepReport] = []
                     broken: dict[int, BaseException] = {}
-                    for task, outcome in zip(done, outcomes, strict=True):
-                        batch_number = under_way.pop(task)
+                    for one, outcome in zip(done, outcomes, strict=True):
+                        batch_number = under_way.pop(one)
                         if isinstance(outcome, BaseException):
                             broken[batch_number] = outcome
                         else:
@@ -297,6 +332,8 @@ class AsyncTrainer(Generic[M]):
                         first = min(broken)
                         raise _noted(broken.pop(first), first, broken)
                     for report in sorted(reports, key=lambda report: (report.version, report.error is not None)):
+                        if tracks is not None and report.batch is not None:
+                            tracks.batch_ended(first_batch + report.batch, failed=report.error is not None)
                         num_failures = 0 if report.error is None else num_failures + 1
                         self._tell(report)
                         if report.error is None:
@@ -305,10 +342,12 @@ class AsyncTrainer(Generic[M]):
                             raise _noted(report.error, report.batch, {})
                         yield report
         finally:
-            for task in under_way:
-                task.cancel()
+            for step in under_way:
+                step.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
             await source.aclose()
+            if tracks is not None:
+                tracks.end_run()
             await progress.aclose()
 
     def _tell(self, report: StepReport) -> None:
@@ -334,7 +373,7 @@ class AsyncTrainer(Generic[M]):
         await backward(loss * scale, scaler=Scaled(float(scale)))
         return float(scale)
 
-    def _commit(self, replica: _ModelCopy[M], scale: float, loss: torch.Tensor) -> None:
+    def _commit(self, replica: "_ModelCopy[M]", scale: float, loss: torch.Tensor) -> None:
         """Moves the gradients to the master and takes the step."""
         scaler = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
         try:
@@ -448,18 +487,50 @@ def _noted(error: BaseException, batch: int | None, others: Mapping[int, BaseExc
     return error
 
 
+class _Source(Generic[B]):
+    """Batches as they are asked for. Asynchronous ones are made in one task, as their maker may expect."""
+
+    def __init__(self, batches: Iterable[B] | AsyncIterable[B]) -> None:
+        self._wanted: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        self._iterator: Iterator[B] | None = None
+        self._making: asyncio.Task[None] | None = None
+        if isinstance(batches, AsyncIterable):
+            self._making = asyncio.create_task(self._make(batches))
+        else:
+            self._iterator = iter(batches)
+
+    def take(self) -> asyncio.Future[Any]:
+        """Return the next batch, or `_END`, when it is there. One is asked for at a time."""
+        taking: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._iterator is None:
+            self._wanted.put_nowait(taking)
+            return taking
+        try:
+            taking.set_result(next(self._iterator, _END))
+        except Exception as error:  # the caller's own
+            taking.set_exception(error)
+        return taking
+
+    async def _make(self, batches: AsyncIterable[B]) -> None:
+        iterator = aiter(batches)
+        while True:
+            taking = await self._wanted.get()
+            try:
+                taking.set_result(await anext(iterator, _END))
+            except Exception as error:  # the caller's own
+                taking.set_exception(error)
+                return
+
+    async def aclose(self) -> None:
+        """Make no more."""
+        if self._making is not None:
+            self._making.cancel()
+            await asyncio.gather(self._making, return_exceptions=True)
+
+
 def _num_samples(batch: object) -> int:
     """Return the length of the first tensor in it; 0 if there is none."""
     if isinstance(batch, torch.Tensor):
         return len(batch) if batch.dim() else 1
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
     return next((found for part in parts if (found := _num_samples(part))), 0)
-
-
-async def _iterate(batches: Iterable[B] | AsyncIterable[B]) -> AsyncGenerator[B, None]:
-    if isinstance(batches, AsyncIterable):
-        async for batch in batches:
-            yield batch
-    else:
-        for batch in batches:
-            yield batch

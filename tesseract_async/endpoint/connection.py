@@ -244,17 +244,14 @@ class Connection:
         if self._handlers.flushed():
             self._schedule_flush()
         if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
-            self._count_unsent(protocol.unsent_bytes)
+            if self._unsent is not None:
+                self._unsent.release()
+                self._unsent = None
+            if protocol.unsent_bytes > UNCOUNTED_UNSENT:
+                self._unsent = self._budgets.replies.keep(self._owner, protocol.unsent_bytes)
+                if self._unsent is None or protocol.unsent_bytes > self._bounds.max_unsent:
+                    self._drop_unread()
             self._look()  # others may have lost their room to it
-
-    def _count_unsent(self, num_bytes: int) -> None:
-        if self._unsent is not None:
-            self._unsent.release()
-            self._unsent = None
-        if num_bytes > UNCOUNTED_UNSENT:
-            self._unsent = self._budgets.replies.keep(self._owner, num_bytes)
-            if self._unsent is None or num_bytes > self._bounds.max_unsent:
-                self._drop_unread()
 
     def _drop_unread(self) -> None:
         why = "the peer does not read its replies"

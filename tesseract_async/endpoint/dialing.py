@@ -181,7 +181,12 @@ class Dialer:
         """Shake hands over the first of these paths on which that works. Raises: PeerUnreachable."""
 
         async def attempt(path: DialPath) -> bool:
-            await self._shake(await path.open(), expected, hello(), established)
+            handshake = self._handshake(await path.open(), own=hello(), expected=expected, established=established)
+            try:
+                await asyncio.shield(handshake.done)
+            except asyncio.CancelledError:
+                handshake.abort()
+                raise
             return True
 
         def finished(path: DialPath, error: BaseException | None) -> None:
@@ -193,15 +198,6 @@ class Dialer:
         opened, errors = await race(paths, attempt, finished=finished)
         if not opened:
             raise PeerUnreachable(peer.short, errors)
-
-    async def _shake(self, pipe: Pipe, expected: PeerID | None, hello: Hello, established: Established) -> None:
-        """Raises: OSError, ProtocolError."""
-        handshake = self._handshake(pipe, own=hello, expected=expected, established=established)
-        try:
-            await asyncio.shield(handshake.done)
-        except asyncio.CancelledError:
-            handshake.abort()
-            raise
 
     def accept(self, pipe: Pipe) -> None:
         """Begin the handshake on a pipe that a peer opened. Where too many are half open, an old one of the largest

@@ -132,7 +132,12 @@ class Lane:
                 self.small_bytes = 0
             out.append(b"".join(taken) if len(taken) > 1 else taken[0])
         if self.large and room > 0:
-            self._fit_chunks(now)
+            if self._chunks_follow:  # chunks of about a second: on a slow path, what is urgent stands behind them
+                if now - self._chunk_at > 1.0:
+                    self._chunk_bytes = max(SMALLEST_CHUNK, self._chunk_bytes // 2)
+                elif now - self._chunk_at < 0.25:
+                    self._chunk_bytes = min(CHUNK_BYTES[self.index], self._chunk_bytes * 2)
+            self._chunk_at = now
             limit = min(self._chunk_bytes, pace.portion(now))
             while self.large and room > 0:
                 sending = self.large[0]
@@ -146,15 +151,6 @@ class Lane:
                     sent(sending)
         self._chunks_follow = bool(self.large)
         return out
-
-    def _fit_chunks(self, now: float) -> None:
-        """Keep chunks to about a second: on a slow path, what is urgent stands behind them."""
-        if self._chunks_follow:
-            if now - self._chunk_at > 1.0:
-                self._chunk_bytes = max(SMALLEST_CHUNK, self._chunk_bytes // 2)
-            elif now - self._chunk_at < 0.25:
-                self._chunk_bytes = min(CHUNK_BYTES[self.index], self._chunk_bytes * 2)
-        self._chunk_at = now
 
     def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
         handler = self._handlers.get(kind)

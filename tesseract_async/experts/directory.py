@@ -332,7 +332,7 @@ class ExpertDirectory(Uncopied):
                 log.warning("could not read the grid %s: %s", grid.prefix, describe(error))
             if grid.warm.is_set():
                 self.metrics.set("directory_age_seconds", self._clock() - grid.read_at, prefix=grid.prefix)
-            await _sleep_until(started + min(period, RETRY_PERIOD))
+            await asyncio.sleep(max(0.0, started + min(period, RETRY_PERIOD) - asyncio.get_running_loop().time()))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(started + period):
                     await grid.hurry.wait()
@@ -373,7 +373,3 @@ class ExpertDirectory(Uncopied):
 
         now, trust, scope = self._clock(), self._trust, self._scope
         return await read_claims(entries, prefix=prefix, now=now, trust=trust, scope=scope, dropped=dropped)
-
-
-async def _sleep_until(at: float) -> None:
-    await asyncio.sleep(max(0.0, at - asyncio.get_running_loop().time()))

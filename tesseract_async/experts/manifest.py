@@ -317,7 +317,9 @@ def _decode(reader: Reader) -> Manifest:
     if not 0 < num_dims <= MAX_DIMS or width not in _WIDTHS or num_experts == 0:
         raise ProtocolError("a manifest without experts or dimensions")
     coords = reader.array(_WIDTHS[width], num_experts * num_dims).reshape(num_experts, num_dims)
-    if not _ascends(coords):
+    change = np.diff(coords, axis=0)
+    first = (change != 0).argmax(axis=1)  # the dimension that decides; 0 for equal rows, where the change is 0
+    if not (change[np.arange(len(change)), first] > 0).all():
         raise ProtocolError("a manifest whose coordinates do not ascend strictly")
     bits = np.frombuffer(reader.take((num_experts + 7) // 8), np.uint8)
     primary = np.unpackbits(bits, count=num_experts).astype(bool)
@@ -365,12 +367,6 @@ def decode_tag(reader: Reader) -> tuple[RunTag | None, bytes]:
     if (num_bytes := reader.number(2)) > MAX_GRANT_BYTES:
         raise ProtocolError("a manifest whose grant is too long")
     return tag, reader.take(num_bytes)
-
-
-def _ascends(coords: Coordinates) -> bool:
-    change = np.diff(coords, axis=0)
-    first = (change != 0).argmax(axis=1)  # the dimension that decides; 0 for equal rows, where the change is 0
-    return bool((change[np.arange(len(change)), first] > 0).all())
 
 
 def _encode_address(address: str) -> bytes:

@@ -12,7 +12,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Appointment
 from tesseract_async.experts.lineage import Lineage
-from tesseract_async.experts.own_term import NEVER, Age, OwnTerm
+from tesseract_async.experts.own_term import NEVER, NUM_SUCCESSORS, Age, OwnTerm
 from tesseract_async.experts.tenure_words import Question, Send, State
 from tesseract_async.experts.terms import (
     EPOCH_ZERO,
@@ -33,6 +33,8 @@ MAX_OTHER_SOURCES: Final = 4
 """Hosts that are asked for a file besides the Seal's members, which may all be gone."""
 POLL_SECONDS: Final = 2.0
 """Seconds for the answers to questions of one kind."""
+LATE: Final = 0.5
+"""Seconds after the end of a poll at which this server must have stood still: then it says nothing of the others."""
 ASKING: Final = 3.0
 """Seconds for asking all members, and reading the network before or meanwhile."""
 
@@ -49,10 +51,16 @@ class Poll:
     votes: dict[PeerID, Vote] = field(default_factory=dict)
     given: dict[PeerID, tuple[float, Age]] = field(default_factory=dict)
     """For each vote, when it was asked for, and the age of the file that the voter holds."""
+    is_second: bool = False
+    """True if these were asked before, and this server stood still meanwhile."""
     is_led: bool = False
     """True if an answer said that there is a primary."""
     is_alive: bool = False
     """True if anybody who could lead the expert answered."""
+
+    def is_late(self, now: float) -> bool:
+        """Return whether this server stood still while it waited, for the first time."""
+        return now >= self.deadline + LATE and not self.is_second
 
     def settles(self, peer: PeerID, question: Question) -> bool:
         if peer not in self.waiting or (question.kind, question.epoch) != (self.kind, self.epoch):
@@ -153,9 +161,9 @@ class Membership:
     def silence_at(self, state: State) -> float:
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
-        step = min(2.0, self.lease / 15)
+        step = min(2.0, self.lease / 6)
         if state is State.HOLDING:  # the members come first; then it leads when two leases have passed
-            wait = max(self.lease + 3 * step, self._adopt_after - ASKING)
+            wait = max(self.lease + NUM_SUCCESSORS * step, self._adopt_after - ASKING)
         else:
             members = () if self.held is None else self.held.successors
             rank = members.index(self.me) if self.me in members else 0

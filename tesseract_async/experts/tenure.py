@@ -238,7 +238,7 @@ class Tenure:
                 self._renew_members(own, now, wall)
                 if self.state is State.FENCED:
                     self._recover(now)
-        elif poll is not None and poll.settles(peer, question):
+        elif poll is not None and not (answer is None and poll.is_late(now)) and poll.settles(peer, question):
             if answer is None:
                 poll.silent.add(peer)
             elif question.kind == "vote" and (vote := self._member.read_vote(peer, answer.vote, poll.epoch)):
@@ -353,7 +353,10 @@ class Tenure:
         if self.state is State.PRIMARY and now >= self._lease_until():
             self._fence(now)
         if self._poll is not None:
-            if now >= self._poll.deadline:
+            if self._poll.is_late(now):  # who was silent may have answered meanwhile
+                others = self._poll.waiting | self._poll.silent
+                self._ask_all(self._poll.kind, others, self._poll.epoch, now, again=self._poll)
+            elif now >= self._poll.deadline:
                 self._poll.silent |= self._poll.waiting
                 self._poll.waiting.clear()
                 self._count(now, wall)
@@ -394,8 +397,10 @@ class Tenure:
         else:
             self._stand(Kind.TAKEOVER, held, now, wall)
 
-    def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float) -> None:
+    def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float, again: Poll | None = None) -> None:
         self._poll, sends = self._member.ask(kind, others, epoch, now)
+        if again is not None:
+            self._poll.votes, self._poll.given, self._poll.is_second = again.votes, again.given, True
         self._commands += sends
 
     def _count(self, now: float, wall: float) -> None:

@@ -1,7 +1,5 @@
 """SwarmObserver: servers and their experts, what they compute, and who joined, left and failed."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -14,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
-from tesseract_async.experts import ExpertPattern, GridView, split_uid
+from tesseract_async.experts.grid import GridView
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Survey
 from tesseract_async.experts.progress import MERGED, Progress, progress_key, read_progress
@@ -123,7 +123,7 @@ class SwarmObserver:
         self._changed = asyncio.Event()
         self.num_looks = 0
 
-    async def __aenter__(self) -> SwarmObserver:
+    async def __aenter__(self) -> "SwarmObserver":
         self._task = asyncio.create_task(self._run(), name="monitoring: observe")
         return self
 

@@ -18,7 +18,7 @@ import psutil
 import tesseract_async
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ProtocolError, TesseractError
-from tesseract_async.experts import split_uid
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime

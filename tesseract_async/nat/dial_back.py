@@ -169,7 +169,12 @@ class DialBack:
         self._expected[token] = arrived = asyncio.Event()
         timeout = self._dial_timeout + 3.0
         try:
-            await self._speak_as(helper)
+            # the helper dials the host that it hears: it has to hear us by the version of IP of its address here
+            version = ip_version(helper.addresses[0])
+            connections = [info for info in self._endpoint.connections() if info.peer_id == helper.peer_id]
+            spoken = [ip_version(info.path.rpartition(" ")[2]) for info in connections]
+            if version is not None and spoken and version not in spoken:
+                await self._endpoint.upgrade(helper)
             body = {"port": port, "token": token}
             reply = await self._endpoint.call(helper, DIAL_BACK, body, timeout=timeout, max_reply_bytes=16 * 1024)
             host = reply.body.get("host") if type(reply.body) is dict else None
@@ -187,17 +192,6 @@ class DialBack:
             return None
         finally:
             del self._expected[token]
-
-    async def _speak_as(self, helper: PeerAddress) -> None:
-        """Make sure that the helper hears us by the version of IP of its address here: it dials the host it hears.
-
-        Raises: PeerUnreachable.
-        """
-        version = ip_version(helper.addresses[0])
-        connections = [info for info in self._endpoint.connections() if info.peer_id == helper.peer_id]
-        spoken = [ip_version(info.path.rpartition(" ")[2]) for info in connections]
-        if version is not None and spoken and version not in spoken:
-            await self._endpoint.upgrade(helper)
 
     def _learn(self, helper: PeerAddress, addresses: object) -> None:
         """Remember the addresses that a helper named. Untrusted: the node that answers there has to prove its id."""

@@ -173,7 +173,12 @@ class NetworkDriver(asyncio.DatagramProtocol):
         # IPv6 adds flow and scope, and shows IPv4 peers of a dual-stack socket in its own notation
         address = (addr[0].removeprefix(MAPPED), addr[1])
         if stun.is_stun(data):
-            self._answer_stun(data, address, addr)
+            answer = stun.answer(data, address)
+            if answer is None:
+                self._metrics.count("network_datagrams_dropped", reason="stun")
+            elif self._transport is not None:
+                self._transport.sendto(answer, addr)
+                self._metrics.count("network_stun_answers")
         else:
             self.protocol.receive_datagram(data, address, now)
 
@@ -222,14 +227,6 @@ class NetworkDriver(asyncio.DatagramProtocol):
         finally:
             del self._waiters[operation]
             self.protocol.cancel(operation)
-
-    def _answer_stun(self, data: bytes, address: Address, addr: tuple[str, int]) -> None:
-        answer = stun.answer(data, address)
-        if answer is None:
-            self._metrics.count("network_datagrams_dropped", reason="stun")
-        elif self._transport is not None:
-            self._transport.sendto(answer, addr)
-            self._metrics.count("network_stun_answers")
 
     def _update_clock(self) -> float:
         now = self._loop.time()

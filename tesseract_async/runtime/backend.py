@@ -118,7 +118,8 @@ class ExpertBackend:
       second of imports, which need not pass before the expert can be found.
     - `scheduler`: of the optimizer's learning rate; stepped once per optimizer step. Where the optimizer is made by a
       function, this is one, too, which takes the optimizer.
-    - `args_schema`: the positional arguments, as nested `TensorSpec`s, which leave the rows out.
+    - `args_schema`: the positional arguments, as nested `TensorSpec`s, which leave the rows out. A size may vary from
+      call to call, and an argument may be optional (see `TensorSpec`).
     - `kwargs_schema`: the keyword arguments by name.
     - `outputs_schema`: what the module returns; found by running two rows of zeros if not given.
     - `max_batch_size`: rows that are computed at once, at most.
@@ -185,6 +186,15 @@ class ExpertBackend:
         self.input_specs: list[TensorSpec] = wire.flatten(self.inputs_schema)
         if not self.input_specs:
             raise ValueError("an expert takes at least one tensor")
+        self.varies = any(spec.varies or spec.optional for spec in self.input_specs)
+        """True if the shapes of its tensors vary from call to call, or some may be absent."""
+        first = next((spec for spec in self.input_specs if spec.varies), self.input_specs[0])
+        if self.input_specs[0].optional or first.optional:
+            raise ValueError("an expert's first tensor, and the first of those whose sizes vary, is not optional")
+        if len({spec.max_size for spec in self.input_specs if spec.varies}) > 1:
+            raise ValueError("all sizes that vary are one in a call, and have one max_size")
+        if self.varies and (self.num_processes > 1 or settings.cuda_graphs):
+            raise ValueError("sizes that vary, and optional tensors, go with neither CUDA graphs nor a mesh")
         wire.check_schema(self.args_schema, what="args_schema")
         wire.check_schema(self.kwargs_schema, what="kwargs_schema")
         self.max_batch_size = max_batch_size
@@ -221,6 +231,12 @@ class ExpertBackend:
                 f"{len(self.input_specs)} and returns {len(self.output_specs)}: stack them"
             )
 
+    def specs(self, size: int | None) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:
+        """Return the specs of inputs and outputs in a call in which what varies has this size."""
+        if size is None or not self.varies:
+            return self.input_specs, self.output_specs
+        return [one.sized(size) for one in self.input_specs], [one.sized(size) for one in self.output_specs]
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The tensors of the optimizer, including those that are frozen for now. Empty before it is made."""
@@ -246,7 +262,7 @@ class ExpertBackend:
 
     def may_be_grouped(self, training: bool) -> bool:
         """Return whether its module was seen to do nothing but compute its outputs from inputs, weights and buffers."""
-        return self._runner.only_computes(training)
+        return not self.varies and self._runner.only_computes(training)
 
     @property
     def merges_backward(self) -> bool:
@@ -292,9 +308,9 @@ class ExpertBackend:
                 logger.warning("%s: %s", self.name, sentence)
 
     def forward(
-        self, inputs: Sequence[torch.Tensor], *, training: bool = False, seed: int | None = None
+        self, inputs: Sequence[torch.Tensor | None], *, training: bool = False, seed: int | None = None
     ) -> list[torch.Tensor]:
-        """Return the module's outputs for these rows, without gradients.
+        """Return the module's outputs for these rows, without gradients. Optional inputs may be None.
 
         With a `seed`, a stochastic module draws from it. Raises what the module raises; SchemaMismatch if its outputs
         do not fit the schema.
@@ -306,7 +322,7 @@ class ExpertBackend:
 
     def gradients(
         self,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         output_gradients: Gradients,
         *,
         training: bool = False,
@@ -321,17 +337,19 @@ class ExpertBackend:
         if self.optimizer is None:
             self.prepare()
         leaves = leaves_of(inputs)
-        sources = leaves + self.parameters
+        present = [x for x in leaves if x is not None]
+        sources = present + self.parameters
         outputs = self._runner.run(leaves, training=training, seed=seed, gradients=True)
         if seed is not None and self.is_stochastic(training):
             with randomness.seeded(seed, backward=True):
                 gradients = backpropagate(outputs, weighted(output_gradients, weights), sources, self._backpropagate)
         else:
             gradients = backpropagate(outputs, weighted(output_gradients, weights), sources, self._backpropagate)
-        of_inputs = gradients[: len(leaves)]
+        found = iter(gradients[: len(present)])
+        of_inputs = [None if x is None else next(found) for x in leaves]
         if weights is not None:
             of_inputs.append(weight_gradients(outputs, output_gradients, weights))
-        return of_inputs, gradients[len(leaves) :]
+        return of_inputs, gradients[len(present) :]
 
     def _backpropagate(
         self, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]

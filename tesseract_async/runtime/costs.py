@@ -1,7 +1,5 @@
 """What batches cost, learned from those that ran; and whether computing several in one pass pays. Pure machines."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from typing import Final
@@ -106,7 +104,7 @@ class GroupChoice:
     def _may_retry(self) -> bool:
         return self._lost < RETRIED_SHARE * self.spent
 
-    def _size(self, num_batches: int, num_rows: int) -> _Size:
+    def _size(self, num_batches: int, num_rows: int) -> "_Size":
         # rounded such that powers of two lie within a size, not at its border
         size = (round(math.log(num_batches, 4) - 0.25), round(math.log(num_rows / num_batches, 4) - 0.25))
         return self._sizes.setdefault(size, _Size())

@@ -11,14 +11,13 @@ that are not finite, the expert's last good state is loaded, journal included, a
 happened.
 """
 
-from __future__ import annotations
-
+import functools
 import itertools
 import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -68,22 +67,20 @@ class Attempt:
     scales: torch.Tensor | None = None
     """By which each row's gradients were weakened, as they are stale."""
     error: BaseException | None = None
-    downloads: list[Download] = field(default_factory=list)
+    downloads: "list[Download]" = field(default_factory=list)
     """Results of each attempt without an error that this one came to."""
     outcomes: Outcomes = field(default_factory=dict)
     """The errors of the requests that failed."""
 
 
 class Download(NamedTuple):
-    """Results of slices on their way back, from this `row` on in what arrives."""
+    """Results of slices on their way back."""
 
     slices: Sequence[RowSlice]
     works: list[Work]
-    results: Transfer
-    row: int
+    wait: Callable[[], Sequence[torch.Tensor | None]]
+    """Returns them when they are there."""
     version: int
-    is_alone: bool = True
-    """False if rows of other experts arrive with these."""
 
 
 class Step(NamedTuple):
@@ -195,7 +192,7 @@ class Executor:
             for one in good:
                 results = one.results if one.scales is None else _undamped(one.results, one.scales)
                 arriving = self.staging.download(results)
-                attempt.downloads.append(Download(one.slices, one.works, arriving, 0, version))
+                attempt.downloads.append(Download(one.slices, one.works, arriving.wait, version))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             self._lose(attempt, error)
 
@@ -203,21 +200,11 @@ class Executor:
         """Return the result or error of each request; waits for the results to arrive."""
         try:
             outcomes = dict(attempt.outcomes)
-            for slices, works, download, row, version, is_alone in attempt.downloads:
-                tensors = download.wait()
-                if is_alone and len(slices) == 1:
-                    shares: Iterable[Sequence[torch.Tensor | None]] = (tensors,)
-                else:
-                    counts = [stop - start for _, start, stop in slices]
-                    num_rows = sum(counts)
-                    shares = zip(
-                        *[
-                            itertools.repeat(None) if x is None else x[row : row + num_rows].split_with_sizes(counts)
-                            for x in tensors
-                        ],
-                        strict=False,
-                    )
-                for one, work, share in zip(slices, works, shares, strict=False):
+            for slices, works, wait, version in attempt.downloads:
+                shares = [wait()]
+                if len(slices) > 1:
+                    shares = _divided(shares[0], [stop - start for _, start, stop in slices])
+                for one, work, share in zip(slices, works, shares, strict=True):
                     result = WorkResult(share, version)
                     if one.stop - one.start == work.num_rows:
                         outcomes[work] = result
@@ -339,7 +326,7 @@ class Executor:
             except BaseException as error:  # the device has failed
                 for one in together.attempts:
                     one.error = one.error or error
-        if together.is_each_alone or any(one.error is not None for one in together.attempts):
+        if together.is_each_alone or any([one.error is not None for one in together.attempts]):
             for one in together.attempts:
                 if together.is_each_alone or one.error is not None:
                     self.complete(one)
@@ -349,12 +336,11 @@ class Executor:
         try:
             self._step_together([one for one in left if one.works[0].output_gradients is not None])
             download = self.staging.download(_undamped(together.results, together.scales))
-            row = 0
-            for one, count in zip(together.attempts, together.counts, strict=True):
+            parts = functools.cache(lambda: _divided(download.wait(), together.counts))
+            for index, one in enumerate(together.attempts):
                 if one.error is None and not one.outcomes:
-                    version = one.works[0].backend.version
-                    one.downloads.append(Download(one.slices, one.works, download, row, version, is_alone=False))
-                row += count
+                    version, wait = one.works[0].backend.version, functools.partial(_part, parts, index)
+                    one.downloads.append(Download(one.slices, one.works, wait, version))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             for one in left:
                 self._lose(one, error)
@@ -562,6 +548,16 @@ class _GoodState(NamedTuple):
     renew_at: float
 
 
+def _divided(tensors: Sequence[torch.Tensor | None], counts: Sequence[int]) -> list[Sequence[torch.Tensor | None]]:
+    """Return each of them in parts of so many rows."""
+    columns = [None if x is None else x.split_with_sizes(counts) for x in tensors]
+    return [[None if parts is None else parts[i] for parts in columns] for i in range(len(counts))]
+
+
+def _part(parts: Callable[[], Sequence[Sequence[torch.Tensor | None]]], index: int) -> Sequence[torch.Tensor | None]:
+    return parts()[index]
+
+
 def _columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
     """Return the rows of each slice, tensor by tensor: inputs, then output gradients, then weights."""
     first = works[0]
@@ -575,11 +571,11 @@ def _columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
     given = [[*by.inputs, *(by.output_gradients or ())] for by in works]
     columns: list[Sequence[torch.Tensor] | None] = []
     weights = [] if first.weights is None else [_cut(by.weights, one) for one, by in zip(slices, works, strict=True)]
-    if first.rows is not None and all(by.inputs is first.inputs and by.rows is not None for by in works):
+    if first.rows is not None and all([by.inputs is first.inputs and by.rows is not None for by in works]):
         # of one block: every row is copied once, to where it is computed
         parts = [_cut(by.rows, one) for one, by in zip(slices, works, strict=True)]
         index = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if all(by.output_gradients is first.output_gradients for by in works):
+        if all([by.output_gradients is first.output_gradients for by in works]):
             columns = [None if x is None else (x.index_select(0, index),) for x in given[0]]
             return [*columns, weights] if weights else columns
     specs = (*first.backend.input_specs, *(first.backend.output_specs if first.output_gradients is not None else ()))

@@ -97,7 +97,7 @@ class GatheredGradients:
             before, count = self._sums[peer]
             self._sums[peer] = [_sum(a, b) for a, b in zip_longest(before, gradients)], count + num_batches
         else:
-            self._sums[peer] = gradients, num_batches
+            self._sums[peer] = [None if x is None else _alone(x) for x in gradients], num_batches
         self.num_batches += num_batches
 
     @property
@@ -177,6 +177,11 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b if a.layout is torch.strided else b + a  # PyTorch adds a sparse one to a dense one, in this order
+
+
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    """A part of a stack of many experts' gradients would keep all of it in memory until the next step."""
+    return x.clone() if x.layout is torch.strided and x.untyped_storage().nbytes() > 2 * x.nbytes else x
 
 
 def for_norm(x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
 from tesseract_async.runtime.costs import GroupChoice
 from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
-from tesseract_async.runtime.module_runner import leaves_of
+from tesseract_async.runtime.module_runner import leaf_of
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 
@@ -294,7 +294,7 @@ class Kind:
         Returns gradients of the inputs, and of each one's `parameters`; where these are parts of stacks, one for each
         parameter, also the stacks.
         """
-        leaves, each = leaves_of(inputs), [member.tensors() for member in members]
+        leaves, each = [leaf_of(x) for x in inputs], [member.tensors() for member in members]
         stacks = self._stacks(each, parameters)
         with torch.enable_grad():
             outputs = self._call(each, stacks, leaves, counts, training)
@@ -478,7 +478,8 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
             y = y + _stacked(bias.column).repeat_interleave(torch.tensor(counts), 0, output_size=len(flat))
     else:
         apply: Any = _EachLinear.apply  # untyped
-        y = apply(flat, counts, len(counts), *weight.each, *(bias.each if bias is not None else ()))
+        call = apply if torch.is_grad_enabled() else _each_linear
+        y = call(flat, counts, len(counts), *weight.each, *(bias.each if bias is not None else ()))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -487,20 +488,26 @@ def _fits_grouped_mm(weight: torch.Tensor) -> bool:
     return hasattr(F, "grouped_mm") and aligned and weight.dtype == torch.float32
 
 
+def _each_linear(x: torch.Tensor, counts: list[int], num: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """``F.linear`` of each expert's rows with its own weight, which stays where it is: `num` weights, then biases."""
+    weights, biases = tensors[:num], tensors[num:]
+    y = x.new_empty(x.shape[0], weights[0].shape[0])
+    rows, into = torch.split(x, counts), torch.split(y, counts)
+    if biases:
+        for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):
+            torch.addmm(bias, own, weight.t(), out=out)
+    else:
+        for own, out, weight in zip(rows, into, weights, strict=True):
+            torch.mm(own, weight.t(), out=out)
+    return y
+
+
 class _EachLinear(torch.autograd.Function):
-    """``F.linear`` of each expert's rows with its own weight, which stays where it is."""
+    """The same in a graph."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, counts: list[int], num: int, *tensors: torch.Tensor) -> torch.Tensor:
-        weights, biases = tensors[:num], tensors[num:]
-        y = x.new_empty(x.shape[0], weights[0].shape[0])
-        rows, into = torch.split(x, counts), torch.split(y, counts)
-        if biases:
-            for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):
-                torch.addmm(bias, own, weight.t(), out=out)
-        else:
-            for own, out, weight in zip(rows, into, weights, strict=True):
-                torch.mm(own, weight.t(), out=out)
+        y, weights, biases = _each_linear(x, counts, num, *tensors), tensors[:num], tensors[num:]
         ctx.save_for_backward(x, *weights)
         ctx.counts, ctx.has_bias = counts, bool(biases)
         return y

@@ -159,14 +159,14 @@ class MeshBackend(SpreadStates):
             self._command("prepare")
 
     def forward(
-        self, inputs: Sequence[torch.Tensor], *, training: bool = False, seed: int | None = None
+        self, inputs: Sequence[torch.Tensor | None], *, training: bool = False, seed: int | None = None
     ) -> list[torch.Tensor]:
         found: list[torch.Tensor] = self._command("forward", described(inputs), training, seed, given=inputs)[0]
         return found
 
     def gradients(
         self,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         output_gradients: Gradients,
         *,
         training: bool = False,

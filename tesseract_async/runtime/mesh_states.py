@@ -2,13 +2,21 @@
 
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
 from tesseract_async.runtime import states
 from tesseract_async.runtime.backend import ExpertBackend
@@ -47,13 +55,11 @@ class SpreadStates(ExpertBackend):
 
             return SpreadTensor(leaf.dtype, leaf.shape, parts, read, owner)
 
-        found: StateDict = _map(self._states[number], handle)
+        found: StateDict = tree_map(handle, self._states[number])
         return found
 
     def load_state(self, state: StateDict) -> None:
-        leaves: list[Any] = []
-        _map(state, leaves.append)
-        owners = {leaf.owner for leaf in leaves if isinstance(leaf, SpreadTensor)}
+        owners = {leaf.owner for leaf in tree_leaves(state) if isinstance(leaf, SpreadTensor)}
         if owners:
             numbers = {one.number for one in owners if isinstance(one, _Kept)} & self._states.keys()
             if len(owners) > 1 or not numbers:
@@ -85,7 +91,7 @@ class SpreadStates(ExpertBackend):
                 return _Leaf(len(kept) - 1, value.dtype, value.shape)
             return states.copied(value)
 
-        state = self._state(lambda value: _map(value, copied))
+        state = self._state(lambda value: tree_map(copied, value))
         gathered = self._gathered.merged()
         if gathered is not None:
             own = itertools.zip_longest(self.parameters, gathered)
@@ -198,33 +204,16 @@ class _Leaf:
         self.index, self.dtype, self.shape = index, dtype, torch.Size(shape)
 
 
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _map(item, function) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map(item, function) for item in value]
-    return function(value)
-
-
 # msgpack holds no tensors: the followers of a state that is loaded get their dtypes and shapes.
 
 
-def _stripped(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return {"t": described([value])[0]}
-    if isinstance(value, Mapping):
-        return {"d": [[key, _stripped(item)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        return {"l": [_stripped(item) for item in value]}
-    return value
+def _stripped(state: StateDict) -> Value:
+    leaves, spec = tree_flatten(state)
+    return [treespec_dumps(spec), [described([x]) if isinstance(x, torch.Tensor) else x for x in leaves]]
 
 
-def _filled(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "t":
-        return _Leaf(-1, getattr(torch, content[0]), content[1])
-    if kind == "d":
-        return {key: _filled(item) for key, item in content}
-    return [_filled(item) for item in content]
+def _filled(stripped: Value) -> StateDict:
+    spec, leaves = stripped
+    filled = [_Leaf(-1, getattr(torch, x[0][0]), x[0][1]) if isinstance(x, list) else x for x in leaves]
+    found: StateDict = tree_unflatten(filled, treespec_loads(spec))
+    return found

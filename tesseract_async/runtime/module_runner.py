@@ -20,6 +20,9 @@ from tesseract_async.wire.tensors import Schema, TensorSpec
 
 logger = logging.getLogger(__name__)
 
+_TRIED_SIZE = 8
+"""What varies has this size, and one less, when it is found out what a module returns."""
+
 
 class ModuleRunner:
     """One module and its schemas.
@@ -64,6 +67,9 @@ class ModuleRunner:
         args_schema, kwargs_schema = inputs_schema
         self._is_flat = not kwargs_schema and all(isinstance(x, TensorSpec) for x in args_schema)
         self._is_plain = self._is_flat and not self._pads and autocast is None
+        self._specs: list[TensorSpec] = wire.flatten(inputs_schema)
+        self._absent: Sequence[int] = ()
+        """The places of the inputs that are None in this call."""
         self._habits = {training: Habits() for training in (False, True)}
         has_buffers = next(module.buffers(), None) is not None
         self._keeps = {training: not has_buffers for training in (False, True)}  # seen to leave its buffers alone
@@ -82,7 +88,7 @@ class ModuleRunner:
         return habits.known and not acts and self._keeps[training]
 
     def run(
-        self, inputs: Sequence[torch.Tensor], *, training: bool, seed: int | None, gradients: bool
+        self, inputs: Sequence[torch.Tensor | None], *, training: bool, seed: int | None, gradients: bool
     ) -> list[torch.Tensor]:
         """Return the module's outputs for these rows, and leave the inputs as they are.
 
@@ -91,16 +97,32 @@ class ModuleRunner:
         """
         if self._module.training != training:
             self._module.train(training)
+        present = self._take(inputs)
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(gradients)  # ``torch.set_grad_enabled`` takes five times as long
         try:
-            outputs = self._run(inputs, training, seed)
+            outputs = self._run(present, training, seed)
         finally:
             torch._C._set_grad_enabled(before)
         leaves = wire.flatten_like(self.outputs_schema, outputs, what="this expert's output")
-        if leaves[0].shape[0] != inputs[0].shape[0]:
-            raise ValueError(f"the module returned {leaves[0].shape[0]} rows for {inputs[0].shape[0]}")
+        if leaves[0].shape[0] != present[0].shape[0]:
+            raise ValueError(f"the module returned {leaves[0].shape[0]} rows for {present[0].shape[0]}")
         return leaves
+
+    def _take(self, inputs: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Note which inputs are absent until the next call, and return the others."""
+        present = [x for x in inputs if x is not None]
+        self._absent = [place for place, x in enumerate(inputs) if x is None] if len(present) < len(inputs) else ()
+        return present
+
+    def _arguments(self, present: Sequence[torch.Tensor]) -> tuple[Sequence[object], dict[str, object]]:
+        inputs: list[torch.Tensor | None] = [*present]
+        for place in self._absent:
+            inputs.insert(place, None)
+        if self._is_flat:
+            return inputs, {}
+        args, kwargs = wire.unflatten(self._inputs_schema, inputs)
+        return args, kwargs
 
     def forget_graphs(self) -> None:
         """Drop recorded CUDA graphs: the module's tensors have moved."""
@@ -130,7 +152,7 @@ class ModuleRunner:
 
     def _call(self, inputs: Sequence[torch.Tensor], seed: int | None, *, records: bool) -> object:
         """Call the module, which draws from the `seed`, if any. `records`: whether a CUDA graph may stand for it."""
-        if seed is None and self._is_plain:
+        if seed is None and self._is_plain and not self._absent:
             return self._callable(*inputs)
         with contextlib.ExitStack() as stack:
             if seed is not None:
@@ -154,11 +176,8 @@ class ModuleRunner:
 
     def _apply(self, inputs: Sequence[torch.Tensor]) -> object:
         """Call the module with flat inputs. Under autocast, outputs keep their schema's dtype."""
-        if self._is_flat:
-            outputs = self._callable(*inputs)
-        else:
-            args, kwargs = wire.unflatten(self._inputs_schema, inputs)
-            outputs = self._callable(*args, **kwargs)
+        args, kwargs = self._arguments(inputs)
+        outputs = self._callable(*args, **kwargs)
         if self._autocast is not None:
             leaves = wire.flatten(outputs)
             if len(leaves) == len(self.output_specs):
@@ -171,9 +190,9 @@ class ModuleRunner:
         return inputs[0].is_cuda and not torch.is_grad_enabled() and not self._module.training
 
     def _dry_run(self) -> Schema:
-        device = device_of(self._module)
-        specs = wire.flatten(self._inputs_schema)
-        zeros = [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=device) for spec in specs]
+        most = min((spec.max_size for spec in self._specs if spec.varies), default=0)
+        sizes = min(most, _TRIED_SIZE), min(most, _TRIED_SIZE) - 1
+        zeros = self._zeros(sizes[0])
         try:
             outputs = self._try_out(zeros, training=False)
         except NotImplementedError:  # it may compute only what is not differentiated
@@ -191,21 +210,34 @@ class ModuleRunner:
             )
         with contextlib.suppress(Exception):  # its first call in training says so, and is watched
             self._try_out(zeros, training=True)
-        return wire.unflatten(outputs, [TensorSpec.of(leaf) for leaf in leaves])
+        specs = [TensorSpec.of(leaf) for leaf in leaves]
+        if most:
+            others = wire.flatten(self._try_out(self._zeros(sizes[1]), training=False))
+            pairs = zip(specs, map(TensorSpec.of, others), strict=True)
+            specs = [_varying(one, other, sizes, most) for one, other in pairs]
+        if any(spec.optional for spec in self._specs):
+            without = [None if spec.optional else x for spec, x in zip(self._specs, zeros, strict=True)]
+            self._try_out(without, training=False)
+        return wire.unflatten(outputs, specs)
 
-    def _try_out(self, inputs: Sequence[torch.Tensor], *, training: bool) -> object:
+    def _zeros(self, size: int) -> list[torch.Tensor]:
+        device = device_of(self._module)
+        sized = (spec.sized(size) for spec in self._specs)
+        return [torch.zeros(2, *spec.least_shape, dtype=spec.dtype, device=device) for spec in sized]
+
+    def _try_out(self, inputs: Sequence[torch.Tensor | None], *, training: bool) -> object:
         was_training = self._module.training
-        inputs = leaves_of(inputs) if self.marks_inputs else inputs
+        present = self._take(leaves_of(inputs) if self.marks_inputs else inputs)
 
         def call(given: Sequence[torch.Tensor]) -> object:
-            args, kwargs = wire.unflatten(self._inputs_schema, given)
+            args, kwargs = self._arguments(given)
             return self._module.train(training)(*args, **kwargs)
 
         try:
             # whatever autocast the expert is made in: its runtime's thread has none (and torch none for "meta")
             kind = "cuda" if device_of(self._module).type == "cuda" else "cpu"
             with torch.no_grad(), torch.autocast(kind, enabled=False), Undone(self._module) as undone:
-                outputs = watched(call, inputs, self._habits[training], self.name, is_alone=True)
+                outputs = watched(call, present, self._habits[training], self.name, is_alone=True)
         finally:
             self._module.train(was_training)
         self._keeps[training] = not undone.changed
@@ -242,6 +274,18 @@ class _Graph:
         return _map(self._outputs, torch.clone)  # the next replay overwrites them
 
 
+def _varying(one: TensorSpec, other: TensorSpec, sizes: tuple[int, int], max_size: int) -> TensorSpec:
+    """Return the spec of an output that was found to be these, for inputs of two sizes. Raises: ValueError."""
+    shape = tuple(None if pair == sizes else pair[0] for pair in zip(one.shape, other.shape, strict=False))
+    spec = TensorSpec(shape, one.dtype, max_size=max_size)
+    if len(one.shape) != len(other.shape) or spec.sized(sizes[1]).shape != other.shape:
+        raise ValueError(
+            f"an output's size that varies is the one that varies in the inputs: for {sizes[0]} and {sizes[1]} there, "
+            f"the module gave {one} and {other}"
+        )
+    return spec
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Return where the module lives, by its first parameter or buffer."""
     for tensor in (*module.parameters(), *module.buffers()):
@@ -249,9 +293,14 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def leaves_of(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the same tensors, requiring gradients where they can have some."""
-    return [x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach() for x in inputs]
+def leaves_of(inputs: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Return `leaf_of` each."""
+    return [None if x is None else leaf_of(x) for x in inputs]
+
+
+def leaf_of(x: torch.Tensor) -> torch.Tensor:
+    """Return the same tensor, requiring gradients if it can have some."""
+    return x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach()
 
 
 def _pad(x: torch.Tensor, size: int) -> torch.Tensor:

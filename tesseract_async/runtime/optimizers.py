@@ -126,7 +126,13 @@ def take_step(
     """
     try:
         _give(parameters, gradients, max_norm)
-        optimizer.step()
+        given = [
+            group | {"params": [x for x in group["params"] if x.grad is not None]} for group in optimizer.param_groups
+        ]
+        if rule_of(optimizer) is None or not _step_fused(given, [optimizer]):
+            optimizer.step()
+        else:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
     finally:
         for parameter in parameters:  # PyTorch's `zero_grad` does this in four times the time
             parameter.grad = None
@@ -199,7 +205,9 @@ def _step_fused(groups: Sequence[Mapping[str, Any]], optimizers: Sequence[torch.
         for group, memories in due:
             (beta1, beta2), steps = group["betas"], [memory["step"] for memory in memories]
             torch._foreach_add_(steps, 1)
-            step = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+            # the option came after PyTorch 2.4
+            is_decoupled = group.get("decoupled_weight_decay", type(optimizers[0]) is torch.optim.AdamW)
+            step = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
             step(
                 group["params"],
                 [x.grad for x in group["params"]],

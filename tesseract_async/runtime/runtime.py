@@ -5,15 +5,13 @@ microseconds; so the thread never waits for the loop to hand it the next batch, 
 batch wakes the loop once, for all of its requests. Everything that touches a module runs on the thread.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
 import math
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -46,8 +44,11 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Job = Callable[[Executor], None]
 
-_QueueKind = tuple[ExpertBackend, bool, bool, bool, bool]
-"""What may share a batch: one expert's backwards or forwards, in training or not, that step or not, weighted or not."""
+_QueueKind = tuple[ExpertBackend, bool, bool, bool, bool, Hashable]
+"""What may share a batch: one expert's backwards or forwards, in training or not, that step or not, weighted or not, of
+one size where sizes vary, with the same tensors where some are optional."""
+MAX_SIZES: Final = 256
+"""Queues of experts whose sizes vary that are kept while nothing waits in them."""
 FORWARD_HEAD_START: Final = 0.2
 """Seconds by which a forward counts as older than it is, compared with backwards of its priority. See `batcher`."""
 ROWS_BUCKETS: Final = tuple(float(2**power) for power in range(15))
@@ -108,6 +109,8 @@ class TesseractRuntime(Uncopied):
         self._batcher = Batcher(max_queue_bytes=settings.max_queue_bytes)
         self._queues: dict[_QueueKind, BatchQueue] = {}
         self._ungrouped: set[BatchQueue] = set()  # queues whose first batch is yet to run
+        self._of_sizes: set[_QueueKind] = set()  # kinds of experts whose sizes vary
+        self._num_rows_before: Counter[ExpertBackend] = Counter()  # of queues that were forgotten
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
@@ -171,7 +174,7 @@ class TesseractRuntime(Uncopied):
     async def forward(
         self,
         backend: ExpertBackend,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         *,
         training: bool = False,
         seed: int = 0,
@@ -191,7 +194,7 @@ class TesseractRuntime(Uncopied):
     async def backward(
         self,
         backend: ExpertBackend,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         output_gradients: Gradients,
         *,
         training: bool = False,
@@ -221,7 +224,7 @@ class TesseractRuntime(Uncopied):
     def submit(
         self,
         backend: ExpertBackend,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         output_gradients: Gradients | None = None,
         *,
         training: bool = False,
@@ -251,6 +254,7 @@ class TesseractRuntime(Uncopied):
                 f"({self.settings.stall_timeout:g} s): {self.device} is slow, or hangs; ask another replica",
                 retry_after=self.settings.stall_timeout,
             )
+        assert inputs[0] is not None
         num_rows = inputs[0].shape[0] if rows is None else rows.shape[0]
         # requests that step alone, and split ones, whose chunks are summed for one step
         alone = backend.is_stochastic(training)
@@ -262,7 +266,10 @@ class TesseractRuntime(Uncopied):
         if output_gradients is not None:
             alone = alone or num_rows > backend.max_batch_size or not backend.merges_backward
         # a backward that takes no step must not share a batch with one that does
-        kind = (backend, output_gradients is not None, training, call_id is not None, weights is not None)
+        shapes = None
+        if backend.varies:
+            shapes = tuple(None if x is None else x.shape[1:] for x in (*inputs, *(output_gradients or ())))
+        kind = (backend, output_gradients is not None, training, call_id is not None, weights is not None, shapes)
         work = Work(
             self._queues.get(kind) or self._add_queue(kind),
             num_rows,
@@ -386,22 +393,36 @@ class TesseractRuntime(Uncopied):
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
         """Return how many rows of an expert were computed, ever, and how many wait."""
         queues = [queue for (one, *_), queue in self._queues.items() if one is backend]
-        return sum(queue.num_rows for queue in queues), sum(queue.num_waiting_rows for queue in queues)
+        return self._num_rows_before[backend] + sum(queue.num_rows for queue in queues), sum(
+            queue.num_waiting_rows for queue in queues
+        )
 
     def forget(self, backend: ExpertBackend) -> None:
         """Hold an expert no longer that is not computed here any more."""
         self._queues = {kind: queue for kind, queue in self._queues.items() if kind[0] is not backend}
+        self._of_sizes &= self._queues.keys()
+        self._num_rows_before.pop(backend, None)
         self.figures.pop(backend, None)
+
+    def _forget_sizes(self) -> None:
+        """Drop the queues of sizes of which no request waits."""
+        for kind in [kind for kind in self._of_sizes if not self._queues[kind].num_waiting_rows]:
+            self._num_rows_before[kind[0]] += self._queues.pop(kind).num_rows
+            self._of_sizes.discard(kind)
 
     def _add_queue(self, kind: _QueueKind) -> BatchQueue:
         backend, is_backward, *_ = kind
+        if backend.varies:
+            if len(self._of_sizes) >= MAX_SIZES:
+                self._forget_sizes()
+            self._of_sizes.add(kind)
         queue = self._queues[kind] = self._batcher.add_queue(
             kind,
             max_batch_size=backend.max_batch_size,
             preferred_sizes=backend.settings.preferred_sizes,
             head_start=0.0 if is_backward else FORWARD_HEAD_START,
         )
-        if self.settings.groups_experts:
+        if self.settings.groups_experts and not backend.varies:
             self._ungrouped.add(queue)
         return queue
 
@@ -433,7 +454,7 @@ class TesseractRuntime(Uncopied):
         times = self.metrics.histogram("runtime_batch_seconds", SECONDS_BUCKETS, direction=direction)
         for batch in batches:
             rows.observe(batch.num_rows)
-            times.observe(seconds / len(batches))
+        times.observe(seconds / len(batches), len(batches))
         if len(batches) > 1:
             self.metrics.count("runtime_grouped_batches", len(batches), direction=direction)
 
@@ -517,7 +538,7 @@ class TesseractRuntime(Uncopied):
             with contextlib.suppress(Empty):
                 self._bell.get(timeout=None if timer_at is None else max(timer_at - now, 0))
 
-    def _finish(self, executor: Executor, computed: _Pass) -> None:
+    def _finish(self, executor: Executor, computed: "_Pass") -> None:
         batches, trial = computed.batches, computed.trial
         if computed.attempt is not None:
             outcomes = executor.outcomes(computed.attempt)

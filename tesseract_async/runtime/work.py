@@ -25,7 +25,7 @@ class Work(QueuedRequest):
     """One forward or backward in progress. Made by the runtime; the last two fields are the executor's."""
 
     backend: ExpertBackend
-    inputs: Sequence[torch.Tensor]
+    inputs: Sequence[torch.Tensor | None]
     rows: torch.Tensor | None
     """The rows of `inputs` and `output_gradients` that are this request's: [num_rows], int64. They are then a block
     that several requests share. None: all of them, in order."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -26,6 +27,8 @@ from tesseract_async.shared_parameters import SharedParameters
 
 M = TypeVar("M", bound=nn.Module)
 
+MAX_PAUSE: Final = 10.0
+"""Seconds that a trainer pauses at most for the servers' answers; a step waits longer for an expert."""
 MAX_TOLD: Final = 3
 """Experts that an error names."""
 
@@ -46,7 +49,8 @@ def save_model(
     `load_model` and `restore_model` read the folder. An older one of the same model is replaced when all is there.
 
     - `model`: with its gates on `node`, or the SharedParameters, of which the merged copy is written.
-    - `trainer`: pauses at the save point, no longer than a step; its state is written, too.
+    - `trainer`: pauses at the save point, no longer than a step; its state is written, too. Experts whose servers do
+      not answer meanwhile are `SaveReport.late`.
     - `optimizers`: with the experts' optimizers and journals, for `restore_model`. Takes the role ``host`` in a run.
     - `num_at_once`: experts that are fetched at the same time. `timeout`: seconds for each piece of a state.
 
@@ -93,18 +97,18 @@ async def _save(
             origins[uid] = [Origin(one.peer, "primary" if one.primary else "follower") for one in found]
     if shared is not None and not shared.is_plain:
         await shared.flush()
-    point = SavePoint(node, origins, is_whole=optimizers, timeout=timeout)
-    async with contextlib.AsyncExitStack() as paused:
-        if trainer is not None:
-            await paused.enter_async_context(trainer.paused())
-        await point.mark()
-        model = own if shared is None else shared.merged()
-        tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
-        state: dict[str, Any] = {} if trainer is None else {"trainer": trainer.state_dict()}
-        if optimizers and shared is not None:
-            local = {name: one.detach().cpu().clone() for name, one in _tensors_of(own).items()}
-            state |= {"local": local, "shared": shared.state_dict()}
-    report = await point.fetch(store, num_at_once=num_at_once)
+    async with SavePoint(node, origins, is_whole=optimizers, timeout=timeout) as point:
+        async with contextlib.AsyncExitStack() as paused:
+            if trainer is not None:
+                await paused.enter_async_context(trainer.paused())
+            await point.mark(within=math.inf if trainer is None else MAX_PAUSE)
+            model = own if shared is None else shared.merged()
+            tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
+            state: dict[str, Any] = {} if trainer is None else {"trainer": trainer.state_dict()}
+            if optimizers and shared is not None:
+                local = {name: one.detach().cpu().clone() for name, one in _tensors_of(own).items()}
+                state |= {"local": local, "shared": shared.state_dict()}
+        report = await point.fetch(store, num_at_once=num_at_once)
     store.experts = {uid: one for uid, one in store.experts.items() if uid in origins}
     store.model = describe_module(model, replace=_describe_gate)
 

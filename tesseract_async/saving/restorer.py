@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
+from tesseract_async.client.experience import experience_of
 from tesseract_async.errors import CheckpointError, ExpertNotFound, TesseractError, describe
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
@@ -16,6 +18,7 @@ from tesseract_async.files import mapped
 from tesseract_async.identity import Identity
 from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
+from tesseract_async.saving.saver import patiently
 from tesseract_async.wire import messages
 
 MAX_TOLD: Final = 3
@@ -57,6 +60,7 @@ async def restore_experts(
                     raise CheckpointError(f"{uid} was saved without its optimizer")
                 await _restore(node, saved, uid, (owners or {}).get(split_uid(uid)[0]), timeout)
                 versions[uid] = saved.experts[uid].version
+                experience_of(node).lineages.forget(uid)
         except (TesseractError, TimeoutError, OSError) as error:
             failed[uid] = error
 
@@ -93,6 +97,10 @@ async def _send(node: TesseractNode, replica: ExpertReplica, saved: SavedModel, 
     for start in range(0, len(data), PIECE_BYTES):
         request = messages.RestoreRequest(replica.uid, bytes.fromhex(entry.root), len(data), start)
         part = memoryview(bytes(data[start : start + PIECE_BYTES]))
-        await node.call_expert(
-            replica.peer, messages.RESTORE, messages.encode(request), [part], timeout=timeout, idempotent=True
+        send = partial(
+            node.call_expert,
+            *(replica.peer, messages.RESTORE, messages.encode(request), [part]),
+            timeout=timeout,
+            idempotent=True,
         )
+        await patiently(send, timeout=timeout)

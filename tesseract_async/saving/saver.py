@@ -8,14 +8,17 @@ What has no primary comes as its last one sealed it, from all that have that fil
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, TypeVar
+from statistics import median_low
+from typing import Final, NamedTuple, Self, TypeVar
 
-from tesseract_async.errors import Overloaded, ProtocolError, TesseractError, describe
+from tesseract_async.client.experience import experience_of
+from tesseract_async.errors import Overloaded, ProtocolError, TesseractError, TooStale, describe
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.manifest import split_uid
@@ -42,6 +45,13 @@ MAX_ASKED: Final = 64
 """Members that are asked for an expert's Seal."""
 PATIENCE: Final = 10.0
 """Overloaded servers are asked again for so many times the timeout of a piece."""
+MAX_HELD_BYTES: Final = 64 << 20
+"""Of small states that came with the answer; beyond, they are asked for again."""
+MAX_SIZE_RATIO: Final = 4
+"""A state that is so many times larger than most of its grid's is not fetched: Adam's are three times the weights', ...
+"""
+SLACK_BYTES: Final = 16 << 20
+"""... and journals count besides."""
 
 
 class Origin(NamedTuple):
@@ -66,6 +76,8 @@ class SaveReport:
     """uid -> the role of the server that gave it, of those that were written now."""
     failed: dict[str, BaseException] = field(default_factory=dict)
     """uid -> the last error, of those that no server gave. An older file stays, if there is one."""
+    late: set[str] = field(default_factory=set)
+    """Those whose servers had not answered when the pause ended: their states may hold steps that began after it."""
 
 
 async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, ...]) -> dict[str, list[Origin]]:
@@ -128,6 +140,19 @@ async def find_seal(
     return newest, [origin for seal, origin in seals if seal.root == newest.root]
 
 
+async def patiently(ask: Callable[[], Awaitable[T]], *, timeout: float) -> T:
+    """Return what `ask` gives, asking again where servers are overloaded. `timeout`: of one call."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + PATIENCE * timeout
+    while True:
+        try:
+            return await ask()
+        except Overloaded as error:
+            if loop.time() + error.retry_after > end:
+                raise
+            await asyncio.sleep(max(0.1, error.retry_after))
+
+
 class SavePoint:
     """The states of some experts at one moment."""
 
@@ -147,10 +172,22 @@ class SavePoint:
         self._marked: dict[str, tuple[Origin, messages.StateReply, bytes | memoryview | None]] = {}
         self._sealed: dict[str, tuple[Seal, list[Origin]]] = {}
         self._failed: dict[str, BaseException] = {}
+        self._late: set[str] = set()
+        self._num_held = 0
+        self._marking: list[asyncio.Task[None]] = []
 
-    async def mark(self) -> None:
-        """Have every server write down its experts' states now: training that pauses meanwhile pauses so long."""
-        gate = asyncio.Semaphore(NUM_MARKED_AT_ONCE)
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._marking:
+            task.cancel()
+        await asyncio.gather(*self._marking, return_exceptions=True)
+
+    async def mark(self, *, within: float = math.inf) -> None:
+        """Have every server write down its experts' states now. Training that pauses meanwhile pauses for `within`
+        seconds at most: those that have not answered by then are `SaveReport.late`."""
+        gate, lineages = asyncio.Semaphore(NUM_MARKED_AT_ONCE), experience_of(self._node).lineages
 
         async def mark(uid: str) -> None:
             async with gate:
@@ -161,10 +198,15 @@ class SavePoint:
                         continue
                     try:
                         head, data = await self._patiently(lambda origin=origin: self._ask(uid, origin))  # type: ignore[misc]
+                        epoch, version = lineages.newest(uid)
+                        if origin.age[0] <= epoch and head.version < version:
+                            raise TooStale(f"{uid}: a state of version {head.version}, after {version} was answered")
                         is_all = len(data) == head.size
                         if is_all and root_of(data) != head.root:
                             raise ProtocolError(f"{uid}: another state than was named")
-                        self._marked[uid] = origin, head, data if is_all else None
+                        is_held = is_all and self._num_held < MAX_HELD_BYTES
+                        self._num_held += len(data) if is_held else 0
+                        self._marked[uid] = origin, head, data if is_held else None
                         return
                     except (TesseractError, TimeoutError) as caught:
                         logger.warning("%s at %s: %s", uid, origin.peer.short, describe(caught))
@@ -178,9 +220,10 @@ class SavePoint:
                         error = caught
                 self._failed[uid] = error
 
-        async with asyncio.TaskGroup() as group:
-            for uid in sorted(self._origins):
-                group.create_task(mark(uid))
+        self._marking = [asyncio.create_task(mark(uid), name="saving: mark") for uid in sorted(self._origins)]
+        if self._marking:
+            await asyncio.wait(self._marking, timeout=None if within == math.inf else within)
+        self._late = {uid for uid, task in zip(sorted(self._origins), self._marking, strict=True) if not task.done()}
 
     async def _ask(self, uid: str, origin: Origin) -> tuple[messages.StateReply, memoryview]:
         request = messages.StateRequest(uid, not self._is_whole, 0, messages.NO_ROOT, LIST, self._point)
@@ -190,15 +233,7 @@ class SavePoint:
         return head, data
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + PATIENCE * self._timeout
-        while True:
-            try:
-                return await ask()
-            except Overloaded as error:
-                if loop.time() + error.retry_after > end:
-                    raise
-                await asyncio.sleep(max(0.1, error.retry_after))
+        return await patiently(ask, timeout=self._timeout)
 
     async def fetch(
         self, store: SavedModel, *, num_at_once: int = 4, progress: Callable[[str], None] = lambda uid: None
@@ -207,7 +242,9 @@ class SavePoint:
 
         `progress` is called with each uid that is done or failed. Raises: OSError if the folder can't be written.
         """
-        report, gate = SaveReport(failed=dict(self._failed)), asyncio.Semaphore(num_at_once)
+        await asyncio.gather(*self._marking)
+        report = SaveReport(failed=dict(self._failed), late=self._late - self._failed.keys())
+        gate, limits = asyncio.Semaphore(num_at_once), self._limits()
 
         async def take(uid: str) -> None:
             if uid in self._sealed:
@@ -217,6 +254,8 @@ class SavePoint:
             else:
                 origin, head, marked = self._marked.pop(uid)
                 data, root = marked if marked is not None else b"", head.root
+                if head.size > limits[split_uid(uid)[0]]:
+                    raise ProtocolError(f"{uid}: a state of {head.size} bytes, many times larger than most others")
             known = store.experts.get(uid)
             if known is not None and known.root == root.hex() and (store.path / known.file).exists():
                 report.kept[uid] = known.version
@@ -243,6 +282,13 @@ class SavePoint:
             for uid in sorted(self._origins):
                 group.create_task(one(uid))
         return report
+
+    def _limits(self) -> dict[str, int]:
+        """The most bytes of a state, by prefix: a server that lies costs little, whatever it says."""
+        sizes = defaultdict[str, list[int]](list)
+        for uid, (_, head, _) in self._marked.items():
+            sizes[split_uid(uid)[0]].append(head.size)
+        return {prefix: MAX_SIZE_RATIO * median_low(some) + SLACK_BYTES for prefix, some in sizes.items()}
 
     async def _fetch(self, uid: str, origin: Origin) -> bytes | memoryview | None:
         return await fetch_state(

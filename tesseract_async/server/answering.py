@@ -126,7 +126,8 @@ class ExpertCalls:
         codecs = backend.settings.codecs
         if request.reply_codec not in codecs.outputs:
             codecs.check("outputs", request.reply_codec, expert=hosted.uid)  # says why not
-        inputs = unpack_plain(request.tensors, call.buffers, backend.input_specs)
+        specs, _ = backend.specs(wire.meta_size(backend.input_specs, request.tensors) if backend.varies else None)
+        inputs = unpack_plain(request.tensors, call.buffers, specs)
         if inputs is None or request.reply_codec != "none" or "none" not in codecs.inputs:
             return self._forward(hosted, call, request)
         hosted.runtime.gather_turn()
@@ -134,7 +135,7 @@ class ExpertCalls:
         self.entered()
         return Deferred(
             work.answer,
-            finish=partial(self._forwarded, hosted, call, request, inputs, [x._version for x in inputs], work),
+            finish=partial(self._forwarded, hosted, call, request, inputs, versions_of(inputs), work),
             cancel=partial(self._withdraw, hosted, work),
         )
 
@@ -143,7 +144,7 @@ class ExpertCalls:
         hosted: HostedState,
         call: IncomingCall,
         request: messages.ForwardRequest,
-        inputs: list[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         versions: list[int],
         work: Work,
     ) -> Message:
@@ -158,13 +159,14 @@ class ExpertCalls:
     async def _forward(self, hosted: HostedState, call: IncomingCall, request: messages.ForwardRequest) -> Message:
         uid, backend = hosted.uid, hosted.backend
         with self.answering(call):
-            check_growth(uid, request.tensors, backend.inputs_schema, backend.input_specs)
+            specs, _ = backend.specs(wire.meta_size(backend.input_specs, request.tensors))
+            check_growth(uid, request.tensors, backend.inputs_schema, specs)
             tensors = await unpack(request.tensors, call.buffers)
             check_codecs(uid, backend, "inputs", request.tensors, tensors)
-            inputs = check_inputs(uid, backend, tensors)
-            versions = [x._version for x in inputs]
-            if inputs[0].shape[0] == 0:
-                empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
+            inputs, output_specs = check_inputs(uid, backend, tensors)
+            versions = versions_of(inputs)
+            if num_rows_of(inputs) == 0:
+                empty = [torch.empty(0, *spec.least_shape, dtype=spec.dtype) for spec in output_specs]
                 answer = WorkResult(empty, backend.version)
             else:
                 work = self._submit(hosted, call, request, inputs)
@@ -174,7 +176,11 @@ class ExpertCalls:
             return self._forward_reply(hosted, call, request, inputs, versions, answer.version, packed)
 
     def _submit(
-        self, hosted: HostedState, call: IncomingCall, request: messages.ForwardRequest, inputs: list[torch.Tensor]
+        self,
+        hosted: HostedState,
+        call: IncomingCall,
+        request: messages.ForwardRequest,
+        inputs: Sequence[torch.Tensor | None],
     ) -> Work:
         return hosted.runtime.submit(
             hosted.backend,
@@ -195,13 +201,13 @@ class ExpertCalls:
         hosted: HostedState,
         call: IncomingCall,
         request: messages.ForwardRequest,
-        inputs: list[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         versions: list[int],
         version: int,
         packed: tuple[list[wire.Meta], list[memoryview]],
     ) -> Message:
         # where a module wrote them, the backward brings them again
-        keeps = request.keep_inputs and versions == [x._version for x in inputs]
+        keeps = request.keep_inputs and versions == versions_of(inputs)
         inputs_cached = self._keep(hosted, inputs, call) if keeps else None
         metas, buffers = packed
         reply = messages.ForwardReply(metas, version, inputs_cached, hosted.epoch)
@@ -221,7 +227,7 @@ class ExpertCalls:
         if request.reply_codec == "none":
             begun = self.begun_backward((uid, journal_key(call.peer_id, request.call_id)))
             if begun is None:
-                specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
+                specs = specs_of_backward(backend, request.tensors, request.num_inputs)
                 plain = unpack_plain(request.tensors, call.buffers, specs)
                 if plain is not None:
                     hosted.runtime.gather_turn()
@@ -260,7 +266,7 @@ class ExpertCalls:
             key = (uid, journal_key(call.peer_id, request.call_id))
             begun = self.begun_backward(key)
             if begun is None:
-                specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
+                specs = specs_of_backward(backend, request.tensors, request.num_inputs)
                 check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
                 tensors = await unpack(request.tensors, call.buffers)
                 # the same call may have come meanwhile
@@ -280,10 +286,12 @@ class ExpertCalls:
         uid, backend, num_inputs = hosted.uid, hosted.backend, request.num_inputs
         check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
         check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
-        inputs = check_inputs(uid, backend, self.inputs_of(uid, request.inputs_cached, tensors[:num_inputs]))
-        gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
-        if inputs[0].shape[0] == 0:
-            zeros = [torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None for x in inputs]
+        kept = self.inputs_of(uid, request.inputs_cached, tensors[:num_inputs])
+        inputs, output_specs = check_inputs(uid, backend, kept)
+        gradients = check_gradients(uid, backend, inputs, output_specs, tensors[num_inputs:])
+        if num_rows_of(inputs) == 0:
+            numbers = (x if x is not None and (x.is_floating_point() or x.is_complex()) else None for x in inputs)
+            zeros = [None if x is None else torch.zeros_like(x) for x in numbers]
             return WorkResult(zeros, backend.version)
         return self.begin_backward(
             (uid, journal_key(call.peer_id, request.call_id)),
@@ -389,7 +397,7 @@ class ExpertCalls:
         key: CallKey,
         hosted: HostedState,
         call: IncomingCall,
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor | None],
         gradients: Gradients,
         *,
         call_id: bytes,
@@ -457,7 +465,7 @@ class ExpertCalls:
         if hosted.is_primary:
             self._expected.expect(name, hosted.uid, call.peer_id, asyncio.get_running_loop().time())
 
-    def _keep(self, hosted: HostedState, inputs: list[torch.Tensor], call: IncomingCall) -> bytes | None:
+    def _keep(self, hosted: HostedState, inputs: Sequence[torch.Tensor | None], call: IncomingCall) -> bytes | None:
         name = new_name()
         self.expect_backward(name, hosted, call)
         return name if self.memory.keep_inputs(name, inputs, self.owner(call)) else None
@@ -486,28 +494,61 @@ def journal_key(trainer: PeerID, call_id: bytes) -> bytes:
     return hashlib.sha256(trainer + call_id).digest()[:16]
 
 
-def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Return the inputs of an untrusted call. Raises: SchemaMismatch, with both schemas in the sentence."""
-    specs = backend.input_specs
-    fitting: list[torch.Tensor] = []
-    for x, spec in zip(tensors, specs, strict=False):
+def versions_of(inputs: Sequence[torch.Tensor | None]) -> list[int]:
+    """Return the tensors' in-place versions."""
+    return [x._version for x in inputs if x is not None]
+
+
+def num_rows_of(inputs: Sequence[torch.Tensor | None]) -> int:
+    """Return how many rows there are."""
+    assert inputs[0] is not None
+    return inputs[0].shape[0]
+
+
+def specs_of_backward(backend: ExpertBackend, metas: Sequence[wire.Meta], num_inputs: int) -> list[wire.TensorSpec]:
+    """Return the specs of a backward's tensors: inputs, if they come, and output gradients."""
+    size = None
+    if backend.varies:
+        size = wire.meta_size([*(backend.input_specs if num_inputs else ()), *backend.output_specs], metas)
+    of_inputs, of_outputs = backend.specs(size)
+    return [*(of_inputs if num_inputs else ()), *of_outputs]
+
+
+def check_inputs(
+    uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tensor | None]
+) -> tuple[Sequence[torch.Tensor | None], Sequence[wire.TensorSpec]]:
+    """Return the inputs of an untrusted call, and the specs of its outputs.
+
+    Raises: SchemaMismatch, with both schemas in the sentence.
+    """
+    size = None
+    if backend.varies:
+        size = wire.size_of(backend.input_specs, [None if x is None else x.shape for x in tensors])
+    specs, output_specs = backend.specs(size)
+    num_rows = {
         # a 0-d tensor has no rows, and fits none
-        if x is not None and x.dtype == spec.dtype and x.dim() and x.shape[1:] == spec.shape:
-            fitting.append(x)
-    if len(tensors) == len(fitting) == len(specs):
-        if len(fitting) == 1 or len({x.shape[0] for x in fitting}) == 1:
-            return fitting
+        -1 if x.dtype != spec.dtype or not x.dim() or x.shape[1:] != spec.shape else x.shape[0]
+        for x, spec in zip(tensors, specs, strict=False)
+        if x is not None
+    }
+    absent = [spec for x, spec in zip(tensors, specs, strict=False) if x is None]
+    if len(tensors) == len(specs) and len(num_rows) == 1 and -1 not in num_rows and all(one.optional for one in absent):
+        return tensors, output_specs
     raise _mismatch(uid, backend.inputs_schema, tensors)
 
 
 def check_gradients(
-    uid: str, backend: ExpertBackend, inputs: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor | None]
+    uid: str,
+    backend: ExpertBackend,
+    inputs: Sequence[torch.Tensor | None],
+    specs: Sequence[wire.TensorSpec],
+    tensors: Sequence[torch.Tensor | None],
 ) -> Gradients:
     """Return the output gradients of an untrusted call: each absent, or like the output. Raises: SchemaMismatch."""
-    num_rows = inputs[0].shape[0]
-    fits = len(tensors) == len(backend.output_specs) and all(
+    num_rows = num_rows_of(inputs)
+    fits = len(tensors) == len(specs) and all(
         tensor is None or (tensor.dtype == spec.dtype and tensor.shape == (num_rows, *spec.shape))
-        for tensor, spec in zip(tensors, backend.output_specs, strict=True)
+        for tensor, spec in zip(tensors, specs, strict=True)
     )
     if not fits:
         raise _mismatch(f"backward of {uid}, for {num_rows} rows,", backend.outputs_schema, tensors)

@@ -32,6 +32,7 @@ from tesseract_async.server.answering import (
     check_inputs,
     journal_key,
     priority_of,
+    specs_of_backward,
     told_of,
 )
 from tesseract_async.server.hosted import HostedState
@@ -39,21 +40,21 @@ from tesseract_async.server.parts import Parts
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY, ApplyRequest, decode_request, encode_part
 from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import TensorSpec
+from tesseract_async.wire.tensors import meta_size
 
 SHARE_BYTES: Final = 3584
 """Memory of the objects around one expert's share: measured at 2,200 bytes in a forward, 3,500 in a backward."""
 PORTION: Final = 64
 """Shares begun in one turn of the loop."""
 
-FindsExpert = Callable[[IncomingCall, str], CallHandler]
-"""Finds an expert of this node for a caller, as `TesseractNode.find_expert` does. Raises RemoteErrors."""
+FindsExperts = Callable[[IncomingCall, Sequence[str]], Sequence[CallHandler | RemoteError]]
+"""Finds experts of this node for a caller, as `TesseractNode.find_experts` does."""
 
 
 class Applying:
     """Handles ``expert.apply`` at a node, for the experts of all its servers. Lives on the loop."""
 
-    def __init__(self, calls: ExpertCalls, find: FindsExpert) -> None:
+    def __init__(self, calls: ExpertCalls, find: FindsExperts) -> None:
         """`calls`: of one of the servers; it keeps the blocks."""
         self._calls, self._find = calls, find
 
@@ -115,7 +116,7 @@ class Wave:
         self._inputs: Sequence[torch.Tensor | None] = ()
         self._gradients: Sequence[torch.Tensor | None] = ()
         self._weights = torch.from_numpy(request.weights)
-        self._checked: tuple[str, Sequence[torch.Tensor], Gradients] | None = None
+        self._checked: tuple[str, Sequence[torch.Tensor | None], Gradients] | None = None
         self._owner = calls.owner(call)
         self._held: dict[TesseractRuntime, int] = {}
         self._entered: list[ExpertCalls] = []
@@ -123,16 +124,18 @@ class Wave:
         self._timer: asyncio.TimerHandle | None = None
         self._due: asyncio.Future[None] | None = None
 
-    async def begin(self, find: FindsExpert, buffers: Sequence[memoryview]) -> None:
+    async def begin(self, find: FindsExperts, buffers: Sequence[memoryview]) -> None:
         """Hand each expert's share to its runtime. Raises: ProtocolError, SchemaMismatch for a malformed block."""
         request = self.request
         doors = await self._find_all(find)
         if not doors:
             return
         first = next(iter(doors.values()))
-        specs = first.hosted.backend.input_specs if request.num_inputs else []
+        backend = first.hosted.backend
         if request.backward:
-            specs = [*specs, *first.hosted.backend.output_specs]
+            specs = specs_of_backward(backend, request.tensors, request.num_inputs)
+        else:
+            specs = [*backend.specs(meta_size(backend.input_specs, request.tensors))[0]]
         check_growth(f"{APPLY} of {request.prefix}", request.tensors, tuple(specs), specs)
         tensors = await unpack(request.tensors, buffers)
         self._inputs = tensors[: request.num_inputs]
@@ -160,29 +163,30 @@ class Wave:
             if left:
                 await asyncio.sleep(0)
 
-    async def _find_all(self, find: FindsExpert) -> dict[int, ExpertShares]:
+    async def _find_all(self, find: FindsExperts) -> dict[int, ExpertShares]:
         """Return the handlers of the experts that are here and that the caller may ask, by their places."""
         request = self.request
         asked = replace(self._call, method=messages.BACKWARD if request.backward else messages.FORWARD)
         doors: dict[int, ExpertShares] = {}
-        for expert, coords in enumerate(request.experts.tolist()):
-            if expert and not expert % PORTION:
+        uids = [join_uid(request.prefix, coords) for coords in request.experts.tolist()]
+        for start in range(0, len(uids), PORTION):
+            if start:
                 await asyncio.sleep(0)
-            uid = join_uid(request.prefix, coords)
-            try:
-                door = find(asked, uid)
-            except RemoteError as error:
-                self._failed(expert, error)
-                continue
-            assert isinstance(door, ExpertShares)
-            doors[expert] = door
+            for expert, door in enumerate(find(asked, uids[start : start + PORTION]), start):
+                if isinstance(door, RemoteError):
+                    self._failed(expert, door)
+                else:
+                    assert isinstance(door, ExpertShares)
+                    doors[expert] = door
         return doors
 
     def _bytes_per_row(self, door: ExpertShares) -> int:
         """Return what a pair counts as: its part of the block, which all share, and a row of the answer."""
         backend, block = door.hosted.backend, (*self._inputs, *self._gradients)
         block_bytes = sum(x.nbytes for x in block if x is not None)
-        answered: Sequence[TensorSpec] = backend.input_specs if self.request.backward else backend.output_specs
+        size = meta_size([*backend.input_specs[: self.request.num_inputs], *backend.output_specs], self.request.tensors)
+        of_inputs, of_outputs = backend.specs(size)
+        answered = of_inputs if self.request.backward else of_outputs
         return -(-block_bytes // len(self.request.rows)) + sum(spec.row_bytes for spec in answered)
 
     def _begin(self, share: _Share) -> None:
@@ -200,7 +204,7 @@ class Wave:
         except RemoteError as error:
             self._end(share, error)
 
-    def _block_for(self, hosted: HostedState) -> tuple[Sequence[torch.Tensor], Gradients]:
+    def _block_for(self, hosted: HostedState) -> tuple[Sequence[torch.Tensor | None], Gradients]:
         """Return inputs and gradients, once they fit the expert. Raises: SchemaMismatch, InputsForgotten."""
         request, backend = self.request, hosted.backend
         kind = backend.signature
@@ -209,11 +213,11 @@ class Wave:
             what = "gradients" if request.backward else "outputs"
             backend.settings.codecs.check(what, codec, expert=uid)
             check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], self._inputs)
-            inputs = check_inputs(uid, backend, self._calls.inputs_of(uid, request.kept, self._inputs))
+            inputs, specs = check_inputs(uid, backend, self._calls.inputs_of(uid, request.kept, self._inputs))
             gradients: Gradients = ()
             if request.backward:
                 check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], self._gradients)
-                gradients = check_gradients(uid, backend, inputs, self._gradients)
+                gradients = check_gradients(uid, backend, inputs, specs, self._gradients)
             elif not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in backend.output_specs):
                 raise SchemaMismatch(f"{uid} answers whole numbers, which cannot be weighted: call it alone")
             self._checked = kind, inputs, gradients
@@ -363,8 +367,8 @@ class Wave:
         request = self.request
         if request.backward or not request.keep or not any(share.is_open for share in self._shares):
             return None
-        name, inputs = new_name(), [x for x in self._inputs if x is not None]
-        return name if self._calls.memory.keep_inputs(name, inputs, self._calls.owner(self._call)) else None
+        name = new_name()
+        return name if self._calls.memory.keep_inputs(name, self._inputs, self._calls.owner(self._call)) else None
 
     async def _wait_due(self) -> None:
         while self._gathered.due_at() > self._loop.time():

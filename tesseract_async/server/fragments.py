@@ -28,9 +28,18 @@ from tesseract_async.sharing.fragment import KEPT_UPDATES, NEWCOMERS, ROOT_BYTES
 from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES
 from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 from tesseract_async.sharing.rounds import Push, Rounds, judge
+from tesseract_async.sharing.samples import (
+    GRACE_SECONDS,
+    STATE_BYTES,
+    Ledger,
+    Report,
+    decode_pieces,
+    encode_pieces,
+)
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.compression import encoded_bytes
+from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec
 
 MAX_STEPS: Final = 1024
@@ -42,6 +51,7 @@ MAX_HELD_BYTES: Final = 256 << 20
 """Differences of rounds that are open, of all fragments of a server together."""
 MAX_STATE_BYTES: Final = (16 + 8 * KEPT_UPDATES) * MAX_ELEMENTS + 2 * MAX_LAYOUT_BYTES
 """The longest file that a state of a fragment is."""
+_SAMPLES_BYTES: Final = 4 + STATE_BYTES
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -60,6 +70,8 @@ class _Tensors(nn.Module):
         self.register_buffer("roots", torch.zeros(KEPT_UPDATES + 1, ROOT_BYTES, dtype=torch.uint8))
         self.register_buffer("counts", torch.tensor([steps, len(fragment.updates)]))
         self.register_buffer("manifest", _octets(part.data))
+        if part.number == 0:
+            self.register_buffer("samples", torch.zeros(_SAMPLES_BYTES, dtype=torch.uint8))
         self.put_root(fragment.version - len(fragment.updates), fragment.before)
         for update in fragment.updates:
             self.put(update)
@@ -72,12 +84,26 @@ class _Tensors(nn.Module):
         self.get_buffer("updates")[update.version % KEPT_UPDATES] = _octets(update.data)
         self.put_root(update.version, update.root)
 
+    def read_samples(self) -> bytes:
+        """Return the state of the samples when the last round closed; nothing in other fragments than the first."""
+        return _read_samples(self.get_buffer("samples")) if "samples" in self._buffers else b""
+
+    def put_samples(self, state: bytes) -> None:
+        """Write it down, in the first fragment."""
+        if "samples" in self._buffers:
+            self.samples = _octets((len(state).to_bytes(4, "big") + state).ljust(_SAMPLES_BYTES, b"\0"))
+
     def put_root(self, version: int, root: bytes) -> None:
         self.get_buffer("roots")[version % (KEPT_UPDATES + 1)] = _octets(root)
 
 
 def _octets(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _read_samples(tensor: torch.Tensor) -> bytes:
+    data = tensor.numpy().tobytes()
+    return data[4 : 4 + int.from_bytes(data[:4], "big")]
 
 
 def read_manifest(tensors: Tensors) -> SharedManifest:
@@ -109,6 +135,8 @@ def read_fragment(part: FragmentPart, tensors: Tensors, version: int) -> tuple[F
     if is_whole := tensors.keys() != NEWCOMERS:
         shapes["updates"] = torch.uint8, (KEPT_UPDATES, num_bytes)
         shapes["roots"] = torch.uint8, (KEPT_UPDATES + 1, ROOT_BYTES)
+        if part.number == 0:
+            shapes["samples"] = torch.uint8, (_SAMPLES_BYTES,)
     for name, wanted in shapes.items():
         found = tensors.get(name)
         if found is None or (found.dtype, tuple(found.shape)) != wanted:
@@ -116,6 +144,8 @@ def read_fragment(part: FragmentPart, tensors: Tensors, version: int) -> tuple[F
     steps, num_updates = tensors["counts"].tolist()
     if _said(tensors) != part.data:
         raise ProtocolError("a fragment of another model")
+    if part.number == 0 and is_whole:
+        Ledger(_read_samples(tensors["samples"]))
     if not 0 <= num_updates <= min(KEPT_UPDATES, version) or not 0 <= steps < 2**62:
         raise ProtocolError("the state of a fragment has other counts")
     if not is_whole:
@@ -146,8 +176,11 @@ class FragmentBackend(ExpertBackend):
         self.part, self.fragment, self.steps = part, fragment, steps
         self._tensors = _Tensors(part, fragment, steps)
         super().__init__(self._tensors, args_schema=(TensorSpec((1,)),), max_batch_size=2)
-        self.recent: dict[int, tuple[int, bytes]] = {}
-        """By version: `steps` then, and the journal's keys of the pushes that led there, as other hosts must know."""
+        self.recent: dict[int, tuple[int, bytes, bytes]] = {}
+        """By version: `steps` then, the journal's keys of the pushes that led there, and the state of the samples, as
+        other hosts must know."""
+        self.num_followed = 0
+        """How often it went on from what another host had done."""
         self._take(fragment, steps)
 
     @classmethod
@@ -175,23 +208,30 @@ class FragmentBackend(ExpertBackend):
         tensors = {name: tensor.clone() for name, tensor in self._tensors.state_dict().items()}
         try:
             self._take(*read_fragment(self.part, tensors, state["version"]))
+            self.num_followed += 1
         except ProtocolError as error:
             raise ValueError(str(error)) from error
 
-    def close_round(self, rounds: Rounds, pushes: Sequence[Push]) -> None:
+    @property
+    def samples(self) -> bytes:
+        """The state of the samples when the last round closed."""
+        return self._tensors.read_samples()
+
+    def close_round(self, rounds: Rounds, pushes: Sequence[Push], samples: bytes = b"") -> None:
         fragment = self.fragment
         update = fragment.step(rounds.merge(pushes, fragment.cut, fragment.outer))
         steps = self.steps + sum(min(max(1, push.steps), MAX_STEPS) for push in pushes)
-        self._stepped(update, steps, b"".join(journal_key(push.peer, push.call_id) for push in pushes))
+        self._stepped(update, steps, b"".join(journal_key(push.peer, push.call_id) for push in pushes), samples)
 
-    def replay(self, updates: Sequence[Update], journal: Sequence[tuple[int, bytes]]) -> None:
+    def replay(self, updates: Sequence[Update], journal: Sequence[tuple[int, bytes, bytes]]) -> None:
         """Take steps that the primary took, with `recent` of each. Raises: ProtocolError; the rest is not taken."""
-        for update, (steps, keys) in zip(updates, journal, strict=True):
+        for update, row in zip(updates, journal, strict=True):
             if update.version > self.version:
                 self.fragment.replay([update])
-                self._stepped(update, steps, keys)
+                self._stepped(update, *row)
+                self.num_followed += 1
 
-    def _stepped(self, update: Update, steps: int, keys: bytes) -> None:
+    def _stepped(self, update: Update, steps: int, keys: bytes, samples: bytes) -> None:
         fragment, tensors = self.fragment, self._tensors
         self.steps = steps
         tensors.anchor = fragment.anchor
@@ -200,8 +240,9 @@ class FragmentBackend(ExpertBackend):
             tensors.momentum = fragment.momentum
         tensors.put(update)
         tensors.counts = torch.tensor([self.steps, len(fragment.updates)])
+        tensors.put_samples(samples)
         self.version = fragment.version
-        self.recent[self.version] = steps, keys
+        self.recent[self.version] = steps, keys, samples
         self.recent.pop(self.version - KEPT_UPDATES, None)
         for at in range(0, len(keys), 16):
             self.applied[keys[at : at + 16]] = self.version
@@ -228,13 +269,52 @@ class _Gathering:
     closing: asyncio.Task[None] | None = None
 
 
+@dataclass(slots=True)
+class _Samples:
+    """The samples of the trainers, at the primary of the first fragment."""
+
+    ledger: Ledger
+    num_followed: int
+    """The backend's, then: another one goes on from what another host did meanwhile."""
+    session: bytes
+
+
 class FragmentCalls:
-    """Answers ``expert.push`` and ``expert.pull`` for the fragments of one server. Lives on the loop."""
+    """Answers ``expert.push``, ``expert.pull`` and ``expert.samples`` for the fragments of one server. Lives on the
+    loop."""
 
     def __init__(self, calls: ExpertCalls) -> None:
         self._calls = calls
         self._gathering: dict[str, _Gathering] = {}
         self._held = FairCount(MAX_HELD_BYTES)
+        self._samples: dict[str, _Samples] = {}
+
+    async def samples(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Hand out samples of the dataset, and take note of those that are done. Raises only RemoteErrors."""
+        with self._calls.answering(call):
+            await self._calls.check_leads(hosted)
+            if _backend(hosted).part.number:
+                raise RemoteError("samples are handed out with the first fragment")
+            request, now = messages.decode(messages.SamplesRequest, call.body), asyncio.get_running_loop().time()
+            held, done, returned = map(decode_pieces, (request.held, request.done, request.returned))
+            report = Report(request.epoch, request.num_samples, request.wanted, held, done, returned)
+            one = self._samples_of(hosted, now)
+            try:
+                grant = one.ledger.report((call.peer_id, request.trainer), request.turn, report, now)
+            except ValueError as error:
+                raise RemoteError(str(error)) from None
+            pieces, gone = encode_pieces(grant.pieces), encode_pieces(grant.gone)
+            reply = messages.SamplesReply(one.session, [*pieces], grant.again, [*gone], grant.first, grant.waits)
+            return Message(messages.encode(reply))
+
+    def _samples_of(self, hosted: HostedState, now: float) -> _Samples:
+        backend, known = _backend(hosted), self._samples.get(hosted.uid)
+        if known is None or known.num_followed != backend.num_followed:
+            # where there were rounds before, trainers may hold samples that another primary handed out
+            free_at = now + GRACE_SECONDS if backend.version else now
+            ledger = Ledger(backend.samples, free_at=free_at)
+            known = self._samples[hosted.uid] = _Samples(ledger, backend.num_followed, new_name())
+        return known
 
     async def pull(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer with the updates since a base. Raises only RemoteErrors."""
@@ -254,6 +334,8 @@ class FragmentCalls:
             waiting = one.waiting.get(key)
             if waiting is None and backend.led_to(key, request.call_id) is None:
                 if backend.fragment.since(request.version, request.root) is None:
+                    return _updates(hosted, request, counted=False)
+                if not call.buffers:  # it asks what became of a push
                     return _updates(hosted, request, counted=False)
                 if len(call.buffers) != 1:
                     raise ProtocolError("a push holds one difference")
@@ -318,9 +400,13 @@ class FragmentCalls:
         pushes = one.rounds.close()
         # what is merged is held no longer than that takes
         waiting = [self._end(one, journal_key(push.peer, push.call_id)) for push in pushes]
+        backend = _backend(hosted)
         try:
             await self._calls.check_leads(hosted)
-            await hosted.runtime.call(partial(_backend(hosted).close_round, one.rounds, pushes))
+            found = self._samples.get(hosted.uid)
+            is_mine = found is not None and found.num_followed == backend.num_followed
+            samples = found.ledger.encode() if found is not None and is_mine else backend.samples
+            await hosted.runtime.call(partial(backend.close_round, one.rounds, pushes, samples))
         except BaseException as error:  # all who wait must hear of it, however it ended
             for future in waiting:
                 future.set_exception(told_of(error, messages.PUSH))
@@ -343,6 +429,7 @@ class FragmentCalls:
                 if not waiting.counts.done():
                     waiting.counts.set_exception(RemoteError("this server has left"))
         self._gathering.clear()
+        self._samples.clear()
 
 
 def _backend(hosted: HostedState) -> FragmentBackend:
@@ -407,12 +494,12 @@ async def fetch_replay(
     return partial(backend.replay, updates[:num], journal[:num]) if base.version + num == up_to else None
 
 
-def _journal_row(row: object) -> tuple[int, bytes]:
-    if type(row) is not list or len(row) != 2 or type(row[0]) is not int or not 0 <= row[0] < 2**62:
+def _journal_row(row: object) -> tuple[int, bytes, bytes]:
+    if type(row) is not list or len(row) != 3 or type(row[0]) is not int or not 0 <= row[0] < 2**62:
         raise ProtocolError("a malformed journal of a fragment")
-    if type(row[1]) is not bytes or len(row[1]) % 16:
+    if type(row[1]) is not bytes or len(row[1]) % 16 or type(row[2]) is not bytes or len(row[2]) > STATE_BYTES:
         raise ProtocolError("a malformed journal of a fragment")
-    return row[0], row[1]
+    return row[0], row[1], row[2]
 
 
 def read_updates(base: int, reply: messages.UpdatesReply, buffers: Sequence[memoryview]) -> list[Update]:

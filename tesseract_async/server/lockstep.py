@@ -62,7 +62,9 @@ class Lockstep:
             by_runtime.setdefault(one.runtime, {})[uid] = one.backend
         squared_norm = 0.0
         if request.action == "step":
-            options = _options(request.options)
+            if len(request.options) > 16 or not all(type(value) in (int, float) for value in request.options.values()):
+                raise ProtocolError("options of a step are numbers")
+            options = {name: float(value) for name, value in request.options.items()}
             for runtime, backends in by_runtime.items():
                 try:
                     await runtime.call(partial(lockstep.step, backends, request.round, request.optimizer, options))
@@ -82,10 +84,3 @@ class Lockstep:
             raise ProtocolError(f"no action {request.action!r}")
         everybody = {uid: one.backend for uid, one in alike.items()}
         return messages.LockstepReply(lockstep.round_of(everybody) if everybody else 0, len(everybody), squared_norm)
-
-
-def _options(given: Mapping[str, object]) -> dict[str, float]:
-    """Raises: ProtocolError for anything but numbers."""
-    if len(given) > 16 or not all(type(value) in (int, float) for value in given.values()):
-        raise ProtocolError("options of a step are numbers")
-    return {name: float(value) for name, value in given.items()}  # type: ignore[arg-type]

@@ -108,16 +108,19 @@ class CallerMemory:
     """Inputs of forwards and answers of backwards, for `KEEP_SECONDS`. On the loop."""
 
     def __init__(self, *, max_inputs_bytes: int, max_answers_bytes: int) -> None:
-        self.inputs: Memory[bytes, Sequence[torch.Tensor]] = Memory(max_inputs_bytes, _num_bytes, max_age=KEEP_SECONDS)
+        self.inputs: Memory[bytes, Sequence[torch.Tensor | None]] = Memory(
+            max_inputs_bytes, _num_bytes, max_age=KEEP_SECONDS
+        )
         self.answers: Memory[CallKey, WorkResult] = Memory(
             max_answers_bytes, lambda answer: _num_bytes(answer.tensors), max_age=KEEP_SECONDS
         )
         self._sweep: asyncio.TimerHandle | None = None
 
-    def keep_inputs(self, name: bytes, inputs: Sequence[torch.Tensor], owner: Hashable) -> bool:
+    def keep_inputs(self, name: bytes, inputs: Sequence[torch.Tensor | None], owner: Hashable) -> bool:
         """Keep a forward's inputs. False if they are beyond the budget."""
         self._sweep_later()
-        return self.inputs.put(name, [alone(x) for x in inputs], owner=owner, now=_now())
+        owned = [None if x is None else alone(x) for x in inputs]
+        return self.inputs.put(name, owned, owner=owner, now=_now())
 
     def keep_answer(self, key: CallKey, answer: WorkResult, owner: Hashable) -> None:
         owned = WorkResult([None if x is None else alone(x) for x in answer.tensors], answer.version)

@@ -249,16 +249,17 @@ def _check_plan(
         with torch.device("meta"), Counting(limit) as counting:
             try:
                 module, schemas = _checked(builder(**dict(sizes), **seed), name)
-                specs = [one for one in tree_leaves(schemas) if isinstance(one, TensorSpec)]
+                found = [one for one in tree_leaves(schemas) if isinstance(one, TensorSpec)]
+                specs = [one.sized(one.max_size) for one in found]
             except OutOfBudget:
                 raise
             except Exception as error:  # it may look at numbers, which ``meta`` does not have
                 logger.info("%s cannot be built on meta: %s", what, describe(error))
                 return False
             counting.add(num_states * sum(one.nbytes for one in module.parameters() if one.requires_grad))
-            if any(size < 1 for spec in specs for size in spec.shape):
+            if any(size is not None and size < 1 for spec in specs for size in spec.shape):
                 raise ValueError(f"{what} takes rows of no numbers")
-            rows = [torch.empty(NUM_PLANNED_ROWS, *spec.shape, dtype=spec.dtype) for spec in specs]
+            rows = [torch.empty(NUM_PLANNED_ROWS, *spec.least_shape, dtype=spec.dtype) for spec in specs]
             try:
                 module.eval()(*rows)
             except OutOfBudget:
@@ -290,6 +291,8 @@ def make_backend(
     *,
     optimizer: str | None = "adam",
     learning_rate: float = 1e-3,
+    optimizer_options: Mapping[str, Value] | None = None,
+    scheduler: MakesScheduler | None = None,
     max_batch_size: int = 4096,
     seed: int | None = None,
     sizes: Mapping[str, Value] | None = None,
@@ -299,12 +302,15 @@ def make_backend(
 ) -> ExpertBackend:
     """Return a backend of `build_module(name, sizes, seed=seed)`; ``optimizer=None`` freezes it.
 
-    The optimizer is made when it is first needed. `max_bytes`: of the expert with gradients and optimizer, by default
-    this computer's memory. `spread`: over which processes. Raises: as `build_module` and `optimizer_maker`.
+    The optimizer, with `optimizer_options` besides its learning rate, is made when it is first needed. `max_bytes`: of
+    the expert with gradients and optimizer, by default this computer's memory. `spread`: over which processes.
+    Raises: as `build_module` and `optimizer_maker`.
     """
+    options = {"learning_rate": learning_rate, **(optimizer_options or {})}
     return backend_of(
         functools.partial(build_module, name, sizes or {}, seed=seed, max_bytes=max_bytes, optimizer=optimizer),
-        optimizer=None if optimizer is None else (optimizer, {"learning_rate": learning_rate}),
+        optimizer=None if optimizer is None else (optimizer, options),
+        scheduler=scheduler,
         max_batch_size=max_batch_size,
         settings=settings or BackendSettings(),
         spread=spread,
@@ -450,11 +456,11 @@ def ffn(
 def transformer(
     in_features: int = 512, num_heads: int = 8, sequence_length: int = 128, dropout: float = 0.0
 ) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """Return one pre-norm transformer encoder layer over [rows, sequence_length, in_features]."""
+    """Return one pre-norm transformer encoder layer over [rows, sequence_length, in_features]; 0: of any length."""
     layer = nn.TransformerEncoderLayer(
         in_features, num_heads, 4 * in_features, dropout=dropout, batch_first=True, norm_first=True, activation="gelu"
     )
-    return layer, (TensorSpec((sequence_length, in_features)),)
+    return layer, (TensorSpec((sequence_length or None, in_features)),)
 
 
 class Block(nn.Module):
@@ -492,10 +498,10 @@ class Block(nn.Module):
 def block(
     in_features: int = 512, num_heads: int = 8, sequence_length: int = 128
 ) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """Return a causal transformer `Block` over [rows, sequence_length, in_features]."""
+    """Return a causal transformer `Block` over [rows, sequence_length, in_features]; 0: of any length."""
     if in_features % num_heads:
         raise ValueError(f"{in_features} features cannot be divided over {num_heads} heads")
-    return Block(in_features, num_heads), (TensorSpec((sequence_length, in_features)),)
+    return Block(in_features, num_heads), (TensorSpec((sequence_length or None, in_features)),)
 
 
 @register("linear")

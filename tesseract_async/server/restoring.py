@@ -2,11 +2,11 @@
 
 import asyncio
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, NotAllowed, Overloaded, ProtocolError, RemoteError, describe
@@ -19,6 +19,7 @@ from tesseract_async.network.address_scope import is_near
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import largest_state
+from tesseract_async.server.fetching import Aside
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import check_fitting
 from tesseract_async.transport.base import split_host_port
@@ -46,7 +47,7 @@ class Restoring:
         self,
         node: TesseractNode,
         folder: Path | None,
-        aside: Callable[[Callable[[], Any]], Awaitable[Any]],
+        aside: Aside,
         drop: Callable[[str], None],
     ) -> None:
         """`folder`: where what arrives is written; None: where temporary files are. `aside` runs work on files; `drop`

@@ -87,19 +87,24 @@ def build_run_backend(
     with _naming(manifest):
         options: dict[str, object] = {"max_batch_size": 4096, **manifest.training}
         max_batch_size = options.pop("max_batch_size")
-        if unknown := options.keys() - TRAINING_OPTIONS:
-            raise ValueError(f"unknown training options: {', '.join(sorted(unknown))}")
-        options |= {**(computing or {}), "codecs": CodecPolicy.only(manifest.codecs)}  # type: ignore[arg-type]
+        computing = {**(computing or {}), "codecs": CodecPolicy.only(manifest.codecs)}  # type: ignore[arg-type]
         backend = backend_of(
             build or functools.partial(_build, manifest, uid, allowed_modules, max_bytes),
             optimizer=None if manifest.optimizer is None else (manifest.optimizer, manifest.optimizer_options),
-            scheduler=_scheduler(manifest),
+            scheduler=make_scheduler(manifest.schedule, manifest.schedule_options),
             max_batch_size=max_batch_size,  # type: ignore[arg-type]
-            settings=BackendSettings(**options),  # type: ignore[arg-type]
+            settings=backend_settings(options, computing),
             spread=spread,
         )
     manifest.check(schemas_of(backend))
     return backend
+
+
+def backend_settings(training: Mapping[str, object], computing: Mapping[str, object]) -> BackendSettings:
+    """Return the settings of an expert whose steps are taken so. Raises: ValueError for unknown training options."""
+    if unknown := training.keys() - TRAINING_OPTIONS:
+        raise ValueError(f"unknown training options: {', '.join(sorted(unknown))}")
+    return BackendSettings(**{**training, **computing})  # type: ignore[arg-type]
 
 
 def schemas_of(backend: ExpertBackend) -> dict[str, object]:
@@ -190,14 +195,15 @@ SCHEDULES: Final[Mapping[str, Callable[..., Callable[[int], float]]]] = {"linear
 """Factors of the learning rate at each step, by name."""
 
 
-def _scheduler(manifest: RunManifest) -> MakesScheduler | None:
-    if manifest.schedule is None:
+def make_scheduler(name: str | None, options: Mapping[str, object]) -> MakesScheduler | None:
+    """Return what makes the schedule of that name; None without one. Raises: ValueError."""
+    if name is None:
         return None
-    if manifest.schedule not in SCHEDULES:
-        raise ValueError(f"the schedule {manifest.schedule!r} is not known here")
+    if name not in SCHEDULES:
+        raise ValueError(f"the schedule {name!r} is not known here")
     try:
-        factor = SCHEDULES[manifest.schedule](**manifest.schedule_options)
+        factor = SCHEDULES[name](**options)
         factor(0)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{manifest.schedule} does not take its options: {error}") from None
+        raise ValueError(f"{name} does not take its options: {error}") from None
     return lambda optimizer: LambdaLR(optimizer, factor)

@@ -14,7 +14,7 @@ import torch
 from tesseract_async.endpoint.call_table import CallHandler
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, Overloaded, TesseractError, describe
-from tesseract_async.experts import ExpertPublisher, PublisherSettings
+from tesseract_async.experts.publisher import ExpertPublisher, PublisherSettings
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
@@ -190,7 +190,7 @@ class TesseractServer(Uncopied):
             for uid in self.experts:
                 self.node.host_expert(uid, self._handlers[uid])
                 hosted.append(uid)
-            self._end_applying = self.node.host_together(Applying(self.calls, self.node.find_expert).answer)
+            self._end_applying = self.node.host_together(Applying(self.calls, self.node.find_experts).answer)
             await self.node.wait_reachable()
             peer = self.node.peer_address
             self._unwatch = self.node.watch_address(lambda: self._spawn(self._update_addresses()))
@@ -365,8 +365,9 @@ class TesseractServer(Uncopied):
             return {APPLY: ExpertShares(self.calls, hosted), **methods}
         for name in (messages.FORWARD, messages.BACKWARD):
             methods.pop(name, None)
-        pushes = {messages.PUSH: self._fragments.push, messages.PULL: self._fragments.pull}
-        return methods | {name: partial(answer, hosted) for name, answer in pushes.items()}
+        fragments = self._fragments
+        own = {messages.PUSH: fragments.push, messages.PULL: fragments.pull, messages.SAMPLES: fragments.samples}
+        return methods | {name: partial(answer, hosted) for name, answer in own.items()}
 
     def _host(
         self, uid: str, backend: ExpertBackend, runtime: TesseractRuntime, *, is_primary: bool = False

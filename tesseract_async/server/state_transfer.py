@@ -9,11 +9,11 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, describe
@@ -23,6 +23,7 @@ from tesseract_async.files import write_whole
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import EncodedState, check_state, encode
+from tesseract_async.server.fetching import Aside
 from tesseract_async.server.state_files import SealedFile
 from tesseract_async.sharing.fragment import NEWCOMERS
 from tesseract_async.transport.throttle import Leftover, Throttle
@@ -35,6 +36,8 @@ MAX_WAITING: Final = 64
 """Pieces that wait to be sent to one peer."""
 MAX_POINTS: Final = 2
 """Peers whose save points of one expert are kept at a time: the disk is the server's."""
+MAX_POINTS_A_MINUTE: Final = 8
+"""... and how many of one expert a peer has written: each is a copy, a hash and a file."""
 POINT_SECONDS: Final = 1800.0
 """A save point that nobody asked for since then gives way: a peer fetches a server's experts one after the other."""
 KEEP_SECONDS: Final = 60.0
@@ -65,7 +68,7 @@ class SealedState:
     uid: str
     version: int
     file: SealedFile
-    aside: Callable[[Callable[[], Any]], Awaitable[Any]]
+    aside: Aside
 
     async def snapshot(self) -> StateDict:
         """Return the state. Raises: ProtocolError if its primary sealed something else; OSError."""
@@ -98,7 +101,7 @@ class StateSource:
 
     def __init__(
         self,
-        aside: Callable[[Callable[[], Any]], Awaitable[Any]],
+        aside: Aside,
         *,
         max_bytes: int = MAX_COPIES_BYTES,
         reuse: float = REUSE_SECONDS,
@@ -120,6 +123,7 @@ class StateSource:
         self._copies: dict[tuple[str, bool], _Copy] = {}
         self._making: dict[tuple[str, bool], asyncio.Lock] = {}
         self._sweep: asyncio.TimerHandle | None = None
+        self._written: dict[tuple[tuple[str, bool], PeerID], list[float]] = {}
         self._points: dict[tuple[str, bool], dict[tuple[PeerID, bytes], _Copy]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -188,6 +192,7 @@ class StateSource:
         async with self._making.setdefault(key, asyncio.Lock()):
             copy = points.get(at)
             if copy is None:
+                self._check_rate((key, peer), now)
                 await self._drop_points(key, lambda other, old: other[0] == peer or now - old.used > POINT_SECONDS)
                 if len(points) >= MAX_POINTS:
                     raise Overloaded(f"save points of {owner.uid} are being fetched already", retry_after=5.0)
@@ -196,6 +201,14 @@ class StateSource:
             return None
         copy.used = now
         return copy
+
+    def _check_rate(self, who: tuple[tuple[str, bool], PeerID], now: float) -> None:
+        """Raises: Overloaded for one more save point than a peer may have written."""
+        self._written = {one: times for one, times in self._written.items() if times[-1] > now - 60.0}
+        times = [at for at in self._written.get(who, ()) if at > now - 60.0]
+        if len(times) >= MAX_POINTS_A_MINUTE:
+            raise Overloaded("too many save points in a minute", retry_after=times[0] + 60.0 - now)
+        self._written[who] = [*times, now]
 
     async def _write_point(self, owner: StateOwner, request: messages.StateRequest, now: float) -> _Copy:
         state, structure = await owner.snapshot(), owner.structure()

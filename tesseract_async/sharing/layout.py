@@ -5,8 +5,6 @@ fragments of nearly equal size, of at most `MAX_ELEMENTS` elements. What is not 
 `Kind`. Tied tensors are taken once, under their first name.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +109,7 @@ class Layout:
             starts[entry.kind] += entry.numel
 
     @classmethod
-    def of(cls, model: nn.Module) -> Layout:
+    def of(cls, model: nn.Module) -> "Layout":
         """Return the layout of a model. Raises: ValueError, naming a tensor that cannot be shared."""
         entries: list[Entry] = []
         for name, tensor in _tensors_of(model).items():
@@ -135,7 +133,7 @@ class Layout:
         return encoded
 
     @classmethod
-    def decode(cls, data: bytes) -> Layout:
+    def decode(cls, data: bytes) -> "Layout":
         """Read what `encode` made. Untrusted. Raises: ProtocolError."""
         if len(data) > MAX_LAYOUT_BYTES:
             raise ProtocolError("a layout is too large")
@@ -157,7 +155,7 @@ class Layout:
         """32 bytes that stand for the layout: a run's manifest names them."""
         return hashlib.sha256(self.encode()).digest()
 
-    def check(self, ours: Layout) -> None:
+    def check(self, ours: "Layout") -> None:
         """Compare a model's layout with this one, the run's. Raises: LayoutMismatch, naming what differs."""
         theirs, mine = ({one.name: one for one in layout.entries} for layout in (self, ours))
         differences = [f"{name} is missing here" for name in theirs if name not in mine]

@@ -1,7 +1,5 @@
 """SharedManifest: what all who share a model must agree on; its founder decides. Pure."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +27,12 @@ class SharedManifest:
         object.__setattr__(self, "digest", hashlib.sha256(data).digest())
 
     @classmethod
-    def decode(cls, data: bytes) -> SharedManifest:
+    def decode(cls, data: bytes) -> "SharedManifest":
         """Read `data`. Untrusted. Raises: ProtocolError."""
         rate, momentum, codec, layout = _unpacked(data, float, float, str, bytes)
         return cls(Layout.decode(layout), _outer(rate, momentum, codec))
 
-    def part(self, number: int) -> FragmentPart:
+    def part(self, number: int) -> "FragmentPart":
         """Return what the state of a fragment says of it: the whole in the first, else its digest."""
         cut, data = self.layout.cuts[number], self.data
         if number > 0:
@@ -53,7 +51,7 @@ class FragmentPart:
     """The same as it stands in the state."""
 
     @classmethod
-    def read(cls, number: int, data: bytes) -> FragmentPart:
+    def read(cls, number: int, data: bytes) -> "FragmentPart":
         """Read `data` of fragment `number`. Untrusted. Raises: ProtocolError."""
         if number == 0:
             return SharedManifest.decode(data).part(0)

@@ -38,7 +38,7 @@ class LyingProtocol(NetworkProtocol):
         if datagram.kind == wire.GET:
             digests, bodies = wire.read_value(list(results))
             used = sum(len(body) + 3 for body in bodies) if bodies or not digests else 8 * NUM_RANGES
-            return (*results[:3], *self._accomplices_near(request, room - used), *results[5:])
+            return (*results[:3], *self._accomplices_near(request, room - used))
         return results
 
     def _accomplices_near(self, request: wire.RpcRequest, room: int) -> tuple[bytes, bytes]:

@@ -23,14 +23,6 @@ SMALL_PIECE: Final = 8 * 1024
 _blocks: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 
 
-def _block_of_this_loop() -> memoryview:
-    loop = asyncio.get_running_loop()
-    block = _blocks.get(loop)
-    if block is None:
-        block = _blocks[loop] = memoryview(bytearray(CIPHERTEXT_BYTES))
-    return block
-
-
 class ChannelReceiver(Protocol):
     """The receiver of a channel's bytes. `channel_opened` and `buffer_updated` may raise ProtocolError to end it."""
 
@@ -150,7 +142,11 @@ class Channel:
         if self._tls is None:
             return self.receiver.get_buffer()
         if self._ciphertext is None:
-            self._ciphertext = _block_of_this_loop()
+            loop = asyncio.get_running_loop()
+            block = _blocks.get(loop)
+            if block is None:
+                block = _blocks[loop] = memoryview(bytearray(CIPHERTEXT_BYTES))
+            self._ciphertext = block
         return self._ciphertext
 
     def buffer_updated(self, count: int) -> None:

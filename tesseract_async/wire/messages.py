@@ -12,6 +12,7 @@ with the expert's uid, by which they find its handler. Tensors travel next to th
 - ``expert.tenure``: `TenureRequest` -> `TenureReply`, among the servers of a run's expert
 - ``expert.push``: `PushRequest` + a difference -> `UpdatesReply` + updates, of a fragment of shared parameters
 - ``expert.pull``: `PullRequest` -> `UpdatesReply` + updates
+- ``expert.samples``: `SamplesRequest` -> `SamplesReply`, of the first fragment's primary
 - ``expert.lockstep``: `LockstepRequest` -> `LockstepReply`, for all experts of the uid's grid at that server
 - ``expert.state``: `StateRequest` -> `StateReply` + one buffer, a piece of the expert's state as a file
 - ``expert.restore``: `RestoreRequest` + a piece of a state to go back to -> `RestoreReply`
@@ -34,6 +35,7 @@ TENURE = "expert.tenure"
 RESTORE = "expert.restore"
 PUSH = "expert.push"
 PULL = "expert.pull"
+SAMPLES = "expert.samples"
 LOCKSTEP = "expert.lockstep"
 
 Root = bytes
@@ -213,7 +215,8 @@ class RestoreReply(NamedTuple):
 
 class PushRequest(NamedTuple):
     """A trainer's difference from a base, the state of a fragment that it began at. The answer comes when the round
-    that counts it has closed."""
+    that counts it has closed. Repeated without the difference, it asks what became of it: if it is not here, the answer
+    is that it is not counted although its base is known, and the difference is sent again."""
 
     uid: str
     call_id: bytes
@@ -247,7 +250,37 @@ class UpdatesReply(NamedTuple):
     roots: list[Value]
     """The root after each update."""
     journal: list[Value] = []  # noqa: RUF012  (a named tuple's default)
-    """If asked for: steps of all members after each update, and the journal's keys of what it counts, 16 bytes each."""
+    """If asked for, of each update: steps of all members then, the journal's keys of what it counts, 16 bytes each, and
+    the state of the samples (`sharing.samples.Ledger.encode`)."""
+
+
+class SamplesRequest(NamedTuple):
+    """A trainer's `sharing.samples.Report` to the primary of the first fragment."""
+
+    uid: str
+    trainer: bytes
+    """16 random bytes: one start of its program."""
+    turn: int
+    """Its messages have ascending numbers."""
+    epoch: int
+    num_samples: int
+    wanted: int
+    held: list[Value]
+    """Pieces, as `sharing.samples.encode_pieces` gives them; so are the next."""
+    done: list[Value]
+    returned: list[Value]
+
+
+class SamplesReply(NamedTuple):
+    """A `sharing.samples.Grant`."""
+
+    session: bytes
+    """16 bytes that name the ledger: another one has to be told all that was done."""
+    pieces: list[Value]
+    again: int
+    gone: list[Value]
+    first: int
+    waits: bool
 
 
 class LockstepRequest(NamedTuple):
@@ -280,6 +313,8 @@ Body = TypeVar(
     PushRequest,
     PullRequest,
     UpdatesReply,
+    SamplesRequest,
+    SamplesReply,
     InfoRequest,
     ExpertInfo,
     ForwardRequest,

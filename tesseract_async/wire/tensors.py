@@ -6,6 +6,7 @@ A packed tensor is one *meta*, ``[dtype, shape, codec]``, in the message's msgpa
 Everything that decodes takes untrusted input and raises only `ProtocolError`; sizes are checked before memory is taken.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 MAX_DIMS = 16
 MAX_TENSORS = 256
 MAX_SCHEMA_DEPTH = 8
+MAX_SIZE = 1 << 20
 
 Meta = list[Value] | None
 """``[dtype name, shape, codec name]`` as msgpack holds it, or None for an absent tensor."""
@@ -38,23 +40,47 @@ Meta = list[Value] | None
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a schema: its shape *without* the leading row dimension, and its dtype."""
+    """One tensor of a schema: its shape *without* the leading row dimension, and its dtype.
 
-    shape: tuple[int, ...]
+    A size of None varies from call to call, such as the length of a sequence. In one call it is the same wherever the
+    schema says None, and only calls of one size share a batch.
+    """
+
+    shape: tuple[int | None, ...]
     dtype: torch.dtype = torch.float32
-    sizes: list[int] = field(init=False, repr=False, compare=False)
+    optional: bool = False
+    """True for an argument that may be None."""
+    max_size: int = 4096
+    """A size that varies is at most this."""
+    varies: bool = field(init=False, repr=False, compare=False)
+    """True if there is one."""
+    least_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """The shape, with sizes of 1 where they vary."""
+    sizes: list[int | None] = field(init=False, repr=False, compare=False)
     """The shape as metas have it."""
     row_bytes: int = field(init=False, repr=False, compare=False)
-    """Bytes of one row, uncompressed."""
+    """Bytes of one row, uncompressed; with sizes of 1 where they vary."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "varies", None in self.shape)
+        if type(self.optional) is not bool or type(self.max_size) is not int or not 2 <= self.max_size <= MAX_SIZE:
+            raise ValueError(f"max_size is a whole number from 2 to {MAX_SIZE}, and optional True or False")
         if self.dtype not in DTYPE_NAMES:
             raise ValueError(f"tensors of {self.dtype} cannot travel; one of {', '.join(DTYPES)} can")
-        if len(self.shape) >= MAX_DIMS - 1 or any(not isinstance(size, int) or size < 0 for size in self.shape):
-            raise ValueError(f"besides the rows, a shape has up to {MAX_DIMS - 2} sizes, 0 or more each: {self.shape}")
+        if len(self.shape) >= MAX_DIMS - 1 or any(
+            size is not None and (not isinstance(size, int) or size < 0) for size in self.shape
+        ):
+            raise ValueError(
+                f"besides the rows, a shape has up to {MAX_DIMS - 2} sizes, each 0 or more, or None: {self.shape}"
+            )
         object.__setattr__(self, "sizes", [*self.shape])
-        object.__setattr__(self, "row_bytes", math.prod(self.shape) * self.dtype.itemsize)
+        object.__setattr__(self, "least_shape", tuple(1 if size is None else size for size in self.shape))
+        object.__setattr__(self, "row_bytes", math.prod(self.least_shape) * self.dtype.itemsize)
+
+    def sized(self, size: int | None) -> "TensorSpec":
+        """Return the spec of calls in which what varies has this size; the same one if nothing does."""
+        return self if size is None or not self.varies else _sized(self, size)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "TensorSpec":
@@ -64,7 +90,31 @@ class TensorSpec:
         return cls(tuple(tensor.shape[1:]), tensor.dtype)
 
     def __str__(self) -> str:
-        return f"{DTYPE_NAMES[self.dtype]}[{', '.join(('rows', *map(str, self.shape)))}]"
+        sizes = ["any" if size is None else str(size) for size in self.shape]
+        return f"{DTYPE_NAMES[self.dtype]}[{', '.join(('rows', *sizes))}]{' or None' if self.optional else ''}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _sized(spec: TensorSpec, size: int) -> TensorSpec:
+    shape = tuple(size if one is None else one for one in spec.shape)
+    return TensorSpec(shape, spec.dtype, spec.optional)
+
+
+def size_of(specs: Iterable[TensorSpec], shapes: Iterable[Sequence[object] | None]) -> int | None:
+    """Return the size of what varies in a call with tensors of these shapes (untrusted; None: no tensor); None if
+    nothing does, or the size is none that it may have."""
+    for spec, shape in zip(specs, shapes, strict=False):
+        if spec.varies and shape is not None:
+            at = 1 + spec.shape.index(None)
+            size = shape[at] if at < len(shape) else None
+            return size if type(size) is int and 1 <= size <= spec.max_size else None
+    return None
+
+
+def meta_size(specs: Sequence[TensorSpec], metas: Value) -> int | None:
+    """Return `size_of` what these untrusted metas say."""
+    known = [meta if type(meta) is list and len(meta) == 3 else None for meta in (metas if type(metas) is list else ())]
+    return size_of(specs, [None if meta is None or type(meta[1]) is not list else meta[1] for meta in known])
 
 
 Structure = Any
@@ -123,8 +173,9 @@ def _unflatten_from(leaves: Iterator[Structure], part: Schema) -> Structure:
     return next(leaves)
 
 
-def flatten_like(schema: Schema, structure: Structure, *, what: str) -> list[torch.Tensor]:
-    """The tensors of `structure`, in the order of `schema`, each checked against its spec.
+def flatten_like(schema: Schema, structure: Structure, *, what: str) -> list[Any]:
+    """The tensors of `structure`, in the order of `schema`, each checked against its spec. Where that is optional, None
+    stands for a tensor.
 
     Dict keys may come in any order. All tensors must have the same number of rows (dimension 0).
 
@@ -132,26 +183,35 @@ def flatten_like(schema: Schema, structure: Structure, *, what: str) -> list[tor
     not a tensor.
     """
     leaves: list[Structure] = []
-    if not _flatten_fitting(leaves, schema, structure):
+    sizes: list[int] = []
+    if not _flatten_fitting(leaves, schema, structure, sizes) or (sizes and min(sizes) < max(sizes)):
         for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor):
+            if not isinstance(leaf, torch.Tensor | None):
                 got = f"a {type(leaf).__name__} where a tensor belongs"
                 raise TypeError(f"{what} takes {shortened(describe_schema(schema))}; got {got}")
         raise SchemaMismatch(
             f"{what} takes {shortened(describe_schema(schema))}; got {shortened(describe_structure(structure))}"
         )
-    if len(leaves) > 1 and len({tensor.shape[0] for tensor in leaves}) > 1:
+    if len(leaves) > 1 and len({tensor.shape[0] for tensor in leaves if tensor is not None}) > 1:
         raise SchemaMismatch(
             f"{what} takes equally many rows of every tensor; got {shortened(describe_structure(structure))}"
         )
     return leaves
 
 
-def _flatten_fitting(leaves: list[Structure], part: Schema, value: Structure) -> bool:
-    """Append the leaves until one does not fit; then False, and the last leaf may be no tensor."""
+def _flatten_fitting(leaves: list[Structure], part: Schema, value: Structure, sizes: list[int]) -> bool:
+    """Append the leaves until one does not fit; then False, and the last leaf may be no tensor. `sizes`: of what
+    varies."""
     if type(part) is TensorSpec:
+        if value is None and part.optional:
+            leaves.append(None)
+            return True
         if isinstance(value, torch.Tensor):
             leaves.append(value)
+            if part.varies:
+                size = size_of((part,), (value.shape,))
+                part = part.sized(size)
+                sizes += [] if size is None else [size]
             return value.dtype == part.dtype and value.dim() > 0 and value.shape[1:] == part.shape
         if not isinstance(value, _SEQUENCES) and not isinstance(value, Mapping):
             leaves.append(value)
@@ -162,12 +222,12 @@ def _flatten_fitting(leaves: list[Structure], part: Schema, value: Structure) ->
         for one, item in zip(part, value, strict=True):
             if type(one) is type(item) is dict and not one and not item:
                 continue  # no keyword arguments: nearly every call
-            if not _flatten_fitting(leaves, one, item):
+            if not _flatten_fitting(leaves, one, item, sizes):
                 return False
         return True
     if not isinstance(value, Mapping) or part.keys() != value.keys():
         return False
-    return all([_flatten_fitting(leaves, part[key], value[key]) for key in part])
+    return all([_flatten_fitting(leaves, part[key], value[key], sizes) for key in part])
 
 
 def describe_schema(schema: Schema) -> str:
@@ -180,7 +240,7 @@ def describe_structure(structure: Structure) -> str:
 
     def leaf(value: object) -> str:
         if not isinstance(value, torch.Tensor):
-            return type(value).__name__
+            return "None" if value is None else type(value).__name__
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
 
     return _describe(structure, leaf)
@@ -203,6 +263,8 @@ def encode_schema(schema: Schema) -> Value:
             if not isinstance(key, str) or not key.isprintable():
                 raise TypeError(f"the keys of a schema's dicts are printable strings, not such as {key!r}")
         return {key: encode_schema(item) for key, item in schema.items()}
+    if isinstance(schema, TensorSpec) and (schema.varies or schema.optional):
+        return ["v", DTYPE_NAMES[schema.dtype], list(schema.shape), schema.optional, schema.max_size]
     if isinstance(schema, TensorSpec):
         return ["s", DTYPE_NAMES[schema.dtype], list(schema.shape)]
     raise TypeError(f"a schema consists of TensorSpecs in tuples, lists and dicts; got a {type(schema).__name__}")
@@ -231,12 +293,17 @@ def decode_schema(data: Value) -> Schema:
         if isinstance(part, list) and part and part[0] in ("t", "l"):
             items = [build(item, depth + 1) for item in part[1:]]
             return tuple(items) if part[0] == "t" else items
-        if isinstance(part, list) and len(part) == 3 and part[0] == "s":
+        if isinstance(part, list) and len(part) in (3, 5) and part[0] == ("s" if len(part) == 3 else "v"):
             count += 1
             if count > MAX_TENSORS:
                 raise ProtocolError(f"a schema has more than {MAX_TENSORS} tensors")
             try:
-                return TensorSpec(_shape(part[2]), _dtype(part[1]))
+                if len(part) == 3:
+                    return TensorSpec(_shape(part[2]), _dtype(part[1]))
+                given = part[2] if type(part[2]) is list else [-1]
+                known = iter(_shape([size for size in given if size is not None]))
+                shape = tuple(None if size is None else next(known) for size in given)
+                return TensorSpec(shape, _dtype(part[1]), part[3], part[4])
             except ValueError as error:
                 raise ProtocolError(str(error)) from None
         raise ProtocolError("malformed schema")
@@ -308,7 +375,7 @@ def unpack_plain(
         if len(buffer) != num_rows * spec.row_bytes or not buffer or buffer.readonly:
             return None
         # a view of a tensor would let go of the interpreter's lock: with a busy device thread, that is slow
-        tensors.append(torch.from_numpy(np.ndarray((num_rows, *spec.shape), known, buffer)))
+        tensors.append(torch.from_numpy(np.ndarray((num_rows, *spec.least_shape), known, buffer)))
     return tensors
 
 

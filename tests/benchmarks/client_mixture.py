@@ -8,7 +8,7 @@ import time
 import torch
 
 import tesseract_async as ta
-from tesseract_async.experts import ExpertPublisher
+from tesseract_async.experts.publisher import ExpertPublisher
 from tests.benchmarks.faulty import hosting
 from tests.benchmarks.figures import emit, percentile
 from tests.benchmarks.swarm import run_on

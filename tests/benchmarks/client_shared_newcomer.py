@@ -4,8 +4,6 @@ Real nodes on loopback; each host uploads 25 Mbit/s at most. By default the para
 many pieces as 100 MB have; ``--megabytes 100`` takes four minutes.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -39,6 +39,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         (("put", "x", "1", "-p", "nonsense"), 1, "not an address (host:port, or [v6]:port): 'nonsense'"),
         (("top",), 2, "Missing option '--initial-peers'"),
         (("top", "-p", NOBODY, "--json"), 2, "--json goes with --once"),
+        (("serve", "--experts", "ffn.0", "--shard", "fsdp", "--step", "lockstep"), 2, "--shard goes with one --device"),
         (("serv",), 2, "did you mean 'serve'?"),
         (("swarm-status",), 2, "there are bench, call, dashboard"),
         (("serve", "--experts", "ffn.0", "--hots", "x"), 2, "Did you mean"),

@@ -20,7 +20,7 @@ from tesseract_async.cli.main import main
 from tesseract_async.cli.options import NodeOptions
 from tesseract_async.cli.serve import command
 from tesseract_async.cli.serve_options import ServeOptions
-from tesseract_async.experts import ExpertReplica
+from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.run import RunMismatch
 from tesseract_async.saving.folder import load_experts
 from tesseract_async.server.contract import VolunteerSettings

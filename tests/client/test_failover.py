@@ -7,7 +7,9 @@ from torch import nn
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction, SwitchGatingFunction
+from tesseract_async.client.grouping import Request
 from tesseract_async.client.latency import MAX_PATIENCE, MIN_PATIENCE, LatencyBook, Lateness, path_seconds
+from tesseract_async.client.passes import Pass
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, NotPrimary, Overloaded
 from tesseract_async.wire.messages import BACKWARD, FORWARD
@@ -251,3 +253,13 @@ async def test_a_silent_primary_is_left_only_for_one_that_claims_the_same(node: 
     await backward(y.sum())
     assert peers_asked(node, BACKWARD) == (["first", "second"] if rival else ["first"])
     assert hosted.version == 1 and [replica.peer for replica in node.directory.failed] == ["first"] * rival
+
+
+async def test_a_message_whose_experts_have_answered_elsewhere_is_not_made() -> None:
+    """A rival's answer may come between the decision to ask and the first turn of the task that asks."""
+
+    class Unpacked(Pass):
+        async def pack(self, request: Request) -> Any:
+            raise AssertionError("of what?")
+
+    await object.__new__(Unpacked)._exchange(Request({}, 0.0), 1.0)

@@ -39,6 +39,36 @@ def model(node: FakeNode) -> Model:
     return Model(RemoteExpert(node, "ffn.0.0"))
 
 
+async def test_several_may_pause_a_trainer_at_a_time_and_wait_for_no_more_than_a_step() -> None:
+    module = nn.Linear(2, 1)
+    trainer = AsyncTrainer(module, torch.optim.SGD(module.parameters(), 0.1), in_flight=8, max_staleness=3)
+    open_, begun = asyncio.Event(), 0
+
+    async def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        nonlocal begun
+        begun += 1
+        await open_.wait()
+        loss: torch.Tensor = model(x).sum()
+        return loss
+
+    async def pause() -> int:
+        async with trainer.paused():
+            before = trainer.version
+            await asyncio.sleep(0)
+            assert trainer.version == before
+            return before
+
+    steps = [asyncio.create_task(trainer.step(loss_of, torch.ones(1, 2))) for _ in range(20)]
+    await asyncio.sleep(0)
+    pauses = [asyncio.create_task(pause()) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert begun == 4 and not any(one.done() for one in pauses)
+    open_.set()
+    assert await asyncio.gather(*pauses) == [4, 4]
+    await asyncio.gather(*steps)
+    assert trainer.version == 20
+
+
 async def test_one_in_flight_equals_a_plain_loop(node: FakeNode, model: Model) -> None:
     local = nn.Sequential(copy.deepcopy(model.before), node.hosted["ffn.0.0"].module, copy.deepcopy(model.after))
     own = [*local[0].parameters(), *local[2].parameters()]

@@ -1,7 +1,5 @@
 """What each expert of a pass costs: at the caller, on its server's loop, and on the device's thread."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import sys

@@ -7,8 +7,8 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tesseract_async.experts import ExpertPattern
 from tesseract_async.experts.choice import choose, losers
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
 
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts import ExpertPattern
 from tesseract_async.experts.claiming import (
     claim_experts,
     claims_key,
@@ -16,6 +15,7 @@ from tesseract_async.experts.claiming import (
     encode_reservation,
 )
 from tesseract_async.experts.manifest import encode_manifest, grid_key
+from tesseract_async.experts.pattern import ExpertPattern
 from tests.client.virtual_time import in_made_up_time
 from tests.experts.fake_network import FakeEntry, FakeNetwork, FakeSwarm, peer
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tesseract_async.errors import ConnectionLost
-from tesseract_async.experts import ExpertDirectory, ExpertPublisher, grid_key, shard_key
+from tesseract_async.experts.directory import ExpertDirectory
 from tesseract_async.experts.grid import MAX_REPLICAS
-from tesseract_async.experts.manifest import encode_manifest, join_uid, split_uid
+from tesseract_async.experts.manifest import encode_manifest, grid_key, join_uid, shard_key, split_uid
+from tesseract_async.experts.publisher import ExpertPublisher
 from tests.client.virtual_time import in_made_up_time
 from tests.experts.fake_network import FakeEntry, FakeNetwork, FakeSwarm, peer
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 
 
 def test_a_pattern_is_its_uids() -> None:

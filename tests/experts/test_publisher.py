@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from tesseract_async.errors import ConnectionLost
-from tesseract_async.experts import ExpertPublisher, PublisherSettings, grid_key, shard_key
-from tesseract_async.experts.manifest import decode_manifest
+from tesseract_async.experts.manifest import decode_manifest, grid_key, shard_key
+from tesseract_async.experts.publisher import ExpertPublisher, PublisherSettings
 from tests.client.virtual_time import in_made_up_time
 from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
 

@@ -563,6 +563,23 @@ def test_commands_come_in_the_order_in_which_they_must_be_done() -> None:
     assert kinds.index("Persist") < kinds.index("Send") and not any(isinstance(c, Publish | Fetch) for c in commands)
 
 
+def test_who_stood_still_itself_asks_again_before_it_takes_others_for_dead() -> None:
+    world = World(20, 3)
+    leader = world.begin()
+    machine = next(one.machine for one in world.up if one is not leader)
+    wall = CREATED + world.now
+    asked = world.now + 3 * LEASE
+    machine.handle_timer(asked, wall)
+    (probe,) = [command for command in machine.commands() if isinstance(command, Send)]
+    woke = asked + LEASE
+    machine.answered(probe.peer, probe.question, None, asked, woke, wall)
+    machine.handle_timer(woke, wall)
+    again = [command for command in machine.commands() if isinstance(command, Send)]
+    assert again == [probe]
+    machine.handle_timer(woke + LEASE, wall)
+    assert [one.question.kind for one in machine.commands() if isinstance(one, Send)] == ["vote"] * 2, "once"
+
+
 def test_members_that_fall_silent_are_replaced_before_the_next_state_is_due() -> None:
     world = World(3, 6)
     world.sync_every = 1e9  # one state is sealed, and none after it

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import tesseract_async as ta
@@ -64,19 +66,10 @@ class Trial:
 
     def pids(self) -> dict[int, int]:
         """The pids of the processes that run now, by rank."""
-        found = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(self.job.pid)], capture_output=True, text=True
-        ).stdout.split()
         ranks = {}
-        for pid in found:
-            try:
-                variables = dict(
-                    one.split("=", 1) for one in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in one
-                )
-            except OSError:
-                continue
-            if "RANK" in variables:
-                ranks[int(variables["RANK"])] = int(pid)
+        for one in psutil.Process(self.job.pid).children():
+            with contextlib.suppress(psutil.Error):
+                ranks[int(one.environ()["RANK"])] = one.pid
         return ranks
 
     async def train(self) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.settings import MixtureSettings
-from tesseract_async.experts import ExpertPublisher
+from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.metrics import Metrics
 from tesseract_async.node import EXPERT_METHODS
 

@@ -16,11 +16,12 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import NotAllowed, PeerUnreachable, RemoteError
-from tesseract_async.experts import ExpertPattern, PublisherSettings
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import claim_experts, claims_key, encode_reservation
 from tesseract_async.experts.grants import GRANT_SECONDS, Grant, Role, grant_text, sign_grant, sign_revocations
 from tesseract_async.experts.manifest import RunTag, encode_manifest, grid_key, shard_key, split_uid
+from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import publish_grant
 from tesseract_async.node import EXPERT_METHODS

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError
-from tesseract_async.experts import ExpertPattern, claiming, grants, manifest, run
+from tesseract_async.experts import claiming, grants, manifest, run
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.trust import belongs_under_its_key
 from tesseract_async.identity import SignedRecord
 from tesseract_async.monitoring import status

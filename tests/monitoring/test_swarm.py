@@ -16,12 +16,13 @@ from rich.console import Console
 import tesseract_async as ta
 from tesseract_async.cli import swarm_picture as picture
 from tesseract_async.errors import PeerUnreachable
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
 from tesseract_async.monitoring.observer import SHOW_DEAD_FOR
 from tesseract_async.monitoring.prometheus import render
 from tests.faults.serving import let_pass
+from tests.server.run_members import joined, make_run
 
 pytestmark = pytest.mark.both_loops
 
@@ -305,3 +306,19 @@ async def test_with_a_list_nobody_else_is_asked_or_shown() -> None:
             await observer.look()
             assert list(observer.peers) == [member.peer_id] and not observer.losses
             assert not node.is_connected(stranger.peer_id)
+
+
+async def test_in_a_run_only_trainers_that_may_train_are_shown() -> None:
+    run = make_run(1)
+    async with ta.TesseractNode() as seed, joined(run, 5, [seed.address]) as trainer:
+        async with ta.TesseractNode(initial_peers=[seed.address], refresh_period=0.2) as viewer:
+            await viewer.network.wait_joined(30)
+            await viewer.join_run(run)
+            trainer.thanks.add("ffn", seed.peer_id, 3, 1)  # so that it shows its grant
+            await publish_progress(trainer, "ffn", step=3, loss=0.5, seen=64)
+            await publish_progress(seed, "ffn", step=10**6, loss=99.0, seen=10**9)
+            observer = SwarmObserver(viewer, patterns=[run.manifest.pattern], period=30.0)
+            await observer.read_thanks()
+            await observer.look()
+            assert [one.step for one in observer.losses.values()] == [3]
+            assert observer.state()["seen"] == {"samples": 64}

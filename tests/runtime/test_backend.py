@@ -230,7 +230,7 @@ SPEC = TensorSpec((2,))
         (lambda x: x[1], ({1: SPEC},), "keys of a schema's dicts are printable strings"),
         (lambda x: {"a\ud800": x}, (SPEC,), "keys of a schema's dicts are printable strings"),
         (lambda x: x.to(torch.float8_e4m3fn), (SPEC,), "float8_e4m3fn cannot travel"),
-        (lambda x: None, (SPEC,), "gave NoneType"),
+        (lambda x: None, (SPEC,), "gave None"),
     ],
 )
 def test_what_callers_could_not_be_told_or_sent_is_refused_at_once(function: Any, schema: Any, sentence: str) -> None:

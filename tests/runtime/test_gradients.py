@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.gradients import are_finite, norm_of, trimmed_mean
+from tesseract_async.runtime.gradients import GatheredGradients, are_finite, norm_of, trimmed_mean
 from tesseract_async.wire.tensors import TensorSpec
 
 
@@ -157,3 +157,10 @@ def test_expanded_and_sparse_tensors_count_as_what_they_stand_for() -> None:
     twice = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.tensor([3.0, 4.0]), (5,), check_invariants=True)
     assert norm_of([twice]) == pytest.approx(7.0)
     assert norm_of([]) == 0.0
+
+
+def test_gradients_that_wait_for_a_step_hold_no_other_experts_gradients() -> None:
+    gathered = GatheredGradients(step_every=8, trim_peers=0.0)
+    gathered.add([torch.ones(64, 5)[3], None], "peer")
+    [kept, absent] = gathered.merged() or ()
+    assert absent is None and kept is not None and kept.eq(1).all() and kept.untyped_storage().nbytes() == kept.nbytes

@@ -70,6 +70,7 @@ OPTIMIZERS: list[Callable[[nn.Module], torch.optim.Optimizer]] = [
     lambda module: torch.optim.SGD(module.parameters(), lr=0.1),
     lambda module: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     lambda module: torch.optim.Adam(module.parameters(), lr=0.001, eps=1e-4),
+    lambda module: torch.optim.AdamW(module.parameters(), lr=0.001, eps=1e-4, weight_decay=0.5),
     lambda module: torch.optim.AdamW(module.parameters(), lr=0.001, eps=1e-4, amsgrad=True),
     lambda module: torch.optim.RMSprop(module.parameters(), lr=0.001, eps=1e-4),
 ]

@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 
 async def run(
-    stem: Stem, job: str, size: int, *arguments: str, timeout: float = 100.0, measures: bool = False
+    stem: Stem, job: str, size: int, *arguments: str, timeout: float = 250.0, measures: bool = False
 ) -> list[dict[str, Any]]:
     """What the leader of a job of so many processes found, line by line. `measures`: memory."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

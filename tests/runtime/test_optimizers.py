@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from tesseract_async.runtime import optimizers
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.executor import Executor
 from tesseract_async.runtime.work import WorkResult
@@ -367,3 +368,34 @@ def test_hooks_of_parameters_run_once_for_each_step() -> None:
     step(backend, 2)
     assert len(seen) == 1 and torch.equal(seen[0], torch.full((3,), 4.0))
     torch.testing.assert_close(bias.detach(), before - 0.5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_an_adam_that_is_stepped_by_its_kernel_alone_is_pytorchs(
+    kind: Callable[..., Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    mine, theirs = (nn.Linear(5, 3) for _ in range(2))
+    theirs.load_state_dict(mine.state_dict())
+    options = {"lr": 0.1, "betas": (0.8, 0.99), "weight_decay": 0.3, "maximize": True}
+    own, other = kind(mine.parameters(), **options), kind(theirs.parameters(), **options, fused=True)
+    optimizers.fuse(own)
+    schedules = [lr_scheduler.ExponentialLR(one, 0.5) for one in (own, other)]
+    by_kernel, step_fused = [], optimizers._step_fused
+
+    def watched(*args: Any) -> bool:
+        by_kernel.append(step_fused(*args))
+        return by_kernel[-1]
+
+    monkeypatch.setattr(optimizers, "_step_fused", watched)
+    for number in range(4):
+        gradients = [None if number == 2 and x.dim() == 1 else torch.randn_like(x) for x in mine.parameters()]
+        for x, gradient in zip(theirs.parameters(), gradients, strict=True):
+            x.grad = gradient
+        other.step()
+        optimizers.take_step(own, list(mine.parameters()), gradients, None)
+        for schedule in schedules:
+            schedule.step()
+        for x, y in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(x, y) and x.grad is None and own.state[x]["step"] == other.state[y]["step"]
+    assert by_kernel == [False, True, True, True]

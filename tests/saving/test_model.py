@@ -11,8 +11,10 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.client.gating_function import SwitchGatingFunction
 from tesseract_async.errors import CheckpointError
+from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.saving.folder import load_experts, open_folder
 from tesseract_async.saving.model import restore_model
+from tesseract_async.server.server import ServerSettings
 
 WIDTH, GRID = 6, (2, 2)
 HERE = __name__
@@ -46,7 +48,9 @@ def make_server(node: ta.TesseractNode, uids: list[str], folder: Path) -> ta.Tes
             args_schema=(ta.TensorSpec((WIDTH,)),),
             max_batch_size=64,
         )
-    return ta.TesseractServer(node, experts, checkpoint_dir=folder)
+    # each expert alone: what is computed together differs in the last digits
+    settings = ServerSettings(runtime=RuntimeSettings(groups_experts=False))
+    return ta.TesseractServer(node, experts, checkpoint_dir=folder, settings=settings)
 
 
 UIDS = [f"ffn.{a}.{b}" for a, b in ((0, 0), (0, 1), (1, 1))]
@@ -62,8 +66,16 @@ class Swarm:
         return ta.GatingFunction(self.node, **given | {"settings": settings} | options)
 
     def trainer(self) -> ta.AsyncTrainer[Residual]:
+        """One whose steps do not depend on how fast experts answer."""
         torch.manual_seed(7)
-        model = Residual(self.gate())
+        settings = ta.MixtureSettings(
+            calls=ta.CallOptions(codec="none"),
+            refill=False,
+            backward_k_min=2,
+            forward_timeout=60.0,
+            backward_timeout=60.0,
+        )
+        model = Residual(self.gate(k_min=2, settings=settings))
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
         return ta.AsyncTrainer(model, optimizer, scheduler=schedule, publish=False)
@@ -179,6 +191,25 @@ async def test_going_on_from_a_save_point_equals_never_having_stopped(swarm: Swa
 
 
 @pytest.mark.slow
+async def test_going_on_with_shared_parameters_equals_never_having_stopped(swarm: Swarm, tmp_path: Path) -> None:
+    trainer = swarm.trainer()
+    async with ta.SharedParameters(swarm.node, trainer.module, run="tiny", every=3) as shared:
+
+        async def steps(start: int, num: int) -> list[float]:
+            losses = []
+            for batch in batches(start, num):
+                losses.append(float((await trainer.step(loss_of, batch)).loss))
+                await shared.step()
+                await shared._wait_answers()  # alone, a round closes when its push has come
+            return losses
+
+        await steps(0, 5)
+        await ta.save_model(swarm.node, shared, tmp_path / "saved", trainer=trainer, optimizers=True)
+        expected, state = await steps(5, 20), shared.state_dict()
+        await restore_model(swarm.node, shared, tmp_path / "saved", trainer=trainer)
+        assert await steps(5, 20) == expected and shared.state_dict() == state
+
+
 async def test_a_save_point_is_of_one_moment(swarm: Swarm, tmp_path: Path) -> None:
     trainer = ta.AsyncTrainer((first := swarm.trainer()).module, first.optimizer, in_flight=4, publish=False)
     reports = trainer.run(loss_of, batches(0, 40))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ import safetensors.torch
 import torch
 
 import tesseract_async as ta
+from tesseract_async.client.experience import experience_of
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import CheckpointError, ExpertNotFound
+from tesseract_async.errors import CheckpointError, ExpertNotFound, Overloaded, TooStale
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
+from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.placement import Part, Place
 from tesseract_async.experts.placement import Role as PlaceRole
 from tesseract_async.experts.places import encode_place, places_key
@@ -24,7 +27,9 @@ from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, sign_seal, sign_term
 from tesseract_async.runtime.structure import describe_module
+from tesseract_async.saving import saver
 from tesseract_async.saving.folder import load_experts, open_folder_or_make
+from tesseract_async.saving.restorer import restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
 from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.run_experts import build_run_backend, complete
@@ -32,7 +37,7 @@ from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
-from tesseract_async.wire.messages import STATE, TENURE
+from tesseract_async.wire.messages import RESTORE, STATE, TENURE
 
 ALICE = ta.Identity.from_seed(bytes(32))
 UIDS = ("ffn.0.0", "ffn.1.1")
@@ -142,6 +147,94 @@ async def test_a_dead_server_is_passed_over_and_what_nobody_gives_is_told(
     assert report.taken == {"ffn.0.0": 0}
     assert isinstance(report.failed["ffn.0.1"], ExpertNotFound)
     assert list(load_experts(tmp_path)) == ["ffn.0.0"]
+
+
+async def test_a_busy_server_is_asked_again(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
+    busy = [1, 2]
+
+    async def answer(call: IncomingCall) -> Message:
+        if busy:
+            busy.pop()
+            raise Overloaded("later", retry_after=0.0)
+        return await swarm.answer(call)
+
+    swarm.host.unhost_expert("ffn.0.0")
+    swarm.host.host_expert("ffn.0.0", {STATE: answer})
+    report = await save(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
+    assert report.taken == {"ffn.0.0": 0} and not busy
+
+
+async def test_a_busy_server_is_asked_again_to_restore(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
+    store = open_folder_or_make(tmp_path)
+    async with SavePoint(swarm.guest, swarm.origins("ffn.0.0"), is_whole=True) as point:
+        await point.mark()
+        await point.fetch(store)
+    asked: list[int] = []
+
+    async def restore(call: IncomingCall) -> Message:
+        asked.append(len(call.buffers[0]))
+        if len(asked) == 1:
+            raise Overloaded("later", retry_after=0.0)
+        return Message(messages.encode(messages.RestoreReply(0)))
+
+    swarm.host.unhost_expert("ffn.0.0")
+    swarm.host.host_expert("ffn.0.0", {RESTORE: restore})
+    publisher = ExpertPublisher(swarm.host.network, addresses=[swarm.host.address], trust=swarm.host.trust)
+    await publisher.declare({"ffn.0.0": True})
+    async with ta.TesseractNode(initial_peers=[swarm.host.address]) as node:
+        await node.network.wait_joined(30.0)
+        assert await restore_experts(node, store) == {"ffn.0.0": 0}
+    assert len(asked) == 2 and asked[0] == asked[1] > 0
+    await publisher.aclose()
+
+
+async def test_a_state_that_is_older_than_what_was_answered_is_not_taken(
+    swarm: Swarm, run: SignedRun, tmp_path: Path
+) -> None:
+    peer = swarm.host.peer_address
+    experience_of(swarm.guest).lineages.take(ExpertReplica("ffn.0.0", peer, 1, math.inf, primary=True), 0, 3)
+    for version in range(3):
+        report = await save(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
+        assert isinstance(report.failed["ffn.0.0"], TooStale) and not report.taken
+        assert "version " + str(version) in str(report.failed["ffn.0.0"])
+        swarm.train("ffn.0.0")
+    report = await save(swarm.guest, run, swarm.origins("ffn.0.0"), tmp_path)
+    assert report.taken == {"ffn.0.0": 3}
+
+
+async def test_a_state_that_is_far_larger_than_others_is_not_fetched(
+    swarm: Swarm, run: SignedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "SLACK_BYTES", 0)
+    num_asked = 0
+
+    async def lie(call: IncomingCall) -> Message:
+        nonlocal num_asked
+        num_asked += 1
+        reply = messages.StateReply(1, bytes(32), 1 << 31, 0)
+        return Message(messages.encode(reply), (memoryview(bytes(1 << 15)),))
+
+    swarm.host.host_expert("ffn.0.1", {STATE: lie})
+    report = await save(swarm.guest, run, swarm.origins(*UIDS, "ffn.0.1"), tmp_path)
+    assert sorted(report.taken) == sorted(UIDS) and num_asked == 1
+    assert "2147483648 bytes, many times larger" in str(report.failed["ffn.0.1"])
+
+
+async def test_a_pause_does_not_wait_for_a_slow_server(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
+    go_on = asyncio.Event()
+
+    async def answer(call: IncomingCall) -> Message:
+        await go_on.wait()
+        return await swarm.answer(call)
+
+    swarm.host.unhost_expert("ffn.0.0")
+    swarm.host.host_expert("ffn.0.0", {STATE: answer})
+    store = open_folder_or_make(tmp_path)
+    async with SavePoint(swarm.guest, swarm.origins(*UIDS)) as point:
+        await point.mark(within=0.2)
+        go_on.set()
+        report = await point.fetch(store)
+    assert "ffn.0.0" in report.late and sorted(report.taken) == sorted(UIDS)
 
 
 async def join(node: ta.TesseractNode, run: SignedRun, *, roles: tuple[Role, ...] = ("host", "train")) -> None:

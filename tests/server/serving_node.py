@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from tesseract_async.endpoint.call_table import CallHandler, CallTable
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import RemoteError
 from tesseract_async.experts.manifest import decode_manifest, join_uid
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity
@@ -85,8 +86,14 @@ class ServingNode:
         self.together.append(handler)
         return lambda: self.together.remove(handler)
 
-    def find_expert(self, call: IncomingCall, uid: str) -> CallHandler:
-        return self.table.find_for(call, uid, APPLY)
+    def find_experts(self, call: IncomingCall, uids: Sequence[str]) -> list[CallHandler | RemoteError]:
+        found: list[CallHandler | RemoteError] = []
+        for uid in uids:
+            try:
+                found.append(self.table.find_for(call, uid, APPLY))
+            except RemoteError as error:
+                found.append(error)
+        return found
 
     async def call(self, uid: str, method: str, body: Any, tensors: Any = (), *, timeout: float = 10.0) -> Message:
         _, buffers = wire.pack_tensors(tensors)

@@ -7,9 +7,12 @@ import heapq
 import itertools
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from tesseract_async.errors import Overloaded, ProtocolError
@@ -19,12 +22,20 @@ from tesseract_async.runtime.states import StateDict
 from tesseract_async.server import fragments
 from tesseract_async.server.answering import journal_key
 from tesseract_async.server.checkpoint import check_state, encode, largest_state
-from tesseract_async.server.fragments import MAX_STATE_BYTES, FragmentBackend, read_fragment, read_manifest
+from tesseract_async.server.fragments import (
+    MAX_STATE_BYTES,
+    FragmentBackend,
+    read_fragment,
+    read_manifest,
+    read_updates,
+)
 from tesseract_async.sharing.copy import Copy
 from tesseract_async.sharing.fragment import NEWCOMERS, Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.sharing.rounds import Rounds, judge
+from tesseract_async.sharing.samples import Ledger, Report
+from tesseract_async.wire import messages
 
 MANIFEST = SharedManifest(Layout.of(nn.Linear(16, 40)), Outer())
 PEERS = [Identity.from_seed(bytes([n]) * 32).peer_id for n in range(1, 6)]
@@ -41,8 +52,16 @@ def pushed(backend: FragmentBackend, seed: int, peer: PeerID = PEERS[0]) -> byte
     copy = Copy(backend.fragment.cut, MANIFEST.outer, backend.fragment.anchor, version=backend.version)
     call_id, rounds = seed.to_bytes(16, "big"), Rounds(backend.version, max_steps=100)
     rounds.add(judge(peer, call_id, 3, copy.push(values), backend.fragment.cut, MANIFEST.outer), backend.version, 0.0)
-    backend.close_round(rounds, rounds.close())
+    backend.close_round(rounds, rounds.close(), ledger(seed).encode())
     return call_id
+
+
+def ledger(seed: int) -> Ledger:
+    """One in which some samples are done."""
+    made = Ledger()
+    done = [(0, 0, seed + 1)]
+    made.report((PEERS[0], bytes(16)), 1, Report(0, 1000, 0, (), done, ()), 0.0)
+    return made
 
 
 def through_a_file(backend: FragmentBackend) -> StateDict:
@@ -59,6 +78,7 @@ def test_a_state_goes_through_a_file(num_rounds: int) -> None:
     for one in (other.fragment, read_fragment(MANIFEST.part(0), state["module"], num_rounds)[0]):
         assert one.root == backend.fragment.root and one.updates == backend.fragment.updates
         assert one.before == backend.fragment.before
+    assert other.samples == backend.samples == (ledger(num_rounds - 1).encode() if num_rounds else b"")
     few = {name: state["module"][name] for name in NEWCOMERS}
     assert read_fragment(MANIFEST.part(0), few, num_rounds)[0].root == backend.fragment.root
     assert read_manifest(state["module"]).data == MANIFEST.data
@@ -99,6 +119,8 @@ def test_states_that_lie_are_refused() -> None:
     lie(lambda tensors: tensors.update(counts=torch.tensor([3, 9])))
     lie(lambda tensors: tensors.update(roots=tensors["roots"][:4]))
     lie(lambda tensors: tensors.update(momentum=torch.full_like(tensors["anchor"], torch.nan)))
+    lie(lambda tensors: tensors.update(samples=torch.full_like(tensors["samples"], 7)))
+    lie(lambda tensors: tensors.__delitem__("samples"))
     lie(lambda tensors: tensors.update(manifest=tensors["manifest"][:-1]))
     lie(lambda tensors: None, version=2)
     lie(lambda tensors: None, number=1)
@@ -151,6 +173,25 @@ def test_a_journal_from_elsewhere_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     for seed in range(20):
         pushed(other, seed)
         assert len(other.applied) <= 8
+
+
+@given(
+    st.integers(-2, 12),
+    st.integers(-2, 2**63),
+    st.lists(st.binary(max_size=17) | st.integers() | st.just(bytes(16)), max_size=10),
+    st.lists(st.binary(max_size=40) | st.just(b"\x77" * 332), max_size=10),
+)
+def test_a_primary_that_lies_to_a_trainer_changes_nothing(
+    version: int, steps: int, roots: list[Any], buffers: list[bytes]
+) -> None:
+    cut = MANIFEST.layout.cuts[0]
+    copy = Copy(cut, MANIFEST.outer, torch.zeros(cut.numel), version=3)
+    base = copy.base
+    reply = messages.UpdatesReply(True, True, 1, version, steps, roots)
+    with pytest.raises(ProtocolError):
+        copy.push(torch.ones(cut.numel))
+        copy.merge(read_updates(3, reply, [memoryview(one) for one in buffers]), epoch=1)
+    assert copy.base == base and copy.is_pushing
 
 
 class World:

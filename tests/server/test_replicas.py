@@ -15,8 +15,8 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async.errors import NotAllowed, NotPrimary
-from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.server.other_replicas import ReplicaMismatch, ReplicaSettings, adopt_states, read_replicas
 from tesseract_async.server.state_transfer import REUSE_SECONDS
 from tesseract_async.server.succession import ReplicaKeeper, boottime

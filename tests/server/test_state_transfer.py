@@ -20,7 +20,15 @@ from tesseract_async.server import checkpoint
 from tesseract_async.server.checkpoint import check_state, difference, largest_state
 from tesseract_async.server.fetching import MIN_RATE, NUM_RETRIES, fetch_state
 from tesseract_async.server.state_files import SealedFiles
-from tesseract_async.server.state_transfer import KEEP_SECONDS, MAX_RATE, MAX_WAITING, SealedState, StateSource
+from tesseract_async.server.state_transfer import (
+    KEEP_SECONDS,
+    MAX_POINTS_A_MINUTE,
+    MAX_RATE,
+    MAX_WAITING,
+    POINT_SECONDS,
+    SealedState,
+    StateSource,
+)
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tests.client.fake_node import until
@@ -64,7 +72,9 @@ class StateNode(ServingNode):
 
     @property
     def hosted(self) -> Any:
-        return SimpleNamespace(uid="ffn.0", version=self.backend.version, snapshot=self.snapshot)
+        return SimpleNamespace(
+            uid="ffn.0", version=self.backend.version, snapshot=self.snapshot, structure=lambda: None
+        )
 
     async def snapshot(self) -> dict[str, Any]:
         self.num_snapshots += 1
@@ -180,6 +190,38 @@ async def test_whoever_asks_for_much_or_gives_up_takes_little_from_the_others(tm
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     assert await seconds() <= 22 * PIECE_BYTES / MAX_RATE
+
+
+@in_made_up_time
+async def test_save_points_are_few_and_hold_what_was_there(tmp_path: Path) -> None:
+    node = StateNode()
+    node.source._points_dir = tmp_path
+
+    async def ask(peer: bytes, point: int) -> int:
+        request = messages.StateRequest("ffn.0", True, 0, messages.NO_ROOT, 0, point.to_bytes(16, "big"))
+        call = IncomingCall(ta.PeerID(peer * 32), messages.STATE, messages.encode(request), (), 0.0, 0)
+        reply = await node.source.answer(node.hosted, call)
+        return messages.decode(messages.StateReply, reply.body).version
+
+    def num_files() -> int:
+        return len(list(tmp_path.rglob("*.point")))
+
+    assert await ask(b"a", 1) == 0
+    train(node.backend)
+    assert (await ask(b"a", 1), await ask(b"b", 1), num_files()) == (0, 1, 2)
+    with pytest.raises(Overloaded, match="being fetched already"):
+        await ask(b"c", 1)
+    for point in range(2, MAX_POINTS_A_MINUTE + 1):  # of one peer the last is kept
+        assert await ask(b"a", point) == 1 and num_files() == 2
+    with pytest.raises(Overloaded, match="too many save points") as refused:
+        await ask(b"a", 100)
+    assert await ask(b"a", MAX_POINTS_A_MINUTE) == 1 and node.num_snapshots == MAX_POINTS_A_MINUTE + 1
+    await asyncio.sleep(refused.value.retry_after + 0.1)
+    assert await ask(b"a", 100) == 1
+    await asyncio.sleep(POINT_SECONDS + 1)
+    assert await ask(b"c", 1) == 1 and num_files() == 1
+    node.source.close()
+    assert not num_files()
 
 
 async def test_a_piece_that_a_file_does_not_have(node: StateNode) -> None:

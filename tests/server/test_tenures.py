@@ -17,11 +17,11 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import Message
 from tesseract_async.errors import NotAllowed, RemoteError, TesseractError
-from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_appointment, sign_grant
 from tesseract_async.experts.manifest import RunTag
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import State

@@ -1,7 +1,5 @@
 """The wire of 0.2.0 is frozen: its bytes stay what they are, and the page that specifies it says what the code does."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -34,6 +32,7 @@ PAIRS = {
     messages.TENURE: (messages.TenureRequest, messages.TenureReply),
     messages.PUSH: (messages.PushRequest, messages.UpdatesReply),
     messages.PULL: (messages.PullRequest, messages.UpdatesReply),
+    messages.SAMPLES: (messages.SamplesRequest, messages.SamplesReply),
     messages.LOCKSTEP: (messages.LockstepRequest, messages.LockstepReply),
 }
 HELLO = heads.Hello(bytes(range(16)), False, bytes(32), 1024, 2**23, 2**30, (b"grant",), frozenset({"reply_parts"}))

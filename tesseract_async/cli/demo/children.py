@@ -1,7 +1,5 @@
 """The demo's processes: started, heard, killed, and never left behind."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -41,7 +39,7 @@ class Child:
         self._reader = asyncio.create_task(self._read(), name=f"demo: hear {name}")
 
     @classmethod
-    async def start(cls, name: str, arguments: list[str], *, log: Path, on_event: Listener) -> Child:
+    async def start(cls, name: str, arguments: list[str], *, log: Path, on_event: Listener) -> "Child":
         """Start Python with these arguments; `ready` tells when it works."""
         # one thread each: five processes share a few cores, and threads of one would wait for another's
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

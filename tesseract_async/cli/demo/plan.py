@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 
 PREFIX = "digits"
 GRID_SIZE = (4, 4)

@@ -75,7 +75,12 @@ class MessageStream:
     def receive(self, message: bytes | str) -> None:
         """Take one message. Untrusted. Raises: ProtocolError; nothing may follow then."""
         if isinstance(message, str):
-            self._receive_control(message)
+            if message == "f":
+                self.ended = True
+            elif message[:1] == "w" and len(message) <= MAX_CONTROL and message[1:].isascii() and message[1:].isdigit():
+                self._credit = min(self._credit + int(message[1:]), 2**40)
+            else:
+                raise ProtocolError("a malformed control message")
             return
         if self.ended:
             raise ProtocolError("data after the end of the stream")
@@ -85,14 +90,6 @@ class MessageStream:
             self._room -= len(message)
             self.held += len(message)
             self._incoming.append(memoryview(message))
-
-    def _receive_control(self, message: str) -> None:
-        if message == "f":
-            self.ended = True
-        elif message[:1] == "w" and len(message) <= MAX_CONTROL and message[1:].isascii() and message[1:].isdigit():
-            self._credit = min(self._credit + int(message[1:]), 2**40)
-        else:
-            raise ProtocolError("a malformed control message")
 
     def read_into(self, buffer: memoryview) -> int:
         """Move received bytes into `buffer`; return how many. The peer is allowed more in time."""
