@@ -144,13 +144,17 @@ class StateSource:
         elif sealed is None:
             copy = await self._find_copy(owner, request)
         file = sealed or copy
+        nothing = Message(messages.encode(messages.StateReply(owner.version, messages.NO_ROOT, 0, request.piece)))
         if file is None:
-            return Message(messages.encode(messages.StateReply(owner.version, messages.NO_ROOT, 0, request.piece)))
+            return nothing
         await self._take_turn(call.peer_id, min(PIECE_BYTES, file.size))
         version = owner.version if copy is None else copy.version
         if copy is not None and isinstance(copy.file, EncodedState) and not copy.file.is_spread:
             return _piece(version, copy, request.piece)
-        reply: Message = await self._aside(lambda: _piece(version, file, request.piece))
+        try:
+            reply: Message = await self._aside(lambda: _piece(version, file, request.piece))
+        except FileNotFoundError:  # two newer ones were sealed meanwhile
+            return nothing
         return reply
 
     async def _take_turn(self, peer: PeerID, num_bytes: int) -> None:

@@ -112,6 +112,17 @@ async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Pat
         assert [bytes(part) for part in reply.buffers] == ([] if weights_only else [b"file"])
 
 
+async def test_a_sealed_file_that_is_dropped_while_it_is_asked_for_is_not_there(tmp_path: Path) -> None:
+    node, files = StateNode(), SealedFiles(tmp_path)
+    file = files.keep("ffn.0", [b"file"])
+    node.source.find_sealed = files.find
+    file.path.unlink()
+    request = messages.StateRequest("ffn.0", False, 0, file.root, 0)
+    call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, messages.encode(request), (), 0.0, 0)
+    reply = await node.source.answer(node.hosted, call)
+    assert not reply.buffers and messages.decode(messages.StateReply, reply.body).size == 0
+
+
 async def test_whoever_only_holds_a_sealed_state_gives_its_weights(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
     train(node.backend)
