@@ -130,7 +130,11 @@ def shard_key(uid: str, tag: RunTag | None = None) -> str:
 
 
 def _shard_key(grid: str, uid: str) -> str:
-    return f"{grid}/{hashlib.sha256(uid.encode()).digest()[0] % NUM_SHARDS:02x}"
+    return f"{grid}/{_shard_of(uid):02x}"
+
+
+def _shard_of(uid: str) -> int:
+    return hashlib.sha256(uid.encode()).digest()[0] % NUM_SHARDS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,10 +240,8 @@ def encode_manifest(
     if not is_prefix(prefix) or len(prefix.encode()) > MAX_PREFIX_BYTES:
         raise ValueError(f"not a prefix of at most {MAX_PREFIX_BYTES} bytes, without a number between dots: {prefix!r}")
     ordered = sorted(experts)
-    coords = np.array(ordered, dtype=np.int64)
-    primary = np.array([experts[key] for key in ordered], dtype=bool)
-    num_dims = coords.shape[1]
-    width = next(width for width in _WIDTHS if coords.max() < 256**width)
+    num_dims = len(ordered[0])
+    width = next(width for width in _WIDTHS if max(map(max, ordered)) < 256**width)
     head = b"".join(
         (
             MAGIC + _short(prefix.encode()) + sequence.to_bytes(SEQUENCE_BYTES, "big") + encode_tag(tag, grant),
@@ -247,18 +249,20 @@ def encode_manifest(
             bytes([num_dims, width]),
         )
     )
-    known = np.array([(epochs or {}).get(key, 0) for key in ordered] if tag is not None else [], dtype=">u4")
     # 2 bytes for the count; n experts take n * (dims * width) bytes and n bits, rounded up, and their epochs
     num_per_part = (max_part_bytes - len(head) - 2) * 8 // (8 * (num_dims * width + 4 * (tag is not None)) + 1)
     if num_per_part < 1:
         raise ValueError("the addresses leave no room for experts")
+    if len(ordered) > num_per_part:  # a part of few shards is stored under few keys
+        ordered.sort(key=lambda key: _shard_of(join_uid(prefix, key)))
     parts = []
     for start in range(0, len(ordered), num_per_part):
-        some = coords[start : start + num_per_part]
-        bits = np.packbits(primary[start : start + num_per_part]).tobytes()
-        part = head + len(some).to_bytes(2, "big") + some.astype(_WIDTHS[width]).tobytes() + bits
-        part += known[start : start + num_per_part].tobytes()
-        parts.append((part, ordered[start : start + num_per_part]))
+        some = sorted(ordered[start : start + num_per_part])
+        part = head + len(some).to_bytes(2, "big") + np.array(some, dtype=_WIDTHS[width]).tobytes()
+        part += np.packbits(np.array([experts[key] for key in some], dtype=bool)).tobytes()
+        if tag is not None:
+            part += np.array([(epochs or {}).get(key, 0) for key in some], dtype=">u4").tobytes()
+        parts.append((part, some))
     return parts
 
 

@@ -69,17 +69,17 @@ def experts_of(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
             raise ValueError(f"the experts of {_kind(model)} are not of a kind that can live elsewhere: {what}")
         found[int(number[1])] = path, module
     if not found:
-        name = WITHOUT_HOOK.get(_kind(model))
-        raise ValueError(
-            f"{_kind(model)} has no experts"
-            if name is None
-            else f"{name} computes its experts itself, not through Transformers' registry: they cannot live elsewhere"
-        )
+        check_config(getattr(model, "config", None))
+        raise ValueError(f"{_kind(model)} has no experts")
     return found
 
 
 def check_config(config: Any) -> None:
-    """Raises: ValueError if a checkpoint with this configuration keeps its weights in a quantized form."""
+    """Raises: ValueError for a family of `WITHOUT_HOOK`, and for weights that are kept in a quantized form."""
+    if (name := WITHOUT_HOOK.get(getattr(config, "model_type", ""))) is not None:
+        raise ValueError(
+            f"{name} computes its experts itself, not through Transformers' registry: they cannot live elsewhere"
+        )
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         given = quantization if isinstance(quantization, dict) else vars(quantization)

@@ -16,7 +16,7 @@ from tesseract_async.client.background import BackgroundNode
 from tesseract_async.client.expert_pool import ExpertPool, PoolAnswer
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions
 from tesseract_async.transformers import operator
-from tesseract_async.transformers.families import WITHOUT_HOOK, check_config, experts_of, is_experts, library
+from tesseract_async.transformers.families import WITHOUT_HOOK, check_config, is_experts, library
 from tesseract_async.transformers.lockstep import Lockstep, StandIn
 
 IMPLEMENTATION: Final = "tesseract"
@@ -89,7 +89,7 @@ def remote_experts(
         if child is None:
             return
         if getattr(getattr(child, "config", None), "model_type", None) in WITHOUT_HOOK:
-            experts_of(child)  # says so
+            check_config(child.config)  # says so
         if is_experts(child) and not vars(child).get("tesseract_layer"):
             _strip(child)
             unplaced.append(child)

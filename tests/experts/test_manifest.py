@@ -122,6 +122,8 @@ def test_a_thousand_experts_fit_a_few_parts() -> None:
     parts = encode_manifest(ADDRESSES, {(x, y): False for x in range(32) for y in range(32)}, prefix="ffn", sequence=1)
     assert len(parts) == 3
     assert all(len(part) <= MAX_PART_BYTES for part, _ in parts)
+    keys = [key for part, _ in parts for key in decode_manifest(part).keys()]
+    assert len(keys) <= 256 + 3 * 3, "each part stands under the grid and its own shards"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -63,10 +63,10 @@ def serving(
     *,
     num_servers: int = 2,
     optimizer: str | None = None,
-    lockstep: bool = False,
     checkpoints: Path | None = None,
+    **more: Any,
 ) -> Iterator[Swarm]:
-    """Each server has every `num_servers`-th expert of each layer, ``m.LAYER.EXPERT``."""
+    """Each server has every `num_servers`-th expert of each layer, ``m.LAYER.EXPERT``. `more`: as for `build`."""
     checkpoint = Checkpoint(folder)
     with contextlib.ExitStack() as stack:
         servers: list[ta.BackgroundNode] = []
@@ -75,7 +75,7 @@ def serving(
             servers.append(node := stack.enter_context(ta.BackgroundNode(initial_peers=peers)))
             layers = checkpoint.layers.items()
             uids = [f"m.{layer}.{e}" for layer, one in layers for e in range(i, one.num_experts, num_servers)]
-            backends = build(checkpoint, uids, optimizer=optimizer, lockstep=lockstep)
+            backends = build(checkpoint, uids, optimizer=optimizer, **more)
             path = None if checkpoints is None else checkpoints / str(i)
             server = stack.enter_context(node.entered(ta.TesseractServer(node.node, backends, checkpoint_dir=path)))
             stack.enter_context(node.entered(ReplicaKeeper(server)))

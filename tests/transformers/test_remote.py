@@ -284,6 +284,21 @@ def test_low_rank_adapters_on_frozen_experts(frozen: tuple[Path, Swarm], tmp_pat
 
 
 @pytest.mark.slow
+def test_half_the_digits_with_weights_kept_in_all_of_them(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder = make_checkpoint("qwen3_moe", tmp_path / "given", dtype=torch.bfloat16)
+    with serving(folder, optimizer="adamw", lockstep=True, dtype="bfloat16", master="float32") as swarm:
+        remote, whole = load(folder, swarm), local(folder, dtype=torch.float32)
+        assert remote.dtype == torch.bfloat16
+        for ours, expected in zip(train(remote), train(whole), strict=True):
+            assert abs(ours - expected) <= 0.05
+        ta.transformers.export_checkpoint(remote, tmp_path / "out")
+        assert {x.dtype for x in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+        with torch.no_grad():
+            exported = local(tmp_path / "out")(IDS).logits
+            torch.testing.assert_close(exported, remote.eval()(IDS).logits, rtol=0, atol=0.05)
+
+
+@pytest.mark.slow
 def test_compiled_in_one_graph_with_and_without_checkpoints(frozen: tuple[Path, Swarm]) -> None:
     folder, swarm = frozen
     remote, whole = load(folder, swarm).train(), local(folder).train()

@@ -129,6 +129,34 @@ def test_a_strangers_family_of_experts(family: str, reason: str) -> None:
         family_of(family, {})
 
 
+@pytest.mark.parametrize(("family", "name"), [("switch_transformers", "Switch Transformers"), ("dbrx", "DBRX")])
+def test_a_checkpoint_of_a_family_without_the_hook_is_named(
+    family: str, name: str, tmp_path: Path, checkpoint: Makes
+) -> None:
+    from transformers import AutoConfig
+
+    for file in checkpoint("qwen3_moe").glob("*.safetensors*"):
+        (tmp_path / file.name).symlink_to(file)
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{name} computes its experts itself"):
+        Checkpoint(tmp_path)
+
+
+def test_numbers_of_eight_bits_are_refused(tmp_path: Path, checkpoint: Makes) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in checkpoint("qwen3_moe").iterdir():
+        short = (
+            {name: x.to(torch.float8_e4m3fn) for name, x in load_file(file).items()} if "model-" in file.name else {}
+        )
+        if short:
+            save_file(short, tmp_path / file.name, {"format": "pt"})
+        else:
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(ValueError, match="holds numbers of the kind F8_E4M3: save the checkpoint in bfloat16"):
+        build(Checkpoint(tmp_path), ["m.0.3"])
+
+
 def test_a_family_without_the_hook_is_named() -> None:
     from types import SimpleNamespace
 

@@ -76,8 +76,8 @@ def plot(progress: Progress, path: Path) -> None:
         xlabel="seconds of training",
         ylabel="validation accuracy",
         ylim=(0, 1.02),
-        title=f"Handwritten digits: {plan.NUM_TRAINERS} trainers make one model, {kind}, separate processes",
+        title=f"Handwritten digits: {plan.NUM_TRAINERS} trainers make one model, {kind}",
     )
     axes.set_xlim(left=0)
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
     figure.savefig(path)
