@@ -27,7 +27,7 @@ MAX_HEADER_VALUES: Final = 1 << 20
 MAX_VERSION: Final = 2**53
 """No expert takes so many steps: a state that says so would leave it no room for its own."""
 
-JOURNAL_SHARE: Final = 0.05
+JOURNAL_SHARE: Final = 0.045
 """The part of a sealed file that the journal takes at most, unless more backwards came within minutes."""
 _BYTES_OF_ENTRY: Final = 24
 

@@ -20,6 +20,8 @@ from tests.server.run_members import Member, joined, make_run, member, standings
 NUM_EXPERTS = 16
 NUM_SERVERS = 4
 SYNC_EVERY = 60.0
+QUIET_SECONDS = 20.0
+"""Until nothing of the first sync is under way any more."""
 IDLE_SECONDS = 30.0
 WIDTH = 512
 X = torch.ones(1, WIDTH)
@@ -58,6 +60,7 @@ async def measure() -> None:
 
         await train()  # Adam has its moments from now on
         await until(lambda: has_all(1), 2 * SYNC_EVERY + 60)
+        await asyncio.sleep(QUIET_SECONDS)
         before = sent(members)
         await asyncio.sleep(IDLE_SECONDS)
         idle = (sent(members) - before) / IDLE_SECONDS * SYNC_EVERY / NUM_SERVERS
