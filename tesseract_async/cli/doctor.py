@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import click
 
-from tesseract_async.cli.options import host_towards, initial_peers_option, json_option
+from tesseract_async.cli.options import JOIN_TIMEOUT, host_towards, initial_peers_option, json_option
 from tesseract_async.cli.running import asynchronous, spinner
 from tesseract_async.cli.types import FOLDER, PORT, counted, rate_text
 from tesseract_async.errors import NotAllowed, TesseractError, UnknownMethod, describe
@@ -26,8 +26,6 @@ from tesseract_async.transport.base import PeerAddress
 MIN_FREE_BYTES = 10**9
 MIN_OPEN_FILES = 1024
 MAX_CLOCK_OFFSET = 5.0
-SEED_TIMEOUT = 5.0
-"""Seconds that a seed has to answer."""
 
 Grade = Literal["good", "note", "bad"]
 MARKS = {"good": "ok  ", "note": "note", "bad": "BAD "}
@@ -164,7 +162,7 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
     what, peer_address = f"seed {peer}", PeerAddress.parse(peer)
     async with TesseractNode(host, port, initial_peers=[peer], upnp=upnp) as node:
         asking = asyncio.create_task(_ask(node))
-        joined = await node.network.wait_joined(SEED_TIMEOUT)
+        joined = await node.network.wait_joined(JOIN_TIMEOUT)
         status, timing, error = await asking
         if node.network.wrong_seeds:
             yield Check("bad", what, node.network.trouble or "", "Ask its operator for its peer id.")
@@ -172,7 +170,7 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
         if not joined:
             said = "answers by TCP" if error is None else f"nor by TCP: {describe(error)}"
             advice = "Does it run? Is UDP to its port let through, here and there?"
-            yield Check("bad", what, f"no answer by UDP in {SEED_TIMEOUT:.0f} s; {said}", advice)
+            yield Check("bad", what, f"no answer by UDP in {JOIN_TIMEOUT:.0f} s; {said}", advice)
             return
         yield Check("good", what, f"answers by UDP; {counted(node.network.num_contacts, 'contact')}")
         if isinstance(error, UnknownMethod):  # a program's own node
@@ -206,7 +204,7 @@ async def _ask(node: TesseractNode) -> tuple[NodeStatus | None, _Timing, Tessera
     """Return the seed's status, how long that took and by how many seconds its clock is ahead; or the error."""
     started, before = asyncio.get_running_loop().time(), time.time()
     try:
-        status = await ask_status(node, node.initial_peers[0], timeout=SEED_TIMEOUT)
+        status = await ask_status(node, node.initial_peers[0], timeout=JOIN_TIMEOUT)
     except (TesseractError, TimeoutError) as error:
         return None, _Timing(0.0, 0.0), error
     seconds = asyncio.get_running_loop().time() - started

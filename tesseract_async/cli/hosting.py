@@ -31,6 +31,7 @@ from tesseract_async.cli.types import counted
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
+from tesseract_async.experts.grants import read_grant_text
 from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunNotFound
@@ -207,10 +208,10 @@ class Hosting:
     async def _find_run(self) -> None:
         if self.serving.run_name is None:
             return
-        await self._joined()
         for attempt in range(FIND_ATTEMPTS):
             try:
-                authority = await self.node.join_run(self.serving.run_name, grant=self.serving.grant)
+                with spinner("joining the network"):
+                    authority = await self.node.join_run(self.serving.run_name, grant=self.serving.grant)
                 break
             except RunNotFound:
                 if attempt == FIND_ATTEMPTS - 1:
@@ -225,6 +226,9 @@ class Hosting:
         """Raises: ValueError if the run does not let this node host."""
         me, full_name = self.node.peer_id, authority.run.full_name
         if not authority.may(me, "host", now=None):
+            grant = self.serving.grant
+            if grant is not None and read_grant_text(grant, me, now=time.time()).signer in authority.revoked():
+                raise ValueError(f"this invite to {full_name} was revoked: ask its owner for a new one")
             state = "was revoked in" if authority.is_revoked(me) else "may not host in"
             kept = "" if self._has_identity else " (and start with --identity FILE, which keeps that id)"
             raise ValueError(

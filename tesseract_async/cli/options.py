@@ -41,7 +41,7 @@ Decorator = Callable[[Function], Function]
 
 SECTIONS: Final = ("What matters first", "Experts", "Run", "Limits", "Network", "Advanced")
 FIRST: Final = SECTIONS[0]
-JOIN_TIMEOUT = 10.0
+JOIN_TIMEOUT = 5.0
 """Seconds that a command waits for the first answer of the network."""
 
 

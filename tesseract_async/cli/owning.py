@@ -175,7 +175,11 @@ async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], ow
             click.echo("with a delegate go the peers that it let in, and what it revoked no longer counts", err=True)
         await acting.revoke(members, invites)
         run = acting.authority.run.full_name
-    click.echo(f"{counted(len(members) + len(invites), 'peer')} may take no more part in {run}", err=True)
+    if members:
+        click.echo(f"{counted(len(members), 'peer')} may take no more part in {run}", err=True)
+    if invites:
+        said = f"{counted(len(invites), 'invite')} of {run} revoked: everybody who came by one may take no more part"
+        click.echo(said, err=True)
     say("revoked", run=run, peers=list(map(str, members)), invites=list(map(str, invites)))
     return 0
 

@@ -32,8 +32,10 @@ RECEIVE_BUFFER_BYTES = 4 * 2**20
 """Loopback drops datagrams too, once this is full."""
 MAX_TOLD = 256
 """Keys remembered because the log has told that something is hidden under them."""
-WARN_ALONE_AFTER = 11.0
-"""Seconds without an answer of any seed, after which a node that is asked for nothing says so."""
+WARN_ALONE_AFTER = 5.5
+"""Seconds without an answer of any seed, after which a node that is asked for nothing says so: a little more than
+`NetworkSettings.join_timeout`, after which those who ask are told by an error instead. People wait 10 s for a sentence,
+and starting Python takes its part of that."""
 MAX_REMEMBERED_PEERS = 40
 ENTRIES_PER_TURN = 1000
 

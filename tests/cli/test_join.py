@@ -23,11 +23,11 @@ from tesseract_async.cli.main import main
 from tesseract_async.cli.start_run import reach_of
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import TesseractError
-from tesseract_async.experts.grants import Invite, grant_text, sign_grant
+from tesseract_async.experts.grants import Invite, grant_text, read_grant_text, sign_grant
 from tesseract_async.identity import Identity
 from tesseract_async.monitoring import StatusService, status
 from tesseract_async.transport.base import PeerAddress
-from tests.cli.processes import event, tesseract
+from tests.cli.processes import event, finish, tesseract
 from tests.stem import Stem
 
 SIZES = ("--size", "in_features=4", "--size", "hidden_features=8")
@@ -152,7 +152,7 @@ async def test_what_keeps_a_computer_out_is_a_sentence(tmp_path: Path, monkeypat
         result = await run("join", text, *folder)
         assert result.exit_code == 1 and "-3600.0 s from that of" in result.output
         assert "synchronize it (NTP)" in result.output
-    monkeypatch.setattr(doctor, "SEED_TIMEOUT", 0.2)
+    monkeypatch.setattr(doctor, "JOIN_TIMEOUT", 0.2)
     result = await run("join", text, *folder)  # the seed is gone
     assert result.exit_code == 1 and "nor by TCP" in result.output and "Does it run?" in result.output
 
@@ -208,6 +208,17 @@ async def test_from_an_invite_to_the_first_answer(stem: Stem, tmp_path: Path) ->
                 with torch.no_grad():
                     assert (await expert(torch.ones(3, 4))).shape == (3, 4)
         assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+async def test_a_revoked_invite_is_named_not_a_grant_that_is_missing(stem: Stem, tmp_path: Path) -> None:
+    async with a_seed() as seed:
+        facts = await created(tmp_path, seed)
+        invited = read_grant_text(facts["invite"], OWNER.peer_id, now=0.0).signer
+        revoked = await run("run", "revoke", facts["run"], "--invite", str(invited), "-p", seed, *key(tmp_path))
+        assert "1 invite of digits@" in revoked.stderr and "everybody who came by one" in revoked.stderr
+        status, _, said = await finish(stem, "join", facts["invite"], "--folder", str(tmp_path / "joined"))
+    assert status == 1 and f"this invite to {facts['run']} was revoked: ask its owner for a new one" in said
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """TesseractNetwork over real UDP on loopback."""
 
 import asyncio
+import contextlib
 import itertools
 import random
 import socket
@@ -22,6 +23,7 @@ from tesseract_async.network.network import RECEIVE_BUFFER_BYTES, TesseractNetwo
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
+from tests.client.virtual_time import in_made_up_time
 from tests.loopback import needs_both_kinds_of_ip, needs_ipv6_loopback
 
 PATIENT = NetworkSettings(min_timeout=5.0, join_timeout=10.0)
@@ -269,6 +271,18 @@ async def test_nobody_is_asked_is_no_absence(caplog: pytest.LogCaptureFixture) -
         assert len(caplog.records) == 1, "once"
         assert await network.get("key") == 2, "what it holds itself"
     reserved.close()
+
+
+@in_made_up_time
+async def test_that_no_seed_answers_is_said_soon_by_a_node_that_is_asked_for_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with contextlib.closing(bound()) as silent:
+        async with node(silent.getsockname()[1], settings=NetworkSettings()) as (network, _):
+            await asyncio.sleep(6.0)  # of the 10 s that people are given, starting Python takes up to 4
+            assert [record.message for record in caplog.records] == [network.trouble]
+            await asyncio.sleep(60.0)
+            assert len(caplog.records) == 1, "once"
 
 
 def seed(address: int, peer_id: PeerID | None) -> PeerAddress:
