@@ -228,6 +228,11 @@ class MeshBackend(SpreadStates):
         for unit in self._units:
             if id(unit) not in inner:  # it resets those inside, too
                 unit.reset_iter_state()
+        self._drop_gradients()  # of parts that were whole until now
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
 
     def _do_forget(self, number: int) -> None:
         if not number:  # the expert itself
@@ -240,30 +245,29 @@ class MeshBackend(SpreadStates):
         super().prepare()
 
     def _do_forward(self, described: Value, training: bool, seed: int | None) -> list[torch.Tensor] | None:
-        inputs: list[torch.Tensor] = self._shared(described)  # type: ignore[assignment]
+        inputs = self._shared(described)
         with self._section():
             outputs = super().forward([self._my_rows(x) for x in inputs], training=training, seed=self._my_seed(seed))
-        whole = [self._all_rows(x, len(inputs[0])) for x in outputs]
+        whole = [self._all_rows(x, _num_rows(inputs)) for x in outputs]
         return whole if self.link.rank == 0 else None
 
     def _do_gradients(self, number: int, described: Value, training: bool, seed: int | None) -> Value:
         *given, weights = self._shared(described)
         num_inputs = len(self.input_specs)
-        inputs: list[torch.Tensor] = given[:num_inputs]  # type: ignore[assignment]
+        inputs = given[:num_inputs]
         try:
             with self._section():
                 found, of_parameters = super().gradients(
                     [self._my_rows(x) for x in inputs],
-                    [None if x is None else self._my_rows(x, pads_zeros=True) for x in given[num_inputs:]],
+                    [self._my_rows(x, pads_zeros=True) for x in given[num_inputs:]],
                     training=training,
                     seed=self._my_seed(seed),
-                    weights=None if weights is None else self._my_rows(weights),
+                    weights=self._my_rows(weights),
                 )
         finally:
-            for parameter in self.module.parameters():
-                parameter.grad = None
+            self._drop_gradients()
         square = self._keep(number, of_parameters)
-        whole = [None if x is None else self._all_rows(x, len(inputs[0])) for x in found]
+        whole = [None if x is None else self._all_rows(x, _num_rows(inputs)) for x in found]
         return (whole, square) if self.link.rank == 0 else square
 
     def _backpropagate(
@@ -272,7 +276,7 @@ class MeshBackend(SpreadStates):
         # FSDP reduces in hooks of backward(): autograd.grad would not see the parameters
         torch.autograd.backward(outputs, gradients)
         if self._agreement is not None:
-            self._agreement.check()
+            self._agreement.check("gradients", [one.grad is None for one in sources])
         with torch.no_grad():
             return [self._local_gradient(one) if isinstance(one, nn.Parameter) else one.grad for one in sources]
 
@@ -321,10 +325,10 @@ class MeshBackend(SpreadStates):
     def _my_seed(self, seed: int | None) -> int | None:
         return None if seed is None else (seed + self._part * 0x632BE5AB) & 0x7FFF_FFFF_FFFF_FFFF
 
-    def _my_rows(self, x: torch.Tensor, *, pads_zeros: bool = False) -> torch.Tensor:
+    def _my_rows(self, x: torch.Tensor | None, *, pads_zeros: bool = False) -> torch.Tensor | None:
         """Return this process's rows, as many as any other's: where they don't suffice, copies of the last one, whose
         gradient is zero."""
-        if self._num_parts == 1:
+        if x is None or self._num_parts == 1:
             return x
         each = -(-len(x) // self._num_parts)
         mine = x[self._part * each : (self._part + 1) * each]
@@ -384,6 +388,10 @@ class MeshBackend(SpreadStates):
         return total
 
 
+def _num_rows(inputs: Sequence[torch.Tensor | None]) -> int:
+    return next(len(x) for x in inputs if x is not None)
+
+
 def _number_of(gradients: Gradients) -> int:
     assert isinstance(gradients, SpreadGradients)
     return gradients.number
@@ -402,4 +410,5 @@ def _divides(x: torch.Tensor, rows: DeviceMesh) -> bool:
     if not isinstance(x, DTensor):
         return False
     ranks = [set(dist.get_process_group_ranks(group)) for group in x.device_mesh.get_all_groups()]
+    ranks.append(set(x.device_mesh.mesh.flatten().tolist()))  # over two dimensions, as HSDP
     return set(dist.get_process_group_ranks(rows.get_group())) in ranks

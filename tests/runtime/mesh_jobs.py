@@ -82,7 +82,22 @@ def launch(ranks: Iterable[int], size: int, work: Callable[[], None], store: Any
     return pids
 
 
+class Masked(nn.Module):
+    """Takes a mask, or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        return y if mask is None else y * mask
+
+
 def build(kind: str) -> Built:
+    if kind == "masked":
+        torch.manual_seed(3)
+        return Masked(), (TensorSpec((16,)), TensorSpec((16,), optional=True))
     return build_module(kind, SIZES[kind], seed=3)
 
 
@@ -98,6 +113,13 @@ def both(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
     grid = init_device_mesh(mesh.device_type, (mesh.size() // 2, 2), mesh_dim_names=("rows", "tensors"))
     tensor_parallel(module, grid["tensors"])
     return fsdp(module, grid["rows"])
+
+
+def hybrid(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
+    """FSDP within each pair of processes, which have the same as every other pair."""
+    grid = init_device_mesh(mesh.device_type, (mesh.size() // 2, 2), mesh_dim_names=("pairs", "parts"))
+    fully_shard(module, mesh=grid)
+    return mesh
 
 
 def layers_alone(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
@@ -137,12 +159,15 @@ def worst(left: Sequence[Any], right: Sequence[Any]) -> float:
 def compare(spread: MeshBackend, one: ExpertBackend) -> dict[str, Any]:
     """Five steps, then states to and fro."""
     found: dict[str, float] = dict.fromkeys(("outputs", "of_inputs", "of_weights", "norm"), 0.0)
+    absent = [None] * (len(one.input_specs) - 1)
     for number, num_rows in enumerate(NUM_ROWS):
         x, g = rows(one, num_rows, number)
         training, weights = bool(number % 2), torch.rand(num_rows) if number > 2 else None
-        outputs = [each.forward([x], training=training) for each in (spread, one)]
+        outputs = [each.forward([x, *absent], training=training) for each in (spread, one)]
         found["outputs"] = max(found["outputs"], worst(*outputs))
-        (a, of_a), (b, of_b) = (each.gradients([x], [g], training=training, weights=weights) for each in (spread, one))
+        (a, of_a), (b, of_b) = (
+            each.gradients([x, *absent], [g], training=training, weights=weights) for each in (spread, one)
+        )
         found["of_inputs"] = max(found["of_inputs"], worst(a[:1], b[:1]))
         if weights is not None:
             found["of_weights"] = max(found["of_weights"], worst(a[1:], b[1:]))
@@ -171,13 +196,13 @@ def compare(spread: MeshBackend, one: ExpertBackend) -> dict[str, Any]:
     decoded = [checkpoint.decode(file) for file in files]
     assert str(_shapes(decoded[0])) == str(_shapes(decoded[1]))
     x, g = rows(one, 9, 99)
-    spread.step(spread.gradients([x], [g])[1])
+    spread.step(spread.gradients([x, *absent], [g])[1])
     spread.load_state(states[0])
     assert list(spread.applied) == list(one.applied) and spread.progress == one.progress
     found["went_back"] = worst([*spread.state()["module"].values()], [*states[1]["module"].values()])
     for each, file in ((spread, decoded[1]), (one, decoded[0])):
         each.load_state(file)
-        each.step(each.gradients([x], [g])[1])
+        each.step(each.gradients([x, *absent], [g])[1])
     found["went_on"] = worst(*([*each.state()["module"].values()] for each in (spread, one)))
     found["sound"] = float(spread.is_sound())
     return found
@@ -194,7 +219,7 @@ def _shapes(value: Any) -> Any:
 def equality(*cases: str) -> None:
     """Each case is ``PLAN KIND OPTIMIZER`` and perhaps settings."""
     join_job(20.0)
-    plans = {**PLANS, "both": both, "some": layers_alone}
+    plans = {**PLANS, "both": both, "hybrid": hybrid, "some": layers_alone}
     made = {}
     for case in cases:
         plan, kind, optimizer, *settings = case.split()
@@ -237,7 +262,9 @@ class Trapped(nn.Module):
 
 
 class Poisoned(nn.Module):
-    """Raises in the middle of its forward or backward pass for rows that begin with large numbers."""
+    """Raises in the middle of its forward or backward pass for rows that begin with large numbers.
+
+    Leaves its last layer out for some."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +275,7 @@ class Poisoned(nn.Module):
         y = self.first(x)
         if bool((x[:, 0] > 100).any()):
             raise ValueError("poison")
-        z: torch.Tensor = self.last(y)
+        z: torch.Tensor = y if bool((x[:, 2] > 100).any()) else self.last(y)
         if bool((x[:, 0] < -100).any()):
             raise ValueError("late poison")
         return z
@@ -290,6 +317,15 @@ async def meet_faults(spread: MeshBackend, one: ExpertBackend, timeout: float) -
     found["good"] = await both(row(1.0))
     found["poisoned"] = await both(row(1000.0), row(2.0), row(1000.0, at=2), row(-1000.0), row(-1000.0, at=2))
     found["on the way back"] = await both(row(1000.0, column=1), row(2.0), row(1000.0, at=2, column=1))
+    found["other ways"] = []
+    for way in (
+        partial(spread.forward, [row(1000.0, column=2)]),
+        partial(spread.gradients, [row(1000.0, 2, 2)], [row(1.0)]),
+    ):
+        try:
+            way()
+        except RuntimeError as error:
+            found["other ways"].append(str(error))
     found["good again"] = await both(row(1.0))
     states = [await runtime.snapshot(backend) for runtime, backend in zip(runtimes, (spread, one), strict=True)]
     found["difference"] = worst(*([*state["module"].values()] for state in states))
