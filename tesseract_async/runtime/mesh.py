@@ -245,29 +245,29 @@ class MeshBackend(SpreadStates):
         super().prepare()
 
     def _do_forward(self, described: Value, training: bool, seed: int | None) -> list[torch.Tensor] | None:
-        inputs = self._shared(described)
+        inputs: list[torch.Tensor] = self._shared(described)  # type: ignore[assignment]
         with self._section():
             outputs = super().forward([self._my_rows(x) for x in inputs], training=training, seed=self._my_seed(seed))
-        whole = [self._all_rows(x, _num_rows(inputs)) for x in outputs]
+        whole = [self._all_rows(x, len(inputs[0])) for x in outputs]
         return whole if self.link.rank == 0 else None
 
     def _do_gradients(self, number: int, described: Value, training: bool, seed: int | None) -> Value:
         *given, weights = self._shared(described)
         num_inputs = len(self.input_specs)
-        inputs = given[:num_inputs]
+        inputs: list[torch.Tensor] = given[:num_inputs]  # type: ignore[assignment]
         try:
             with self._section():
                 found, of_parameters = super().gradients(
                     [self._my_rows(x) for x in inputs],
-                    [self._my_rows(x, pads_zeros=True) for x in given[num_inputs:]],
+                    [None if x is None else self._my_rows(x, pads_zeros=True) for x in given[num_inputs:]],
                     training=training,
                     seed=self._my_seed(seed),
-                    weights=self._my_rows(weights),
+                    weights=None if weights is None else self._my_rows(weights),
                 )
         finally:
             self._drop_gradients()
         square = self._keep(number, of_parameters)
-        whole = [None if x is None else self._all_rows(x, _num_rows(inputs)) for x in found]
+        whole = [None if x is None else self._all_rows(x, len(inputs[0])) for x in found]
         return (whole, square) if self.link.rank == 0 else square
 
     def _backpropagate(
@@ -325,10 +325,10 @@ class MeshBackend(SpreadStates):
     def _my_seed(self, seed: int | None) -> int | None:
         return None if seed is None else (seed + self._part * 0x632BE5AB) & 0x7FFF_FFFF_FFFF_FFFF
 
-    def _my_rows(self, x: torch.Tensor | None, *, pads_zeros: bool = False) -> torch.Tensor | None:
+    def _my_rows(self, x: torch.Tensor, *, pads_zeros: bool = False) -> torch.Tensor:
         """Return this process's rows, as many as any other's: where they don't suffice, copies of the last one, whose
         gradient is zero."""
-        if x is None or self._num_parts == 1:
+        if self._num_parts == 1:
             return x
         each = -(-len(x) // self._num_parts)
         mine = x[self._part * each : (self._part + 1) * each]
@@ -386,10 +386,6 @@ class MeshBackend(SpreadStates):
             if x is not None and x.numel():
                 total += norm_of([x.detach()]) ** 2 / _num_copies(one, self.link.size)
         return total
-
-
-def _num_rows(inputs: Sequence[torch.Tensor | None]) -> int:
-    return next(len(x) for x in inputs if x is not None)
 
 
 def _number_of(gradients: Gradients) -> int:

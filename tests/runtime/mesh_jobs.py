@@ -82,22 +82,7 @@ def launch(ranks: Iterable[int], size: int, work: Callable[[], None], store: Any
     return pids
 
 
-class Masked(nn.Module):
-    """Takes a mask, or none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 16)
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        y: torch.Tensor = self.layer(x)
-        return y if mask is None else y * mask
-
-
 def build(kind: str) -> Built:
-    if kind == "masked":
-        torch.manual_seed(3)
-        return Masked(), (TensorSpec((16,)), TensorSpec((16,), optional=True))
     return build_module(kind, SIZES[kind], seed=3)
 
 
@@ -159,15 +144,12 @@ def worst(left: Sequence[Any], right: Sequence[Any]) -> float:
 def compare(spread: MeshBackend, one: ExpertBackend) -> dict[str, Any]:
     """Five steps, then states to and fro."""
     found: dict[str, float] = dict.fromkeys(("outputs", "of_inputs", "of_weights", "norm"), 0.0)
-    absent = [None] * (len(one.input_specs) - 1)
     for number, num_rows in enumerate(NUM_ROWS):
         x, g = rows(one, num_rows, number)
         training, weights = bool(number % 2), torch.rand(num_rows) if number > 2 else None
-        outputs = [each.forward([x, *absent], training=training) for each in (spread, one)]
+        outputs = [each.forward([x], training=training) for each in (spread, one)]
         found["outputs"] = max(found["outputs"], worst(*outputs))
-        (a, of_a), (b, of_b) = (
-            each.gradients([x, *absent], [g], training=training, weights=weights) for each in (spread, one)
-        )
+        (a, of_a), (b, of_b) = (each.gradients([x], [g], training=training, weights=weights) for each in (spread, one))
         found["of_inputs"] = max(found["of_inputs"], worst(a[:1], b[:1]))
         if weights is not None:
             found["of_weights"] = max(found["of_weights"], worst(a[1:], b[1:]))
@@ -196,13 +178,13 @@ def compare(spread: MeshBackend, one: ExpertBackend) -> dict[str, Any]:
     decoded = [checkpoint.decode(file) for file in files]
     assert str(_shapes(decoded[0])) == str(_shapes(decoded[1]))
     x, g = rows(one, 9, 99)
-    spread.step(spread.gradients([x, *absent], [g])[1])
+    spread.step(spread.gradients([x], [g])[1])
     spread.load_state(states[0])
     assert list(spread.applied) == list(one.applied) and spread.progress == one.progress
     found["went_back"] = worst([*spread.state()["module"].values()], [*states[1]["module"].values()])
     for each, file in ((spread, decoded[1]), (one, decoded[0])):
         each.load_state(file)
-        each.step(each.gradients([x, *absent], [g])[1])
+        each.step(each.gradients([x], [g])[1])
     found["went_on"] = worst(*([*each.state()["module"].values()] for each in (spread, one)))
     found["sound"] = float(spread.is_sound())
     return found

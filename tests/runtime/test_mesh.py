@@ -52,7 +52,6 @@ async def test_two_processes_equal_one(stem: Stem) -> None:
         "fsdp ffn sgd step_every=4 trim_peers=0.25",
         "tp ffn adam clip_gradient_norm=0.5",
         "some ffn sgd clip_gradient_norm=0.1",
-        "fsdp masked sgd",
     )
 
 
