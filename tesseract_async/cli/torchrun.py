@@ -50,12 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _stay_local(options: argparse.Namespace) -> None:
     """Let the processes of this machine meet where no other machine reaches."""
-    rendezvous_handler_registry.register("local", _make_local_handler)
-    options.standalone, options.rdzv_backend, options.rdzv_endpoint = False, "local", f"{LOCAL}:0"
+    rendezvous_handler_registry.register(_LocalBackend.name, _make_local_handler)
+    options.standalone, options.rdzv_backend, options.rdzv_endpoint = False, _LocalBackend.name, f"{LOCAL}:0"
     options.rdzv_id, options.local_addr = str(uuid.uuid4()), LOCAL
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address == LOCAL for one in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class _LocalBackend(C10dRendezvousBackend):
+    name = "local"
 
 
 def _make_local_handler(params: RendezvousParameters) -> RendezvousHandler:
@@ -64,7 +68,7 @@ def _make_local_handler(params: RendezvousParameters) -> RendezvousHandler:
         store = TCPStore(
             LOCAL, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=one.detach()
         )
-    handler = create_handler(store, C10dRendezvousBackend(store, params.run_id), params)
+    handler = create_handler(store, _LocalBackend(store, params.run_id), params)
     handler._create_tcp_store_server = lambda *_: store  # type: ignore[method-assign]  # else on all interfaces
     return handler
 
