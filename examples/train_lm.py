@@ -121,17 +121,13 @@ def hosted(node: ta.TesseractNode, args: argparse.Namespace) -> ta.TesseractServ
 
 
 async def show(
-    node: ta.TesseractNode,
-    grid: str,
-    shared: ta.SharedParameters[Transformer],
-    loss: float,
-    held_out: list[torch.Tensor],
+    node: ta.TesseractNode, shared: ta.SharedParameters[Transformer], loss: float, held_out: list[torch.Tensor]
 ) -> None:
     """Show observers the loss here, and that of the parameters that all trainers share."""
     with torch.no_grad():
         merged = await loss_of(shared.merged(), held_out)
-    await publish_progress(node, grid, step=shared.steps, loss=loss)
-    await publish_progress(node, grid, step=shared.steps, loss=merged.item(), trainer="merged")
+    await publish_progress(node, "layer0", step=shared.steps, loss=loss)
+    await publish_progress(node, "layer0", step=shared.steps, loss=merged.item(), trainer="merged")
 
 
 async def main(args: argparse.Namespace) -> None:
@@ -167,7 +163,7 @@ async def main(args: argparse.Namespace) -> None:
             before, steps = steps, shared.steps
             if steps // args.report_every > before // args.report_every:
                 print(f"step {steps}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
-                await show(node, prefixes[0], shared, loss.item(), sample(tokens[-held_out:], args, draw))
+                await show(node, shared, loss.item(), sample(tokens[-held_out:], args, draw))
         await shared.flush()
         steps, model = shared.steps, shared.merged()  # what all trainers have made together
         draw.manual_seed(1)

@@ -407,10 +407,9 @@ class Tenure:
         poll, held = self._poll, self.held
         assert poll is not None and held is not None
         if poll.kind == "probe":
-            adopts = self.state is State.HOLDING or (self.term is not None and self.term.kind is Kind.ADOPTION)
-            if poll.is_led or (adopts and poll.is_alive):
-                if poll.is_led or self.state is State.HOLDING:
-                    self._member.heard = now
+            # once its Term is out, only a primary stops it: two that make way for each other would do so forever
+            if poll.is_led or (self.state is State.HOLDING and poll.is_alive):
+                self._member.heard = now
                 self._give_up(now)
             elif not poll.waiting:
                 self._poll = None
