@@ -130,16 +130,16 @@ def test_blocks_are_what_they_say(page: Path) -> None:
 
 
 def test_the_readme_of_the_package_leads_out_of_the_package() -> None:
-    packaging, text = script("docs_packaging"), text_of(ROOT / "README.md")
-    whole = packaging.readme(text, "https://code.example/tesseract")
+    metadata, text = script("docs_metadata"), text_of(ROOT / "README.md")
+    whole = metadata.readme(text, "https://code.example/tesseract")
     targets = set(re.findall(r"\]\(([^)\s]+)\)", whole))
     assert targets and all(target.startswith("https://") for target in targets)
     assert "https://code.example/tesseract/raw/main/docs/images/demo.png" in targets
     assert "https://code.example/tesseract/blob/main/README.md#limits" in targets
-    bare = packaging.readme(text, "")
+    bare = metadata.readme(text, "")
     assert "docs/images" not in bare and "](docs/" not in bare and "](examples/" not in bare
     assert "[`examples/quickstart.py`" not in bare and "`examples/quickstart.py`" in bare
-    assert packaging.urls("") == {} and all(url.startswith("https:") for url in packaging.urls("https://x").values())
+    assert metadata.urls("") == {} and all(url.startswith("https:") for url in metadata.urls("https://x").values())
 
 
 def test_every_page_is_in_the_navigation() -> None:

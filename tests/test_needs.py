@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+sys.path.append(str(Path(__file__).parents[1] / "docs"))  # last: no file there may stand for a package
 import needs
 
 from tesseract_async.server.registry import make_backend

@@ -70,6 +70,7 @@ class Rounds:
         self._pushes: dict[PeerID, Push] = {}
         self._members: deque[frozenset[PeerID]] = deque(maxlen=2)
         self._offsets: deque[float] = deque(maxlen=_OFFSETS)
+        self._norms: deque[float] = deque(maxlen=_OFFSETS)
         self._opened: dict[int, float] = {}
         """When the round opened that led on from each of the last versions."""
         self._interval = FIRST_INTERVAL
@@ -137,8 +138,10 @@ class Rounds:
         differences = [_decode(push.data, cut, outer) for push in pushes]
         if cut.kind is Kind.NEWEST:
             return torch.stack(differences).sort(0).values[len(pushes) // 2].clone()
-        if len(pushes) >= 3:
-            most = MAX_NORM_RATIO * statistics.median_low(push.norm for push in pushes)
+        # those of earlier rounds count, too: who comes alone must not go as far as he likes
+        self._norms.extend(push.norm for push in pushes if push.norm)
+        if len(self._norms) >= 3:
+            most = MAX_NORM_RATIO * statistics.median_low(self._norms)
             for push, difference in zip(pushes, differences, strict=True):
                 if push.norm > most:
                     difference.mul_(most / push.norm)

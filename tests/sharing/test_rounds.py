@@ -124,6 +124,14 @@ def test_a_difference_counts_with_three_times_the_median_norm_at_most() -> None:
     assert torch.allclose(mean, torch.full((40,), (1 + 1 + 3) / 3))
 
 
+def test_one_alone_goes_no_farther_than_others_did_before() -> None:
+    rounds = Rounds(0, max_steps=64)
+    for peer in range(3):
+        rounds.merge([push(peer, 1.0)], CUT, OUTER)
+    assert torch.allclose(rounds.merge([push(4, 50.0)], CUT, OUTER), torch.full((40,), 3.0))
+    assert torch.allclose(rounds.merge([push(4, 0.0)], CUT, OUTER), torch.zeros(40))
+
+
 def test_integers_are_those_of_the_most_advanced() -> None:
     cut = Cut(Kind.NEWEST, 0, 1)
     pushes = [
