@@ -57,7 +57,7 @@ def step(backends: Mapping[str, ExpertBackend], number: int, optimizer: str, opt
             _check(uid, backend, optimizer, options)
             due.append(backend)
     scale, limit = options.get("scale", 1.0), options.get("limit", math.inf)
-    if not all(map(math.isfinite, (options | {"limit": 0.0}).values())) or not limit >= 0:
+    if not all(math.isfinite(value) for name, value in options.items() if name != "limit") or not limit >= 0:
         raise ValueError("the settings of this step are not finite")
     if not all(0 <= options.get(name, 0.0) < 1 for name in ("beta1", "beta2")):
         raise ValueError("the betas of this step are not between 0 and 1")
