@@ -308,7 +308,9 @@ class MeshLink:
                 else:
                     send(leader, reply)
         except (OSError, ValueError) as error:
-            logger.warning("process %d leaves its mesh: %s", self.rank, describe(error))
+            # which, after a fault that this process alone had, nobody else knows
+            fault = error.__context__
+            logger.warning("process %d leaves its mesh: %s", self.rank, describe(error), exc_info=fault)
             os._exit(LOST_STATUS)
         self._leaving = True
         send(leader, None)
