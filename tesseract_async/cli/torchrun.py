@@ -3,23 +3,34 @@
 torchrun ends with status 1 whenever a signal tells it to end, even if all of its processes then leave in good order.
 Here SIGTERM and Ctrl-C only reach the processes: once all of them have ended by themselves, torchrun finds its work
 done, and its status is 0.
+
+torchrun's store takes anybody's words, on all interfaces, and torchrun unpickles some of them. With ``--standalone``,
+only this machine reaches it here, and gloo.
 """
 
+import argparse
 import contextlib
 import os
 import signal
+import socket
 import time
+import uuid
 from collections.abc import Sequence
 from functools import partial
 from types import FrameType
 from typing import Final
 
 import psutil
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 POLL_SECONDS: Final = 0.1
+LOCAL: Final = "127.0.0.1"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,9 +41,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.signals_to_handle = ",".join(name for name in names if name not in leaving)
     if options.shutdown_timeout is None:
         options.shutdown_timeout = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    if options.standalone:
+        _stay_local(options)
     for name in leaving:
         signal.signal(getattr(signal, name), partial(_leave, options.shutdown_timeout))
     record(run.run)(options)
+
+
+def _stay_local(options: argparse.Namespace) -> None:
+    """Let the processes of this machine meet where no other machine reaches."""
+    rendezvous_handler_registry.register(_LocalBackend.name, _make_local_handler)
+    options.standalone, options.rdzv_backend, options.rdzv_endpoint = False, _LocalBackend.name, f"{LOCAL}:0"
+    options.rdzv_id, options.local_addr = str(uuid.uuid4()), LOCAL
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == LOCAL for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class _LocalBackend(C10dRendezvousBackend):
+    name = "local"
+
+
+def _make_local_handler(params: RendezvousParameters) -> RendezvousHandler:
+    with socket.create_server((LOCAL, 0)) as one:
+        port = one.getsockname()[1]
+        store = TCPStore(
+            LOCAL, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=one.detach()
+        )
+    handler = create_handler(store, _LocalBackend(store, params.run_id), params)
+    handler._create_tcp_store_server = lambda *_: store  # type: ignore[method-assign]  # else on all interfaces
+    return handler
 
 
 def _leave(patience: float, number: int, frame: FrameType | None) -> None:

@@ -46,8 +46,8 @@ def step(backends: Mapping[str, ExpertBackend], number: int, optimizer: str, opt
     ``scale`` multiplies the gradients, and ``limit`` bounds the size of each number in them. `optimizer`: its name,
     where the trainer says it.
 
-    Raises: ValueError, before anything was changed, for another round, an unknown option, another optimizer or one that
-    does not treat each number alone, or gradients that are not finite. Raises what optimizers raise.
+    Raises: ValueError, before anything was changed, for another round, an unknown or impossible option, another
+    optimizer or one that does not treat each number alone. Raises what optimizers raise.
     """
     due: list[ExpertBackend] = []
     for uid, backend in backends.items():
@@ -57,8 +57,10 @@ def step(backends: Mapping[str, ExpertBackend], number: int, optimizer: str, opt
             _check(uid, backend, optimizer, options)
             due.append(backend)
     scale, limit = options.get("scale", 1.0), options.get("limit", math.inf)
-    if not (math.isfinite(scale) and limit >= 0) or not math.isfinite(squared_norm(due)):
-        raise ValueError("the gradients of this step are not finite")
+    if not all(math.isfinite(value) for name, value in options.items() if name != "limit") or not limit >= 0:
+        raise ValueError("the settings of this step are not finite")
+    if not all(0 <= options.get(name, 0.0) < 1 for name in ("beta1", "beta2")):
+        raise ValueError("the betas of this step are not between 0 and 1")
     for backend in due:
         _set(backend, options)
     for _, alike in groupby(_chunks(due), key=lambda one: one[0]):

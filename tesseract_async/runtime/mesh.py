@@ -228,6 +228,11 @@ class MeshBackend(SpreadStates):
         for unit in self._units:
             if id(unit) not in inner:  # it resets those inside, too
                 unit.reset_iter_state()
+        self._drop_gradients()  # of parts that were whole until now
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
 
     def _do_forget(self, number: int) -> None:
         if not number:  # the expert itself
@@ -260,8 +265,7 @@ class MeshBackend(SpreadStates):
                     weights=None if weights is None else self._my_rows(weights),
                 )
         finally:
-            for parameter in self.module.parameters():
-                parameter.grad = None
+            self._drop_gradients()
         square = self._keep(number, of_parameters)
         whole = [None if x is None else self._all_rows(x, len(inputs[0])) for x in found]
         return (whole, square) if self.link.rank == 0 else square
@@ -272,7 +276,7 @@ class MeshBackend(SpreadStates):
         # FSDP reduces in hooks of backward(): autograd.grad would not see the parameters
         torch.autograd.backward(outputs, gradients)
         if self._agreement is not None:
-            self._agreement.check()
+            self._agreement.check("gradients", [one.grad is None for one in sources])
         with torch.no_grad():
             return [self._local_gradient(one) if isinstance(one, nn.Parameter) else one.grad for one in sources]
 
@@ -402,4 +406,5 @@ def _divides(x: torch.Tensor, rows: DeviceMesh) -> bool:
     if not isinstance(x, DTensor):
         return False
     ranks = [set(dist.get_process_group_ranks(group)) for group in x.device_mesh.get_all_groups()]
+    ranks.append(set(x.device_mesh.mesh.flatten().tolist()))  # over two dimensions, as HSDP
     return set(dist.get_process_group_ranks(rows.get_group())) in ranks

@@ -1,13 +1,15 @@
 """Agreement of the processes that divide a batch's rows: what fails in one of them fails in all, at the same point.
 
 A row may make the module raise in one process alone, in its forward or its backward pass, while the others wait for
-that process in a collective. So within an `Agreement.section` all of them say whether they are well before each
-collective of FSDP, and stop together where one is not.
+that process in a collective; or take another way through its layers, so that they would wait for different ones. So
+within an `Agreement.section` all of them say whether they are well, and where they are, before each collective of FSDP,
+and stop together where one is not, or is elsewhere.
 """
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from tesseract_async.runtime.mesh_link import FaultElsewhere
+
+DIFFERS: Final = "rows decide what this module computes: then they cannot be divided over processes, as fsdp does"
 
 
 class Agreement:
@@ -27,51 +31,55 @@ class Agreement:
         """
         self._group = group
         self._is_open = False
-        for unit in units:
-            unit.set_custom_all_gather(_AllGather(self.check))
-            unit.set_custom_reduce_scatter(_ReduceScatter(self.check))
+        for number, unit in enumerate(units):
+            unit.set_custom_all_gather(_AllGather(self.check, number))
+            unit.set_custom_reduce_scatter(_ReduceScatter(self.check, number))
 
     @contextlib.contextmanager
     def section(self) -> Iterator[None]:
-        """Enclose what all do alike. Raises: FaultElsewhere where another process had a fault."""
+        """Enclose what all do alike. Raises: FaultElsewhere as `check`."""
         self._is_open = True
         try:
             yield
+            self.check("end")
         except FaultElsewhere:
             raise
         except BaseException:
-            self._vote(True)  # the others hear of it where they ask next
+            self._vote(True, 0)  # the others hear of it where they ask next
             raise
         finally:
             self._is_open = False
-        if self._vote(False):
-            raise FaultElsewhere
 
-    def check(self) -> None:
-        """Stop where another process had a fault. Raises: FaultElsewhere."""
-        if self._is_open and self._vote(False):
-            raise FaultElsewhere
+    def check(self, *where: object) -> None:
+        """Stop where another process had a fault, or is not at the same point. Raises: FaultElsewhere."""
+        if self._is_open:
+            failed, highest, lowest = self._vote(False, zlib.crc32(repr(where).encode()))
+            if failed:
+                raise FaultElsewhere
+            if highest != lowest:
+                raise FaultElsewhere(DIFFERS)
 
-    def _vote(self, failed: bool) -> bool:
-        """Return whether any process failed."""
-        flag = torch.full((), int(failed), dtype=torch.uint8)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+    def _vote(self, failed: bool, where: int) -> tuple[bool, int, int]:
+        """Return whether any process failed, and between which numbers they are."""
+        said = torch.tensor([int(failed), where, -where])
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
+        any_failed, highest, lowest = said.tolist()
+        return bool(any_failed), highest, -lowest
 
 
 class _AllGather(DefaultAllGather):
-    def __init__(self, check: Callable[[], None]) -> None:
-        self._check = check
+    def __init__(self, check: Callable[..., None], number: int) -> None:
+        self._check, self._number = check, number
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._check()
-        return super().__call__(*args, **kwargs)
+    def __call__(self, output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._check("gather", self._number)
+        return super().__call__(output_tensor, *args, **kwargs)
 
 
 class _ReduceScatter(DefaultReduceScatter):
-    def __init__(self, check: Callable[[], None]) -> None:
-        self._check = check
+    def __init__(self, check: Callable[..., None], number: int) -> None:
+        self._check, self._number = check, number
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._check()
-        return super().__call__(*args, **kwargs)
+    def __call__(self, output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._check("reduce", self._number, output_tensor.numel())  # fewer, if some parameters have no gradient
+        return super().__call__(output_tensor, *args, **kwargs)

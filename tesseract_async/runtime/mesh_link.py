@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
+import psutil
 import torch
 
 from tesseract_async.errors import Overloaded, describe
@@ -69,10 +70,10 @@ class Follows(Protocol):
 
 
 class FaultElsewhere(Exception):
-    """The fault is another process's, which knows more."""
+    """Raised by all that agree to stop. Where the fault is another process's, that one knows more."""
 
-    def __init__(self) -> None:
-        super().__init__("another process of the mesh raised")
+    def __init__(self, text: str = "another process of the mesh raised") -> None:
+        super().__init__(text)
 
 
 class MeshLink:
@@ -188,8 +189,10 @@ class MeshLink:
     def end_followers(self) -> None:
         """Kill those on this machine, once the mesh is lost: one that hangs would keep torchrun waiting for 30 s."""
         for pid in self._neighbors.values():
-            with contextlib.suppress(OSError):
-                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            with contextlib.suppress(psutil.Error):
+                one = psutil.Process(pid)
+                if one.ppid() == os.getppid():  # a machine may have several containers, which number processes alike
+                    one.kill()
 
     def check(self) -> None:
         """Raises: Overloaded once the mesh is lost."""
@@ -305,7 +308,9 @@ class MeshLink:
                 else:
                     send(leader, reply)
         except (OSError, ValueError) as error:
-            logger.warning("process %d leaves its mesh: %s", self.rank, describe(error))
+            # which, after a fault that this process alone had, nobody else knows
+            fault = error.__context__
+            logger.warning("process %d leaves its mesh: %s", self.rank, describe(error), exc_info=fault)
             os._exit(LOST_STATUS)
         self._leaving = True
         send(leader, None)

@@ -195,7 +195,7 @@ def own_address(store: Store, size: int) -> str:
     if int(os.environ.get("LOCAL_WORLD_SIZE", size)) < size and ipaddress.ip_address(found).is_loopback:
         raise ValueError(
             f"{host} is {found} on its own machine, where the mesh's other machines cannot reach it: start torchrun "
-            "with --rdzv-endpoint, or MASTER_ADDR, at an address that all of them reach"
+            "with --local-addr, or set MASTER_ADDR, to an address of this machine that all of them reach"
         )
     return found
 

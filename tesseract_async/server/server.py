@@ -142,7 +142,8 @@ class TesseractServer(Uncopied):
         self.handle(messages.BACKWARD, self.calls.backward)
         self.handle(messages.STATE, self.states.answer)
         self.handle(messages.RESTORE, self.restoring.answer)
-        lockstep = Lockstep(self.hosted, self.calls, node.trust, self.save_checkpoints)
+        save = None if directory is None else self.save_checkpoints
+        lockstep = Lockstep(self.hosted, self.calls, node.trust, save)
         self.handle(messages.LOCKSTEP, lockstep.answer)
         self._end_applying: Callable[[], None] = lambda: None
         self._lock = None if directory is None else FolderLock(directory)

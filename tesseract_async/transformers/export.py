@@ -61,11 +61,10 @@ def export_checkpoint(model: nn.Module, folder: str | Path, *, timeout: float = 
         try:
             for path, experts in layers.items():
                 layer: RemoteLayer = vars(experts)["tesseract_layer"]
-                fused = layer.node.run(_fetch(layer, round, timeout))
-                for name, (shape, dtype) in vars(experts)["tesseract_shapes"].items():
-                    if name not in fused or fused[name].shape != shape:
-                        raise ValueError(f"the experts {layer.pool.uid_prefix} are not those of this model: {name}")
-                    fused[name] = fused[name].to(dtype)
+                own = vars(experts)["tesseract_shapes"]
+                shapes = {name: shape[1:] for name, (shape, _) in own.items()}
+                fused = layer.node.run(_fetch(layer, shapes, round, timeout))
+                fused = {name: x.to(own[name][1]) for name, x in fused.items()}
                 named = revert_weight_conversion(model, {f"{path}.{name}": x for name, x in fused.items()})
                 file = f"model-experts-{len(set(files.values())):05d}.safetensors"
                 save_file({name: x.contiguous() for name, x in named.items()}, partial / file, {"format": "pt"})
@@ -82,7 +81,9 @@ def export_checkpoint(model: nn.Module, folder: str | Path, *, timeout: float = 
         raise
 
 
-async def _fetch(layer: RemoteLayer, round: int | None, timeout: float) -> dict[str, torch.Tensor]:
+async def _fetch(
+    layer: RemoteLayer, shapes: Mapping[str, torch.Size], round: int | None, timeout: float
+) -> dict[str, torch.Tensor]:
     gate = asyncio.Semaphore(_AT_ONCE)
     replicas = await layer.pool.replicas()
 
@@ -92,10 +93,13 @@ async def _fetch(layer: RemoteLayer, round: int | None, timeout: float) -> dict[
             found = replicas.get(number)
             if not found:
                 raise ExpertNotFound(f"no live server hosts the expert {uid}: nothing was exported")
-            return await _state(layer.node.node, uid, found, round, timeout)
+            state = await _state(layer.node.node, uid, found, round, timeout)
+            if {name: x.shape for name, x in state.items()} != shapes:
+                raise ValueError(f"{uid} is not an expert of this model: its parameters have other names or shapes")
+            return state
 
     experts = await asyncio.gather(*(one(number) for number in range(layer.pool.num_experts)))
-    return {name: torch.stack([expert[name] for expert in experts]) for name in experts[0]}
+    return {name: torch.stack([expert[name] for expert in experts]) for name in shapes}
 
 
 async def _state(

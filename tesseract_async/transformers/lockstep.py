@@ -51,10 +51,12 @@ class Norm(torch.Tensor):
     def change(self, norm: float) -> dict[str, float]:
         """Return what was done to it since it was that of `norm`: ``scale``, or ``limit`` of each number.
 
-        Raises: ValueError for both.
+        Raises: ValueError for both, and for gradients that are not finite.
         """
         trace, total = self.as_subclass(torch.Tensor).tolist()
         scale = trace / (norm * _TRACE) if norm else 1.0
+        if not math.isfinite(scale):
+            raise ValueError("the gradients of this step are not finite")
         if math.isclose(total, scale * norm, rel_tol=1e-5):
             return {"scale": scale}
         if not math.isclose(scale, 1.0, rel_tol=1e-5):
@@ -117,6 +119,8 @@ class Lockstep(Uncopied):
         """By which a `GradScaler` multiplies what this pass gives."""
         self._norm = 0.0
         """Of what the experts have gathered."""
+        self._told: dict[object, LockstepReply] = {}
+        """What each server said after the last backward."""
         self._holds_some = True
         """The servers may hold gradients that no step has used."""
 
@@ -166,9 +170,7 @@ class Lockstep(Uncopied):
             return
         replies = self._ask("status")
         for reply in replies:
-            if (
-                reply.num_experts and reply.round != self.round
-            ):  # another trainer's, or a server went back to an older checkpoint
+            if reply.num_experts and reply.round != self.round:  # another trainer's, or a server went back
                 raise ValueError(self._of_another_step(self.round, reply.round))
         self._norm = math.sqrt(sum(reply.squared_norm for reply in replies))
         anchor.grad = Norm.of(self._norm * self._scale, anchor)
@@ -243,15 +245,27 @@ class Lockstep(Uncopied):
                 one = next((replica for replica in found if replica.primary), found[0])
                 servers[one.peer.peer_id or one.peer] = one.uid, one.peer
 
-        async def ask(uid: str, peer: PeerAddress) -> LockstepReply:
-            body = messages.encode(LockstepRequest(uid, action, self.round or 0, optimizer, dict(options)))
+        if action == "step" and servers.keys() != self._told.keys():
+            raise ValueError(
+                f"other servers train the experts of {self._prefix} than at the backward: forget the gradients "
+                "(zero_grad), and run the backward again"
+            )
+
+        async def ask(uid: str, peer: PeerAddress, told: LockstepReply | None) -> LockstepReply:
+            request = LockstepRequest(uid, action, self.round or 0, optimizer, dict(options))
+            if action == "step" and told is not None:
+                request = request._replace(num_experts=told.num_experts, squared_norm=told.squared_norm)
             try:
+                body = messages.encode(request)
                 reply = await self._node.node.call_expert(peer, LOCKSTEP, body, timeout=self._timeout)
             except UnknownMethod:  # it knows of no lockstep at all
                 return LockstepReply(0, 0, 0.0)
             return messages.decode(LockstepReply, reply.body)
 
-        return await asyncio.gather(*(ask(uid, peer) for uid, peer in servers.values()))
+        replies = await asyncio.gather(*(ask(*one, self._told.get(key)) for key, one in servers.items()))
+        if action == "status":
+            self._told = dict(zip(servers, replies, strict=True))
+        return replies
 
     def _local(self) -> StandIn:
         found = None if self._stand_in is None else self._stand_in()

@@ -296,6 +296,10 @@ class LockstepRequest(NamedTuple):
     """The name of the trainer's: experts with another refuse. Empty: whatever they have."""
     options: dict[str, Value] = {}  # noqa: RUF012  (a named tuple's default)
     """Numbers: ``lr`` and others of the optimizer; ``scale`` that multiplies gradients; ``limit`` of their numbers."""
+    num_experts: int = 0
+    """Of a step: what the status said after the backward, so that no step is taken on other gradients. 0: unknown."""
+    squared_norm: float = 0.0
+    """The same."""
 
 
 class LockstepReply(NamedTuple):

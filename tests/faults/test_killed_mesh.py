@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -69,6 +70,14 @@ def test_the_launcher_succeeds_if_all_leave_when_told_to(at_signal: str, succeed
         out, _ = process.communicate(timeout=20.0)
         assert "runs" not in out, "nobody was started again"
         assert (process.returncode == 0) == succeeds
+
+
+def test_no_other_machine_reaches_the_store_of_one_machine() -> None:
+    with launched("trap 'exit 0' TERM; echo runs; while :; do sleep 0.1; done") as process:
+        found = psutil.Process(process.pid).net_connections()
+        process.terminate()
+        assert process.wait(20.0) == 0
+        assert {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 
 
 UID = "big.0"

@@ -100,6 +100,13 @@ def both(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
     return fsdp(module, grid["rows"])
 
 
+def hybrid(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
+    """FSDP within each pair of processes, which have the same as every other pair."""
+    grid = init_device_mesh(mesh.device_type, (mesh.size() // 2, 2), mesh_dim_names=("pairs", "parts"))
+    fully_shard(module, mesh=grid)
+    return mesh
+
+
 def layers_alone(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
     """Leaves each process the whole of what lies outside."""
     fully_shard(module.layers, mesh=mesh)
@@ -194,7 +201,7 @@ def _shapes(value: Any) -> Any:
 def equality(*cases: str) -> None:
     """Each case is ``PLAN KIND OPTIMIZER`` and perhaps settings."""
     join_job(20.0)
-    plans = {**PLANS, "both": both, "some": layers_alone}
+    plans = {**PLANS, "both": both, "hybrid": hybrid, "some": layers_alone}
     made = {}
     for case in cases:
         plan, kind, optimizer, *settings = case.split()
@@ -237,7 +244,9 @@ class Trapped(nn.Module):
 
 
 class Poisoned(nn.Module):
-    """Raises in the middle of its forward or backward pass for rows that begin with large numbers."""
+    """Raises in the middle of its forward or backward pass for rows that begin with large numbers.
+
+    Leaves its last layer out for some."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +257,7 @@ class Poisoned(nn.Module):
         y = self.first(x)
         if bool((x[:, 0] > 100).any()):
             raise ValueError("poison")
-        z: torch.Tensor = self.last(y)
+        z: torch.Tensor = y if bool((x[:, 2] > 100).any()) else self.last(y)
         if bool((x[:, 0] < -100).any()):
             raise ValueError("late poison")
         return z
@@ -290,6 +299,15 @@ async def meet_faults(spread: MeshBackend, one: ExpertBackend, timeout: float) -
     found["good"] = await both(row(1.0))
     found["poisoned"] = await both(row(1000.0), row(2.0), row(1000.0, at=2), row(-1000.0), row(-1000.0, at=2))
     found["on the way back"] = await both(row(1000.0, column=1), row(2.0), row(1000.0, at=2, column=1))
+    found["other ways"] = []
+    for way in (
+        partial(spread.forward, [row(1000.0, column=2)]),
+        partial(spread.gradients, [row(1000.0, 2, 2)], [row(1.0)]),
+    ):
+        try:
+            way()
+        except RuntimeError as error:
+            found["other ways"].append(str(error))
     found["good again"] = await both(row(1.0))
     states = [await runtime.snapshot(backend) for runtime, backend in zip(runtimes, (spread, one), strict=True)]
     found["difference"] = worst(*([*state["module"].values()] for state in states))

@@ -70,6 +70,9 @@ def test_what_is_wrong_changes_nothing() -> None:
         ((0, "sgd", {}), "with AdamW and the rest of the model with sgd"),
         ((0, "adamw", {"momentum": 0.9}), "has no momentum"),
         ((0, "adamw", {"scale": float("nan")}), "not finite"),
+        ((0, "adamw", {"lr": float("nan")}), "not finite"),
+        ((0, "adamw", {"limit": float("nan")}), "not finite"),
+        ((0, "adamw", {"beta1": 1.0}), "betas"),
     ):
         with pytest.raises(ValueError, match=reason):
             lockstep.step(backends, *arguments)

@@ -13,7 +13,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import RemoteError
 from tesseract_async.experts.manifest import decode_manifest, join_uid
 from tesseract_async.experts.trust import Trust
-from tesseract_async.identity import Identity
+from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.wire import messages
@@ -95,12 +95,14 @@ class ServingNode:
                 found.append(error)
         return found
 
-    async def call(self, uid: str, method: str, body: Any, tensors: Any = (), *, timeout: float = 10.0) -> Message:
+    async def call(
+        self, uid: str, method: str, body: Any, tensors: Any = (), *, timeout: float = 10.0, peer_id: PeerID = PEER
+    ) -> Message:
         _, buffers = wire.pack_tensors(tensors)
         now = asyncio.get_running_loop().time()
         received = tuple(memoryview(bytearray(buffer)) for buffer in buffers)
         call = IncomingCall(
-            peer_id=PEER,
+            peer_id=peer_id,
             method=method,
             body=body,
             buffers=received,

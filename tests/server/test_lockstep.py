@@ -6,6 +6,7 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async.errors import NotAllowed, RemoteError
+from tesseract_async.identity import Identity
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.wire import messages
 from tests.server.serving_node import ServingNode
@@ -44,6 +45,26 @@ async def test_a_backward_only_gathers_until_all_step(devices: tuple[str, ...]) 
         await node.backward("ffn.0.1", [x], [ones], version=1)
         await ask(node, "clear")
         assert await ask(node, "status") == (1, 2, 0.0)
+
+
+async def test_a_step_is_on_the_gradients_that_its_trainer_knows_of() -> None:
+    node, x, ones = ServingNode(), torch.ones(1, 4), torch.ones(1, 4)
+    backends = {"ffn.0.0": make(), "ffn.0.1": make()}
+    async with ta.TesseractServer(node, backends):  # type: ignore[arg-type]
+        await node.backward("ffn.0.1", [x], [ones])
+        told = (await ask(node, "status"))._asdict() | {"action": "step"}
+        await node.backward("ffn.0.0", [x], [ones])  # another trainer's
+        for known in (told, told | {"num_experts": 1, "squared_norm": 32.0}):
+            with pytest.raises(RemoteError, match="hold other gradients"):
+                await ask(node, **known)  # type: ignore[arg-type]
+        with pytest.raises(RemoteError, match="no folder"):
+            await ask(node, "save")
+        told = (await ask(node, "status"))._asdict() | {"action": "step"}
+        assert (await ask(node, **told)).round == 1  # type: ignore[arg-type]
+        other = messages.encode(messages.LockstepRequest("ffn.0.0", "step"))
+        with pytest.raises(RemoteError, match="another trainer had"):
+            await node.call("ffn.0.0", messages.LOCKSTEP, other, peer_id=Identity.generate().peer_id)
+        assert (await ask(node, **told)).round == 1  # type: ignore[arg-type]
 
 
 async def test_others_are_told_why_not() -> None:

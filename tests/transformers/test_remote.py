@@ -98,6 +98,11 @@ def test_the_rest_alone_does_not_open_with_random_experts(frozen: tuple[Path, Sw
     remote.save_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path, swarm)(IDS).logits, remote(IDS).logits, rtol=0, atol=1e-6)
+    narrow = transformers.AutoConfig.from_pretrained(folder, moe_intermediate_size=8)
+    with ta.transformers.remote_experts(swarm.node, "m"):
+        other = transformers.AutoModelForCausalLM.from_config(narrow)
+    with pytest.raises(ValueError, match=r"m\.0\.\d is not an expert of this model"):
+        ta.transformers.export_checkpoint(other, tmp_path / "narrow")
     registered = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="make it inside"):
@@ -182,6 +187,17 @@ def test_a_scaled_loss_and_gradients_that_were_changed_before_the_step(checkpoin
             remote(input_ids=IDS, labels=IDS).loss.backward()
         torch.nn.utils.clip_grad_value_(remote.parameters(), 1e-4)
         with pytest.raises(ValueError, match="not both"):
+            torch.optim.SGD(remote.parameters(), lr=0.1).step()
+        remote.zero_grad()
+        remote(input_ids=IDS, labels=IDS).loss.backward()
+        second = load(checkpoint("mixtral"), swarm)
+        second.model.embed_tokens.weight.data *= 2
+        with torch.no_grad():
+            next(x for name, x in second.named_buffers() if name.endswith("remote.round")).fill_(
+                next(x for name, x in remote.named_buffers() if name.endswith("remote.round"))
+            )
+        second(input_ids=IDS, labels=IDS).loss.backward()  # forgets what the first trainer gathered
+        with pytest.raises(ta.errors.RemoteError, match="another trainer is at work"):
             torch.optim.SGD(remote.parameters(), lr=0.1).step()
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,35 @@ def test_folders_that_are_no_such_checkpoint(tmp_path: Path, checkpoint: Makes) 
     (folder / lost).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read"):
         build(Checkpoint(folder), ["m.0.3", "m.0.4", "m.0.2"])
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.Evil"}},
+        {"num_attention_heads": 0},
+        {"hidden_size": "large"},
+        {"vocab_size": 10**30},
+        {"quantization_config": 5},
+        5,
+    ],
+)
+def test_a_hostile_configuration_is_an_error(hostile: Any, tmp_path: Path, checkpoint: Makes) -> None:
+    for file in checkpoint("qwen3_moe").glob("*.safetensors*"):
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "configuration_evil.py").write_text("raise SystemExit")
+    config = json.loads((checkpoint("qwen3_moe") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | hostile if isinstance(hostile, dict) else hostile))
+    with pytest.raises(ValueError, match="holds no"):
+        Checkpoint(tmp_path)
+
+
+def test_a_configuration_chooses_no_code_for_attention(tmp_path: Path, checkpoint: Makes) -> None:
+    for file in checkpoint("qwen3_moe").glob("*.safetensors*"):
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((checkpoint("qwen3_moe") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "somebody/kernel"}))
+    assert Checkpoint(tmp_path).config._attn_implementation == "eager"
 
 
 def test_files_of_another_checkpoint_than_the_runs_are_refused(checkpoint: Makes) -> None:
