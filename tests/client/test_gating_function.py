@@ -328,6 +328,7 @@ async def test_training_moves_gate_and_experts(node: FakeNode) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@in_made_up_time
 async def test_no_grad_and_copies(node: FakeNode) -> None:
     make_grid(node)
     gate = make_gate(node)
