@@ -160,7 +160,7 @@ def test_every_block_of_readme_and_tutorial_is_seen(page: Path) -> None:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-LONG = ("own-data.md", "own-expert.md")
+LONG = ("own-data.md", "own-expert.md", "second-computer.md")
 """Pages that are followed in the longer run only."""
 
 
@@ -305,6 +305,7 @@ async def test_a_swarm_is_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.match(r"\d+ bytes per second and node, \d+ datagrams", lines[5])
 
 
+@pytest.mark.slow
 async def test_a_server_for_each_device_in_one_program(capsys: pytest.CaptureFixture[str]) -> None:
     [block] = blocks(DOCS / "how-to/gpus.md", "python")
     names: dict[str, Any] = {}

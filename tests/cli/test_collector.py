@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.processes import ENVIRONMENT, ROOT
 from tests.stem import Stem
 
@@ -20,6 +22,7 @@ def collector_after(code: str) -> list[object]:
     return result
 
 
+@pytest.mark.slow
 def test_importing_the_package_leaves_the_collector_as_it_was() -> None:
     everything = (
         "import tesseract_async as ta\nfor name in ta.__all__: getattr(ta, name)\nimport tesseract_async.cli.hosting"

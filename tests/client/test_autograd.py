@@ -372,6 +372,7 @@ assert "torch._dynamo" not in sys.modules  # the compiler takes a second to impo
 """
 
 
+@pytest.mark.slow
 def test_the_first_use_may_come_in_any_mode() -> None:
     """The package loads on first use, wherever that is."""
     ended = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True)

@@ -171,6 +171,7 @@ with ta.BackgroundNode() as node, node.entered(ta.TesseractServer(node.node, exp
 """
 
 
+@pytest.mark.slow
 async def test_a_compiled_model_trains_as_it_does_uncompiled(stem: Stem, tmp_path: Path) -> None:
     (tmp_path / "compiled.py").write_text(COMPILED)
     ended = await stem.start(str(tmp_path / "compiled.py"), folder=ROOT, environment=dict(os.environ))

@@ -342,6 +342,7 @@ async def live_through(script: list[tuple[float, Fault]], *, num_steps: int, in_
 
 
 @pytest.mark.parametrize("num_steps", [120, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_training_lives_through_a_fault_script(num_steps: int) -> None:
     """Failures, hangs, garbage, full servers, one server down, then half of them: the loss falls, nothing leaks."""
     before = threading.active_count()

@@ -99,6 +99,7 @@ async def test_a_trainer_trains_what_a_volunteer_hosts(stem: Stem, tmp_path: Pat
     assert len(list_files(tmp_path)) >= 16, "leaving saves the experts"
 
 
+@pytest.mark.slow
 async def test_a_web_application_leaves_by_every_signal(stem: Stem) -> None:
     for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process = await start(stem, "embed_in_web_app.py", "--port", "0")

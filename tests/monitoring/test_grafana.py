@@ -14,13 +14,13 @@ from tesseract_async.monitoring.prometheus import SWARM_COUNTERS, render
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "dashboard.json"
 PACKAGE = Path(__file__).parents[2] / "tesseract_async"
-KINDS = {"count": "counter", "set": "gauge", "observe": "histogram"}
+KINDS = {"count": "counter", "set": "gauge", "observe": "histogram", "histogram": "histogram"}
 
 
 def kinds() -> dict[str, str]:
     """Metric -> counter, gauge or histogram, as the package uses it."""
     code = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    used = re.findall(r'metrics\.(count|set|observe)\(\s*"(\w+)"', code)
+    used = re.findall(r'metrics\.(count|set|observe|histogram)\(\s*"(\w+)"', code)
     return {name: KINDS[verb] for verb, name in used if name in METRICS}
 
 

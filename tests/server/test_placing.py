@@ -106,6 +106,7 @@ async def test_who_only_says_that_it_leads_in_the_newest_epoch_makes_no_copy_loo
         await until(lambda: is_right(leader) and is_right(follower), 20)
 
 
+@pytest.mark.slow
 async def test_a_newcomer_gets_the_state_although_the_seal_in_the_network_is_an_old_one() -> None:
     run = make_run(1, num_replicas=2, sync_every=0.2)
     async with contextlib.AsyncExitStack() as stack:

@@ -104,6 +104,7 @@ def besiege(num_honest: int, num_ranges: int, *, copying: bool) -> None:
     assert siege.seen("during") == [2] * 10, "after two rounds of copying"
 
 
+@pytest.mark.slow
 def test_twelve_ranges_around_a_key_censor_nothing() -> None:
     """Ten were enough to have all of its k holders."""
     besiege(num_honest=100, num_ranges=12, copying=False)

@@ -4,6 +4,7 @@ import asyncio
 import os
 from typing import Any
 
+import pytest
 import torch
 
 import tesseract_async as ta
@@ -44,6 +45,7 @@ async def accuracy_after_training(optimizer: str | None, steps: int) -> float:
     return accuracy
 
 
+@pytest.mark.slow
 async def test_experts_that_learn_carry_the_accuracy() -> None:
     assert await accuracy_after_training("adam", 80) >= 0.97
 
