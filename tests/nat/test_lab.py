@@ -91,7 +91,6 @@ SLOW = pytest.mark.slow
         pytest.param("ss", "tp", "ss", marks=SLOW),
     ],
 )
-@pytest.mark.slow
 def test_a_nat_that_forgets_is_survived(swarm: Swarm, server: str, trainer: str, victim: str) -> None:
     """The mapping of every connection is gone; calls succeed again within 15 s, over the same or a new path."""
     assert swarm.do(trainer, "train", uid=f"{server}.0")["equal"]
