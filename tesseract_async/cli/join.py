@@ -25,7 +25,7 @@ from tesseract_async.files import write_whole
 
 MAX_UPLOAD, MAX_DOWNLOAD = 2.5e6, 12.5e6
 LINE_SHARE = MEMORY_SHARE = 0.5
-"""What a newcomer lends unless the volunteer says otherwise: bytes per second at most, and the share of the measured
+"""A newcomer's default contribution: bytes per second at most, and the share of the measured
 line and of the memory. Little enough for a household not to notice."""
 MORE = """
 [when]

@@ -45,7 +45,7 @@ class _Record:
 
 
 class Lateness:
-    """How far answers scatter around what was expected of them, and so when a call counts as hanging."""
+    """The spread of answers around their expected times, and so when a call counts as hanging."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=4 * _WINDOW)

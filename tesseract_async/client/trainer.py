@@ -169,7 +169,7 @@ class AsyncTrainer(Generic[M]):
         self.version = 0
         """Optimizer steps taken."""
         self.seen = {"samples": 0, "tokens": 0}
-        """What the steps were taken on; tokens only where `loss_of` counts them."""
+        """Samples and tokens of the steps; tokens only where `loss_of` counts them."""
         self._slots = asyncio.Semaphore(in_flight if max_staleness is None else min(in_flight, max_staleness + 1))
         self._idle: list[_ModelCopy[M]] = []
         self._begun_at: dict[int, int] = {}

@@ -11,13 +11,13 @@ from tesseract_async.network.network import TesseractNetwork
 PROGRESS_TTL: Final = 60.0
 """Seconds that a trainer is shown after it was last heard of."""
 UNITS: Final = ("samples", "tokens")
-"""What trainers count."""
+"""The units that trainers count."""
 MERGED: Final = "merged"
 """The trainer whose loss is that of the parameters that all trainers share."""
 
 
 class Progress(NamedTuple):
-    """How far one trainer is."""
+    """The progress of one trainer."""
 
     step: int
     loss: float

@@ -64,7 +64,20 @@ class _Ice(aioice.Connection):
         self, component: int, addresses: list[str], timeout: float = 0.0
     ) -> list[aioice.Candidate]:
         # aioice would offer every interface, and wait five seconds for a server that is gone
-        return await super().get_component_candidates(component, self.own_hosts, self.gathering_timeout)  # type: ignore[arg-type]
+        try:
+            return await super().get_component_candidates(component, self.own_hosts, self.gathering_timeout)  # type: ignore[arg-type]
+        except asyncio.CancelledError:
+            self._cancel_queries()
+            raise
+
+    def _cancel_queries(self) -> None:
+        """End the questions to the STUN server: where gathering is cancelled, aioice leaves them to their time-outs."""
+        for task in asyncio.all_tasks():
+            coro = task.get_coro()
+            if getattr(coro, "__name__", "") == "server_reflexive_candidate":
+                frame = getattr(coro, "cr_frame", None)
+                if frame is not None and frame.f_locals.get("protocol") in self._protocols:
+                    task.cancel()
 
 
 class _IcePort:

@@ -70,3 +70,19 @@ async def test_few_candidates_are_told() -> None:
     found = await made.gather()
     assert {one.host for one in found.candidates} == {"127.0.0.1", "::1"}
     await made.aclose()
+
+
+async def test_gathering_that_is_cancelled_leaves_no_task() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.setblocking(False)
+        before = asyncio.all_tasks()
+        negotiation = Negotiation(controlling=True, addresses=["127.0.0.1"], stun_server=silent.getsockname())
+        gathering = asyncio.create_task(negotiation.gather())
+        await asyncio.get_running_loop().sock_recv(silent, 2048)
+        gathering.cancel()
+        await asyncio.wait({gathering})
+        await negotiation.aclose()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before
