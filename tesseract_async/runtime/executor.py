@@ -27,13 +27,13 @@ from tesseract_async.errors import ExpertFailed, Overloaded, describe
 from tesseract_async.runtime.backend import ExpertBackend, step_together
 from tesseract_async.runtime.batcher import RowSlice
 from tesseract_async.runtime.gradients import Gradients, are_finite, for_norm, per_row
-from tesseract_async.runtime.grouped import Group, Groups, Member, Unfit
+from tesseract_async.runtime.grouped import Group, Groups, Kind, Member, Unfit
 from tesseract_async.runtime.norms import CHECKED_ABOVE, FAR_ABOVE, GROWTH, UNDONE_ABOVE
 from tesseract_async.runtime.optimizers import rule_of
 from tesseract_async.runtime.staging import Columns, HostStaging, Staging, Transfer
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.watching import generator_states, have_moved
-from tesseract_async.runtime.work import Work, WorkResult
+from tesseract_async.runtime.work import JointWork, Work, WorkResult
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +150,9 @@ class Executor:
             staged = attempt.upload.wait()
             num_inputs = len(backend.input_specs)
             inputs: list[torch.Tensor] = staged[:num_inputs]  # type: ignore[assignment]
+            if type(work) is JointWork:
+                attempt.results = self._compute_joint(work, inputs, staged[num_inputs])
+                return
             # chunks of a split request draw differently, and the same in forward and backward
             seed = (work.seed + attempt.slices[0].start * 0x9E3779B1) & 0x7FFF_FFFF_FFFF_FFFF
             shared = len(attempt.slices) > 1
@@ -177,6 +180,34 @@ class Executor:
             attempt.error = error
         finally:
             attempt.upload = None
+
+    def _compute_joint(
+        self, work: JointWork, inputs: Sequence[torch.Tensor], weights: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        kind: Kind | None = None
+        members: list[Member] = []
+        if self._broken and any([backend in self._broken for backend in work.backends]):
+            raise _NotNow
+        for backend in work.backends:
+            member = self.groups.member_of(backend)
+            if member is None or not backend.may_be_grouped(work.training):
+                raise _NotNow
+            if kind is not None and member.kind is not kind:
+                raise _NotNow
+            kind = member.kind
+            members.append(member)
+        assert kind is not None and weights is not None and work.rows is not None
+        outputs = kind.forward(members, inputs, work.counts, training=work.training)
+        work.versions = [backend.version for backend in work.backends]
+        sums, rows = [], work.rows.to(weights.device)
+        num_rows = next(len(x) for x in work.inputs if x is not None)
+        for y in outputs:
+            y = y.to(torch.promote_types(y.dtype, torch.float32))
+            y = y * per_row(weights, y).to(y.dtype)
+            sums.append(
+                y.sum(0, keepdim=True) if num_rows == 1 else y.new_zeros(num_rows, *y.shape[1:]).index_add_(0, rows, y)
+            )
+        return sums
 
     def complete(self, attempt: Attempt) -> None:
         """Retry what failed, take the step, and start the results' way back."""
@@ -423,6 +454,8 @@ class Executor:
         if error is None:
             return [attempt], {}
         slices = attempt.slices
+        if type(attempt.works[0]) is JointWork:  # each expert is asked again by those who want to know more
+            return [], {attempt.works[0]: error}
         # the traceback holds the failed attempt's tensors: let go before computing again
         error.__traceback__ = None
         attempt.results, attempt.summed = (), None
