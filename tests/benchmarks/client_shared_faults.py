@@ -28,8 +28,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.answering import journal_key
 from tesseract_async.server.fragments import MAX_STEPS, FragmentBackend
-from tesseract_async.shared_parameters import PAUSE
-from tesseract_async.shared_pieces import PUSH_TIMEOUT
+from tesseract_async.shared_pieces import PAUSE, PUSH_TIMEOUT
 from tesseract_async.sharing.copy import Copy
 from tesseract_async.sharing.fragment import Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
