@@ -274,13 +274,16 @@ class Trainer:
         world, number = self.world, next(self.world.numbers)
         self.peer = PeerID(number.to_bytes(32, "big"))
         self.draw = torch.Generator().manual_seed(1000 * world.args.seed + number)
+        torch.manual_seed(1000 * world.args.seed + number)
         self.model = world.make_model()
         layout = world.manifest.layout
         self.copies = []
         for cut, host in zip(layout.cuts, world.hosts, strict=True):
             fragment = host.backend.fragment
-            layout.write(self.model, cut, fragment.anchor)
+            if world.given.shares:  # else it trains its own, from first values of its own
+                layout.write(self.model, cut, fragment.anchor)
             self.copies.append(Copy(cut, world.manifest.outer, fragment.anchor.clone(), version=fragment.version))
+            host.rounds.expect(self.peer)
         self.optimizer = torch.optim.Adam(self.model.parameters(), SIZES["lr"])
         self.steps, num = 0, len(layout.cuts)
         self.due = [max(1, EVERY * (one + 1) // num) for one in range(num)]
