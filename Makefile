@@ -10,6 +10,9 @@ BENCH_ARGS ?=
 demo: $(VENV)/.demo
 	$(BIN)/tesseract demo $(DEMO_ARGS)
 
+# each process of the tests would compile the package anew where the environment forbids to keep what was compiled
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
