@@ -21,12 +21,6 @@ settings.register_profile("any machine", settings.default, deadline=None, suppre
 settings.load_profile("any machine")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Three processes on two cores: a test waits for others' processes and time-outs in a third of its time."""
-    return (os.cpu_count() or 1) * 3 // 2
-
-
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -24,9 +24,10 @@ from tesseract_async.network.holding import RecordCheck
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, MAX_TTL
-from tesseract_async.network.values import Value, decode_value, encode_value
+from tesseract_async.network.values import decode_value, encode_value
 from tesseract_async.transport.base import PeerAddress, join_host_port
 from tesseract_async.uncopied import Uncopied
+from tesseract_async.wire.packed import Value
 
 RECEIVE_BUFFER_BYTES = 4 * 2**20
 """Loopback drops datagrams too, once this is full."""

@@ -60,7 +60,7 @@ Counts = Mapping[str, int]
 
 
 class Follows(Protocol):
-    """What carries out commands: the same on every process, in the same order."""
+    """The part that carries out commands: the same on every process, in the same order."""
 
     def carry_out(self, name: str, args: Sequence[Value]) -> Value:
         """Return what the leader should know; `forget` is a command, too. Raises what a module may raise: anything."""

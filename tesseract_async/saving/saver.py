@@ -46,7 +46,7 @@ MAX_ASKED: Final = 64
 PATIENCE: Final = 10.0
 """Overloaded servers are asked again for so many times the timeout of a piece."""
 MAX_HELD_BYTES: Final = 64 << 20
-"""Of small states that came with the answer; beyond, they are asked for again."""
+"""Bytes of small states that came with the answer; beyond, they are asked for again."""
 MAX_SIZE_RATIO: Final = 4
 """A state that is so many times larger than most of its grid's is not fetched: Adam's are three times the weights', ...
 """
