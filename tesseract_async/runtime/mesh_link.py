@@ -37,13 +37,13 @@ from tesseract_async.runtime.mesh_meeting import (
     LIFELINE,
     STATES,
     Meeting,
-    Value,
     frame_of,
     read,
     receive,
     send,
 )
 from tesseract_async.wire.compression import flat_of
+from tesseract_async.wire.packed import Value
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
