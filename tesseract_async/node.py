@@ -43,6 +43,7 @@ from tesseract_async.nat.role import WILDCARDS, ListeningAddress
 from tesseract_async.network.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress, ip_version, is_loopback, join_host_port, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
@@ -245,9 +246,7 @@ class TesseractNode(Uncopied):
     async def aclose(self) -> None:
         """Leave the DHT, end all calls and close every socket. Safe to call twice."""
         self._closed = True
-        if self._watch_for_twin is not None:
-            self._watch_for_twin.cancel()
-            await asyncio.gather(self._watch_for_twin, return_exceptions=True)
+        await end(self._watch_for_twin)
         await asyncio.gather(*(aclose() for aclose in self._at_close))
         await self.directory.aclose()
         if self._started is not None:

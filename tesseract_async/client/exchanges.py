@@ -7,12 +7,12 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.experience import Experience
 from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt, call_forward, fetch_info, unpack_fitting
 from tesseract_async.errors import ExpertNotFound, InputsForgotten, TesseractError, TooStale, describe
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.encoding import pack
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import BACKWARD
@@ -123,7 +123,7 @@ class ForwardExchange(Exchange[Forwarded]):
                     f"how old the answer of a follower of {uid} is, its primary does not say: {describe(error)}"
                 ) from error
         finally:
-            await cancel_all([asking])
+            await end(asking)
         max_staleness = self.forward.options.max_staleness
         if max_staleness is not None and receipt.version + max_staleness < newest:
             raise TooStale(

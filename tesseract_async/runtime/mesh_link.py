@@ -42,6 +42,7 @@ from tesseract_async.runtime.mesh_meeting import (
     receive,
     send,
 )
+from tesseract_async.tasks import end
 from tesseract_async.wire.compression import flat_of
 from tesseract_async.wire.packed import Value
 
@@ -231,9 +232,7 @@ class MeshLink:
             return await found
         finally:
             self._noticed = lambda: None
-            for one in watchers:
-                one.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            await end(*watchers)
 
     def forget(self, follower: int, number: int) -> None:
         """Let every process drop what it keeps under this number, or the follower itself (0), with the next command.

@@ -32,6 +32,7 @@ from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.checkpoint import check_state, encode
 from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
 from tesseract_async.server.other_replicas import read_replicas
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -180,9 +181,7 @@ class SavePoint:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._marking:
-            task.cancel()
-        await asyncio.gather(*self._marking, return_exceptions=True)
+        await end(*self._marking)
 
     async def mark(self, *, within: float = math.inf) -> None:
         """Have every server write down its experts' states now. Training that pauses meanwhile pauses for `within`
