@@ -26,8 +26,10 @@ from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.lockstep import Lockstep
 from tesseract_async.server.memory import CallerMemory, trim_heap
 from tesseract_async.server.restoring import Restoring
+from tesseract_async.server.rhythm import Rhythm
 from tesseract_async.server.state_files import CheckpointStore, FolderLock
 from tesseract_async.server.state_transfer import StateSource
+from tesseract_async.tasks import end
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY
@@ -84,7 +86,8 @@ class TesseractServer(Uncopied):
         settings: ServerSettings = ServerSettings(),
     ) -> None:
         """`device`: one, or several, each with a runtime of its own, over which the experts are spread in turn.
-        `checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far.
+        `checkpoint_period`: a killed server falls back that many seconds at most, while saving takes less than a third
+        of them.
 
         Raises: ValueError if `followers` names an expert that is not among `experts`, for a backend that stands for two
         experts or that another server hosts, for no device, or a period that is not above 0; TypeError for an expert
@@ -132,7 +135,7 @@ class TesseractServer(Uncopied):
             is_gone=lambda peer: not node.is_connected(peer),
             succession=lambda: self.succession,
         )
-        self._fragments = FragmentCalls(self.calls)
+        self._fragments = FragmentCalls(self.calls, lambda peer, uid: node.trust.may_ask(peer, "share", uid))
         self.states = StateSource(self.call_aside, throttle=node.throttle, points_dir=directory)
         """Sends the experts' states."""
         self.restoring = Restoring(node, directory, self.call_aside, self.states.drop)
@@ -240,10 +243,7 @@ class TesseractServer(Uncopied):
 
     async def _stop_tasks(self) -> None:
         self._unwatch()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     async def _stop_runtimes(self) -> None:
         try:
@@ -450,13 +450,17 @@ class TesseractServer(Uncopied):
         return num_saved
 
     async def _save_periodically(self) -> None:
+        loop = asyncio.get_running_loop()
+        rhythm = Rhythm(self.checkpoint_period, loop.time(), rest=1.0)
         while True:
-            await asyncio.sleep(self.checkpoint_period)
+            await asyncio.sleep(rhythm.next_at - loop.time())
+            began, num_saved = loop.time(), 0
             try:
-                await self.save_checkpoints()
+                num_saved = await self.save_checkpoints()
             except CheckpointError as error:
                 logger.error("%s", error)
                 self.node.metrics.count("checkpoints_failed")
+            rhythm.note(began, loop.time(), worked=num_saved > 0)
 
 
 def _move(backends: Sequence[ExpertBackend], device: torch.device) -> None:

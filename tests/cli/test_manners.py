@@ -192,7 +192,7 @@ def test_a_volunteer_finds_an_allowed_module_where_he_stands(tmp_path: Path, mon
         assert ("" in sys.path) is found
 
 
-@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("closed", [(0, 1), (0, 1, 2)])
 def test_standard_files_may_be_closed(closed: tuple[int, ...], tmp_path: Path) -> None:
     """``<&-``: no socket may take their numbers, for libuv would end the process."""
     code = (
@@ -213,5 +213,3 @@ def test_what_goes_wrong_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> No
         running.run(fail)
     err = capsys.readouterr().err
     assert ended.value.code == 1 and err.startswith("Error: xxx") and len(err) < 450
-    error = OSError(30, "Read-only file system", "/srv/node.pem")
-    assert running.sentence_of(error) == "/srv/node.pem: Read-only file system"
