@@ -188,6 +188,11 @@ class Membership:
         return now >= self.first_look + 10 * self.lease and (self._authority.may_restart or not forgotten)
 
     @property
+    def patience(self) -> float:
+        """Seconds for which an elected candidate waits until most follow it, and its voters for it."""
+        return max(self.lease / 3, POLL_SECONDS + 1.0)
+
+    @property
     def settle(self) -> float:
         """Seconds for which a Term that adopts the expert lies in the network before it is looked at again."""
         return min(5.0, self.lease / 6)

@@ -61,6 +61,7 @@ class Tenure:
         self._own: OwnTerm | None = None
         self._poll: Poll | None = None
         self._settle_at: float | None = None
+        self._patient_until = NEVER
         self._renewed = NEVER
         self._look_at = now
         self._was_alone = False
@@ -128,8 +129,9 @@ class Tenure:
             return self._poll.deadline
         if self._settle_at is not None:
             return self._settle_at
-        if self._own is not None and self.state in (State.PRIMARY, State.FENCED):
-            return min(self._own.beat_at, self._lease_until() if self.state is State.PRIMARY else math.inf)
+        if self._own is not None and (self.state in (State.PRIMARY, State.FENCED) or self._is_elected):
+            until = self._patient_until if self._is_elected else self._lease_until()
+            return min(self._own.beat_at, math.inf if self.state is State.FENCED else until)
         if self.state in (State.FOLLOWING, State.HOLDING):
             silence = self._member.silence_at(self.state)
             return min(silence, self._look_at) if self._look_at <= self._member.vote_from else silence
@@ -238,6 +240,8 @@ class Tenure:
                 self._renew_members(own, now, wall)
                 if self.state is State.FENCED:
                     self._recover(now)
+                elif self._is_elected and own.is_followed and self.lineage.best is own.term and not self.is_twin:
+                    self._become_primary(now)
         elif poll is not None and not (answer is None and poll.is_late(now)) and poll.settles(peer, question):
             if answer is None:
                 poll.silent.add(peer)
@@ -257,15 +261,18 @@ class Tenure:
             if now < self._lease_until() or seal.age < (best.epoch, self._own.number):
                 return b""
         elif self.state is State.FOLLOWING:
-            if not member.is_free(now):
+            # what it said to the last primary binds it against others
+            if not member.is_free(now) and (peer, question.boot) != (best.primary, best.boot):
                 return b""
-        elif self.state is State.CANDIDATE:  # in a lower epoch: its own vote there is not taken back
+        elif self.state is State.CANDIDATE and self._own is None:  # in a lower epoch: its vote there is not taken back
             self._give_up(now)
         else:
             return b""
         if member.promised != epoch:
             member.promise(epoch, peer, now)
             self._persist()
+        # two that stand against whom they just voted for would do so forever
+        member.retry_at = max(member.retry_at, now + member.patience)
         return member.sign_vote(peer, epoch).blob
 
     # -- as primary ----------------------------------------------------------------------------------------------------
@@ -352,6 +359,8 @@ class Tenure:
         """Do what is due by `now`; first of all after a suspend, in which a lease may have ended."""
         if self.state is State.PRIMARY and now >= self._lease_until():
             self._fence(now)
+        if self._is_elected and now >= self._patient_until:
+            self._give_up(now)
         if self._poll is not None:
             if self._poll.is_late(now):  # who was silent may have answered meanwhile
                 others = self._poll.waiting | self._poll.silent
@@ -375,6 +384,9 @@ class Tenure:
                 self._renew_members(own, now, wall)
                 self._beat(own, now)
                 self._review(now, wall)
+        elif own is not None and self._is_elected:
+            if now >= own.beat_at:
+                self._beat(own, now)
         elif self.state in (State.FOLLOWING, State.HOLDING):
             if now >= self._member.silence_at(self.state):
                 self._doubt(now, wall)
@@ -416,6 +428,8 @@ class Tenure:
                 self._member.note_silence(poll, now)
                 if self.state is State.CANDIDATE:
                     self._become_primary(now)
+                elif now < self._member.retry_at:
+                    pass  # it voted for another meanwhile
                 elif self.state is State.FOLLOWING:
                     self._stand(Kind.TAKEOVER, held, now, wall)
                 elif self.state is State.HOLDING and self._member.may_adopt(now, wall):
@@ -478,14 +492,24 @@ class Tenure:
         if kind is Kind.ADOPTION:
             # two may adopt at once: both wait, and see each other
             self._settle_at = now + self._member.settle
+        elif self._is_elected:
+            self._patient_until = now + self._member.patience
+            self._beat(self._own, now)  # the network may take long: the members that it needs say it sooner
         else:
             self._commands.append(Look())
         return True
 
+    @property
+    def _is_elected(self) -> bool:
+        """True if most of three members or more gave it their votes, or the last primary its word, and it waits until
+        most follow it."""
+        own = self._own
+        return self.state is State.CANDIDATE and own is not None and own.is_by_members and not own.term.is_weak
+
     def _read_back(self, now: float) -> None:
         """The network holds its Term, and nothing above it."""
         term = self.term
-        if term is None or self.lineage.best is not term or self.is_twin:
+        if term is None or self.lineage.best is not term or self.is_twin or self._is_elected:
             return
         others = set() if self.held is None else set(self.held.members) - {self.me}
         if term.is_weak and others:  # it may have been cut off itself until now: are they silent still?
@@ -523,7 +547,7 @@ class Tenure:
 
     def _beat(self, own: OwnTerm, now: float) -> None:
         own.beat_at = now + self._lease / 6
-        kind = "beat" if self.state is State.PRIMARY else "rise"
+        kind = "rise" if self.state is State.FENCED else "beat"
         hosts = [peer for peer in sorted(self._member.hosts) if peer != self.me]
         self._commands += own.beats(kind, self._boot, self.lineage.seal_of(own.term), hosts, self._random)
         if now - self._member.looked_at >= self._lease / 3:
@@ -545,12 +569,12 @@ class Tenure:
         self._look(now)
 
     def _recover(self, now: float) -> None:
-        """From FENCED: a majority answers, the network was read since, and nothing ranks higher."""
+        """From FENCED: a majority answers, or of one or two the network, and nothing ranks higher."""
         best, own = self.lineage.best, self._own
         if own is None or best is not own.term or self.is_twin or best.epoch == self._member.handed_over:
             return
-        may = self._member.looked_at >= own.fenced_at and now < self._lease_until()
-        if may and not self._member.is_bound(best, now):
+        may = own.is_by_members or self._member.looked_at >= own.fenced_at
+        if may and now < self._lease_until() and not self._member.is_bound(best, now):
             self.state, self._has_own_steps = State.PRIMARY, True
             self._say_role()
 

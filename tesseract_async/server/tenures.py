@@ -147,6 +147,7 @@ class Tenures:
         self._addresses: dict[PeerID, PeerAddress] = {}  # of servers that were found to host one of the experts
         self._shown: dict[str, tuple[bytes, float]] = {}  # by shard key: the grant that lies there, and until when
         self._looks: set[str] = set()
+        self._looking: set[str] = set()  # being looked at: what is wanted of these meanwhile comes after that
         self._wants_look, self._wants_announcement, self._wake = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -646,12 +647,28 @@ class Tenures:
             try:
                 await act()
             except (TesseractError, TimeoutError, OSError) as error:
-                logger.info("who is primary could not be read or published: %s", describe(error))
+                logger.info("who is primary could not be published: %s", describe(error))
             await asyncio.sleep(0.05)
 
     async def _look_at_wanted(self) -> None:
-        uids, self._looks = self._looks, set()
-        await self.read(uids)
+        """Have the wanted ones looked at, each by itself: where one takes long, the others do not wait."""
+        if uids := self._looks - self._looking:
+            self._looks -= uids
+            self._looking |= uids
+            self._spawn(self._look_at(uids))
+
+    async def _look_at(self, uids: Iterable[str]) -> None:
+        try:
+            await self.read(uids)
+        except (TesseractError, TimeoutError, OSError) as error:
+            logger.info("who is primary could not be read: %s", describe(error))
+        finally:
+            self._looked_at(uids)
+
+    def _looked_at(self, uids: Iterable[str]) -> None:
+        self._looking.difference_update(uids)
+        if self._looks:
+            self._wants_look.set()
 
     async def read(self, uids: Iterable[str]) -> None:
         """Read who else hosts these, and their records. Raises: TimeoutError if the network does not answer."""
@@ -671,6 +688,7 @@ class Tenures:
         records: dict[str, list[bytes]] = {uid: []}
         others = (await read_replicas(self._node, [uid], by_shard=True, records=records))[uid]
         await self._take_in(uid, others, records[uid])
+        self._looked_at([uid])
 
     async def _take_in(self, uid: str, others: Iterable[ExpertReplica], records: Iterable[bytes]) -> None:
         """Take what the network holds of one expert."""
