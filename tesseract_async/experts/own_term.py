@@ -1,5 +1,6 @@
 """`OwnTerm`: the Term of this server, the members that decide with it, and its lease by their word. No I/O."""
 
+import math
 from collections.abc import Callable, Mapping, Set
 from random import Random
 from typing import Final
@@ -77,6 +78,10 @@ class OwnTerm:
     def sealed(self, seal: Seal) -> None:
         self.named, self._age = seal.successors, seal.age
         self._settle()
+
+    def heard_of_most(self, lease: float) -> float:
+        """When a majority agreed last, by members."""
+        return self.lease_until(math.inf, lease) - lease * 2 / 3
 
     def lease_until(self, renewed: float, lease: float) -> float:
         """When the lease ends: two thirds of one after a majority agreed, counted from sending."""

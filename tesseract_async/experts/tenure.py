@@ -377,8 +377,9 @@ class Tenure:
             return
         own = self._own
         if own is not None and self.state is State.FENCED and not self.is_twin and own.is_left(now, self._lease):
-            # it stands like any of its members
-            self.state, self._own, self._member.heard = State.FOLLOWING, None, own.fenced_at
+            # it stands like any of its members, which fell silent before it was fenced
+            self.state, self._own, self._followed = State.FOLLOWING, None, own.term.digest
+            self._member.heard = min(own.fenced_at, own.heard_of_most(self._lease))
         if own is not None and self.state in (State.PRIMARY, State.FENCED):
             if now >= own.beat_at:
                 self._renew_members(own, now, wall)
