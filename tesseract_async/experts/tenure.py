@@ -218,7 +218,7 @@ class Tenure:
             agrees = self.state is State.FOLLOWING and now < member.heard + self._lease / 2
             vote = self._vote(peer, question, now)
         known = b"" if best is None or agrees or best.blob == question.term else best.blob
-        is_of_use = question.kind != "probe" or agrees or self.may.lead
+        is_of_use = question.kind != "probe" or agrees or (self.may.lead and self.may.write)
         return Response(agrees, self.held.age if self.held is not None and is_of_use else (0, 0), known, vote)
 
     def answered(
@@ -475,7 +475,7 @@ class Tenure:
         self, kind: Kind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
     ) -> bool:
         """Sign a Term, and say so. Whether the evidence, votes or the signature of a handover, carries it."""
-        term = self._member.sign_term(kind, seal, epoch, evidence)
+        term = self._member.sign_term(kind, seal, epoch, evidence) if self.may.write else None
         if term is None:
             self._give_up(now)
             return False
@@ -511,6 +511,9 @@ class Tenure:
         """The network holds its Term, and nothing above it."""
         term = self.term
         if term is None or self.lineage.best is not term or self.is_twin or self._is_elected:
+            return
+        if not self.may.write:
+            self._give_up(now)
             return
         others = set() if self.held is None else set(self.held.members) - {self.me}
         if term.is_weak and others:  # it may have been cut off itself until now: are they silent still?

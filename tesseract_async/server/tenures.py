@@ -24,8 +24,9 @@ from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.membership import Leave
-from tesseract_async.experts.merkle import leaves_of, possession, root_from
+from tesseract_async.experts.merkle import leaf_of, leaves_of, possession, root_from
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.pieces import LIST
 from tesseract_async.experts.place_directory import MAX_MEMBERS
 from tesseract_async.experts.placement import Place
 from tesseract_async.experts.tenure import Tenure
@@ -48,7 +49,7 @@ from tesseract_async.network.entries import StoreItem
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import encode, largest_state, with_recent_journal
-from tesseract_async.server.fetching import SealFetcher
+from tesseract_async.server.fetching import SealFetcher, ask_piece
 from tesseract_async.server.fragments import MAX_STATE_BYTES, FragmentBackend, fetch_replay
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
@@ -103,6 +104,8 @@ class _Expert:
     """It was told that this expert may have a state, which nobody shows."""
     wanted_root: bytes | None = None
     """The state that the run's owner named last."""
+    unwritten: bytes | None = None
+    """What the disk did not take, and must before anything is said."""
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""
@@ -338,6 +341,8 @@ class Tenures:
         question = Question(request.kind, request.epoch, boot, term, seal)
         answer = expert.tenure.ask(call.peer_id, question, *self._now())
         await self._carry_out(expert)
+        if expert.unwritten is not None:
+            raise NotAllowed(f"nothing is said about {uid} here: the disk does not take what must be remembered")
         return Message(
             messages.encode(messages.TenureReply(answer.agrees, list(answer.held), [answer.term, answer.vote]))
         )
@@ -402,6 +407,29 @@ class Tenures:
                 tenure.keep(self._elapsed())
                 await self._carry_out(expert)
 
+    async def count_shown(self, uid: str, peers: Iterable[PeerID]) -> int:
+        """Return how many of these show a random piece of the sealed file that is here."""
+        held = self._experts[uid].tenure.held
+        file = None if held is None else self.files.find(uid, held.root)
+        if file is None:
+            return 0
+        found = await asyncio.gather(*(self._shows(uid, peer, file) for peer in peers))
+        return sum(found)
+
+    async def _shows(self, uid: str, peer: PeerID, file: SealedFile) -> bool:
+        address, piece = self._addresses.get(peer), LIST
+        if len(file.leaves) > 1:
+            piece = self._random.randrange(1, len(file.leaves) + 1)
+        if address is None:
+            return False
+        request = messages.StateRequest(uid, False, 0, file.root, piece)
+        try:
+            _, data = await ask_piece(self._node, address, request, timeout=self._call_timeout)
+        except (TesseractError, TimeoutError, OSError) as error:
+            logger.info("%s does not show the state of %s: %s", peer.short, uid, describe(error))
+            return False
+        return leaf_of(data) == file.leaves[max(0, piece - 1)]
+
     def look_for_newer(self, places: Mapping[PeerID, Place]) -> None:
         """Ask those that say they have a newer state than this server for its Seal: its signer may be gone, the network
         hears of few Seals, and the file of one that lies there may be nowhere any more."""
@@ -443,7 +471,9 @@ class Tenures:
     async def _do(self, expert: _Expert, command: Command) -> None:
         match command:
             case Persist(stored):
-                await self._server.call_aside(partial(self.files.remember, expert.uid, stored))
+                await self._remember(expert, stored)
+            case Publish() | Send() if expert.unwritten is not None:
+                pass  # it is as if it were cut off: what it promised is not on its disk
             case Publish(records, past):
                 self._spawn(self._publish(expert.uid, dict(enumerate(records)) | dict(enumerate(past, 2))))
             case Send(peer, question):
@@ -466,6 +496,17 @@ class Tenures:
                     self._node.metrics.count("experts_taken_over" if is_primary else "experts_given_up")
                 await self._server.set_primary(expert.uid, is_primary, announce=False)
                 self._wants_announcement.set()
+
+    async def _remember(self, expert: _Expert, stored: bytes) -> None:
+        """Write down what must be on the disk before anything else is said of the expert."""
+        before, expert.unwritten = expert.unwritten, None
+        try:
+            await self._server.call_aside(partial(self.files.remember, expert.uid, stored))
+        except OSError as error:
+            expert.unwritten = stored
+            if before is None:
+                logger.error("%s: this server says nothing until its disk takes it: %s", expert.uid, describe(error))
+        expert.tenure.may.write = expert.unwritten is None
 
     async def _send(self, expert: _Expert, peer: PeerID, asked: Question) -> None:
         sent, answer = self._elapsed(), None
@@ -619,6 +660,9 @@ class Tenures:
             if now - told_at >= AUTHORITY_PERIOD:
                 told_at = now
                 for expert in list(self._experts.values()):
+                    if expert.unwritten is not None:
+                        async with expert.carrying:
+                            await self._remember(expert, expert.unwritten)
                     expert.tenure.authority_changed(*self._now())
                     await self._carry_out(expert)
                     root, hosted = expert.tenure.wanted_root, expert.hosted

@@ -486,12 +486,13 @@ def test_a_primary_whose_members_all_died_leads_again_two_leases_after_they_fell
     assert world.now - died <= 2 * LEASE + 1.0 and world.leaders == [leader]
 
 
-def test_a_member_that_could_not_lead_keeps_nobody_from_adopting_the_expert() -> None:
+@pytest.mark.parametrize("lacks", ["lead", "write"])
+def test_a_member_that_could_not_lead_keeps_nobody_from_adopting_the_expert(lacks: str) -> None:
     world = World(3, 6)
     leader = world.begin()
     world.run(2 * LEASE)
     first, second = (one for one in world.up if one.peer in leader.machine.members)
-    second.machine.may.lead = False
+    setattr(second.machine.may, lacks, False)
     first.kill()
     leader.kill()
     assert world.run_until(world.is_led, 3 * LEASE), world.describe()
