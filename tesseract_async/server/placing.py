@@ -68,7 +68,7 @@ class Placing:
         self._pattern = manifest.pattern if pattern is None else pattern
         self._prefix, self._begins = self._pattern.prefix, pattern is None
         if self._begins:
-            self._tenures.template = template
+            self._tenures.states.template = template
         self._period = min(MAX_PERIOD, max(0.5, authority.lease / 3))
         self._ttl = max(4.0, 6 * self._period)
         self.placement = Placement(
@@ -104,7 +104,7 @@ class Placing:
         """The same for the fragments of the parameters that the run's trainers share: they begin them, and servers
         lead, follow and hold what is there. `room`, `files`: how many it computes, and has a state of, at most."""
         pattern = ExpertPattern(authority.prefix + SHARED, (range(MAX_FRAGMENTS),))
-        build = keeper.tenures.fragment
+        build = keeper.tenures.states.fragment
         return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
 
     async def __aenter__(self) -> "Placing":
@@ -277,7 +277,9 @@ class Placing:
         self._is_short = is_short
         name = self._authority.run.full_name
         if is_short:
-            logger.warning("members of %s: %d, too few for %d copies besides each primary", name, num_members, num_copies)
+            logger.warning(
+                "members of %s: %d, too few for %d copies besides each primary", name, num_members, num_copies
+            )
         else:
             logger.info("members of %s: %d, enough for %d copies besides each primary", name, num_members, num_copies)
 
@@ -314,7 +316,7 @@ class Placing:
             return True
         copies = Survey(self.places).copies(uid)
         others = [peer for peer, part in copies.items() if part.has_file and peer != self._node.peer_id]
-        return await self._tenures.count_shown(uid, others) >= self._authority.run.manifest.num_replicas
+        return await self._tenures.states.count_shown(uid, others) >= self._authority.run.manifest.num_replicas
 
     async def _hold(self, uid: str, *, begin: bool = False, anew: bool = False) -> None:
         lead = self.capacity.room > 0 and uid not in self._unable
