@@ -139,7 +139,8 @@ def tables() -> dict[str, list[str]]:
             numbers.append(str(needed_in_flight(width, **at)))
         speed.append(f"| {width:,} | {' | '.join(cells)} | {', '.join(numbers)} |")
     stays = {"1 hour": 3600, "6 hours": 21600, "1 day": 86400, "1 week": 604800}
-    copies = ["| volunteers stay | 1 copy | 2 | 3 | 4 |", "|---|---:|---:|---:|---:|"]
+    kept = " | ".join(["only the primary", *(f"`--replicas {number}`" for number in (1, 2, 3))])
+    copies = [f"| volunteers stay | {kept} |", "|---|---:|---:|---:|---:|"]
     for name, stay in stays.items():
         lost = [experts_lost(number, stay=stay, repair=180) for number in (1, 2, 3, 4)]
         copies.append(f"| {name} | {' | '.join(f'{one:,.0f}' if one >= 10 else f'{one:.2g}' for one in lost)} |")

@@ -30,6 +30,7 @@ Instances hold data; `__str__` makes the sentence: what happened, to whom, what 
 attribute) says whether the same call may succeed later or elsewhere.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -262,9 +263,30 @@ def shortened(text: str, limit: int = 200) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return one line for an error inside another error's sentence: its class, and its message if any, `shortened`."""
+    """Return one line for an error inside another error's sentence: its class, and its message if any, `shortened`. Of
+    an error of the system it is only the message, without the error's number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return shortened(_of_system(error) if error.filename is None else f"{_of_system(error)}: {error.filename}")
     name, message = text_of(lambda: type(error).__name__), shortened(text_of(lambda: str(error)))
     return f"{name}: {message}" if message else name
+
+
+def sentence_of(error: BaseException, limit: int = 400) -> str:
+    """Return an error as people are told of it, on its own: without its class and number, of a group the first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, OSError) and error.errno is not None:
+        sentence = _of_system(error) if error.filename is None else f"{error.filename}: {_of_system(error)}"
+    else:
+        sentence = text_of(lambda: str(error)) or type(error).__name__
+    return sentence if len(sentence) <= limit else f"{sentence[: limit - 4]} ..."
+
+
+def _of_system(error: OSError) -> str:
+    said = text_of(lambda: error.strerror or "")
+    if said and not said.startswith(("Connect call failed", "[Errno")):  # asyncio's words around the system's
+        return said
+    return os.strerror(error.errno or 0)
 
 
 def text_of(read: Callable[[], str]) -> str:

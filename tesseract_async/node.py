@@ -24,7 +24,9 @@ from tesseract_async.errors import (
     Overloaded,
     PeerUnreachable,
     RemoteError,
+    TesseractError,
     UnknownMethod,
+    UnsupportedVersion,
     describe,
 )
 from tesseract_async.experts.authority import Authority
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_RECEIVE_BYTES = 3 * 2**29
+SILENT_SEED_TIMEOUT = 2.5
+"""Seconds for asking a seed by TCP that does not answer by UDP."""
 # a primary that hands its expert over acts as a server: it need not be among those who train
 EXPERT_METHODS: dict[str, Action] = {
     INFO: "call",
@@ -184,6 +188,7 @@ class TesseractNode(Uncopied):
             checks=[belongs_under_its_key],
             scope=self.scope,
             on_role_change=self._role_changed,
+            ask_otherwise=self._ask_silent_seed,
         )
         self.directory = ExpertDirectory(
             self.network, refresh_period=refresh_period, metrics=self.metrics, trust=self.trust, scope=self.scope
@@ -360,6 +365,18 @@ class TesseractNode(Uncopied):
     def _role_changed(self) -> None:
         if self._started is not None:
             self._started.reach.look_again()
+
+    async def _ask_silent_seed(self, seed: PeerAddress) -> str:
+        try:
+            await self._running.endpoint.call(seed, "node.status", timeout=SILENT_SEED_TIMEOUT)
+        except RemoteError:
+            pass
+        except (TesseractError, TimeoutError) as error:
+            for one in error.attempts.values() if isinstance(error, PeerUnreachable) else ():
+                if isinstance(one, UnsupportedVersion):
+                    return f"At {seed.short}, {one}."
+            return ""
+        return f"{seed.short} answers by TCP: is UDP to its port let through?"
 
     def _addresses_changed(self) -> None:
         assert self._started is not None

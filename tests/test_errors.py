@@ -1,6 +1,7 @@
 """Sentences: what happened, to whom, and what to do, in a few hundred characters whatever happened."""
 
 import copy
+import errno
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from tesseract_async.errors import (
     PeerUnreachable,
     SchemaMismatch,
     describe,
+    sentence_of,
     summarize,
 )
 
@@ -63,3 +65,24 @@ def test_the_cause_is_named_before_silence() -> None:
 def test_too_few_experts_is_said_truly(error: NotEnoughExperts, said: str) -> None:
     assert str(error).startswith(said)
     assert str(copy.copy(error)) == str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(30, "Read-only file system", "/srv/node.pem"), "/srv/node.pem: Read-only file system"),
+        # as asyncio says it, and uvloop
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed ('127.0.0.1', 9)"), "Connection refused"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused"),
+        (OSError(98, "the dashboard cannot listen on ::1 port 1"), "the dashboard cannot listen on ::1 port 1"),
+        (
+            ExceptionGroup("many", [ExceptionGroup("inside", [PeerUnreachable("ab", {})])]),
+            str(PeerUnreachable("ab", {})),
+        ),
+        (TimeoutError(), "TimeoutError"),
+    ],
+    ids=str,
+)
+def test_people_are_told_no_numbers_and_no_classes(error: Exception, said: str) -> None:
+    assert sentence_of(error) == said
+    assert "Errno" not in str(PeerUnreachable("ab", {"tcp 127.0.0.1:9": error}))

@@ -11,9 +11,11 @@ from tesseract_async import errors
 from tesseract_async.admission import Policy
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.identity import PeerID
+from tesseract_async.network import network
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire import frames
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, TAKE_OVER
 
 pytestmark = pytest.mark.both_loops
@@ -218,6 +220,36 @@ async def test_a_node_on_loopback_says_that_seeds_elsewhere_are_out_of_its_reach
     async with ta.TesseractNode(initial_peers=[seed.address, "198.51.100.7:31337"]):
         (said,) = [record.getMessage() for record in caplog.records if "this computer only" in record.getMessage()]
         assert "198.51.100.7:31337" in said and seed.address not in said and "--host 0.0.0.0" in said
+
+
+@pytest.mark.parametrize(
+    ("hello", "said"),
+    [
+        (b"TSRA\x00\x07" + frames.pack({"from": "the future"}), "the peer speaks wire version 7, this node 2: upgrade"),
+        (None, "Does a node run there"),
+    ],
+    ids=["another version", "nobody"],
+)
+async def test_a_seed_that_is_silent_by_udp_is_asked_by_tcp(
+    monkeypatch: pytest.MonkeyPatch, hello: bytes | None, said: str
+) -> None:
+    """An old version takes no datagram for one: only its hello tells."""
+    monkeypatch.setattr(network, "ASK_OTHERWISE_AFTER", 0.0)
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if hello is not None:
+            writer.write(frames.frame(frames.HELLO, payload=hello))
+            await reader.read()
+        writer.close()
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        async with await asyncio.start_server(greet, "127.0.0.1", 0) as listener:
+            port = listener.sockets[0].getsockname()[1]
+            silent.bind(("127.0.0.1", port))
+            async with ta.TesseractNode(initial_peers=[f"127.0.0.1:{port}"], security="plain") as node:
+                async with asyncio.timeout(30):
+                    while said not in str(node.network.trouble):  # noqa: ASYNC110 (nothing announces it)
+                        await asyncio.sleep(0.01)
 
 
 async def test_where_no_seed_answers_that_an_expert_is_absent_is_not_said() -> None:

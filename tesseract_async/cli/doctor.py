@@ -17,7 +17,7 @@ import click
 from tesseract_async.cli.options import JOIN_TIMEOUT, host_towards, initial_peers_option, json_option
 from tesseract_async.cli.running import asynchronous, spinner
 from tesseract_async.cli.types import FOLDER, PORT, counted, rate_text
-from tesseract_async.errors import NotAllowed, TesseractError, UnknownMethod, describe
+from tesseract_async.errors import NotAllowed, TesseractError, UnknownMethod, sentence_of
 from tesseract_async.monitoring.status import NodeStatus, ask_status, measure_line
 from tesseract_async.nat.interfaces import bind_pair
 from tesseract_async.node import TesseractNode
@@ -149,7 +149,7 @@ async def port_pair(host: str, port: int) -> Check:
             sock.close()
     except OSError as error:
         advice = "Choose another --port (0 takes a free one), or a --host that is an address of this machine."
-        return Check("bad", "listening", f"not possible at {where}: {error.strerror or error}", advice)
+        return Check("bad", "listening", f"not possible at {where}: {sentence_of(error)}", advice)
     return Check("good", "listening", f"possible at {where}, TCP and UDP")
 
 
@@ -168,7 +168,7 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
             yield Check("bad", what, node.network.trouble or "", "Ask its operator for its peer id.")
             return
         if not joined:
-            said = "answers by TCP" if error is None else f"nor by TCP: {describe(error)}"
+            said = "answers by TCP" if error is None else f"nor by TCP: {sentence_of(error)}"
             advice = "Does it run? Is UDP to its port let through, here and there?"
             yield Check("bad", what, f"no answer by UDP in {JOIN_TIMEOUT:.0f} s; {said}", advice)
             return
@@ -178,11 +178,11 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
             return
         if isinstance(error, NotAllowed):
             advice = "TCP is let through. A node with an identity that its owner listed may still be answered."
-            yield Check("note", what, f"answers by TCP, and refuses: {describe(error)}", advice)
+            yield Check("note", what, f"answers by TCP, and refuses: {sentence_of(error)}", advice)
             return
         if status is None:
             assert error is not None
-            yield Check("bad", what, f"no answer by TCP: {describe(error)}", "Is TCP to its port let through?")
+            yield Check("bad", what, f"no answer by TCP: {sentence_of(error)}", "Is TCP to its port let through?")
             return
         yield Check("good", what, f"answers by TCP in {1000 * timing.seconds:.0f} ms, version {status.software}")
         far = abs(timing.clock_ahead) > MAX_CLOCK_OFFSET

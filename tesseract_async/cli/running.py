@@ -14,13 +14,10 @@ from contextvars import ContextVar
 import click
 
 from tesseract_async.endpoint.connection_limits import raise_descriptor_limit
-from tesseract_async.errors import TesseractError
+from tesseract_async.errors import TesseractError, sentence_of
 from tesseract_async.leaving import new_event_loop, told_to_leave
 
 logger = logging.getLogger(__name__)
-
-MAX_SENTENCE = 400
-"""Characters of an error that a command ends with."""
 
 Main = Callable[[], Coroutine[None, None, int]]
 
@@ -69,17 +66,6 @@ def asynchronous(function: Callable[..., Coroutine[None, None, int]]) -> Callabl
         run(lambda: function(**values), leave_with_parent=leave_with_parent)
 
     return command
-
-
-def sentence_of(error: Exception) -> str:
-    """Return the error as one sentence of limited length: of a group its first, of an OSError without its number."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    sentence = str(error) or type(error).__name__
-    if isinstance(error, OSError):
-        sentence = error.strerror or sentence
-        sentence = sentence if error.filename is None else f"{error.filename}: {sentence}"
-    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[: MAX_SENTENCE - 4]} ..."
 
 
 class _Leaving:

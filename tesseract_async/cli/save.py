@@ -8,7 +8,7 @@ from tesseract_async.admission import Policy
 from tesseract_async.cli.options import NodeOptions, allow_file_option, join, node_options, several_option
 from tesseract_async.cli.running import asynchronous, progress_bar, say
 from tesseract_async.cli.types import EXISTING_FILE, FOLDER, PATTERN, PERIOD, counted
-from tesseract_async.errors import CheckpointError, ExpertNotFound, describe
+from tesseract_async.errors import CheckpointError, ExpertNotFound, sentence_of
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run_directory import find_run
 from tesseract_async.experts.trust import SHARED
@@ -110,7 +110,7 @@ async def save(
             told = ", ".join(f"{uid} (version {report.taken[uid]})" for uid in some)
             click.echo(f"from a {role}, for want of a primary: {told}", err=True)
     for uid, error in sorted(report.failed.items()):
-        click.echo(f"{uid}: {describe(error)}", err=True)
+        click.echo(f"{uid}: {sentence_of(error)}", err=True)
     click.echo(
         f"{counted(len(report.taken), 'expert')} written, {len(report.kept)} were up to date, "
         f"{len(report.failed)} failed; {num_shared} shared parameters",

@@ -37,6 +37,11 @@ COLUMNS = {
 """Columns of the table of servers, with the width that each wants."""
 LEFT_OUT = ("name", "waiting", "rows/s", "steps/s", "answered", "experts", "load", "calls/s", "round trip")
 """Columns that a narrow terminal does without, in this order; the peer and its path always stay."""
+ONCE = (
+    "This is one look: a server that died so long before it that its entry has expired (after 45 s, unless served with "
+    "another --ttl) is not seen, and its experts are among those that nobody hosts. Without --once, `tesseract top` "
+    "keeps it in sight for an hour."
+)
 COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
 
 
@@ -78,11 +83,18 @@ class _Room:
 
 
 def draw(
-    state: State, width: int = 120, height: int | None = None, *, first: int = 0, signs: dict[str, str] = SIGNS
+    state: State,
+    width: int = 120,
+    height: int | None = None,
+    *,
+    first: int = 0,
+    signs: dict[str, str] = SIGNS,
+    is_once: bool = False,
 ) -> RenderableType:
     """Return one frame of `SwarmObserver.state` for so many columns and lines (None: as many lines as it takes).
 
-    `first`: the server, trainer and event that the lists begin with, scrolled down so far.
+    `first`: the server, trainer and event that the lists begin with, scrolled down so far. `is_once`: it is the only
+    look, before which servers may have died.
     """
     totals, room = state["totals"], _Room.divide(state, height)
     experts, servers = (counted(round(totals.get(f"{noun}s", 0)), noun) for noun in ("expert", "server"))
@@ -111,7 +123,7 @@ def draw(
             Text("No server runs yet? Start one (on another computer with --host 0.0.0.0):"),
             Text(f"tesseract serve --experts 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
         ]
-        return Group(*parts)
+        return Group(*parts, *([Text(), Text(ONCE, style="dim")] if is_once else []))
     table = Table(box=None, padding=(0, 2, 0, 0))
     left_out: set[str] = set()
     for column in LEFT_OUT:
@@ -126,10 +138,10 @@ def draw(
             column, justify="left" if left else "right", no_wrap=not fold, overflow="fold" if fold else "ellipsis"
         )
     begin = max(0, min(first, len(state["peers"]) - room.peers))
-    for peer in state["peers"][begin : begin + room.peers]:
+    for peer in sorted(state["peers"], key=_has_left)[begin : begin + room.peers]:
         waiting = peer["waiting_rows"]
         cells: dict[str, str | Text] = {
-            "peer": Text(peer["short"], style=_color(peer)),
+            "peer": Text(peer["short"], style="" if _has_left(peer) else _color(peer)),
             "name": Text(peer.get("name", "")),
             "path": Text(_where(peer)),
             "round trip": "-" if peer["rtt"] is None else f"{1000 * peer['rtt']:.1f} ms",
@@ -141,14 +153,15 @@ def draw(
             "waiting": "-" if waiting is None else str(waiting),
             "answered": "never" if peer["answered_ago"] is None else f"{peer['answered_ago']:.0f} s ago",
         }
-        table.add_row(*(cells[column] for column in shown), style="red" if peer["error"] else None)
+        style = "dim" if _has_left(peer) else "red" if peer["error"] else None
+        table.add_row(*(cells[column] for column in shown), style=style)
     parts += [Text(), table, *_and_more(len(state["peers"]) - room.peers, "server")]
     thanks = state.get("contributors", [])[: 3 if height is None or height > 30 else 0]
     if thanks:
         names = ", ".join(f"{one['name'] or one['short']} ({one['rows']:,} rows)" for one in thanks)
         parts.append(Text(f"thanks, last 24 h: {names}", no_wrap=height is not None, overflow="ellipsis"))
     trainers = [
-        f"{name}: step {step}, loss {loss:.4f}" + (f", {left_out} left out" if left_out else "")
+        f"{name}: step {step}, loss {loss:.4f}" + (f", {counted(left_out, 'answer')} left out" if left_out else "")
         for name, (step, loss, left_out, *_) in state["losses"].items()
     ]
     if trainers:
@@ -158,7 +171,10 @@ def draw(
         f"{datetime.fromtimestamp(when):%H:%M:%S}  {sentence}"
         for when, sentence, _ in _latest(state["log"], room.events, first)
     )
-    return Group(*parts, Text(), Text(lines, style="dim", no_wrap=height is not None, overflow="ellipsis"))
+    parts += [Text(), Text(lines, style="dim", no_wrap=height is not None, overflow="ellipsis")]
+    if is_once and any(len(grid["experts"]) < math.prod(grid["size"]) for grid in state["grids"]):
+        parts += [Text(), Text(ONCE, style="dim")]
+    return Group(*parts)
 
 
 def _latest(log: list[Any], number: int, back: int) -> list[Any]:
@@ -167,9 +183,13 @@ def _latest(log: list[Any], number: int, back: int) -> list[Any]:
     return log[max(0, end - number) : end]
 
 
+def _has_left(peer: State) -> bool:
+    return peer.get("left_ago") is not None
+
+
 def _where(peer: State) -> str:
     """Return its path, or why it does not answer."""
-    if peer.get("left_ago") is not None:
+    if _has_left(peer):
         return f"left {peer['left_ago'] // 60:.0f} min ago"
     return str(peer["error"] or peer["path"] or "-")
 

@@ -43,7 +43,7 @@ MAX_LOOKS = 4
     help="Watch this run: its experts, how safe they are, and who contributes.",
 )
 @click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look at the swarm this often.")
-@click.option("--once", is_flag=True, help="Print one picture and end.")
+@click.option("--once", is_flag=True, help="Print one picture and end: servers that died before are not in it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, for programs; needs --once.")
 @asynchronous
 async def command(
@@ -60,6 +60,10 @@ async def command(
     PATTERNS name the grids to show, such as 'ffn.[0:16].[0:16]'; without any, the picture shows what nearby servers
     host. Grids that are larger than the terminal are drawn in blocks. The arrow keys, or j and k, scroll the lists of
     servers, trainers and events; Ctrl-C or q ends it.
+
+    Of each server: `path` is how this computer reaches it, or why it does not, `round trip` the time that takes, `load`
+    the share of the time in which its devices compute, `waiting` the rows that wait for that, and `answered` when it
+    answered last. A server that died stays in the list for an hour, dimmed.
     """
     if as_json and not once:
         raise click.UsageError("--json goes with --once")
@@ -83,7 +87,7 @@ async def command(
             if as_json:
                 click.echo(json.dumps(observer.state()))
             else:
-                console.print(draw(observer.state(), console.width, signs=signs))
+                console.print(draw(observer.state(), console.width, signs=signs, is_once=True))
             return 0
         async with observer:
             first, scrolled = 0, asyncio.Event()

@@ -5,7 +5,7 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgpack
@@ -36,6 +36,10 @@ WARN_ALONE_AFTER = 5.5
 """Seconds without an answer of any seed, after which a node that is asked for nothing says so: a little more than
 `NetworkSettings.join_timeout`, after which those who ask are told by an error instead. People wait 10 s for a sentence,
 and starting Python takes its part of that."""
+ASK_OTHERWISE_AFTER = 1.5
+"""Seconds without an answer by UDP, after which a few seeds are asked in another way: what comes of it is in `trouble`,
+which is read when `JOIN_TIMEOUT`, `WARN_ALONE_AFTER` or `NetworkSettings.join_timeout` are over."""
+MAX_SEEDS_TOLD = 3
 MAX_REMEMBERED_PEERS = 40
 ENTRIES_PER_TURN = 1000
 
@@ -67,6 +71,7 @@ class TesseractNetwork(Uncopied):
         checks: Sequence[RecordCheck] = (),
         scope: AddressScope | None = None,
         on_role_change: Callable[[], None] = lambda: None,
+        ask_otherwise: Callable[[PeerAddress], Awaitable[str]] | None = None,
     ) -> None:
         """`peers_file` is where contacts are remembered from one run to the next; they are asked besides the seeds.
 
@@ -74,7 +79,8 @@ class TesseractNetwork(Uncopied):
         where it is to be stored: its signature holds by then, but its value may be anything; False
         refuses it, True passes it or leaves it to others. `scope`: where this node may send on a stranger's word; by
         default what suits the address that its socket is bound to. `on_role_change` is called on the loop whenever
-        `role` has changed.
+        `role` has changed. `ask_otherwise` tries to reach a seed that is silent by UDP: its sentence, if any, is in
+        `trouble`.
         """
         self.identity = identity
         self.settings = settings
@@ -94,6 +100,8 @@ class TesseractNetwork(Uncopied):
         self._scope = scope
         self._forced_client = False
         self._on_role_change = on_role_change
+        self._ask_otherwise = ask_otherwise
+        self._said_otherwise: list[str] = []
 
     @property
     def peer_id(self) -> PeerID:
@@ -176,6 +184,7 @@ class TesseractNetwork(Uncopied):
             self._background = [
                 loop.create_task(driver.find_seeds(self._seeds, remembered), name="network-seeds"),
                 loop.create_task(self._warn_if_alone(), name="network-alone"),
+                loop.create_task(self._ask_silent_seeds(), name="network-silent-seeds"),
             ]
         driver.cycle()
 
@@ -217,11 +226,11 @@ class TesseractNetwork(Uncopied):
             return None
         if wrong := self.wrong_seeds:
             return f"no seed is the node that was asked for: {'; '.join(wrong[:3])}. Check the address and the peer id"
-        names = ", ".join(peer.short for peer in self._seeds[:3]) or "those remembered from the last run"
-        return (
-            f"no answer from {names}. Does a node run there, and is UDP to its port let through?"
-            " `tesseract doctor -p ADDRESS` looks closer"
+        names = ", ".join(peer.short for peer in self._seeds[:MAX_SEEDS_TOLD]) or "those remembered from the last run"
+        said = (
+            " ".join(filter(None, self._said_otherwise)) or "Does a node run there, and is UDP to its port let through?"
         )
+        return f"no answer from {names}. {said} `tesseract doctor -p ADDRESS` looks closer"
 
     async def store(self, key: str, value: Value, *, ttl: float, subkey: str | None = None) -> int:
         """Store an entry for `ttl` seconds on the k nodes closest to the key; storing it again renews or replaces it.
@@ -406,6 +415,10 @@ class TesseractNetwork(Uncopied):
                 await driver.joined.wait()
             self._has_told = False
             await driver.isolated.wait()
+
+    async def _ask_silent_seeds(self) -> None:
+        if self._ask_otherwise is not None and not await self.wait_joined(ASK_OTHERWISE_AFTER):
+            self._said_otherwise = await asyncio.gather(*map(self._ask_otherwise, self._seeds[:MAX_SEEDS_TOLD]))
 
     def _tell_trouble(self) -> None:
         if not self._has_told and (trouble := self.trouble) is not None:

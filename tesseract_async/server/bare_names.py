@@ -41,6 +41,7 @@ from tesseract_async.server.other_replicas import (
     owner_of,
     read_replicas,
 )
+from tesseract_async.server.rhythm import Rhythm
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.wire import messages
@@ -123,7 +124,8 @@ class _Memory:
     primary: ExpertReplica | None = None
     """The one that is followed."""
     synced_from: PeerID | None = None
-    synced_at: float = 0.0
+    syncing: Rhythm | None = None
+    """Of pulls from that one."""
     giver: PeerID | None = None
     """The server that handed the expert over to this one..."""
     giver_sequence: int = 0
@@ -138,8 +140,8 @@ class _Memory:
 class _Look:
     """The questions of one look: each server is asked once whether it is there."""
 
-    def __init__(self, node: TesseractNode, timeout: float) -> None:
-        self._node, self._timeout = node, timeout
+    def __init__(self, node: TesseractNode, timeout: float, began: float) -> None:
+        self._node, self._timeout, self.began = node, timeout, began
         self._speaks: dict[PeerID, asyncio.Task[messages.ExpertInfo | None]] = {}
 
     async def speaks(self, replica: ExpertReplica) -> bool:
@@ -198,11 +200,12 @@ class BareNames:
 
     async def look(self) -> None:
         """Settle all roles, and pull the states that are due. Raises: as `read`."""
+        began = self._elapsed()
         await self._beat()
         if self._elapsed() - self._looked_at > self._settings.lease + self._settings.check_every:
             self._heard.clear()  # by then a look that is slow itself, for others' silence, has not stood still
         gate = asyncio.Semaphore(NUM_AT_ONCE)
-        look = _Look(self._node, self._settings.call_timeout / 5)
+        look = _Look(self._node, self._settings.call_timeout / 5, began)
 
         async def settle(one: _Memory) -> None:
             async with gate:
@@ -222,6 +225,12 @@ class BareNames:
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
         self._looked_at = self._elapsed()
+
+    def next_look_in(self) -> float:
+        """Return the seconds until roles are looked at again, or sooner, until a state is due."""
+        now = self._elapsed()
+        due = (one.syncing.next_at - now for one in self._experts.values() if one.syncing and one.primary is not None)
+        return min([self._settings.check_every, *(one for one in due if one > 0)])
 
     async def _beat(self) -> None:
         """Read who is there, and notice if this server was suspended or cut off since: another may have taken over.
@@ -319,14 +328,18 @@ class BareNames:
     async def _sync(self, one: _Memory, primary: ExpertReplica, look: _Look) -> None:
         now, owner = self._elapsed(), owner_of(primary)
         is_same = one.synced_from == owner
-        if is_same and now - one.synced_at < self._settings.sync_every:
+        if is_same and one.syncing is not None and now < one.syncing.next_at:
             return
         if not await look.speaks(primary):
             return  # waiting for the state of one that is gone would put off that another takes over
+        version = one.hosted.backend.version
         if not is_same or not await self._replay(one, primary):
             # of a new primary whatever it has, even if that is less than the steps that were taken here
-            await self._pull(one, primary, min_version=one.hosted.backend.version + 1 if is_same else 0)
-        one.synced_from, one.synced_at = owner, now
+            await self._pull(one, primary, min_version=version + 1 if is_same else 0)
+        if not is_same or one.syncing is None:
+            one.syncing = Rhythm(self._settings.sync_every, now)
+        one.synced_from = owner
+        one.syncing.note(now, self._elapsed(), woken=look.began, worked=one.hosted.backend.version != version)
 
     async def _replay(self, one: _Memory, primary: ExpertReplica) -> bool:
         """Follow a fragment's primary by its updates. False if its state must be fetched whole."""

@@ -160,7 +160,7 @@ class ReplicaKeeper(Succession):
 
     async def _keep(self) -> None:
         while True:
-            await asyncio.sleep(self.settings.check_every)
+            await asyncio.sleep(self.bare.next_look_in())
             await self._look_and_log()
 
     async def _look_and_log(self) -> None:

@@ -213,5 +213,3 @@ def test_what_goes_wrong_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> No
         running.run(fail)
     err = capsys.readouterr().err
     assert ended.value.code == 1 and err.startswith("Error: xxx") and len(err) < 450
-    error = OSError(30, "Read-only file system", "/srv/node.pem")
-    assert running.sentence_of(error) == "/srv/node.pem: Read-only file system"

@@ -67,7 +67,7 @@ def test_servers_legend_and_events_stay_in_sight(
     lines = shown(state(size, num_peers=num_peers, num_grids=num_grids), width, height)
     text = "\n".join(lines)
     assert len(lines) <= height and all(len(line) <= width for line in lines), text
-    left_out = "trainer 0: step 10, loss 0.5000, 1 left out"
+    left_out = "trainer 0: step 10, loss 0.5000, 1 answer left out"
     for wanted in ("tesseract top", "00000000", "tcp 192.0.2.0", "alive", "nobody", left_out, "event 19"):
         assert wanted in text, (wanted, text)
     assert num_peers < 40 or "servers more" in text
@@ -78,10 +78,10 @@ def test_lists_scroll_and_a_run_is_described() -> None:
     swarm["run"] = {"name": "digits@ab", "mode": "granted", "num_experts": 16, "expert": "ffn", "losses": 2}
     swarm["run"]["parameters"] = 4096
     swarm["contributors"] = [{"name": "attic", "short": "0", "rows": 1234567}]
-    swarm["peers"][7] |= {"name": "cellar", "left_ago": 600}
+    swarm["peers"][7] |= {"name": "cellar", "left_ago": 600, "error": "it cannot be reached"}
     for first, begins, ends in (
         (0, "00000000", "event 19"),
-        (7, "00000007", "event 12"),
+        (8, "00000009", "event 11"),
         (999, "00000027", "event 5 "),
     ):
         console = Console(width=130, file=io.StringIO())
@@ -90,7 +90,21 @@ def test_lists_scroll_and_a_run_is_described() -> None:
         text = captured.get()
         assert begins in text and ends in text and len(text.splitlines()) <= 40, text
         assert "survives the loss of any 2 members" in text and "thanks, last 24 h: attic (1,234,567 rows)" in text
-        assert first != 7 or ("cellar" in text and "left 10 min ago" in text)
+        assert (first == 999) is ("cellar" in text and "left 10 min ago" in text), "those that left come last"
+
+
+def test_one_look_says_what_it_cannot_know() -> None:
+    def once(swarm: dict[str, Any]) -> str:
+        console = Console(width=100, file=io.StringIO())
+        with console.capture() as captured:
+            console.print(picture.draw(swarm, 100, is_once=True))
+        return captured.get()
+
+    swarm = state((4, 4))
+    assert "a server that died so long before it" in once(swarm)
+    assert "a server that died so long before it" in once(swarm | {"grids": []})
+    swarm["grids"][0]["experts"] = [[[at // 4, at % 4], 0, 1, 7, 0, 0] for at in range(16)]
+    assert "This is one look" not in once(swarm), "nobody is missing"
 
 
 def test_keys_are_told_apart() -> None:
