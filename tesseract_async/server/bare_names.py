@@ -44,6 +44,7 @@ from tesseract_async.server.other_replicas import (
 from tesseract_async.server.rhythm import Rhythm
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_transfer import StateSource
+from tesseract_async.tasks import end
 from tesseract_async.wire import messages
 
 logger = logging.getLogger(__name__)
@@ -222,8 +223,7 @@ class BareNames:
                         group.create_task(settle(one))
         finally:
             look.close()
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
+            await end(beating)
         self._looked_at = self._elapsed()
 
     def next_look_in(self) -> float:

@@ -77,7 +77,7 @@ class _Tensors(nn.Module):
             self.put(update)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What an expert has, and a fragment never runs."""
+        """Return the rows as they came: only an expert's module is ever run."""
         return x
 
     def put(self, update: Update) -> None:
