@@ -151,7 +151,11 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Hashable:
         or _global_optimizer_post_hooks
     ):
         return None
-    options = [tuple((group | {"params": None, "initial_lr": None}).items()) for group in optimizer.param_groups]
+    options = [
+        # a state that came from elsewhere has lists where PyTorch has tuples
+        tuple([(name, tuple(value) if type(value) is list else value) for name, value in group.items()])
+        for group in [own | {"params": None, "initial_lr": None} for own in optimizer.param_groups]
+    ]
     if any([isinstance(value, torch.Tensor) or value.__hash__ is None for group in options for _, value in group]):
         return None
     return type(optimizer).__name__, *options
