@@ -114,6 +114,7 @@ class SwarmObserver:
         """uid -> (wall-clock time, version), a minute apart."""
         self._thanks_read_at = -math.inf
         self._seen: dict[str, set[tuple[int, ...]]] = {}
+        self._missed: set[PeerID | None] = set()
         self._num_met = 0
         self._grids: dict[str, tuple[int, ...]] = {}
         for pattern in patterns:
@@ -242,7 +243,7 @@ class SwarmObserver:
             if not peer.uids:
                 self._note(f"{peer_id.short} joined with {_experts(uids)}", "joined")
             elif uids != peer.uids:
-                self._note(f"{peer_id.short} hosts {_experts(uids)} now, {len(peer.uids)} before", "changed")
+                self._note(f"{self._called(peer_id)} hosts {_experts(uids)} now, {len(peer.uids)} before", "changed")
             peer.address, peer.uids = address, uids
         now = asyncio.get_running_loop().time()
         for peer_id, peer in list(self.peers.items()):
@@ -250,7 +251,7 @@ class SwarmObserver:
                 peer.left_at = None
             elif peer.left_at is None:
                 why = f": it did not answer any more ({peer.error})" if peer.error else ", and had said so"
-                self._note(f"{peer_id.short} left with {_experts(peer.uids)}{why}", "left")
+                self._note(f"{self._called(peer_id)} left with {_experts(peer.uids)}{why}", "left")
                 peer.left_at, peer.uids = now, set()
                 if not peer.error:
                     del self.peers[peer_id]
@@ -267,7 +268,7 @@ class SwarmObserver:
             log.info("%s did not tell its status: %s", peer.address, describe(error))
             peer.is_gone = not isinstance(error, RemoteError)
             if peer.error is None and peer.uids and peer.address.peer_id is not None:
-                self._note(f"{peer.address.peer_id.short} does not answer: {sentence}", "failed")
+                self._note(f"{self._called(peer.address.peer_id)} does not answer: {sentence}", "failed")
             peer.error = sentence[:MAX_SENTENCE]
             peer.rates, peer.busy = dict.fromkeys(RATES, 0.0), 0.0
             return
@@ -280,7 +281,7 @@ class SwarmObserver:
             peer.rates = {name: max(0, amount) / seconds for name, amount in zip(RATES, done, strict=True)}
             peer.busy = max(0.0, status.busy_seconds - before.busy_seconds) / seconds
         if peer.error is not None and peer.uids and peer.address.peer_id is not None:
-            self._note(f"{peer.address.peer_id.short} answers again", "joined")
+            self._note(f"{self._called(peer.address.peer_id)} answers again", "joined")
         peer.status, peer.seen_at, peer.error, peer.is_gone = status, now, None, False
 
     async def _read_losses(self) -> None:
@@ -312,7 +313,16 @@ class SwarmObserver:
         for prefix in self._grids:
             if (authority := node.trust.authority(prefix)) is not None:
                 places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
-                self.surveys[prefix] = Survey(places)
+                self.surveys[prefix] = survey = Survey(places)
+                leaders = Counter(survey.standing(uid).leader for uid in survey.named)
+                for peer_id, number in leaders.items():
+                    if peer_id is not None and peer_id not in self.peers and peer_id not in self._missed:
+                        self._missed.add(peer_id)
+                        count = "an expert" if number == 1 else f"{number} experts"
+                        self._note(
+                            f"{peer_id.short} should lead {count}, and is not found: it died, or begins", "failed"
+                        )
+                self._missed &= leaders.keys()
 
     async def _read_some_thanks(self) -> None:
         """Read what a period has time for: the rest follows at later looks, where dead nodes make reads slow."""
@@ -414,6 +424,11 @@ class SwarmObserver:
 
     def _label(self, peer_id: PeerID) -> Picture:
         return {"short": peer_id.short, "name": self._name(peer_id)}
+
+    def _called(self, peer_id: PeerID) -> str:
+        """Return how people know it: by its name, if it has told one, and the beginning of its id."""
+        name = self._name(peer_id)
+        return f"{name} ({peer_id.short})" if name else peer_id.short
 
     def _name(self, peer_id: PeerID) -> str:
         peer = self.peers.get(peer_id)

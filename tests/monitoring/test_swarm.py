@@ -17,6 +17,8 @@ import tesseract_async as ta
 from tesseract_async.cli import swarm_picture as picture
 from tesseract_async.errors import PeerUnreachable
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.placement import Part, Place, Role
+from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
 from tesseract_async.monitoring.observer import SHOW_DEAD_FOR
@@ -192,6 +194,23 @@ async def test_a_dead_server_counts_no_more_and_is_shown_for_a_while(monkeypatch
         let_pass(SHOW_DEAD_FOR + 1.0)
         await observer.look()
         assert observer.state()["peers"] == []
+
+
+async def test_one_look_misses_a_member_of_a_run_that_died_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = PeerID(bytes(32))
+
+    async def read(*_: object) -> tuple[dict[PeerID, Place], object]:
+        return {dead: Place(dead, 1, 1, parts={"ffn.0": Part(Role.LEADS, number=1)})}, None
+
+    monkeypatch.setattr("tesseract_async.monitoring.observer.fetch_places", read)
+    run = make_run(1)
+    async with ta.TesseractNode() as node:
+        await node.join_run(run)
+        observer = SwarmObserver(node, patterns=[run.manifest.pattern], period=30.0)
+        await observer.look()
+        await observer.look()
+        (line,) = observer.log
+        assert line[1].startswith(f"{dead.short} should lead an expert, and is not found") and line[2] == "failed"
 
 
 async def test_the_dashboard_serves_the_page_the_state_and_the_metrics() -> None:
