@@ -636,9 +636,10 @@ function drawOne() {
   else if (kind === "expert") {
     if (told.standing) {
       const [, leader, followers, holders, version, losses, word] = told.standing;
-      const list = (some) => (some.length ? some.join(", ") : "nobody");
+      const called = (id) => nameOf(state.peers.find((one) => one.short === id) ?? { short: id });
+      const list = (some) => (some.length ? some.map(called).join(", ") : "nobody");
       parts.push(facts([
-        ["led by", leader ?? "nobody"], ["followed by", list(followers)], ["held by", list(holders)],
+        ["led by", leader === null ? "nobody" : called(leader)], ["followed by", list(followers)], ["held by", list(holders)],
         ["certified version", number(version)], ["state", losses > 0 ? `${word}: survives ${number(losses)} more` : word],
       ]));
     }
