@@ -203,6 +203,7 @@ class BareNames:
         """Settle all roles, and pull the states that are due. Raises: as `read`."""
         began = self._elapsed()
         look = _Look(self._node, self._settings.call_timeout / 5, began)
+        beating = asyncio.create_task(self._go_on_beating())
         try:
             longest = self._settings.lease + self._settings.check_every
             if began - self._looked_at <= longest:  # else who is primary may have changed
@@ -213,15 +214,12 @@ class BareNames:
             await self._beat()
             if self._elapsed() - self._looked_at > longest:
                 self._heard.clear()  # by then a look that is slow itself, for others' silence, has not stood still
-            beating = asyncio.create_task(self._go_on_beating())
-            try:
-                wanted = [one for one in self._experts.values() if one.others or not one.hosted.is_primary]
-                await self._each(lambda one: self._settle(one, look), wanted)
-            finally:
-                beating.cancel()
-                await asyncio.gather(beating, return_exceptions=True)
+            wanted = [one for one in self._experts.values() if one.others or not one.hosted.is_primary]
+            await self._each(lambda one: self._settle(one, look), wanted)
         finally:
             look.close()
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
         self._looked_at = self._elapsed()
         self._look_took = min(self._looked_at - asked, self._settings.check_every)
 
