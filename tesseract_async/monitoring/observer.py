@@ -69,7 +69,7 @@ class Peer:
     status: NodeStatus | None = None
     """Its latest answer; None before the first."""
     seen_at: float = 0.0
-    """Loop time of `status`."""
+    """Loop time of its latest answer; 0 before the first."""
     rates: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RATES, 0.0))
     busy: float = 0.0
     """Share of the time that its devices compute, summed over them: 2.0 if two are always busy."""
@@ -263,6 +263,9 @@ class SwarmObserver:
         try:
             async with limit:
                 status = await ask_status(self.node, peer.address, timeout=max(0.5, self.period))
+        except UnknownMethod:  # a program's own node, without a StatusService
+            self._answered(peer)
+            return
         except (TesseractError, TimeoutError) as error:
             sentence = _reason(error)
             log.info("%s did not tell its status: %s", peer.address, describe(error))
@@ -280,9 +283,13 @@ class SwarmObserver:
             done = (status.num_calls - before.num_calls, status.num_rows - before.num_rows, steps)
             peer.rates = {name: max(0, amount) / seconds for name, amount in zip(RATES, done, strict=True)}
             peer.busy = max(0.0, status.busy_seconds - before.busy_seconds) / seconds
+        peer.status = status
+        self._answered(peer)
+
+    def _answered(self, peer: Peer) -> None:
         if peer.error is not None and peer.uids and peer.address.peer_id is not None:
             self._note(f"{self._called(peer.address.peer_id)} answers again", "joined")
-        peer.status, peer.seen_at, peer.error, peer.is_gone = status, now, None, False
+        peer.seen_at, peer.error, peer.is_gone = asyncio.get_running_loop().time(), None, False
 
     async def _read_losses(self) -> None:
         node, found, merged = self.node, dict[str, Progress](), list[Progress]()
@@ -526,7 +533,7 @@ class SwarmObserver:
             "busy": round(peer.busy, 3),
             "waiting_rows": None if status is None else status.num_waiting_rows,
             "uptime": None if status is None else status.uptime,
-            "answered_ago": None if status is None else round(asyncio.get_running_loop().time() - peer.seen_at, 1),
+            "answered_ago": None if not peer.seen_at else round(asyncio.get_running_loop().time() - peer.seen_at, 1),
             "software": None if status is None else status.software,
             "name": "" if status is None else status.name,
             "hardware": "" if status is None else status.hardware,
@@ -546,8 +553,6 @@ def _middle(values: list[float]) -> float:
 
 def _reason(error: BaseException) -> str:
     """Return in plain words why a server did not answer; the node's log has the rest."""
-    if isinstance(error, UnknownMethod):
-        return "it does not answer status calls"
     if isinstance(error, RemoteError):
         return str(error)
     if isinstance(error, TimeoutError):
