@@ -12,6 +12,9 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 demo: $(VENV)/.demo
 	$(BIN)/tesseract demo $(DEMO_ARGS)
 
+# each process of the tests would compile the package anew where the environment forbids to keep what was compiled
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 

@@ -13,7 +13,7 @@ import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, in_one
@@ -45,6 +45,7 @@ from tesseract_async.nat.role import WILDCARDS, ListeningAddress
 from tesseract_async.network.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress, ip_version, is_loopback, join_host_port, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
@@ -66,6 +67,7 @@ from tesseract_async.wire.messages import (
     TENURE,
     uid_of,
 )
+from tesseract_async.wire.packed import Value
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -249,9 +251,7 @@ class TesseractNode(Uncopied):
     async def aclose(self) -> None:
         """Leave the DHT, end all calls and close every socket. Safe to call twice."""
         self._closed = True
-        if self._watch_for_twin is not None:
-            self._watch_for_twin.cancel()
-            await asyncio.gather(self._watch_for_twin, return_exceptions=True)
+        await end(self._watch_for_twin)
         await asyncio.gather(*(aclose() for aclose in self._at_close))
         await self.directory.aclose()
         if self._started is not None:
@@ -620,7 +620,9 @@ class TesseractNode(Uncopied):
             # asked by its method alone, unless the call is for many
             self.metrics.count("endpoint_calls_refused", action=action)
             raise NotAllowed(f"{self.peer_id.short} does not let {call.peer_id.short} {action}: ask its owner")
-        role = None if _is_for_members(call.method, call.body) else _ROLES.get(call.method)
+        role = _ROLES.get(call.method)
+        if role is not None and _is_for_members(call.method, call.body):
+            role = None
         if not self.trust.may_ask(call.peer_id, role, uid):
             self.metrics.count("endpoint_calls_refused", action=role or "call")
             needed = "is no member of" if role is None else f"may not {role} in"
@@ -630,7 +632,7 @@ class TesseractNode(Uncopied):
         self.metrics.count("expert_calls_answered", method=call.method)
 
 
-def _is_for_members(method: str, body: Any) -> bool:
+def _is_for_members(method: str, body: Value) -> bool:
     """Return whether it asks for what every member may have: weights, what a primary signed, the file of that."""
     if method == STATE:
         is_sealed = body[3:4] != [NO_ROOT] and body[5:6] in ([], [NO_POINT])

@@ -13,9 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 ROOT: Final = Path(__file__).parents[1]
 
@@ -105,17 +105,34 @@ class Stem:
         self._socket, theirs = socket.socketpair()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with theirs:  # it ends when this end of the pair is closed, however that comes
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-u", "-c", _CODE, str(theirs.fileno()), *loaded],
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        self._wait: Callable[[], object] = process.wait
+
+    @classmethod
+    def forked(cls) -> Self:
+        """Fork one off this process, with what it has loaded. There must be no loop and no thread yet."""
+        made = cls.__new__(cls)
+        made._socket, theirs = socket.socketpair()
+        number = os.fork()
+        if number == 0:
+            made._socket.close()
+            os.setsid()
+            sys.argv = ["-c", str(theirs.detach())]
+            exec(_CODE, {"__name__": "__main__"})
+            sys.exit()
+        theirs.close()
+        made._wait = lambda: os.waitpid(number, 0)
+        return made
 
     def close(self) -> None:
         """Ends it, and all that it has started."""
         self._socket.close()
-        self._process.wait()
+        self._wait()
 
     def fork(self, *argv: str, files: Sequence[int], folder: Path, environment: dict[str, str], **more: object) -> int:
         """Does what `start` says, with these files as its own first three; to the fourth its exit status is told.
@@ -152,10 +169,10 @@ class Stem:
                 os.close(descriptor)
         return Process(
             number,
-            await _writer(stdin[1]),
-            await _reader(out[0]),
-            None if err is None else await _reader(err[0]),
-            await _reader(told[0]),
+            await writer(stdin[1]),
+            await reader(out[0]),
+            None if err is None else await reader(err[0]),
+            await reader(told[0]),
         )
 
 
@@ -165,7 +182,7 @@ class Process:
     def __init__(
         self,
         number: int,
-        stdin: asyncio.WriteTransport,
+        stdin: asyncio.StreamWriter,
         stdout: asyncio.StreamReader,
         stderr: asyncio.StreamReader | None,
         told: asyncio.StreamReader,
@@ -212,7 +229,7 @@ async def _nothing() -> bytes:
     return b""
 
 
-async def _reader(descriptor: int) -> asyncio.StreamReader:
+async def reader(descriptor: int) -> asyncio.StreamReader:
     """Closes the descriptor when its other end is closed."""
     reader = asyncio.StreamReader(limit=1 << 20)
     await asyncio.get_running_loop().connect_read_pipe(
@@ -221,6 +238,9 @@ async def _reader(descriptor: int) -> asyncio.StreamReader:
     return reader
 
 
-async def _writer(descriptor: int) -> asyncio.WriteTransport:
-    transport, _ = await asyncio.get_running_loop().connect_write_pipe(asyncio.Protocol, os.fdopen(descriptor, "wb"))
-    return transport
+async def writer(descriptor: int) -> asyncio.StreamWriter:
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.connect_write_pipe(
+        lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader()), os.fdopen(descriptor, "wb")
+    )
+    return asyncio.StreamWriter(transport, protocol, None, loop)

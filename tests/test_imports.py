@@ -13,13 +13,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tesseract_async"
 
 # Each room and the rooms that it may import, besides itself. One line per room; read from the bottom up.
-BASE = {"errors", "files", "lru", "metrics", "uncopied"}
+BASE = {"errors", "files", "lru", "metrics", "tasks", "uncopied"}
 LOWER = BASE | {"identity", "admission", "wire"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "lru": set(),
     "metrics": {"uncopied"},
+    "tasks": set(),
     "leaving": set(),
     "__main__": {"cli"},
     "uncopied": set(),
@@ -39,10 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "leaving"},
     "shared_pieces": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server"},
+    "shared_part": LOWER | {"experts", "node", "runtime", "sharing", "server", "shared_pieces"},
     "shared_parameters": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
-    | {"shared_pieces"},
-    "shared_sampler": LOWER | {"shared_parameters", "sharing"},
+    | {"shared_pieces", "shared_part"},
+    "shared_sampler": LOWER | {"shared_pieces", "shared_parameters", "sharing"},
     "saving": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
     | {"shared_pieces", "shared_parameters"},

@@ -26,12 +26,10 @@ from tesseract_async.cli.types import (
     ROWS,
     SIZE,
     THREADS,
-    TURN_SERVER,
 )
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
-from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
 from tesseract_async.transport.base import PeerAddress, is_loopback, split_host_port
 from tesseract_async.transport.throttle import Throttle
@@ -205,7 +203,6 @@ class NodeOptions:
     upnp: bool = False
     relay: bool = True
     stun_servers: Sequence[str] = ()
-    turn_server: TurnServer | None = None
     identity: Path | None = None
 
     def make(
@@ -222,7 +219,7 @@ class NodeOptions:
             upnp=self.upnp,
             relay=self.relay,
             policy=policy,
-            reach=ReachSettings(stun_servers=tuple(self.stun_servers), turn=self.turn_server),
+            reach=ReachSettings(stun_servers=tuple(self.stun_servers)),
             throttle=throttle,
             max_receive_bytes=MAX_RECEIVE_BYTES if max_receive_bytes is None else max_receive_bytes,
         )
@@ -251,12 +248,6 @@ _node_group = grouped(
         type=ADDRESS,
         metavar="HOST:PORT",
         help="Ask this server, too, how the internet sees this computer.",
-    ),
-    click.option(
-        "--turn-server",
-        type=TURN_SERVER,
-        metavar="USER:PASSWORD@HOST:PORT",
-        help="Use this TURN server if all else fails.",
     ),
     leave_with_parent_option,
 )

@@ -12,7 +12,6 @@ import click
 
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
-from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.server.contract import Hours
 from tesseract_async.transport.base import split_host_port
 
@@ -148,7 +147,6 @@ PERIOD: Final = seconds(least=0.001)
 ADDRESS: Final = Parsed("address", _address)
 METRICS_ADDRESS: Final = Parsed("address", lambda text: _address(text if ":" in text else f"127.0.0.1:{text}"))
 """``HOST:PORT``; a port alone is one of this computer's loopback."""
-TURN_SERVER: Final = Parsed("TURN server", TurnServer.parse)
 PEER: Final = Parsed("peer", PeerID.parse)
 PEERS: Final = Parsed("peers", _peers)
 """A set of peer ids, written with commas between them."""

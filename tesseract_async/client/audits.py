@@ -21,6 +21,7 @@ from tesseract_async.client.expert_rpc import Forward, Receipt, call_forward
 from tesseract_async.client.ports import Node
 from tesseract_async.errors import TesseractError
 from tesseract_async.identity import PeerID
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.codecs import settle
 
@@ -138,9 +139,7 @@ class Audits:
             await asyncio.wait(self._tasks)
 
     async def aclose(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     def _count(self, verdict: Verdict) -> None:
         self.outcomes[verdict] += 1

@@ -7,12 +7,12 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.experience import Experience
 from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt, call_forward, fetch_info, unpack_fitting
 from tesseract_async.errors import ExpertNotFound, InputsForgotten, TesseractError, TooStale, describe
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.encoding import pack
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import BACKWARD
@@ -48,15 +48,10 @@ class Exchange(Generic[T]):
     is_timed: ClassVar[bool] = False
     """How long it takes says how long a forward takes there."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Uncompressed bytes both ways together; 0 if it is little."""
-        return 0
-
-    @property
-    def gives(self) -> tuple[int, int]:
-        """Rows and optimizer steps that its answer is worth (`experts.thanks`)."""
-        return 0, 0
+    num_bytes = 0
+    """Uncompressed bytes both ways together; 0 if it is little."""
+    gives = 0, 0
+    """Rows and optimizer steps that its answer is worth (`experts.thanks`)."""
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         """Those of `replicas` that may answer. Raises: ExpertNotFound."""
@@ -91,16 +86,14 @@ class ForwardExchange(Exchange[Forwarded]):
     _primaries: list[PeerAddress] = field(default_factory=list, init=False)
     """The primaries, where the age of others' answers is to be checked."""
 
-    @property
-    def num_bytes(self) -> int:
-        return _num_rows(self.inputs) * self.forward.schema.row_bytes
-
-    @property
-    def gives(self) -> tuple[int, int]:
-        return _num_rows(self.inputs), 0
+    def __post_init__(self) -> None:
+        num_rows = _num_rows(self.inputs)
+        self.num_bytes, self.gives = num_rows * self.forward.schema.row_bytes, (num_rows, 0)
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         max_staleness = self.forward.options.max_staleness
+        if max_staleness is None:
+            return replicas
         if max_staleness:
             self._primaries = [replica.peer for replica in replicas if replica.primary]
         return eligible(self.forward.uid, replicas, max_staleness)
@@ -130,7 +123,7 @@ class ForwardExchange(Exchange[Forwarded]):
                     f"how old the answer of a follower of {uid} is, its primary does not say: {describe(error)}"
                 ) from error
         finally:
-            await cancel_all([asking])
+            await end(asking)
         max_staleness = self.forward.options.max_staleness
         if max_staleness is not None and receipt.version + max_staleness < newest:
             raise TooStale(
@@ -150,10 +143,7 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
     inputs: Sequence[torch.Tensor | None]
     output_gradients: Sequence[torch.Tensor | None]
     call_id: bytes = field(default_factory=new_name)
-
-    @property
-    def gives(self) -> tuple[int, int]:
-        return 0, 1
+    gives = 0, 1
 
     async def send(self, replica: ExpertReplica, timeout: float) -> list[torch.Tensor | None]:
         """The inputs' gradients (None where there is none), on the CPU. See `Exchange.send`."""

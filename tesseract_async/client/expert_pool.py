@@ -34,7 +34,7 @@ _NUM_LAYERS: Final = 1 << 16
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PoolAnswer:
-    """What a pool's experts answered, and the way back through their call."""
+    """The answers of a pool's experts, and the way back through their call."""
 
     answer: torch.Tensor
     _call: MixtureCall

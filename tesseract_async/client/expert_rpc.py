@@ -6,7 +6,7 @@ is down.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.codecs import CodecPolicy, Codecs, settle
 from tesseract_async.wire.messages import FORWARD, INFO
+from tesseract_async.wire.packed import Value
 from tesseract_async.wire.tensors import (
     Schema,
     TensorSpec,
@@ -173,7 +174,7 @@ async def call_forward(
 
 
 async def unpack_fitting(
-    uid: str, metas: list[Any], buffers: Sequence[memoryview], specs: Sequence[TensorSpec], num_rows: int
+    uid: str, metas: list[Value], buffers: Sequence[memoryview], specs: Sequence[TensorSpec], num_rows: int
 ) -> list[torch.Tensor | None]:
     """The tensors of an answer, each of its spec or absent. Raises: ProtocolError."""
     check_growth(uid, metas, specs)

@@ -6,7 +6,6 @@ from typing import Final, TypeVar
 
 import torch
 
-from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.exchanges import BackwardExchange, Exchange
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import fetch_info
@@ -24,6 +23,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ async def _ask_several(
                     break
         raise first_error or TimeoutError(f"no replica answered within {timeout} s")
     finally:
-        await cancel_all(tasks)
+        await end(*tasks)
 
 
 async def ask_primary(
@@ -183,7 +183,7 @@ async def watched(experience: Experience, asking: Coroutine[object, object, T], 
                 experience.node.directory.report_late(replica)
         raise
     finally:
-        await cancel_all([call, *probes])
+        await end(call, *probes)
 
 
 async def _speaks(experience: Experience, replica: ExpertReplica) -> bool:

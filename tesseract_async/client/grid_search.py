@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 
 from tesseract_async.client.beam_search import BeamSearch
-from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.dispatch import ForwardDispatch
 from tesseract_async.client.experience import Experience, GridExperience
 from tesseract_async.client.routing import Candidates, LiveGrid, uid_at
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import NotEnoughExperts, TesseractError
 from tesseract_async.experts.grid import ExpertReplica, GridView
+from tesseract_async.tasks import end
 from tesseract_async.uncopied import Uncopied
 
 _SEARCH_AGAIN_SECONDS: Final = 1.0
@@ -177,7 +177,7 @@ class GridSearch(Uncopied):
             if found is not None and len(found.coords):
                 return found
         finally:
-            await cancel_all(tasks)
+            await end(*tasks)
         cold = TimeoutError(directory.trouble or "the grid's directory could not be read in time")
         raise NotEnoughExperts(1, len(scores_RS), {self.prefix: cold})
 

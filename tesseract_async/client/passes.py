@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.dispatch import CallsUnderWay, ExpertCall
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, check_growth
@@ -29,6 +28,7 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.runtime.encoding import unpack
 from tesseract_async.runtime.gradients import are_finite, per_row
+from tesseract_async.tasks import end
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Weights, decode_part, encode_request
 from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import TensorSpec
@@ -168,7 +168,7 @@ class Pass:
                     await self._wait(grouping.timer_at())
                 self.experience.learn(calls, loop.time() - started)
             finally:
-                await cancel_all(self._tasks)
+                await end(*self._tasks)
                 del self._grouping  # what it was given are methods of this object: a cycle full of tensors
         self._raise(calls.shortage())
 

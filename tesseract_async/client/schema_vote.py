@@ -8,13 +8,13 @@ from typing import Final
 import torch
 
 from tesseract_async.client.arguments import Arguments
-from tesseract_async.client.cancelling import cancel_all
 from tesseract_async.client.exchanges import SchemaExchange
 from tesseract_async.client.experience import Experience
 from tesseract_async.client.expert_rpc import ExpertSchema
 from tesseract_async.client.failover import ask_best
 from tesseract_async.client.routing import Candidates
 from tesseract_async.errors import NotEnoughExperts, TesseractError
+from tesseract_async.tasks import end
 from tesseract_async.uncopied import Uncopied
 
 _NUM_WITNESSES: Final = 3
@@ -104,7 +104,7 @@ class SchemaVote(Uncopied):
                     else:
                         raise error
         finally:
-            await cancel_all(tasks)
+            await end(*tasks)
         return told
 
 

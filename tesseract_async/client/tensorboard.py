@@ -6,7 +6,7 @@ from tesseract_async.client.trainer import StepReport
 
 
 class Writer(Protocol):
-    """What is used of ``torch.utils.tensorboard.SummaryWriter``."""
+    """The part that is used of ``torch.utils.tensorboard.SummaryWriter``."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
         """Write one figure."""

@@ -16,6 +16,7 @@ from tesseract_async.client.leaves import fire_post_accumulate_hooks, wait_for_a
 from tesseract_async.client.progress import ProgressOf
 from tesseract_async.client.scaling import Scaled
 from tesseract_async.errors import SchemaMismatch, TesseractError
+from tesseract_async.tasks import end
 
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
@@ -523,9 +524,7 @@ class _Source(Generic[B]):
 
     async def aclose(self) -> None:
         """Make no more."""
-        if self._making is not None:
-            self._making.cancel()
-            await asyncio.gather(self._making, return_exceptions=True)
+        await end(self._making)
 
 
 def _num_samples(batch: object) -> int:

@@ -5,7 +5,7 @@ import logging
 import os
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Final, TypeVar
 
 from tesseract_async.endpoint.bounds import EndpointSettings
@@ -25,6 +25,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel
@@ -315,7 +316,7 @@ def reason_of(error: BaseException) -> str:
 
 async def race(
     paths: Sequence[DialPath],
-    attempt: Callable[[DialPath], Awaitable[Result]],
+    attempt: Callable[[DialPath], Coroutine[object, object, Result]],
     *,
     finished: Callable[[DialPath, BaseException | None], None],
 ) -> tuple[Result | None, dict[str, BaseException]]:
@@ -328,13 +329,13 @@ async def race(
     loop = asyncio.get_running_loop()
     queue = deque(sorted(paths, key=lambda path: path.delay))
     begun = loop.time()
-    running: dict[asyncio.Future[Result], DialPath] = {}
+    running: dict[asyncio.Task[Result], DialPath] = {}
     errors: dict[str, BaseException] = {}
     try:
         while queue or running:
             while queue and (not running or loop.time() - begun >= queue[0].delay):
                 path = queue.popleft()
-                running[asyncio.ensure_future(attempt(path))] = path
+                running[loop.create_task(attempt(path))] = path
             timeout = max(0.0, begun + queue[0].delay - loop.time()) if queue else None
             done, _ = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -349,10 +350,4 @@ async def race(
                 del running[task]
         return None, errors
     finally:
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running)
-        for task in running:
-            if not task.cancelled():
-                task.exception()  # retrieved: it finished in the same turn as the winner
+        await end(*running)  # some may have finished in the same turn as the winner

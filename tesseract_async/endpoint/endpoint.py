@@ -95,7 +95,7 @@ class Endpoint(Uncopied):
             lambda peer_id: self.policy.quota_of(peer_id),
             refused=lambda reason: self.metrics.count("endpoint_calls_over_quota", reason=reason),
         )
-        """What each peer has used of its quota."""
+        """The part of its quota that each peer has used."""
         self._rng = random.Random()
         self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
         self.dialer = Dialer(

@@ -35,7 +35,7 @@ class Deferred(Awaitable[Result], Generic[Result]):
         self.finish = finish
         self.cancel = cancel
 
-    def __await__(self) -> Generator[Any, Any, Result]:
+    def __await__(self) -> Generator[object, object, Result]:
         try:
             yield from asyncio.shield(self.future).__await__()  # others may wait for it, too
         except asyncio.CancelledError:
@@ -99,16 +99,13 @@ class Handlers:
     def flushed(self) -> bool:
         """Start held calls, resume replies in parts. Return whether more calls may start after the next flush."""
         self._started = 0
-        while self._held and self._started < STARTS_PER_TURN and self._may_reply():
+        while self._held and self._started < STARTS_PER_TURN and self._protocol.backlog <= self._max_backlog:
             self._start(self._held.pop(next(iter(self._held))))
-        if not self._may_reply():
+        if self._protocol.backlog > self._max_backlog:
             return False
         for may_send in self._may_send.values():
             may_send.set()
         return bool(self._held)
-
-    def _may_reply(self) -> bool:
-        return self._protocol.backlog <= self._max_backlog
 
     def _start(self, event: CallReceived) -> None:
         self._started += 1
@@ -186,7 +183,7 @@ class Handlers:
             async with contextlib.aclosing(parts):
                 more = True
                 while more:
-                    while not self._protocol.incoming.takes_part(stream) or not self._may_reply():
+                    while self._protocol.backlog > self._max_backlog or not self._protocol.incoming.takes_part(stream):
                         may_send.clear()
                         await may_send.wait()
                     message = await anext(parts, None)

@@ -24,6 +24,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.entries import Entry
 from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.tasks import end
 from tesseract_async.uncopied import Uncopied
 
 log = logging.getLogger(__name__)
@@ -313,9 +314,7 @@ class ExpertDirectory(Uncopied):
         self._closed = True
         tasks = list(self._tasks.values())
         self._tasks.clear()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*tasks)
 
     async def _keep_fresh(self, grid: _Grid) -> None:
         loop = asyncio.get_running_loop()

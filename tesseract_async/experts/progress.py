@@ -1,12 +1,13 @@
 """Trainers' progress, as observers see it: how far each trainer of a grid is, in the network."""
 
 import math
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from tesseract_async.experts.thanks import Thanks, publish_thanks
 from tesseract_async.experts.trust import Trust
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.wire.packed import Value
 
 PROGRESS_TTL: Final = 60.0
 """Seconds that a trainer is shown after it was last heard of."""
@@ -57,7 +58,7 @@ def read_progress(value: object) -> Progress | None:
     """
     if not isinstance(value, list | tuple) or len(value) < 3:
         return None
-    fields: list[Any] = [*list(value[:5]), *(0, UNITS[0])[len(value) - 3 :]]
+    fields: list[Value] = [*list(value[:5]), *(0, UNITS[0])[len(value) - 3 :]]
     step, loss, left_out, seen, unit = fields
     if not all(type(number) is int and 0 <= number < 2**53 for number in (step, left_out, seen)):
         return None

@@ -13,6 +13,7 @@ from tesseract_async.experts.manifest import encode_manifest, experts_by_grid, j
 from tesseract_async.experts.trust import Trust
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,8 @@ class ExpertPublisher:
 
     async def stop_renewing(self) -> None:
         """Let what is declared expire: for a node whose network is closed."""
-        if self._renewal is not None:
-            self._renewal.cancel()
-            await asyncio.gather(self._renewal, return_exceptions=True)
-            self._renewal = None
+        await end(self._renewal)
+        self._renewal = None
 
     async def aclose(self) -> None:
         was_open, self._closed = not self._closed, True

@@ -25,6 +25,7 @@ from tesseract_async.experts.trust import Trust
 from tesseract_async.files import write_whole
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -238,10 +239,8 @@ class RunKeeper:
 
     async def aclose(self) -> None:
         """Stop; the copy stays until it expires, for those who come later. Closing twice is harmless."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await end(self._task)
+        self._task = None
 
     async def keep_once(self) -> bool:
         """Count the copies of the manifest and store one of this node's if needed; return whether it was stored."""

@@ -23,6 +23,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.history import History
 from tesseract_async.monitoring.status import NodeStatus, ask_status
 from tesseract_async.node import TesseractNode
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 
 log = logging.getLogger(__name__)
@@ -129,9 +130,7 @@ class SwarmObserver:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     async def wait_changed(self) -> None:
         await self._changed.wait()

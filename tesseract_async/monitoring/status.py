@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 
@@ -24,6 +23,7 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire.packed import Value
 
 METHOD = "node.status"
 MAX_STATUS_BYTES = 2**20
@@ -81,7 +81,7 @@ class NodeStatus:
     memory_bytes: int = 0
     """Memory of the process."""
     num_parameters: int = 0
-    """Of its largest expert."""
+    """The parameters of its largest expert."""
 
 
 class StatusService:
@@ -185,7 +185,7 @@ def decode_status(body: object) -> NodeStatus:
     """Read a status. Untrusted; unknown fields are ignored. Raises: ProtocolError."""
     if type(body) is not dict:
         raise ProtocolError("a status is a map")
-    values: dict[str, Any] = {}
+    values: dict[str, Value] = {}
     for field in dataclasses.fields(NodeStatus):
         value = body.get(field.name, field.default)
         if field.name == "experts":

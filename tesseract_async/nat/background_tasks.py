@@ -7,6 +7,7 @@ from typing import Final
 
 from tesseract_async.errors import ConnectionLost, TesseractError, describe
 from tesseract_async.metrics import Metrics
+from tesseract_async.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,4 @@ class BackgroundTasks:
 
     async def aclose(self) -> None:
         self.is_closed = True
-        for task in self._tasks:
-            task.cancel()
-        await self.wait_done()
+        await end(*self._tasks)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from tesseract_async.nat.offers import Candidate, Description
-from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.network.address_scope import PUBLIC, kind_of
 from tesseract_async.transport.base import range_of
 
@@ -26,7 +25,6 @@ class HolePuncher:
     """Returns the addresses of this computer."""
     stun_server: Callable[[], Awaitable[tuple[str, int] | None]]
     """Returns an IPv4 server that is known to answer."""
-    turn: TurnServer | None = None
     enabled: bool = True
     """True if this node makes data channels at all."""
 
@@ -45,7 +43,6 @@ class HolePuncher:
             controlling=controlling,
             addresses=self.own_hosts(),
             stun_server=await self.stun_server(),
-            turn=self.turn,
         )
 
 

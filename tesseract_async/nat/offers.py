@@ -51,7 +51,7 @@ class Candidate:
     """One address under which a side of a future data channel may be reached by UDP (RFC 8445)."""
 
     kind: str
-    """``host``, ``srflx`` (as a STUN server saw it) or ``relay`` (a TURN server's)."""
+    """``host``, ``srflx`` (as a STUN server saw it) or ``relay`` (RFC 8656)."""
     host: str
     port: int
     priority: int

@@ -35,7 +35,7 @@ from tesseract_async.nat.role import (
     RoleFound,
     RoleMachine,
 )
-from tesseract_async.nat.stun_client import StunClient, TurnServer
+from tesseract_async.nat.stun_client import StunClient
 from tesseract_async.nat.traversal import HEAD_START, OFFER_TIMEOUT, NatTransport
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.network import TesseractNetwork
@@ -58,8 +58,6 @@ class ReachSettings:
     """The room for relayed connections of others where this node is public; None where traffic is metered."""
     stun_servers: tuple[str, ...] = ()
     """Outside STUN servers, ``host:port``, asked besides the swarm's public nodes: for a swarm with few of them."""
-    turn: TurnServer | None = None
-    """An outside TURN server for data channels: for a swarm whose nodes do not relay."""
     client: bool = False
     """This node is known not to be dialable (a strict firewall): it does not ask, and uses rendezvous nodes at once."""
     punch_holes: bool = True
@@ -152,7 +150,6 @@ class Reach:
         puncher = HolePuncher(
             own_hosts=self._own_hosts,
             stun_server=self._stun.server,
-            turn=settings.turn,
             enabled=settings.punch_holes,
         )
         self._puncher = puncher

@@ -58,7 +58,7 @@ class RelayLedger:
     ) -> None:
         """`max_splices`: what the process's limit on open files leaves."""
         self.settings = settings
-        # a range may hold as many as it leaves free, a peer half as many: so the next one finds room, whoever came
+        # a range may hold as many as it leaves free, a peer half as many: so the next one always finds room
         self._shares = FairCount(min(settings.max_splices, max_splices or settings.max_splices) + 2)
         self._waiting_timeout = waiting_timeout
         self._by_token: dict[bytes, Splice] = {}

@@ -1,15 +1,11 @@
-"""Asks STUN servers where this node seems to be: which of them answer, and what kind of NAT lies in between.
-
-An outside TURN server is only described here.
-"""
+"""Asks STUN servers where this node seems to be: which of them answer, and what kind of NAT lies in between."""
 
 import asyncio
 import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.nat.role import ListeningAddress, NatKind, kind_of_nat
@@ -26,26 +22,6 @@ TIMEOUT: Final = 1.0
 """Seconds within which servers must have answered."""
 FRESH: Final = 60.0
 """Seconds for which a server that answered counts as alive."""
-
-
-@dataclass(frozen=True, slots=True)
-class TurnServer:
-    """An outside TURN server (RFC 8656), through which a data channel may run where nothing else works."""
-
-    host: str
-    port: int
-    username: str
-    password: str
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``USER:PASSWORD@HOST:PORT``. Raises: ValueError."""
-        user, at, server = text.rpartition("@")
-        name, colon, password = user.partition(":")
-        host, port = split_host_port(server)
-        if not (at and colon and name):
-            raise ValueError("a TURN server is given as USER:PASSWORD@HOST:PORT")
-        return cls(host, port, name, password)
 
 
 class StunClient:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tesseract_async.identity import PeerID
-from tesseract_async.network.values import Value
+from tesseract_async.wire.packed import Value
 
 
 @dataclass(frozen=True, slots=True)

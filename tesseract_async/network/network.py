@@ -24,9 +24,11 @@ from tesseract_async.network.holding import RecordCheck
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, MAX_TTL
-from tesseract_async.network.values import Value, decode_value, encode_value
+from tesseract_async.network.values import decode_value, encode_value
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress, join_host_port
 from tesseract_async.uncopied import Uncopied
+from tesseract_async.wire.packed import Value
 
 RECEIVE_BUFFER_BYTES = 4 * 2**20
 """Loopback drops datagrams too, once this is full."""
@@ -190,9 +192,7 @@ class TesseractNetwork(Uncopied):
 
     async def aclose(self) -> None:
         """Say farewell and close the socket. Pending reads and writes raise `ConnectionAbortedError`."""
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await end(*self._background)
         self._background = []
         if self._driver is not None:
             driver, self._driver = self._driver, None

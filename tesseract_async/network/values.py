@@ -1,12 +1,11 @@
 """Values of the network as bytes. One that would not come back equal is refused before anything is sent. Pure."""
 
 import math
-from typing import Any, TypeAlias
 
 import msgpack
 
-Value: TypeAlias = Any
-"""None, a boolean, number, text or bytes, or a list or dictionary of these."""
+from tesseract_async.wire.packed import Value
+
 MAX_DEPTH = 64
 """Lists and dictionaries within one another."""
 

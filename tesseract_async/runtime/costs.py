@@ -1,4 +1,4 @@
-"""What batches cost, learned from those that ran; and whether computing several in one pass pays. Pure machines."""
+"""The cost of batches, learned from those that ran; and the choice between one pass and several. Pure machines."""
 
 import math
 from collections import deque
@@ -67,7 +67,7 @@ _SAMPLES: Final = 7
 
 
 class GroupChoice:
-    """Whether batches of several experts of one kind are computed in one pass, by what that took.
+    """The choice whether batches of several experts of one kind are computed in one pass, by what that took.
 
     Sizes are told apart by their powers of four. For each, both ways take turns until both are known; then the faster
     one is taken, and the other is looked at again from time to time: what pays may change with what else is going on.
@@ -111,7 +111,7 @@ class GroupChoice:
 
 
 class _Size:
-    """What passes of about one size took, in seconds per batch."""
+    """The seconds per batch that passes of about one size took."""
 
     __slots__ = ("alone", "together", "is_known", "pays", "best", "last_way")
 

@@ -31,11 +31,11 @@ from tesseract_async.runtime.gradients import Gradients, add_gradients, are_fini
 from tesseract_async.runtime.mesh_agreement import Agreement
 from tesseract_async.runtime.mesh_building import Build, build_spread, like
 from tesseract_async.runtime.mesh_job import groups_of, link_of_job, on_cpu
-from tesseract_async.runtime.mesh_meeting import Value
 from tesseract_async.runtime.mesh_plans import Plan, check_torch, fsdp
 from tesseract_async.runtime.mesh_states import SpreadStates, broadcast, described, local, raw
 from tesseract_async.runtime.module_runner import ModuleRunner
 from tesseract_async.runtime.watching import copies
+from tesseract_async.wire.packed import Value
 from tesseract_async.wire.tensors import Schema
 
 

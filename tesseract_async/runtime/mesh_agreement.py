@@ -22,7 +22,7 @@ DIFFERS: Final = "rows decide what this module computes: then they cannot be div
 
 
 class Agreement:
-    """Of the processes of one group; each makes one of these."""
+    """The agreement of the processes of one group; each makes one of these."""
 
     def __init__(self, group: dist.ProcessGroup, units: Sequence[FSDPModule]) -> None:
         """`group`: knows tensors of the CPU. `units`: the parts of the module that FSDP gathers.

@@ -98,7 +98,7 @@ def _planned(build: Build, plan: Plan, mesh: DeviceMesh) -> _Planned | None:
 
 
 class _Cuts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What this process keeps of each parameter while a builder makes the next one."""
+    """The parts of parameters that this process keeps while a builder makes the next one."""
 
     def __init__(self, boxes: Sequence[Box | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

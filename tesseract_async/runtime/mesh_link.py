@@ -37,13 +37,14 @@ from tesseract_async.runtime.mesh_meeting import (
     LIFELINE,
     STATES,
     Meeting,
-    Value,
     frame_of,
     read,
     receive,
     send,
 )
+from tesseract_async.tasks import end
 from tesseract_async.wire.compression import flat_of
+from tesseract_async.wire.packed import Value
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -60,7 +61,7 @@ Counts = Mapping[str, int]
 
 
 class Follows(Protocol):
-    """What carries out commands: the same on every process, in the same order."""
+    """The part that carries out commands: the same on every process, in the same order."""
 
     def carry_out(self, name: str, args: Sequence[Value]) -> Value:
         """Return what the leader should know; `forget` is a command, too. Raises what a module may raise: anything."""
@@ -231,9 +232,7 @@ class MeshLink:
             return await found
         finally:
             self._noticed = lambda: None
-            for one in watchers:
-                one.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            await end(*watchers)
 
     def forget(self, follower: int, number: int) -> None:
         """Let every process drop what it keeps under this number, or the follower itself (0), with the next command.

@@ -16,11 +16,12 @@ import selectors
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgpack
 
 from tesseract_async.errors import describe
+from tesseract_async.wire.packed import Value
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -41,11 +42,9 @@ _HELLO: Final = struct.Struct(f"!IB{_NONCE_BYTES}s{_PROOF_BYTES}s")
 """Rank, channel, the follower's nonce, its proof."""
 LENGTH: Final = struct.Struct("!I")
 
-Value = Any  # what msgpack holds
-
 
 class Meeting:
-    """What comes of it: sockets to the others."""
+    """The result of the meeting: sockets to the others."""
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         """Meet the others, for at most `timeout` seconds. Raises: TimeoutError if they do not all come."""

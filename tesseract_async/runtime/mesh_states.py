@@ -22,9 +22,9 @@ from tesseract_async.runtime import states
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.mesh_building import box_of, like
 from tesseract_async.runtime.mesh_link import MeshLink
-from tesseract_async.runtime.mesh_meeting import Value
 from tesseract_async.runtime.spread_tensor import Part, SpreadTensor, blocks_of
 from tesseract_async.runtime.states import StateDict
+from tesseract_async.wire.packed import Value
 
 
 class SpreadStates(ExpertBackend):
@@ -34,7 +34,7 @@ class SpreadStates(ExpertBackend):
     _index: int
     _place: torch.device
     _given: Any = None
-    """What the leader was given for the command under way."""
+    """The argument that the leader was given for the command under way."""
     _states: dict[int, StateDict]
     """Those that are kept, by number, with `_Leaf` for each tensor that is spread."""
 

@@ -21,7 +21,7 @@ from tesseract_async.wire.tensors import Schema, TensorSpec
 logger = logging.getLogger(__name__)
 
 _TRIED_SIZE = 8
-"""What varies has this size, and one less, when it is found out what a module returns."""
+"""Size of dimensions that vary, and one less, in the inputs by which a module's outputs are found out."""
 
 
 class ModuleRunner:

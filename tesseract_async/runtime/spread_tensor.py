@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 import torch
 
 BLOCK_BYTES: Final = 4 << 20
-"""Of whole rows, about as much at a time."""
+"""Bytes of whole rows that are taken at a time, about."""
 
 
 class Part(NamedTuple):

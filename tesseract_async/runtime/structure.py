@@ -15,7 +15,7 @@ from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.wire.tensors import DTYPE_NAMES, DTYPES
 
 Described = dict[str, Any]
-"""What JSON holds."""
+"""A module as JSON describes it."""
 
 ALLOWED: Final = ("torch.nn", "torch._C._nn", "tesseract_async.server.registry")
 """Modules, with those inside of them, whose classes and functions may always be imported."""

@@ -32,7 +32,7 @@ class Work(QueuedRequest):
     output_gradients: Gradients | None
     """None for a forward."""
     weights: torch.Tensor | None
-    """What each row's output gradients are multiplied by: [num_rows], float32. The results then end with the weights'
+    """The factor of each row's output gradients: [num_rows], float32. The results then end with the weights'
     own gradients."""
     training: bool
     seed: int

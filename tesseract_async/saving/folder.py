@@ -71,7 +71,7 @@ class SavedModel:
     model: Described | None = None
     """How the rest of the model is built, with gates by their settings; None if it is not known."""
     files: dict[str, str] = field(default_factory=dict)
-    """What else there is: ``model`` and ``trainer``."""
+    """The other parts that are there: ``model`` and ``trainer``."""
     sums: dict[str, str] = field(default_factory=dict)
     """SHA-256 of ``model``'s file."""
 

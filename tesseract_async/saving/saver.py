@@ -32,6 +32,7 @@ from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.checkpoint import check_state, encode
 from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
 from tesseract_async.server.other_replicas import read_replicas
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -46,7 +47,7 @@ MAX_ASKED: Final = 64
 PATIENCE: Final = 10.0
 """Overloaded servers are asked again for so many times the timeout of a piece."""
 MAX_HELD_BYTES: Final = 64 << 20
-"""Of small states that came with the answer; beyond, they are asked for again."""
+"""Bytes of small states that came with the answer; beyond, they are asked for again."""
 MAX_SIZE_RATIO: Final = 4
 """A state that is so many times larger than most of its grid's is not fetched: Adam's are three times the weights', ...
 """
@@ -180,9 +181,7 @@ class SavePoint:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._marking:
-            task.cancel()
-        await asyncio.gather(*self._marking, return_exceptions=True)
+        await end(*self._marking)
 
     async def mark(self, *, within: float = math.inf) -> None:
         """Have every server write down its experts' states now. Training that pauses meanwhile pauses for `within`

@@ -44,6 +44,7 @@ from tesseract_async.server.other_replicas import (
 from tesseract_async.server.rhythm import Rhythm
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_transfer import StateSource
+from tesseract_async.tasks import end
 from tesseract_async.wire import messages
 
 logger = logging.getLogger(__name__)
@@ -218,8 +219,7 @@ class BareNames:
             await self._each(lambda one: self._settle(one, look), wanted)
         finally:
             look.close()
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
+            await end(beating)
         self._looked_at = self._elapsed()
         self._look_took = min(self._looked_at - asked, self._settings.check_every)
 

@@ -1,4 +1,4 @@
-"""What a member of a run can give: how many experts it computes, how fast, and how many it keeps on disk. Measured."""
+"""Measures the capacity of a member of a run: how many experts it computes, how fast, and how many it keeps on disk."""
 
 import shutil
 import tempfile
@@ -18,7 +18,7 @@ from tesseract_async.server.state_files import NUM_SEALED
 MAX_ROOM: Final = 64
 """Experts that a server takes on by itself."""
 MEMORY_SHARE: Final = 0.5
-"""Of the memory that is free, where the volunteer set no limit."""
+"""Share of the free memory that is used where the volunteer set no limit."""
 DISK_SHARE: Final = 0.1
 MAX_HOLD_BYTES: Final = 20 * 10**9
 """Disk for states of others' experts, where the volunteer said nothing: this much, or that share of what is free."""
@@ -33,7 +33,7 @@ NUM_TRIES: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a member of a run gives."""
+    """The capacity of a member of a run."""
 
     room: int
     """Experts that it computes at most; 0: it only holds."""

@@ -28,7 +28,7 @@ class Lockstep:
         trust: Trust,
         save: Callable[[], Awaitable[object]] | None,
     ) -> None:
-        """`hosted`: all of the server, whoever they are. `save` writes their checkpoints; None: nowhere."""
+        """`hosted`: all that the server hosts. `save` writes their checkpoints; None: nowhere."""
         self._hosted, self._calls, self._trust, self._save = hosted, calls, trust, save
         self._stepped: dict[str, PeerID] = {}  # prefix -> who had its experts step last
         self._turn = asyncio.Lock()

@@ -32,6 +32,7 @@ from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import check_state, difference, largest_state
 from tesseract_async.server.fetching import fetch_state
 from tesseract_async.server.state_transfer import MAX_COPIES_BYTES
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -127,9 +128,7 @@ async def read_replicas(
     try:
         await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*tasks)
     return found
 
 

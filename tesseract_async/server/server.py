@@ -29,6 +29,7 @@ from tesseract_async.server.restoring import Restoring
 from tesseract_async.server.rhythm import Rhythm
 from tesseract_async.server.state_files import CheckpointStore, FolderLock
 from tesseract_async.server.state_transfer import StateSource
+from tesseract_async.tasks import end
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY
@@ -132,7 +133,7 @@ class TesseractServer(Uncopied):
             is_gone=lambda peer: not node.is_connected(peer),
             succession=lambda: self.succession,
         )
-        self._fragments = FragmentCalls(self.calls)
+        self._fragments = FragmentCalls(self.calls, lambda peer, uid: node.trust.may_ask(peer, "share", uid))
         self.states = StateSource(self.call_aside, throttle=node.throttle, points_dir=directory)
         """Sends the experts' states."""
         self.restoring = Restoring(node, directory, self.call_aside, self.states.drop)
@@ -228,10 +229,7 @@ class TesseractServer(Uncopied):
 
     async def _stop_tasks(self) -> None:
         self._unwatch()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     async def _stop_runtimes(self) -> None:
         try:

@@ -47,7 +47,7 @@ REUSE_SECONDS: Final = 2.0
 
 
 class StateOwner(Protocol):
-    """What has an expert's state: a hosted expert, or a file of it."""
+    """The owner of an expert's state: a hosted expert, or a file of it."""
 
     @property
     def uid(self) -> str: ...

@@ -14,6 +14,7 @@ from tesseract_async.server.other_replicas import DEFAULT_SETTINGS, NUM_AT_ONCE,
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_transfer import REUSE_SECONDS
 from tesseract_async.server.tenures import Tenures
+from tesseract_async.tasks import end
 from tesseract_async.wire import messages
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,7 @@ class ReplicaKeeper(Succession):
 
     async def aclose(self) -> None:
         """Stop looking. States are still sent, and trainers sent elsewhere, until the server closes."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
         await self.tenures.aclose()
 
     def may_step(self, uid: str) -> bool:

@@ -16,6 +16,7 @@ from tesseract_async.files import write_whole
 from tesseract_async.server.contract import Usage, VolunteerContract, VolunteerSettings, WorkPermission
 from tesseract_async.server.footprint import process_bytes
 from tesseract_async.server.server import TesseractServer
+from tesseract_async.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,7 @@ class VolunteerKeeper:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
         self._observe()
         self._save_usage()
 

@@ -2,13 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgpack
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing.fragment import Outer
 from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Cut, Kind, Layout
+from tesseract_async.wire.packed import Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class SharedManifest:
 
 @dataclass(frozen=True, slots=True)
 class FragmentPart:
-    """What the state of one fragment says of it: a server that has only that can host it."""
+    """The part of the manifest that the state of one fragment holds: a server that has only that can host it."""
 
     number: int
     cut: Cut
@@ -65,7 +65,7 @@ def _packed(outer: Outer) -> list[float | str]:
     return [outer.learning_rate, outer.momentum, outer.codec]
 
 
-def _unpacked(data: bytes, *kinds: type) -> list[Any]:
+def _unpacked(data: bytes, *kinds: type) -> list[Value]:
     """Raises: ProtocolError unless these are values of these types."""
     try:
         values = msgpack.unpackb(data) if len(data) <= MAX_LAYOUT_BYTES else None

@@ -19,7 +19,7 @@ from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.identity import PeerID
 
 LEASE_SECONDS: Final = 30.0
-"""What a trainer holds that is silent for so long is handed out again."""
+"""Seconds of silence after which a trainer's samples are handed out again."""
 GRACE_SECONDS: Final = 8.0
 """A new primary waits so long for what trainers hold; each of them reports every second."""
 MAX_HELD: Final = 1 << 20
@@ -126,14 +126,14 @@ class Report(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """The answer."""
+    """The answer to a `Report`."""
 
     pieces: Sequence[Piece]
-    """What the trainer holds from now on, besides."""
+    """Samples that the trainer holds from now on, too."""
     again: int
     """So many of these samples somebody held before who did not end them."""
     gone: Sequence[Piece]
-    """What it says it holds, and others hold or have done."""
+    """Samples that it says it holds, and that others hold or have done."""
     first: int
     """All epochs before this one are over."""
     waits: bool
@@ -161,7 +161,7 @@ class _Epoch:
 
 
 class Ledger:
-    """What the primary of the first fragment keeps. Times are seconds of any clock that does not jump."""
+    """The ledger that the primary of the first fragment keeps. Times are seconds of any clock that does not jump."""
 
     def __init__(self, state: bytes = b"", *, free_at: float = -math.inf) -> None:
         """`state`: as `encode` gave it. `free_at`: nothing is handed out before. Raises: ProtocolError."""
@@ -283,7 +283,7 @@ class Ledger:
             self._first = number + 1
 
     def _hand_out(self, name: Name, report: Report) -> tuple[list[Piece], int]:
-        """What is left of the epoch before comes first."""
+        """Return first what is left of the epoch before."""
         held = [epoch.held.get(name, Spans()) for epoch in self._epochs.values()]
         wanted = min(report.wanted, MAX_HELD - sum(one.num for one in held))
         most = MAX_SPANS - sum(map(len, held))

@@ -23,8 +23,8 @@ from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFin
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.routing_table import ID_BITS, K
 from tesseract_async.network.settings import NetworkSettings
-from tesseract_async.network.values import Value
 from tesseract_async.testing.clock import VirtualClock
+from tesseract_async.wire.packed import Value
 
 Latency = Callable[[Address, Address, random.Random], float]
 """One-way delay in seconds of one datagram from one address to another."""

@@ -79,7 +79,7 @@ class Norm(torch.Tensor):
 
 
 class StandIn(nn.Module):
-    """What a local model has of its remote experts' steps: a part of its first experts module."""
+    """A local model's share in its remote experts' steps: a part of its first experts module."""
 
     round: torch.Tensor
 
@@ -118,9 +118,9 @@ class Lockstep(Uncopied):
         self._scale = 1.0
         """By which a `GradScaler` multiplies what this pass gives."""
         self._norm = 0.0
-        """Of what the experts have gathered."""
+        """The norm of the gradients that the experts have gathered."""
         self._told: dict[object, LockstepReply] = {}
-        """What each server said after the last backward."""
+        """Each server's reply after the last backward."""
         self._holds_some = True
         """The servers may hold gradients that no step has used."""
 

@@ -24,7 +24,7 @@ _IGNORED: Final = {
     "_keys_to_ignore_on_load_unexpected": {r"(^|\.)experts\."},
     "_keys_to_ignore_on_load_missing": {r"\.experts\.remote\."},
 }
-"""What the loader is not to warn of: the experts' weights in the files, and that what stands for them is not there."""
+"""Names that the loader is not to warn of: the experts' weights in the files, and the stand-ins that are in none."""
 _NOT_INSIDE: Final = (
     "this model's experts are to be remote, and it was made outside of `with ta.transformers.remote_experts(node, "
     "prefix):`, so nothing says where they are: make it inside"
@@ -34,7 +34,7 @@ _NOT_INSIDE: Final = (
 def experts_forward(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """What Transformers calls in place of an experts module's forward."""
+    """The function that Transformers calls in place of an experts module's forward."""
     layer = getattr(module, "tesseract_layer", None)
     if layer is None:
         raise RuntimeError(_NOT_INSIDE)

@@ -14,7 +14,7 @@ SMALL: Final = 4096
 MAX_DEBT: Final = 2.0
 """... unless others of them already made a debt of so many seconds."""
 LEAST_SHARE: Final = 0.05
-"""Of the upload rate, for what may wait: it is never without any."""
+"""Share of the upload rate that messages which may wait always have."""
 AVERAGE_SECONDS: Final = 2.0
 MIN_WAIT: Final = 0.002
 """Shorter waits are not worth a timer; their debt stays and adds up."""

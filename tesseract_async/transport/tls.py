@@ -1,6 +1,7 @@
 """TLS 1.3 as a pure machine over `ssl.MemoryBIO`: ciphertext goes in and comes out, the same over every pipe."""
 
 import ssl
+from collections.abc import Callable
 
 from tesseract_async.errors import HandshakeFailed, ProtocolError
 from tesseract_async.identity import PeerID
@@ -10,22 +11,19 @@ from tesseract_async.transport.certificates import ALPN, peer_id_of
 class TlsMachine:
     """One end of a TLS connection. The peer's bytes raise only `ProtocolError`; after one the machine is dead."""
 
-    __slots__ = ("peer_id", "_incoming", "_outgoing", "_tls", "_expected")
+    __slots__ = ("peer_id", "receive_data", "data_to_send", "_incoming", "_outgoing", "_tls", "_expected")
 
     def __init__(self, context: ssl.SSLContext, *, server_side: bool, expected: PeerID | None = None) -> None:
         self.peer_id: PeerID | None = None
         """The peer at the other end; None until the handshake is done."""
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
+        self.receive_data: Callable[[memoryview], int] = self._incoming.write
+        """Takes ciphertext of the pipe's."""
+        self.data_to_send: Callable[[], bytes] = self._outgoing.read
+        """Returns ciphertext for the pipe; empty if there is none."""
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
         self._expected = expected
-
-    def receive_data(self, data: memoryview) -> None:
-        self._incoming.write(data)
-
-    def data_to_send(self) -> bytes:
-        """Ciphertext for the pipe; empty if there is none."""
-        return self._outgoing.read() if self._outgoing.pending else b""
 
     def handshake(self) -> bool:
         """Go on with the handshake; True once it is done, when the dialer has checked `expected`.

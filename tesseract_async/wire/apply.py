@@ -115,9 +115,9 @@ class ApplyPart(NamedTuple):
     experts: Numbers
     """Places in `ApplyRequest.experts`, ascending: those whose answers are in the sums."""
     versions: Numbers
-    """Of each of `experts`, the optimizer steps that it had taken: before a forward, after a backward."""
+    """The optimizer steps that each of `experts` had taken: before a forward, after a backward."""
     epochs: Numbers
-    """Of each of `experts`, the epoch of its lineage at that server; 0 outside of runs."""
+    """The epoch of the lineage of each of `experts` at that server; 0 outside of runs."""
     failures: Sequence[tuple[int, RemoteError]]
     """Places of other experts, and why they did not answer. Each may be asked again, under the same id."""
     tensors: Sequence[Value]
@@ -261,7 +261,7 @@ def _failure(entry: Value, num_experts: int) -> tuple[int, RemoteError]:
     return expert, heads.decode_error(code, sentence, details)
 
 
-def _fields(body: Value, kinds: Sequence[type]) -> list[Any]:
+def _fields(body: Value, kinds: Sequence[type]) -> list[Value]:
     """Return a body's first fields, each of its kind, and the name of a kept block, or None, that follows them. Further
     ones, of later versions, are ignored."""
     num_fields = len(kinds) + 1

@@ -297,7 +297,7 @@ class LockstepRequest(NamedTuple):
     options: dict[str, Value] = {}  # noqa: RUF012  (a named tuple's default)
     """Numbers: ``lr`` and others of the optimizer; ``scale`` that multiplies gradients; ``limit`` of their numbers."""
     num_experts: int = 0
-    """Of a step: what the status said after the backward, so that no step is taken on other gradients. 0: unknown."""
+    """For a step: what the status said after the backward, so that no step is taken on other gradients. 0: unknown."""
     squared_norm: float = 0.0
     """The same."""
 

@@ -19,11 +19,16 @@ class Calls:
 
     def __init__(self) -> None:
         self.python: collections.Counter[str] = collections.Counter()
+        self.own: collections.Counter[tuple[str, str]] = collections.Counter()
+        """Those of the package, by file and name."""
         self.num_c = 0
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
-            self.python[frame.f_code.co_qualname] += 1
+            code = frame.f_code
+            self.python[code.co_qualname] += 1
+            if "/tesseract_async/" in code.co_filename:
+                self.own[code.co_filename.rpartition("/tesseract_async/")[2], code.co_qualname] += 1
         elif event == "c_call":
             self.num_c += 1
 

@@ -97,6 +97,28 @@ async def test_calls_of_functions_and_turns_of_the_loops() -> None:
         check(f"{side}: C calls per small call of eight at once", of_8["c"])
 
 
+async def test_functions_that_a_forward_passes() -> None:
+    """The package's own, on both loops, and the files they are in; ``-s`` lists them in the order of the first call."""
+    async with swarm() as found:
+        mine = Calls()
+        await found.thread.profile(True)
+        sys.setprofile(mine)
+        try:
+            await found.calls(20)
+        finally:
+            sys.setprofile(None)
+        await found.thread.profile(False)
+    passed = {
+        side: [name for name, count in calls.own.items() if count >= 20]
+        for side, calls in (("client", mine), ("server", found.thread.calls))
+    }
+    for side, functions in passed.items():
+        print(f"{side}: {len(functions)} functions", *(f"  {file} {name}" for file, name in functions), sep="\n")
+    functions = set(passed["client"]) | set(passed["server"])
+    check("functions that a forward passes, both ends", len(functions))
+    check("files that a forward passes, both ends", len({file for file, _ in functions}))
+
+
 async def test_frames_and_bytes() -> None:
     async with swarm("plain") as found:
         mine = Calls()

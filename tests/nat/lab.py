@@ -32,7 +32,7 @@ _numbers = itertools.count()
 
 PORT = 31337
 """Where the nodes of the laboratory listen."""
-PACKAGES = {"miniupnpd": "miniupnpd-nftables", "turnserver": "coturn"}
+PACKAGES = {"miniupnpd": "miniupnpd-nftables"}
 NAT_RULES = {"keeping": "masquerade", "symmetric": "masquerade random,fully-random"}
 
 

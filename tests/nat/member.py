@@ -17,7 +17,6 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import describe
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
-from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
 
@@ -26,11 +25,9 @@ PORT = 31337
 
 class Member:
     def __init__(self, host: str, seeds: list[str], options: dict[str, Any]) -> None:
-        turn = options.pop("turn", None)
         reach = ReachSettings(
             # there is no distance here: a node that does not answer a dial within a second never will
             dial_back_timeout=1.0,
-            turn=TurnServer.parse(turn) if turn else None,
             stun_servers=tuple(options.pop("stun_servers", ())),
         )
         self.own_tasks: set[Any] = set()

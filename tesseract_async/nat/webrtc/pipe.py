@@ -18,7 +18,6 @@ import aioice
 
 from tesseract_async.errors import ConnectionLost, ProtocolError, describe
 from tesseract_async.nat.offers import MAX_CANDIDATES, Candidate, Description
-from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.nat.webrtc.message_stream import MessageStream
 from tesseract_async.transport.base import PipeReceiver, join_host_port
 
@@ -35,7 +34,7 @@ BUFFERED_LOW: Final = 128 * 1024
 CLOSE_TIMEOUT: Final = 2.0
 """Seconds that `close` gives to what was written."""
 GATHERING_TIMEOUT: Final = 1.0
-"""Seconds given to the STUN and TURN servers; what has not answered by then is left out."""
+"""Seconds given to the STUN server; what has not answered by then is left out."""
 CONNECT_TIMEOUT: Final = 8.0
 """Seconds for punching, DTLS and SCTP together. Where it works, it takes one or two."""
 
@@ -101,17 +100,10 @@ class Negotiation:
         controlling: bool,
         addresses: Sequence[str],
         stun_server: tuple[str, int] | None,
-        turn: TurnServer | None = None,
         gathering_timeout: float = GATHERING_TIMEOUT,
     ) -> None:
         self._controlling = controlling
-        self._ice = _Ice(
-            controlling,
-            stun_server=stun_server,
-            turn_server=(turn.host, turn.port) if turn is not None else None,
-            turn_username=turn.username if turn is not None else None,
-            turn_password=turn.password if turn is not None else None,
-        )
+        self._ice = _Ice(controlling, stun_server=stun_server)
         self._ice.own_hosts = list(addresses)
         self._ice.gathering_timeout = gathering_timeout
         self._certificate: RTCCertificate | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cli.processes import family_of, finish, tesseract
+from tests.cli.processes import ENVIRONMENT, ROOT, family_of, finish, tesseract
 from tests.stem import Stem
 
 
@@ -18,10 +18,12 @@ def accuracies(shown: str) -> list[float]:
 
 
 async def test_a_server_is_killed_and_returns_while_training_goes_on(stem: Stem, tmp_path: Path) -> None:
+    """With forks: `test_nobody_is_left_behind` and longer runs see that the command starts processes by itself."""
     picture = tmp_path / "demo.png"
-    status, shown, err = await finish(
-        stem, "demo", "--steps", "20", "--servers", "2", "--plot", str(picture), fresh=True
-    )
+    script, words = str(Path(__file__).with_name("forked_demo.py")), ("--steps", "20", "--servers", "2")
+    demo = await stem.start(script, *words, "--plot", str(picture), folder=ROOT, environment=ENVIRONMENT)
+    shown, err = (text.decode() for text in await demo.communicate())
+    status = demo.returncode
     assert status == 1, "20 steps are too few for the accuracy: the status says so"
     assert err == "" and len(accuracies(shown)) == 2, shown + err
     assert re.search(r"steps that trainers lost\W+0\b", shown) and "one, of all trainers" in shown, shown

@@ -50,5 +50,6 @@ async def test_experts_that_learn_carry_the_accuracy() -> None:
     assert await accuracy_after_training("adam", 80) >= 0.97
 
 
+@pytest.mark.slow
 async def test_with_frozen_experts_the_gate_alone_learns_little() -> None:
     assert await accuracy_after_training(None, 40) < 0.6
