@@ -163,7 +163,7 @@ async def main(args: argparse.Namespace) -> None:
                 print(f"step {steps}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
                 await show(node, shared, loss.item(), sample(tokens[-held_out:], args, draw))
         steps = 0
-        while steps < shared.steps and not stop.is_set():  # the others' last steps count, too
+        while steps < shared.steps and not (steps and stop.is_set()):  # the others' last steps count, too
             steps = shared.steps
             await shared.flush()
             await asyncio.sleep(3.0)
@@ -172,7 +172,7 @@ async def main(args: argparse.Namespace) -> None:
         with torch.no_grad():
             losses = [await loss_of(model, sample(tokens[-held_out:], args, draw)) for _ in range(args.eval_batches)]
         reached = math.exp(sum(loss.item() for loss in losses) / len(losses))
-        print(f"perplexity after {steps} steps: {reached:.3f} per byte", flush=True)
+        print(f"perplexity after {shared.steps} steps: {reached:.3f} per byte", flush=True)
         while is_first and node.endpoint.connections() and not stop.is_set():  # noqa: ASYNC110
             await asyncio.sleep(0.5)  # others still need the experts that are hosted here
 
