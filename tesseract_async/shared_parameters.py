@@ -26,26 +26,27 @@ from tesseract_async.endpoint.call_table import Message
 from tesseract_async.errors import (
     ConnectionLost,
     ExpertNotFound,
+    NotAllowed,
     NotPrimary,
     Overloaded,
     PeerUnreachable,
-    ProtocolError,
-    RemoteError,
     TesseractError,
     describe,
 )
-from tesseract_async.experts.manifest import is_prefix
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.manifest import is_prefix, join_uid
 from tesseract_async.experts.run import RunMismatch, SignedRun
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.node import TesseractNode
-from tesseract_async.server.fragments import FragmentBackend, read_fragment, read_updates
+from tesseract_async.server.fragments import FragmentBackend
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.placing import Placing
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
-from tesseract_async.shared_pieces import FoundPieces, SharedPieces
+from tesseract_async.shared_part import Arrived, Part
+from tesseract_async.shared_pieces import PAUSE, FoundPieces, SharedPieces
 from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import Fragment, Outer, Update, root_of
+from tesseract_async.sharing.fragment import Fragment, Outer, root_of
 from tesseract_async.sharing.layout import Kind, Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.uncopied import Uncopied
@@ -57,8 +58,6 @@ M = TypeVar("M", bound=nn.Module)
 
 NUM_HOSTS: Final = 3
 """Trainers that host the fragments where nobody says who does."""
-PAUSE: Final = 0.5
-"""Seconds after a call that failed, before the next one."""
 FIND_TIMEOUT: Final = 60.0
 """Seconds that entering waits for others' fragments, where this trainer may not begin them itself."""
 FOUND_SECONDS: Final = 2.0
@@ -79,38 +78,6 @@ class SharingReport:
     """Fragments that hold a NaN or infinity here, and are not sent."""
     error: TesseractError | None = None
     """The reason for which a push was refused; what it held stays here, and is in the next one."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrived:
-    epoch: int
-    steps: int
-    updates: list[Update] | None = None
-    whole: Fragment | None = None
-    """Instead, where the base is not known there."""
-    counted: bool = False
-    error: TesseractError | None = None
-
-
-@dataclass(slots=True)
-class _Part:
-    """One fragment at this trainer."""
-
-    number: int
-    uid: str
-    copy: Copy
-    due_at: int
-    """Own steps after which the next push is due."""
-    steps_then: int = 0
-    """Own steps at the last push that counted, ..."""
-    steps_sent: int = 0
-    """... and at the one under way."""
-    steps: int = 0
-    """Everybody's steps, as pushed so far."""
-    lost: torch.Tensor | None = None
-    """What rounding to the model's 16 bits lost of the values: without it, no step smaller than that would last."""
-    is_asking: bool = False
-    arrived: _Arrived | None = None
 
 
 class Sampler(Protocol):
@@ -168,7 +135,7 @@ class SharedParameters(Uncopied, Generic[M]):
         outer = Outer(learning_rate=float(learning_rate), momentum=float(momentum), codec=codec)
         self._own = SharedManifest(Layout.of(model), outer)
         self._checkpoint_dir, self._replicas = checkpoint_dir, replicas
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._own_steps = 0
         self._asking: set[asyncio.Task[None]] = set()
         self._beside: set[asyncio.Task[None]] = set()
@@ -176,7 +143,6 @@ class SharedParameters(Uncopied, Generic[M]):
         self._samplers: list[Sampler] = []
         self._stack = contextlib.AsyncExitStack()
         self._is_bare = isinstance(run, str) and "@" not in run
-        self._manifest = self._own
         self._found: SharedPieces | None = None
         if self._is_bare and not is_prefix(f"{run}{SHARED}"):
             raise ValueError(f"a run's name has no spaces, and no part that is a number: {run!r}")
@@ -257,6 +223,7 @@ class SharedParameters(Uncopied, Generic[M]):
         else:
             authority = await node.join_run(self._run)
             prefix, run = authority.prefix, authority.run
+            self._check_roles(authority)
         self._found = SharedPieces(node, prefix + SHARED, is_bare=self._is_bare)
         if node.initial_peers:
             await node.network.wait_joined(10.0)
@@ -280,6 +247,17 @@ class SharedParameters(Uncopied, Generic[M]):
             await self._stack.aclose()
             raise
         return found
+
+    def _check_roles(self, authority: Authority) -> None:
+        """Raises: NotAllowed, naming what this node's grant lacks. Without any that is known, the hosts say it."""
+        me, name, grant = self._node.peer_id, authority.run.full_name, authority.grant_of(self._node.peer_id)
+        if grant is None:
+            return
+        if not authority.may(me, "share", now=None):
+            raise NotAllowed(f"{me} may not share in {name}: ask its owner for the role share")
+        if self._hosts and not authority.may(me, "host", join_uid(authority.prefix + SHARED, (0,)), now=None):
+            wanted = "the role host" if grant.pattern is None else f"the role host for more than {grant.pattern}"
+            raise NotAllowed(f"{me} may not host the parameters of {name}: ask its owner for {wanted}")
 
     async def _look(self, founds: bool) -> FoundPieces | None:
         """Return what is there; None if nothing is, and this trainer may begin it. Raises: ExpertNotFound."""
@@ -318,7 +296,6 @@ class SharedParameters(Uncopied, Generic[M]):
 
     def _begin(self, found: FoundPieces, *, writes: bool = True) -> None:
         """Take the swarm's values, and unless told otherwise write them into the model. On the caller's thread."""
-        self._manifest = found.manifest
         layout, outer = found.manifest.layout, found.manifest.outer
         num = len(layout.cuts)
         for number, (cut, (fragment, steps)) in enumerate(zip(layout.cuts, found.fragments, strict=True)):
@@ -326,7 +303,8 @@ class SharedParameters(Uncopied, Generic[M]):
             copied = Copy(cut, outer, fragment.anchor, version=fragment.version, epoch=found.epoch)
             # pieces take turns, so that a line is used evenly
             due_at = max(1, self.every * (number + 1) // num)
-            self._parts.append(_Part(number, self._pieces.uid(number), copied, due_at, steps=steps, lost=lost))
+            uid, form = self._pieces.uid(number), found.manifest.part(number)
+            self._parts.append(Part(uid, form, copied, due_at, steps=steps, lost=lost))
 
     async def _leave(self) -> None:
         tasks = [*self._asking, *self._beside]
@@ -427,7 +405,7 @@ class SharedParameters(Uncopied, Generic[M]):
         """The pieces that the parameters are cut into."""
         return [part.uid for part in self._parts]
 
-    def _turn(self, is_due: Callable[[_Part], bool]) -> SharingReport | None:
+    def _turn(self, is_due: Callable[[Part], bool]) -> SharingReport | None:
         """Add what came, and send what is due. On the caller's thread, in one go."""
         pushed = merged = unsound = 0
         error: TesseractError | None = None
@@ -447,37 +425,25 @@ class SharedParameters(Uncopied, Generic[M]):
                 unsound += 1
                 continue
             _, version, root = part.copy.base
-            data = part.copy.push(values)
             part.steps_sent = self._own_steps
             steps = max(1, self._own_steps - part.steps_then)
             request = messages.PushRequest(part.uid, secrets.token_bytes(16), version, root, steps)
-            self._start(part, messages.PUSH, request, data)
+            self._start(part, messages.PUSH, request, values)
             pushed += 1
         if not (pushed or merged or unsound or error):
             return None
         return SharingReport(pushed, merged, unsound, error)
 
-    def _add(self, part: _Part, arrived: _Arrived) -> int:
+    def _add(self, part: Part, arrived: Arrived) -> int:
         """Add an answer to the model. Returns how many fragments that changed."""
-        layout, own = self._own.layout, part.copy
         part.is_asking = False
-        if arrived.error is not None:
-            own.cancel()
+        change = arrived.change
+        if change is None:
             return 0
         if arrived.counted:
             part.steps_then = part.steps_sent
         part.steps = arrived.steps
-        try:
-            if arrived.whole is not None:
-                whole = arrived.whole
-                change = own.rebase(whole.anchor, version=whole.version, epoch=arrived.epoch, counted=arrived.counted)
-            else:
-                change = own.merge(arrived.updates or (), epoch=arrived.epoch)
-        except ProtocolError as error:
-            logger.warning("%s: %s: it is fetched whole", part.uid, error)
-            self._refetch(part, counted=arrived.counted)
-            return 0
-        part.lost = layout.add(self.model, own.cut, change if part.lost is None else change + part.lost)
+        part.lost = self._own.layout.add(self.model, part.copy.cut, change if part.lost is None else change + part.lost)
         return 1
 
     async def _flush(self, timeout: float) -> None:
@@ -501,7 +467,7 @@ class SharedParameters(Uncopied, Generic[M]):
             partial(self._checked_turn, lambda part: False),
         ]
 
-    def _checked_turn(self, is_due: Callable[[_Part], bool]) -> None:
+    def _checked_turn(self, is_due: Callable[[Part], bool]) -> None:
         report = self._turn(is_due)
         if report is not None and report.error is not None:
             raise report.error
@@ -511,21 +477,21 @@ class SharedParameters(Uncopied, Generic[M]):
         for part in self._parts:
             if not part.is_asking and part.copy.cut.kind is not Kind.FIXED:
                 _, version, root = part.copy.base
-                self._start(part, messages.PULL, messages.PullRequest(part.uid, version, root), b"")
+                self._start(part, messages.PULL, messages.PullRequest(part.uid, version, root))
 
     async def _wait_answers(self) -> None:
         while self._asking:
             await asyncio.wait(self._asking)
 
     def _start(
-        self, part: _Part, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
+        self,
+        part: Part,
+        method: str,
+        request: messages.PushRequest | messages.PullRequest,
+        values: torch.Tensor | None = None,
     ) -> None:
         part.is_asking = True
-        self._spawn(self._ask(part, method, request, data))
-
-    def _refetch(self, part: _Part, *, counted: bool) -> None:
-        part.is_asking = True
-        self._spawn(self._take_whole(part, counted=counted))
+        self._spawn(part.ask(self._pieces, method, request, values))
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         """Run this beside the trainer, on the node's loop."""
@@ -542,49 +508,6 @@ class SharedParameters(Uncopied, Generic[M]):
         task = asyncio.get_running_loop().create_task(work, name="shared parameters")
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
-
-    async def _ask(
-        self, part: _Part, method: str, request: messages.PushRequest | messages.PullRequest, data: bytes
-    ) -> None:
-        """Ask until there is an answer: always under the same id, so that a push counts once."""
-        sends = True
-        while True:
-            try:
-                sent, sends = data if sends else b"", False  # who has it answers without it
-                message = await self._pieces.ask(part.uid, method, request, sent)
-                reply = messages.decode(messages.UpdatesReply, message.body)
-                if method == messages.PUSH and reply.known and not reply.counted:
-                    if sent:
-                        raise ProtocolError("a push was answered, but not counted")
-                    sends = True
-                    continue
-                if reply.known:
-                    updates = read_updates(request.version, reply, message.buffers)
-                    arrived = _Arrived(reply.epoch, reply.steps, updates, counted=reply.counted)
-                    part.arrived = arrived
-                    return
-                await self._take_whole(part, counted=reply.counted, epoch=reply.epoch)
-                return
-            except RemoteError as error:
-                if not error.retryable and not isinstance(error, NotPrimary | Overloaded | ExpertNotFound):
-                    logger.warning("%s: what was learned here is refused: %s", part.uid, describe(error))
-                    part.arrived = _Arrived(0, part.steps, error=error)
-                    return
-                logger.info("%s: %s", part.uid, describe(error))
-            except (TesseractError, TimeoutError) as error:
-                logger.info("%s: %s", part.uid, describe(error))
-            await asyncio.sleep(PAUSE)
-
-    async def _take_whole(self, part: _Part, *, counted: bool, epoch: int = 0) -> None:
-        while True:
-            try:
-                tensors, version = await self._pieces.fetch_state(part.number)
-                fragment, steps = read_fragment(self._manifest.part(part.number), tensors, version)
-                part.arrived = _Arrived(epoch, steps, whole=fragment, counted=counted)
-                return
-            except (TesseractError, TimeoutError) as error:
-                logger.info("%s cannot be fetched yet: %s", part.uid, describe(error))
-            await asyncio.sleep(PAUSE)
 
 
 async def _at_once(report: SharingReport | None) -> SharingReport | None:

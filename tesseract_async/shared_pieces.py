@@ -31,6 +31,8 @@ from tesseract_async.wire import messages
 CALL_TIMEOUT: Final = 20.0
 PUSH_TIMEOUT: Final = 10.0
 """Seconds that a push waits for its round to close, before it is asked what became of it."""
+PAUSE: Final = 0.5
+"""Seconds after a call that failed, before the next one."""
 NUM_AT_ONCE: Final = 4
 """Pieces that are fetched at the same time."""
 

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Sampler
 
 from tesseract_async.errors import NotPrimary, Overloaded, RemoteError, TesseractError, describe
-from tesseract_async.shared_parameters import PAUSE, SharedParameters
+from tesseract_async.shared_parameters import SharedParameters
+from tesseract_async.shared_pieces import PAUSE
 from tesseract_async.sharing.samples import Grant, Report, Share, decode_pieces, encode_pieces
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages

@@ -40,10 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "leaving"},
     "shared_pieces": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server"},
+    "shared_part": LOWER | {"experts", "node", "runtime", "sharing", "server", "shared_pieces"},
     "shared_parameters": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
-    | {"shared_pieces"},
-    "shared_sampler": LOWER | {"shared_parameters", "sharing"},
+    | {"shared_pieces", "shared_part"},
+    "shared_sampler": LOWER | {"shared_pieces", "shared_parameters", "sharing"},
     "saving": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
     | {"shared_pieces", "shared_parameters"},

@@ -19,6 +19,7 @@ import tesseract_async as ta
 from tesseract_async import shared_pieces
 from tesseract_async.errors import Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest, RunMismatch, SignedRun, sign_run
 from tesseract_async.server import fragments
 from tesseract_async.server.checkpoint import check_state
@@ -455,11 +456,14 @@ OWNER = ta.Identity.from_seed(bytes([9]) * 32)
 
 
 @contextlib.asynccontextmanager
-async def member(number: int, run: SignedRun, roles: tuple[Role, ...], *seeds: str) -> AsyncIterator[ta.TesseractNode]:
+async def member(
+    number: int, run: SignedRun, roles: tuple[Role, ...], *seeds: str, pattern: str = ""
+) -> AsyncIterator[ta.TesseractNode]:
     identity, now = ta.Identity.from_seed(bytes([number]) * 32), int(time.time())
     assert run.tag is not None
     run_id = run.tag.run_id("ffn")
-    grant = sign_grant(OWNER, run_id, identity.peer_id, roles, serial=now, not_after=now + GRANT_SECONDS)
+    some = ExpertPattern.parse(pattern) if pattern else None
+    grant = sign_grant(OWNER, run_id, identity.peer_id, roles, serial=now, not_after=now + GRANT_SECONDS, pattern=some)
     async with ta.TesseractNode(initial_peers=seeds, identity=identity) as node:
         await node.join_run(run, grant=grant_text(grant))
         yield node
@@ -472,7 +476,8 @@ async def test_in_a_run_the_role_decides_who_shares_and_who_hosts() -> None:
         first = SharedParameters(host, make_model(1), run=run, every=2, host=True)
         async with (
             first,
-            member(2, run, ("share",), host.address) as node,
+            # some experts are its, but the parameters are one model's
+            member(2, run, ("host", "share"), host.address, pattern="ffn.[0:1]") as node,
             member(3, run, ("train",), host.address) as no,
         ):
             async with SharedParameters(node, make_model(2), run=run, every=2) as second:
@@ -481,13 +486,16 @@ async def test_in_a_run_the_role_decides_who_shares_and_who_hosts() -> None:
                 for _ in range(2):
                     await asyncio.gather(first.flush(), second.flush())
                 assert same(first.merged(), second.merged()) and first.steps == 8
-                async with SharedParameters(no, make_model(3), run=run, every=2) as third:
-                    await steps(third, 2, 3)
-                    with pytest.raises(ta.errors.NotAllowed, match="may not share"):
-                        await third.flush()
-                    third._own_steps = third._parts[0].steps_then
-                    for part in third._parts:
-                        part.steps_then = third._own_steps
+            with pytest.raises(ta.errors.NotAllowed, match=r"may not host .* for more than ffn\.0"):
+                await SharedParameters(node, make_model(2), run=run, host=True).__aenter__()
+            with pytest.raises(ta.errors.NotAllowed, match="ask its owner for the role share"):
+                await SharedParameters(no, make_model(3), run=run).__aenter__()
+            part = first._parts[0]
+            _, version, root = part.copy.base
+            with pytest.raises(ta.errors.NotAllowed, match="may not share"):  # asked or not
+                (replica,) = await no.directory.find(part.uid)
+                body = [part.uid, bytes(16), version, root, 1]
+                await no.call_expert(replica.peer, messages.PUSH, body, [b""], timeout=10.0)
             assert first._parts[0].steps == 8
 
 

@@ -91,13 +91,16 @@ class Authority:
 
         `now` (seconds since 1970) asks for something new: a claim, a Term, a call. With None, what goes on already is
         asked about, for which a grant that has expired meanwhile is good enough: an absent owner stops nobody.
+
+        A grant's pattern says which experts it is for. The parameters that all trainers share are one model's, so its
+        role ``share`` is for all of them.
         """
         grant = self._grants.get(peer_id)
         if grant is None or self.is_open:
             return peer_id == self.owner or (self.is_open and role != "admit" and not self.is_revoked(peer_id))
         if not grant.roles & ROLES[role] or (now is not None and now >= grant.not_after):
             return False
-        return uid is None or grant.pattern is None or uid in grant.pattern
+        return uid is None or role == "share" or grant.pattern is None or uid in grant.pattern
 
     def is_member(self, peer_id: PeerID) -> bool:
         """Return whether it has any role but ``admit``, or had until that ended: enough for forward calls."""

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,35 +22,30 @@ import torch
 
 from tesseract_async.errors import Overloaded
 from tesseract_async.metrics import SECONDS_BUCKETS, Histogram, Metrics
+from tesseract_async.runtime.attempts import Outcomes
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import (
     MAX_QUEUE_BYTES,
     Batch,
     Batcher,
     BatcherStatistics,
-    BatchQueue,
     QueuedRequest,
 )
-from tesseract_async.runtime.executor import Attempt, Executor, Outcomes, Together
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.grouped import Group
+from tesseract_async.runtime.passes import Pass, QueueKind, find_group, passes
+from tesseract_async.runtime.queues import ExpertQueues
 from tesseract_async.runtime.staging import Staging, staging_for
 from tesseract_async.runtime.states import StateDict
+from tesseract_async.runtime.together import GroupExecutor
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.uncopied import Uncopied
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Job = Callable[[Executor], None]
+Job = Callable[[GroupExecutor], None]
 
-_QueueKind = tuple[ExpertBackend, bool, bool, bool, bool, Hashable]
-"""What may share a batch: one expert's backwards or forwards, in training or not, that step or not, weighted or not, of
-one size where sizes vary, with the same tensors where some are optional."""
-MAX_SIZES: Final = 256
-"""Queues of experts whose sizes vary that are kept while nothing waits in them."""
-FORWARD_HEAD_START: Final = 0.2
-"""Seconds by which a forward counts as older than it is, compared with backwards of its priority. See `batcher`."""
 ROWS_BUCKETS: Final = tuple(float(2**power) for power in range(15))
 
 
@@ -107,10 +102,7 @@ class TesseractRuntime(Uncopied):
         """What each expert has computed since it is held here."""
         self._make_staging = make_staging
         self._batcher = Batcher(max_queue_bytes=settings.max_queue_bytes)
-        self._queues: dict[_QueueKind, BatchQueue] = {}
-        self._ungrouped: set[BatchQueue] = set()  # queues whose first batch is yet to run
-        self._of_sizes: set[_QueueKind] = set()  # kinds of experts whose sizes vary
-        self._num_rows_before: Counter[ExpertBackend] = Counter()  # of queues that were forgotten
+        self._queues = ExpertQueues(self._batcher, groups_experts=settings.groups_experts)
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
@@ -271,7 +263,7 @@ class TesseractRuntime(Uncopied):
             shapes = tuple(None if x is None else x.shape[1:] for x in (*inputs, *(output_gradients or ())))
         kind = (backend, output_gradients is not None, training, call_id is not None, weights is not None, shapes)
         work = Work(
-            self._queues.get(kind) or self._add_queue(kind),
+            self._queues.of(kind),
             num_rows,
             num_bytes,
             peer,
@@ -342,7 +334,7 @@ class TesseractRuntime(Uncopied):
 
     async def snapshot(self, backend: ExpertBackend) -> StateDict:
         """Return a copy of the expert's state, taken between two batches. A failed step goes back to it, too."""
-        return await self._run_job(lambda executor: executor.keep_good_state(backend))
+        return await self._run_job(lambda executor: executor.steps.keep_good_state(backend))
 
     async def call_aside(self, function: Callable[[], Result]) -> Result:
         """Run `function`, which touches files and no module, on a helper thread: one at a time, in order."""
@@ -366,10 +358,10 @@ class TesseractRuntime(Uncopied):
             self.withdraw(work)
             raise
 
-    async def _run_job(self, function: Callable[[Executor], Result]) -> Result:
+    async def _run_job(self, function: Callable[[GroupExecutor], Result]) -> Result:
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
 
-        def job(executor: Executor) -> None:
+        def job(executor: GroupExecutor) -> None:
             try:
                 result = function(executor)
             except BaseException as error:  # it is handed to the awaiting task
@@ -392,39 +384,12 @@ class TesseractRuntime(Uncopied):
 
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
         """Return how many rows of an expert were computed, ever, and how many wait."""
-        queues = [queue for (one, *_), queue in self._queues.items() if one is backend]
-        return self._num_rows_before[backend] + sum(queue.num_rows for queue in queues), sum(
-            queue.num_waiting_rows for queue in queues
-        )
+        return self._queues.rows_of(backend)
 
     def forget(self, backend: ExpertBackend) -> None:
         """Hold an expert no longer that is not computed here any more."""
-        self._queues = {kind: queue for kind, queue in self._queues.items() if kind[0] is not backend}
-        self._of_sizes &= self._queues.keys()
-        self._num_rows_before.pop(backend, None)
+        self._queues.forget(backend)
         self.figures.pop(backend, None)
-
-    def _forget_sizes(self) -> None:
-        """Drop the queues of sizes of which no request waits."""
-        for kind in [kind for kind in self._of_sizes if not self._queues[kind].num_waiting_rows]:
-            self._num_rows_before[kind[0]] += self._queues.pop(kind).num_rows
-            self._of_sizes.discard(kind)
-
-    def _add_queue(self, kind: _QueueKind) -> BatchQueue:
-        backend, is_backward, *_ = kind
-        if backend.varies:
-            if len(self._of_sizes) >= MAX_SIZES:
-                self._forget_sizes()
-            self._of_sizes.add(kind)
-        queue = self._queues[kind] = self._batcher.add_queue(
-            kind,
-            max_batch_size=backend.max_batch_size,
-            preferred_sizes=backend.settings.preferred_sizes,
-            head_start=0.0 if is_backward else FORWARD_HEAD_START,
-        )
-        if self.settings.groups_experts and not backend.varies:
-            self._ungrouped.add(queue)
-        return queue
 
     def _deliver(self, batches: Sequence[Batch], outcomes: Outcomes, seconds: float) -> None:
         direction, now = "", time.monotonic()
@@ -464,7 +429,7 @@ class TesseractRuntime(Uncopied):
         try:
             if self.settings.num_threads is not None:
                 torch.set_num_threads(self.settings.num_threads)
-            executor = Executor(self._make_staging(self.device))
+            executor = GroupExecutor(self._make_staging(self.device))
         except BaseException as error:  # it is raised by `start`
             self._post(_set_error, ready, error)
         else:
@@ -472,40 +437,31 @@ class TesseractRuntime(Uncopied):
             self._work(executor)
         self._post(_set_result, self._stopped, None)
 
-    def _work(self, executor: Executor) -> None:
+    def _work(self, executor: GroupExecutor) -> None:
         """Compute until the runtime closes. Where copies overlap, a pass is staged while another one computes."""
-        running: _Pass | None = None
-        left: deque[_Pass] = deque()  # batches that were popped as a group, and are computed one by one
+        running: Pass | None = None
+        left: deque[Pass] = deque()  # of batches that were popped as a group, and are computed one by one
         while True:
             job: Job | None = None
             expired: Sequence[QueuedRequest] = ()
             closed = False
             if not left:
                 job, batches, expired, closed = self._next(wait=running is None)
-                if len(batches) == 1:
-                    left.append(_Pass(batches, None))
-                elif batches:
-                    left.extend(_passes(batches))
+                left.extend(passes(batches))
             if expired:
                 self._post(_fail, expired, _expired)
             staged = left.popleft() if left else None
-            if staged is not None and staged.trial is not None and len(staged.batches) > 1:
-                slices = [batch.slices for batch in staged.batches]
-                staged.together = executor.stage_together(staged.trial.group, slices)
-            elif staged is not None:
-                staged.attempt = executor.stage(staged.batches[0].slices)
-            if running is not None:
-                _complete(executor, running)
             if staged is not None:
-                if staged.attempt is not None:
-                    executor.launch(staged.attempt)
-                elif staged.together is not None:
-                    executor.launch_together(staged.together)
+                staged.stage(executor)
+            if running is not None:
+                running.complete(executor)
+            if staged is not None:
+                staged.launch(executor)
             if running is not None:
                 self._finish(executor, running)
             running = staged
             if running is not None and not executor.staging.overlaps:
-                _complete(executor, running)
+                running.complete(executor)
                 self._finish(executor, running)
                 running = None
             if job is not None:  # between batches, never during one
@@ -538,14 +494,8 @@ class TesseractRuntime(Uncopied):
             with contextlib.suppress(Empty):
                 self._bell.get(timeout=None if timer_at is None else max(timer_at - now, 0))
 
-    def _finish(self, executor: Executor, computed: "_Pass") -> None:
-        batches, trial = computed.batches, computed.trial
-        if computed.attempt is not None:
-            outcomes = executor.outcomes(computed.attempt)
-        else:
-            outcomes = {}
-            for one in computed.together.attempts if computed.together is not None else ():
-                outcomes |= executor.outcomes(one)
+    def _finish(self, executor: GroupExecutor, computed: Pass) -> None:
+        batches, outcomes = computed.batches, computed.outcomes(executor)
         now = time.monotonic()
         with self._lock:
             for work, outcome in outcomes.items():
@@ -556,14 +506,11 @@ class TesseractRuntime(Uncopied):
             self._num_running -= len(batches)
             self._busy_since = now if self._num_running else None
         self._post(self._deliver, batches, outcomes, now - batches[0].started)
-        if trial is not None:
-            computed.learn(executor, trial, seconds)
-        elif isinstance(group := batches[0].queue.group, Group):
-            group.choice.spent += seconds
+        computed.learn(executor, seconds)
         for batch in batches:
-            if batch.queue in self._ungrouped:
-                self._ungrouped.discard(batch.queue)
-                _find_group(executor, batch)
+            if batch.queue in self._queues.ungrouped:
+                self._queues.ungrouped.discard(batch.queue)
+                find_group(executor, batch)
 
     def _post(self, function: Callable[..., None], *args: object) -> None:
         """Let the loop call this. Waking it is a system call: what is posted until it looks shares one."""
@@ -585,67 +532,11 @@ class TesseractRuntime(Uncopied):
                 asyncio.get_running_loop().call_soon(self._call_posted)
 
 
-class _Trial:
-    """The way in which batches that might share a pass are computed, and what that takes."""
-
-    __slots__ = ("group", "num_batches", "num_rows", "is_together", "num_left", "seconds")
-
-    def __init__(self, group: Group, batches: Sequence[Batch]) -> None:
-        self.group = group
-        self.num_batches = self.num_left = len(batches)
-        self.num_rows = sum([batch.num_rows for batch in batches])
-        self.is_together = group.choice.is_together(self.num_batches, self.num_rows)
-        self.seconds = 0.0
-
-
-class _Pass:
-    """Batches that the device computes at once: one as an attempt, several together."""
-
-    __slots__ = ("batches", "trial", "attempt", "together")
-
-    def __init__(self, batches: list[Batch], trial: _Trial | None) -> None:
-        self.batches = batches
-        self.trial = trial
-        self.attempt: Attempt | None = None
-        self.together: Together | None = None
-
-    def learn(self, executor: Executor, trial: _Trial, seconds: float) -> None:
-        together = self.together
-        trial.seconds += seconds
-        trial.num_left -= len(self.batches)
-        if not trial.num_left and (together is None or together.is_measured):
-            trial.group.choice.add(trial.num_batches, trial.num_rows, trial.is_together, trial.seconds)
-        if together is not None and together.is_each_alone:
-            for batch in self.batches:  # an expert may have changed
-                _find_group(executor, batch)
-
-
-def _complete(executor: Executor, computed: _Pass) -> None:
-    if computed.attempt is not None:
-        executor.complete(computed.attempt)
-    elif computed.together is not None:
-        executor.complete_together(computed.together)
-
-
-def _passes(batches: list[Batch]) -> list[_Pass]:
-    """Return how batches that came together are computed: in one pass, or each in its own."""
-    group = batches[0].queue.group
-    assert isinstance(group, Group)
-    trial = _Trial(group, batches)
-    return [_Pass(batches, trial)] if trial.is_together else [_Pass([batch], trial) for batch in batches]
-
-
-def _find_group(executor: Executor, batch: Batch) -> None:
-    kind: _QueueKind = batch.queue.name  # type: ignore[assignment]
-    backend, is_backward, training, *rest = kind
-    batch.queue.group = executor.groups.group_of(backend, training=training, mode=(is_backward, *rest))
-
-
 # -- On the loop again -------------------------------------------------------------------------------------------------
 
 
 def _direction(batch: Batch) -> str:
-    kind: _QueueKind = batch.queue.name  # type: ignore[assignment]
+    kind: QueueKind = batch.queue.name  # type: ignore[assignment]
     return "backward" if kind[1] else "forward"
 
 

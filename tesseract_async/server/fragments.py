@@ -18,6 +18,7 @@ from tesseract_async.endpoint.budget import FairCount, Owner
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, TesseractError, describe
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import JOURNAL_LENGTH, StateDict
@@ -283,8 +284,9 @@ class FragmentCalls:
     """Answers ``expert.push``, ``expert.pull`` and ``expert.samples`` for the fragments of one server. Lives on the
     loop."""
 
-    def __init__(self, calls: ExpertCalls) -> None:
-        self._calls = calls
+    def __init__(self, calls: ExpertCalls, may_share: Callable[[PeerID, str], bool]) -> None:
+        """`may_share`: whether this peer may push to the fragment of this uid."""
+        self._calls, self._may_share = calls, may_share
         self._gathering: dict[str, _Gathering] = {}
         self._held = FairCount(MAX_HELD_BYTES)
         self._samples: dict[str, _Samples] = {}
@@ -322,6 +324,8 @@ class FragmentCalls:
             request = messages.decode(messages.PullRequest, call.body)
             if not request.journal:  # hosts ask one that hands the fragment over, too, and check where updates lead
                 await self._calls.check_leads(hosted)
+                if self._may_share(call.peer_id, hosted.uid):
+                    self._gathering_of(hosted).rounds.expect(call.peer_id)
             return _updates(hosted, request, counted=False, journal=request.journal)
 
     async def push(self, hosted: HostedState, call: IncomingCall) -> Message:
@@ -330,7 +334,7 @@ class FragmentCalls:
             await self._calls.check_leads(hosted)
             request = messages.decode(messages.PushRequest, call.body)
             backend, key = _backend(hosted), journal_key(call.peer_id, request.call_id)
-            one = self._gathering.setdefault(hosted.uid, _Gathering(Rounds(backend.version, max_steps=MAX_STEPS)))
+            one = self._gathering_of(hosted)
             waiting = one.waiting.get(key)
             if waiting is None and backend.led_to(key, request.call_id) is None:
                 if backend.fragment.since(request.version, request.root) is None:
@@ -352,6 +356,12 @@ class FragmentCalls:
                 await asyncio.shield(waiting.counts)
             self._calls.check_led(hosted)
             return _updates(hosted, request, counted=True)
+
+    def _gathering_of(self, hosted: HostedState) -> _Gathering:
+        one = self._gathering.setdefault(hosted.uid, _Gathering(Rounds(hosted.version, max_steps=MAX_STEPS)))
+        if one.closing is None and not one.rounds.is_open and one.rounds.version != hosted.version:
+            one.rounds = Rounds(hosted.version, max_steps=MAX_STEPS)  # it goes on from a state from elsewhere
+        return one
 
     def _wait(self, one: _Gathering, key: bytes, call: IncomingCall) -> _Waiting:
         """Take a push in, before it costs anything. Raises: Overloaded."""
@@ -378,9 +388,7 @@ class FragmentCalls:
             push = await hosted.runtime.call(measure)
         except ValueError as error:
             raise RemoteError(str(error)) from None
-        if one.closing is None and not one.rounds.is_open and one.rounds.version != hosted.version:
-            one.rounds = Rounds(hosted.version, max_steps=MAX_STEPS)  # it goes on from a state from elsewhere
-        one.rounds.add(push, request.version, asyncio.get_running_loop().time())
+        self._gathering_of(hosted).rounds.add(push, request.version, asyncio.get_running_loop().time())
         self._look(hosted, one)
 
     def _look(self, hosted: HostedState, one: _Gathering) -> None:

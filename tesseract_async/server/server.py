@@ -133,7 +133,7 @@ class TesseractServer(Uncopied):
             is_gone=lambda peer: not node.is_connected(peer),
             succession=lambda: self.succession,
         )
-        self._fragments = FragmentCalls(self.calls)
+        self._fragments = FragmentCalls(self.calls, lambda peer, uid: node.trust.may_ask(peer, "share", uid))
         self.states = StateSource(self.call_aside, throttle=node.throttle, points_dir=directory)
         """Sends the experts' states."""
         self.restoring = Restoring(node, directory, self.call_aside, self.states.drop)

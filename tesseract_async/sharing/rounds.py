@@ -1,8 +1,9 @@
 """Rounds: gathers the members' pushes of one fragment, and says when a round closes and what it comes to. Pure.
 
-A round opens with the first push. It closes when every peer that pushed in the last two rounds has pushed, or
+A round opens with the first push. It closes when every peer that pushed or came in the last two rounds has pushed, or
 `deadline` after it opened: the median arrival plus four median deviations, at least `MIN_WAIT`, at most one interval
-between rounds. A push that comes later counts in the next round.
+between rounds. A push that comes later counts in the next round. Each member counts as one of all that are known, also
+where it comes alone: differences of rounds that split would add up otherwise, where their mean is meant.
 """
 
 import statistics
@@ -68,7 +69,13 @@ class Rounds:
         """`max_steps`: a push counts as at most so many optimizer steps, whatever it claims."""
         self._version, self._max_steps = version, max_steps
         self._pushes: dict[PeerID, Push] = {}
+        self._came: dict[PeerID, int] = {}
+        """Peers that will push, and the version up to which they are waited for."""
         self._members: deque[frozenset[PeerID]] = deque(maxlen=2)
+        self._waits_first = version > 0
+        """It goes on from what another host did, and knows none of the members yet."""
+        self._share = 1.0
+        """The part of all who pushed lately that did so in the round that closed last."""
         self._offsets: deque[float] = deque(maxlen=_OFFSETS)
         self._norms: deque[float] = deque(maxlen=_OFFSETS)
         self._opened: dict[int, float] = {}
@@ -104,13 +111,22 @@ class Rounds:
         self._pushes[push.peer] = push
         self._offsets.append(now - self._opened.get(base_version, now))
 
+    def expect(self, peer: PeerID) -> None:
+        """Wait in the next two rounds for a peer that fetched the state: it will push."""
+        if len(self._came) < MAX_MEMBERS:
+            self._came[peer] = self._version + 2
+
     def closes_at(self, now: float) -> float | None:
         """Return when this round closes, `now` if it should at once; None if none is open."""
         if not self._pushes:
             return None
-        if frozenset().union(*self._members) <= self._pushes.keys():
+        if not self._waits_first and self._came.keys() | self._known <= self._pushes.keys():
             return now
         return self._opened[self._version] + self.deadline
+
+    @property
+    def _known(self) -> frozenset[PeerID]:
+        return frozenset(self._pushes).union(*self._members)
 
     @property
     def deadline(self) -> float:
@@ -121,13 +137,16 @@ class Rounds:
     def close(self) -> list[Push]:
         """End the round. Returns its pushes, in the order of their peers: what they come to must not depend on luck."""
         pushes = sorted(self._pushes.values(), key=lambda push: push.peer)
+        self._share = len(pushes) / len(self._known)
         self._members.append(frozenset(self._pushes))
-        self._pushes = {}
+        self._pushes, self._waits_first = {}, False
         self._version += 1
+        self._came = {peer: until for peer, until in self._came.items() if until > self._version}
         return pushes
 
     def merge(self, pushes: Sequence[Push], cut: Cut, outer: Outer) -> torch.Tensor:
-        """Return what the pushes of a closed round come to, decoded: their mean difference, or the newest values.
+        """Return what the pushes of the round that closed last come to, decoded: their mean difference, or the newest
+        values.
 
         Under `TRIMMED_FROM` members the mean weighted by steps; from there on the trimmed mean, in which each counts
         alike (of integers the upper median). Takes milliseconds for each of them.
@@ -146,15 +165,13 @@ class Rounds:
                 if push.norm > most:
                     difference.mul_(most / push.norm)
         if len(pushes) >= TRIMMED_FROM:
-            (mean,) = trimmed_mean([[one] for one in differences], TRIMMED_SHARE)
+            (mean,) = trimmed_mean([[one] for one in differences], TRIMMED_SHARE, scale=self._share)
             assert mean is not None
             return mean
-        if len(pushes) == 1:
-            return differences[0]
         total = sum(steps)
         mean = torch.zeros(cut.numel, dtype=cut.dtype, device="cpu")
         for difference, count in zip(differences, steps, strict=True):
-            mean.add_(difference, alpha=count / total)
+            mean.add_(difference, alpha=self._share * count / total)
         return mean
 
 

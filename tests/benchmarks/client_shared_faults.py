@@ -28,8 +28,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.answering import journal_key
 from tesseract_async.server.fragments import MAX_STEPS, FragmentBackend
-from tesseract_async.shared_parameters import PAUSE
-from tesseract_async.shared_pieces import PUSH_TIMEOUT
+from tesseract_async.shared_pieces import PAUSE, PUSH_TIMEOUT
 from tesseract_async.sharing.copy import Copy
 from tesseract_async.sharing.fragment import Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
@@ -275,13 +274,16 @@ class Trainer:
         world, number = self.world, next(self.world.numbers)
         self.peer = PeerID(number.to_bytes(32, "big"))
         self.draw = torch.Generator().manual_seed(1000 * world.args.seed + number)
+        torch.manual_seed(1000 * world.args.seed + number)
         self.model = world.make_model()
         layout = world.manifest.layout
         self.copies = []
         for cut, host in zip(layout.cuts, world.hosts, strict=True):
             fragment = host.backend.fragment
-            layout.write(self.model, cut, fragment.anchor)
+            if world.given.shares:  # else it trains its own, from first values of its own
+                layout.write(self.model, cut, fragment.anchor)
             self.copies.append(Copy(cut, world.manifest.outer, fragment.anchor.clone(), version=fragment.version))
+            host.rounds.expect(self.peer)
         self.optimizer = torch.optim.Adam(self.model.parameters(), SIZES["lr"])
         self.steps, num = 0, len(layout.cuts)
         self.due = [max(1, EVERY * (one + 1) // num) for one in range(num)]

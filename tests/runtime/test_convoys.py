@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tesseract_async.runtime.batcher import FIXED_SHARE, Batch, Batcher, QueuedRequest
-from tesseract_async.runtime.runtime import FORWARD_HEAD_START
+from tesseract_async.runtime.queues import FORWARD_HEAD_START
 
 ROWS = 64
 SECONDS = 5.0

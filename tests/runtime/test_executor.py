@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import ExpertFailed
+from tesseract_async.runtime.attempts import Outcomes
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.batcher import Batcher, BatchQueue, RowSlice
-from tesseract_async.runtime.executor import Executor, Outcomes
+from tesseract_async.runtime.executor import Executor
 from tesseract_async.runtime.gradients import are_finite
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.wire.tensors import TensorSpec
@@ -199,7 +200,7 @@ def test_a_failed_step_returns_to_the_last_good_state_with_its_journal() -> None
     executor = Executor()
     x, gradient = torch.randn(2, 4), torch.randn(2, 3)
     compute(executor, [whole(work_of(backend, x, gradient, call_id=b"1" * 16))])
-    executor.keep_good_state(backend)
+    executor.steps.keep_good_state(backend)
     good = copy.deepcopy(backend.module.state_dict())
     compute(executor, [whole(work_of(backend, x, gradient, call_id=b"2" * 16))])
     assert backend.optimizer is not None

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tesseract_async.runtime.attempts import Outcomes
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.batcher import Batcher, BatchQueue, RowSlice
 from tesseract_async.runtime.costs import TRIALS, GroupChoice
-from tesseract_async.runtime.executor import Executor, Outcomes
 from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
+from tesseract_async.runtime.together import GroupExecutor
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.wire.tensors import TensorSpec
 
@@ -129,7 +130,7 @@ def whole(works: Sequence[Work]) -> list[RowSlice]:
     return [RowSlice(work, 0, work.num_rows) for work in works]
 
 
-def one_by_one(executor: Executor, batches: Sequence[Sequence[Work]]) -> Outcomes:
+def one_by_one(executor: GroupExecutor, batches: Sequence[Sequence[Work]]) -> Outcomes:
     outcomes: Outcomes = {}
     for works in batches:
         attempt = executor.stage(whole(works))
@@ -139,7 +140,7 @@ def one_by_one(executor: Executor, batches: Sequence[Sequence[Work]]) -> Outcome
     return outcomes
 
 
-def in_one_pass(executor: Executor, group: Group, batches: Sequence[Sequence[Work]]) -> tuple[Outcomes, bool]:
+def in_one_pass(executor: GroupExecutor, group: Group, batches: Sequence[Sequence[Work]]) -> tuple[Outcomes, bool]:
     together = executor.stage_together(group, [whole(works) for works in batches])
     executor.launch_together(together)
     executor.complete_together(together)
@@ -149,7 +150,7 @@ def in_one_pass(executor: Executor, group: Group, batches: Sequence[Sequence[Wor
     return outcomes, not together.is_each_alone
 
 
-def group_of(executor: Executor, experts: Sequence[ExpertBackend], mode: object = 0) -> Group | None:
+def group_of(executor: GroupExecutor, experts: Sequence[ExpertBackend], mode: object = 0) -> Group | None:
     """The one group of all of them, once each was called."""
     for one in experts:
         one.forward([torch.zeros(1, WIDTH)])
@@ -157,7 +158,7 @@ def group_of(executor: Executor, experts: Sequence[ExpertBackend], mode: object 
     return found[0] if all(one is found[0] for one in found) else None
 
 
-def checked_group(executor: Executor, experts: Sequence[ExpertBackend], mode: object, gradients: bool) -> Group:
+def checked_group(executor: GroupExecutor, experts: Sequence[ExpertBackend], mode: object, gradients: bool) -> Group:
     """Their group, after passes of no consequence have found a way that computes what each does alone."""
     group = group_of(executor, experts, mode)
     assert group is not None
@@ -210,7 +211,7 @@ def check_a_pass(data: st.DataObject) -> None:
     )
     num = data.draw(st.integers(2, 5))
     mine, theirs = (backends(num, make, optimizer, **options) for _ in range(2))
-    executor, alone = (Executor(clock=lambda: 0.0) for _ in range(2))
+    executor, alone = (GroupExecutor(clock=lambda: 0.0) for _ in range(2))
     weighted = data.draw(st.booleans())
     forwards, steps = (checked_group(executor, mine, mode, mode == "steps") for mode in ("forwards", "steps"))
     for one in theirs:
@@ -346,13 +347,13 @@ def large() -> nn.Module:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [hooked, with_tensor, with_batch_norm, Remembers, Writes, large])
 def test_modules_that_do_more_than_compute_are_left_out(make: Callable[[], nn.Module]) -> None:
-    assert group_of(Executor(), backends(2, make, allow_batch_statistics=True)) is None
+    assert group_of(GroupExecutor(), backends(2, make, allow_batch_statistics=True)) is None
 
 
 @pytest.mark.parametrize("make", [Mean, Counts, Branches])
 def test_what_a_pass_would_compute_otherwise_is_found_by_comparing(make: Callable[[], nn.Module]) -> None:
     mine, theirs = backends(3, make), backends(3, make)
-    executor, alone = (Executor(clock=lambda: 0.0) for _ in range(2))
+    executor, alone = (GroupExecutor(clock=lambda: 0.0) for _ in range(2))
     group_of(alone, theirs)
     group_of(executor, mine)
     for number in range(6):
@@ -371,7 +372,7 @@ def test_what_a_pass_would_compute_otherwise_is_found_by_comparing(make: Callabl
 
 
 def test_random_modules_share_a_pass_only_where_they_draw_nothing() -> None:
-    executor, experts = Executor(), backends(2, FeedForward)
+    executor, experts = GroupExecutor(), backends(2, FeedForward)
     assert group_of(executor, experts) is not None
     for one in experts:
         one.forward([torch.zeros(1, WIDTH)], training=True, seed=1)
@@ -379,7 +380,7 @@ def test_random_modules_share_a_pass_only_where_they_draw_nothing() -> None:
 
 
 def test_experts_that_differ_in_more_than_numbers_are_of_other_kinds() -> None:
-    executor = Executor()
+    executor = GroupExecutor()
     for other in (
         backends(1, lambda: FeedForward(shift=0.25)),
         backends(1, Fragile),
@@ -404,7 +405,7 @@ def test_objects_that_modules_hold_are_shared_and_not_copied() -> None:
 
         return make
 
-    executor, settings = Executor(), Settings()
+    executor, settings = GroupExecutor(), Settings()
     for same in (settings, [settings], {"all": (settings,)}):
         assert group_of(executor, backends(2, holding(same))) is not None
     others = [*backends(1, holding(settings)), *backends(1, holding(Settings()))]
@@ -417,7 +418,7 @@ def test_a_hook_or_another_attribute_takes_an_expert_out_of_its_kind_at_once() -
         lambda module: setattr(module, "shift", 2.0),
         lambda module: module.scale.register_hook(lambda gradient: gradient * 2),
     ):
-        executor, experts = Executor(), backends(2, FeedForward)
+        executor, experts = GroupExecutor(), backends(2, FeedForward)
         group = checked_group(executor, experts, 0, False)
         change(experts[1].module)
         x = torch.randn(2, WIDTH)
@@ -431,7 +432,7 @@ def test_an_optimizer_that_raises_in_the_common_step_costs_no_other_expert_anyth
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mine, theirs = (backends(3, optimizer=OPTIMIZERS[2]) for _ in range(2))
-    executor, alone = (Executor(clock=lambda: 0.0) for _ in range(2))
+    executor, alone = (GroupExecutor(clock=lambda: 0.0) for _ in range(2))
     group = checked_group(executor, mine, 0, True)
     group_of(alone, theirs)
     step = torch.optim.Adam.step
@@ -460,7 +461,7 @@ def test_each_keeps_its_own_rate_schedule_and_number_of_steps() -> None:
             assert one.optimizer is not None
             one.scheduler = torch.optim.lr_scheduler.StepLR(one.optimizer, step_size=2, gamma=0.1)
         sides.append(experts)
-    executor, alone = (Executor(clock=lambda: 0.0) for _ in range(2))
+    executor, alone = (GroupExecutor(clock=lambda: 0.0) for _ in range(2))
     group = checked_group(executor, sides[0], 0, True)
     group_of(alone, sides[1])
     for number in range(1, 8):
@@ -476,7 +477,7 @@ def test_each_keeps_its_own_rate_schedule_and_number_of_steps() -> None:
 
 
 def test_an_expert_joins_its_kind_again_after_its_state_was_loaded() -> None:
-    executor, experts = Executor(), backends(2)
+    executor, experts = GroupExecutor(), backends(2)
     group = checked_group(executor, experts, 0, False)
     state = copy.deepcopy(experts[1].state())
     experts[0].load_state(state)

@@ -53,6 +53,53 @@ def test_a_round_waits_for_those_of_the_last_two_rounds() -> None:
     assert rounds.closes_at(40.0) == 40.0
 
 
+def test_a_round_waits_for_newcomers_that_fetched_the_state() -> None:
+    rounds = Rounds(0, max_steps=64)
+    for peer in range(3):
+        rounds.expect(PEERS[peer])
+    rounds.add(push(0), 0, 0.0)
+    rounds.add(push(1), 0, 0.5)
+    assert rounds.closes_at(0.5) > 0.5  # or the first to come would move the anchor alone, and then the others again
+    rounds.add(push(2), 0, 1.0)
+    assert rounds.closes_at(1.0) == 1.0
+    rounds.close()
+    rounds.expect(PEERS[3])  # never comes
+    for version in (1, 2):
+        for peer in range(3):
+            rounds.add(push(peer), version, 10.0 * version)
+        assert rounds.closes_at(10.0 * version) > 10.0 * version
+        rounds.close()
+    for peer in range(3):
+        rounds.add(push(peer), 3, 30.0)
+    assert rounds.closes_at(30.0) == 30.0  # nobody waits for it any longer
+
+
+def test_a_host_that_took_over_waits_for_members_that_it_does_not_know() -> None:
+    rounds = Rounds(7, max_steps=64)
+    rounds.add(push(0), 7, 0.0)
+    assert rounds.closes_at(0.0) == MIN_WAIT
+    rounds.close()
+    rounds.add(push(0), 8, 10.0)
+    assert rounds.closes_at(10.0) == 10.0
+
+
+def test_members_that_come_in_rounds_of_their_own_count_as_in_one() -> None:
+    """Three that push 1, 2 and 3 come to 2 together, and so they do one by one."""
+    together, apart = Rounds(0, max_steps=64), Rounds(0, max_steps=64)
+    for peer in range(3):
+        together.add(push(peer, peer + 1.0), 0, 0.0)
+    together.close()
+    whole = together.merge([push(peer, peer + 1.0) for peer in range(3)], CUT, OUTER)
+    moved = torch.zeros(40)
+    for turn in range(2):  # in the first they are not known yet
+        moved = torch.zeros(40)
+        for peer in range(3):
+            apart.add(push(peer, peer + 1.0), 3 * turn + peer, 10.0 * (3 * turn + peer))
+            apart.close()
+            moved += apart.merge([push(peer, peer + 1.0)], CUT, OUTER)
+    assert torch.allclose(whole, torch.full((40,), 2.0)) and torch.allclose(moved, whole)
+
+
 def test_late_pushes_count_in_the_next_round_and_lengthen_the_wait() -> None:
     rounds = Rounds(0, max_steps=64)
     version, now = 0, 0.0

@@ -1,0 +1,94 @@
+"""How batches that came together go through the executor: in one pass, or each in its own. Belongs to its thread."""
+
+from collections.abc import Hashable, Sequence
+
+from tesseract_async.runtime.attempts import Attempt, Outcomes
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.batcher import Batch
+from tesseract_async.runtime.grouped import Group
+from tesseract_async.runtime.together import GroupExecutor, Together
+
+QueueKind = tuple[ExpertBackend, bool, bool, bool, bool, Hashable]
+"""What may share a batch: one expert's backwards or forwards, in training or not, that step or not, weighted or not, of
+one size where sizes vary, with the same tensors where some are optional. The name of the batch's queue."""
+
+
+class Trial:
+    """The way in which batches that might share a pass are computed, and what that takes."""
+
+    __slots__ = ("group", "num_batches", "num_rows", "is_together", "num_left", "seconds")
+
+    def __init__(self, group: Group, batches: Sequence[Batch]) -> None:
+        self.group = group
+        self.num_batches = self.num_left = len(batches)
+        self.num_rows = sum([batch.num_rows for batch in batches])
+        self.is_together = group.choice.is_together(self.num_batches, self.num_rows)
+        self.seconds = 0.0
+
+
+class Pass:
+    """Batches that the device computes at once: one as an attempt, several together."""
+
+    __slots__ = ("batches", "trial", "attempt", "together")
+
+    def __init__(self, batches: list[Batch], trial: Trial | None = None) -> None:
+        self.batches = batches
+        self.trial = trial
+        self.attempt: Attempt | None = None
+        self.together: Together | None = None
+
+    def stage(self, executor: GroupExecutor) -> None:
+        if self.trial is not None and len(self.batches) > 1:
+            slices = [batch.slices for batch in self.batches]
+            self.together = executor.stage_together(self.trial.group, slices)
+        else:
+            self.attempt = executor.stage(self.batches[0].slices)
+
+    def launch(self, executor: GroupExecutor) -> None:
+        if self.attempt is not None:
+            executor.launch(self.attempt)
+        elif self.together is not None:
+            executor.launch_together(self.together)
+
+    def complete(self, executor: GroupExecutor) -> None:
+        if self.attempt is not None:
+            executor.complete(self.attempt)
+        elif self.together is not None:
+            executor.complete_together(self.together)
+
+    def outcomes(self, executor: GroupExecutor) -> Outcomes:
+        if self.attempt is not None:
+            return executor.outcomes(self.attempt)
+        return executor.outcomes_together(self.together) if self.together is not None else {}
+
+    def learn(self, executor: GroupExecutor, seconds: float) -> None:
+        """Note what it took, for the choice of the ways of later ones."""
+        together, trial = self.together, self.trial
+        if trial is None:
+            if isinstance(group := self.batches[0].queue.group, Group):
+                group.choice.spent += seconds
+            return
+        trial.seconds += seconds
+        trial.num_left -= len(self.batches)
+        if not trial.num_left and (together is None or together.is_measured):
+            trial.group.choice.add(trial.num_batches, trial.num_rows, trial.is_together, trial.seconds)
+        if together is not None and together.is_each_alone:
+            for batch in self.batches:  # an expert may have changed
+                find_group(executor, batch)
+
+
+def passes(batches: list[Batch]) -> list[Pass]:
+    """Return how batches that came together are computed: in one pass, or each in its own."""
+    if len(batches) < 2:
+        return [Pass(batches)] if batches else []
+    group = batches[0].queue.group
+    assert isinstance(group, Group)
+    trial = Trial(group, batches)
+    return [Pass(batches, trial)] if trial.is_together else [Pass([batch], trial) for batch in batches]
+
+
+def find_group(executor: GroupExecutor, batch: Batch) -> None:
+    """Find out which batches this one's queue may be computed with."""
+    kind: QueueKind = batch.queue.name  # type: ignore[assignment]
+    backend, is_backward, training, *rest = kind
+    batch.queue.group = executor.groups.group_of(backend, training=training, mode=(is_backward, *rest))

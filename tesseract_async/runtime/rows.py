@@ -1,0 +1,72 @@
+"""The rows of a batch: gathered from its requests, and given back to them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from tesseract_async.runtime.batcher import RowSlice
+from tesseract_async.runtime.staging import Columns
+from tesseract_async.runtime.work import Work, WorkResult
+
+
+def columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
+    """Return the rows of each slice, tensor by tensor: inputs, then output gradients, then weights."""
+    first = works[0]
+    if (
+        len(slices) == 1
+        and first.rows is None
+        and first.weights is None
+        and slices[0].stop - slices[0].start == first.num_rows
+    ):
+        return [None if x is None else (x,) for x in (*first.inputs, *(first.output_gradients or ()))]
+    given = [[*by.inputs, *(by.output_gradients or ())] for by in works]
+    columns: list[Sequence[torch.Tensor] | None] = []
+    weights = [] if first.weights is None else [_cut(by.weights, one) for one, by in zip(slices, works, strict=True)]
+    if first.rows is not None and all([by.inputs is first.inputs and by.rows is not None for by in works]):
+        # of one block: every row is copied once, to where it is computed
+        parts = [_cut(by.rows, one) for one, by in zip(slices, works, strict=True)]
+        index = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if all([by.output_gradients is first.output_gradients for by in works]):
+            columns = [None if x is None else (x.index_select(0, index),) for x in given[0]]
+            return [*columns, weights] if weights else columns
+    specs = (*first.backend.input_specs, *(first.backend.output_specs if first.output_gradients is not None else ()))
+    for column, spec in zip(zip(*given, strict=True), specs, strict=True):
+        if all(x is None for x in column):
+            columns.append(None)
+            continue
+        rows = []
+        for x, one, by in zip(column, slices, works, strict=True):
+            if x is None:  # next to others that are present, an absent gradient is zero
+                rows.append(torch.zeros(one.stop - one.start, *spec.shape, dtype=spec.dtype))
+            else:
+                if by.rows is not None:
+                    x = x.index_select(0, _cut(by.rows, one))
+                elif one.stop - one.start < by.num_rows:
+                    x = x[one.start : one.stop]
+                rows.append(x)
+        columns.append(rows)
+    return [*columns, weights] if weights else columns
+
+
+def _cut(x: torch.Tensor | None, one: RowSlice) -> torch.Tensor:
+    assert x is not None
+    return x if one.stop - one.start == one.request.num_rows else x[one.start : one.stop]
+
+
+def divided(tensors: Sequence[torch.Tensor | None], counts: Sequence[int]) -> list[Sequence[torch.Tensor | None]]:
+    """Return each of them in parts of so many rows."""
+    columns = [None if x is None else x.split_with_sizes(counts) for x in tensors]
+    return [[None if parts is None else parts[i] for parts in columns] for i in range(len(counts))]
+
+
+def joined(part: RowSlice, work: Work, result: WorkResult) -> WorkResult | None:
+    work.results.append(result)
+    if not part.is_last:
+        return None
+    columns = zip(*(one.tensors for one in work.results), strict=True)
+    return WorkResult([None if None in column else torch.cat(column) for column in columns], result.version)
+
+
+def presence(works: Sequence[Work]) -> tuple[bool, ...]:
+    given = [by.output_gradients for by in works if by.output_gradients is not None]
+    return tuple([any(x is not None for x in column) for column in zip(*given, strict=True)])

@@ -1,0 +1,125 @@
+"""Part: one piece of the shared parameters at a trainer: when it is due, and the call that is under way.
+
+What takes milliseconds for a large piece (packing its difference, others' updates and the hash that proves them) is
+done beside the trainer: its `step` only copies values and adds to them.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from tesseract_async.errors import (
+    ExpertNotFound,
+    NotPrimary,
+    Overloaded,
+    ProtocolError,
+    RemoteError,
+    TesseractError,
+    describe,
+)
+from tesseract_async.runtime.encoding import AT_ONCE_BYTES, in_thread
+from tesseract_async.server.fragments import read_fragment, read_updates
+from tesseract_async.shared_pieces import PAUSE, SharedPieces
+from tesseract_async.sharing.copy import Copy
+from tesseract_async.sharing.manifest import FragmentPart
+from tesseract_async.wire import messages
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """How a call ended."""
+
+    steps: int = 0
+    """Everybody's, as pushed so far."""
+    change: torch.Tensor | None = None
+    """What to add to the model."""
+    counted: bool = False
+    error: TesseractError | None = None
+
+
+@dataclass(slots=True)
+class Part:
+    """One piece at this trainer. Between the start of a call and `arrived`, its `copy` is the call's."""
+
+    uid: str
+    form: FragmentPart
+    copy: Copy
+    due_at: int
+    """Own steps after which the next push is due."""
+    steps_then: int = 0
+    """Own steps at the last push that counted, ..."""
+    steps_sent: int = 0
+    """... and at the one under way."""
+    steps: int = 0
+    """Everybody's steps, as pushed so far."""
+    lost: torch.Tensor | None = None
+    """What rounding to the model's 16 bits lost of the values: without it, no step smaller than that would last."""
+    is_asking: bool = False
+    arrived: Arrived | None = None
+
+    async def ask(
+        self,
+        pieces: SharedPieces,
+        method: str,
+        request: messages.PushRequest | messages.PullRequest,
+        values: torch.Tensor | None,
+    ) -> None:
+        """Ask until there is an answer: always under the same id, so that a push, of these values, counts once."""
+        own, sends = self.copy, True
+        data = b"" if values is None else await self._apart(partial(own.push, values))
+        while True:
+            try:
+                sent, sends = data if sends else b"", False  # who has it answers without it
+                message = await pieces.ask(self.uid, method, request, sent)
+                reply = messages.decode(messages.UpdatesReply, message.body)
+                if method == messages.PUSH and reply.known and not reply.counted:
+                    if sent:
+                        raise ProtocolError("a push was answered, but not counted")
+                    sends = True
+                    continue
+                if not reply.known:
+                    return await self._take_whole(pieces, counted=reply.counted, epoch=reply.epoch)
+                updates = read_updates(request.version, reply, message.buffers)
+                try:
+                    change = await self._apart(partial(own.merge, updates, epoch=reply.epoch))
+                except ProtocolError as error:
+                    logger.warning("%s: %s: it is fetched whole", self.uid, error)
+                    return await self._take_whole(pieces, counted=reply.counted, epoch=reply.epoch)
+                self.arrived = Arrived(reply.steps, change, reply.counted)
+                return
+            except RemoteError as error:
+                if not error.retryable and not isinstance(error, NotPrimary | Overloaded | ExpertNotFound):
+                    logger.warning("%s: what was learned here is refused: %s", self.uid, describe(error))
+                    own.cancel()
+                    self.arrived = Arrived(error=error)
+                    return
+                logger.info("%s: %s", self.uid, describe(error))
+            except (TesseractError, TimeoutError) as error:
+                logger.info("%s: %s", self.uid, describe(error))
+            await asyncio.sleep(PAUSE)
+
+    async def _take_whole(self, pieces: SharedPieces, *, counted: bool, epoch: int) -> None:
+        def rebase(tensors: dict[str, torch.Tensor], version: int) -> Arrived:
+            whole, steps = read_fragment(self.form, tensors, version)
+            change = self.copy.rebase(whole.anchor, version=whole.version, epoch=epoch, counted=counted)
+            return Arrived(steps, change, counted)
+
+        while True:
+            try:
+                self.arrived = await self._apart(partial(rebase, *await pieces.fetch_state(self.form.number)))
+                return
+            except (TesseractError, TimeoutError) as error:
+                logger.info("%s cannot be fetched yet: %s", self.uid, describe(error))
+            await asyncio.sleep(PAUSE)
+
+    async def _apart(self, work: Callable[[], T]) -> T:
+        return work() if 4 * self.copy.cut.numel <= AT_ONCE_BYTES else await in_thread(work)
