@@ -47,7 +47,7 @@ class OwnTerm:
         self._follow: set[PeerID] = set()  # agreed with a beat: they know of this Term, and of none above it
 
     def time(self, now: float) -> int:
-        """When a Seal is signed, by the clock that nobody sets: seconds since `EPOCH_ZERO`, from its Term's epoch on."""
+        """Seconds since `EPOCH_ZERO` for a Seal of now: from its Term's epoch on, by the clock that nobody sets."""
         return max(self.term.epoch + int(now - self._began), self.seen)
 
     @property
@@ -114,9 +114,7 @@ class OwnTerm:
             return self.named
         first = (0, 1) if self.term.seal is None else self.term.seal.age
         live = {
-            peer
-            for peer, at in self._agreed.items()
-            if now - at < lease and may(peer) and not self._is_behind(peer)
+            peer for peer, at in self._agreed.items() if now - at < lease and may(peer) and not self._is_behind(peer)
         }
         gone = [
             peer
