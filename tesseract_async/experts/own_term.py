@@ -1,6 +1,7 @@
 """`OwnTerm`: the Term of this server, the members that decide with it, and its lease by their word. No I/O."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Set
 from random import Random
 from typing import Final
@@ -39,6 +40,8 @@ class OwnTerm:
         self.seen = 0
         """An epoch after which its next Seal was signed."""
         self._age: Age = (0, 0)
+        self._root = b""
+        self._states: deque[Age] = deque(maxlen=MAX_BEHIND + 1)  # the last states: not Seals that only name others
         self._began = now
         self._agreed = {peer: sent for peer, (sent, _) in votes.items()}
         if term.kind is Kind.TAKEOVER and term.seal is not None:
@@ -85,6 +88,9 @@ class OwnTerm:
 
     def sealed(self, seal: Seal) -> None:
         self.named, self._age = seal.successors, seal.age
+        if seal.root != self._root:
+            self._root = seal.root
+            self._states.append(seal.age)
         self._settle()
 
     def heard_of_most(self, lease: float) -> float:
@@ -131,8 +137,8 @@ class OwnTerm:
 
     def _is_behind(self, peer: PeerID) -> bool:
         """Return whether it answers, but takes no new states: its disk is full, or its clock is wrong."""
-        epoch, number = self._age
-        return self._holds.get(peer, self._age) < (epoch, number - MAX_BEHIND)
+        is_full = len(self._states) == self._states.maxlen
+        return is_full and self._holds.get(peer, self._age) < self._states[0]
 
     def beats(self, kind: str, boot: bytes, seal: Seal | None, hosts: list[PeerID], random: Random) -> list[Send]:
         """Return questions to the members, and to some of the other `hosts`, each with what it does not know yet."""

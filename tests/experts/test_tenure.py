@@ -669,6 +669,19 @@ def test_a_newcomer_is_told_of_the_newest_seal_by_whoever_has_its_file() -> None
     assert not follower.machine.ask(identity(50).peer_id, question, world.now, follower.wall).vote
 
 
+def test_a_successor_counts_while_a_state_is_long_on_its_way_and_is_replaced_where_none_comes() -> None:
+    world = World(4, 5)
+    leader = world.begin()
+    world.run(world.sync_every)
+    slow = next(one for one in world.up if one.peer in leader.machine.members)
+    slow.fetch = lambda command, life: None  # type: ignore[method-assign]
+    world.run(2.5 * world.sync_every)
+    assert slow.peer in leader.machine.members
+    world.run(5 * world.sync_every)
+    assert slow.peer not in leader.machine.members and world.leaders == [leader]
+    assert world.has_members(3)
+
+
 # -- clocks that jump --------------------------------------------------------------------------------------------------
 
 
