@@ -280,6 +280,11 @@ class ExpertDirectory(Uncopied):
         if self._masks and owner is not None and self._masks.answered(owner, replica.uid):
             self._forget(replica.uid)
 
+    @property
+    def has_doubts(self) -> bool:
+        """True if something is held against any replica, so that answers are worth reporting."""
+        return bool(self._masks)
+
     def report_outdated(self, uid: str) -> None:
         """Note that the uid's lineage is further than its manifests say: they are read again soon."""
         if (grid := self._grids.get(split_uid(uid)[0])) is not None:

@@ -25,10 +25,19 @@ class ExpertQueues:
         self._of_sizes: set[QueueKind] = set()  # kinds of experts whose sizes vary
         self._num_rows_before: Counter[ExpertBackend] = Counter()  # of queues that were forgotten
 
-    def of(self, kind: QueueKind) -> BatchQueue:
-        return self._queues.get(kind) or self._add(kind)
+    def of(self, kind: QueueKind, *, groups: bool = True) -> BatchQueue:
+        """`groups`: its batches may share a pass with others'."""
+        return self._queues.get(kind) or self._add(kind, groups)
 
-    def _add(self, kind: QueueKind) -> BatchQueue:
+    def get(self, kind: QueueKind) -> BatchQueue | None:
+        """Return one that was made before."""
+        return self._queues.get(kind)
+
+    def count(self, backend: ExpertBackend, num_rows: int) -> None:
+        """Count rows of an expert that were computed with others', as one work."""
+        self._num_rows_before[backend] += num_rows
+
+    def _add(self, kind: QueueKind, groups: bool) -> BatchQueue:
         backend, is_backward, *_ = kind
         if backend.varies:
             if len(self._of_sizes) >= MAX_SIZES:
@@ -40,13 +49,18 @@ class ExpertQueues:
             preferred_sizes=backend.settings.preferred_sizes,
             head_start=0.0 if is_backward else FORWARD_HEAD_START,
         )
-        if self._groups_experts and not backend.varies:
+        if groups and self._groups_experts and not backend.varies:
             self.ungrouped.add(queue)
         return queue
 
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
         """Return how many rows of an expert were computed, ever, and how many wait."""
-        queues = [queue for (one, *_), queue in self._queues.items() if one is backend]
+        # without those of joint works, which are forwards with weights: their rows are counted as each expert's
+        queues = [
+            queue
+            for (one, is_backward, _, _, weighted, _), queue in self._queues.items()
+            if one is backend and (is_backward or not weighted)
+        ]
         return self._num_rows_before[backend] + sum(queue.num_rows for queue in queues), sum(
             queue.num_waiting_rows for queue in queues
         )
