@@ -264,7 +264,7 @@ def _step_at_once(optimizers: Sequence[torch.optim.Optimizer], gradients: Sequen
         own = [memory.groups[index] for memory in memories]
         parameters = [x for given, _ in own for x in given]
         found = [x for one in gradients for x in one[start:stop]]
-        if len(found) != len(parameters) or any([x._post_accumulate_grad_hooks for x in parameters]):  # type: ignore[attr-defined]
+        if len(found) != len(parameters) or any([x._post_accumulate_grad_hooks for x in parameters]):
             return False
         for x, like in zip(found, parameters, strict=True):
             if x is None or x.layout is not torch.strided or not (x.is_contiguous() and like.is_contiguous()):
@@ -282,10 +282,11 @@ def _step_at_once(optimizers: Sequence[torch.optim.Optimizer], gradients: Sequen
 def _run_fused(
     group: Mapping[str, Any],
     kind: type,
-    parameters: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor | None],
+    parameters: list[torch.Tensor],
+    gradients: list[Any],
     memories: Sequence[Mapping[str, torch.Tensor]],
 ) -> None:
+    """Step these parameters, all of which have gradients, and whose steps were counted."""
     beta1, beta2 = group["betas"]
     # the option came after PyTorch 2.4
     is_decoupled = group.get("decoupled_weight_decay", kind is torch.optim.AdamW)

@@ -198,11 +198,11 @@ class GroupExecutor(Executor):
                     continue
                 version = one.works[0].backend.version
                 for part, work, share in zip(one.slices, one.works, mine, strict=True):
-                    result: WorkResult | None = WorkResult(share, version)
-                    if part.stop - part.start < work.num_rows:
-                        result = joined(part, work, result)
-                    if result is not None:
+                    result = WorkResult(share, version)
+                    if part.stop - part.start == work.num_rows:
                         found[work] = result
+                    elif (whole := joined(part, work, result)) is not None:
+                        found[work] = whole
         except BaseException as error:  # the thread must live, and its callers must hear of it
             for one in attempts:
                 self._lose(one, error)

@@ -7,9 +7,10 @@ came, each later one after a longer pause, and the last when nothing is left to 
 
 import math
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tesseract_async.errors import ExpertFailed, RemoteError
@@ -25,6 +26,9 @@ all that is left."""
 MAX_PARTS: Final = 8
 _STACKED_BYTES: Final = 512 * 1024
 """Answers up to so large together are added at once; larger ones one by one, without a copy."""
+
+
+Integers = npt.NDArray[np.integer[Any]]
 
 
 class Answer(NamedTuple):
@@ -101,7 +105,7 @@ class Parts:
         return part, sums
 
     @staticmethod
-    def _numbered(rows: Rows) -> tuple[Rows, Numbers]:
+    def _numbered(rows: Rows) -> tuple[Integers, Integers]:
         """Return what `np.unique` does: the rows that occur, ascending, and of each the place among them."""
         size = int(rows.max()) + 1
         if size > 16 * len(rows):
