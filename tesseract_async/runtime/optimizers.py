@@ -214,19 +214,21 @@ class _Memory:
         """Each parameter was stepped before, all as often."""
         self.state = optimizer.state
         self.groups = [(group["params"], [self.state[x] for x in group["params"]]) for group in optimizer.param_groups]
-        self._ids = self._now(optimizer)
+        self._ids = [[*map(id, group["params"])] for group in optimizer.param_groups]
         memories = [memory for _, own in self.groups for memory in own]
         self._counts = torch.stack([memory["step"] for memory in memories])
         for memory, count in zip(memories, self._counts.unbind(), strict=True):
             memory["step"] = count
 
-    @staticmethod
-    def _now(optimizer: torch.optim.Optimizer) -> list[list[int]]:
-        return [[*map(id, group["params"])] for group in optimizer.param_groups]
-
     def holds(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether nothing was replaced since."""
-        return self.state is optimizer.state and self._ids == self._now(optimizer)
+        groups = optimizer.param_groups
+        if self.state is not optimizer.state or len(groups) != len(self._ids):
+            return False
+        for group, ids in zip(groups, self._ids, strict=True):
+            if [*map(id, group["params"])] != ids:
+                return False
+        return True
 
     def count(self) -> None:
         self._counts += 1

@@ -21,20 +21,18 @@ class ExpertQueues:
         """Those whose first batch is yet to run."""
         self._batcher = batcher
         self._groups_experts = groups_experts
-        self._queues: dict[QueueKind, BatchQueue] = {}
+        self.known: dict[QueueKind, BatchQueue] = {}
+        """Those that there are."""
         self._of_sizes: set[QueueKind] = set()  # kinds of experts whose sizes vary
         self._num_rows_before: Counter[ExpertBackend] = Counter()  # of queues that were forgotten
 
-    def of(self, kind: QueueKind) -> BatchQueue:
-        return self._queues.get(kind) or self._add(kind)
-
-    def _add(self, kind: QueueKind) -> BatchQueue:
+    def add(self, kind: QueueKind) -> BatchQueue:
         backend, is_backward, *_ = kind
         if backend.varies:
             if len(self._of_sizes) >= MAX_SIZES:
                 self._forget_sizes()
             self._of_sizes.add(kind)
-        queue = self._queues[kind] = self._batcher.add_queue(
+        queue = self.known[kind] = self._batcher.add_queue(
             kind,
             max_batch_size=backend.max_batch_size,
             preferred_sizes=backend.settings.preferred_sizes,
@@ -46,19 +44,19 @@ class ExpertQueues:
 
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
         """Return how many rows of an expert were computed, ever, and how many wait."""
-        queues = [queue for (one, *_), queue in self._queues.items() if one is backend]
+        queues = [queue for (one, *_), queue in self.known.items() if one is backend]
         return self._num_rows_before[backend] + sum(queue.num_rows for queue in queues), sum(
             queue.num_waiting_rows for queue in queues
         )
 
     def forget(self, backend: ExpertBackend) -> None:
         """Drop the queues of an expert that is not computed here any more."""
-        self._queues = {kind: queue for kind, queue in self._queues.items() if kind[0] is not backend}
-        self._of_sizes &= self._queues.keys()
+        self.known = {kind: queue for kind, queue in self.known.items() if kind[0] is not backend}
+        self._of_sizes &= self.known.keys()
         self._num_rows_before.pop(backend, None)
 
     def _forget_sizes(self) -> None:
         """Drop the queues of sizes of which no request waits."""
-        for kind in [kind for kind in self._of_sizes if not self._queues[kind].num_waiting_rows]:
-            self._num_rows_before[kind[0]] += self._queues.pop(kind).num_rows
+        for kind in [kind for kind in self._of_sizes if not self.known[kind].num_waiting_rows]:
+            self._num_rows_before[kind[0]] += self.known.pop(kind).num_rows
             self._of_sizes.discard(kind)

@@ -124,9 +124,12 @@ class GroupExecutor(Executor):
         else:
             weights = None if work.weights is None else staged.pop()
             gradients = self._damp_together(together, staged[num_inputs:])
+            parameters = []
             for one in attempts:
-                one.works[0].backend.prepare()
-            parameters = [one.works[0].backend.parameters for one in attempts]
+                backend = one.works[0].backend
+                if backend.optimizer is None:
+                    backend.prepare()
+                parameters.append(backend.parameters)
             together.results, summed, stacks = kind.gradients(
                 members, inputs, gradients, counts, parameters, training=work.training, weights=weights
             )

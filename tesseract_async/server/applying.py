@@ -119,6 +119,7 @@ class Wave:
         self._checked: tuple[str, Sequence[torch.Tensor | None], Gradients] | None = None
         self._owner = calls.owner(call)
         self._held: dict[TesseractRuntime, int] = {}
+        self._to_hold: dict[TesseractRuntime, int] = {}
         self._entered: list[ExpertCalls] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -316,21 +317,27 @@ class Wave:
         self._end(share, answer)
 
     def _end(self, share: _Share, outcome: WorkResult | RemoteError) -> None:
-        self._close(share)
+        share.is_open, share.work, share.backward = False, None, None
         if isinstance(outcome, RemoteError):
             self._failed(share.expert, outcome)
         else:
-            self._hold(share.door.hosted.runtime, share.num_bytes)
+            if not self._to_hold:  # once for all that end in this turn of the loop
+                self._loop.call_soon(self._hold)
+            runtime = share.door.hosted.runtime
+            self._to_hold[runtime] = self._to_hold.get(runtime, 0) + share.num_bytes
             self._gathered.answered(share.expert, outcome, share.door.hosted.epoch)
             if self._due is not None:
                 self._look()
 
-    def _hold(self, runtime: TesseractRuntime, num_bytes: int) -> None:
-        """Count an answer that waits for its part where its work was counted until now: as the caller's."""
-        runtime.hold(self._owner, num_bytes)
-        self._held[runtime] = self._held.get(runtime, 0) + num_bytes
+    def _hold(self) -> None:
+        """Count answers that wait for their part where their work was counted until now: as the caller's."""
+        for runtime, num_bytes in self._to_hold.items():
+            runtime.hold(self._owner, num_bytes)
+            self._held[runtime] = self._held.get(runtime, 0) + num_bytes
+        self._to_hold.clear()
 
     def _let_go(self) -> None:
+        self._to_hold.clear()
         for runtime, num_bytes in self._held.items():
             runtime.hold(self._owner, -num_bytes)
         self._held.clear()
@@ -338,9 +345,6 @@ class Wave:
     def _failed(self, expert: int, error: RemoteError) -> None:
         self._gathered.failed(expert, error)
         self._look()
-
-    def _close(self, share: _Share) -> None:
-        share.is_open, share.work, share.backward = False, None, None
 
     async def parts(self) -> AsyncGenerator[Message, None]:
         """Yield the reply's parts when they are due."""
@@ -404,7 +408,7 @@ class Wave:
         for share in self._shares:
             if share.is_open:
                 work, backward = share.work, share.backward
-                self._close(share)
+                share.is_open, share.work, share.backward = False, None, None
                 if backward is not None:
                     backward.leave()
                 elif work is not None:

@@ -63,7 +63,7 @@ class Parts:
     def answered(self, expert: int, result: WorkResult, epoch: int) -> None:
         """Take in the answer of an expert (its place in the request)."""
         self._num_open -= 1
-        self._ready[expert] = Answer(result, epoch)
+        self._ready[expert] = tuple.__new__(Answer, (result, epoch))  # its own takes a Python call more
 
     def failed(self, expert: int, error: RemoteError) -> None:
         """An expert does not answer."""
