@@ -119,7 +119,6 @@ class Wave:
         self._checked: tuple[str, Sequence[torch.Tensor | None], Gradients] | None = None
         self._owner = calls.owner(call)
         self._held: dict[TesseractRuntime, int] = {}
-        self._to_hold: dict[TesseractRuntime, int] = {}
         self._entered: list[ExpertCalls] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -321,23 +320,15 @@ class Wave:
         if isinstance(outcome, RemoteError):
             self._failed(share.expert, outcome)
         else:
-            if not self._to_hold:  # once for all that end in this turn of the loop
-                self._loop.call_soon(self._hold)
+            # it waits for its part, and is counted where its work was until now: as the caller's
             runtime = share.door.hosted.runtime
-            self._to_hold[runtime] = self._to_hold.get(runtime, 0) + share.num_bytes
+            runtime.hold(self._owner, share.num_bytes)
+            self._held[runtime] = self._held.get(runtime, 0) + share.num_bytes
             self._gathered.answered(share.expert, outcome, share.door.hosted.epoch)
             if self._due is not None:
                 self._look()
 
-    def _hold(self) -> None:
-        """Count answers that wait for their part where their work was counted until now: as the caller's."""
-        for runtime, num_bytes in self._to_hold.items():
-            runtime.hold(self._owner, num_bytes)
-            self._held[runtime] = self._held.get(runtime, 0) + num_bytes
-        self._to_hold.clear()
-
     def _let_go(self) -> None:
-        self._to_hold.clear()
         for runtime, num_bytes in self._held.items():
             runtime.hold(self._owner, -num_bytes)
         self._held.clear()

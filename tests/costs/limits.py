@@ -36,7 +36,7 @@ LIMITS: Final[dict[str, float]] = {
     "messages per gate pass, backward": 4,
     # a pass of 32 experts on one server, 8 rows each, forward and backward, without TLS on asyncio's loop
     "caller: Python calls per expert of a pass, both ways": 102,
-    "server: Python calls per expert of a pass, both ways": 142,
+    "server: Python calls per expert of a pass, both ways": 148,
     "device: Python calls per expert of a pass, both ways": 92,
     # a hash table of 200 nodes
     "datagrams per look-up": 12.25,
