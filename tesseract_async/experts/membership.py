@@ -79,6 +79,8 @@ class Leave:
     """It may begin the expert where nobody has a state."""
     anew: bool = False
     """Even where a state is known that nobody can show any more."""
+    write: bool = True
+    """What it must remember gets on its disk. Otherwise it says nothing, and does not stand."""
     passive: frozenset[PeerID] = frozenset()
     """Peers that could not lead it, and so are no successors."""
 
@@ -188,6 +190,11 @@ class Membership:
         return now >= self.first_look + 10 * self.lease and (self._authority.may_restart or not forgotten)
 
     @property
+    def patience(self) -> float:
+        """Seconds for which an elected candidate waits until most follow it, and its voters for it."""
+        return max(self.lease / 3, POLL_SECONDS + 1.0)
+
+    @property
     def settle(self) -> float:
         """Seconds for which a Term that adopts the expert lies in the network before it is looked at again."""
         return min(5.0, self.lease / 6)
@@ -293,7 +300,7 @@ class Membership:
 
     def may_stand(self, kind: Kind, seal: Seal | None, wall: float) -> bool:
         """Return whether this server may begin a Term from this Seal, and nobody was appointed instead."""
-        if not self.leave.lead or (kind is Kind.GENESIS and not self.leave.begin):
+        if not (self.leave.lead and self.leave.write) or (kind is Kind.GENESIS and not self.leave.begin):
             return False
         appointment = self._authority.appointment(self.uid)
         serial = 0 if seal is None else seal.serial

@@ -1,5 +1,6 @@
 """`OwnTerm`: the Term of this server, the members that decide with it, and its lease by their word. No I/O."""
 
+import math
 from collections.abc import Callable, Mapping, Set
 from random import Random
 from typing import Final
@@ -39,6 +40,17 @@ class OwnTerm:
         if term.kind is Kind.TAKEOVER and term.seal is not None:
             self._agreed.setdefault(term.seal.primary, NEVER)
         self._holds = {peer: held for peer, (_, held) in votes.items()}
+        self._follow: set[PeerID] = set()  # agreed with a beat: they know of this Term, and of none above it
+
+    @property
+    def is_by_members(self) -> bool:
+        """True if a majority of three members or more decides, and so nobody else need be asked."""
+        return min(len(self.settled), len(self.named)) > 1
+
+    @property
+    def is_followed(self) -> bool:
+        """True if a majority agreed with its beats. Who did votes for no other within a lease."""
+        return 1 + len(self._follow.intersection(self.settled)) >= majority(len(self.settled) + 1)
 
     @property
     def is_settled(self) -> bool:
@@ -55,15 +67,21 @@ class OwnTerm:
         """`peer` agreed with what was sent to it at that time, and holds the file of the Seal of this age."""
         self._agreed[peer] = max(sent, self._agreed.get(peer, sent))
         self._holds[peer] = held
+        self._follow.add(peer)
         self._settle()
 
     def disagreed(self, peer: PeerID) -> None:
         """`peer` did not: it may have started anew, and know nothing."""
         self._holds.pop(peer, None)
+        self._follow.discard(peer)
 
     def sealed(self, seal: Seal) -> None:
         self.named, self._age = seal.successors, seal.age
         self._settle()
+
+    def heard_of_most(self, lease: float) -> float:
+        """When a majority agreed last, by members."""
+        return self.lease_until(math.inf, lease) - lease * 2 / 3
 
     def lease_until(self, renewed: float, lease: float) -> float:
         """When the lease ends: two thirds of one after a majority agreed, counted from sending."""
@@ -105,8 +123,8 @@ class OwnTerm:
         targets |= set((more[start:] + more[:start])[: max(0, MAX_BEATS - len(targets))])
         found = []
         for peer in sorted(targets):
-            held = self._holds.get(peer)  # None: it does not know of this Term yet
-            term = self.term.blob if held is None else b""
+            held = self._holds.get(peer)
+            term = b"" if peer in self._follow else self.term.blob
             news = b"" if seal is None or (held is not None and held >= seal.age) else seal.blob
             found.append(Send(peer, Question(kind, self.term.epoch, boot, term, news)))
         return found

@@ -8,119 +8,29 @@ counts its lease from sending, its successors from receipt, so that its lease ha
 
 import math
 from collections.abc import Mapping
-from random import Random
 
-from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.membership import POLL_SECONDS, Membership, Poll
-from tesseract_async.experts.own_term import NEVER, PUBLISH_EVERY, OwnTerm
+from tesseract_async.experts.duty import Duty
+from tesseract_async.experts.membership import POLL_SECONDS, Poll
+from tesseract_async.experts.own_term import OwnTerm
 from tesseract_async.experts.tenure_words import (
     MAX_PAST,
-    Command,
     Fetch,
     Look,
-    Persist,
     Publish,
     Question,
     Response,
-    RoleChanged,
     State,
 )
-from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, majority
-from tesseract_async.identity import Identity, PeerID
+from tesseract_async.experts.terms import Kind, Seal, majority
+from tesseract_async.identity import PeerID
 
 
-class Tenure:
+class Tenure(Duty):
     """One expert on one server. Untrusted: what comes with `sight`, `ask` and `answered`; it raises nothing."""
-
-    def __init__(
-        self,
-        identity: Identity,
-        uid: str,
-        authority: Authority,
-        *,
-        boot: bytes,
-        now: float,
-        wall: float,
-        stored: bytes | None = None,
-        has_file: bool = False,
-        random: Random,
-    ) -> None:
-        """`boot`: 8 bytes drawn by this process. `stored`: what it last persisted. `has_file`: whether a state is here,
-        which counts only together with `stored`."""
-        self.uid = uid
-        self.state = State.ABSENT
-        self.is_twin = False
-        """Another process with this server's key is primary, too: this one is not until it is started anew."""
-        self.me = identity.peer_id
-        self._lease = authority.lease
-        self._boot = boot
-        self._random = random
-        self._commands: list[Command] = []
-        self._member = Membership(identity, uid, authority, boot=boot, now=now, wall=wall)
-        self.lineage, self.may = self._member.lineage, self._member.leave
-        self._own: OwnTerm | None = None
-        self._poll: Poll | None = None
-        self._settle_at: float | None = None
-        self._renewed = NEVER
-        self._look_at = now
-        self._was_alone = False
-        self._is_unheard = stored is not None  # nothing as new as the file here was seen
-        self._fetching: set[bool] = set()  # `Fetch.check` of those under way: one to follow, one to look
-        self._has_own_steps = stored is not None  # that may be in no other server's file
-        self._followed: bytes | None = None  # the Term's digest
-        self._role: RoleChanged | None = None
-        if stored is not None:
-            self._member.restore(stored, has_file=has_file, now=now, wall=wall)
-            if (held := self.held) is not None:
-                self.state = State.FOLLOWING if self.me in held.members else State.HOLDING
-                self._has_own_steps = held.primary == self.me
-                # without successors nobody can have taken over: a look at the network is enough
-                self._was_alone = held.members == (self.me,)
-            self._review(now, wall)
-            self._member.heard = self._member.vote_from - self._lease
-        self._commands.append(Look())
-
-    @property
-    def held(self) -> Seal | None:
-        """The Seal whose file is here."""
-        return self._member.held
-
-    def is_primary(self, now: float) -> bool:
-        """Return whether a step may be taken, or the answer to one given, at this moment: ask before each."""
-        return self.state is State.PRIMARY and now < self._lease_until()
-
-    @property
-    def primary(self) -> PeerID | None:
-        return self.lineage.primary
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the Term that holds, for manifests; 0 before any is known."""
-        return self.lineage.epoch
-
-    @property
-    def term(self) -> Term | None:
-        """The Term of this server, from candidacy on."""
-        return None if self._own is None else self._own.term
-
-    @property
-    def members(self) -> tuple[PeerID, ...]:
-        """The successors that this primary named last."""
-        return () if self._own is None else self._own.named
-
-    @property
-    def is_content(self) -> bool:
-        """True if another Seal of the same state would name nobody new: these are settled, and enough or everybody."""
-        return self._own is not None and self._own.is_content(self._member.hosts.keys() - {self.me})
 
     def waits_for_state(self, now: float, wall: float) -> bool:
         """Return whether nobody shows a state of the expert, which it may have: it does not begin anew for now."""
         return self.state is State.ABSENT and self._member.is_unsealed(now) and not self._member.may_begin(now, wall)
-
-    def commands(self) -> list[Command]:
-        """Take what is to be done now, in this order."""
-        commands, self._commands = self._commands, []
-        return commands
 
     def timer_at(self) -> float:
         """When `handle_timer` is due."""
@@ -128,8 +38,9 @@ class Tenure:
             return self._poll.deadline
         if self._settle_at is not None:
             return self._settle_at
-        if self._own is not None and self.state in (State.PRIMARY, State.FENCED):
-            return min(self._own.beat_at, self._lease_until() if self.state is State.PRIMARY else math.inf)
+        if self._own is not None and (self.state in (State.PRIMARY, State.FENCED) or self._is_elected):
+            until = self._patient_until if self._is_elected else self._lease_until()
+            return min(self._own.beat_at, math.inf if self.state is State.FENCED else until)
         if self.state in (State.FOLLOWING, State.HOLDING):
             silence = self._member.silence_at(self.state)
             return min(silence, self._look_at) if self._look_at <= self._member.vote_from else silence
@@ -216,7 +127,7 @@ class Tenure:
             agrees = self.state is State.FOLLOWING and now < member.heard + self._lease / 2
             vote = self._vote(peer, question, now)
         known = b"" if best is None or agrees or best.blob == question.term else best.blob
-        is_of_use = question.kind != "probe" or agrees or self.may.lead
+        is_of_use = question.kind != "probe" or agrees or (self.may.lead and self.may.write)
         return Response(agrees, self.held.age if self.held is not None and is_of_use else (0, 0), known, vote)
 
     def answered(
@@ -238,6 +149,8 @@ class Tenure:
                 self._renew_members(own, now, wall)
                 if self.state is State.FENCED:
                     self._recover(now)
+                elif self._is_elected and own.is_followed and self.lineage.best is own.term and not self.is_twin:
+                    self._become_primary(now)
         elif poll is not None and not (answer is None and poll.is_late(now)) and poll.settles(peer, question):
             if answer is None:
                 poll.silent.add(peer)
@@ -257,41 +170,21 @@ class Tenure:
             if now < self._lease_until() or seal.age < (best.epoch, self._own.number):
                 return b""
         elif self.state is State.FOLLOWING:
-            if not member.is_free(now):
+            # what it said to the last primary binds it against others
+            if not member.is_free(now) and (peer, question.boot) != (best.primary, best.boot):
                 return b""
-        elif self.state is State.CANDIDATE:  # in a lower epoch: its own vote there is not taken back
+        elif self.state is State.CANDIDATE and self._own is None:  # in a lower epoch: its vote there is not taken back
             self._give_up(now)
         else:
             return b""
         if member.promised != epoch:
             member.promise(epoch, peer, now)
             self._persist()
+        # two that stand against whom they just voted for would do so forever
+        member.retry_at = max(member.retry_at, now + member.patience)
         return member.sign_vote(peer, epoch).blob
 
     # -- as primary ----------------------------------------------------------------------------------------------------
-
-    def seal(self, root: bytes, size: int, version: int, now: float, wall: float) -> Seal | None:
-        """Sign the state that was just written to a file, for the members; None while this server is not the primary.
-
-        The file stays as it is until the next Seal: others fetch it by its root.
-        """
-        own = self._own
-        if own is None or not (self.is_primary(now) or self.state is State.YIELDING):
-            return None
-        before = members = own.named
-        if self.state is State.PRIMARY:
-            members = own.choose(now, self._lease, self._member.may_succeed)
-        own.number += 1
-        seal = self._member.sign_seal(own, root, size, version, successors=members, wall=wall)
-        self._member.held = seal
-        self.lineage.add(seal, now=wall)
-        own.sealed(seal)
-        self._persist()
-        is_news = members != before or own.number == 1 or self.state is State.YIELDING
-        if is_news or now >= own.published_at + PUBLISH_EVERY:
-            self._publish(own, now)
-        own.beat_at = now
-        return seal
 
     def leave(self) -> bool:
         """Take no more steps, in order to give the expert away. Then `seal` its last state, and `hand_over`."""
@@ -352,6 +245,8 @@ class Tenure:
         """Do what is due by `now`; first of all after a suspend, in which a lease may have ended."""
         if self.state is State.PRIMARY and now >= self._lease_until():
             self._fence(now)
+        if self._is_elected and now >= self._patient_until:
+            self._give_up(now)
         if self._poll is not None:
             if self._poll.is_late(now):  # who was silent may have answered meanwhile
                 others = self._poll.waiting | self._poll.silent
@@ -368,13 +263,17 @@ class Tenure:
             return
         own = self._own
         if own is not None and self.state is State.FENCED and not self.is_twin and own.is_left(now, self._lease):
-            # it stands like any of its members
-            self.state, self._own, self._member.heard = State.FOLLOWING, None, own.fenced_at
+            # it stands like any of its members, which fell silent before it was fenced
+            self.state, self._own, self._followed = State.FOLLOWING, None, own.term.digest
+            self._member.heard = min(own.fenced_at, own.heard_of_most(self._lease))
         if own is not None and self.state in (State.PRIMARY, State.FENCED):
             if now >= own.beat_at:
                 self._renew_members(own, now, wall)
                 self._beat(own, now)
                 self._review(now, wall)
+        elif own is not None and self._is_elected:
+            if now >= own.beat_at:
+                self._beat(own, now)
         elif self.state in (State.FOLLOWING, State.HOLDING):
             if now >= self._member.silence_at(self.state):
                 self._doubt(now, wall)
@@ -416,6 +315,8 @@ class Tenure:
                 self._member.note_silence(poll, now)
                 if self.state is State.CANDIDATE:
                     self._become_primary(now)
+                elif now < self._member.retry_at:
+                    pass  # it voted for another meanwhile
                 elif self.state is State.FOLLOWING:
                     self._stand(Kind.TAKEOVER, held, now, wall)
                 elif self.state is State.HOLDING and self._member.may_adopt(now, wall):
@@ -460,7 +361,7 @@ class Tenure:
         self, kind: Kind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
     ) -> bool:
         """Sign a Term, and say so. Whether the evidence, votes or the signature of a handover, carries it."""
-        term = self._member.sign_term(kind, seal, epoch, evidence)
+        term = self._member.sign_term(kind, seal, epoch, evidence) if self.may.write else None
         if term is None:
             self._give_up(now)
             return False
@@ -478,14 +379,27 @@ class Tenure:
         if kind is Kind.ADOPTION:
             # two may adopt at once: both wait, and see each other
             self._settle_at = now + self._member.settle
+        elif self._is_elected:
+            self._patient_until = now + self._member.patience
+            self._beat(self._own, now)  # the network may take long: the members that it needs say it sooner
         else:
             self._commands.append(Look())
         return True
 
+    @property
+    def _is_elected(self) -> bool:
+        """True if most of three members or more gave it their votes, or the last primary its word, and it waits until
+        most follow it."""
+        own = self._own
+        return self.state is State.CANDIDATE and own is not None and own.is_by_members and not own.term.is_weak
+
     def _read_back(self, now: float) -> None:
         """The network holds its Term, and nothing above it."""
         term = self.term
-        if term is None or self.lineage.best is not term or self.is_twin:
+        if term is None or self.lineage.best is not term or self.is_twin or self._is_elected:
+            return
+        if not self.may.write:
+            self._give_up(now)
             return
         others = set() if self.held is None else set(self.held.members) - {self.me}
         if term.is_weak and others:  # it may have been cut off itself until now: are they silent still?
@@ -523,147 +437,22 @@ class Tenure:
 
     def _beat(self, own: OwnTerm, now: float) -> None:
         own.beat_at = now + self._lease / 6
-        kind = "beat" if self.state is State.PRIMARY else "rise"
+        kind = "rise" if self.state is State.FENCED else "beat"
         hosts = [peer for peer in sorted(self._member.hosts) if peer != self.me]
         self._commands += own.beats(kind, self._boot, self.lineage.seal_of(own.term), hosts, self._random)
         if now - self._member.looked_at >= self._lease / 3:
             self._look(now)
 
-    def _renew_members(self, own: OwnTerm, now: float, wall: float) -> None:
-        """Name others in the place of members that fell silent, in a Seal of the last state: that costs no transfer,
-        and the next state may be a while."""
-        held = self.held
-        if self.is_primary(now) and held is not None and held.term == own.term.digest:
-            if own.choose(now, self._lease, self._member.may_succeed) != own.named:
-                self.seal(held.root, held.size, held.version, now, wall)
-
-    def _fence(self, now: float) -> None:
-        assert self._own is not None
-        self.state, self._poll, self._settle_at = State.FENCED, None, None
-        self._own.fenced_at = self._own.beat_at = now
-        self._say_role()
-        self._look(now)
-
     def _recover(self, now: float) -> None:
-        """From FENCED: a majority answers, the network was read since, and nothing ranks higher."""
+        """From FENCED: a majority answers, or of one or two the network, and nothing ranks higher."""
         best, own = self.lineage.best, self._own
         if own is None or best is not own.term or self.is_twin or best.epoch == self._member.handed_over:
             return
-        may = self._member.looked_at >= own.fenced_at and now < self._lease_until()
-        if may and not self._member.is_bound(best, now):
+        may = own.is_by_members or self._member.looked_at >= own.fenced_at
+        if may and now < self._lease_until() and not self._member.is_bound(best, now):
             self.state, self._has_own_steps = State.PRIMARY, True
             self._say_role()
-
-    # -- giving way ----------------------------------------------------------------------------------------------------
-
-    def _review(self, now: float, wall: float) -> None:
-        """Compare what holds with what this server does."""
-        best = self.lineage.best
-        if best is None:
-            return
-        self.lineage.stay(best, now)
-        if best is self.term and self.lineage.is_exposed(best) and self.state in (State.PRIMARY, State.YIELDING):
-            self._find_twin(now, wall)
-        if best is self.term or self._withstands(best, now, wall):
-            return
-        was_candidate = self.state is State.CANDIDATE
-        if was_candidate and self._own is None and best.digest == self._followed:
-            return  # that is the Term that it would succeed
-        if was_candidate or self.state in (State.PRIMARY, State.FENCED, State.YIELDING):
-            self._poll, self._settle_at, self._own = None, None, None
-            self._member.take_back_own_vote()
-            self._member.retry_at = now + self._lease * self._random.uniform(0.1, 0.4)
-            self.state = State.ASIDE if not was_candidate else State.ABSENT if self.held is None else State.HOLDING
-        if best.digest != self._followed:
-            self._followed, self._poll = best.digest, None
-            if best.kind is not Kind.ADOPTION or self._member.voted_for(best):
-                self._member.heard = now
-            if (evidence := self.lineage.evidence(best)) is not None:
-                self._commands.append(Publish(tuple(seal.blob for seal in evidence)))
-        self._say_role()
-        if best.primary == self.me:  # of before this process: it goes on from there, if it is a member still
-            self.state = State.FOLLOWING if self.held is not None else State.ABSENT
-        elif (seal := self.lineage.seal_of(best)) is not None:
-            self._follow(best, seal)
-
-    def _follow(self, best: Term, seal: Seal) -> None:
-        """Another server's Term holds, and this is its newest Seal."""
-        held = self.held
-        in_line = held is not None and self.lineage.is_in_line(held, best)
-        if held is not None and (self.state is not State.ASIDE or (in_line and not self._has_own_steps)):
-            member = State.FOLLOWING if self.me in seal.members else State.HOLDING
-            self.state = member if in_line else State.ASIDE
-        is_newer = held is None or not in_line or held.age < seal.age
-        if held is not None and in_line and is_newer and not self._has_own_steps and held.root == seal.root:
-            self._member.held = seal  # the file is here: only the members are others
-            self._persist()
-            return
-        if self.state is State.ASIDE or is_newer:
-            self._fetch(best, seal if held is None or is_newer else held, check=False)
-
-    def _fetch(self, term: Term, seal: Seal, *, check: bool) -> None:
-        if check not in self._fetching:
-            self._fetching.add(check)
-            sources = self._member.sources(term, seal, self._random)
-            self._commands.append(Fetch(term, seal, sources, aside=self._has_own_steps, check=check))
-
-    def _withstands(self, best: Term, now: float, wall: float) -> bool:
-        """Return whether a weak Term thinks this primary dead, which is not: it says so with a Seal, and goes on."""
-        own, seal = self.term, best.seal
-        if own is None or seal is None or not (best.is_weak and self.is_primary(now)):
-            return False
-        at = max(wall, EPOCH_ZERO + best.epoch + 1)  # it has seen that Term, whatever its own clock says
-        return self.lineage.is_in_line(seal, own) and self._seal_again(now, at) and self.lineage.best is own
-
-    def _seal_again(self, now: float, wall: float) -> bool:
-        """Say in the network that this server is the primary still."""
-        own, held = self._own, self.held
-        if own is None or held is None or self.seal(held.root, held.size, held.version, now, wall) is None:
-            return False
-        self._publish(own, now)
-        return True
-
-    def _give_up(self, now: float) -> None:
-        self._poll, self._settle_at = None, None
-        if self.state is State.CANDIDATE:
-            self._own = None
-            self._member.take_back_own_vote()
-            self.state = State.ABSENT if self.held is None else State.FOLLOWING
-        self._retry(now)
-
-    def _find_twin(self, now: float, wall: float) -> None:
-        if not self.is_twin and self.is_primary(now):
-            self._seal_again(now, wall)  # a last one, by which the other finds out, too
-        self.is_twin = True
-        if self.state in (State.PRIMARY, State.YIELDING, State.CANDIDATE):
-            self.state, self._poll, self._settle_at = State.FENCED, None, None
-            self._say_role()
-
-    def _lease_until(self) -> float:
-        return NEVER if self._own is None else self._own.lease_until(self._renewed, self._lease)
-
-    def _retry(self, now: float) -> None:
-        self._member.retry_at = now + self._lease * self._random.uniform(0.1, 0.4)
-        self._look(now)
 
     def _retry_adopting(self, now: float) -> None:
         """Nobody else is left, so there is nobody to make way for: try again as soon as it may be adopted."""
         self._member.retry_at = max(now + 1.0, self._member.adopt_at - POLL_SECONDS)
-
-    def _look(self, now: float) -> None:
-        self._look_at = now + self._lease / 6
-        self._commands.append(Look())
-
-    def _say_role(self) -> None:
-        role = RoleChanged(self.state is State.PRIMARY, self.primary)
-        if role != self._role:
-            self._role = role
-            self._commands.append(role)
-
-    def _publish(self, own: OwnTerm, now: float) -> None:
-        own.published_at = now
-        records = (own.term, self.lineage.own_seal_of(own.term))
-        self._commands.append(Publish(tuple(record.blob for record in records if record is not None)))
-
-    def _persist(self) -> None:
-        self._commands.append(Persist(self._member.stored(self.term)))

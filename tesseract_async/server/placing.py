@@ -13,7 +13,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import Places, fetch_places
-from tesseract_async.experts.placement import DROP_AFTER, NEVER, Part, Place, Placement, Role, Step
+from tesseract_async.experts.placement import DROP_AFTER, NEVER, Part, Place, Placement, Role, Step, Survey
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import Kind
@@ -68,7 +68,7 @@ class Placing:
         self._pattern = manifest.pattern if pattern is None else pattern
         self._prefix, self._begins = self._pattern.prefix, pattern is None
         if self._begins:
-            self._tenures.template = template
+            self._tenures.states.template = template
         self._period = min(MAX_PERIOD, max(0.5, authority.lease / 3))
         self._ttl = max(4.0, 6 * self._period)
         self.placement = Placement(
@@ -95,7 +95,7 @@ class Placing:
         self._tasks: set[asyncio.Task[None]] = set()
         self._building = asyncio.Lock()
         self._looked = asyncio.Event()
-        self._is_settled = False
+        self._is_settled = self._is_short = False
 
     @classmethod
     def of_fragments(
@@ -104,7 +104,7 @@ class Placing:
         """The same for the fragments of the parameters that the run's trainers share: they begin them, and servers
         lead, follow and hold what is there. `room`, `files`: how many it computes, and has a state of, at most."""
         pattern = ExpertPattern(authority.prefix + SHARED, (range(MAX_FRAGMENTS),))
-        build = keeper.tenures.fragment
+        build = keeper.tenures.states.fragment
         return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
 
     async def __aenter__(self) -> "Placing":
@@ -181,6 +181,7 @@ class Placing:
             await self._take(step)
         idle = not await self._compute_wanted()
         self._is_settled = idle and not steps and not self.placement.wishes and not self._wanted
+        self._tell_of_shortage()
         me = self.place()
         self.places[self._node.peer_id] = me
         self._tell(me)
@@ -267,6 +268,21 @@ class Placing:
         metrics.set("run_experts_held", sum(part.has_file for part in me.parts.values()))
         metrics.set("run_experts_lost", len(self.placement.lost))
 
+    def _tell_of_shortage(self) -> None:
+        """Say once when the run has too few members for all copies, and when it has enough."""
+        num_copies, num_members = self._authority.run.manifest.num_replicas, len(self.places)
+        is_short = num_members <= num_copies
+        if is_short == self._is_short or not (self._is_settled and self._begins):
+            return
+        self._is_short = is_short
+        name = self._authority.run.full_name
+        if is_short:
+            logger.warning(
+                "members of %s: %d, too few for %d copies besides each primary", name, num_members, num_copies
+            )
+        else:
+            logger.info("members of %s: %d, enough for %d copies besides each primary", name, num_members, num_copies)
+
     # -- steps -----------------------------------------------------------------------------------------------------
 
     async def _take(self, step: Step) -> None:
@@ -277,6 +293,8 @@ class Placing:
                 logger.info("%s moves to %s, which has more room for its rows", uid, peer.short)
                 self._spawn(self._move(uid, peer))
             elif step.kind == "drop":
+                if not await self._is_spare(uid):
+                    return
                 logger.info("%s has enough copies without this one", uid)
                 self._wanted.discard(uid)
                 await self._tenures.drop(uid)
@@ -289,6 +307,16 @@ class Placing:
                 await self._hold(uid, begin=step.kind in ("begin", "restart"), anew=step.kind == "restart")
         except (TesseractError, OSError) as error:  # a full disk, too
             logger.error("%s of %s: %s", step.kind, uid, describe(error))
+
+    async def _is_spare(self, uid: str) -> bool:
+        """Return whether enough others show that they have the expert's state, which they only say until then; or this
+        member has no room for it any more."""
+        me = self.places[self._node.peer_id]
+        if len(me.parts) > me.files:
+            return True
+        copies = Survey(self.places).copies(uid)
+        others = [peer for peer, part in copies.items() if part.has_file and peer != self._node.peer_id]
+        return await self._tenures.states.count_shown(uid, others) >= self._authority.run.manifest.num_replicas
 
     async def _hold(self, uid: str, *, begin: bool = False, anew: bool = False) -> None:
         lead = self.capacity.room > 0 and uid not in self._unable

@@ -182,7 +182,7 @@ class Server:
         elif isinstance(command, Send):
             world.send(self, command.peer, command.question)
         elif isinstance(command, Look):
-            world.after(world.latency(), self.look, life)
+            world.after(world.random.uniform(*world.look_seconds), self.look, life)
         elif isinstance(command, Fetch):
             world.after(world.latency() * 4, self.fetch, command, life)
         else:
@@ -235,6 +235,10 @@ class World:
         self.step_numbers = itertools.count(1)
         self.acknowledged: list[tuple[float, Server, int]] = []
         self.synced: dict[int, float] = {}
+        self.look_seconds = 0.005, 0.1
+        """How long it takes to read all that the network holds, at least and at most."""
+        self.slowness = 0.0
+        """Seconds that a message takes more, at most: machines that do much else."""
         self.groups: list[set[int]] | None = None
         self.has_directory: set[int] | None = None
         self.strangers: list[bytes] = []
@@ -275,7 +279,7 @@ class World:
         return True
 
     def latency(self) -> float:
-        return self.random.uniform(0.005, 0.1)
+        return self.random.uniform(0.005, 0.1 + self.slowness)
 
     def next_sync(self, server: Server) -> float:
         return self.synced.get(server.number, -1e9) + self.sync_every

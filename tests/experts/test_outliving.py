@@ -154,7 +154,6 @@ def test_no_expert_is_lost(num_servers: int, num_experts: int, hours: float, ses
     assert not run.lost, f"of {num_experts} experts and {run.num_ever} volunteers"
     assert not run.doubles
     gaps = sorted(run.gaps)
-    # two leases are the aim, and not yet met by a day of 200 servers: 85 s at leases of 30
-    assert not gaps or gaps[int(0.99 * len(gaps))] <= 3 * LEASE, "from the death on"
+    assert not gaps or gaps[int(0.99 * len(gaps))] <= 2 * LEASE, ("from the death on", gaps[-10:])
     survey = Survey({peer: run.place(one) for peer, one in run.volunteers.items()})
     assert all(survey.standing(uid).losses >= 1 for uid in run.pattern)

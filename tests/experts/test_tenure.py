@@ -447,12 +447,52 @@ def test_an_orphan_is_led_again_two_leases_after_its_primary_died(lease: float, 
     assert took[0] >= 1.5 * lease, "its members come first, and whoever stood still for a moment"
 
 
-def test_a_member_that_could_not_lead_keeps_nobody_from_adopting_the_expert() -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_where_the_network_answers_late_members_elect_the_next_primary_in_time(seed: int) -> None:
+    """A server dies for good every half a minute, another comes, and a look at the network takes up to 17 s."""
+    lease, kill_every = 5.0, 30.0
+    world = World(seed, 4, lease=lease)
+    world.sync_every = 2.0
+    world.begin()
+    world.look_seconds = 1.0, 17.0
+    led_at, longest = world.now, 0.0
+    for number in range(5, 11):
+        victim = world.random.choice(world.up) if number % 2 else world.leaders[0]
+        victim.kill()
+        world.servers.remove(victim)
+        newcomer = Server(world, number)
+        world.authority.granted.add(newcomer.peer)
+        world.servers.append(newcomer)
+        newcomer.start()
+        newcomer.machine.may.begin = False
+        until = world.now + kill_every
+        while world.now < until:
+            world.run(0.1)
+            assert len(world.leaders) < 2
+            if world.leaders:
+                led_at, longest = world.now, max(longest, world.now - led_at)
+    assert max(longest, world.now - led_at) <= 2 * lease
+
+
+def test_a_primary_whose_members_all_died_leads_again_two_leases_after_they_fell_silent() -> None:
+    world = World(3, 6)
+    leader = world.begin()
+    world.run(2 * LEASE)
+    for one in world.of(leader.machine.members[0]) + world.of(leader.machine.members[1]):
+        one.kill()
+    died = world.now
+    assert world.run_until(lambda: not world.is_led(), LEASE), "without them it is fenced"
+    assert world.run_until(world.is_led, 3 * LEASE), world.describe()
+    assert world.now - died <= 2 * LEASE + 1.0 and world.leaders == [leader]
+
+
+@pytest.mark.parametrize("lacks", ["lead", "write"])
+def test_a_member_that_could_not_lead_keeps_nobody_from_adopting_the_expert(lacks: str) -> None:
     world = World(3, 6)
     leader = world.begin()
     world.run(2 * LEASE)
     first, second = (one for one in world.up if one.peer in leader.machine.members)
-    second.machine.may.lead = False
+    setattr(second.machine.may, lacks, False)
     first.kill()
     leader.kill()
     assert world.run_until(world.is_led, 3 * LEASE), world.describe()

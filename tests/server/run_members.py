@@ -76,9 +76,13 @@ class Member:
         await self.keeper.tenures.aclose()
 
 
+def identity_of(number: int) -> ta.Identity:
+    return ta.Identity.from_seed(number.to_bytes(32, "big"))
+
+
 @contextlib.asynccontextmanager
 async def joined(run: SignedRun, number: int, seeds: list[str]) -> AsyncIterator[ta.TesseractNode]:
-    identity = ta.Identity.from_seed(number.to_bytes(32, "big"))
+    identity = identity_of(number)
     now = int(time.time())
     assert run.tag is not None
     run_id = run.tag.run_id("ffn")

@@ -1,14 +1,16 @@
 """Servers of a run that take, hold and give up experts by themselves, on real nodes."""
 
+import asyncio
 import contextlib
 
 import pytest
 import torch
 
 import tesseract_async as ta
-from tesseract_async.experts.placement import Part, Place, Role, Survey
+from tesseract_async.experts.membership import Leave
+from tesseract_async.experts.placement import Part, Place, Role, Survey, score
 from tesseract_async.experts.places import encode_place, places_key
-from tests.server.run_members import Member, joined, make_run, member, standings, until
+from tests.server.run_members import Member, identity_of, joined, make_run, member, standings, until
 
 X = torch.ones(2, 4)
 
@@ -88,22 +90,58 @@ async def test_who_only_says_that_it_leads_in_the_newest_epoch_makes_no_copy_loo
         leader, follower = (first, second) if first.leads("ffn.0") else (second, first)
         liar = await stack.enter_async_context(joined(run, 66, [first.node.address]))
         epoch = leader.keeper.tenures.tenure("ffn.0").epoch
-        authority = liar.trust.authority("ffn")
-        assert authority is not None
-        parts = encode_place(
-            Place(liar.peer_id, 4, 16, parts={"ffn.0": Part(Role.LEADS, epoch + 50, 2**31)}),
-            prefix="ffn",
-            tag=authority.tag,
-            grant=liar.trust.own_grant("ffn"),
-            addresses=[liar.address],
-        )
-        await liar.network.store(places_key("ffn", authority.tag), parts[0], ttl=60.0, subkey="0")
+        await say(liar, Place(liar.peer_id, 4, 16, parts={"ffn.0": Part(Role.LEADS, epoch + 50, 2**31)}))
 
         def is_right(one: Member) -> bool:
             standing = Survey(one.placing.places).standing("ffn.0")
             return liar.peer_id in one.placing.places and standing[::4] == (leader.node.peer_id, 1)
 
         await until(lambda: is_right(leader) and is_right(follower), 20)
+
+
+async def test_a_run_with_too_few_members_says_so_and_holds_what_it_can(caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(1, num_replicas=2)
+    async with member(run, 1, [], room=1) as first, member(run, 2, [first.node.address], room=1) as second:
+        await until(lambda: ": 2, too few for 2 copies besides each primary" in caplog.text)
+        await until(lambda: standings([first, second], 1)[0].losses == 1)
+
+
+@pytest.mark.slow
+async def test_nobody_gives_a_copy_up_for_those_who_only_say_that_they_have_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tesseract_async.experts.placement.DROP_AFTER", 1.0)
+    caplog.set_level("INFO")
+    run, uid = make_run(1, num_replicas=1), "ffn.0"
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(member(run, 1, [], room=1))
+        seeds = [first.node.address]
+        second = await stack.enter_async_context(member(run, 2, seeds, room=1))
+        await until(lambda: standings([first, second], 1)[0].losses == 1)
+        leader, holder = (first, second) if first.leads(uid) else (second, first)
+        numbers = [n for n in range(60, 90) if score(identity_of(n).peer_id, uid) < score(holder.node.peer_id, uid)]
+        liars = [await stack.enter_async_context(joined(run, number, seeds)) for number in numbers[:3]]
+        age = leader.keeper.tenures.tenure(uid).held.age
+        for liar in liars:
+            place = Place(liar.peer_id, 4, 16, parts={uid: Part(Role.FOLLOWS, *age)})
+            await say(liar, place)
+        await until(lambda: f"does not show the state of {uid}" in caplog.text)
+        await asyncio.sleep(2.0)
+        assert uid in holder.keeper.tenures.uids()
+        third = await stack.enter_async_context(member(run, 3, seeds, room=1))
+        await third.keeper.tenures.add(uid, third.node.trust.authority("ffn"), Leave())
+        await until(lambda: sum(uid in one.keeper.tenures.uids() for one in (leader, holder, third)) == 3)
+        # one of the two is one too many, and that the other has it is shown
+        await until(lambda: sum(uid in one.keeper.tenures.uids() for one in (leader, holder, third)) == 2)
+
+
+async def say(liar: ta.TesseractNode, place: Place) -> None:
+    """Publish a place that is not so."""
+    authority = liar.trust.authority("ffn")
+    assert authority is not None
+    grant = liar.trust.own_grant("ffn")
+    parts = encode_place(place, prefix="ffn", tag=authority.tag, grant=grant, addresses=[liar.address])
+    await liar.network.store(places_key("ffn", authority.tag), parts[0], ttl=60.0, subkey="0")
 
 
 @pytest.mark.slow

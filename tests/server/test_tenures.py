@@ -28,7 +28,7 @@ from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import EPOCH_ZERO, Kind, sign_term
 from tesseract_async.server.other_replicas import ReplicaSettings, record_subkey
 from tesseract_async.server.state_files import read_sealed
-from tesseract_async.server.succession import ReplicaKeeper
+from tesseract_async.server.succession import ReplicaKeeper, boottime
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -77,7 +77,12 @@ async def member(identity: ta.Identity, seeds: list[str]) -> AsyncIterator[ta.Te
 
 @contextlib.asynccontextmanager
 async def host(
-    identity: ta.Identity, seeds: list[str], folder: Path | None = None, *, seed: int = 0
+    identity: ta.Identity,
+    seeds: list[str],
+    folder: Path | None = None,
+    *,
+    seed: int = 0,
+    elapsed: Callable[[], float] = boottime,
 ) -> AsyncIterator[Host]:
     torch.manual_seed(seed)
     module = nn.Linear(4, 4)
@@ -90,7 +95,7 @@ async def host(
         server = ta.TesseractServer(
             node, {UID: backend}, followers=[UID], checkpoint_dir=folder, publisher_settings=PUBLISHER
         )
-        async with server, ReplicaKeeper(server, settings=SETTINGS) as keeper:
+        async with server, ReplicaKeeper(server, settings=SETTINGS, elapsed=elapsed) as keeper:
             yield Host(server, keeper)
 
 
@@ -159,6 +164,37 @@ async def test_a_killed_primary_is_replaced_within_a_lease_and_stays_aside_when_
         await until(lambda: again.tenure.state in (State.FOLLOWING, State.HOLDING))
         await until(lambda: again.version == 5)
         assert second.leads and not again.leads and torch.equal(second.weight(), again.weight())
+
+
+@pytest.mark.slow
+async def test_a_member_whose_disk_is_full_does_not_lead_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ahead = 0.0
+    async with contextlib.AsyncExitStack() as stack:
+        seed = await stack.enter_async_context(ta.TesseractNode())
+        killed = contextlib.AsyncExitStack()
+        first = await killed.enter_async_context(host(HOSTS[0], [seed.address], tmp_path / "a"))
+        clock = lambda: boottime() + ahead  # noqa: E731
+        second = await stack.enter_async_context(host(HOSTS[1], [seed.address], tmp_path / "b", elapsed=clock))
+        await until(lambda: second.tenure.state is State.FOLLOWING and bool(first.tenure.members))
+        await first.keeper.tenures.aclose()
+        await first.node.endpoint.aclose()
+        with monkeypatch.context() as patch:
+            patch.setattr(second.keeper.tenures.files, "remember", refuse_for_want_of_room)
+            ahead = 2 * LEASE
+            await until(lambda: "says nothing until its disk takes it" in caplog.text)
+            await until(lambda: second.tenure.state is State.FOLLOWING)
+            ahead += 2 * LEASE
+            await asyncio.sleep(1.0)
+            assert not second.leads
+        await until(lambda: second.leads)
+        with contextlib.suppress(Exception):
+            await killed.aclose()
+
+
+def refuse_for_want_of_room(uid: str, stored: bytes) -> None:
+    raise OSError(28, "No space left on device")
 
 
 async def test_a_handover_loses_and_doubles_no_step() -> None:

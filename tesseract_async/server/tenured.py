@@ -1,0 +1,51 @@
+"""`Tenured`: an expert of a run at one server: its `Tenure`, and what the server does for it."""
+
+import asyncio
+import contextlib
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.tenure import Tenure
+from tesseract_async.server.hosted import HostedState
+
+
+@dataclass(slots=True)
+class Tenured:
+    uid: str
+    hosted: HostedState | None
+    """None: as a file alone."""
+    authority: Authority
+    tenure: Tenure
+    carrying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    installing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held from where a state is chosen to where the machine knows that it is here. Taken before `carrying`."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set after every command; those who wait for something look again, and clear it."""
+    progress: tuple[int, int] | None = None
+    """How far the sealed file is."""
+    sealed_at: float = -math.inf
+    versions: deque[tuple[float, int]] = field(default_factory=deque)
+    """When the last states were sealed, and their versions."""
+    waited_for: bool = False
+    """It was told that this expert may have a state, which nobody shows."""
+    wanted_root: bytes | None = None
+    """The state that the run's owner named last."""
+    unwritten: bytes | None = None
+    """What the disk did not take, and must before anything is said."""
+
+    async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
+        """Wait until something holds. False if it does not within `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while not condition(self.tenure):
+                    self.changed.clear()
+                    await self.changed.wait()
+        return condition(self.tenure)
+
+    @property
+    def has_moved(self) -> bool:
+        """True if it took steps since its file was sealed."""
+        return self.hosted is not None and self.progress != self.hosted.backend.progress
