@@ -4,8 +4,7 @@
 
 The first one starts a swarm and hosts the experts; the others find it at the same port and join. Each trains on
 samples of its own, and one model comes out. Without --text it reads the Python standard library's sources, as bytes.
-Ctrl-C stops cleanly; the first one goes on where it was when it is started again. --initial-peers joins a swarm on
-other computers.
+Ctrl-C stops cleanly; the first one goes on where it was, started again. --initial-peers joins a swarm elsewhere.
 """
 
 import argparse
@@ -143,9 +142,8 @@ async def main(args: argparse.Namespace) -> None:
         if is_first:
             await stack.enter_async_context(hosted(node, args))
         torch.manual_seed(args.seed + 1)
-        options = {"grid_size": (args.grid, args.grid), "in_features": args.width, "k_best": args.k_best}
-        prefixes = [f"layer{i}" for i in range(args.layers)]
-        mixtures = [ta.GatingFunction(node, uid_prefix=one, route="token", **options) for one in prefixes]
+        grid = {"grid_size": (args.grid, args.grid), "in_features": args.width, "k_best": args.k_best}
+        mixtures = [ta.GatingFunction(node, uid_prefix=f"layer{i}", route="token", **grid) for i in range(args.layers)]
         model = Transformer(mixtures, args)
         optimizer = torch.optim.Adam(model.parameters(), args.lr)
         kept = Path(args.out) / "shared" if is_first else None
@@ -164,13 +162,17 @@ async def main(args: argparse.Namespace) -> None:
             if steps // args.report_every > before // args.report_every:
                 print(f"step {steps}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
                 await show(node, shared, loss.item(), sample(tokens[-held_out:], args, draw))
-        await shared.flush()
-        steps, model = shared.steps, shared.merged()  # what all trainers have made together
+        steps = 0
+        while steps < shared.steps and not (steps and stop.is_set()):  # the others' last steps count, too
+            steps = shared.steps
+            await shared.flush()
+            await asyncio.sleep(3.0)
+        model = shared.merged()  # what all trainers have made together
         draw.manual_seed(1)
         with torch.no_grad():
             losses = [await loss_of(model, sample(tokens[-held_out:], args, draw)) for _ in range(args.eval_batches)]
         reached = math.exp(sum(loss.item() for loss in losses) / len(losses))
-        print(f"perplexity after {steps} steps: {reached:.3f} per byte", flush=True)
+        print(f"perplexity after {shared.steps} steps: {reached:.3f} per byte", flush=True)
         while is_first and node.endpoint.connections() and not stop.is_set():  # noqa: ASYNC110
             await asyncio.sleep(0.5)  # others still need the experts that are hosted here
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
+from tesseract_async.endpoint.events import PartEvent
 from tesseract_async.errors import (
     ExpertNotFound,
     NotAllowed,
@@ -576,6 +577,23 @@ class TesseractNode(Uncopied):
         return self._running.endpoint.call_parts(
             peer, APPLY, body, buffers, timeout=timeout, idempotent=True, priority=priority
         )
+
+    def apply_into(
+        self,
+        peer: PeerAddress,
+        uids: Sequence[str],
+        body: object,
+        buffers: Sequence[Buffer],
+        sink: Callable[[PartEvent], None],
+        *,
+        timeout: float,
+        priority: int = 0,
+    ) -> Callable[[], None] | None:
+        """As `apply_experts`, without a task: see `Endpoint.call_into`. None also for this node itself."""
+        self._check_callee(peer, APPLY, uids)
+        if peer.peer_id == self.identity.peer_id:
+            return None
+        return self._running.endpoint.call_into(peer, APPLY, body, buffers, sink, timeout=timeout, priority=priority)
 
     async def _apply_own(self, call: IncomingCall) -> AsyncGenerator[Message, None]:
         call.in_parts = True

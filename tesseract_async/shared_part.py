@@ -22,7 +22,7 @@ from tesseract_async.errors import (
     TesseractError,
     describe,
 )
-from tesseract_async.runtime.encoding import AT_ONCE_BYTES, in_thread
+from tesseract_async.runtime.encoding import apart
 from tesseract_async.server.fragments import read_fragment, read_updates
 from tesseract_async.shared_pieces import PAUSE, SharedPieces
 from tesseract_async.sharing.copy import Copy
@@ -122,4 +122,4 @@ class Part:
             await asyncio.sleep(PAUSE)
 
     async def _apart(self, work: Callable[[], T]) -> T:
-        return work() if 4 * self.copy.cut.numel <= AT_ONCE_BYTES else await in_thread(work)
+        return await apart(4 * self.copy.cut.numel, work)

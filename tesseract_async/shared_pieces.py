@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import torch
@@ -19,6 +20,7 @@ from tesseract_async.errors import (
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.node import TesseractNode
+from tesseract_async.runtime.encoding import apart
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.fetching import fetch_state
 from tesseract_async.server.fragments import MAX_STATE_BYTES, read_fragment, read_manifest, read_updates
@@ -71,15 +73,16 @@ class SharedPieces:
                 # from another host for each, so that newcomers burden all alike; the rest from the primary
                 uid, part = self.uid(number), manifest.part(number)
                 tensors, version = await self.fetch_state(number, turn=number) if number else first
-                fragment, _ = read_fragment(part, tensors, version)
+                fragment, _ = await apart(4 * part.cut.numel, partial(read_fragment, part, tensors, version))
                 request = messages.PullRequest(uid, fragment.version, fragment.root)
                 message = await self.ask(uid, messages.PULL, request, b"")
                 reply = messages.decode(messages.UpdatesReply, message.body)
                 if reply.known:
-                    fragment.replay(read_updates(fragment.version, reply, message.buffers))
+                    updates = read_updates(fragment.version, reply, message.buffers)
+                    await apart(4 * part.cut.numel, partial(fragment.replay, updates))
                     return fragment, reply.steps
                 tensors, version = await self.fetch_state(number)
-                return read_fragment(part, tensors, version)
+                return await apart(4 * part.cut.numel, partial(read_fragment, part, tensors, version))
 
         tasks = [asyncio.ensure_future(fetch(number)) for number in range(len(manifest.layout.cuts))]
         try:
@@ -102,9 +105,7 @@ class SharedPieces:
                     self._node, replica.peer, uid, weights_only=True, max_bytes=MAX_STATE_BYTES, timeout=CALL_TIMEOUT
                 )
                 if file is not None:
-                    state = check_state(uid, file, weights_only=True)
-                    # writable, and not the file's
-                    return {name: tensor.clone() for name, tensor in state["module"].items()}, state["version"]
+                    return await apart(len(file), partial(_read, uid, file))
             except (TesseractError, TimeoutError) as error:
                 last = error
                 self._failed(replica, error)
@@ -153,3 +154,9 @@ class SharedPieces:
         self._primaries.pop(replica.uid, None)
         if isinstance(error, PeerUnreachable | ConnectionLost | ExpertNotFound | ProtocolError):
             self._node.directory.report_failure(replica)
+
+
+def _read(uid: str, file: bytes | memoryview) -> tuple[dict[str, torch.Tensor], int]:
+    """Return a state's tensors, writable and not the file's, and its version. Raises: ProtocolError."""
+    state = check_state(uid, file, weights_only=True)
+    return {name: tensor.clone() for name, tensor in state["module"].items()}, state["version"]

@@ -100,6 +100,13 @@ async def test_two_trainers_end_with_one_model() -> None:
             assert same(third.model, second.merged()) and third.steps == 16
 
 
+async def test_the_first_round_waits_for_all_that_have_entered() -> None:
+    async with sharing(make_model(1), every=9) as (seed, first), sharing(make_model(2), seed.address) as (_, second):
+        await asyncio.gather(steps(first, 1, 1), steps(second, 1, 2))
+        await asyncio.gather(first.flush(), second.flush())
+        assert {part.copy.base[1] for part in first._parts if part.copy.cut.kind is not Kind.FIXED} == {1}
+
+
 async def test_alone_without_momentum_and_codec_it_is_plain_training() -> None:
     model, plain = (nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3)) for _ in range(2))
     plain.load_state_dict(model.state_dict())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Concatenate, Literal, ParamSpec, Self, TypeVar
+from typing import Concatenate, Final, Literal, ParamSpec, Self, TypeVar
 
 from tesseract_async.admission import Policy
 from tesseract_async.client.ports import PlainCalls
@@ -31,6 +31,9 @@ from tesseract_async.uncopied import Uncopied
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_LOOK_SECONDS: Final = 1.0
+"""While calls are waited for, the node is looked after so often: it may have been closed."""
 
 
 class BackgroundNode(PlainCalls):
@@ -160,6 +163,23 @@ class BackgroundNode(PlainCalls):
             raise RuntimeError("the BackgroundNode was closed during this call") from None
         except BaseException:  # Ctrl-C, too: the call ends with its caller
             future.cancel()
+            raise
+
+    def wait(self, begin: Callable[[Callable[[], object]], None], cancel: Callable[[], None]) -> None:
+        """Have ``begin(done)``, which raises nothing, called on the node's loop, and return once it has called
+        ``done``, once; blocks meanwhile. Interrupting has `cancel` called there.
+
+        Raises: RuntimeError as `run`.
+        """
+        loop, waiting = self.check(), threading.Lock()
+        waiting.acquire()
+        loop.call_soon_threadsafe(begin, waiting.release)
+        try:
+            while not waiting.acquire(timeout=_LOOK_SECONDS):
+                self.check()
+        except BaseException:  # Ctrl-C, too: the call ends with its caller
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                loop.call_soon_threadsafe(cancel)
             raise
 
     def begin(self, coroutine: Coroutine[object, object, None]) -> None:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from operator import index as as_index
 from typing import Final
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tesseract_async.client import straight
 from tesseract_async.client.arguments import Arguments, present
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
@@ -103,6 +106,9 @@ class ExpertPool(nn.Module):
         self._schemas = SchemaVote(self._experience, timeout=timeout)
         self._view: tuple[GridView, dict[tuple[int, ...], Sequence[ExpertReplica]]] | None = None
         """The latest one of the directory, and of it the replicas of these experts."""
+        self._servers: straight.Servers | None = None
+        """Where small passes go straight on, if they do."""
+        self._rests_until = -math.inf
 
     @property
     def node(self) -> Node | PlainCalls:
@@ -148,6 +154,46 @@ class ExpertPool(nn.Module):
         mode = arguments.mode._replace(differentiable=differentiable)
         arguments = dataclasses.replace(arguments, mode=mode, casts=True)
         return isolated(self._ask(arguments, values, pairs, index, weights.dtype), modes=NO_GRAD)
+
+    def answer(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As `ask`, of a `BackgroundNode` and where no backward may follow: blocks until the answer is there."""
+        assert isinstance(self._node, PlainCalls)
+        passing = self._straight(x, index, weights)
+        if passing is not None:
+            self._node.wait(passing.begin, passing.end)
+            if passing.answer is not None:
+                return passing.answer.to(x.device, x.dtype)
+            self._rests_until = time.monotonic() + straight.REST_SECONDS
+        return self._node.run(self.ask(x, index, weights, differentiable=False)).answer
+
+    def _straight(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> straight.Straight | None:
+        """The pass of such a call, if it may go that way."""
+        servers, schema, settings = self._servers, self._schemas.known, self._settings
+        if servers is None or schema is None or self.training or not 0 < index.numel() <= straight.MAX_PAIRS:
+            return None
+        if not straight.fits(schema, settings.calls, x, index, weights):
+            return None
+        if (now := time.monotonic()) < self._rests_until or now >= servers.until:
+            return None
+        asked = straight.questions(servers, x.detach().cpu(), index, weights)
+        if asked is None:
+            return None
+        return straight.Straight(
+            self._experience,
+            servers,
+            asked,
+            num_rows=len(x),
+            options=settings.calls,
+            timeout=settings.forward_timeout,
+            holds=functools.partial(self._holds, servers),
+        )
+
+    def _holds(self, servers: straight.Servers) -> bool:
+        """Return whether these experts' servers are what they were. On the loop."""
+        view = self._view
+        if view is None or servers.replicas is not view[1]:
+            return False
+        return self._experience.node.directory.live(self._prefix, self._size) is view[0]
 
     async def _ask(
         self,
@@ -249,6 +295,10 @@ class ExpertPool(nn.Module):
             if any(isinstance(one, SchemaMismatch) for one in error.errors.values()):
                 self._schemas.known = None  # they may be other experts now
             raise
+        replicas = candidates.replicas
+        if not mode.differentiable and (self._servers is None or not self._servers.is_of(replicas)):
+            # from now on, passes that are small may go there without looking
+            self._servers = straight.Servers(self._experience, self.uid_prefix, replicas, schema)
         with torch.set_grad_enabled(mode.differentiable):
             specs = zip(sums, schema.output_specs, strict=True)
             return unflatten(schema.outputs, [total.to(spec.dtype) for total, spec in specs])

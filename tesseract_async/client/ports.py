@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Protocol, TypeVar
 
 from tesseract_async.endpoint.call_table import Message
+from tesseract_async.endpoint.events import PartEvent
 from tesseract_async.experts.directory import ExpertDirectory
 from tesseract_async.experts.thanks import Thanks
 from tesseract_async.identity import PeerID
@@ -64,6 +65,19 @@ class Node(Protocol):
     ) -> AsyncGenerator[Message, None]:
         """The parts of the reply to an `expert.apply` that names these experts."""
 
+    def apply_into(
+        self,
+        peer: PeerAddress,
+        uids: Sequence[str],
+        body: object,
+        buffers: Sequence[memoryview],
+        sink: Callable[[PartEvent], None],
+        *,
+        timeout: float,
+        priority: int = 0,
+    ) -> Callable[[], None] | None:
+        """As `apply_experts`, where a connection is there already: the parts go to `sink`. Returns what cancels it."""
+
 
 class PlainCalls(Uncopied):
     """A node for code without a loop: modules that are given one deliver results instead of awaitables."""
@@ -78,6 +92,10 @@ class PlainCalls(Uncopied):
 
     def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """The coroutine's result; blocks meanwhile."""
+        raise NotImplementedError
+
+    def wait(self, begin: Callable[[Callable[[], object]], None], cancel: Callable[[], None]) -> None:
+        """Have ``begin(done)`` called on the node's loop, and return once it has called ``done``; blocks meanwhile."""
         raise NotImplementedError
 
     def begin(self, coroutine: Coroutine[object, object, None]) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Final
+from typing import Final, Protocol
 
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
@@ -13,6 +13,7 @@ from tesseract_async.endpoint.events import (
     CallCancelled,
     CallFailed,
     CallReceived,
+    PartEvent,
     PartReceived,
     PartWanted,
     PeerClosed,
@@ -100,7 +101,7 @@ class Connection:
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
-        self._parts: dict[int, asyncio.Queue[PartReceived | ReplyReceived | Exception]] = {}
+        self._parts: dict[int, PartSink] = {}
         self._handlers = Handlers(
             self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._handler_done
         )
@@ -175,7 +176,8 @@ class Connection:
     ) -> AsyncGenerator[Message, None]:
         """As `call`, for a reply that may come in parts: yields each as it comes. Closing it cancels the call."""
         stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply, in_parts=True)
-        parts = self._parts[stream] = asyncio.Queue()
+        parts: asyncio.Queue[PartEvent] = asyncio.Queue()
+        self._parts[stream] = parts
         is_first = more = True
         try:
             while more:
@@ -195,6 +197,20 @@ class Connection:
             del self._parts[stream]
             if more:
                 self.cancel_call(stream)
+
+    def call_into(
+        self, head: RequestHead, buffers: tuple[memoryview, ...], sink: Callable[[PartEvent], None], *, deadline: float
+    ) -> Callable[[], None]:
+        """As `call_parts`, without a task: `sink` is given each part, and last the reply's end or the error. Returns a
+        function that cancels it, which does nothing once it is over."""
+        stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=False, in_parts=True)
+        self._parts[stream] = _Into(self, stream, sink)
+
+        def cancel() -> None:
+            if self._parts.pop(stream, None) is not None:
+                self.cancel_call(stream)
+
+        return cancel
 
     def cancel_call(self, stream: int) -> None:
         self.protocol.cancel_call(stream)
@@ -384,6 +400,39 @@ class Connection:
             if channel is not None:
                 channel.abort()
         await self.closed
+
+
+class PartSink(Protocol):
+    """Takes the parts of a reply as they come, then its end or an error: an `asyncio.Queue` is one."""
+
+    def put_nowait(self, part: PartEvent, /) -> None: ...
+
+    def empty(self) -> bool:
+        """Return whether all parts are taken."""
+
+    def get_nowait(self) -> object: ...
+
+
+class _Into:
+    """Passes the parts of a reply on, and says that each was taken."""
+
+    def __init__(self, connection: Connection, stream: int, sink: Callable[[PartEvent], None]) -> None:
+        self._connection, self._stream, self._sink = connection, stream, sink
+
+    def put_nowait(self, part: PartEvent) -> None:
+        connection = self._connection
+        if type(part) is PartReceived:
+            connection.protocol.outgoing.part_taken(self._stream)
+            connection._schedule_flush()
+        else:
+            connection._parts.pop(self._stream, None)
+        self._sink(part)
+
+    def empty(self) -> bool:
+        return True
+
+    def get_nowait(self) -> object:
+        raise asyncio.QueueEmpty
 
 
 class _LanePort:

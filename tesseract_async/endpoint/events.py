@@ -41,6 +41,10 @@ class ReplyReceived(NamedTuple):
     buffers: tuple[memoryview, ...]
 
 
+PartEvent = PartReceived | ReplyReceived | Exception
+"""A part of a reply, its last one, or the error that it ends in."""
+
+
 class CallFailed(NamedTuple):
     """An outgoing call ended with an error: a RemoteError, ProtocolError, TimeoutError or ConnectionLost."""
 

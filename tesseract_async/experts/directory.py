@@ -20,6 +20,7 @@ from tesseract_async.experts.manifest import MAX_DIMS, decode_manifest, is_prefi
 from tesseract_async.experts.masks import Masks
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.entries import Entry
@@ -143,7 +144,7 @@ class ExpertDirectory(Uncopied):
         self._grids: dict[str, _Grid] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         # uid -> what was found, and until when that is believed without asking again
-        self._found: dict[str, tuple[float, list[ExpertReplica]]] = {}
+        self._found: LRU[str, tuple[float, list[ExpertReplica]]] = LRU(MAX_CACHED_UIDS)
         self._masks = Masks()
         self._closed = False
 
@@ -173,8 +174,6 @@ class ExpertDirectory(Uncopied):
         if found:
             until = min(now + self.refresh_period, *(replica.expiration for replica in found))
             self._found[uid] = (until, found)
-            while len(self._found) > MAX_CACHED_UIDS:
-                self._found.pop(next(iter(self._found)))
         return list(found)
 
     def known(self, uid: str) -> list[ExpertReplica]:
@@ -281,6 +280,11 @@ class ExpertDirectory(Uncopied):
         if self._masks and owner is not None and self._masks.answered(owner, replica.uid):
             self._forget(replica.uid)
 
+    @property
+    def has_doubts(self) -> bool:
+        """True if something is held against any replica, so that answers are worth reporting."""
+        return bool(self._masks)
+
     def report_outdated(self, uid: str) -> None:
         """Note that the uid's lineage is further than its manifests say: they are read again soon."""
         if (grid := self._grids.get(split_uid(uid)[0])) is not None:
@@ -303,7 +307,8 @@ class ExpertDirectory(Uncopied):
 
     def forget(self, prefix: str) -> None:
         """Forget all that was read of this grid: its run, or who may say something about it, has changed."""
-        self._found = {uid: found for uid, found in self._found.items() if split_uid(uid)[0] != prefix}
+        for uid in [uid for uid in self._found if split_uid(uid)[0] == prefix]:
+            del self._found[uid]
         if (grid := self._grids.get(prefix)) is not None:
             grid.take([], {})
             grid.warm.clear()

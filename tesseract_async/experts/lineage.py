@@ -14,6 +14,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, read_seal, read_term
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 
 SKEW: Final = 60
 """Seconds by which clocks may differ: a record from further in the future is refused."""
@@ -46,7 +47,7 @@ class Lineage:
         self.num_forks = 0
         """Terms that lost to a Term which does not descend from them."""
         self._authority = authority
-        self._known: dict[bytes, Term | Seal | None] = {}
+        self._known: LRU[bytes, Term | Seal | None] = LRU(MAX_KNOWN)
         self._terms: dict[bytes, Term] = {}
         self._seals: dict[bytes, Seal] = {}  # by Term: the newest
         self._early: dict[bytes, Seal] = {}  # by Term: whose Term was not seen yet
@@ -70,13 +71,8 @@ class Lineage:
                 with contextlib.suppress(ProtocolError):
                     record = read(blob, self._authority.run_id)
                     break
-            self._know(blob, record)
+            self._known[blob] = record
         return self._known[blob]
-
-    def _know(self, blob: bytes, record: Term | Seal | None) -> None:
-        while len(self._known) >= MAX_KNOWN:
-            self._known.pop(next(iter(self._known)))
-        self._known[blob] = record
 
     def add(self, record: Term | Seal, *, now: float, has_term: bool = False) -> bool:
         """Take a record that was read, or that this server signed. `now`: wall-clock seconds. Whether it was new and
@@ -86,7 +82,7 @@ class Lineage:
         sees it at once (`has_term`: of its own), could not show the contrary.
         """
         if record.blob not in self._known:
-            self._know(record.blob, record)
+            self._known[record.blob] = record
         if record.uid != self.uid or not self._may(record):
             return False
         appointment = self._authority.appointment(self.uid)

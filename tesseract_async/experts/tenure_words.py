@@ -71,7 +71,7 @@ class Publish(NamedTuple):
 
     records: tuple[bytes, ...]
     past: tuple[bytes, ...] = ()
-    """At most `MAX_PAST` records that led there, which stay beside the later ones."""
+    """At most `MAX_PAST` records that led there, which are kept next to the later ones."""
 
 
 class Send(NamedTuple):

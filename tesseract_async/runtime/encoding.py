@@ -27,14 +27,14 @@ async def pack(
     lossless = codecs == "none" or not isinstance(codecs, str) and all(codec == "none" for codec in codecs)
     if lossless or sum(x.nbytes for x in tensors if x is not None and x.is_floating_point()) <= AT_ONCE_BYTES:
         return pack_tensors(tensors, codecs)
-    return await in_thread(lambda: pack_tensors(tensors, codecs))
+    return await _in_thread(lambda: pack_tensors(tensors, codecs))
 
 
 async def unpack(metas: object, buffers: Sequence[memoryview]) -> list[torch.Tensor | None]:
     """Do what `wire.tensors.unpack_tensors` does. Untrusted. Raises: ProtocolError."""
     if sum(map(len, buffers)) <= AT_ONCE_BYTES // 4 or not _has_lossy(metas):
         return unpack_tensors(metas, buffers)
-    return await in_thread(lambda: unpack_tensors(metas, buffers))
+    return await _in_thread(lambda: unpack_tensors(metas, buffers))
 
 
 def _has_lossy(metas: object) -> bool:
@@ -56,6 +56,11 @@ if hasattr(os, "register_at_fork"):  # in a fork's child the old ones do not run
     os.register_at_fork(after_in_child=_renew_threads)
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """Run it in one of the codecs' threads, to its end even if this is cancelled."""
+async def apart(num_bytes: int, work: Callable[[], T]) -> T:
+    """Do work on so many bytes without holding up the loop: at once if they are few, else in one of these threads,
+    where it ends even if this is cancelled."""
+    return work() if num_bytes <= AT_ONCE_BYTES else await _in_thread(work)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(_threads, work)

@@ -22,7 +22,7 @@ from tesseract_async.runtime.gradients import Gradients, are_finite
 from tesseract_async.runtime.rows import columns, divided, joined
 from tesseract_async.runtime.staging import HostStaging, Staging
 from tesseract_async.runtime.steps import Steps
-from tesseract_async.runtime.work import Work, WorkResult
+from tesseract_async.runtime.work import JointWork, Work, WorkResult
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ class Executor:
             staged = attempt.upload.wait()
             num_inputs = len(backend.input_specs)
             inputs: list[torch.Tensor] = staged[:num_inputs]  # type: ignore[assignment]
+            if type(work) is JointWork:
+                attempt.results = self._compute_joint(work, inputs, staged[num_inputs])
+                return
             # chunks of a split request draw differently, and the same in forward and backward
             seed = (work.seed + attempt.slices[0].start * 0x9E3779B1) & 0x7FFF_FFFF_FFFF_FFFF
             shared = len(attempt.slices) > 1
@@ -82,6 +85,12 @@ class Executor:
             attempt.error = error
         finally:
             attempt.upload = None
+
+    def _compute_joint(
+        self, work: JointWork, inputs: Sequence[torch.Tensor], weights: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Return the sums that such work asks for. Raises what the modules raise, and where it can't be done so."""
+        raise NotImplementedError
 
     def complete(self, attempt: Attempt) -> None:
         """Retry what failed, take the step, and start the results' way back."""
@@ -132,6 +141,8 @@ class Executor:
         if error is None:
             return [attempt], {}
         slices = attempt.slices
+        if type(attempt.works[0]) is JointWork:  # each expert is asked again by those who want to know more
+            return [], {attempt.works[0]: error}
         # the traceback holds the failed attempt's tensors: let go before computing again
         error.__traceback__ = None
         attempt.results, attempt.summed = (), None

@@ -160,7 +160,10 @@ class Member:
             for own, num_attributes, values_of, values in self._parts:
                 if len(own) != num_attributes or values_of(own) != values:
                     return False
-            return not any([of[own]._backward_hooks for _, _, of, own in self._slots])
+            for slot in self._slots:
+                if slot.of[slot.own]._backward_hooks:
+                    return False
+            return True
         except Exception:  # an attribute is gone, or can't be compared
             return False
 
@@ -319,7 +322,7 @@ class Kind:
         if they are not in one order, or so large that some layers do without a stack."""
         names = {id(x): name for name, x in each[0].items()}
         order = [names.get(id(x), "") for x in parameters[0]]
-        if not all(order) or (self._is_ragged and any([x.nbytes > _STACKED_BYTES for x in parameters[0]])):
+        if not all(order) or (self.is_ragged and any([x.nbytes > _STACKED_BYTES for x in parameters[0]])):
             return {}
         for tensors, own in zip(each, parameters, strict=True):
             if [*map(id, map(tensors.get, order))] != [*map(id, own)]:
@@ -331,7 +334,8 @@ class Kind:
             }
 
     @property
-    def _is_ragged(self) -> bool:
+    def is_ragged(self) -> bool:
+        """True if no weights are copied."""
         return bool(self._ways) and self._ways[-1] == self._ragged
 
     def _call(
@@ -495,7 +499,7 @@ def _each_linear(x: torch.Tensor, counts: list[int], num: int, *tensors: torch.T
     """``F.linear`` of each expert's rows with its own weight, which stays where it is: `num` weights, then biases."""
     weights, biases = tensors[:num], tensors[num:]
     y = x.new_empty(x.shape[0], weights[0].shape[0])
-    rows, into = torch.split(x, counts), torch.split(y, counts)
+    rows, into = x.split_with_sizes(counts), y.split_with_sizes(counts)
     if biases:
         for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):
             torch.addmm(bias, own, weight.t(), out=out)

@@ -21,42 +21,58 @@ class ExpertQueues:
         """Those whose first batch is yet to run."""
         self._batcher = batcher
         self._groups_experts = groups_experts
-        self.known: dict[QueueKind, BatchQueue] = {}
-        """Those that there are."""
+        self._queues: dict[QueueKind, BatchQueue] = {}
         self._of_sizes: set[QueueKind] = set()  # kinds of experts whose sizes vary
         self._num_rows_before: Counter[ExpertBackend] = Counter()  # of queues that were forgotten
 
-    def add(self, kind: QueueKind) -> BatchQueue:
+    def of(self, kind: QueueKind, *, groups: bool = True) -> BatchQueue:
+        """`groups`: its batches may share a pass with others'."""
+        return self._queues.get(kind) or self._add(kind, groups)
+
+    def get(self, kind: QueueKind) -> BatchQueue | None:
+        """Return one that was made before."""
+        return self._queues.get(kind)
+
+    def count(self, backend: ExpertBackend, num_rows: int) -> None:
+        """Count rows of an expert that were computed with others', as one work."""
+        self._num_rows_before[backend] += num_rows
+
+    def _add(self, kind: QueueKind, groups: bool) -> BatchQueue:
         backend, is_backward, *_ = kind
         if backend.varies:
             if len(self._of_sizes) >= MAX_SIZES:
                 self._forget_sizes()
             self._of_sizes.add(kind)
-        queue = self.known[kind] = self._batcher.add_queue(
+        queue = self._queues[kind] = self._batcher.add_queue(
             kind,
             max_batch_size=backend.max_batch_size,
             preferred_sizes=backend.settings.preferred_sizes,
             head_start=0.0 if is_backward else FORWARD_HEAD_START,
         )
-        if self._groups_experts and not backend.varies:
+        if groups and self._groups_experts and not backend.varies:
             self.ungrouped.add(queue)
         return queue
 
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
         """Return how many rows of an expert were computed, ever, and how many wait."""
-        queues = [queue for (one, *_), queue in self.known.items() if one is backend]
+        # without those of joint works, which are forwards with weights: their rows are counted as each expert's
+        queues = [
+            queue
+            for (one, is_backward, _, _, weighted, _), queue in self._queues.items()
+            if one is backend and (is_backward or not weighted)
+        ]
         return self._num_rows_before[backend] + sum(queue.num_rows for queue in queues), sum(
             queue.num_waiting_rows for queue in queues
         )
 
     def forget(self, backend: ExpertBackend) -> None:
         """Drop the queues of an expert that is not computed here any more."""
-        self.known = {kind: queue for kind, queue in self.known.items() if kind[0] is not backend}
-        self._of_sizes &= self.known.keys()
+        self._queues = {kind: queue for kind, queue in self._queues.items() if kind[0] is not backend}
+        self._of_sizes &= self._queues.keys()
         self._num_rows_before.pop(backend, None)
 
     def _forget_sizes(self) -> None:
         """Drop the queues of sizes of which no request waits."""
-        for kind in [kind for kind in self._of_sizes if not self.known[kind].num_waiting_rows]:
-            self._num_rows_before[kind[0]] += self.known.pop(kind).num_rows
+        for kind in [kind for kind in self._of_sizes if not self._queues[kind].num_waiting_rows]:
+            self._num_rows_before[kind[0]] += self._queues.pop(kind).num_rows
             self._of_sizes.discard(kind)

@@ -38,7 +38,7 @@ from tesseract_async.runtime.queues import ExpertQueues
 from tesseract_async.runtime.staging import Staging, staging_for
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.together import GroupExecutor
-from tesseract_async.runtime.work import Work, WorkResult
+from tesseract_async.runtime.work import JointWork, Work, WorkResult
 from tesseract_async.uncopied import Uncopied
 
 logger = logging.getLogger(__name__)
@@ -241,12 +241,7 @@ class TesseractRuntime(Uncopied):
         if (loop := self._loop) is None:
             raise RuntimeError("this runtime was not started")
         now = time.monotonic()
-        if self._busy_since is not None and now - self._busy_since > self.settings.stall_timeout:
-            raise Overloaded(
-                f"a batch has computed here for {now - self._busy_since:.0f} s, longer than stall_timeout "
-                f"({self.settings.stall_timeout:g} s): {self.device} is slow, or hangs; ask another replica",
-                retry_after=self.settings.stall_timeout,
-            )
+        self._check_hung(now)
         assert inputs[0] is not None
         num_rows = inputs[0].shape[0] if rows is None else rows.shape[0]
         # requests that step alone, and split ones, whose chunks are summed for one step
@@ -264,7 +259,7 @@ class TesseractRuntime(Uncopied):
             shapes = tuple(None if x is None else x.shape[1:] for x in (*inputs, *(output_gradients or ())))
         kind = (backend, output_gradients is not None, training, call_id is not None, weights is not None, shapes)
         work = Work(
-            self._queues.known.get(kind) or self._queues.add(kind),
+            self._queues.of(kind),
             num_rows,
             num_bytes,
             peer,
@@ -283,13 +278,77 @@ class TesseractRuntime(Uncopied):
             forward_version=forward_version,
             answer=loop.create_future(),
         )
+        self._enqueue(work, now)
+        return work
+
+    def submit_joint(
+        self,
+        backends: Sequence[ExpertBackend],
+        inputs: Sequence[torch.Tensor | None],
+        *,
+        rows: torch.Tensor,
+        counts: Sequence[int],
+        weights: torch.Tensor,
+        deadline: float,
+        priority: int,
+        peer: Hashable,
+        num_bytes: int,
+    ) -> JointWork | None:
+        """As `submit`, for a forward of several experts that is computed in one pass (see `JointWork`), each with
+        `counts` of the rows and weights; not in training mode. None if these were not seen to be of one kind that can
+        be computed so without copying weights. Raises: Overloaded.
+        """
+        first, queues = backends[0], self._queues
+        known = [queues.get((one, False, False, False, False, None)) for one in backends]
+        group = None if known[0] is None else known[0].group
+        if not isinstance(group, Group) or not group.is_checked or not group.kind.is_ragged:
+            return None
+        if len(rows) > first.max_batch_size or any([queue is None or queue.group is not group for queue in known]):
+            return None
+        if (loop := self._loop) is None:
+            raise RuntimeError("this runtime was not started")
+        now = time.monotonic()
+        self._check_hung(now)
+        kind = (first, False, False, False, True, group)
+        work = JointWork(
+            queues.of(kind, groups=False),
+            len(rows),
+            num_bytes,
+            peer,
+            now + deadline - loop.time(),
+            priority,
+            True,
+            backend=first,
+            inputs=inputs,
+            rows=rows,
+            output_gradients=None,
+            weights=weights,
+            training=False,
+            seed=0,
+            call_id=None,
+            forward_version=None,
+            answer=loop.create_future(),
+            backends=backends,
+            counts=counts,
+        )
+        self._enqueue(work, now)
+        return work
+
+    def _check_hung(self, now: float) -> None:
+        if self._busy_since is not None and now - self._busy_since > self.settings.stall_timeout:
+            raise Overloaded(
+                f"a batch has computed here for {now - self._busy_since:.0f} s, longer than stall_timeout "
+                f"({self.settings.stall_timeout:g} s): {self.device} is slow, or hangs; ask another replica",
+                retry_after=self.settings.stall_timeout,
+            )
+
+    def _enqueue(self, work: Work, now: float) -> None:
         with self._lock:
             if self._closing or self._thread is None:
                 raise _leaving()
             self._batcher.add(work, now)
             if self._is_idle and not self._num_gathering:
                 self._wake_thread()
-        return work
 
     @contextlib.contextmanager
     def gathering(self) -> Iterator[None]:
@@ -402,11 +461,15 @@ class TesseractRuntime(Uncopied):
             figures.latencies.observe(now - batch.slices[0].request.arrival)
             for request, _, _ in batch.slices:
                 work: Work = request  # type: ignore[assignment]
+                if type(work) is JointWork:
+                    self._count_joint(work, now)
                 outcome, answer = outcomes.get(work), work.answer
                 if outcome is None or answer.done():
                     pass
                 elif type(outcome) is WorkResult:
                     answer.set_result(outcome)
+                elif type(work) is JointWork:
+                    _set_error(answer, outcome)  # type: ignore[arg-type]  # each expert's failure is found alone
                 else:
                     direction = _direction(batch)
                     figures.num_failures += 1
@@ -425,6 +488,16 @@ class TesseractRuntime(Uncopied):
         times.observe(seconds / len(batches), len(batches))
         if len(batches) > 1:
             self.metrics.count("runtime_grouped_batches", len(batches), direction=direction)
+
+    def _count_joint(self, work: JointWork, now: float) -> None:
+        """Count what one pass of several experts has computed as each one's."""
+        self.figures[work.backend].num_calls -= 1
+        for backend, num_rows in zip(work.backends, work.counts, strict=True):
+            self._queues.count(backend, num_rows)
+            figures = self.figures[backend]
+            figures.num_calls += 1
+            if backend is not work.backend:
+                figures.latencies.observe(now - work.arrival)
 
     # -- On the thread ---------------------------------------------------------------------------------------------
 

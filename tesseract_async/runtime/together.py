@@ -13,11 +13,11 @@ from tesseract_async.runtime.attempts import NOT_FINITE, Attempt, Outcomes, limi
 from tesseract_async.runtime.batcher import RowSlice
 from tesseract_async.runtime.executor import Executor
 from tesseract_async.runtime.gradients import Gradients, are_finite, for_norm, per_row
-from tesseract_async.runtime.grouped import Group, Groups, Member, Unfit
+from tesseract_async.runtime.grouped import Group, Groups, Kind, Member, Unfit
 from tesseract_async.runtime.rows import columns, divided, joined, presence
 from tesseract_async.runtime.staging import Staging, Transfer
 from tesseract_async.runtime.watching import generator_states, have_moved
-from tesseract_async.runtime.work import WorkResult
+from tesseract_async.runtime.work import JointWork, WorkResult
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -70,6 +70,34 @@ class GroupExecutor(Executor):
         except BaseException as error:  # told to those who asked, by `complete`
             together.error = error
         return together
+
+    def _compute_joint(
+        self, work: JointWork, inputs: Sequence[torch.Tensor], weights: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        kind: Kind | None = None
+        members: list[Member] = []
+        if self.steps.broken and any([backend in self.steps.broken for backend in work.backends]):
+            raise _NotNow
+        for backend in work.backends:
+            member = self.groups.member_of(backend)
+            if member is None or not backend.may_be_grouped(work.training):
+                raise _NotNow
+            if kind is not None and member.kind is not kind:
+                raise _NotNow
+            kind = member.kind
+            members.append(member)
+        assert kind is not None and weights is not None and work.rows is not None
+        outputs = kind.forward(members, inputs, work.counts, training=work.training)
+        work.versions = [backend.version for backend in work.backends]
+        sums, rows = [], work.rows.to(weights.device)
+        num_rows = next(len(x) for x in work.inputs if x is not None)
+        for y in outputs:
+            y = y.to(torch.promote_types(y.dtype, torch.float32))
+            y = y * per_row(weights, y).to(y.dtype)
+            sums.append(
+                y.sum(0, keepdim=True) if num_rows == 1 else y.new_zeros(num_rows, *y.shape[1:]).index_add_(0, rows, y)
+            )
+        return sums
 
     def launch_together(self, together: Together) -> None:
         """As `launch`. Where the pass raises, or its group was not checked yet, each expert is computed alone."""

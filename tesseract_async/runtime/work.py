@@ -46,3 +46,16 @@ class Work(QueuedRequest):
     """Results of the slices so far, if the request was split."""
     summed: Gradients | None = None
     """Gradients of the parameters, over the slices so far."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class JointWork(Work):
+    """A small forward of several experts of one kind, in one pass: the result is the weighted sum of their outputs,
+    one row for each row of the inputs, at least float32. Nothing is known of each expert's part in a failure."""
+
+    backends: Sequence[ExpertBackend]
+    """`backend` is the first of them."""
+    counts: Sequence[int]
+    """Rows of each."""
+    versions: Sequence[int] = ()
+    """Of each, the steps that it had taken when it was computed."""

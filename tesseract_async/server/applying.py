@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -17,12 +17,13 @@ import torch
 
 from tesseract_async.endpoint.call_table import Answer, CallHandler, LastPart
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import RemoteError, SchemaMismatch, TooStale, UnknownMethod
+from tesseract_async.errors import ProtocolError, RemoteError, SchemaMismatch, TooStale, UnknownMethod
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.runtime.gradients import Gradients, per_row
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
+from tesseract_async.server import at_once
 from tesseract_async.server.answering import (
     BackwardUnderWay,
     ExpertCalls,
@@ -36,7 +37,7 @@ from tesseract_async.server.answering import (
     told_of,
 )
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.parts import Parts
+from tesseract_async.server.parts import MAX_PARTS, Parts
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY, ApplyRequest, decode_request, encode_part
 from tesseract_async.wire.names import new_name
@@ -58,17 +59,52 @@ class Applying:
         """`calls`: of one of the servers; it keeps the blocks."""
         self._calls, self._find = calls, find
 
-    async def answer(self, call: IncomingCall) -> AsyncGenerator[Message, None]:
-        """Yield the parts of the reply. Closing it withdraws what has not been computed.
+    def answer(self, call: IncomingCall) -> Answer:
+        """Return the reply: what it will be, or its parts, whose closing withdraws what has not been computed.
 
-        Raises only RemoteErrors, for the caller to see: where the message as a whole cannot be understood.
+        Raises only RemoteErrors, for the caller to see, now or then: where the message as a whole cannot be understood.
         """
-        with self._calls.answering(call):
+        try:
             request, buffers = decode_request(call.body, call.buffers)
-            call.body, call.buffers = None, ()
-            wave = Wave(request, call, self._calls)
+        except ProtocolError as error:
+            raise told_of(error, call.method) from None
+        call.body, call.buffers = None, ()
+        found: Sequence[CallHandler | RemoteError] | None = None
+        if at_once.is_small(request):
+            uids = [join_uid(request.prefix, coords) for coords in request.experts.tolist()]
+            found = self._find(_asked(call, request), uids)
+            doors = [one for one in found if type(one) is ExpertShares]
+            if len(doors) == len(found) and all([door.calls is doors[0].calls for door in doors]):
+                again = partial(self._in_one, call, request, buffers, found)
+                hosted = [door.hosted for door in doors]
+                deferred = at_once.begin(call, request, buffers, hosted, doors[0].calls, again)
+                if deferred is not None:
+                    return deferred
+        return self._in_parts(call, request, buffers, found)
+
+    async def _in_one(
+        self,
+        call: IncomingCall,
+        request: ApplyRequest,
+        buffers: Sequence[memoryview],
+        found: Sequence[CallHandler | RemoteError],
+    ) -> Message:
+        async with contextlib.aclosing(self._in_parts(call, request, buffers, found, max_parts=1)) as parts:
+            return await anext(parts)
+
+    async def _in_parts(
+        self,
+        call: IncomingCall,
+        request: ApplyRequest,
+        buffers: Sequence[memoryview],
+        found: Sequence[CallHandler | RemoteError] | None,
+        *,
+        max_parts: int = MAX_PARTS,
+    ) -> AsyncGenerator[Message, None]:
+        with self._calls.answering(call):
+            wave = Wave(request, call, self._calls, max_parts=max_parts)
             try:
-                await wave.begin(self._find, buffers)
+                await wave.begin(self._find, buffers, found)
                 del buffers
                 async for part in wave.parts():
                     yield part
@@ -104,14 +140,22 @@ class _Share:
     """True until it is answered, has failed, or nobody waits for it."""
 
 
+def _asked(call: IncomingCall, request: ApplyRequest) -> IncomingCall:
+    """Return the call by which one of its experts would be asked."""
+    method = messages.BACKWARD if request.backward else messages.FORWARD
+    return IncomingCall(call.peer_id, method, None, (), call.deadline, call.priority, call.origin)
+
+
 class Wave:
     """One such message while it is answered."""
 
-    def __init__(self, request: ApplyRequest, call: IncomingCall, calls: ExpertCalls) -> None:
+    def __init__(
+        self, request: ApplyRequest, call: IncomingCall, calls: ExpertCalls, *, max_parts: int = MAX_PARTS
+    ) -> None:
         self.request = request
         self._call, self._calls = call, calls
         self._loop = asyncio.get_running_loop()
-        self._gathered = Parts(request, self._loop.time())
+        self._gathered = Parts(request, self._loop.time(), max_parts=max_parts)
         self._shares: list[_Share] = []
         self._inputs: Sequence[torch.Tensor | None] = ()
         self._gradients: Sequence[torch.Tensor | None] = ()
@@ -124,10 +168,18 @@ class Wave:
         self._timer: asyncio.TimerHandle | None = None
         self._due: asyncio.Future[None] | None = None
 
-    async def begin(self, find: FindsExperts, buffers: Sequence[memoryview]) -> None:
-        """Hand each expert's share to its runtime. Raises: ProtocolError, SchemaMismatch for a malformed block."""
+    async def begin(
+        self,
+        find: FindsExperts,
+        buffers: Sequence[memoryview],
+        found: Sequence[CallHandler | RemoteError] | None = None,
+    ) -> None:
+        """Hand each expert's share to its runtime. `found`: what `find` has found, if that was asked.
+
+        Raises: ProtocolError, SchemaMismatch for a malformed block.
+        """
         request = self.request
-        doors = await self._find_all(find)
+        doors = await self._find_all(find) if found is None else self._sorted(found)
         if not doors:
             return
         first = next(iter(doors.values()))
@@ -166,18 +218,24 @@ class Wave:
     async def _find_all(self, find: FindsExperts) -> dict[int, ExpertShares]:
         """Return the handlers of the experts that are here and that the caller may ask, by their places."""
         request = self.request
-        asked = replace(self._call, method=messages.BACKWARD if request.backward else messages.FORWARD)
+        asked = _asked(self._call, request)
         doors: dict[int, ExpertShares] = {}
         uids = [join_uid(request.prefix, coords) for coords in request.experts.tolist()]
         for start in range(0, len(uids), PORTION):
             if start:
                 await asyncio.sleep(0)
-            for expert, door in enumerate(find(asked, uids[start : start + PORTION]), start):
-                if isinstance(door, RemoteError):
-                    self._failed(expert, door)
-                else:
-                    assert isinstance(door, ExpertShares)
-                    doors[expert] = door
+            doors |= self._sorted(find(asked, uids[start : start + PORTION]), start)
+        return doors
+
+    def _sorted(self, found: Sequence[CallHandler | RemoteError], start: int = 0) -> dict[int, ExpertShares]:
+        """Return the handlers by their places; experts without have failed."""
+        doors: dict[int, ExpertShares] = {}
+        for expert, door in enumerate(found, start):
+            if isinstance(door, RemoteError):
+                self._failed(expert, door)
+            else:
+                assert isinstance(door, ExpertShares)
+                doors[expert] = door
         return doors
 
     def _bytes_per_row(self, door: ExpertShares) -> int:

@@ -41,8 +41,8 @@ class Answer(NamedTuple):
 class Parts:
     """The parts of the reply to `request`, which came at `now` (seconds of any monotonic clock)."""
 
-    def __init__(self, request: ApplyRequest, now: float) -> None:
-        self._request = request
+    def __init__(self, request: ApplyRequest, now: float, *, max_parts: int = MAX_PARTS) -> None:
+        self._request, self._max_parts = request, max_parts
         self._ready: dict[int, Answer] = {}
         self._failures: list[tuple[int, RemoteError]] = []
         self._num_open = len(request.ids)
@@ -74,7 +74,7 @@ class Parts:
         """Return when to take the next part, if nothing is answered before; infinity if that has to be waited for."""
         if not self._num_open:
             return -math.inf
-        if not (self._ready or self._failures) or self._num_taken == MAX_PARTS - 1:
+        if not (self._ready or self._failures) or self._num_taken == self._max_parts - 1:
             return math.inf
         return self._next_at
 

@@ -36,6 +36,8 @@ from tesseract_async.wire.apply import APPLY
 
 logger = logging.getLogger(__name__)
 
+_MOVED_AT_ONCE: Final = 64
+"""Experts that a device's thread moves to its device before it looks at anything else."""
 FAREWELL_TIMEOUT: Final = 2.0
 """Seconds that withdrawing the experts may take after `drain`: a network that does not answer keeps no server."""
 
@@ -138,16 +140,17 @@ class TesseractServer(Uncopied):
         """Sends the experts' states."""
         self.restoring = Restoring(node, directory, self.call_aside, self.states.drop)
         """Takes them back to older ones."""
-        self._methods: dict[str, ExpertHandler] = {}
-        self._handlers = {uid: self._handlers_of(one) for uid, one in self.hosted.items()}
-        self.handle(messages.INFO, self.calls.info)
-        self.handle(messages.FORWARD, self.calls.forward)
-        self.handle(messages.BACKWARD, self.calls.backward)
-        self.handle(messages.STATE, self.states.answer)
-        self.handle(messages.RESTORE, self.restoring.answer)
         save = None if directory is None else self.save_checkpoints
         lockstep = Lockstep(self.hosted, self.calls, node.trust, save)
-        self.handle(messages.LOCKSTEP, lockstep.answer)
+        self._methods: dict[str, ExpertHandler] = {
+            messages.INFO: self.calls.info,
+            messages.FORWARD: self.calls.forward,
+            messages.BACKWARD: self.calls.backward,
+            messages.STATE: self.states.answer,
+            messages.RESTORE: self.restoring.answer,
+            messages.LOCKSTEP: lockstep.answer,
+        }
+        self._handlers = {uid: self._handlers_of(one) for uid, one in self.hosted.items()}
         self._end_applying: Callable[[], None] = lambda: None
         self._lock = None if directory is None else FolderLock(directory)
         self._saving = asyncio.Lock()
@@ -187,8 +190,7 @@ class TesseractServer(Uncopied):
                 await runtime.start()
             if self._lock is not None:
                 await self.call_aside(self._lock.acquire)
-            for one in self.hosted.values():
-                await one.restore()
+            await self._restore()
             # first of all, so that a server that is killed early returns with the weights that it answered with
             await self.save_checkpoints()
             for uid in self.experts:
@@ -221,6 +223,18 @@ class TesseractServer(Uncopied):
         if self._lock is not None:
             self._spawn(self._save_periodically())
         self._spawn(self._make_optimizers())
+
+    async def _restore(self) -> None:
+        """Load the newest checkpoints, and move all experts to their devices. Raises: CheckpointError."""
+        new: dict[TesseractRuntime, list[ExpertBackend]] = {}
+        for one in self.hosted.values():
+            if self._store is not None:
+                await one.restore()
+            else:  # many at once: each wake-up of a device's thread takes as long as moving some
+                new.setdefault(one.runtime, []).append(one.backend)
+        for runtime, backends in new.items():
+            for start in range(0, len(backends), _MOVED_AT_ONCE):
+                await runtime.call(partial(_move, backends[start : start + _MOVED_AT_ONCE], runtime.device))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work, name="server")
@@ -358,7 +372,8 @@ class TesseractServer(Uncopied):
         """Have calls of an ``expert.`` method answered by `handler`, for every expert of this server."""
         self._methods[method] = handler
         for uid, one in self.hosted.items():
-            self._handlers[uid] |= {name: answer for name, answer in self._handlers_of(one).items() if name == method}
+            if not (isinstance(one.backend, FragmentBackend) and method in (messages.FORWARD, messages.BACKWARD)):
+                self._handlers[uid][method] = partial(handler, one)
 
     def _handlers_of(self, hosted: HostedState) -> dict[str, CallHandler]:
         methods: dict[str, CallHandler] = {name: partial(handler, hosted) for name, handler in self._methods.items()}
@@ -448,16 +463,23 @@ class TesseractServer(Uncopied):
             rhythm.note(began, loop.time(), worked=num_saved > 0)
 
 
+def _move(backends: Sequence[ExpertBackend], device: torch.device) -> None:
+    for one in backends:
+        one.to(device)
+
+
 def _check_separate(experts: Mapping[str, ExpertBackend], *, host: object = None) -> None:
     """Refuse a backend that a server other than `host` has, and two that train the same weights. Raises: ValueError."""
     owner: dict[int, str] = {}
+    any_trains = any(backend.trains for backend in experts.values())
     for trains in (True, False):
         for uid, backend in experts.items():
             if backend.host not in (None, host):
                 raise ValueError(f"{uid}: another server hosts this ExpertBackend now; make one for each server")
             if backend.trains != trains:
                 continue
-            for one in (backend, *backend.module.parameters()):
+            # frozen weights may be shared with other frozen ones
+            for one in (backend, *(backend.module.parameters() if any_trains else ())):
                 other = owner.setdefault(id(one), uid) if trains or one is backend else owner.get(id(one), uid)
                 if other != uid:
                     raise ValueError(

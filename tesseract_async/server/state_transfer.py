@@ -158,7 +158,7 @@ class StateSource:
         return reply
 
     async def _take_turn(self, peer: PeerID, num_bytes: int) -> None:
-        """Wait until a piece may go out beside what is more urgent. Raises: Overloaded if many of the peer's wait."""
+        """Wait until a piece holds up nothing more urgent. Raises: Overloaded if many of the peer's wait."""
         if self._waiting[peer] >= MAX_WAITING:
             raise Overloaded("too many pieces of states wait to be sent to you", retry_after=1.0)
         self._waiting[peer] += 1

@@ -120,7 +120,7 @@ class Rounds:
         """Return when this round closes, `now` if it should at once; None if none is open."""
         if not self._pushes:
             return None
-        if not self._waits_first and self._came.keys() | self._known <= self._pushes.keys():
+        if self._came.keys() | self._known <= self._pushes.keys() and (self._came or not self._waits_first):
             return now
         return self._opened[self._version] + self.deadline
 

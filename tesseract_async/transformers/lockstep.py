@@ -87,7 +87,7 @@ class StandIn(nn.Module):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(2, device="cpu", dtype=torch.float32))
         self.register_buffer("round", torch.zeros((), device="cpu", dtype=torch.int64))
-        """The steps that the experts had taken beside these weights."""
+        """The steps that the experts had taken when these weights were theirs."""
 
     @property
     def _is_hf_initialized(self) -> bool:

@@ -58,8 +58,17 @@ class RemoteLayer(Uncopied):
         differentiable: bool,
     ) -> PoolAnswer:
         """The layer's weighted sum for rows `x`. Raises: as `ExpertPool.forward`."""
-        self.pool.train(training)
+        self._set_training(training)
         return self.node.run(self.pool.ask(x, index, weights, differentiable=differentiable))
+
+    def answer(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, training: bool) -> torch.Tensor:
+        """As `ask`, where no backward may follow."""
+        self._set_training(training)
+        return self.pool.answer(x, index, weights)
+
+    def _set_training(self, training: bool) -> None:
+        if self.pool.training is not training:
+            self.pool.train(training)
 
 
 class _Call:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from tesseract_async.client.background import BackgroundNode
-from tesseract_async.client.expert_pool import ExpertPool, PoolAnswer
+from tesseract_async.client.expert_pool import ExpertPool
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions
 from tesseract_async.transformers import operator
 from tesseract_async.transformers.families import WITHOUT_HOOK, check_config, is_experts, library
@@ -42,9 +42,8 @@ def experts_forward(
     if not torch.compiler.is_compiling():
         layer.lockstep.belongs_to(stand_in)
         if not torch.is_grad_enabled() and len(hidden_states):  # no graph, no operator
-            given = hidden_states, top_k_index, top_k_weights
-            found: PoolAnswer = layer.ask(*given, module.training, differentiable=False)
-            return found.answer
+            found: torch.Tensor = layer.answer(hidden_states, top_k_index, top_k_weights, module.training)
+            return found
     answer: tuple[torch.Tensor, torch.Tensor] = operator.experts(
         hidden_states,
         top_k_index,

@@ -106,7 +106,7 @@ class Trainer:
         self.train_tokens, self.valid_tokens = tokens[: -len(tokens) // 10], tokens[-len(tokens) // 10 :]
         self.draw = torch.Generator().manual_seed(1000 * plan.seed + number)
         self.num_bytes = {"sharing": 0, "replication": 0}
-        self.longest = 0.0
+        self.longest = self.busiest = 0.0
         self.shared: ta.SharedParameters[torch.nn.Module] | None = None
 
     async def together(self) -> None:
@@ -145,7 +145,7 @@ class Trainer:
                 await self.shared.flush()
                 await self.together()
             model = self.model if self.shared is None else self.shared.merged()
-            found |= {"loss": await self.loss(model), "longest": self.longest}
+            found |= {"loss": await self.loss(model), "longest": self.longest, "busiest": self.busiest}
             found["numel"] = sum(one.numel() for one in model.parameters())
             await self.together()
             if plan.variant == "share 1":
@@ -175,9 +175,10 @@ class Trainer:
 
     async def share(self) -> None:
         if self.shared is not None:
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.thread_time()
             await self.shared.step()
             self.longest = max(self.longest, time.perf_counter() - began)
+            self.busiest = max(self.busiest, time.thread_time() - worked)
 
     def reduce(self) -> None:
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self.model.parameters()]
@@ -257,6 +258,7 @@ def tell(found: list[dict[str, Any]]) -> None:
         share = statistics.mean(one[name] for one in found) / full
         emit(f"shared parameters: bytes of {name} / fp32 all-reduce, each trainer and step", share, "", asked)
     emit("shared parameters: longest pause in step()", 1000 * max(one["longest"] for one in found), "ms")
+    emit("shared parameters: most processor time in step()", 1000 * max(one["busiest"] for one in found), "ms")
     pairs = zip(*(one["pairs"] for one in found), strict=True)
     ratios = [sum(one[1] for one in pair) / sum(one[0] for one in pair) for pair in pairs]
     emit("shared parameters: processor time with sharing / without", statistics.median(ratios), "", "<= 1.03")

@@ -3,7 +3,6 @@
 All processes have one thread each. The second part lets every call of a layer wait for a made-up round trip.
 """
 
-import asyncio
 import contextlib
 import re
 import subprocess
@@ -97,23 +96,19 @@ def works(model: Any) -> dict[str, Callable[[], object]]:
 
 
 def delay(model: Any, round_trip: float) -> None:
-    """Have each layer's calls take longer by that many seconds."""
+    """Have each layer's forwards without gradients take longer by that many seconds."""
     from tesseract_async.transformers.remote import remote_layers
 
     for module in remote_layers(model).values():
-        pool = vars(module)["tesseract_layer"].pool
-        ask = type(pool).ask.__get__(pool)
+        layer = vars(module)["tesseract_layer"]
+        answer = type(layer).answer.__get__(layer)
 
-        def later(*args: torch.Tensor, ask: Any = ask, **kwargs: bool) -> Any:
-            asked = ask(*args, **kwargs)
+        def later(*args: Any, answer: Any = answer) -> torch.Tensor:
+            time.sleep(round_trip)
+            found: torch.Tensor = answer(*args)
+            return found
 
-            async def wait() -> object:
-                await asyncio.sleep(round_trip)
-                return await asked
-
-            return wait()
-
-        pool.ask = later
+        layer.answer = later
 
 
 def main() -> None:

@@ -52,6 +52,10 @@ class ServerThread:
         """Run `work` there; await the result here."""
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
+    def run_plainly(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` there; blocks meanwhile."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
     @contextlib.contextmanager
     def running(self) -> Iterator[ServerThread]:
         """The thread lives within it."""

@@ -10,20 +10,20 @@ MARGIN: Final = 0.03
 
 LIMITS: Final[dict[str, float]] = {
     # one expert call of one row of 1,024 numbers, without gradients, over TLS, one at a time, on asyncio's loop
-    "client: Python calls per small call": 213,
+    "client: Python calls per small call": 208,
     "client: C calls per small call": 209,
     "server: Python calls per small call": 185,
     "server: C calls per small call": 193,
     "client: turns of the loop per small call": 3,
     "server: turns of the loop per small call": 5,
     # the same, eight at once
-    "client: Python calls per small call of eight at once": 184,
+    "client: Python calls per small call of eight at once": 182,
     "client: C calls per small call of eight at once": 188,
     "server: Python calls per small call of eight at once": 102,
     "server: C calls per small call of eight at once": 109,
     # the package's own functions that such a call passes at its client and its server, each counted once
-    "functions that a forward passes, both ends": 178,
-    "files that a forward passes, both ends": 46,
+    "functions that a forward passes, both ends": 172,
+    "files that a forward passes, both ends": 47,
     # and what travels and stays
     "frames per small call, both ways": 2,
     "bytes per small call, both ways": 8351,
@@ -38,6 +38,11 @@ LIMITS: Final[dict[str, float]] = {
     "caller: Python calls per expert of a pass, both ways": 102,
     "server: Python calls per expert of a pass, both ways": 148,
     "device: Python calls per expert of a pass, both ways": 92,
+    # one row through eight of 32 experts, four on each of two servers; of the servers and their devices: both together
+    "caller: Python calls per layer and token": 60,
+    "caller's loop: Python calls per layer and token": 230,
+    "servers: Python calls per layer and token": 540,
+    "devices: Python calls per layer and token": 350,
     # a hash table of 200 nodes
     "datagrams per look-up": 12.25,
     "datagrams per renewal": 86,

@@ -167,7 +167,7 @@ async def test_an_evil_relay_cannot_change_what_arrives(how: str, size: int) -> 
 async def test_an_evil_relay_cannot_spoil_the_handshake_unnoticed(how: str) -> None:
     spoiler = Spoiler(how)
     spoiler.active = True
-    async with relayed(spoiler, handshake_timeout=1.0) as (client, peer):
+    async with relayed(spoiler, handshake_timeout=0.4) as (client, peer):
         with pytest.raises(ERRORS):
             await client.call(peer, "echo", "evil", [SECRET], timeout=4)
 

@@ -1,5 +1,8 @@
 """A whole model as a folder: saved from real nodes, loaded without any, and restored."""
 
+import asyncio
+import contextlib
+import copy
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -268,6 +271,57 @@ async def test_shared_parameters_are_saved_and_restored_with_their_pieces(tmp_pa
         loaded = ta.load_model(folder)
         for name, tensor in merged.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.slow
+async def test_four_trainers_go_on_from_a_save_point_as_if_they_had_never_stopped(tmp_path: Path) -> None:
+    """Where each waits for its answers, rounds close when all four have pushed, whoever is first."""
+
+    def make(number: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(number)
+        model = nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, 3))
+        return model, torch.optim.Adam(model.parameters(), 0.01)
+
+    async with contextlib.AsyncExitStack() as stack:
+        trainers: list[tuple[ta.SharedParameters[Any], torch.optim.Optimizer]] = []
+        nodes: list[ta.TesseractNode] = []
+        for number in range(4):
+            seeds = [one.address for one in nodes[:1]]
+            nodes.append(await stack.enter_async_context(ta.TesseractNode(initial_peers=seeds)))
+            model, optimizer = make(number)
+            shared = ta.SharedParameters(nodes[-1], model, run="four", every=100, host=number == 0)
+            trainers.append((await stack.enter_async_context(shared), optimizer))
+
+        async def steps(start: int, num: int) -> list[float]:
+            losses = []
+            for turn in range(start, start + num):
+                for number, (shared, optimizer) in enumerate(trainers):
+                    ((x, y),) = batches(100 * number + turn, 1)
+                    loss = nn.functional.cross_entropy(shared.model(x), y)
+                    optimizer.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    await shared.step()
+                    losses.append(float(loss.detach()))
+                await asyncio.gather(*(shared.flush() for shared, _ in trainers))
+            return losses
+
+        await steps(0, 5)
+        first = trainers[0][0]
+        await ta.save_model(nodes[0], first, tmp_path / "saved", optimizers=True)
+        kept = [
+            copy.deepcopy((one.model.state_dict(), optimizer.state_dict(), one.state_dict()))
+            for one, optimizer in trainers
+        ]
+        expected, versions = await steps(5, 20), [one.copy.base[1] for one in first._parts]
+        assert set(versions) == {25}  # as many rounds as steps: none closed without all
+        await ta.restore_model(nodes[0], first, tmp_path / "saved")
+        for (shared, optimizer), (model_state, optimizer_state, state) in zip(trainers, kept, strict=True):
+            shared.model.load_state_dict(model_state)
+            optimizer.load_state_dict(optimizer_state)
+            await shared.rejoin(state)
+        assert await steps(5, 20) == expected
+        assert [one.copy.base[1] for one in first._parts] == versions
 
 
 def test_plain_calls_save_and_load_plain_models(tmp_path: Path) -> None:

@@ -81,6 +81,10 @@ def test_a_host_that_took_over_waits_for_members_that_it_does_not_know() -> None
     rounds.close()
     rounds.add(push(0), 8, 10.0)
     assert rounds.closes_at(10.0) == 10.0
+    rounds = Rounds(7, max_steps=64)
+    rounds.expect(PEERS[0])  # it entered here: the host was started again, and nobody else is there
+    rounds.add(push(0), 7, 0.0)
+    assert rounds.closes_at(0.0) == 0.0
 
 
 def test_members_that_come_in_rounds_of_their_own_count_as_in_one() -> None:

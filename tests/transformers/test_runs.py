@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from tesseract_async.cli.building import make_builder
 from tesseract_async.cli.main import main
 from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.server.holder import holding
+from tests.cli.processes import event, tesseract
 from tests.cli.test_run_lifetime import hosting, volunteer
+from tests.stem import Stem
 from tests.transformers.swarm import local
 from tests.transformers.test_remote import IDS, load_with, train
 
@@ -85,3 +88,43 @@ async def test_a_run_begins_from_a_checkpoint(checkpoint: Callable[[str], Path],
             with pytest.raises(ValueError, match=reason):
                 async with volunteer(refused):
                     pass
+
+
+@pytest.mark.slow
+async def test_a_killed_servers_experts_go_on_at_another_volunteer(
+    checkpoint: Callable[[str], Path], tmp_path: Path, stem: Stem
+) -> None:
+    folder = checkpoint("mixtral")
+    whole = local(folder)
+    with torch.no_grad():
+        expected = whole(IDS).logits
+    async with ta.TesseractNode() as seed:
+        run = await asyncio.to_thread(create, folder, tmp_path, seed.address)
+        arguments = ("--hf-checkpoint", str(folder), "--num-experts", "16", "--sync-every", "1", "-p", seed.address)
+        async with tesseract(stem, "serve", "--run", run, *arguments) as first:
+            assert len((await event(first, "ready"))["uids"]) == 16
+            second = hosting(run, seed.address)
+            second.serving = dataclasses.replace(second.serving, num_experts=16, hf_checkpoint=folder)
+            second._builder = make_builder(second.serving, VolunteerSettings(), keeps_learning_rate=False)
+            async with volunteer(second):
+                server = second.server
+                assert server is not None
+                async with asyncio.timeout(60):
+                    while len(server.experts) < 16:  # noqa: ASYNC110
+                        await asyncio.sleep(0.1)
+                with ta.BackgroundNode(initial_peers=[seed.address]) as node:
+                    await asyncio.to_thread(node.join_run, run)
+                    remote = await asyncio.to_thread(load_with, folder, node)
+                    await asyncio.to_thread(check_logits, remote, expected)
+                    first.kill()
+                    async with asyncio.timeout(60):
+                        while not all(map(server.is_primary, server.experts)):  # noqa: ASYNC110
+                            await asyncio.sleep(0.1)
+                    await asyncio.to_thread(check_logits, remote, expected)
+                    assert len(await asyncio.to_thread(train, remote, num_steps=2)) == 4, "and learn there"
+                    assert all(backend.version for backend in server.experts.values())
+
+
+def check_logits(model: Any, expected: torch.Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(IDS).logits, expected, rtol=0, atol=1e-6)

@@ -1,0 +1,359 @@
+"""The straight way of a small forward whose experts must all answer, such as a token's: one message to each server, one
+answer from each, and their sum. No tasks, and a timer only where another server could be asked.
+
+Most passes of a model that generates go this way. Whatever is unusual (an expert that nobody is known to host, a server
+that is not connected, an error, an answer that is late, too old or not what was asked for) ends it, and the pass is
+made anew by `mixture`, which knows what to do: a forward changes nothing, so it may be asked for twice.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import torch
+
+from tesseract_async.client.experience import Experience, replica_key
+from tesseract_async.client.expert_rpc import ExpertSchema
+from tesseract_async.client.failover import HEDGE_SECONDS
+from tesseract_async.client.settings import CallOptions
+from tesseract_async.endpoint.events import PartEvent, PartReceived, ReplyReceived
+from tesseract_async.errors import ProtocolError, TesseractError, TooStale
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire.apply import ApplyPart, ApplyRequest, decode_part, encode_request
+from tesseract_async.wire.names import new_name
+from tesseract_async.wire.tensors import TensorSpec, pack_tensors, unpack_plain
+
+MAX_PAIRS: Final = 256
+"""Pairs of a row and an expert: with more of them, the computing outweighs what is spared here."""
+_CHOSEN_SECONDS: Final = 1.0
+"""For so long the server of an expert that several host is the same, before the fastest is looked for again."""
+REST_SECONDS: Final = 1.0
+"""For so long no pass goes this way after one that failed."""
+
+
+class Servers:
+    """Who is asked for each expert of a pool, worked out once for as long as that stays the same."""
+
+    def __init__(
+        self,
+        experience: Experience,
+        prefix: str,
+        replicas: Mapping[tuple[int, ...], Sequence[ExpertReplica]],
+        schema: ExpertSchema,
+    ) -> None:
+        """`replicas`: of the experts, by their number alone; all have this schema. On the loop."""
+        now = asyncio.get_running_loop().time()
+        self.prefix, self.replicas, self.schema = prefix, replicas, schema
+        (answered, *_) = schema.output_specs
+        self.sum_spec = TensorSpec(answered.least_shape, torch.promote_types(answered.dtype, torch.float32))
+        self.numbers: dict[PeerAddress, int] = {}
+        self.server: dict[int, int] = {}
+        """Of each expert that is hosted, the number of the server to ask ..."""
+        self.first: dict[int, ExpertReplica] = {}
+        """... and itself there."""
+        self.has_others: set[int] = set()
+        """Experts that several servers host."""
+        fastest: dict[tuple[PeerAddress, ...], int] = {}  # many experts share their servers
+        for (expert,), found in replicas.items():
+            if len(found) > 1:
+                peers = tuple([one.peer for one in found])
+                if peers not in fastest:
+                    best = experience.by_expectation(found, now, schema.row_bytes)[0]
+                    fastest[peers] = peers.index(best.peer)
+                self.has_others.add(expert)
+                self.first[expert] = found[fastest[peers]]
+            else:
+                self.first[expert] = found[0]
+            self.server[expert] = self.numbers.setdefault(self.first[expert].peer, len(self.numbers))
+        self.until = time.monotonic() + _CHOSEN_SECONDS if self.has_others else math.inf
+        """Until when it holds (time.monotonic)."""
+        self.seen: dict[int, tuple[int, int]] = {}
+        """Epochs and versions of the latest answers."""
+
+    def is_of(self, replicas: Mapping[tuple[int, ...], Sequence[ExpertReplica]]) -> bool:
+        """Return whether it says who is asked of these."""
+        return self.replicas is replicas and time.monotonic() < self.until
+
+
+class Question:
+    """What is asked of one server."""
+
+    __slots__ = ("replicas", "request", "body", "buffers", "rows")
+
+    def __init__(
+        self, replicas: list[ExpertReplica], request: ApplyRequest, buffers: list[memoryview], rows: list[int] | None
+    ) -> None:
+        self.replicas, self.request, self.rows = replicas, request, rows
+        self.body, numbers = encode_request(request)
+        self.buffers = (*numbers, *buffers)
+
+
+def questions(servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[Question] | None:
+    """Return what to ask; None if this is for `mixture`. What `index` and `weights` hold is not checked yet."""
+    shares: dict[int, dict[int, tuple[list[int], list[float]]]] = {}
+    first, server, total = servers.first, servers.server, 0.0
+    for row, (experts, by) in enumerate(zip(index.tolist(), weights.float().tolist(), strict=True)):
+        for expert, weight in zip(experts, by, strict=True):
+            number = server.get(expert)
+            if number is None:
+                return None
+            total += weight
+            asked = shares.setdefault(number, {})
+            if (known := asked.get(expert)) is None:
+                asked[expert] = [row], [weight]
+            elif known[0][-1] == row:  # named twice
+                return None
+            else:
+                known[0].append(row)
+                known[1].append(weight)
+    if not math.isfinite(total):
+        return None
+    num_rows, made = len(x), []
+    metas, buffers = pack_tensors((x,))
+    for asked in shares.values():
+        experts = sorted(asked)
+        pairs = [asked[expert] for expert in experts]
+        rows, numbers = None, [row for one, _ in pairs for row in one]
+        if num_rows > 1 and len(there := sorted({*numbers})) < num_rows:
+            rows, places = there, {row: place for place, row in enumerate(there)}
+            numbers = [places[row] for row in numbers]
+            metas, buffers = pack_tensors((x[there],))
+        elif num_rows > 1:
+            metas, buffers = pack_tensors((x,))
+        request = ApplyRequest(
+            prefix=servers.prefix,
+            experts=np.array(experts, dtype=np.uint32)[:, None],
+            ids=[new_name() for _ in experts],
+            versions=np.zeros(len(experts), dtype=np.int64),
+            offsets=np.cumsum([0, *[len(one) for one, _ in pairs]]),
+            rows=np.array(numbers, dtype=np.int32),
+            weights=np.array([weight for _, by in pairs for weight in by], dtype=np.float32),
+            tensors=metas,
+            num_inputs=1,
+            backward=False,
+            training=False,
+            keep=False,
+            seed=0,
+            reply_codec="none",
+        )
+        made.append(Question([first[expert] for expert in experts], request, buffers, rows))
+    return made
+
+
+class Straight:
+    """One pass. `begin` it on the node's loop, once."""
+
+    def __init__(
+        self,
+        experience: Experience,
+        servers: Servers,
+        asked: list[Question],
+        *,
+        num_rows: int,
+        options: CallOptions,
+        timeout: float,
+        holds: Callable[[], bool],
+    ) -> None:
+        """`holds`: whether `servers` are what they were, asked on the loop."""
+        self.answer: torch.Tensor | None = None
+        """Once it is over: the sum; None if the pass has to be made anew."""
+        self._experience, self._servers, self._asked = experience, servers, asked
+        self._num_rows, self._options, self._timeout = num_rows, options, timeout
+        self._holds = holds
+        self._replies: list[_Reply] = []
+        self._num_open = len(asked)
+        self._done: Callable[[], object] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._began = 0.0
+
+    def begin(self, done: Callable[[], object]) -> None:
+        """Send it; `done` is called when it is over."""
+        self._done, loop = done, asyncio.get_running_loop()
+        node, self._began = self._experience.node, loop.time()
+        try:
+            if not self._holds():
+                self.end()
+                return
+            for question in self._asked:
+                reply = _Reply(self, question)
+                cancel = node.apply_into(
+                    question.replicas[0].peer,
+                    [replica.uid for replica in question.replicas],
+                    question.body,
+                    question.buffers,
+                    reply.heard,
+                    timeout=self._timeout,
+                    priority=self._options.priority,
+                )
+                if cancel is None:  # not connected
+                    self.end()
+                    return
+                reply.cancel = cancel
+                self._replies.append(reply)
+        except Exception:  # it is met again, and told, where the pass is made anew
+            self.end()
+            return
+        if self._servers.has_others and (wait := self._hedge_after()) is not None:
+            self._timer = loop.call_later(wait, self.end)
+
+    def _hedge_after(self) -> float | None:
+        """Seconds after which another server of an expert is worth asking; None if there is none."""
+        p95, others = self._experience.latencies.p95, self._servers.has_others
+        known = [
+            p95(replica_key(one))
+            for question in self._asked
+            for expert, one in zip(question.request.experts[:, 0].tolist(), question.replicas, strict=True)
+            if expert in others
+        ]
+        return max([HEDGE_SECONDS if one is None else one for one in known], default=None)
+
+    def end(self) -> None:
+        """It is over: with an answer, if all are there. What is under way is given up."""
+        if (done := self._done) is None:
+            return
+        self._done = None
+        if self._timer is not None:
+            self._timer.cancel()
+        for reply in self._replies:
+            if reply.is_open:
+                reply.is_open = False
+                reply.cancel()
+        if not self._num_open:
+            self._sum()
+        done()
+
+    def replied(self, reply: "_Reply") -> None:
+        """All of one server's answer is there."""
+        self._num_open -= 1
+        try:
+            self._learn(reply)
+        except TooStale:
+            self._num_open += 1
+            self.end()
+            return
+        if not self._num_open:
+            self.end()
+
+    def _learn(self, reply: "_Reply") -> None:
+        """Raises: TooStale for an answer that does not count."""
+        experience, question, seen = self._experience, reply.question, self._servers.seen
+        node, others, replicas = experience.node, self._servers.has_others, question.replicas
+        numbers = question.request.experts[:, 0].tolist()
+        for part in reply.parts:
+            for place, epoch, version in zip(
+                part.experts.tolist(), part.epochs.tolist(), part.versions.tolist(), strict=True
+            ):
+                if seen.get(numbers[place]) != (epoch, version):
+                    experience.lineages.take(replicas[place], epoch, version)
+                    seen[numbers[place]] = epoch, version
+        rows = question.request.num_rows
+        node.thanks.add(self._servers.prefix.partition(".")[0], replicas[0].peer.peer_id, rows, 0)
+        if others:
+            seconds = asyncio.get_running_loop().time() - self._began
+            path = experience.path_seconds(replicas[0], rows * self._servers.schema.row_bytes)
+            for expert, replica in zip(numbers, replicas, strict=True):
+                if expert in others:
+                    experience.latencies.observe(replica_key(replica), seconds, path=path)
+        if node.directory.has_doubts:
+            for replica in replicas:
+                node.directory.report_answer(replica)
+
+    def _sum(self) -> None:
+        total, spec = None, self._servers.sum_spec
+        for reply in self._replies:
+            for rows, own in reply.sums:
+                if total is None and rows is None:
+                    total = own
+                    continue
+                if total is None:
+                    total = torch.zeros(self._num_rows, *spec.least_shape, dtype=spec.dtype, device="cpu")
+                if rows is None:
+                    total += own
+                else:
+                    total[rows] += own
+        if total is not None and bool(torch.isfinite(total).all()):
+            self.answer = total.to(self._servers.schema.output_specs[0].dtype)
+
+
+class _Reply:
+    """One server's answer while it comes."""
+
+    __slots__ = ("question", "parts", "sums", "cancel", "is_open", "_straight", "_places")
+
+    def __init__(self, straight: Straight, question: Question) -> None:
+        self.question, self._straight = question, straight
+        self.parts: list[ApplyPart] = []
+        self.sums: list[tuple[list[int] | None, torch.Tensor]] = []
+        """Rows of the batch (None: all), and sums for them."""
+        self.cancel: Callable[[], None] = lambda: None
+        self.is_open = True
+        self._places: set[int] = set()
+
+    def heard(self, event: PartEvent) -> None:
+        """Take in what comes of the call."""
+        if not self.is_open:
+            return
+        if isinstance(event, Exception):
+            self.is_open = False
+            self._straight.end()
+            return
+        self.is_open = is_more = type(event) is PartReceived
+        try:
+            if is_more or not self._places or event.body is not None:
+                self._take(event)
+        except (ProtocolError, TesseractError):
+            self.is_open = True  # it is cancelled
+            self._straight.end()
+            return
+        if not is_more:
+            if len(self._places) == len(self.question.replicas):
+                self._straight.replied(self)
+            else:
+                self._straight.end()
+
+    def _take(self, event: PartReceived | ReplyReceived) -> None:
+        """Take in a part. Raises: ProtocolError for one that is not all that it should be."""
+        request, spec = self.question.request, self._straight._servers.sum_spec
+        part, buffers = decode_part(event.body, event.buffers, request)
+        places = part.experts.tolist()
+        if part.failures or not places or not self._places.isdisjoint(places):
+            raise ProtocolError("not an answer of all that are asked")
+        self._places.update(places)
+        numbers = None if len(places) == len(request.ids) else request.rows_of(part.experts).tolist()
+        rows = self.question.rows
+        if numbers is not None and len(numbers) < request.num_rows:
+            rows = numbers if rows is None else [rows[number] for number in numbers]
+        num_rows = request.num_rows if numbers is None else len(numbers)
+        found = unpack_plain(part.tensors, buffers, (spec,), num_rows=num_rows)
+        if found is None:
+            raise ProtocolError("a server answered numbers that do not fit the schema")
+        self.parts.append(part)
+        self.sums.append((rows, found[0]))
+
+
+def fits(
+    schema: ExpertSchema, options: CallOptions, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> bool:
+    """Return whether a call with this schema, these options and arguments may go this way."""
+    if len(schema.input_specs) != 1 or len(schema.output_specs) != 1 or options.audit_share:
+        return False
+    if options.max_staleness is not None:
+        return False
+    given, answered = schema.input_specs[0], schema.output_specs[0]
+    codecs = schema.settle(options.codecs)
+    return (
+        not (given.varies or given.optional or answered.varies)
+        and x.dtype == given.dtype
+        and x.shape[1:] == given.shape
+        and index.dtype in (torch.int64, torch.int32)
+        and weights.is_floating_point()
+        and index.dim() == 2
+        and index.shape == weights.shape
+        and len(index) == len(x)
+        and answered.dtype.is_floating_point
+        and codecs.inputs == codecs.outputs == "none"
+    )
