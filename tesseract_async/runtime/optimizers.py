@@ -4,7 +4,6 @@ import copy
 import hashlib
 import inspect
 import json
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, Final
@@ -234,12 +233,9 @@ class _Memory:
         self._counts += 1
 
 
-_memories: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Memory] = weakref.WeakKeyDictionary()
-
-
 def _memory_of(optimizer: torch.optim.Optimizer) -> _Memory | None:
     """None for an optimizer that `_step_fused` leaves to PyTorch."""
-    memory = _memories.get(optimizer)
+    memory: _Memory | None = vars(optimizer).get("_kernel_memory")  # not in its state
     if memory is not None and memory.holds(optimizer):
         return memory
     for group in optimizer.param_groups:
@@ -248,7 +244,7 @@ def _memory_of(optimizer: torch.optim.Optimizer) -> _Memory | None:
             return None
         if not all(map(_is_plain, group["params"])) or not all([optimizer.state.get(x) for x in group["params"]]):
             return None
-    memory = _memories[optimizer] = _Memory(optimizer)
+    memory = vars(optimizer)["_kernel_memory"] = _Memory(optimizer)
     return memory
 
 
