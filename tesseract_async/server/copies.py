@@ -19,15 +19,19 @@ from tesseract_async.wire import messages
 logger = logging.getLogger(__name__)
 
 
-async def ask_seal(node: TesseractNode, run: bytes, uid: str, peer: PeerAddress, *, timeout: float) -> Seal:
-    """Return the Seal whose file a member says it has.
+async def ask_records(node: TesseractNode, uid: str, peer: PeerAddress, *, timeout: float) -> list[bytes]:
+    """Return the Term by which a member goes, and the Seal whose file it says it has: untrusted, and unread.
 
-    Raises: as `TesseractNode.call_expert`; ProtocolError if it shows none.
+    Raises: as `TesseractNode.call_expert`.
     """
     question = messages.encode(messages.TenureRequest(uid, "probe", 0, [b"", b"", b""]))
     reply = await node.call_expert(peer, messages.TENURE, question, timeout=timeout, idempotent=True)
-    records = messages.decode(messages.TenureReply, reply.body).records
-    seal = read_seal(records[1] if len(records) > 1 else b"", run)
+    return messages.decode(messages.TenureReply, reply.body).records
+
+
+async def ask_seal(node: TesseractNode, run: bytes, uid: str, peer: PeerAddress, *, timeout: float) -> Seal:
+    """Return the Seal whose file a member says it has. Raises: as `ask_records`; ProtocolError if it shows none."""
+    seal = read_seal([*await ask_records(node, uid, peer, timeout=timeout), b"", b""][1], run)
     if seal.uid != uid:
         raise ProtocolError(f"{peer.short} shows the Seal of another expert than {uid}")
     return seal
