@@ -159,6 +159,8 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Hashable:
     for group in optimizer.param_groups:
         own = group.copy()
         own["params"] = own["initial_lr"] = None
+        if type(own.get("betas")) is list:  # in a state that came from elsewhere
+            own["betas"] = tuple(own["betas"])
         options.append((*own.items(),))
         for value in own.values():
             if type(value) not in _IMMUTABLE and (isinstance(value, torch.Tensor) or value.__hash__ is None):

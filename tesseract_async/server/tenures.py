@@ -249,7 +249,7 @@ class Tenures:
                 for command in expert.tenure.commands():
                     if isinstance(command, Persist):
                         await self._do(expert, command)
-        if self._experts:
+        if self.files.is_temporary:  # also where the last expert was given up
             await self._server.call_aside(self.files.close)
 
     def has(self, uid: str) -> bool:

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 from tesseract_async.runtime import optimizers
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.executor import Executor
+from tesseract_async.runtime.optimizers import rule_of
 from tesseract_async.runtime.work import WorkResult
 from tesseract_async.server import checkpoint
 from tesseract_async.wire.tensors import TensorSpec
@@ -399,3 +400,9 @@ def test_an_adam_that_is_stepped_by_its_kernel_alone_is_pytorchs(
         for x, y in zip(mine.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(x, y) and x.grad is None and own.state[x]["step"] == other.state[y]["step"]
     assert by_kernel == {1, 2, 3}
+
+
+def test_lists_in_a_state_from_elsewhere_make_no_other_rule() -> None:
+    ours, theirs = (torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]) for _ in range(2))
+    theirs.param_groups[0]["betas"] = [*theirs.param_groups[0]["betas"]]
+    assert rule_of(ours) is not None and rule_of(theirs) == rule_of(ours)
