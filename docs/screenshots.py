@@ -166,6 +166,7 @@ async def take(folder: Path, chromium: str) -> dict[str, str]:
         await shoot(page, "healthy")
         servers["cellar"].kill()
         await page.wait_for_function("() => state.peers.some((peer) => peer.left_ago !== null)", timeout=120_000)
+        await page.wait_for_function("() => state.totals.experts === 16", timeout=120_000)  # others took them over
         await page.wait_for_timeout(1500)
         await shoot(page, "killed")
     return said

@@ -17,7 +17,14 @@ import click
 from tesseract_async.cli.options import JOIN_TIMEOUT, host_towards, initial_peers_option, json_option
 from tesseract_async.cli.running import asynchronous, spinner
 from tesseract_async.cli.types import FOLDER, PORT, counted, rate_text
-from tesseract_async.errors import NotAllowed, TesseractError, UnknownMethod, sentence_of
+from tesseract_async.errors import (
+    NotAllowed,
+    PeerUnreachable,
+    TesseractError,
+    UnknownMethod,
+    UnsupportedVersion,
+    sentence_of,
+)
 from tesseract_async.monitoring.status import NodeStatus, ask_status, measure_line
 from tesseract_async.nat.interfaces import bind_pair
 from tesseract_async.node import TesseractNode
@@ -168,8 +175,12 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
             yield Check("bad", what, node.network.trouble or "", "Ask its operator for its peer id.")
             return
         if not joined:
-            said = "answers by TCP" if error is None else f"nor by TCP: {sentence_of(error)}"
+            said = "answers by TCP" if error is None else f"nor by TCP: {_cause(error)}"
             advice = "Does it run? Is UDP to its port let through, here and there?"
+            if isinstance(error, PeerUnreachable) and any(
+                isinstance(one, UnsupportedVersion) for one in error.attempts.values()
+            ):
+                advice = "The page *Upgrade* says how."
             yield Check("bad", what, f"no answer by UDP in {JOIN_TIMEOUT:.0f} s; {said}", advice)
             return
         yield Check("good", what, f"answers by UDP; {counted(node.network.num_contacts, 'contact')}")
@@ -182,7 +193,7 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
             return
         if status is None:
             assert error is not None
-            yield Check("bad", what, f"no answer by TCP: {sentence_of(error)}", "Is TCP to its port let through?")
+            yield Check("bad", what, f"no answer by TCP: {_cause(error)}", "Is TCP to its port let through?")
             return
         yield Check("good", what, f"answers by TCP in {1000 * timing.seconds:.0f} ms, version {status.software}")
         far = abs(timing.clock_ahead) > MAX_CLOCK_OFFSET
@@ -198,6 +209,12 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
         found, *advised = node.reach.report()
         reached = node.reach.reachability.role == "public" or not node.reach.enabled
         yield Check("good" if known and reached else "note", "seen from outside", found, " ".join(advised))
+
+
+def _cause(error: Exception) -> str:
+    """Return why a seed was not reached, which the check names already."""
+    attempts = error.attempts.values() if isinstance(error, PeerUnreachable) else ()
+    return "; ".join(dict.fromkeys(map(sentence_of, attempts))) or sentence_of(error)
 
 
 async def _ask(node: TesseractNode) -> tuple[NodeStatus | None, _Timing, TesseractError | TimeoutError | None]:

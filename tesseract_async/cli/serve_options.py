@@ -160,7 +160,7 @@ serve_options = grouped(
         help="Spread each expert over all processes of the job that torchrun has started, by this plan.",
     ),
     click.option(
-        "--checkpoint-period", default=60.0, type=PERIOD, help="Save the experts this often, such as '5 min'."
+        "--checkpoint-period", default=60.0, type=PERIOD, help="Let a kill lose this much at most, such as '5 min'."
     ),
     "Run",
     hold_option,
@@ -194,7 +194,12 @@ serve_options = grouped(
         type=ROWS,
         help="Cut batches at this number of rows, and pad them to it with --compile or --cuda-graphs.",
     ),
-    click.option("--sync-every", type=PERIOD, default=30.0, help="Copy experts that other servers train this often."),
+    click.option(
+        "--sync-every",
+        type=PERIOD,
+        default=30.0,
+        help="Be at most this far behind other servers whose experts this one follows.",
+    ),
     click.option("--ttl", default=45.0, type=PERIOD, help="Let others forget this server this long after it vanished."),
     click.option(
         "--stall-timeout", type=PERIOD, default=60.0, help="Take a device for hung after a batch took this long."

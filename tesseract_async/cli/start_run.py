@@ -179,6 +179,7 @@ async def create(
                     "they reach",
                     err=True,
                 )
+        click.echo(f"to watch it: tesseract top --run {signed.full_name} -p {author.peer_address}", err=True)
         say(
             "run",
             run=signed.full_name,

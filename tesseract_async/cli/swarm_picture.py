@@ -35,7 +35,7 @@ COLUMNS = {
     **{"waiting": 7, "answered": 9},
 }
 """Columns of the table of servers, with the width that each wants."""
-LEFT_OUT = ("name", "waiting", "rows/s", "steps/s", "answered", "experts", "load", "calls/s", "round trip")
+LEFT_OUT = ("waiting", "rows/s", "steps/s", "name", "answered", "experts", "load", "calls/s", "round trip")
 """Columns that a narrow terminal does without, in this order; the peer and its path always stay."""
 ONCE = (
     "This is one look: a server that died so long before it that its entry has expired (after 45 s, unless served with "
@@ -125,7 +125,7 @@ def draw(
         ]
         return Group(*parts, *([Text(), Text(ONCE, style="dim")] if is_once else []))
     table = Table(box=None, padding=(0, 2, 0, 0))
-    left_out: set[str] = set()
+    left_out = set() if any(peer.get("name") for peer in state["peers"]) else {"name"}
     for column in LEFT_OUT:
         if 2 * (len(COLUMNS) - len(left_out)) + sum(COLUMNS[one] for one in COLUMNS.keys() - left_out) <= width:
             break
@@ -221,7 +221,10 @@ def _color(peer: State) -> str:
 def _describe_grid(grid: State) -> Text:
     """Return ``ffn  4x4  16 alive, versions 10 to 12, ...``: what the signs do not show."""
     facts = [f"{len(grid['experts'])} alive"]
-    facts += [f"{len(grid['lost'])} lost"] if grid["lost"] else []
+    held = {tuple(coords) for coords, _, followers, holders, *_ in grid.get("standings", []) if followers or holders}
+    waiting = sum(tuple(coords) in held for coords in grid["lost"])
+    facts += [f"{lost} lost"] if (lost := len(grid["lost"]) - waiting) else []
+    facts += [f"{waiting} waiting for another server"] if waiting else []
     versions = [version for _, _, _, version, *_ in grid["experts"] if version is not None]
     if versions:
         low, high = min(versions), max(versions)

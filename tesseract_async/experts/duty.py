@@ -114,9 +114,9 @@ class Duty:
         if self.state is State.PRIMARY:
             members = own.choose(now, self._lease, self._member.may_succeed)
         own.number += 1
-        seal = self._member.sign_seal(own, root, size, version, successors=members, wall=wall)
+        seal = self._member.sign_seal(own, root, size, version, successors=members, now=now)
         self._member.held = seal
-        self.lineage.add(seal, now=wall)
+        self.lineage.add(seal, now=max(wall, EPOCH_ZERO + seal.time))
         own.sealed(seal)
         self._persist()
         is_news = members != before or own.number == 1 or self.state is State.YIELDING
@@ -199,14 +199,17 @@ class Duty:
         own, seal = self.term, best.seal
         if own is None or seal is None or not (best.is_weak and self.is_primary(now)):
             return False
-        at = max(wall, EPOCH_ZERO + best.epoch + 1)  # it has seen that Term, whatever its own clock says
-        return self.lineage.is_in_line(seal, own) and self._seal_again(now, at) and self.lineage.best is own
+        if not self.lineage.is_in_line(seal, own):
+            return False
+        assert self._own is not None
+        self._own.seen = best.epoch + 1
+        return self._seal_again(now, wall) and self.lineage.best is own
 
     def _give_up(self, now: float) -> None:
         self._poll, self._settle_at = None, None
         if self.state is State.CANDIDATE:
+            self._member.take_back_own_vote(unused=self._own is None)
             self._own = None
-            self._member.take_back_own_vote()
             self.state = State.ABSENT if self.held is None else State.FOLLOWING
         self._retry(now)
 

@@ -11,7 +11,7 @@ import msgpack
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Appointment
-from tesseract_async.experts.lineage import Lineage
+from tesseract_async.experts.lineage import SKEW, Lineage
 from tesseract_async.experts.own_term import NEVER, NUM_SUCCESSORS, Age, OwnTerm
 from tesseract_async.experts.tenure_words import Question, Send, State
 from tesseract_async.experts.terms import (
@@ -117,6 +117,7 @@ class Membership:
         """The epoch of the newest Term that it signed over to another."""
         self._voted_for = b""
         self._promised_at = NEVER
+        self._promised_before = 0
         self._identity = identity
         self._authority = authority
         self._run = authority.run_id
@@ -249,12 +250,17 @@ class Membership:
     # -- votes ---------------------------------------------------------------------------------------------------------
 
     def promise(self, epoch: int, candidate: PeerID, now: float) -> None:
+        if epoch != self.promised:
+            self._promised_before = self.promised
         self.promised, self._voted_for, self._promised_at = epoch, bytes(candidate), now
 
-    def take_back_own_vote(self) -> None:
-        """Nobody else can use it: the present primary is agreed with again."""
+    def take_back_own_vote(self, *, unused: bool = False) -> None:
+        """Nobody else can use it: the present primary is agreed with again. `unused`: no Term stands on it; then it is
+        forgotten, for by a clock that was wrong it would forbid all others for long."""
         if self._voted_for == self.me:
             self._promised_at = NEVER
+            if unused:
+                self.promised = self._promised_before
 
     def voted_for(self, term: Term) -> bool:
         """Return whether this server's vote helped its signer: then it waits for it, and does not stand against it."""
@@ -264,9 +270,12 @@ class Membership:
         """Return whether it voted for a successor of this Term, which comes forward within a lease, or never."""
         return self.promised > term.epoch and now < self._promised_at + self.lease
 
-    def may_vote(self, peer: PeerID, epoch: int, seal: Seal, now: float) -> bool:
-        """Return whether `peer`, which holds this Seal, may have its vote: one per epoch, and no older file."""
+    def may_vote(self, peer: PeerID, epoch: int, seal: Seal, now: float, wall: float) -> bool:
+        """Return whether `peer`, which holds this Seal, may have its vote: one per epoch, and no older file; none in an
+        epoch that nobody would believe yet."""
         best, held = self.lineage.best, self.held
+        if epoch > wall - EPOCH_ZERO + SKEW:
+            return False
         if best is None or held is None or epoch <= best.epoch or now < self.vote_from or seal.age < held.age:
             return False
         if self.me not in seal.members or peer not in seal.members or peer == self.me:
@@ -345,7 +354,7 @@ class Membership:
             return None
 
     def sign_seal(
-        self, own: OwnTerm, root: bytes, size: int, version: int, *, successors: tuple[PeerID, ...], wall: float
+        self, own: OwnTerm, root: bytes, size: int, version: int, *, successors: tuple[PeerID, ...], now: float
     ) -> Seal:
         return sign_seal(
             self._identity,
@@ -355,7 +364,7 @@ class Membership:
             version=version,
             root=root,
             size=size,
-            time=max(0, int(wall - EPOCH_ZERO)),
+            time=own.time(now),
             successors=successors,
         )
 

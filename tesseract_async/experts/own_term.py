@@ -1,6 +1,7 @@
 """`OwnTerm`: the Term of this server, the members that decide with it, and its lease by their word. No I/O."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Set
 from random import Random
 from typing import Final
@@ -15,6 +16,8 @@ MAX_BEATS: Final = 6
 """Hosts of an expert that hear from its primary at least: members, and those who may become one."""
 PUBLISH_EVERY: Final = 600.0
 """Seconds between Seals in the network, where nothing but the state changed; its members hear of each at once."""
+MAX_BEHIND: Final = 3
+"""Seals that a copy may be behind its primary's."""
 NEVER: Final = -1e9
 Age = tuple[int, int]
 
@@ -34,13 +37,21 @@ class OwnTerm:
         self.beat_at = now
         self.fenced_at = 0.0
         self.published_at = NEVER
+        self.seen = 0
+        """An epoch after which its next Seal was signed."""
         self._age: Age = (0, 0)
+        self._root = b""
+        self._states: deque[Age] = deque(maxlen=MAX_BEHIND + 1)  # the last states: not Seals that only name others
         self._began = now
         self._agreed = {peer: sent for peer, (sent, _) in votes.items()}
         if term.kind is Kind.TAKEOVER and term.seal is not None:
             self._agreed.setdefault(term.seal.primary, NEVER)
         self._holds = {peer: held for peer, (_, held) in votes.items()}
         self._follow: set[PeerID] = set()  # agreed with a beat: they know of this Term, and of none above it
+
+    def time(self, now: float) -> int:
+        """Seconds since `EPOCH_ZERO` for a Seal of now: from its Term's epoch on, by the clock that nobody sets."""
+        return max(self.term.epoch + int(now - self._began), self.seen)
 
     @property
     def is_by_members(self) -> bool:
@@ -77,6 +88,9 @@ class OwnTerm:
 
     def sealed(self, seal: Seal) -> None:
         self.named, self._age = seal.successors, seal.age
+        if seal.root != self._root:
+            self._root = seal.root
+            self._states.append(seal.age)
         self._settle()
 
     def heard_of_most(self, lease: float) -> float:
@@ -105,8 +119,14 @@ class OwnTerm:
         if not self.is_settled:
             return self.named
         first = (0, 1) if self.term.seal is None else self.term.seal.age
-        live = {peer for peer, at in self._agreed.items() if now - at < lease and may(peer)}
-        gone = [p for p in self.named if not may(p) or now - self._agreed.get(p, self._began) > lease]
+        live = {
+            peer for peer, at in self._agreed.items() if now - at < lease and may(peer) and not self._is_behind(peer)
+        }
+        gone = [
+            peer
+            for peer in self.named
+            if not may(peer) or now - self._agreed.get(peer, self._began) > lease or self._is_behind(peer)
+        ]
         new = [peer for peer in live if peer not in self.named and self._holds.get(peer, (0, 0)) >= first]
         num_good = len(self.named) - len(gone)
         if new and num_good < NUM_SUCCESSORS and len(self.named) < MAX_SUCCESSORS:
@@ -114,6 +134,11 @@ class OwnTerm:
         if gone and (num_good >= NUM_SUCCESSORS or not new or len(self.named) == MAX_SUCCESSORS):
             return tuple(peer for peer in self.named if peer != gone[-1])
         return self.named
+
+    def _is_behind(self, peer: PeerID) -> bool:
+        """Return whether it answers, but takes no new states: its disk is full, or its clock is wrong."""
+        is_full = len(self._states) == self._states.maxlen
+        return is_full and self._holds.get(peer, self._age) < self._states[0]
 
     def beats(self, kind: str, boot: bytes, seal: Seal | None, hosts: list[PeerID], random: Random) -> list[Send]:
         """Return questions to the members, and to some of the other `hosts`, each with what it does not know yet."""

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from tesseract_async.experts.manifest import join_uid
+from tesseract_async.experts.own_term import MAX_BEHIND
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
 
@@ -33,8 +34,6 @@ NUM_LEASES_MISSED: Final = 10
 """Leases for which an expert's state must be missing before the expert may begin anew."""
 STUCK_AFTER: Final = 60.0
 """Seconds for a member to fetch a state, before others stop counting on it."""
-MAX_BEHIND: Final = 3
-"""Seals that a copy may be behind its primary's."""
 HOT: Final = 0.85
 """Demand by what a server can compute: above it, the server needs relief."""
 CALM: Final = 0.5

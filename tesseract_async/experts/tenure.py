@@ -125,7 +125,7 @@ class Tenure(Duty):
                 vote = self.held.blob
         elif question.kind == "vote":
             agrees = self.state is State.FOLLOWING and now < member.heard + self._lease / 2
-            vote = self._vote(peer, question, now)
+            vote = self._vote(peer, question, now, wall)
         known = b"" if best is None or agrees or best.blob == question.term else best.blob
         is_of_use = question.kind != "probe" or agrees or (self.may.lead and self.may.write)
         return Response(agrees, self.held.age if self.held is not None and is_of_use else (0, 0), known, vote)
@@ -162,9 +162,9 @@ class Tenure(Duty):
                 poll.is_alive |= answer.agrees or answer.held > (0, 0)
             self._count(now, wall)
 
-    def _vote(self, peer: PeerID, question: Question, now: float) -> bytes:
+    def _vote(self, peer: PeerID, question: Question, now: float, wall: float) -> bytes:
         seal, member, epoch, best = self.lineage.read(question.seal), self._member, question.epoch, self.lineage.best
-        if not isinstance(seal, Seal) or best is None or not member.may_vote(peer, epoch, seal, now):
+        if not isinstance(seal, Seal) or best is None or not member.may_vote(peer, epoch, seal, now, wall):
             return b""
         if self.state is State.FENCED and self._own is not None:
             if now < self._lease_until() or seal.age < (best.epoch, self._own.number):

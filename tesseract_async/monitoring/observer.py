@@ -70,7 +70,7 @@ class Peer:
     status: NodeStatus | None = None
     """Its latest answer; None before the first."""
     seen_at: float = 0.0
-    """Loop time of `status`."""
+    """Loop time of its latest answer; 0 before the first."""
     rates: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RATES, 0.0))
     busy: float = 0.0
     """Share of the time that its devices compute, summed over them: 2.0 if two are always busy."""
@@ -115,6 +115,7 @@ class SwarmObserver:
         """uid -> (wall-clock time, version), a minute apart."""
         self._thanks_read_at = -math.inf
         self._seen: dict[str, set[tuple[int, ...]]] = {}
+        self._missed: set[PeerID | None] = set()
         self._num_met = 0
         self._grids: dict[str, tuple[int, ...]] = {}
         for pattern in patterns:
@@ -241,7 +242,7 @@ class SwarmObserver:
             if not peer.uids:
                 self._note(f"{peer_id.short} joined with {_experts(uids)}", "joined")
             elif uids != peer.uids:
-                self._note(f"{peer_id.short} hosts {_experts(uids)} now, {len(peer.uids)} before", "changed")
+                self._note(f"{self._called(peer_id)} hosts {_experts(uids)} now, {len(peer.uids)} before", "changed")
             peer.address, peer.uids = address, uids
         now = asyncio.get_running_loop().time()
         for peer_id, peer in list(self.peers.items()):
@@ -249,7 +250,7 @@ class SwarmObserver:
                 peer.left_at = None
             elif peer.left_at is None:
                 why = f": it did not answer any more ({peer.error})" if peer.error else ", and had said so"
-                self._note(f"{peer_id.short} left with {_experts(peer.uids)}{why}", "left")
+                self._note(f"{self._called(peer_id)} left with {_experts(peer.uids)}{why}", "left")
                 peer.left_at, peer.uids = now, set()
                 if not peer.error:
                     del self.peers[peer_id]
@@ -261,12 +262,15 @@ class SwarmObserver:
         try:
             async with limit:
                 status = await ask_status(self.node, peer.address, timeout=max(0.5, self.period))
+        except UnknownMethod:  # a program's own node, without a StatusService
+            self._answered(peer)
+            return
         except (TesseractError, TimeoutError) as error:
             sentence = _reason(error)
             log.info("%s did not tell its status: %s", peer.address, describe(error))
             peer.is_gone = not isinstance(error, RemoteError)
             if peer.error is None and peer.uids and peer.address.peer_id is not None:
-                self._note(f"{peer.address.peer_id.short} does not answer: {sentence}", "failed")
+                self._note(f"{self._called(peer.address.peer_id)} does not answer: {sentence}", "failed")
             peer.error = sentence[:MAX_SENTENCE]
             peer.rates, peer.busy = dict.fromkeys(RATES, 0.0), 0.0
             return
@@ -278,9 +282,13 @@ class SwarmObserver:
             done = (status.num_calls - before.num_calls, status.num_rows - before.num_rows, steps)
             peer.rates = {name: max(0, amount) / seconds for name, amount in zip(RATES, done, strict=True)}
             peer.busy = max(0.0, status.busy_seconds - before.busy_seconds) / seconds
+        peer.status = status
+        self._answered(peer)
+
+    def _answered(self, peer: Peer) -> None:
         if peer.error is not None and peer.uids and peer.address.peer_id is not None:
-            self._note(f"{peer.address.peer_id.short} answers again", "joined")
-        peer.status, peer.seen_at, peer.error, peer.is_gone = status, now, None, False
+            self._note(f"{self._called(peer.address.peer_id)} answers again", "joined")
+        peer.seen_at, peer.error, peer.is_gone = asyncio.get_running_loop().time(), None, False
 
     async def _read_losses(self) -> None:
         node, found, merged = self.node, dict[str, Progress](), list[Progress]()
@@ -311,7 +319,16 @@ class SwarmObserver:
         for prefix in self._grids:
             if (authority := node.trust.authority(prefix)) is not None:
                 places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
-                self.surveys[prefix] = Survey(places)
+                self.surveys[prefix] = survey = Survey(places)
+                leaders = Counter(survey.standing(uid).leader for uid in survey.named)
+                for peer_id, number in leaders.items():
+                    if peer_id is not None and peer_id not in self.peers and peer_id not in self._missed:
+                        self._missed.add(peer_id)
+                        count = "an expert" if number == 1 else f"{number} experts"
+                        self._note(
+                            f"{peer_id.short} should lead {count}, and is not found: it died, or begins", "failed"
+                        )
+                self._missed &= leaders.keys()
 
     async def _read_some_thanks(self) -> None:
         """Read what a period has time for: the rest follows at later looks, where dead nodes make reads slow."""
@@ -414,6 +431,11 @@ class SwarmObserver:
     def _label(self, peer_id: PeerID) -> Picture:
         return {"short": peer_id.short, "name": self._name(peer_id)}
 
+    def _called(self, peer_id: PeerID) -> str:
+        """Return how people know it: by its name, if it has told one, and the beginning of its id."""
+        name = self._name(peer_id)
+        return f"{name} ({peer_id.short})" if name else peer_id.short
+
     def _name(self, peer_id: PeerID) -> str:
         peer = self.peers.get(peer_id)
         return "" if peer is None or peer.status is None else peer.status.name
@@ -510,7 +532,7 @@ class SwarmObserver:
             "busy": round(peer.busy, 3),
             "waiting_rows": None if status is None else status.num_waiting_rows,
             "uptime": None if status is None else status.uptime,
-            "answered_ago": None if status is None else round(asyncio.get_running_loop().time() - peer.seen_at, 1),
+            "answered_ago": None if not peer.seen_at else round(asyncio.get_running_loop().time() - peer.seen_at, 1),
             "software": None if status is None else status.software,
             "name": "" if status is None else status.name,
             "hardware": "" if status is None else status.hardware,
@@ -530,8 +552,6 @@ def _middle(values: list[float]) -> float:
 
 def _reason(error: BaseException) -> str:
     """Return in plain words why a server did not answer; the node's log has the rest."""
-    if isinstance(error, UnknownMethod):
-        return "it does not answer status calls"
     if isinstance(error, RemoteError):
         return str(error)
     if isinstance(error, TimeoutError):

@@ -14,6 +14,7 @@ from tesseract_async.runtime.norms import FAR_ABOVE
 from tesseract_async.runtime.staging import Transfer
 from tesseract_async.runtime.work import Work, WorkResult
 
+_LARGEST_NORM: Final = math.sqrt(torch.finfo(torch.float32).max)
 NOT_FINITE: Final = "the gradients that came with this call are not finite; no step was taken"
 
 Outcomes = dict[Work, WorkResult | BaseException]
@@ -91,7 +92,9 @@ def limit_norm(attempt: Attempt, summed: Gradients, norm: float) -> None:
         raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
     limit, usual = backend.settings.max_gradient_norm, backend.norms.usual
     if limit == "adaptive":
-        limit = math.sqrt(torch.finfo(torch.float32).max)
+        limit = _LARGEST_NORM
+        if usual is not None and norm <= usual:
+            return  # the bound of no account is lower
         bound = backend.norms.bound(attempt.works[0].peer)
         if len(attempt.slices) > 1 and usual is not None:
             # each may be as large as one alone

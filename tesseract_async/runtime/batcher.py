@@ -227,8 +227,11 @@ class Account:
         """The waiting request that comes first: an urgent one, else the oldest of the highest priority."""
         if self.deadlines and self.deadlines[0][0] <= now + URGENT_SECONDS:
             return self.deadlines[0][2][0]
+        if len(self.classes) == 1:
+            (heap,) = self.classes.values()
+            return heap[0][2][0]
         heads = [heap[0][2][0] for heap in self.classes.values()]
-        return heads[0] if len(heads) == 1 else min(heads, key=lambda one: (-one.priority, _age(one)))
+        return min(heads, key=lambda one: (-one.priority, _age(one)))
 
 
 def _age(request: QueuedRequest) -> float:
@@ -476,8 +479,12 @@ class Batcher:
         request.num_running += 1
         assert request.account is not None
         request.account.used += batch.seconds_per_row * (stop - start)
-        if stop == request.num_rows:
-            self._end_wait(request)
+        if stop == request.num_rows:  # as `_end_wait`
+            account = request.account
+            self._statistics.num_waiting -= 1
+            account.end_wait(request)
+            if not account.num_waiting:
+                del self._active[account]
 
     def _end_wait(self, request: QueuedRequest) -> None:
         account = request.account

@@ -45,6 +45,8 @@ MAX_BYTES: Final = 8 << 20
 """Parameters and buffers of an expert: computing a larger one takes so long that calling it costs nothing beside."""
 _STACKED_BYTES: Final = 256 << 10
 """Up to this size of one weight, ``grouped_mm`` over a stack of them pays where gradients are computed."""
+_STACKED_BYTES_FORWARD: Final = 64 << 10
+"""Without gradients, there is less to gain from a copy."""
 _MAX_CHANGES: Final = 3
 """How often an expert may change what makes it one of a kind; then it keeps state in it, and is computed alone."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -475,7 +477,8 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
     counts = [count * inner for count in weight.counts]
     one = weight.one
-    if torch.is_grad_enabled() and one.nbytes <= _STACKED_BYTES and _fits_grouped_mm(one):
+    limit = _STACKED_BYTES if torch.is_grad_enabled() else _STACKED_BYTES_FORWARD
+    if one.nbytes <= limit and _fits_grouped_mm(one):
         offsets = torch.tensor(counts).cumsum(0).int()
         y = F.grouped_mm(flat, _stacked(weight.column).mT, offs=offsets)
         if bias is not None:

@@ -44,8 +44,8 @@ class Agreement:
             self.check("end")
         except FaultElsewhere:
             raise
-        except BaseException:
-            self._vote(True, 0)  # the others hear of it where they ask next
+        except BaseException:  # a module may raise anything, and whatever it is, the others wait for this process
+            self._vote(True, 0)  # they hear of it where they ask next
             raise
         finally:
             self._is_open = False

@@ -84,7 +84,7 @@ class ModuleRunner:
     def only_computes(self, training: bool) -> bool:
         """Return whether it was seen to draw no random numbers in this mode, and to leave inputs and buffers alone."""
         habits = self._habits[training]
-        acts = habits.draws or habits.draws_others or habits.writes or self.is_stochastic(training)
+        acts = habits.draws or habits.draws_others or habits.writes or self._stochastic
         return habits.known and not acts and self._keeps[training]
 
     def run(

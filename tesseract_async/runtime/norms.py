@@ -10,7 +10,8 @@ gradients have grown is scaled down for no longer than that.
 import math
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 from tesseract_async.lru import LRU
 
@@ -33,9 +34,10 @@ _PER_ACCOUNT: Final = 16
 _MAX_ACCOUNTS: Final = 16
 
 
-class _Account(NamedTuple):
+@dataclass(slots=True)
+class _Account:
     norms: deque[float]
-    median: float
+    median: float = 0.0
 
 
 class UsualNorms:
@@ -73,14 +75,21 @@ class UsualNorms:
         if not 0.0 < norm < math.inf:
             return False
         known = self._accounts.get(account)
-        norms = deque[float](maxlen=_PER_ACCOUNT) if known is None else known.norms
+        if known is None:
+            known = self._accounts[account] = _Account(deque(maxlen=_PER_ACCOUNT))
+        else:
+            self._accounts.move_to_end(account)
+        norms = known.norms
         norms.append(norm)
-        self._accounts[account] = _Account(norms, _lower_median(norms))
+        known.median = sorted(norms)[(len(norms) - 1) // 2]  # as `_lower_median`
         if self.usual is None:
             self.first = norm
         if self._of_before:
             self._of_before.popleft()  # what is seen now replaces what was remembered
         was_settled = self.is_settled
+        if was_settled and not self._of_before and len(self._accounts) == 1:
+            self.usual = known.median
+            return False
         self._find()
         return not was_settled and self.is_settled
 

@@ -25,6 +25,7 @@ _CYCLED: Final = ("lr", "momentum", "betas")
 """Options that a schedule changes as it goes."""
 _SHAPED: Final = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 """The state of the fused optimizers: one number, and tensors like their parameter."""
+_IMMUTABLE: Final = frozenset({float, int, bool, type(None), tuple})
 _PROGRESS: Final = frozenset({"last_epoch", "base_lrs", "T_cur", "T_i", "verbose", "total_size"})
 """Names in a schedule's state that are progress, not options; so are names that begin with an underscore."""
 
@@ -124,6 +125,9 @@ def take_step(
 
     Raises what the optimizer raises.
     """
+    if max_norm is None and rule_of(optimizer) is not None and _step_at_once([optimizer], [gradients]):
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
+        return
     try:
         _give(parameters, gradients, max_norm)
         given = [
@@ -151,9 +155,16 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Hashable:
         or _global_optimizer_post_hooks
     ):
         return None
-    options = [tuple((group | {"params": None, "initial_lr": None}).items()) for group in optimizer.param_groups]
-    if any([isinstance(value, torch.Tensor) or value.__hash__ is None for group in options for _, value in group]):
-        return None
+    options = []
+    for group in optimizer.param_groups:
+        own = group.copy()
+        own["params"] = own["initial_lr"] = None
+        if type(own.get("betas")) is list:  # in a state that came from elsewhere
+            own["betas"] = tuple(own["betas"])
+        options.append((*own.items(),))
+        for value in own.values():
+            if type(value) not in _IMMUTABLE and (isinstance(value, torch.Tensor) or value.__hash__ is None):
+                return None
     return type(optimizer).__name__, *options
 
 
@@ -164,6 +175,10 @@ def take_steps(
 
     `gradients`: of each one's parameters. Raises what the optimizers raise.
     """
+    if max_norm is None and _step_at_once(optimizers, gradients):
+        for optimizer in optimizers:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
+        return
     parameters = [[one for group in optimizer.param_groups for one in group["params"]] for optimizer in optimizers]
     try:
         for own, found in zip(parameters, gradients, strict=True):
@@ -188,6 +203,111 @@ def take_steps(
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
 
 
+class _Memory:
+    """The parameters of a fused Adam and what it remembers of each, group by group, as lists for its kernel.
+
+    All its counts of steps lie in one tensor.
+    """
+
+    __slots__ = ("state", "groups", "_ids", "_counts")
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Each parameter was stepped before, all as often."""
+        self.state = optimizer.state
+        self.groups = [(group["params"], [self.state[x] for x in group["params"]]) for group in optimizer.param_groups]
+        self._ids = [[*map(id, group["params"])] for group in optimizer.param_groups]
+        memories = [memory for _, own in self.groups for memory in own]
+        self._counts = torch.stack([memory["step"] for memory in memories])
+        for memory, count in zip(memories, self._counts.unbind(), strict=True):
+            memory["step"] = count
+
+    def holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether nothing was replaced since."""
+        groups = optimizer.param_groups
+        if self.state is not optimizer.state or len(groups) != len(self._ids):
+            return False
+        for group, ids in zip(groups, self._ids, strict=True):
+            if [*map(id, group["params"])] != ids:
+                return False
+        return True
+
+    def count(self) -> None:
+        self._counts += 1
+
+
+def _memory_of(optimizer: torch.optim.Optimizer) -> _Memory | None:
+    """None for an optimizer that `_step_fused` leaves to PyTorch."""
+    memory: _Memory | None = vars(optimizer).get("_kernel_memory")  # not in its state
+    if memory is not None and memory.holds(optimizer):
+        return memory
+    for group in optimizer.param_groups:
+        unusual = group.get("amsgrad"), group.get("capturable"), group.get("differentiable")
+        if group.get("fused") is not True or any(unusual) or not group["params"]:
+            return None
+        if not all(map(_is_plain, group["params"])) or not all([optimizer.state.get(x) for x in group["params"]]):
+            return None
+    memory = vars(optimizer)["_kernel_memory"] = _Memory(optimizer)
+    return memory
+
+
+def _step_at_once(optimizers: Sequence[torch.optim.Optimizer], gradients: Sequence[Gradients]) -> bool:
+    """Do what `_step_fused` does where every parameter has a gradient and no hooks, with less ado."""
+    memories = []
+    for one in optimizers:
+        if (memory := _memory_of(one)) is None:
+            return False
+        memories.append(memory)
+    groups = []
+    start = 0
+    for index, group in enumerate(optimizers[0].param_groups):
+        stop = start + len(group["params"])
+        own = [memory.groups[index] for memory in memories]
+        parameters = [x for given, _ in own for x in given]
+        found = [x for one in gradients for x in one[start:stop]]
+        if len(found) != len(parameters) or any([x._post_accumulate_grad_hooks for x in parameters]):
+            return False
+        for x, like in zip(found, parameters, strict=True):
+            if x is None or x.layout is not torch.strided or not (x.is_contiguous() and like.is_contiguous()):
+                return False
+        groups.append((group, parameters, found, [memory for _, those in own for memory in those]))
+        start = stop
+    with torch.no_grad():
+        for memory in memories:
+            memory.count()
+        for group, parameters, found, of_parameters in groups:
+            _run_fused(group, type(optimizers[0]), parameters, found, of_parameters)
+    return True
+
+
+def _run_fused(
+    group: Mapping[str, Any],
+    kind: type,
+    parameters: list[torch.Tensor],
+    gradients: list[Any],
+    memories: Sequence[Mapping[str, torch.Tensor]],
+) -> None:
+    """Step these parameters, all of which have gradients, and whose steps were counted."""
+    beta1, beta2 = group["betas"]
+    # the option came after PyTorch 2.4
+    is_decoupled = group.get("decoupled_weight_decay", kind is torch.optim.AdamW)
+    step = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
+    step(
+        parameters,
+        gradients,
+        [memory["exp_avg"] for memory in memories],
+        [memory["exp_avg_sq"] for memory in memories],
+        [],
+        [memory["step"] for memory in memories],
+        amsgrad=False,
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+
+
 def _step_fused(groups: Sequence[Mapping[str, Any]], optimizers: Sequence[torch.optim.Optimizer]) -> bool:
     """Step these groups of Adams in one kernel, as ``Adam.step`` does, which makes ten calls for every parameter.
 
@@ -203,26 +323,9 @@ def _step_fused(groups: Sequence[Mapping[str, Any]], optimizers: Sequence[torch.
         due.append((group, memories))
     with torch.no_grad():
         for group, memories in due:
-            (beta1, beta2), steps = group["betas"], [memory["step"] for memory in memories]
-            torch._foreach_add_(steps, 1)
-            # the option came after PyTorch 2.4
-            is_decoupled = group.get("decoupled_weight_decay", type(optimizers[0]) is torch.optim.AdamW)
-            step = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
-            step(
-                group["params"],
-                [x.grad for x in group["params"]],
-                [memory["exp_avg"] for memory in memories],
-                [memory["exp_avg_sq"] for memory in memories],
-                [],
-                steps,
-                amsgrad=False,
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-            )
+            torch._foreach_add_([memory["step"] for memory in memories], 1)
+            gradients = [x.grad for x in group["params"]]
+            _run_fused(group, type(optimizers[0]), group["params"], gradients, memories)
     return True
 
 

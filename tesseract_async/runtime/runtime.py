@@ -112,6 +112,7 @@ class TesseractRuntime(Uncopied):
         self._posted: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._delivers = False  # True if the loop was woken for what is posted
         self._num_gathering = 0
+        self._is_gathering = False  # within one turn of the loop: nothing is awaited meanwhile
         self._gathers = False  # until the end of this turn
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -353,10 +354,12 @@ class TesseractRuntime(Uncopied):
     def gathering(self) -> Iterator[None]:
         """Wake the thread at the end of the block only, so that what is queued in it can be computed together."""
         self._num_gathering += 1
+        outermost, self._is_gathering = not self._is_gathering, True
         try:
             yield
         finally:
             self._num_gathering -= 1
+            self._is_gathering = not outermost
             with self._lock:
                 self._wake_thread()
 
@@ -551,7 +554,8 @@ class TesseractRuntime(Uncopied):
                     return self._jobs.popleft(), [], (), False
                 now = time.monotonic()
                 expired = self._batcher.pop_expired(now)
-                batch = self._batcher.pop_ready(now)
+                # while the loop gathers, what it has queued so far would be computed apart from what is about to come
+                batch = None if self._is_gathering else self._batcher.pop_ready(now)
                 if batch is not None:
                     batches, group = [batch], batch.queue.group
                     if isinstance(group, Group) and self._batcher.has_waiting and group.gathers():

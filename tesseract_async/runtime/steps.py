@@ -147,10 +147,15 @@ class Steps:
         norms, usual = backend.norms, backend.norms.usual
         limited = backend.settings.max_gradient_norm is not None
         high = CHECKED_ABOVE * usual if usual is not None and norms.is_settled else 0.0
-        if limited and any([one.norm > high * len(one.slices) for one in good]):
+        is_large = False
+        for one in good:  # no comprehension: it is a call more for each expert
+            is_large = is_large or one.norm > high * len(one.slices)
+        if limited and is_large:
             if not backend.is_sound() or backend.weights_norm() > GROWTH * (weights + 1):
                 raise self._reload(backend, "this step made the expert's weights or its optimizer's moments overflow")
-        settled = any([norms.observe(one.works[0].peer, one.norm / len(one.slices)) for one in good])
+        settled = False
+        for one in good:
+            settled = norms.observe(one.works[0].peer, one.norm / len(one.slices)) or settled
         if limited and settled and norms.first > UNDONE_ABOVE * (norms.usual or math.inf):
             raise self._reload(backend, "this expert's first gradient was far larger than all others")
 
@@ -183,8 +188,14 @@ class Steps:
 
 def _changes(step: Step) -> list[int]:
     """Return figures that grow when a step writes weights or the optimizer's memory: of the first that it writes."""
-    for parameter, gradient in zip(step.backend.parameters, step.summed, strict=False):
-        if gradient is not None and step.backend.optimizer is not None:
-            memory = step.backend.optimizer.state.get(parameter, {}).values()
-            return [parameter._version, *[x._version for x in memory if isinstance(x, torch.Tensor)]]
+    optimizer, place = step.backend.optimizer, 0
+    for group in () if optimizer is None else optimizer.param_groups:
+        for parameter in group["params"]:
+            if place < len(step.summed) and step.summed[place] is not None:
+                found = [parameter._version]
+                for x in optimizer.state.get(parameter, {}).values():  # type: ignore[union-attr]
+                    if isinstance(x, torch.Tensor):
+                        found.append(x._version)
+                return found
+            place += 1
     return []

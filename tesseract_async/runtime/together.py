@@ -1,6 +1,5 @@
 """Computes batches of several experts in one pass, and has those whose optimizers go by one rule step at once."""
 
-import functools
 import itertools
 import math
 import time
@@ -10,15 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from tesseract_async.errors import ExpertFailed
-from tesseract_async.runtime.attempts import NOT_FINITE, Attempt, Download, Outcomes, limit_norm, scales, undamped
+from tesseract_async.runtime.attempts import NOT_FINITE, Attempt, Outcomes, limit_norm, scales, undamped
 from tesseract_async.runtime.batcher import RowSlice
 from tesseract_async.runtime.executor import Executor
 from tesseract_async.runtime.gradients import Gradients, are_finite, for_norm, per_row
 from tesseract_async.runtime.grouped import Group, Groups, Kind, Member, Unfit
-from tesseract_async.runtime.rows import columns, divided, presence
+from tesseract_async.runtime.rows import columns, divided, joined, presence
 from tesseract_async.runtime.staging import Staging, Transfer
 from tesseract_async.runtime.watching import generator_states, have_moved
-from tesseract_async.runtime.work import JointWork
+from tesseract_async.runtime.work import JointWork, WorkResult
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -45,6 +44,8 @@ class Together:
     """See `_verdicts`."""
     are_stacked: bool = False
     """True if each one's gradients are parts of stacks."""
+    download: Transfer | None = None
+    """The way back of the results of attempts without errors."""
 
 
 class GroupExecutor(Executor):
@@ -151,9 +152,12 @@ class GroupExecutor(Executor):
         else:
             weights = None if work.weights is None else staged.pop()
             gradients = self._damp_together(together, staged[num_inputs:])
+            parameters = []
             for one in attempts:
-                one.works[0].backend.prepare()
-            parameters = [one.works[0].backend.parameters for one in attempts]
+                backend = one.works[0].backend
+                if backend.optimizer is None:
+                    backend.prepare()
+                parameters.append(backend.parameters)
             together.results, summed, stacks = kind.gradients(
                 members, inputs, gradients, counts, parameters, training=work.training, weights=weights
             )
@@ -202,12 +206,7 @@ class GroupExecutor(Executor):
         left = [one for one in together.attempts if one.error is None]
         try:
             self._step_together([one for one in left if one.works[0].output_gradients is not None])
-            download = self.staging.download(undamped(together.results, together.scales))
-            parts = functools.cache(lambda: divided(download.wait(), together.counts))
-            for index, one in enumerate(together.attempts):
-                if one.error is None and not one.outcomes:
-                    version, wait = one.works[0].backend.version, functools.partial(_part, parts, index)
-                    one.downloads.append(Download(one.slices, one.works, wait, version))
+            together.download = self.staging.download(undamped(together.results, together.scales))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             for one in left:
                 self._lose(one, error)
@@ -215,8 +214,30 @@ class GroupExecutor(Executor):
     def outcomes_together(self, together: Together) -> Outcomes:
         """As `outcomes`."""
         found: Outcomes = {}
-        for one in together.attempts:
-            found |= self.outcomes(one)
+        attempts = together.attempts
+        if together.download is None:
+            for one in attempts:
+                found |= self.outcomes(one)
+            return found
+        try:
+            slices = [x for one in attempts for x in one.slices]
+            shares = iter(divided(together.download.wait(), [stop - start for _, start, stop in slices]))
+            for one in attempts:
+                mine = [next(shares) for _ in one.slices]
+                if one.error is not None or one.outcomes:
+                    found |= self.outcomes(one)
+                    continue
+                version = one.works[0].backend.version
+                for part, work, share in zip(one.slices, one.works, mine, strict=True):
+                    result = WorkResult(share, version)
+                    if part.stop - part.start == work.num_rows:
+                        found[work] = result
+                    elif (whole := joined(part, work, result)) is not None:
+                        found[work] = whole
+        except BaseException as error:  # the thread must live, and its callers must hear of it
+            for one in attempts:
+                self._lose(one, error)
+                found |= one.outcomes
         return found
 
     def _judge(self, together: Together) -> None:
@@ -243,10 +264,6 @@ class GroupExecutor(Executor):
     def _step_together(self, attempts: Sequence[Attempt]) -> None:
         """Take each expert's step; errors are for its requests."""
         self.steps.take_together(attempts)
-
-
-def _part(parts: Callable[[], Sequence[Sequence[torch.Tensor | None]]], index: int) -> Sequence[torch.Tensor | None]:
-    return parts()[index]
 
 
 class _NotNow(Exception):

@@ -429,7 +429,7 @@ class ExpertCalls:
             num_bytes=num_bytes,
         )
         backward = self._backwards[key] = BackwardUnderWay(work, hosted.runtime, version, owner)
-        work.answer.add_done_callback(lambda _: self._end_backward(key))
+        work.answer.add_done_callback(partial(self._end_backward, key))
         return backward
 
     def backward_ended(
@@ -449,7 +449,7 @@ class ExpertCalls:
             backward.leave()
         return backward.result()
 
-    def _end_backward(self, key: CallKey) -> None:
+    def _end_backward(self, key: CallKey, _: object) -> None:
         backward = self._backwards.pop(key)
         answer = backward.work.answer
         if not answer.cancelled() and answer.exception() is None:

@@ -374,19 +374,17 @@ class Wave:
         self._end(share, answer)
 
     def _end(self, share: _Share, outcome: WorkResult | RemoteError) -> None:
-        self._close(share)
+        share.is_open, share.work, share.backward = False, None, None
         if isinstance(outcome, RemoteError):
             self._failed(share.expert, outcome)
         else:
-            self._hold(share.door.hosted.runtime, share.num_bytes)
+            # it waits for its part, and is counted where its work was until now: as the caller's
+            runtime = share.door.hosted.runtime
+            runtime.hold(self._owner, share.num_bytes)
+            self._held[runtime] = self._held.get(runtime, 0) + share.num_bytes
             self._gathered.answered(share.expert, outcome, share.door.hosted.epoch)
             if self._due is not None:
                 self._look()
-
-    def _hold(self, runtime: TesseractRuntime, num_bytes: int) -> None:
-        """Count an answer that waits for its part where its work was counted until now: as the caller's."""
-        runtime.hold(self._owner, num_bytes)
-        self._held[runtime] = self._held.get(runtime, 0) + num_bytes
 
     def _let_go(self) -> None:
         for runtime, num_bytes in self._held.items():
@@ -396,9 +394,6 @@ class Wave:
     def _failed(self, expert: int, error: RemoteError) -> None:
         self._gathered.failed(expert, error)
         self._look()
-
-    def _close(self, share: _Share) -> None:
-        share.is_open, share.work, share.backward = False, None, None
 
     async def parts(self) -> AsyncGenerator[Message, None]:
         """Yield the reply's parts when they are due."""
@@ -462,7 +457,7 @@ class Wave:
         for share in self._shares:
             if share.is_open:
                 work, backward = share.work, share.backward
-                self._close(share)
+                share.is_open, share.work, share.backward = False, None, None
                 if backward is not None:
                     backward.leave()
                 elif work is not None:

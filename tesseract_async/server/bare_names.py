@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -178,6 +178,7 @@ class BareNames:
         self._settings, self._elapsed = settings, elapsed
         self._began = self._read_at = self._looked_at = elapsed()
         self._experts = {uid: _Memory(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
+        self._look_took = 0.0
         self._heard: dict[PeerID, float] = {}
         self._disputed: set[tuple[str, PeerID]] = set()
 
@@ -202,29 +203,48 @@ class BareNames:
     async def look(self) -> None:
         """Settle all roles, and pull the states that are due. Raises: as `read`."""
         began = self._elapsed()
-        await self._beat()
-        if self._elapsed() - self._looked_at > self._settings.lease + self._settings.check_every:
-            self._heard.clear()  # by then a look that is slow itself, for others' silence, has not stood still
-        gate = asyncio.Semaphore(NUM_AT_ONCE)
         look = _Look(self._node, self._settings.call_timeout / 5, began)
-
-        async def settle(one: _Memory) -> None:
-            async with gate:
-                try:
-                    await self._settle(one, look)
-                except (TesseractError, TimeoutError) as error:
-                    logger.warning("replica of %s: %s", one.hosted.uid, describe(error))
-
         beating = asyncio.create_task(self._go_on_beating())
         try:
-            async with asyncio.TaskGroup() as group:
-                for one in self._experts.values():
-                    if one.others or not one.hosted.is_primary:
-                        group.create_task(settle(one))
+            longest = self._settings.lease + self._settings.check_every
+            if began - self._looked_at <= longest:  # else who is primary may have changed
+                # first those that would be late at the end of this: the network may be slow to say who hosts what
+                late = began + self._look_took
+                await self._each(lambda one: self._pull_before(one, late, look), self._experts.values())
+            asked = self._elapsed()
+            await self._beat()
+            if self._elapsed() - self._looked_at > longest:
+                self._heard.clear()  # by then a look that is slow itself, for others' silence, has not stood still
+            wanted = [one for one in self._experts.values() if one.others or not one.hosted.is_primary]
+            await self._each(lambda one: self._settle(one, look), wanted)
         finally:
             look.close()
             await end(beating)
         self._looked_at = self._elapsed()
+        self._look_took = min(self._looked_at - asked, self._settings.check_every)
+
+    @staticmethod
+    async def _each(act: Callable[[_Memory], Awaitable[None]], experts: Iterable[_Memory]) -> None:
+        """Do this with all of them, some at a time. What fails for one is logged."""
+        gate = asyncio.Semaphore(NUM_AT_ONCE)
+
+        async def carry_out(one: _Memory) -> None:
+            async with gate:
+                try:
+                    await act(one)
+                except (TesseractError, TimeoutError) as error:
+                    logger.warning("replica of %s: %s", one.hosted.uid, describe(error))
+
+        async with asyncio.TaskGroup() as group:
+            for one in experts:
+                group.create_task(carry_out(one))
+
+    async def _pull_before(self, one: _Memory, when: float, look: _Look) -> None:
+        """Pull what is due by then from the primary that is followed."""
+        primary = None if one.hosted.is_primary else one.primary
+        is_known = primary is not None and one.synced_from == owner_of(primary)
+        if primary is not None and is_known and one.syncing is not None and one.syncing.next_at <= when:
+            await self._sync(one, primary, look)
 
     def next_look_in(self) -> float:
         """Return the seconds until roles are looked at again, or sooner, until a state is due."""
@@ -283,7 +303,8 @@ class BareNames:
                 logger.warning("%s has another primary, %s: this server follows it", uid, one.primary.peer.short)
                 self._node.metrics.count("experts_given_up")
                 await self._server.set_primary(uid, False)
-            await self._sync(one, one.primary, look)
+            if one.synced_from != owner_of(one.primary) or one.syncing is None or one.syncing.next_at <= now:
+                await self._sync(one, one.primary, look)
         elif is_primary:
             self._tell_dispute(uid, [at.owner for at in said if at.version is not None])
         else:
@@ -328,8 +349,6 @@ class BareNames:
     async def _sync(self, one: _Memory, primary: ExpertReplica, look: _Look) -> None:
         now, owner = self._elapsed(), owner_of(primary)
         is_same = one.synced_from == owner
-        if is_same and one.syncing is not None and now < one.syncing.next_at:
-            return
         if not await look.speaks(primary):
             return  # waiting for the state of one that is gone would put off that another takes over
         version = one.hosted.backend.version

@@ -7,15 +7,16 @@ came, each later one after a longer pause, and the last when nothing is left to 
 
 import math
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tesseract_async.errors import ExpertFailed, RemoteError
 from tesseract_async.runtime.gradients import Gradients, are_finite
 from tesseract_async.runtime.work import WorkResult
-from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Numbers
+from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Numbers, Rows
 
 FIRST_PAUSE: Final = 0.02
 """Seconds from the message to the first part, unless all is answered sooner: many experts in one pass take as long."""
@@ -25,6 +26,9 @@ all that is left."""
 MAX_PARTS: Final = 8
 _STACKED_BYTES: Final = 512 * 1024
 """Answers up to so large together are added at once; larger ones one by one, without a copy."""
+
+
+Integers = npt.NDArray[np.integer[Any]]
 
 
 class Answer(NamedTuple):
@@ -59,7 +63,7 @@ class Parts:
     def answered(self, expert: int, result: WorkResult, epoch: int) -> None:
         """Take in the answer of an expert (its place in the request)."""
         self._num_open -= 1
-        self._ready[expert] = Answer(result, epoch)
+        self._ready[expert] = tuple.__new__(Answer, (result, epoch))  # its own takes a Python call more
 
     def failed(self, expert: int, error: RemoteError) -> None:
         """An expert does not answer."""
@@ -79,7 +83,7 @@ class Parts:
         into a failure first."""
         answers = dict(sorted(self._ready.items()))
         sums, weight_gradients = self._sums(answers)
-        if not are_finite([*sums, *weight_gradients]):  # also if a single answer is not, whatever its weight
+        if not are_finite([*sums, weight_gradients]):  # also if a single answer is not, whatever its weight
             for expert, answer in list(answers.items()):
                 if not are_finite(answer.result.tensors):
                     del answers[expert]
@@ -92,7 +96,7 @@ class Parts:
             np.array([answer.epoch for answer in answers.values()], dtype=np.int64),
             self._failures,
             [],
-            torch.cat(weight_gradients).numpy() if weight_gradients else np.empty(0, dtype=np.float32),
+            np.empty(0, dtype=np.float32) if weight_gradients is None else weight_gradients.numpy(),
         )
         self._ready, self._failures = {}, []
         self._num_taken += 1
@@ -100,16 +104,26 @@ class Parts:
         self._next_at = now + self._pause
         return part, sums
 
-    def _sums(self, answers: dict[int, Answer]) -> tuple[Gradients, list[torch.Tensor]]:
-        """Return the sum of each tensor of the answers, and the weights' gradients of each."""
+    @staticmethod
+    def _numbered(rows: Rows) -> tuple[Integers, Integers]:
+        """Return what `np.unique` does: the rows that occur, ascending, and of each the place among them."""
+        size = int(rows.max()) + 1
+        if size > 16 * len(rows):
+            return np.unique(rows, return_inverse=True)
+        occurs = np.zeros(size, dtype=np.bool_)  # a tenth of sorting them
+        occurs[rows] = True
+        return np.flatnonzero(occurs), (occurs.cumsum() - 1)[rows]
+
+    def _sums(self, answers: dict[int, Answer]) -> tuple[Gradients, torch.Tensor | None]:
+        """Return the sum of each tensor of the answers, and in a backward the weights' gradients of all."""
         if not answers:
-            return [], []
+            return [], None
         request, experts = self._request, np.array(list(answers), dtype=np.int64)
         pairs = request.pairs(experts)
-        rows, index = np.unique(request.rows[pairs], return_inverse=True)
+        rows, index = self._numbered(request.rows[pairs])
         weights = None if request.backward else torch.from_numpy(request.weights[pairs])
         columns = list(zip(*[answer.result.tensors for answer in answers.values()], strict=True))
-        gradients = [*columns.pop()] if request.backward else []
+        gradients = torch.cat([x for x in columns.pop() if x is not None]) if request.backward else None
         sizes = request.offsets[experts + 1] - request.offsets[experts]
         return [_sum(column, sizes, torch.from_numpy(index), weights, len(rows)) for column in columns], gradients
 

@@ -25,6 +25,7 @@ from tesseract_async.server.other_replicas import wall_clock
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.sharing.layout import MAX_FRAGMENTS
+from tesseract_async.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +117,7 @@ class Placing:
 
     async def __aexit__(self, *_: object) -> None:
         tasks, self._tasks = self._tasks, set()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*tasks)
         if self._node.is_running:
             with contextlib.suppress(TesseractError, TimeoutError, OSError):
                 async with asyncio.timeout(2.0):

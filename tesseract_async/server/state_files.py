@@ -304,6 +304,11 @@ class SealedFiles:
     def newest(self, uid: str) -> SealedFile | None:
         return next(reversed(self._files.get(uid, [])), None)
 
+    @property
+    def is_temporary(self) -> bool:
+        """True if there are files in a folder that `close` takes away."""
+        return self._temporary is not None
+
     def close(self) -> None:
         if self._temporary is not None:
             self._temporary.cleanup()

@@ -51,6 +51,7 @@ from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_files import stored_uids
 from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.server.tenured import Tenured
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -243,15 +244,12 @@ class Tenures:
         async with contextlib.AsyncExitStack() as stack:
             for expert in self._experts.values():  # no command is cut off
                 await stack.enter_async_context(expert.carrying)
-            tasks = list(self._tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*self._tasks)
             for expert in self._experts.values():
                 for command in expert.tenure.commands():
                     if isinstance(command, Persist):
                         await self._do(expert, command)
-        if self._experts:
+        if self.files.is_temporary:  # also where the last expert was given up
             await self._server.call_aside(self.files.close)
 
     def has(self, uid: str) -> bool:

@@ -214,6 +214,7 @@ async def test_a_seed_that_is_away(tmp_path: Path) -> None:
 )
 async def test_a_seed_of_another_version_is_named(stem: Stem, tmp_path: Path, words: tuple[str, ...]) -> None:
     OWNER.save(tmp_path / "owner.pem")
+    await finish(stem, "--version")  # the first command waits until PyTorch is loaded
     async with a_seed_of_another_version() as seed:
         given = {
             "SEED": seed,

@@ -107,6 +107,12 @@ def test_one_look_says_what_it_cannot_know() -> None:
     assert "This is one look" not in once(swarm), "nobody is missing"
 
 
+def test_an_expert_of_a_run_is_not_lost_while_members_have_its_state() -> None:
+    swarm = state((4, 4))
+    swarm["grids"][0] |= {"lost": [[1, 0], [1, 1]], "standings": [[[1, 0], "ab", [], ["cd"], 7, 1, "safe"]]}
+    assert "8 alive, 1 lost, 1 waiting for another server" in "\n".join(shown(swarm, 100, 40))
+
+
 def test_keys_are_told_apart() -> None:
     assert top._KEY.findall("q\x1b[Bj\x1b[6~") == ["q", "\x1b[B", "j", "\x1b[6~"]
 

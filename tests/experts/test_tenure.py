@@ -316,9 +316,10 @@ def test_a_member_votes_once_an_epoch_after_a_lease_of_silence_and_for_no_older_
         ask = Question("vote", epoch, bytes(8), b"", seal.blob)
         return bool(machine.ask(asker.peer, ask, world.now + at, voter.wall).vote)
 
-    epoch, later = machine.epoch + 1000, LEASE + 1.0
+    epoch, later = int(voter.wall - CREATED) + 30, LEASE + 1.0
     assert not vote(epoch), "it has just heard its primary"
     assert not vote(machine.epoch, at=later) and not vote(epoch, seal=first, at=later)
+    assert not vote(epoch + 86400, at=later), "that would bind it for a day"
     assert vote(epoch, at=later) and vote(epoch, at=later)
     assert not vote(epoch, asker=leader, at=later) and not vote(epoch - 1, at=later)
     assert leader.machine.term is not None
@@ -666,3 +667,41 @@ def test_a_newcomer_is_told_of_the_newest_seal_by_whoever_has_its_file() -> None
     answer = follower.machine.ask(newcomer.peer, question, world.now, follower.wall)
     assert answer.vote == follower.machine.held.blob
     assert not follower.machine.ask(identity(50).peer_id, question, world.now, follower.wall).vote
+
+
+def test_a_successor_counts_while_a_state_is_long_on_its_way_and_is_replaced_where_none_comes() -> None:
+    world = World(4, 5)
+    leader = world.begin()
+    world.run(world.sync_every)
+    slow = next(one for one in world.up if one.peer in leader.machine.members)
+    slow.fetch = lambda command, life: None  # type: ignore[method-assign]
+    world.run(2.5 * world.sync_every)
+    assert slow.peer in leader.machine.members
+    world.run(5 * world.sync_every)
+    assert slow.peer not in leader.machine.members and world.leaders == [leader]
+    assert world.has_members(3)
+
+
+# -- clocks that jump --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [86400.0, -86400.0])
+@pytest.mark.parametrize("whose", ["primary", "successor", "holder"])
+def test_a_clock_that_jumps_by_a_day_stops_nothing(whose: str, seconds: float) -> None:
+    world = World(4, 5)
+    leader = world.begin()
+    world.run(2 * LEASE)
+    successors = [one for one in world.up if one.peer in leader.machine.members]
+    holders = [one for one in world.up if one is not leader and one not in successors]
+    {"primary": leader, "successor": successors[0], "holder": holders[0]}[whose].skew += seconds
+    world.run(20 * LEASE)
+    assert world.leaders == [leader] and len(world.acknowledged) > 15 * LEASE / world.step_period, world.describe()
+    right = [one for one in world.up if one.skew == leader.skew or abs(one.skew) < 60]
+    died = world.now
+    leader.kill()
+    assert world.run_until(world.is_led, 2 * LEASE), world.describe()
+    (heir,) = world.leaders
+    newest = max(at for at, _, step in world.acknowledged if step in heir.steps and at < died)
+    assert heir in right and died - newest <= world.sync_every + LEASE, "its state was followed all the time"
+    world.run(LEASE)
+    assert all(one.machine.epoch == heir.machine.epoch for one in right if one is not leader)

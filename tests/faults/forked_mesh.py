@@ -20,7 +20,7 @@ from tests.runtime.mesh_jobs import launch, make_store
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    size, options, store = int(sys.argv[1]), sys.argv[2:], make_store()
+    size, options, port = int(sys.argv[1]), sys.argv[2:], make_store()
     told: list[int] = []
     pids: list[int] = []
 
@@ -35,7 +35,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, leave)
     while not told:
-        pids[:] = launch(range(size), size, serve, store)
+        pids[:] = launch(range(size), size, serve, port)
         print(json.dumps({"pids": pids}), flush=True)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         print(json.dumps({"statuses": statuses}), flush=True)

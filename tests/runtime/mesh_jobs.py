@@ -51,20 +51,44 @@ SIZES: Final[dict[str, dict[str, object]]] = {
     "transformer": {"in_features": 16, "num_heads": 4, "sequence_length": 3},
 }
 NUM_ROWS: Final = (1, 2, 5, 8, 33)
+STORE_TIMEOUT: Final = timedelta(seconds=30)
 
 
-def make_store() -> Any:
-    """What torchrun keeps over all restarts."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+def make_store() -> int:
+    """The port of what torchrun keeps over all restarts, in a process of its own, which ends with this one.
+
+    Its thread works while others connect, and holds locks of libraries: a process forked beside it may find one taken
+    that nobody will ever give back, and hang.
+    """
+    ours, its = os.pipe()
+    life, lifeline = os.pipe()
+    if os.fork() == 0:
+        os.close(lifeline)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        os.write(its, str(store.port).encode())
+        os.read(life, 1)  # nothing comes: it ends once nobody has the other end
+        os._exit(0)
+    os.close(its)
+    os.close(life)
+    with open(ours) as told:
+        return int(told.read(5))
 
 
-def launch(ranks: Iterable[int], size: int, work: Callable[[], None], store: Any) -> list[int]:
-    """Fork processes of these ranks, and let each do `work`. Returns their pids."""
+def connected(port: int) -> Any:
+    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=STORE_TIMEOUT)
+
+
+def launch(ranks: Iterable[int], size: int, work: Callable[[], None], port: int) -> list[int]:
+    """Fork processes of these ranks, and let each do `work`. Returns their pids.
+
+    Raises: AssertionError where this process has a thread (see `make_store`).
+    """
+    assert len(os.listdir("/proc/self/task") if sys.platform == "linux" else [0]) == 1
     pids = []
     for rank in ranks:
         pid = os.fork()
         if pid == 0:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
             os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
             status = 1
@@ -581,18 +605,19 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     job, size, *arguments = sys.argv[1:]
-    store = make_store()
+    port = make_store()
     if job == "faults":  # what somebody left there who is gone; then the leader, strangers, and at last the follower
+        store = connected(port)
         store.set("tesseract/mesh", "127.0.0.1 9 0000")
-        pids = launch([0], 2, lambda: faults(*arguments), store)
+        pids = launch([0], 2, lambda: faults(*arguments), port)
         while store.get("tesseract/mesh").startswith(b"127.0.0.1 9 "):
             time.sleep(0.01)
         strangers = attack(store)
-        pids += launch([1], 2, lambda: faults(*arguments), store)
+        pids += launch([1], 2, lambda: faults(*arguments), port)
         statuses = [os.waitpid(pid, 0)[1] for pid in pids[:1]]
         assert len(strangers) > MAX_STRANGERS
     else:
-        pids = launch(range(int(size)), int(size), lambda: JOBS[job](*arguments), store)
+        pids = launch(range(int(size)), int(size), lambda: JOBS[job](*arguments), port)
         statuses, times = [], []
         for pid in pids[:1] if job == "limit" else pids:  # whose followers are left behind
             statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

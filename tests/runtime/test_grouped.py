@@ -144,10 +144,7 @@ def in_one_pass(executor: GroupExecutor, group: Group, batches: Sequence[Sequenc
     together = executor.stage_together(group, [whole(works) for works in batches])
     executor.launch_together(together)
     executor.complete_together(together)
-    outcomes: Outcomes = {}
-    for attempt in together.attempts:
-        outcomes |= executor.outcomes(attempt)
-    return outcomes, not together.is_each_alone
+    return executor.outcomes_together(together), not together.is_each_alone
 
 
 def group_of(executor: GroupExecutor, experts: Sequence[ExpertBackend], mode: object = 0) -> Group | None:

@@ -165,3 +165,25 @@ async def test_what_comes_in_one_turn_of_the_loop_wakes_the_thread_once_and_is_c
         assert runtime.statistics().num_batches == num_before + 1
         await runtime.forward(expert, [torch.ones(1, 1)])  # the next turn
     await runtime.aclose()
+
+
+async def test_what_is_gathered_is_computed_together_though_the_thread_wakes_meanwhile() -> None:
+    """As where it was still busy with what came before."""
+    runtime, door = TesseractRuntime(), Door()
+    runtime._bell = door  # type: ignore[assignment]
+    await runtime.start()
+    expert = make_expert()
+    with runtime.gathering():
+        works = [runtime.submit(expert, [torch.zeros(1, 1)])]
+        assert door.reached.acquire(timeout=60)
+        door.put(None)
+        door.passed.release()
+        assert door.reached.acquire(timeout=60), "it has looked"
+        works.append(runtime.submit(expert, [torch.zeros(1, 1)]))
+    door.passed.release()
+    async with asyncio.timeout(60):
+        for work in works:
+            await work.answer
+    assert runtime.statistics().num_batches == 1
+    door.passed.release()
+    await runtime.aclose()

@@ -430,15 +430,17 @@ async def test_experts_that_do_not_fit_into_the_queue_are_overloaded(node: Servi
 async def test_answers_that_are_not_taken_leave_their_peer_less_room(
     node: ServingNode, server: TesseractServer
 ) -> None:
-    statistics, released = server.runtimes[0].statistics, threading.Event()
+    statistics, begun, released = server.runtimes[0].statistics, threading.Event(), threading.Event()
 
     def waits(y: torch.Tensor) -> torch.Tensor:
+        begun.set()
         released.wait(60)
         return y
 
     server.experts["ffn.2"].module.answers = waits  # type: ignore[assignment]
     reply = Reply(node, *Wave().request())
     await reply.until("ffn.0", "ffn.1")
+    assert await asyncio.to_thread(begun.wait, 60)
     of_one = statistics().num_bytes
     assert SHARE_BYTES < of_one < 2 * SHARE_BYTES, "what was taken counts no more"
     released.set()

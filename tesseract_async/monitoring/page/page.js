@@ -127,6 +127,9 @@ function coordsAt(grid, [row, column]) {
   return [row, ...coords];
 }
 
+// nobody hosts it at this moment, but members of its run have its state
+const waits = (grid, coords) => (grid.standings ?? []).some((one) => String(one[0]) === String(coords) && one[2].length + one[3].length);
+
 function drawGrids() {
   const holder = $("grids");
   $("detail").hidden = state.grids.length === 0;
@@ -160,7 +163,9 @@ function drawGrids() {
       holder.append(box);
     }
     const all = grid.size.reduce((a, b) => a * b, 1);
-    const gone = grid.lost.length ? `, ${number(grid.lost.length)} lost` : "";
+    const waiting = grid.lost.filter((coords) => waits(grid, coords)).length, lost = grid.lost.length - waiting;
+    const gone = (lost ? `, ${number(lost)} lost` : "")
+      + (waiting ? `, ${number(waiting)} wait${waiting === 1 ? "s" : ""} for another server` : "");
     const risky = (grid.standings ?? []).filter((one) => one[6] !== "safe").length;
     const safety = risky ? `, ${number(risky)} at risk, not led or lost` : "";
     const line = `${grid.prefix}: ${number(answering(grid))} of ${number(all)} experts alive${gone}${safety} (${grid.size.join(" × ")})`;
@@ -296,7 +301,8 @@ function describe(grid, cursor) {
       + `, server ${number(100 * expert[4])} % busy`
       + (peer && peer.error ? `. The server does not answer: ${peer.error}` : ".");
   } else if (grid.lost.some(same)) {
-    text = `${uid}: lost. It was alive, and nobody hosts it now.`;
+    text = waits(grid, coords) ? `${uid}: its server is gone; a member that has its state takes over.`
+      : `${uid}: lost. It was alive, and nobody hosts it now.`;
   } else {
     text = `${uid}: nobody hosts this expert yet.`;
   }
@@ -630,9 +636,10 @@ function drawOne() {
   else if (kind === "expert") {
     if (told.standing) {
       const [, leader, followers, holders, version, losses, word] = told.standing;
-      const list = (some) => (some.length ? some.join(", ") : "nobody");
+      const called = (id) => nameOf(state.peers.find((one) => one.short === id) ?? { short: id });
+      const list = (some) => (some.length ? some.map(called).join(", ") : "nobody");
       parts.push(facts([
-        ["led by", leader ?? "nobody"], ["followed by", list(followers)], ["held by", list(holders)],
+        ["led by", leader === null ? "nobody" : called(leader)], ["followed by", list(followers)], ["held by", list(holders)],
         ["certified version", number(version)], ["state", losses > 0 ? `${word}: survives ${number(losses)} more` : word],
       ]));
     }
