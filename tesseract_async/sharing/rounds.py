@@ -8,6 +8,7 @@ members on none gains by coming often: those who came within two usual periods a
 one period is capped as a whole.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -36,8 +37,6 @@ JUDGED_FROM: Final = 3
 MAX_NORM_RATIO: Final = 3.0
 """Differences count with at most so many times the members' median norm. Where fewer members are known, as after a
 takeover, the largest of the last updates stands for it."""
-MAX_NORM: Final = 1e18
-"""Larger differences are refused: sums of them would not be finite."""
 MAX_MEMBERS: Final = 1024
 """Members that one round counts."""
 _OFFSETS: Final = 32
@@ -57,8 +56,7 @@ class Push:
 def judge(peer: PeerID, call_id: bytes, steps: int, data: bytes, cut: Cut, outer: Outer) -> Push:
     """Decode a difference and measure it. Untrusted; takes milliseconds.
 
-    Raises: ProtocolError if it does not fit the fragment; ValueError if it is not finite, absurdly large, or of frozen
-    parameters.
+    Raises: ProtocolError if it does not fit the fragment; ValueError if it is not finite, or of frozen parameters.
     """
     if cut.kind is Kind.FIXED:
         raise ValueError("frozen parameters stay as they are")
@@ -66,7 +64,7 @@ def judge(peer: PeerID, call_id: bytes, steps: int, data: bytes, cut: Cut, outer
     values = _decode(data, cut, outer)
     if cut.kind is not Kind.NEWEST:
         norm = float(torch.linalg.vector_norm(values))
-        if not norm <= MAX_NORM:
+        if not norm < math.inf:  # of values that are so large that sums of them would not be finite, too
             raise ValueError("a difference that is not finite, or far too large")
     return Push(peer, call_id, steps, data, norm)
 

@@ -222,7 +222,7 @@ def test_a_flush_does_not_shorten_the_next_steps() -> None:
     rounds, known = Rounds(0, max_steps=64), fragment()
     for turn in range(4):
         merged(rounds, *(push(peer, 1.0) for peer in range(4)), now=10.0 * turn, into=known)
-    merged(rounds, *(push(peer, 0.03, steps=1) for peer in range(4)), now=31.0, into=known)
+    merged(rounds, *(push(peer, 0.03, steps=1) for peer in range(4)), now=36.0, into=known)
     assert torch.allclose(merged(rounds, push(0, 1.0), now=40.0, into=known), torch.full((40,), 0.25))
 
 
