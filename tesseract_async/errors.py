@@ -262,6 +262,18 @@ def shortened(text: str, limit: int = 200) -> str:
     return line if len(line) <= limit else line[: limit - 3].rstrip() + "..."
 
 
+def printable(text: str) -> str:
+    """Return a stranger's words as a terminal may be given them: with control characters, and those that turn the
+    direction of writing, escaped. Line breaks and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in "\n\t" else _harmless(one) for one in text)
+
+
+def _harmless(letter: str) -> str:
+    return " " if letter.isspace() else letter.encode("unicode_escape", "backslashreplace").decode()
+
+
 def describe(error: BaseException) -> str:
     """Return one line for an error inside another error's sentence: its class, and its message if any, `shortened`. Of
     an error of the system it is only the message, without the error's number."""

@@ -35,7 +35,7 @@ COLUMNS = {
     **{"waiting": 7, "answered": 9},
 }
 """Columns of the table of servers, with the width that each wants."""
-LEFT_OUT = ("waiting", "rows/s", "steps/s", "name", "answered", "experts", "load", "calls/s", "round trip")
+LEFT_OUT = ("waiting", "rows/s", "steps/s", "answered", "load", "experts", "name", "calls/s", "round trip")
 """Columns that a narrow terminal does without, in this order; the peer and its path always stay."""
 ONCE = (
     "This is one look: a server that died so long before it that its entry has expired (after 45 s, unless served with "
@@ -210,7 +210,6 @@ def safety(losses: int | None) -> str:
 
 
 def _and_more(number: int, noun: str) -> list[RenderableType]:
-
     return [Text(f"and {counted(number, noun)} more", style="dim")] if number > 0 else []
 
 

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
+from tesseract_async.errors import (
+    ConnectionLost,
+    RemoteError,
+    TesseractError,
+    UnknownMethod,
+    describe,
+    printable,
+    shortened,
+)
 from tesseract_async.experts.grid import GridView
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.pattern import ExpertPattern
@@ -80,6 +88,8 @@ class Peer:
     """True if it could not be reached the last time: its experts then do not count."""
     left_at: float | None = None
     """Loop time at which its manifests were found expired."""
+    is_new: bool = False
+    """True until the log has said that it joined: it is asked before, for its name."""
 
 
 class SwarmObserver:
@@ -240,7 +250,7 @@ class SwarmObserver:
                 peer = self.peers[peer_id] = Peer(address, number=self._num_met)
                 self._num_met += 1
             if not peer.uids:
-                self._note(f"{peer_id.short} joined with {_experts(uids)}", "joined")
+                peer.is_new = True
             elif uids != peer.uids:
                 self._note(f"{self._called(peer_id)} hosts {_experts(uids)} now, {len(peer.uids)} before", "changed")
             peer.address, peer.uids = address, uids
@@ -269,9 +279,11 @@ class SwarmObserver:
             sentence = _reason(error)
             log.info("%s did not tell its status: %s", peer.address, describe(error))
             peer.is_gone = not isinstance(error, RemoteError)
-            if peer.error is None and peer.uids and peer.address.peer_id is not None:
-                self._note(f"{self._called(peer.address.peer_id)} does not answer: {sentence}", "failed")
-            peer.error = sentence[:MAX_SENTENCE]
+            if peer.is_new:
+                self._tell(peer, f"joined with {_experts(peer.uids)}, and does not answer: {sentence}", "failed")
+            elif peer.error is None:
+                self._tell(peer, f"does not answer: {sentence}", "failed")
+            peer.error, peer.is_new = sentence, False
             peer.rates, peer.busy = dict.fromkeys(RATES, 0.0), 0.0
             return
         now, before = loop.time(), peer.status
@@ -286,9 +298,17 @@ class SwarmObserver:
         self._answered(peer)
 
     def _answered(self, peer: Peer) -> None:
-        if peer.error is not None and peer.uids and peer.address.peer_id is not None:
-            self._note(f"{self._called(peer.address.peer_id)} answers again", "joined")
-        peer.seen_at, peer.error, peer.is_gone = asyncio.get_running_loop().time(), None, False
+        if peer.is_new:
+            self._tell(peer, f"joined with {_experts(peer.uids)}", "joined")
+        elif peer.error is not None:
+            self._tell(peer, "answers again", "joined")
+        peer.seen_at, peer.error = asyncio.get_running_loop().time(), None
+        peer.is_gone = peer.is_new = False
+
+    def _tell(self, peer: Peer, sentence: str, kind: str) -> None:
+        """Note it of a server, which nodes that host nothing are not."""
+        if peer.uids and (peer_id := peer.address.peer_id) is not None:
+            self._note(f"{self._called(peer_id)} {sentence}", kind)
 
     async def _read_losses(self) -> None:
         node, found, merged = self.node, dict[str, Progress](), list[Progress]()
@@ -303,7 +323,7 @@ class SwarmObserver:
                 elif entry.subkey == MERGED:
                     merged.append(progress)
                 else:
-                    found[f"{entry.owner.short} {entry.subkey or ''}".strip()[:64]] = progress
+                    found[f"{entry.owner.short} {shortened(printable(entry.subkey or ''), 48)}".strip()] = progress
         self.losses, self.merged = found, max(merged, default=None)
         self._met |= {name: one for name, one in found.items() if name in self._met or len(self._met) < MAX_MET}
 
@@ -553,7 +573,7 @@ def _middle(values: list[float]) -> float:
 def _reason(error: BaseException) -> str:
     """Return in plain words why a server did not answer; the node's log has the rest."""
     if isinstance(error, RemoteError):
-        return str(error)
+        return shortened(str(error))
     if isinstance(error, TimeoutError):
         return "no answer in time"
     return "the connection was lost" if isinstance(error, ConnectionLost) else "it cannot be reached"

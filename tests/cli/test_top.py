@@ -93,6 +93,15 @@ def test_lists_scroll_and_a_run_is_described() -> None:
         assert (first == 999) is ("cellar" in text and "left 10 min ago" in text), "those that left come last"
 
 
+def test_a_narrow_terminal_keeps_the_names() -> None:
+    swarm = state((4, 4))
+    swarm["peers"][1] |= {"name": "attic"}
+    lines = shown(swarm, 80, 24)
+    [head] = [one for one in lines if one.startswith("peer ")]
+    assert head.split() == ["peer", "name", "path", "round", "trip", "experts", "calls/s"]
+    assert any(one.startswith("00000001  attic  ") and "tcp 192.0.2.1:31337" in one for one in lines)
+
+
 def test_one_look_says_what_it_cannot_know() -> None:
     def once(swarm: dict[str, Any]) -> str:
         console = Console(width=100, file=io.StringIO())

@@ -68,6 +68,12 @@ def test_malformed_fields_are_protocol_errors(field: str, value: Any) -> None:
         decode_status({**encode_status(STATUS), field: value})
 
 
+def test_no_figure_makes_a_rate_infinite() -> None:
+    for more in ({"busy_seconds": 1e308}, {"experts": {"ffn.1": [1, True, 1, 1, 1e308, 1.0]}}):
+        with pytest.raises(ProtocolError):
+            decode_status(encode_status(STATUS) | more)
+
+
 json_like = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),

@@ -94,7 +94,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 assert only(list(state["losses"].values())) == [3, 0.5, 1, 15, "tokens"]
                 assert state["seen"] == {"tokens": 15} and state["totals"]["merged"] == 0.25
                 assert "tesseract_swarm_merged_loss 0.25" in text and 'one",unit="tokens"} 15.0' in text
-                assert "joined with 2 experts" in only(state["log"])[1] and only(state["log"])[2] == "joined"
+                assert only(state["log"])[1:] == [f"attic ({host.peer_id.short}) joined with 2 experts", "joined"]
                 assert (
                     peer["calls_per_second"] > 0
                     and peer["answered_ago"] >= 0
@@ -290,6 +290,7 @@ async def test_what_strangers_publish_is_bounded() -> None:
                 None,
                 [3, 0.5, 2, -1, "samples"],
                 [3, 0.5, 2, 7, "pages"],
+                [3, 1.7e308, 2, 7, "tokens"],
                 [3, 0.5, 2, 7, "tokens", "of a later version"],
             )
         ):
@@ -303,6 +304,11 @@ async def test_what_strangers_publish_is_bounded() -> None:
             state = json.loads(json.dumps(observer.state(), allow_nan=False))
             assert [grid["prefix"] for grid in state["grids"]] == ["ffn"]
             assert list(state["losses"].values()) == [[3, 0.5, 2, 7, "tokens"]]
+            for subkey in ("\x1b[2J\u202eevil", "x" * 200):
+                await host.network.store("progress/ffn", [3, 0.5, 2, 7, "tokens"], ttl=60.0, subkey=subkey)
+            await observer.look()
+            names = [name.split(maxsplit=1)[1] for name in observer.losses]
+            assert "\\x1b[2J\\u202eevil" in names and max(map(len, names)) == 48
             observer._note("x" * 10_000, "failed")
             assert len(observer.log[-1][1]) == 240
 
