@@ -172,7 +172,9 @@ serve_options = grouped(
         metavar="MODULE",
         help="Let a run use experts from this Python module, whose code then runs on this computer.",
     ),
-    click.option("--name", default="", help="Call this machine so in dashboards and lists of contributors."),
+    click.option(
+        "--name", default="", show_default=False, help="Call this machine so in dashboards and lists of contributors."
+    ),
     "Limits",
     threads_option,
     "Network",
