@@ -53,6 +53,8 @@ class ExpertStatus:
     """Seconds from a request's arrival to its answer; 0 before the first."""
     slow_seconds: float = 0.0
     """The same, which 99 of 100 requests do not exceed."""
+    num_rows: int = 0
+    """Rows that it has computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +150,14 @@ class StatusService:
         return Message({}, (memoryview(bytes(PADDING)),))
 
 
-def _figures(backend: ExpertBackend, runtimes: Sequence[TesseractRuntime]) -> tuple[int, int, float, float]:
-    """Return calls, failures, and the seconds that half and 99 of 100 of them took at most."""
+def _figures(backend: ExpertBackend, runtimes: Sequence[TesseractRuntime]) -> tuple[int, int, float, float, int]:
+    """Return calls, failures, the seconds that half and 99 of 100 of them took at most, and rows."""
     for runtime in runtimes:
         if backend in runtime.figures:
             one = runtime.figures[backend]
             median, slow = (one.latencies.quantile(share) or 0.0 for share in (0.5, 0.99))
-            return one.num_calls, one.num_failures, median, slow
-    return 0, 0, 0.0, 0.0
+            return one.num_calls, one.num_failures, median, slow, one.num_rows
+    return 0, 0, 0.0, 0.0, 0
 
 
 @functools.cache
@@ -213,12 +215,12 @@ def _experts(value: object) -> dict[str, ExpertStatus]:
             raise ProtocolError("status: a malformed expert") from None
         if type(version) is not int or not 0 <= version < MAX_FIGURE or type(primary) is not bool:
             raise ProtocolError("status: a malformed expert")
-        counts, seconds = figures[:2], figures[2:4]
-        if not all(type(one) is int and 0 <= one < MAX_FIGURE for one in counts) or not all(
+        counts, seconds, rows = figures[:2], figures[2:4], figures[4:5]
+        if not all(type(one) is int and 0 <= one < MAX_FIGURE for one in (*counts, *rows)) or not all(
             type(one) is float and 0 <= one < MAX_FIGURE for one in seconds
         ):
             raise ProtocolError("status: a malformed expert")
-        experts[uid] = ExpertStatus(version, primary, *counts, *seconds)
+        experts[uid] = ExpertStatus(version, primary, *counts, *seconds, *rows)
     return experts
 
 

@@ -86,6 +86,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 text = render(node.metrics, observer).decode()
                 at = f'expert="ffn.1.2",server="{host.peer_id}"'
                 assert f"tesseract_swarm_expert_calls_total{{{at}}} 6.0" in text
+                assert f"tesseract_swarm_expert_rows_total{{{at}}} 30.0" in text
                 assert f'tesseract_swarm_server_up{{name="attic",server="{host.peer_id}"}} 1.0' in text
                 assert f'tesseract_swarm_thanks_rows{{name="attic",server="{host.peer_id}"}} 15.0' in text
                 assert peer["steps_per_second"] > 0 and peer["rows_per_second"] > 0

@@ -617,11 +617,11 @@ function plainTable(id, heads, rows) {
 }
 
 const figuresOf = (one) => [
-  number(one.version), number(one.num_calls), one.num_calls ? `${number(100 * one.num_failures / one.num_calls, 2)} %` : "–",
+  number(one.version), number(one.num_calls), number(one.num_rows), one.num_calls ? `${number(100 * one.num_failures / one.num_calls, 2)} %` : "–",
   one.median_seconds ? seconds(one.median_seconds) : "–", one.slow_seconds ? seconds(one.slow_seconds) : "–",
 ];
-const orderOf = (one) => [one.version, one.num_calls, one.num_failures / (one.num_calls || 1), one.median_seconds, one.slow_seconds];
-const FIGURES = ["version", "calls", "failed", "half within", "99 % within"];
+const orderOf = (one) => [one.version, one.num_calls, one.num_rows, one.num_failures / (one.num_calls || 1), one.median_seconds, one.slow_seconds];
+const FIGURES = ["version", "calls", "rows", "failed", "half within", "99 % within"];
 
 function drawOne() {
   const box = $("one");
