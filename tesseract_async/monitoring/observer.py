@@ -252,7 +252,10 @@ class SwarmObserver:
             if not peer.uids:
                 peer.is_new = True
             elif uids != peer.uids:
-                self._note(f"{self._called(peer_id)} hosts {_experts(uids)} now, {len(peer.uids)} before", "changed")
+                taken, given = uids - peer.uids, peer.uids - uids
+                done = [f"took {_experts(taken)}"] if taken else []
+                done += [f"gave {_experts(given)} up"] if given else []
+                self._note(f"{self._called(peer_id)} {' and '.join(done)}: {len(uids)} now", "changed")
             peer.address, peer.uids = address, uids
         now = asyncio.get_running_loop().time()
         for peer_id, peer in list(self.peers.items()):

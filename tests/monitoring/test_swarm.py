@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -23,6 +24,7 @@ from tesseract_async.monitoring import StatusService, SwarmObserver, publish_pro
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
 from tesseract_async.monitoring.observer import SHOW_DEAD_FOR
 from tesseract_async.monitoring.prometheus import render
+from tesseract_async.transport.base import PeerAddress
 from tests.faults.serving import let_pass
 from tests.server.run_members import joined, make_run
 
@@ -195,6 +197,28 @@ async def test_a_dead_server_counts_no_more_and_is_shown_for_a_while(monkeypatch
         let_pass(SHOW_DEAD_FOR + 1.0)
         await observer.look()
         assert observer.state()["peers"] == []
+
+
+class Hosted(list[int]):
+    """A view of a grid whose experts one server hosts."""
+
+    @property
+    def coords(self) -> torch.Tensor:
+        return torch.tensor(self).reshape(-1, 1)
+
+    def replicas_at(self, row: int) -> list[Any]:
+        address = PeerAddress(PeerID(bytes(32)), ("127.0.0.1:1",))
+        return [SimpleNamespace(peer=address, uid=f"ffn.{self[row]}")]
+
+
+async def test_an_event_says_what_a_server_took_and_gave_up() -> None:
+    live = Hosted([0, 1])
+    node: Any = SimpleNamespace(directory=SimpleNamespace(watch=lambda *_: None, live=lambda *_: live))
+    observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:9]")])
+    for live in (live, Hosted([0, 1, 2]), Hosted([0, 5, 6]), Hosted([5])):
+        observer._note_members()
+    said = [sentence.partition(" ")[2] for _, sentence, _ in observer.log]
+    assert said == ["took 1 expert: 3 now", "took 2 experts and gave 2 experts up: 3 now", "gave 2 experts up: 1 now"]
 
 
 async def test_one_look_misses_a_member_of_a_run_that_died_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
