@@ -212,11 +212,12 @@ class Hosted(list[int]):
 
 
 async def test_an_event_says_what_a_server_took_and_gave_up() -> None:
-    live = Hosted([0, 1])
-    node: Any = SimpleNamespace(directory=SimpleNamespace(watch=lambda *_: None, live=lambda *_: live))
+    views = [Hosted([0, 1]), Hosted([0, 1, 2]), Hosted([0, 5, 6]), Hosted([5])]
+    node: Any = SimpleNamespace(directory=SimpleNamespace(watch=lambda *_: None, live=lambda *_: views[0]))
     observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:9]")])
-    for live in (live, Hosted([0, 1, 2]), Hosted([0, 5, 6]), Hosted([5])):
+    while views:
         observer._note_members()
+        del views[0]
     said = [sentence.partition(" ")[2] for _, sentence, _ in observer.log]
     assert said == ["took 1 expert: 3 now", "took 2 experts and gave 2 experts up: 3 now", "gave 2 experts up: 1 now"]
 
