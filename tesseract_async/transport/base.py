@@ -13,7 +13,6 @@ from typing import Protocol
 
 from tesseract_async.identity import PeerID
 
-
 MAX_HOST = 253
 """Characters of a host's name: what DNS has, and what strangers may have others print."""
 
