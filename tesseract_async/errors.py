@@ -296,7 +296,7 @@ def sentence_of(error: BaseException, limit: int = 400) -> str:
 
 def _of_system(error: OSError) -> list[str]:
     """Return the system's words and, if there is one, the file."""
-    said = text_of(lambda: error.strerror or "")
+    said = text_of(lambda: str(error.strerror or ""))
     if not said or said.startswith(("Connect call failed", "[Errno")):  # asyncio's words around the system's
         said = text_of(lambda: os.strerror(error.errno or 0))
     return [said] if error.filename is None else [said, text_of(lambda: str(error.filename))]
