@@ -125,9 +125,10 @@ def draw(
         ]
         return Group(*parts, *([Text(), Text(ONCE, style="dim")] if is_once else []))
     table = Table(box=None, padding=(0, 2, 0, 0))
-    left_out = set() if any(peer.get("name") for peer in state["peers"]) else {"name"}
+    longest = max((len(peer.get("name", "")) for peer in state["peers"]), default=0)
+    widths, left_out = COLUMNS | {"name": min(longest, COLUMNS["name"])}, set() if longest else {"name"}
     for column in LEFT_OUT:
-        if 2 * (len(COLUMNS) - len(left_out)) + sum(COLUMNS[one] for one in COLUMNS.keys() - left_out) <= width:
+        if 2 * (len(widths) - len(left_out)) + sum(widths[one] for one in widths.keys() - left_out) <= width:
             break
         left_out.add(column)
     shown = [column for column in COLUMNS if column not in left_out]

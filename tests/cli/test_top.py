@@ -95,11 +95,12 @@ def test_lists_scroll_and_a_run_is_described() -> None:
 
 def test_a_narrow_terminal_keeps_the_names() -> None:
     swarm = state((4, 4))
-    swarm["peers"][1] |= {"name": "attic"}
-    lines = shown(swarm, 80, 24)
-    [head] = [one for one in lines if one.startswith("peer ")]
-    assert head.split() == ["peer", "name", "path", "round", "trip", "experts", "calls/s"]
-    assert any(one.startswith("00000001  attic  ") and "tcp 192.0.2.1:31337" in one for one in lines)
+    for name, more in (("attic", ["load"]), ("the computer under the roof", [])):
+        swarm["peers"][1] |= {"name": name}
+        lines = shown(swarm, 80, 24)
+        [head] = [one for one in lines if one.startswith("peer ")]
+        assert head.split() == ["peer", "name", "path", "round", "trip", "experts", "calls/s", *more]
+        assert any(one.startswith(f"00000001  {name[:11]}") and "tcp 192.0.2.1:31337" in one for one in lines)
 
 
 def test_one_look_says_what_it_cannot_know() -> None:
