@@ -245,7 +245,7 @@ def _describe_grid(grid: State) -> Text:
         facts.append(f"{sum(replicas)} replicas, the slowest {max(cell[5] for cell in grid['experts'])} steps behind")
     facts += _describe_standings(grid.get("standings", []))
     size = "x".join(map(str, grid["size"]))
-    return Text.assemble((f"{grid['prefix']}  {size}", "bold"), f"  {', '.join(facts)}")
+    return Text.assemble((f"{grid['prefix'][:40]}  {size}", "bold"), f"  {', '.join(facts)}")
 
 
 def _describe_standings(standings: list[list[Any]]) -> list[str]:
