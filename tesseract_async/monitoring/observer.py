@@ -57,6 +57,8 @@ MAX_CURVES = 8
 """Trainers whose loss is kept over time."""
 MAX_SENTENCE = 240
 """Characters of a line of the log, which may contain strangers' errors."""
+MAX_EXPERTS = 2**14
+"""Experts whose version is kept over time."""
 MAX_VERSIONS = 120
 """Points of an expert's version over time, one a minute."""
 HOURS_PER_LOOK = 4
@@ -394,8 +396,12 @@ class SwarmObserver:
         now = int(time.time())
         for peer in peers:
             for uid, one in peer.status.experts.items() if peer.status is not None else ():
+                if uid not in peer.uids or not one.primary:
+                    continue
+                if uid not in self.versions and len(self.versions) >= MAX_EXPERTS:
+                    continue
                 known = self.versions.setdefault(uid, deque(maxlen=MAX_VERSIONS))
-                if uid in peer.uids and one.primary and (not known or now - known[-1][0] >= 60):
+                if not known or now - known[-1][0] >= 60:
                     known.append((now, one.version))
 
     def _note(self, sentence: str, kind: str) -> None:
