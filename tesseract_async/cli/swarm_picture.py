@@ -167,7 +167,8 @@ def draw(
         names = ", ".join(f"{one['name'] or one['short']} ({one['rows']:,} rows)" for one in thanks)
         parts.append(Text(f"thanks, last 24 h: {names}", no_wrap=height is not None, overflow="ellipsis"))
     trainers = [
-        f"{name}: step {step}, loss {_figure(loss, 4)}" + (f", {counted(left_out, 'answer')} left out" if left_out else "")
+        f"{name}: step {step}, loss {_figure(loss, 4)}"
+        + (f", {counted(left_out, 'answer')} left out" if left_out else "")
         for name, (step, loss, left_out, *_) in state["losses"].items()
     ]
     if trainers:
