@@ -369,7 +369,7 @@ def what_is_served(num_experts: int, room: int | None) -> str:
     if num_experts or room is None:
         return f"{counted(num_experts, 'expert')} {'is' if num_experts == 1 else 'are'} being served"
     if room:
-        return "ready to take a share of the run's experts, as its other members give it some,"
+        return "ready to take a share of the run's experts"
     return "ready to keep states of the run's experts"
 
 
