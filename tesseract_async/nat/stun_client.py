@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, cast
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.nat.role import ListeningAddress, NatKind, kind_of_nat
@@ -83,6 +83,25 @@ class _Asker(asyncio.DatagramProtocol):
         self.answers: dict[Address, Address] = {}
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = asyncio.Event()
+        self._transport: asyncio.DatagramTransport | None = None
+        self._is_over = False
+
+    def send(self) -> None:
+        for transaction_id, server in self.questions.items():
+            if self._transport is not None:
+                self._transport.sendto(stun.encode_request(transaction_id), server)
+
+    async def aclose(self) -> None:
+        """Close the socket, also one whose opening was cancelled: uvloop opens it all the same, and tells nobody."""
+        self._is_over = True
+        if self._transport is not None:
+            self._transport.close()
+            await self.closed.wait()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+        if self._is_over:
+            transport.close()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         try:
@@ -114,16 +133,14 @@ async def ask(
         return {}
     protocol = _Asker({os.urandom(12): server for server in servers})
     loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_datagram_endpoint(lambda: protocol, local_addr=(local_host, 0))
     give_up_at = loop.time() + timeout
     try:
+        await loop.create_datagram_endpoint(lambda: protocol, local_addr=(local_host, 0))
         while protocol.questions and (time_left := give_up_at - loop.time()) > 0:
-            for transaction_id, server in protocol.questions.items():
-                transport.sendto(stun.encode_request(transaction_id), server)
+            protocol.send()
             await asyncio.wait([protocol.complete], timeout=min(RETRANSMIT_AFTER, time_left))
     finally:
-        transport.close()
-        await protocol.closed.wait()
+        await protocol.aclose()
     return protocol.answers
 
 

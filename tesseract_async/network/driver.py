@@ -66,6 +66,7 @@ class NetworkDriver(asyncio.DatagramProtocol):
         """The seeds that the user gave, by address."""
         self._maps_v4 = socket.AF_INET6 in self._speaks
         self._transport: asyncio.DatagramTransport | None = None
+        self._is_over = False
         self._closed: asyncio.Future[None] = loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -152,12 +153,15 @@ class NetworkDriver(asyncio.DatagramProtocol):
         for waiter in self._waiters.values():
             if not waiter.done():
                 waiter.set_exception(ConnectionAbortedError("the network was closed"))
+        self._is_over = True
         if self._transport is not None:
             self._transport.close()
             await self._closed
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.DatagramTransport, transport)
+        if self._is_over:  # its opening was cancelled: uvloop opens it all the same
+            transport.close()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         now = self._update_clock()

@@ -180,8 +180,8 @@ class TesseractNetwork(Uncopied):
         remembered = self._remembered_peers()
         self._has_seeds = bool(self._seeds or remembered)
         driver = NetworkDriver(protocol, loop, sock, has_seeds=self._has_seeds, on_role_change=self._on_role_change)
-        await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         self._protocol, self._driver = protocol, driver
+        await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         if self._has_seeds:
             self._background = [
                 loop.create_task(driver.find_seeds(self._seeds, remembered), name="network-seeds"),

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -117,3 +118,30 @@ async def test_outside_servers_are_asked_besides_those_of_the_swarm(monkeypatch:
         assert await made.look() == ("keeping", "203.0.113.1")
     async with serving(("203.0.113.1", 1)) as (_, one), serving(("203.0.113.1", 2)) as (_, other):
         assert await client(one, other).look() == ("symmetric", "203.0.113.1")
+
+
+def _open_files() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
+
+
+async def test_cancelled_while_its_socket_is_opened_it_leaves_none() -> None:
+    def num_sockets() -> int:
+        return sum(os.readlink(f"/proc/self/fd/{fd}").startswith("socket:") for fd in _open_files())
+
+    async def cancel(turns: int) -> None:
+        # each look comes before what `ask` schedules in the same turn
+        while num_sockets() == before:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asking.cancel()
+
+    await stun_client.ask([("127.0.0.1", 9)], timeout=0.001)  # what the loop opens for itself is open from now on
+    before = num_sockets()
+    for turns in range(4):
+        canceling = asyncio.create_task(cancel(turns))
+        asking = asyncio.create_task(stun_client.ask([("127.0.0.1", 9)]))
+        await asyncio.wait([canceling, asking])
+        for _ in range(4):
+            await asyncio.sleep(0)
+        assert num_sockets() == before, turns
