@@ -106,10 +106,10 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 shown = print_top(state, 132)
                 assert all(column in shown for column in picture.COLUMNS)
                 assert "attic" in shown
-                for width in (80, 40):  # whose line it is, and the path: whole on every terminal
-                    assert f"{host.peer_id.short}  {peer['path']}  " in print_top(state, width)
+                for width, name in ((80, "attic  "), (40, "")):  # whose line it is, and the path: always whole
+                    assert f"{host.peer_id.short}  {name}{peer['path']}  " in print_top(state, width)
                 [head] = [one for one in print_top(state, 80).splitlines() if one.startswith("peer ")]
-                assert head.split() == ["peer", "path", "round", "trip", "experts", "calls/s", "load", "answered"]
+                assert head.split() == ["peer", "name", "path", "round", "trip", "experts", "calls/s", "load"]
                 assert host.peer_id.short in shown and "2 experts on 1 server " in shown and "●" in shown
             await observer.look()
             state = observer.state()
@@ -330,7 +330,7 @@ async def test_what_strangers_publish_is_bounded() -> None:
             state = json.loads(json.dumps(observer.state(), allow_nan=False))
             assert [grid["prefix"] for grid in state["grids"]] == ["ffn"]
             assert list(state["losses"].values()) == [[3, 0.5, 2, 7, "tokens"]]
-            for subkey in ("\x1b[2J\u202eevil", "x" * 200):
+            for subkey in ("\x1b[2J\u202eevil", "x" * 128):
                 await host.network.store("progress/ffn", [3, 0.5, 2, 7, "tokens"], ttl=60.0, subkey=subkey)
             await observer.look()
             names = [name.split(maxsplit=1)[1] for name in observer.losses]
