@@ -70,6 +70,7 @@ class RuntimeSettings:
 @dataclass(slots=True)
 class ExpertFigures:
     num_calls: int = 0
+    num_rows: int = 0
     num_failures: int = 0
     latencies: Histogram = field(default_factory=lambda: Histogram(SECONDS_BUCKETS))
     """Seconds from the arrival of each batch's first request to its answer."""
@@ -454,6 +455,7 @@ class TesseractRuntime(Uncopied):
         for batch in batches:
             figures = self.figures[batch.queue.name[0]]  # type: ignore[index]
             figures.num_calls += len(batch.slices)
+            figures.num_rows += batch.num_rows
             figures.latencies.observe(now - batch.slices[0].request.arrival)
             for request, _, _ in batch.slices:
                 work: Work = request  # type: ignore[assignment]
@@ -487,11 +489,13 @@ class TesseractRuntime(Uncopied):
 
     def _count_joint(self, work: JointWork, now: float) -> None:
         """Count what one pass of several experts has computed as each one's."""
-        self.figures[work.backend].num_calls -= 1
+        own = self.figures[work.backend]
+        own.num_calls, own.num_rows = own.num_calls - 1, own.num_rows - work.num_rows
         for backend, num_rows in zip(work.backends, work.counts, strict=True):
             self._queues.count(backend, num_rows)
             figures = self.figures[backend]
             figures.num_calls += 1
+            figures.num_rows += num_rows
             if backend is not work.backend:
                 figures.latencies.observe(now - work.arrival)
 
