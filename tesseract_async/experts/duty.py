@@ -1,5 +1,6 @@
 """`Duty`: the part that one server has in an expert, what that makes it say, and how it gives way. No I/O."""
 
+from collections.abc import Sequence
 from random import Random
 
 from tesseract_async.experts.authority import Authority
@@ -118,6 +119,7 @@ class Duty:
         self._member.held = seal
         self.lineage.add(seal, now=max(wall, EPOCH_ZERO + seal.time))
         own.sealed(seal)
+        self._member.unsettled = b"" if own.is_settled else seal.digest
         self._persist()
         is_news = members != before or own.number == 1 or self.state is State.YIELDING
         if is_news or now >= own.published_at + PUBLISH_EVERY:
@@ -247,10 +249,10 @@ class Duty:
             self._role = role
             self._commands.append(role)
 
-    def _publish(self, own: OwnTerm, now: float) -> None:
+    def _publish(self, own: OwnTerm, now: float, past: Sequence[bytes] = ()) -> None:
         own.published_at = now
         records = (own.term, self.lineage.own_seal_of(own.term))
-        self._commands.append(Publish(tuple(record.blob for record in records if record is not None)))
+        self._commands.append(Publish(tuple(record.blob for record in records if record is not None), tuple(past)))
 
     def _persist(self) -> None:
         self._commands.append(Persist(self._member.stored(self.term)))

@@ -20,6 +20,7 @@ from tesseract_async.experts.terms import (
     Seal,
     Term,
     Vote,
+    majority,
     next_epoch,
     read_vote,
     sign_handover,
@@ -115,6 +116,8 @@ class Membership:
         """The highest epoch voted in. For a lease after that, no beat of a lower one is agreed with."""
         self.handed_over = 0
         """The epoch of the newest Term that it signed over to another."""
+        self.unsettled = b""
+        """The digest of its own newest Seal, while no majority of the members before holds that."""
         self._voted_for = b""
         self._promised_at = NEVER
         self._agreed_with: Term | None = None
@@ -292,6 +295,14 @@ class Membership:
             return False
         return epoch > self.promised or (epoch == self.promised and self._voted_for == peer)
 
+    @property
+    def num_needed(self) -> int:
+        """How many members must want who takes over from the Seal that is held. Its primary alone is not enough for a
+        pair that others may not know of: they were three or more, of whom two elect another."""
+        assert self.held is not None
+        num = majority(len(self.held.members))
+        return max(2, num) if self.held.digest == self.unsettled else num
+
     def sign_vote(self, peer: PeerID, epoch: int) -> Vote:
         assert self.held is not None
         return sign_vote(self._identity, self._run, uid=self.uid, epoch=epoch, candidate=peer, seal=self.held.age)
@@ -392,6 +403,7 @@ class Membership:
             "promised": self.promised,
             "voted_for": self._voted_for,
             "handed_over": self.handed_over,
+            "unsettled": self.unsettled,
             "boot": self._boot,
             "terms": [] if best is None else self.lineage.line(best),
             "held": b"" if self.held is None else self.held.blob,
@@ -405,6 +417,7 @@ class Membership:
             data = msgpack.unpackb(stored)
             self.promised, self._voted_for = int(data["promised"]), bytes(data["voted_for"])
             self.handed_over = int(data["handed_over"])
+            self.unsettled = bytes(data.get("unsettled", b""))
             self._boots.add(bytes(data["boot"]))
             records = [self.lineage.read(blob) for blob in (*data["terms"], data["held"])]
         except (ValueError, LookupError, TypeError, msgpack.UnpackException):

@@ -22,7 +22,7 @@ from tesseract_async.experts.tenure_words import (
     Response,
     State,
 )
-from tesseract_async.experts.terms import Kind, Seal, majority
+from tesseract_async.experts.terms import Kind, Seal
 from tesseract_async.identity import PeerID
 
 BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
@@ -152,6 +152,7 @@ class Tenure(Duty):
                 own.disagreed(peer)
             elif question.epoch == own.term.epoch:
                 own.agreed(peer, sent, answer.held)
+                self._member.unsettled = b"" if own.is_settled else self._member.unsettled
                 self._renew_members(own, now, wall)
                 if self.state is State.FENCED:
                     self._recover(now)
@@ -336,7 +337,7 @@ class Tenure(Duty):
                 else:
                     self._look(now)
                     self._retry_adopting(now)
-        elif 1 + len(poll.votes) >= majority(len(held.members)) and now <= poll.deadline:
+        elif 1 + len(poll.votes) >= self._member.num_needed and now <= poll.deadline:
             self._begin(Kind.TAKEOVER, held, poll.epoch, now, wall, poll)
         elif not poll.waiting or now > poll.deadline:
             self._poll = None
@@ -359,7 +360,7 @@ class Tenure(Duty):
             return False
         epoch = self._member.next_epoch(seal, wall)
         others = set() if seal is None else set(seal.members) - {self.me}
-        if kind is Kind.TAKEOVER and others and 1 < majority(len(others) + 1):
+        if kind is Kind.TAKEOVER and others and self._member.num_needed > 1:
             self.state = State.CANDIDATE  # its own vote is promised where a Term stands on it
             self._look(now)  # should all others be gone, it must know that the network has nothing newer
             self._ask_all("vote", others, epoch, now)
@@ -385,7 +386,8 @@ class Tenure(Duty):
         if kind is Kind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
             self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
         self._persist()
-        self._publish(self._own, now)
+        # with what led there: those who did not see that would take it for another tree
+        self._publish(self._own, now, self.lineage.line(term)[:-1][-MAX_PAST:])
         if kind is Kind.ADOPTION:
             # two may adopt at once: both wait, and see each other
             self._settle_at = now + self._member.settle

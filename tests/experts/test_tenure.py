@@ -90,6 +90,8 @@ def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(3, 6))
 @example(127023494, 3)
+@example(5188, 3)
+@example(5548, 3)
 def test_of_three_members_no_two_answer_at_once_while_one_is_at_fault(seed: int, num_servers: int) -> None:
     world = World(seed, num_servers)
     world.begin()
