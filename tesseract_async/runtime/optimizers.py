@@ -212,7 +212,7 @@ class _Memory:
     __slots__ = ("state", "groups", "_ids", "_counts")
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Each parameter was stepped before, all as often."""
+        """Each parameter was stepped before."""
         self.state = optimizer.state
         self.groups = [(group["params"], [self.state[x] for x in group["params"]]) for group in optimizer.param_groups]
         self._ids = [[*map(id, group["params"])] for group in optimizer.param_groups]

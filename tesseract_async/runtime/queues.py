@@ -1,10 +1,12 @@
 """The queues of a device's experts: one for whatever may share a batch, made when it is needed."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Final
 
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import Batcher, BatchQueue
+from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.passes import QueueKind
 
 MAX_SIZES: Final = 256
@@ -25,19 +27,34 @@ class ExpertQueues:
         self._of_sizes: set[QueueKind] = set()  # kinds of experts whose sizes vary
         self._num_rows_before: Counter[ExpertBackend] = Counter()  # of queues that were forgotten
 
-    def of(self, kind: QueueKind, *, groups: bool = True) -> BatchQueue:
-        """`groups`: its batches may share a pass with others'."""
-        return self._queues.get(kind) or self._add(kind, groups)
+    def of(self, kind: QueueKind) -> BatchQueue:
+        return self._queues.get(kind) or self._add(kind, groups=self._groups_experts)
 
-    def get(self, kind: QueueKind) -> BatchQueue | None:
-        """Return one that was made before."""
-        return self._queues.get(kind)
+    def of_joint(self, backends: Sequence[ExpertBackend], counts: Sequence[int], seconds: float) -> BatchQueue | None:
+        """Return the queue of forwards that all of these experts compute in one pass, each `counts` of the rows.
+
+        None unless they were seen to be of one kind that can be computed so without copies of large weights, and are
+        expected to take no longer than that many `seconds`, for which everybody else would wait.
+        """
+        first = backends[0]
+        known = [self._queues.get((one, False, False, False, False, None)) for one in backends]
+        group, expected = None if known[0] is None else known[0].group, 0.0
+        if not isinstance(group, Group) or not group.is_checked or not group.kind.is_ragged:
+            return None
+        for queue, num_rows in zip(known, counts, strict=True):
+            if queue is None or queue.group is not group:
+                return None
+            expected += queue.cost.seconds_per_row * num_rows
+        if expected > seconds or sum(counts) > first.max_batch_size:
+            return None
+        kind = (first, False, False, False, True, group)
+        return self._queues.get(kind) or self._add(kind, groups=False)
 
     def count(self, backend: ExpertBackend, num_rows: int) -> None:
         """Count rows of an expert that were computed with others', as one work."""
         self._num_rows_before[backend] += num_rows
 
-    def _add(self, kind: QueueKind, groups: bool) -> BatchQueue:
+    def _add(self, kind: QueueKind, *, groups: bool) -> BatchQueue:
         backend, is_backward, *_ = kind
         if backend.varies:
             if len(self._of_sizes) >= MAX_SIZES:
@@ -49,7 +66,7 @@ class ExpertQueues:
             preferred_sizes=backend.settings.preferred_sizes,
             head_start=0.0 if is_backward else FORWARD_HEAD_START,
         )
-        if groups and self._groups_experts and not backend.varies:
+        if groups and not backend.varies:
             self.ungrouped.add(queue)
         return queue
 
