@@ -225,7 +225,6 @@ class TesseractRuntime(Uncopied):
         if (loop := self._loop) is None:
             raise RuntimeError("this runtime was not started")
         now = time.monotonic()
-        self._check_hung(now)
         assert inputs[0] is not None
         num_rows = inputs[0].shape[0] if rows is None else rows.shape[0]
         # requests that step alone, and split ones, whose chunks are summed for one step
@@ -288,7 +287,6 @@ class TesseractRuntime(Uncopied):
         queue = self._queues.of_joint(backends, counts, self._batcher.group_seconds(now))
         if queue is None:
             return None
-        self._check_hung(now)
         work = JointWork(
             queue,
             len(rows),
@@ -313,15 +311,13 @@ class TesseractRuntime(Uncopied):
         self._enqueue(work, now)
         return work
 
-    def _check_hung(self, now: float) -> None:
+    def _enqueue(self, work: Work, now: float) -> None:
         if self._busy_since is not None and now - self._busy_since > self.settings.stall_timeout:
             raise Overloaded(
                 f"a batch has computed here for {now - self._busy_since:.0f} s, longer than stall_timeout "
                 f"({self.settings.stall_timeout:g} s): {self.device} is slow, or hangs; ask another replica",
                 retry_after=self.settings.stall_timeout,
             )
-
-    def _enqueue(self, work: Work, now: float) -> None:
         with self._lock:
             if self._closing or self._thread is None:
                 raise _leaving()
