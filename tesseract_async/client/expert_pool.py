@@ -165,7 +165,7 @@ class ExpertPool(nn.Module):
     def answer(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `ask`, of a `BackgroundNode` and where no backward may follow: blocks until the answer is there."""
         assert isinstance(self._node, PlainCalls)
-        passing, timeout = self._straight(x, index, weights), None
+        passing, timeout = self._straight(x, index, weights), self._settings.forward_timeout
         if passing is not None:
             self._node.wait(passing.begin, passing.end)
             if passing.answer is not None:
@@ -173,7 +173,7 @@ class ExpertPool(nn.Module):
             if passing.is_sent:
                 if not passing.is_late:
                     self._rests_until = time.monotonic() + straight.REST_SECONDS
-                timeout = max(self._settings.forward_timeout - passing.seconds, 1e-3)
+                timeout = max(timeout - passing.seconds, straight.seconds_for_another(timeout))
         return self._node.run(self.ask(x, index, weights, differentiable=False, timeout=timeout)).answer
 
     def _straight(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> straight.Straight | None:
@@ -194,7 +194,7 @@ class ExpertPool(nn.Module):
             asked,
             num_rows=len(x),
             options=settings.calls,
-            timeout=settings.forward_timeout,
+            timeout=settings.forward_timeout - straight.seconds_for_another(settings.forward_timeout),
             holds=functools.partial(self._holds, servers),
         )
 

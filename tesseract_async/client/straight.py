@@ -32,6 +32,13 @@ _CHOSEN_SECONDS: Final = 1.0
 """After so long, the fastest server of an expert that several host is looked for again."""
 REST_SECONDS: Final = 1.0
 """For so long no pass goes this way after one that failed."""
+_AGAIN_SECONDS: Final = 1.0
+"""So much of the time-out (a quarter, of short ones) is kept for making the pass anew: it finds out who keeps silent."""
+
+
+def seconds_for_another(timeout: float) -> float:
+    """Return how much of a time-out this way leaves."""
+    return min(_AGAIN_SECONDS, timeout / 4)
 
 
 class Servers:
