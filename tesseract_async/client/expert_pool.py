@@ -281,7 +281,7 @@ class ExpertPool(nn.Module):
         timeout: float | None = None,
     ) -> Structure:
         mode, settings = arguments.mode, self._settings
-        if timeout is not None:
+        if timeout is not None and timeout != settings.forward_timeout:
             settings = dataclasses.replace(settings, forward_timeout=timeout)
         candidates = await self._candidates()
         if pairs and not any(candidates.replicas_of(expert) for expert, _ in pairs):

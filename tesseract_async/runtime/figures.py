@@ -59,7 +59,10 @@ class Figures(defaultdict[ExpertBackend, ExpertFigures]):
 
     def _count_joint(self, work: JointWork, is_answered: bool, now: float) -> None:
         """Count one pass of several experts as a call of each; where it failed, they are asked again one by one."""
-        for backend, num_rows in zip(work.backends, work.counts, strict=True) if is_answered else ():
+        if not is_answered:
+            return
+        self._metrics.count("runtime_grouped_batches", len(work.backends), direction="forward")
+        for backend, num_rows in zip(work.backends, work.counts, strict=True):
             self._queues.count(backend, num_rows)
             figures = self[backend]
             figures.num_calls += 1
