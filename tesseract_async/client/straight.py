@@ -33,7 +33,7 @@ _CHOSEN_SECONDS: Final = 1.0
 REST_SECONDS: Final = 1.0
 """For so long no pass goes this way after one that failed."""
 _AGAIN_SECONDS: Final = 1.0
-"""So much of the time-out (a quarter, of short ones) is kept for making the pass anew: it finds out who keeps silent."""
+"""So much of a time-out (of short ones a quarter) is kept for making the pass anew: it finds out who keeps silent."""
 
 
 def seconds_for_another(timeout: float) -> float:

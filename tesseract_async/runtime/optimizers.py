@@ -397,6 +397,7 @@ def restore(
             before | {name: value for name, value in options.items() if name in _OWN}
             for before, options in zip(saved["param_groups"], given, strict=True)
         ]
+        vars(optimizer).pop("_kernel_memory", None)  # it holds the moments that are replaced
         # PyTorch takes the tensors themselves, and steps change them in place
         optimizer.load_state_dict(copied({**saved, "param_groups": groups}))
         _lay_out(optimizer)

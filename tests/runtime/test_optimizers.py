@@ -1,5 +1,6 @@
 """Which optimizers and schedules an expert can have, and how they go on from a checkpoint that had others."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -413,8 +414,11 @@ def test_a_state_that_is_loaded_between_steps_is_what_the_kernel_goes_on_from() 
     step_some(mine, 3, 1.0)
     state = mine.state()
     step_some(mine, 2, 9.0)
+    assert mine.optimizer is not None
+    replaced = weakref.ref(next(iter(mine.optimizer.state.values()))["exp_avg"])
     for one in (mine, other):
         one.load_state(state)
+        assert replaced() is None, "a follower may hold it for long, and steps no more"
         step_some(one, 3, -2.0)
     left, right = mine.state(), other.state()
     assert left["version"] == 6
