@@ -499,7 +499,7 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
 
 
 def _fits_grouped_mm(weight: torch.Tensor) -> bool:
-    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape)
+    aligned = all([size * weight.element_size() % 16 == 0 for size in weight.shape])
     return hasattr(F, "grouped_mm") and aligned and weight.dtype == torch.float32
 
 

@@ -23,12 +23,10 @@ class ExpertQueues:
         """Those whose first batch is yet to run."""
         self._batcher = batcher
         self._groups_experts = groups_experts
-        self._queues: dict[QueueKind, BatchQueue] = {}
+        self.known: dict[QueueKind, BatchQueue] = {}
+        """Those that there are."""
         self._of_sizes: set[QueueKind] = set()  # kinds of experts whose sizes vary
         self._num_rows_before: Counter[ExpertBackend] = Counter()  # of queues that were forgotten
-
-    def of(self, kind: QueueKind) -> BatchQueue:
-        return self._queues.get(kind) or self._add(kind, groups=self._groups_experts)
 
     def of_joint(self, backends: Sequence[ExpertBackend], counts: Sequence[int], seconds: float) -> BatchQueue | None:
         """Return the queue of forwards that all of these experts compute in one pass, each `counts` of the rows.
@@ -37,7 +35,7 @@ class ExpertQueues:
         expected to take no longer than that many `seconds`, for which everybody else would wait.
         """
         first = backends[0]
-        known = [self._queues.get((one, False, False, False, False, None)) for one in backends]
+        known = [self.known.get((one, False, False, False, False, None)) for one in backends]
         group, expected = None if known[0] is None else known[0].group, 0.0
         if not isinstance(group, Group) or not group.is_checked or not group.kind.is_ragged:
             return None
@@ -48,25 +46,26 @@ class ExpertQueues:
         if expected > seconds or sum(counts) > first.max_batch_size:
             return None
         kind = (first, False, False, False, True, group)
-        return self._queues.get(kind) or self._add(kind, groups=False)
+        return self.known.get(kind) or self.add(kind, is_joint=True)
 
     def count(self, backend: ExpertBackend, num_rows: int) -> None:
         """Count rows of an expert that were computed with others', as one work."""
         self._num_rows_before[backend] += num_rows
 
-    def _add(self, kind: QueueKind, *, groups: bool) -> BatchQueue:
+    def add(self, kind: QueueKind, *, is_joint: bool = False) -> BatchQueue:
+        """Make one. `is_joint`: its batches are of several experts already."""
         backend, is_backward, *_ = kind
         if backend.varies:
             if len(self._of_sizes) >= MAX_SIZES:
                 self._forget_sizes()
             self._of_sizes.add(kind)
-        queue = self._queues[kind] = self._batcher.add_queue(
+        queue = self.known[kind] = self._batcher.add_queue(
             kind,
             max_batch_size=backend.max_batch_size,
             preferred_sizes=backend.settings.preferred_sizes,
             head_start=0.0 if is_backward else FORWARD_HEAD_START,
         )
-        if groups and not backend.varies:
+        if self._groups_experts and not (is_joint or backend.varies):
             self.ungrouped.add(queue)
         return queue
 
@@ -75,7 +74,7 @@ class ExpertQueues:
         # without those of joint works, which are forwards with weights: their rows are counted as each expert's
         queues = [
             queue
-            for (one, is_backward, _, _, weighted, _), queue in self._queues.items()
+            for (one, is_backward, _, _, weighted, _), queue in self.known.items()
             if one is backend and (is_backward or not weighted)
         ]
         return self._num_rows_before[backend] + sum(queue.num_rows for queue in queues), sum(
@@ -84,12 +83,12 @@ class ExpertQueues:
 
     def forget(self, backend: ExpertBackend) -> None:
         """Drop the queues of an expert that is not computed here any more."""
-        self._queues = {kind: queue for kind, queue in self._queues.items() if kind[0] is not backend}
-        self._of_sizes &= self._queues.keys()
+        self.known = {kind: queue for kind, queue in self.known.items() if kind[0] is not backend}
+        self._of_sizes &= self.known.keys()
         self._num_rows_before.pop(backend, None)
 
     def _forget_sizes(self) -> None:
         """Drop the queues of sizes of which no request waits."""
-        for kind in [kind for kind in self._of_sizes if not self._queues[kind].num_waiting_rows]:
-            self._num_rows_before[kind[0]] += self._queues.pop(kind).num_rows
+        for kind in [kind for kind in self._of_sizes if not self.known[kind].num_waiting_rows]:
+            self._num_rows_before[kind[0]] += self.known.pop(kind).num_rows
             self._of_sizes.discard(kind)

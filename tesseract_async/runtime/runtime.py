@@ -242,7 +242,7 @@ class TesseractRuntime(Uncopied):
             shapes = tuple(None if x is None else x.shape[1:] for x in (*inputs, *(output_gradients or ())))
         kind = (backend, output_gradients is not None, training, call_id is not None, weights is not None, shapes)
         work = Work(
-            self._queues.of(kind),
+            self._queues.known.get(kind) or self._queues.add(kind),
             num_rows,
             num_bytes,
             peer,

@@ -83,7 +83,8 @@ class GroupExecutor(Executor):
         outputs = kind.forward(members, inputs, work.counts, training=work.training)
         work.versions = [backend.version for backend in work.backends]
         sums, rows = [], work.rows.to(weights.device)
-        num_rows = next(len(x) for x in work.inputs if x is not None)
+        assert work.inputs[0] is not None
+        num_rows = len(work.inputs[0])
         for y in outputs:
             y = y.to(torch.promote_types(y.dtype, torch.float32))
             y = y * per_row(weights, y).to(y.dtype)
@@ -95,11 +96,13 @@ class GroupExecutor(Executor):
     def _members(self, backends: Sequence[ExpertBackend], training: bool) -> list[Member]:
         """Return these experts' tensors. Raises: _NotNow unless all are of one kind now, and may be computed so."""
         members: list[Member] = []
+        if self.steps.broken and any([backend in self.steps.broken for backend in backends]):
+            raise _NotNow
         for backend in backends:
             member = self.groups.member_of(backend)
             if member is None or not backend.may_be_grouped(training):
                 raise _NotNow
-            if (members and member.kind is not members[0].kind) or (self.steps.broken and backend in self.steps.broken):
+            if members and member.kind is not members[0].kind:
                 raise _NotNow
             members.append(member)
         return members
