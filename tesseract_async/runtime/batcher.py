@@ -91,8 +91,6 @@ class BatchQueue:
     num_waiting_rows: int = 0
     group: object | None = None
     """Queues with the same object here may be computed in one pass. Set by the owner, at any time."""
-    num_rows: int = 0
-    """Rows that were taken out, ever."""
     ready: dict[Account, _Heap] = field(default_factory=dict)
     """The waiting requests by account: the highest priority first, then in order of arrival."""
 
@@ -412,7 +410,6 @@ class Batcher:
         self._statistics.num_rows += batch.num_rows
         self._statistics.num_waiting_rows -= batch.num_rows
         queue.num_waiting_rows -= batch.num_rows
-        queue.num_rows += batch.num_rows
         return batch
 
     def finish(self, batches: Sequence[Batch], now: float) -> float:

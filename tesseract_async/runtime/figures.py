@@ -10,7 +10,6 @@ from tesseract_async.metrics import SECONDS_BUCKETS, Histogram, Metrics
 from tesseract_async.runtime.attempts import Outcomes
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import Batch
-from tesseract_async.runtime.queues import ExpertQueues
 from tesseract_async.runtime.work import JointWork, Work, WorkResult
 
 ROWS_BUCKETS: Final = tuple(float(2**power) for power in range(15))
@@ -19,6 +18,7 @@ ROWS_BUCKETS: Final = tuple(float(2**power) for power in range(15))
 @dataclass(slots=True)
 class ExpertFigures:
     num_calls: int = 0
+    num_rows: int = 0
     num_failures: int = 0
     latencies: Histogram = field(default_factory=lambda: Histogram(SECONDS_BUCKETS))
     """Seconds from the arrival of each batch's first request to its answer."""
@@ -27,9 +27,9 @@ class ExpertFigures:
 class Figures(defaultdict[ExpertBackend, ExpertFigures]):
     """By expert, since it is held here."""
 
-    def __init__(self, metrics: Metrics, queues: ExpertQueues) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         super().__init__(ExpertFigures)
-        self._metrics, self._queues = metrics, queues
+        self._metrics = metrics
 
     def count(self, batches: Sequence[Batch], outcomes: Outcomes, seconds: float) -> None:
         """Count batches of one direction that took so many seconds together, before anybody hears how they went."""
@@ -42,6 +42,7 @@ class Figures(defaultdict[ExpertBackend, ExpertFigures]):
                 continue
             figures = self[first.backend]
             figures.num_calls += len(batch.slices)
+            figures.num_rows += batch.num_rows
             figures.latencies.observe(now - first.arrival)
             for request, _, _ in batch.slices:
                 work: Work = request  # type: ignore[assignment]
@@ -63,7 +64,7 @@ class Figures(defaultdict[ExpertBackend, ExpertFigures]):
             return
         self._metrics.count("runtime_grouped_batches", len(work.backends), direction="forward")
         for backend, num_rows in zip(work.backends, work.counts, strict=True):
-            self._queues.count(backend, num_rows)
             figures = self[backend]
             figures.num_calls += 1
+            figures.num_rows += num_rows
             figures.latencies.observe(now - work.arrival)

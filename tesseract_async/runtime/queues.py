@@ -1,6 +1,5 @@
 """The queues of a device's experts: one for whatever may share a batch, made when it is needed."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
@@ -26,7 +25,6 @@ class ExpertQueues:
         self.known: dict[QueueKind, BatchQueue] = {}
         """Those that there are."""
         self._of_sizes: set[QueueKind] = set()  # kinds of experts whose sizes vary
-        self._num_rows_before: Counter[ExpertBackend] = Counter()  # of queues that were forgotten
 
     def of_joint(self, backends: Sequence[ExpertBackend], counts: Sequence[int], seconds: float) -> BatchQueue | None:
         """Return the queue of forwards that all of these experts compute in one pass, each `counts` of the rows.
@@ -48,10 +46,6 @@ class ExpertQueues:
         kind = (first, False, False, False, True, group)
         return self.known.get(kind) or self.add(kind, is_joint=True)
 
-    def count(self, backend: ExpertBackend, num_rows: int) -> None:
-        """Count rows of an expert that were computed with others', as one work."""
-        self._num_rows_before[backend] += num_rows
-
     def add(self, kind: QueueKind, *, is_joint: bool = False) -> BatchQueue:
         """Make one. `is_joint`: its batches are of several experts already."""
         backend, is_backward, *_ = kind
@@ -69,26 +63,17 @@ class ExpertQueues:
             self.ungrouped.add(queue)
         return queue
 
-    def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
-        """Return how many rows of an expert were computed, ever, and how many wait."""
-        # without those of joint works, which are forwards with weights: their rows are counted as each expert's
-        queues = [
-            queue
-            for (one, is_backward, _, _, weighted, _), queue in self.known.items()
-            if one is backend and (is_backward or not weighted)
-        ]
-        return self._num_rows_before[backend] + sum(queue.num_rows for queue in queues), sum(
-            queue.num_waiting_rows for queue in queues
-        )
+    def num_waiting_rows(self, backend: ExpertBackend) -> int:
+        """Return how many rows of an expert wait."""
+        return sum([queue.num_waiting_rows for (one, *_), queue in self.known.items() if one is backend])
 
     def forget(self, backend: ExpertBackend) -> None:
         """Drop the queues of an expert that is not computed here any more."""
         self.known = {kind: queue for kind, queue in self.known.items() if kind[0] is not backend}
         self._of_sizes &= self.known.keys()
-        self._num_rows_before.pop(backend, None)
 
     def _forget_sizes(self) -> None:
         """Drop the queues of sizes of which no request waits."""
         for kind in [kind for kind in self._of_sizes if not self.known[kind].num_waiting_rows]:
-            self._num_rows_before[kind[0]] += self.known.pop(kind).num_rows
+            del self.known[kind]
             self._of_sizes.discard(kind)

@@ -86,7 +86,7 @@ class TesseractRuntime(Uncopied):
         self._make_staging = make_staging
         self._batcher = Batcher(max_queue_bytes=settings.max_queue_bytes)
         self._queues = ExpertQueues(self._batcher, groups_experts=settings.groups_experts)
-        self.figures = Figures(self.metrics, self._queues)
+        self.figures = Figures(self.metrics)
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
@@ -420,8 +420,9 @@ class TesseractRuntime(Uncopied):
             self._bell.put(None)
 
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
-        """Return how many rows of an expert were computed, ever, and how many wait."""
-        return self._queues.rows_of(backend)
+        """Return how many rows of an expert were computed since it is held here, and how many wait."""
+        figures = self.figures.get(backend)
+        return 0 if figures is None else figures.num_rows, self._queues.num_waiting_rows(backend)
 
     def forget(self, backend: ExpertBackend) -> None:
         """Hold an expert no longer that is not computed here any more."""

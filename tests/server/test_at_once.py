@@ -118,7 +118,10 @@ async def test_it_is_the_weighted_sum_and_a_call_of_each_expert(node: ServingNod
 
 async def test_a_row_that_no_expert_sees_is_not_answered(node: ServingNode, server: TesseractServer) -> None:
     """The caller counts on a row for each that is seen; and few pairs must not fetch many rows."""
-    pairs = {0: {1: 1.0}, 2: {3: 2.0}}
+    pairs = {0: {1: 1.0}, 3: {3: 2.0}}
+    answer, _, _ = asked(node, {0: {1: 1.0}, 3: {0: 2.0}}, num_rows=2)
+    assert isinstance(answer, Deferred)
+    await answer
     answer, request, x = asked(node, pairs, num_rows=1000)
     parts = await taken(answer, request)
     total = torch.zeros(1000, 4)
@@ -148,6 +151,22 @@ async def test_an_expert_at_fault_is_named_and_none_counts_twice(node: ServingNo
     assert [runtime.rows_of(one)[0] for one in server.experts.values()] == [
         count + 2 * len(PAIRS.get(number, ())) for number, count in enumerate(rows)
     ]
+
+
+async def test_an_expert_that_has_changed_is_computed_apart_and_counts_once(
+    node: ServingNode, server: TesseractServer
+) -> None:
+    runtime = server.runtimes[0]
+    server.experts["ffn.1"].module.register_forward_hook(lambda module, args, y: 2 * y)
+    before = [runtime.figures[one].num_calls for one in server.experts.values()]
+    answer, request, x = asked(node)
+    assert isinstance(answer, Deferred)
+    ((part, sums),) = await taken(answer, request)
+    assert not part.failures and sums is not None
+    twice = PAIRS | {1: {1: 2 * PAIRS[1][1]}}
+    torch.testing.assert_close(sums, by_hand(x, twice), rtol=0, atol=1e-5)
+    after = [runtime.figures[one].num_calls for one in server.experts.values()]
+    assert after == [calls + (number in PAIRS) for number, calls in enumerate(before)]
 
 
 async def test_a_pass_that_would_take_long_is_made_in_shares(
