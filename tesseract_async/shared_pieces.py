@@ -134,7 +134,7 @@ class SharedPieces:
             await asyncio.sleep(min(error.retry_after, CALL_TIMEOUT))
             raise
         except Overloaded as error:
-            await asyncio.sleep(error.retry_after)
+            await asyncio.sleep(min(error.retry_after, CALL_TIMEOUT))
             raise
         except (TesseractError, TimeoutError) as error:
             self._failed(replica, error)

@@ -270,6 +270,8 @@ def test_with_a_background_node_calls_are_plain(monkeypatch: pytest.MonkeyPatch)
             assert report is None or report.error is None
         shared.flush()
         assert shared.steps == 6 and close(shared.merged(), model)
+        pieces = len(shared.uids)
+        assert repr(shared) == f"SharedParameters('plain', every=2, pieces={pieces}, steps=6)"
     assert threads == {threading.get_ident()}  # the model is touched by nobody else
 
 
@@ -369,6 +371,12 @@ async def test_strange_pushes_are_refused_and_count_nothing() -> None:
                 await liar.call_expert(replica.peer, method, [uid], [], timeout=10.0)
         await shared.flush()
         assert shared._parts[0].copy.base == (0, version, root)
+
+
+@pytest.mark.parametrize("every", [0, 1025])
+def test_a_push_holds_no_more_steps_than_count(every: int) -> None:
+    with pytest.raises(ValueError, match="at most 1024"):
+        SharedParameters(None, make_model(1), run="tiny", every=every)  # type: ignore[arg-type]
 
 
 def test_the_program_of_the_page_runs() -> None:
