@@ -255,6 +255,13 @@ def on_pre_build(config: object) -> None:
     write_pages()
 
 
+def on_pre_page(page: Any, *, config: object, files: object) -> Any:
+    """MkDocs' hook: a page that is written here has no source to edit."""
+    if page.file.src_uri in PAGES:
+        page.edit_url = None
+    return page
+
+
 def on_post_build(config: Any) -> None:
     """MkDocs' hook. Raises: PluginError if a page would fetch something from elsewhere."""
     from mkdocs.exceptions import PluginError

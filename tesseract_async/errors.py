@@ -262,11 +262,23 @@ def shortened(text: str, limit: int = 200) -> str:
     return line if len(line) <= limit else line[: limit - 3].rstrip() + "..."
 
 
+def printable(text: str) -> str:
+    """Return a stranger's words as a terminal may be given them: with control characters, and those that turn the
+    direction of writing, escaped. Line breaks and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in "\n\t" else _harmless(one) for one in text)
+
+
+def _harmless(letter: str) -> str:
+    return " " if letter.isspace() else letter.encode("unicode_escape", "backslashreplace").decode()
+
+
 def describe(error: BaseException) -> str:
     """Return one line for an error inside another error's sentence: its class, and its message if any, `shortened`. Of
     an error of the system it is only the message, without the error's number."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return shortened(_of_system(error) if error.filename is None else f"{_of_system(error)}: {error.filename}")
+    if isinstance(error, OSError) and type(error.errno) is int:
+        return shortened(": ".join(_of_system(error)))
     name, message = text_of(lambda: type(error).__name__), shortened(text_of(lambda: str(error)))
     return f"{name}: {message}" if message else name
 
@@ -275,18 +287,19 @@ def sentence_of(error: BaseException, limit: int = 400) -> str:
     """Return an error as people are told of it, on its own: without its class and number, of a group the first."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, OSError) and error.errno is not None:
-        sentence = _of_system(error) if error.filename is None else f"{error.filename}: {_of_system(error)}"
+    if isinstance(error, OSError) and type(error.errno) is int:
+        sentence = ": ".join(reversed(_of_system(error)))
     else:
         sentence = text_of(lambda: str(error)) or type(error).__name__
     return sentence if len(sentence) <= limit else f"{sentence[: limit - 4]} ..."
 
 
-def _of_system(error: OSError) -> str:
-    said = text_of(lambda: error.strerror or "")
-    if said and not said.startswith(("Connect call failed", "[Errno")):  # asyncio's words around the system's
-        return said
-    return os.strerror(error.errno or 0)
+def _of_system(error: OSError) -> list[str]:
+    """Return the system's words and, if there is one, the file."""
+    said = text_of(lambda: str(error.strerror or ""))
+    if not said or said.startswith(("Connect call failed", "[Errno")):  # asyncio's words around the system's
+        said = text_of(lambda: os.strerror(error.errno or 0))
+    return [said] if error.filename is None else [said, text_of(lambda: str(error.filename))]
 
 
 def text_of(read: Callable[[], str]) -> str:

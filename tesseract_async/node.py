@@ -369,7 +369,8 @@ class TesseractNode(Uncopied):
 
     async def _ask_silent_seed(self, seed: PeerAddress) -> str:
         try:
-            await self._running.endpoint.call(seed, "node.status", timeout=SILENT_SEED_TIMEOUT)
+            call = self._running.endpoint.call
+            await call(seed, "node.status", timeout=SILENT_SEED_TIMEOUT, max_reply_bytes=2**20)
         except RemoteError:
             pass
         except (TesseractError, TimeoutError) as error:

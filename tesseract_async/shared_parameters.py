@@ -11,6 +11,7 @@ import hashlib
 import logging
 import random
 import secrets
+import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,7 @@ from tesseract_async.experts.manifest import is_prefix, join_uid
 from tesseract_async.experts.run import RunMismatch, SignedRun
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.node import TesseractNode
-from tesseract_async.server.fragments import FragmentBackend
+from tesseract_async.server.fragments import MAX_STEPS, FragmentBackend
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.placing import Placing
 from tesseract_async.server.server import TesseractServer
@@ -128,8 +129,8 @@ class SharedParameters(Uncopied, Generic[M]):
 
         Raises: ValueError for a model that cannot be shared (the sentence says why), or settings that cannot be.
         """
-        if every < 1:
-            raise ValueError(f"every is at least 1, not {every}")
+        if not 1 <= every <= MAX_STEPS:  # a push counts as no more
+            raise ValueError(f"every is at least 1 and at most {MAX_STEPS}, not {every}")
         self.model, self.every = model, every
         self._given, self._run, self._hosts = node, run, host
         outer = Outer(learning_rate=float(learning_rate), momentum=float(momentum), codec=codec)
@@ -146,6 +147,11 @@ class SharedParameters(Uncopied, Generic[M]):
         self._found: SharedPieces | None = None
         if self._is_bare and not is_prefix(f"{run}{SHARED}"):
             raise ValueError(f"a run's name has no spaces, and no part that is a number: {run!r}")
+
+    def __repr__(self) -> str:
+        name = self._run if isinstance(self._run, str) else self._run.full_name
+        pieces = len(self._own.layout.cuts)
+        return f"SharedParameters({name!r}, every={self.every}, pieces={pieces}, steps={self.steps})"
 
     @staticmethod
     def genesis_of(model: nn.Module) -> str:
@@ -272,6 +278,8 @@ class SharedParameters(Uncopied, Generic[M]):
                 waited, is_absent = loop.time() - began, isinstance(error, ExpertNotFound)
                 if founds and is_absent and waited >= patience:
                     return None
+                if waited >= FIND_TIMEOUT and is_absent and not founds:
+                    raise ExpertNotFound(f"{error}: one trainer begins them, with host=True") from error
                 if waited >= FIND_TIMEOUT:
                     raise
             await asyncio.sleep(PAUSE / 2)
@@ -442,6 +450,8 @@ class SharedParameters(Uncopied, Generic[M]):
             return 0
         if arrived.counted:
             part.steps_then = part.steps_sent
+        elif part.steps_sent > part.steps_then:  # its base was too old: again, from the new one, before that is, too
+            part.due_at = self._own_steps
         part.steps = arrived.steps
         part.lost = self._own.layout.add(self.model, part.copy.cut, change if part.lost is None else change + part.lost)
         return 1
@@ -454,15 +464,19 @@ class SharedParameters(Uncopied, Generic[M]):
 
     def _flush_plainly(self, timeout: float) -> None:
         assert isinstance(self._given, PlainCalls)
+        ends = time.monotonic() + timeout
         for turn in self._flushing():
             turn()
-            self._given.run(asyncio.wait_for(self._wait_answers(), timeout))
+            self._given.run(asyncio.wait_for(self._wait_answers(), max(0.0, ends - time.monotonic())))
 
     def _flushing(self) -> list[Callable[[], None]]:
-        """The turns of a flush: what is under way ends, all is pushed, the newest is pulled, and added."""
+        """The turns of a flush: what is under way ends, all is pushed (again where its base was too old), the newest is
+        pulled, and added."""
+        push = partial(self._checked_turn, lambda part: self._own_steps > part.steps_then)
         return [
             lambda: None,
-            partial(self._checked_turn, lambda part: self._own_steps > part.steps_then),
+            push,
+            push,
             self._pull_all,
             partial(self._checked_turn, lambda part: False),
         ]

@@ -17,7 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import click
@@ -444,6 +444,12 @@ def test_pages_that_follow_from_the_code_are_whole() -> None:
     assert "`--host`" in configuration and "TESSERACT_SERVE_HOST" in configuration
     assert "tesseract_expert_calls_total` | counter | calls | `method` |" in generate.metrics()
     assert "::: tesseract_async.runtime.backend.BackendSettings" in generate.settings()
+
+
+def test_pages_that_are_written_have_no_source_to_edit() -> None:
+    for name, link in (("reference/commands.md", None), ("index.md", "edit/main")):
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=name), edit_url="edit/main")
+        assert generate.on_pre_page(page, config=None, files=None).edit_url == link
 
 
 def test_each_metric_has_a_meaning_and_each_meaning_a_metric() -> None:

@@ -3,6 +3,7 @@
 import copy
 import errno
 import pickle
+from typing import Any
 
 import pytest
 
@@ -86,3 +87,9 @@ def test_too_few_experts_is_said_truly(error: NotEnoughExperts, said: str) -> No
 def test_people_are_told_no_numbers_and_no_classes(error: Exception, said: str) -> None:
     assert sentence_of(error) == said
     assert "Errno" not in str(PeerUnreachable("ab", {"tcp 127.0.0.1:9": error}))
+
+
+def test_whatever_a_systems_error_holds_it_is_told_in_utf_8() -> None:
+    odd: list[Any] = [("x", ""), (2**40, ""), (5, object()), (2, "no such file", "/srv/\udcff"), (2, "", None)]
+    for error in [OSError(*one) for one in odd]:
+        assert all(said.encode() for said in (describe(error), sentence_of(error)))

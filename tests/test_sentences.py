@@ -34,6 +34,12 @@ def test_sentences_that_the_page_explains_are_said_somewhere() -> None:
             assert fragment.strip() in said(), f"{row}: nothing says {fragment.strip()!r}"
 
 
+def test_nobody_is_sent_to_an_index_where_the_package_is_not() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for text in (said(), *(page.read_text(encoding="utf-8") for page in pages)):
+        assert not re.search(r"pip install '?tesseract-async", text)
+
+
 def test_the_reference_begins_with_a_table_of_all_public_names() -> None:
     table = re.findall(r"\[`(\w+)`\]\(", REFERENCE.read_text(encoding="utf-8"))
     assert sorted(table) == sorted(tesseract_async.__all__)

@@ -150,33 +150,34 @@ class Hosting:
                 tell=_tell,
             )
             await stack.enter_async_context(volunteer)
+            room: int | None = None
             if self._authority is not None:
                 placing = await self._place(server, replicas, self._authority)
                 await stack.enter_async_context(placing)
-                room, files = placing.capacity.fragments
+                room = placing.capacity.room
+                num_computed, num_files = placing.capacity.fragments
                 if serving.patterns:  # it computes what it was told to
-                    room = 0
-                fragments = Placing.of_fragments(server, replicas, self._authority, room, files)
+                    num_computed = 0
+                fragments = Placing.of_fragments(server, replicas, self._authority, num_computed, num_files)
                 await stack.enter_async_context(fragments)
                 with spinner("taking what the run lacks"):
                     await placing.wait_settled(SETTLE_TIMEOUT)
-            reason = await self._serve(server, volunteer)
+            reason = await self._serve(server, volunteer, room)
             click.echo(f"leaving ({reason}): handing over, finishing, withdrawing, saving", err=True)
             # leaves time to drain, and for a farewell that is cut short where the network does not answer
             await _hand_over(replicas, timeout=max(0.0, serving.leave_within - 1.5 * self._drain_timeout))
         say("left", versions=_versions(server))
         return 1 if self.node.twin.is_set() else 0
 
-    async def _serve(self, server: TesseractServer, volunteer: VolunteerKeeper) -> str:
-        """Serve until told to leave; return the reason."""
+    async def _serve(self, server: TesseractServer, volunteer: VolunteerKeeper, room: int | None) -> str:
+        """Serve until told to leave; return the reason. `room`: for experts of a run, None outside of one."""
         address, peer_id = str(self.node.peer_address), str(self.node.peer_id)
         uids = sorted(server.experts)
         followed = [uid for uid in uids if not server.is_primary(uid)]
         facts: dict[str, object] = {} if self._run is None else {"run": self._run.full_name}
         facts |= {"followed": followed} if followed else {}
         facts |= {} if volunteer.verdict.serve else {"resting": volunteer.verdict.reason}
-        hosted = f"{counted(len(uids), 'expert')} {'is' if len(uids) == 1 else 'are'}"
-        click.echo(f"{hosted} being served at {address}; Ctrl-C leaves cleanly", err=True)
+        click.echo(f"{what_is_served(len(uids), room)} at {address}; Ctrl-C leaves cleanly", err=True)
         spare_the_collector()
 
         def tell_ready() -> None:
@@ -361,6 +362,15 @@ class Hosting:
         finally:
             link.end_followers()
             os._exit(LOST_STATUS)
+
+
+def what_is_served(num_experts: int, room: int | None) -> str:
+    """Return what a server does once it is ready; `room` is for experts of a run, None outside of one."""
+    if num_experts or room is None:
+        return f"{counted(num_experts, 'expert')} {'is' if num_experts == 1 else 'are'} being served"
+    if room:
+        return "ready to take a share of the run's experts"
+    return "ready to keep states of the run's experts"
 
 
 async def _save_on_demand(server: TesseractServer) -> None:

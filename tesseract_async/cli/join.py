@@ -103,7 +103,7 @@ def command(*, invite: str, options: tuple[str, ...], folder: Path | None, insta
             click.echo(f"Other limits: change {config}, and join again.", err=True)
             click.confirm("Lend this?", default=True, abort=True, err=True)
         if install:
-            _install(f"tesseract-{name}", found.run, folder, words)
+            _install(f"tesseract-{name}-{owner.short}", found.run, folder, words)
         else:
             serve.invoke(context)
 
@@ -161,8 +161,13 @@ def _config(invite: Invite, folder: Path, rates: tuple[float, float] | None) -> 
     }
     lines = ["# What this computer lends; `tesseract serve --help` shows what else there is"]
     for table, values in tables.items():
-        lines += ["", f"[{table}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())]
+        lines += ["", f"[{table}]", *(f"{name} = {_toml(value)}" for name, value in values.items())]
     return "\n".join(lines) + "\n" + MORE
+
+
+def _toml(value: object) -> str:
+    # as JSON, but for letters that need two escapes there, or none
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _devices() -> list[str]:
@@ -209,7 +214,8 @@ def _install(name: str, run: str, folder: Path, words: Sequence[str]) -> None:
     serve = shlex.join([sys.executable, "-m", "tesseract_async", "serve", *words, "--log-format", "json"])
     target = "multi-user.target" if is_root else "default.target"
     systemctl = ["systemctl"] if is_root else ["systemctl", "--user"]
-    text = UNIT.format(run=run, command=serve.replace("%", "%%"), folder=folder, target=target)
+    command, where = serve.replace("$", "$$").replace("%", "%%"), str(folder).replace("%", "%%")
+    text = UNIT.format(run=run, command=command, folder=where, target=target)
     try:
         write_whole(unit, [text.encode()])
         for action in (["daemon-reload"], ["enable", "--now", name]):

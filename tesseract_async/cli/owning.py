@@ -227,7 +227,8 @@ async def appoint(*, experts: ExpertPattern, member: PeerID | str, root: bytes |
 async def status(*, as_json: bool, owner: OwnerOptions) -> int:
     """Show who takes part in the run.
 
-    That is: grants and when they end, delegates, who was revoked, appointments, and how many experts are alive.
+    That is: how many experts are alive and how safe they are, contributors of the last day, grants and when they end,
+    delegates, who was revoked, and appointments.
     """
     async with owner.opened() as (node, keeper):
         authority = keeper.authority

@@ -8,7 +8,7 @@ import click
 from tesseract_async.cli.options import Visit, json_option, visit_options
 from tesseract_async.cli.running import asynchronous
 from tesseract_async.cli.types import counted, seconds
-from tesseract_async.errors import ProtocolError
+from tesseract_async.errors import ProtocolError, printable
 from tesseract_async.experts.manifest import decode_manifest
 
 
@@ -32,7 +32,8 @@ async def get(*, key: str, visit: Visit, as_json: bool) -> int:
             click.echo(json.dumps({**facts, "expires_in": round(left, 3), "value": shown}))
         else:
             subkey = "" if entry.subkey is None else f" [{entry.subkey}]"
-            click.echo(f"{entry.owner.short}{subkey}, for {left:.0f} s: {json.dumps(shown, ensure_ascii=False)}")
+            said = f"{entry.owner.short}{subkey}, for {left:.0f} s: {json.dumps(shown, ensure_ascii=False)}"
+            click.echo(printable(said))
     if not entries:
         click.echo(f"nothing is held under {key!r}", err=True)
     return 0 if entries else 1

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import click
 
 from tesseract_async.endpoint.connection_limits import raise_descriptor_limit
-from tesseract_async.errors import TesseractError, sentence_of
+from tesseract_async.errors import TesseractError, printable, sentence_of
 from tesseract_async.leaving import new_event_loop, told_to_leave
 
 logger = logging.getLogger(__name__)
@@ -160,6 +160,13 @@ def say(event: str, /, on_terminal: object = False, **facts: object) -> None:
         print(json.dumps({"event": event, **facts}), flush=True)
 
 
+class TextLines(logging.Formatter):
+    """Lines for people, on a terminal, which a stranger's words must not command."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class JsonLines(logging.Formatter):
     """One JSON object per line: time (seconds), level, logger, message, and the traceback if there is one."""
 
@@ -178,7 +185,7 @@ class JsonLines(logging.Formatter):
 def set_up_logging(*, verbose: bool = False, log_format: str = "text") -> None:
     """Log warnings to standard error, with `verbose` also what goes on; `log_format` is ``text`` or ``json``."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    text = TextLines("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if log_format == "json" else text)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
@@ -204,6 +211,7 @@ def spinner(what: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(what):
+    with Console(stderr=True).status(Text(what)):  # [...] in an address is no markup
         yield

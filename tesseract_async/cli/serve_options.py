@@ -31,6 +31,7 @@ from tesseract_async.cli.types import (
     Value,
 )
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.server.contract import check_name
 
 MAX_EXPERTS = 16384
 """Experts that one server hosts."""
@@ -79,6 +80,7 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         """Raises: ValueError, click.BadParameter."""
+        check_name(self.name)
         if not self.patterns and self.run_name is None:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
         if self.shard is not None and (
@@ -170,7 +172,9 @@ serve_options = grouped(
         metavar="MODULE",
         help="Let a run use experts from this Python module, whose code then runs on this computer.",
     ),
-    click.option("--name", default="", help="Call this machine so in dashboards and lists of contributors."),
+    click.option(
+        "--name", default="", show_default=False, help="Call this machine so in dashboards and lists of contributors."
+    ),
     "Limits",
     threads_option,
     "Network",

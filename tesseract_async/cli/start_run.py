@@ -62,7 +62,7 @@ Pairs = tuple[tuple[str, Value], ...]
     metavar="PEER_ID",
     help="Let this peer grant, revoke and appoint as you do.",
 )
-@click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep each expert on this many servers.")
+@click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep so many more copies of each expert.")
 @click.option("--lease", default=30.0, type=seconds(1, 86400), help="Replace a primary that is silent for this long.")
 @click.option("--sync-every", default=30.0, type=seconds(1, 86400), help="Copy each expert to its replicas this often.")
 @click.option(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -35,7 +36,7 @@ COLUMNS = {
     **{"waiting": 7, "answered": 9},
 }
 """Columns of the table of servers, with the width that each wants."""
-LEFT_OUT = ("waiting", "rows/s", "steps/s", "name", "answered", "experts", "load", "calls/s", "round trip")
+LEFT_OUT = ("waiting", "rows/s", "steps/s", "answered", "load", "experts", "name", "calls/s", "round trip")
 """Columns that a narrow terminal does without, in this order; the peer and its path always stay."""
 ONCE = (
     "This is one look: a server that died so long before it that its entry has expired (after 45 s, unless served with "
@@ -103,8 +104,8 @@ def draw(
         f"   {experts} on {servers}"
         f"   {totals.get('calls_per_second', 0):,.1f} calls/s   {totals.get('rows_per_second', 0):,.0f} rows/s"
         f"   {totals.get('steps_per_second', 0):,.1f} steps/s",
-        f"   loss {totals['loss']:.4f}" if "loss" in totals else "",
-        f" (merged {totals['merged']:.4f})" if "merged" in totals else "",
+        f"   loss {_figure(totals['loss'], 4)}" if "loss" in totals else "",
+        f" (merged {_figure(totals['merged'], 4)})" if "merged" in totals else "",
         *(f"   {number:,} {unit} seen" for unit, number in state["seen"].items() if number),
         no_wrap=height is not None,
         overflow="ellipsis",
@@ -125,9 +126,10 @@ def draw(
         ]
         return Group(*parts, *([Text(), Text(ONCE, style="dim")] if is_once else []))
     table = Table(box=None, padding=(0, 2, 0, 0))
-    left_out = set() if any(peer.get("name") for peer in state["peers"]) else {"name"}
+    longest = max((cell_len(peer.get("name", "")) for peer in state["peers"]), default=0)
+    widths, left_out = COLUMNS | {"name": min(longest, COLUMNS["name"])}, set() if longest else {"name"}
     for column in LEFT_OUT:
-        if 2 * (len(COLUMNS) - len(left_out)) + sum(COLUMNS[one] for one in COLUMNS.keys() - left_out) <= width:
+        if 2 * (len(widths) - len(left_out)) + sum(widths[one] for one in widths.keys() - left_out) <= width:
             break
         left_out.add(column)
     shown = [column for column in COLUMNS if column not in left_out]
@@ -135,7 +137,11 @@ def draw(
         left = column in ("peer", "name", "path")
         fold = column == "path" and height is None
         table.add_column(
-            column, justify="left" if left else "right", no_wrap=not fold, overflow="fold" if fold else "ellipsis"
+            column,
+            justify="left" if left else "right",
+            no_wrap=not fold,
+            overflow="fold" if fold else "ellipsis",
+            max_width=COLUMNS["name"] if column == "name" else None,
         )
     begin = max(0, min(first, len(state["peers"]) - room.peers))
     for peer in sorted(state["peers"], key=_has_left)[begin : begin + room.peers]:
@@ -146,11 +152,11 @@ def draw(
             "path": Text(_where(peer)),
             "round trip": "-" if peer["rtt"] is None else f"{1000 * peer['rtt']:.1f} ms",
             "experts": str(peer["num_experts"]),
-            "calls/s": f"{peer['calls_per_second']:,.1f}",
-            "rows/s": f"{peer['rows_per_second']:,.0f}",
-            "steps/s": f"{peer['steps_per_second']:,.1f}",
-            "load": f"{peer['busy']:.0%}",
-            "waiting": "-" if waiting is None else str(waiting),
+            "calls/s": _figure(peer["calls_per_second"], 1),
+            "rows/s": _figure(peer["rows_per_second"]),
+            "steps/s": _figure(peer["steps_per_second"], 1),
+            "load": f"{min(peer['busy'], 99.0):.0%}",
+            "waiting": "-" if waiting is None else _figure(waiting),
             "answered": "never" if peer["answered_ago"] is None else f"{peer['answered_ago']:.0f} s ago",
         }
         style = "dim" if _has_left(peer) else "red" if peer["error"] else None
@@ -161,12 +167,14 @@ def draw(
         names = ", ".join(f"{one['name'] or one['short']} ({one['rows']:,} rows)" for one in thanks)
         parts.append(Text(f"thanks, last 24 h: {names}", no_wrap=height is not None, overflow="ellipsis"))
     trainers = [
-        f"{name}: step {step}, loss {loss:.4f}" + (f", {counted(left_out, 'answer')} left out" if left_out else "")
+        f"{name}: step {step}, loss {_figure(loss, 4)}"
+        + (f", {counted(left_out, 'answer')} left out" if left_out else "")
         for name, (step, loss, left_out, *_) in state["losses"].items()
     ]
     if trainers:
         begin = max(0, min(first, len(trainers) - room.trainers))
-        parts += [Text(), Text("\n".join(trainers[begin : begin + room.trainers]))]
+        said = "\n".join(trainers[begin : begin + room.trainers])
+        parts += [Text(), Text(said, no_wrap=height is not None, overflow="ellipsis")]
     lines = "\n".join(
         f"{datetime.fromtimestamp(when):%H:%M:%S}  {sentence}"
         for when, sentence, _ in _latest(state["log"], room.events, first)
@@ -175,6 +183,11 @@ def draw(
     if is_once and any(len(grid["experts"]) < math.prod(grid["size"]) for grid in state["grids"]):
         parts += [Text(), Text(ONCE, style="dim")]
     return Group(*parts)
+
+
+def _figure(value: float, digits: int = 0) -> str:
+    """Return it in few letters, whatever a stranger says."""
+    return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.2g}"
 
 
 def _latest(log: list[Any], number: int, back: int) -> list[Any]:
@@ -210,7 +223,6 @@ def safety(losses: int | None) -> str:
 
 
 def _and_more(number: int, noun: str) -> list[RenderableType]:
-
     return [Text(f"and {counted(number, noun)} more", style="dim")] if number > 0 else []
 
 
@@ -234,7 +246,7 @@ def _describe_grid(grid: State) -> Text:
         facts.append(f"{sum(replicas)} replicas, the slowest {max(cell[5] for cell in grid['experts'])} steps behind")
     facts += _describe_standings(grid.get("standings", []))
     size = "x".join(map(str, grid["size"]))
-    return Text.assemble((f"{grid['prefix']}  {size}", "bold"), f"  {', '.join(facts)}")
+    return Text.assemble((f"{grid['prefix'][:40]}  {size}", "bold"), f"  {', '.join(facts)}")
 
 
 def _describe_standings(standings: list[list[Any]]) -> list[str]:

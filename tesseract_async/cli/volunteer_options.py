@@ -23,7 +23,7 @@ volunteer_options = grouped(
         "--quota-period", type=click.Choice(PERIODS), default="month", help="The time for which --data-quota counts."
     ),
     several_option(
-        "--hours", type=HOURS, help="Serve only at these local times, such as '22:00-07:00' or 'sat,sun 00:00-24:00'; "
+        "--hours", type=HOURS, help="Serve only at these local times, such as '22:00-07:00' or 'sat,sun 00:00-24:00'."
     ),
     click.option(
         "--pause-above-load",

@@ -19,7 +19,7 @@ from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
 from tesseract_async.endpoint.quotas import Quotas
-from tesseract_async.errors import RemoteError
+from tesseract_async.errors import RemoteError, printable
 from tesseract_async.identity import PeerID
 from tesseract_async.wire import frames
 from tesseract_async.wire.heads import Hello
@@ -174,7 +174,7 @@ class ConnectionProtocol:
 
     def _close(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._peer_saw = stream
-        self.core.events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
+        self.core.events.append(PeerClosed(printable(bytes(payload[:500]).decode("utf-8", "replace"))))
 
     def timer_at(self) -> float:
         deadlines, due = self.core.deadlines, self.life.timer_at()

@@ -208,7 +208,7 @@ class Duty:
     def _give_up(self, now: float) -> None:
         self._poll, self._settle_at = None, None
         if self.state is State.CANDIDATE:
-            self._member.take_back_own_vote(unused=self._own is None)
+            self._member.take_back_own_vote()
             self._own = None
             self.state = State.ABSENT if self.held is None else State.FOLLOWING
         self._retry(now)

@@ -210,6 +210,13 @@ class Lineage:
         """Return whether the Term goes on from this Seal, or has it."""
         return seal.term in self._ancestors(term)
 
+    def is_handed_over(self, before: Term, term: Term) -> bool:
+        """Return whether each primary signed the expert over to the next, from that of `before` to that of `term`."""
+        for step in self._walk(term):
+            if step.digest == before.digest or step.kind is not Kind.HANDOVER:
+                return step.digest == before.digest
+        return False
+
     def is_sealed(self, seal: Seal) -> bool:
         """Return whether a primary in the line of the Term that holds signed this, and no other of that number."""
         term, best = self._terms.get(seal.term), self.best

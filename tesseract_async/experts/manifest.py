@@ -46,7 +46,7 @@ import numpy.typing as npt
 from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.network.address_scope import PUBLIC, AddressScope, kind_of
-from tesseract_async.transport.base import split_host_port
+from tesseract_async.transport.base import MAX_HOST, split_host_port
 from tesseract_async.wire.heads import MAX_GRANT_BYTES
 
 Coordinates = npt.NDArray[np.int64]
@@ -392,7 +392,7 @@ def _decode_address(reader: Reader) -> str:
     kind = reader.number()
     if kind == 0:
         host = reader.short().decode()
-        if not _is_name(host):
+        if not _is_name(host) or len(host) > MAX_HOST:
             raise ProtocolError("a malformed host name")
     elif kind == 4:
         host = str(ipaddress.IPv4Address(reader.take(4)))

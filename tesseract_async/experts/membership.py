@@ -117,7 +117,7 @@ class Membership:
         """The epoch of the newest Term that it signed over to another."""
         self._voted_for = b""
         self._promised_at = NEVER
-        self._promised_before = 0
+        self._agreed_with: Term | None = None
         self._identity = identity
         self._authority = authority
         self._run = authority.run_id
@@ -150,10 +150,25 @@ class Membership:
     def is_beat(self, peer: PeerID, question: Question, now: float) -> bool:
         """Return whether this question comes from the primary, and no vote for another binds this server."""
         best = self.lineage.best
-        if best is None or self.lineage.is_exposed(best) or self.is_bound(best, now):
+        if best is None or self.lineage.is_exposed(best) or self.is_bound(best, now) or self._is_sworn(best, now):
             return False
         # not from the other of two processes with one key: nobody agrees with it
         return (peer, question.epoch, question.boot) == (best.primary, best.epoch, best.boot) and peer != self.me
+
+    def agree(self, now: float) -> None:
+        """It agrees with the primary that it knows: no vote for another for a lease, nor any agreement."""
+        self.agreed_at, self._agreed_with = now, self.lineage.best
+
+    def _is_sworn(self, term: Term, now: float) -> bool:
+        """Return whether another primary may still count on this server's word: then that of this Term is late, with
+        votes that bind nobody any more, and would be a second one."""
+        before = self._agreed_with
+        if before is None or now >= self.agreed_at + self.lease or self.lineage.is_exposed(before):
+            return False
+        if term.is_weak or term.kind not in (Kind.TAKEOVER, Kind.HANDOVER):
+            return False  # it counts on nobody's word
+        is_same = (term.primary, term.boot) == (before.primary, before.boot)
+        return not is_same and not self.lineage.is_handed_over(before, term)
 
     def is_free(self, now: float) -> bool:
         """Return whether nothing that the primary said binds this server any more: it may vote for another."""
@@ -250,17 +265,12 @@ class Membership:
     # -- votes ---------------------------------------------------------------------------------------------------------
 
     def promise(self, epoch: int, candidate: PeerID, now: float) -> None:
-        if epoch != self.promised:
-            self._promised_before = self.promised
         self.promised, self._voted_for, self._promised_at = epoch, bytes(candidate), now
 
-    def take_back_own_vote(self, *, unused: bool = False) -> None:
-        """Nobody else can use it: the present primary is agreed with again. `unused`: no Term stands on it; then it is
-        forgotten, for by a clock that was wrong it would forbid all others for long."""
+    def take_back_own_vote(self) -> None:
+        """Nobody else can use it: the present primary is agreed with again."""
         if self._voted_for == self.me:
             self._promised_at = NEVER
-            if unused:
-                self.promised = self._promised_before
 
     def voted_for(self, term: Term) -> bool:
         """Return whether this server's vote helped its signer: then it waits for it, and does not stand against it."""

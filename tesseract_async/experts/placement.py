@@ -11,10 +11,11 @@ hashing, places files for survival and successors for the next primary.
 import hashlib
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
+from random import Random
 from typing import Final, NamedTuple
 
 from tesseract_async.experts.manifest import join_uid
@@ -34,6 +35,12 @@ NUM_LEASES_MISSED: Final = 10
 """Leases for which an expert's state must be missing before the expert may begin anew."""
 STUCK_AFTER: Final = 60.0
 """Seconds for a member to fetch a state, before others stop counting on it."""
+CHECK_EVERY: Final = 300.0
+"""Seconds after which a member has the copies of an expert shown, of which it would take one of the next."""
+MAX_CHECKED: Final = 16
+"""Copies that are to be shown at a time, at most, ..."""
+MAX_LOOKED_AT: Final = 256
+"""... and experts that are looked at to find one such."""
 HOT: Final = 0.85
 """Demand by what a server can compute: above it, the server needs relief."""
 CALM: Final = 0.5
@@ -393,13 +400,16 @@ class Placement:
         self._came: dict[str, tuple[PeerID, float]] = {}
         self._given: dict[PeerID, tuple[frozenset[str], float]] = {}  # who is to take more: what it had, since when
         self._idle: dict[PeerID, float] = {}  # who took nothing of it: until when
+        self._unshown: dict[tuple[PeerID, str], float] = {}  # copies that do not count: until when
+        self._check_at: float | None = None
+        self._random = Random(bytes(me))
 
     def came(self, uid: str, source: PeerID, now: float) -> None:
         """This member leads the expert now, which `source` moved to it: it does not go back there soon."""
         self._came[uid] = source, now
 
     def survey(self, places: Mapping[PeerID, Place], now: float) -> Survey:
-        """Sort the places by expert, without what was promised long ago and never came."""
+        """Sort the places by expert, without what was promised long ago and never came, and what was not shown."""
         empty = {
             (peer, uid): self._empty.get((peer, uid), now)
             for peer, place in places.items()
@@ -408,7 +418,8 @@ class Placement:
         }
         self._empty = empty
         stuck = {at for at, since in empty.items() if now - since > STUCK_AFTER and at[0] != self._me}
-        return Survey(places, stuck=frozenset(stuck))
+        self._unshown = {at: until for at, until in self._unshown.items() if until > now}
+        return Survey(places, stuck=frozenset(stuck | self._unshown.keys()))
 
     def decide(self, places: Mapping[PeerID, Place], now: float, wall: float) -> list[Step]:
         """Return what to do now. `places` has this member's own, with the `wishes` in it."""
@@ -469,6 +480,41 @@ class Placement:
                 return self._may_restart
         return self._may_restart and now - self._missed.setdefault(uid, now) >= self._grace
 
+    # -- copies that others only say they have -------------------------------------------------------------------------
+
+    def to_check(self, places: Mapping[PeerID, Place], now: float) -> tuple[str, list[PeerID]] | None:
+        """Return an expert of which this member would take one of the next copies, now and then, and some that say they
+        have one: those that do not show it are `not_shown`."""
+        if self._check_at is not None and now < self._check_at:
+            return None
+        is_first, self._check_at = self._check_at is None, now + CHECK_EVERY
+        survey, mine = self.survey(places, now), places[self._me]
+        if is_first or len(mine.parts) >= mine.files:
+            return None
+        uids = sorted(uid for uid in survey.alive if uid not in mine.parts and survey.leader(uid) is not None)
+        free = [peer for peer, one in places.items() if len(one.parts) < one.files]
+        for uid in self._random.sample(uids, min(MAX_LOOKED_AT, len(uids))):
+            able = (peer for peer in free if uid not in places[peer].parts and self._may(peer, uid))
+            line = sorted(able, key=lambda peer: score(peer, uid))[: self._num_copies]  # the first may be a liar, too
+            copies = [peer for peer, part in survey.copies(uid).items() if part.has_file]
+            if copies and self._me in line:
+                return uid, self._random.sample(copies, min(MAX_CHECKED, len(copies)))
+        return None
+
+    def not_shown(self, uid: str, peers: Iterable[PeerID], now: float) -> None:
+        """These say that they have a copy, and do not: it does not count for a while."""
+        self._unshown.update({(peer, uid): now + DROP_AFTER for peer in peers})
+
+    def keeps(self, uid: str, now: float) -> None:
+        """Others did not show their copies: this one is not given up before it was one too many for as long again."""
+        self._surplus[uid] = now
+
+    def keepers(self, survey: Survey, uid: str) -> list[PeerID]:
+        """Return those that keep a copy rather than this member, the first before the others."""
+        have = {peer: part for peer, part in survey.copies(uid).items() if part.has_file}
+        order = sorted(have, key=lambda peer: (-have[peer].role, not survey.places[peer].room, score(peer, uid)))
+        return order[: order.index(self._me)] if self._me in have else order
+
     def _drops(self, survey: Survey, now: float) -> list[Step]:
         mine = survey.places[self._me]
         copies = [uid for uid, part in mine.parts.items() if part.role is not Role.LEADS]
@@ -484,11 +530,9 @@ class Placement:
         leader = survey.leader(uid)
         if leader is None or survey.places[leader].pressure > CALM:
             return False
-        have = {peer: part for peer, part in survey.copies(uid).items() if part.has_file}
-        if self._me not in have:
-            return len(have) >= self._num_copies  # what it has is of no use
-        order = sorted(have, key=lambda peer: (-have[peer].role, not survey.places[peer].room, score(peer, uid)))
-        return order.index(self._me) >= self._num_copies and self._leaves_apart(survey, order)
+        others = self.keepers(survey, uid)
+        is_of_use = self._me in survey.copies(uid) and survey.places[self._me].parts[uid].has_file
+        return len(others) >= self._num_copies and (not is_of_use or self._leaves_apart(survey, others))
 
     def _leaves_apart(self, survey: Survey, order: Sequence[PeerID]) -> bool:
         """Return whether the others lie in as many address ranges as with this member."""

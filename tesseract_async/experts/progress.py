@@ -1,6 +1,5 @@
 """Trainers' progress, as observers see it: how far each trainer of a grid is, in the network."""
 
-import math
 from typing import Final, NamedTuple, Protocol
 
 from tesseract_async.experts.thanks import Thanks, publish_thanks
@@ -11,6 +10,8 @@ from tesseract_async.wire.packed import Value
 
 PROGRESS_TTL: Final = 60.0
 """Seconds that a trainer is shown after it was last heard of."""
+MAX_LOSS: Final = 3.5e38
+"""What 32 bits hold: no sum of losses is infinite, which JSON does not know."""
 UNITS: Final = ("samples", "tokens")
 """The units that trainers count."""
 MERGED: Final = "merged"
@@ -62,7 +63,7 @@ def read_progress(value: object) -> Progress | None:
     step, loss, left_out, seen, unit = fields
     if not all(type(number) is int and 0 <= number < 2**53 for number in (step, left_out, seen)):
         return None
-    if not isinstance(loss, int | float) or not math.isfinite(loss) or unit not in UNITS:
+    if not isinstance(loss, int | float) or not abs(loss) <= MAX_LOSS or unit not in UNITS:
         return None
     return Progress(step, round(float(loss), 6), left_out, seen, unit)
 

@@ -8,6 +8,7 @@ counts its lease from sending, its successors from receipt, so that its lease ha
 
 import math
 from collections.abc import Mapping
+from typing import Final
 
 from tesseract_async.experts.duty import Duty
 from tesseract_async.experts.membership import POLL_SECONDS, Poll
@@ -24,6 +25,9 @@ from tesseract_async.experts.tenure_words import (
 from tesseract_async.experts.terms import Kind, Seal, majority
 from tesseract_async.identity import PeerID
 
+BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
+"""A primary in these states tells its members that it is there."""
+
 
 class Tenure(Duty):
     """One expert on one server. Untrusted: what comes with `sight`, `ask` and `answered`; it raises nothing."""
@@ -38,9 +42,9 @@ class Tenure(Duty):
             return self._poll.deadline
         if self._settle_at is not None:
             return self._settle_at
-        if self._own is not None and (self.state in (State.PRIMARY, State.FENCED) or self._is_elected):
+        if self._own is not None and (self.state in BEATING or self._is_elected):
             until = self._patient_until if self._is_elected else self._lease_until()
-            return min(self._own.beat_at, math.inf if self.state is State.FENCED else until)
+            return min(self._own.beat_at, until if self.state in (State.PRIMARY, State.CANDIDATE) else math.inf)
         if self.state in (State.FOLLOWING, State.HOLDING):
             silence = self._member.silence_at(self.state)
             return min(silence, self._look_at) if self._look_at <= self._member.vote_from else silence
@@ -110,12 +114,14 @@ class Tenure(Duty):
         elif question.kind != "probe" or not self._member.may_look(peer):
             return Response(False, (0, 0), b"", b"")
         best, member, agrees, vote = self.lineage.best, self._member, False, b""
-        if question.kind in ("beat", "rise") and member.is_beat(peer, question, now):
+        is_standing = self.state is State.CANDIDATE  # the votes that it asks for are against that primary
+        if question.kind in ("beat", "rise") and not is_standing and member.is_beat(peer, question, now):
             # for a lease, a primary that lost touch may come back; then others stand
             agrees = question.kind == "beat" or now < member.heard + self._lease
             if question.kind == "beat":
                 member.heard = member.beaten = now
-            member.agreed_at = now if agrees else member.agreed_at
+            if agrees:
+                member.agree(now)
             self._review(now, wall)  # a file that could not be had is asked for again
         elif question.kind == "beat" and now >= self._look_at:
             self._look(now)  # what leads to that Term may be in the network
@@ -173,7 +179,9 @@ class Tenure(Duty):
             # what it said to the last primary binds it against others
             if not member.is_free(now) and (peer, question.boot) != (best.primary, best.boot):
                 return b""
-        elif self.state is State.CANDIDATE and self._own is None:  # in a lower epoch: its vote there is not taken back
+        elif self.state is State.CANDIDATE and self._own is None and self._poll is not None:
+            if epoch <= self._poll.epoch:  # the higher one goes on, or both would give way to each other forever
+                return b""
             self._give_up(now)
         else:
             return b""
@@ -198,15 +206,18 @@ class Tenure(Duty):
         """To whom it may be given, the best first."""
         return [] if self._own is None else self._own.heirs(self._member.hosts.keys() - {self.me}, now, self._lease)
 
-    def hand_over(self, heir: PeerID) -> bytes:
-        """Sign the expert over to `heir`, which proved that it has the last Seal's file.
+    def hand_over(self, heir: PeerID, now: float) -> bytes | None:
+        """Sign the expert over to `heir`, which proved that it has the last Seal's file; None where this server's lease
+        has ended meanwhile, and others may have elected another.
 
         Carry out `commands` before it goes out. This server is not the primary in this epoch again, whatever comes.
         """
         assert self.state is State.YIELDING and self._own is not None and self.held is not None
+        if self._own.is_by_members and now >= self._lease_until():
+            return None
         self._member.handed_over = self._own.term.epoch
         self.state = State.FOLLOWING
-        self._member.heard = self._member.looked_at
+        self._member.heard = now
         self._persist()
         return self._member.sign_handover(heir)
 
@@ -218,6 +229,8 @@ class Tenure(Duty):
     def take(self, signature: bytes, now: float, wall: float) -> bool:
         """Become primary by the last one's signature over the Seal whose file is here. Whether it holds."""
         if self.held is None or self.state in (State.PRIMARY, State.YIELDING) or self.is_twin:
+            return False
+        if now >= self._member.heard + self._lease:  # it comes late: the others may have elected one meanwhile
             return False
         return self._stand(Kind.HANDOVER, self.held, now, wall, signature)
 
@@ -248,9 +261,10 @@ class Tenure(Duty):
         if self._is_elected and now >= self._patient_until:
             self._give_up(now)
         if self._poll is not None:
-            if self._poll.is_late(now):  # who was silent may have answered meanwhile
-                others = self._poll.waiting | self._poll.silent
-                self._ask_all(self._poll.kind, others, self._poll.epoch, now, again=self._poll)
+            if self._poll.is_late(now):  # who was silent may have answered meanwhile; votes bind for a lease only
+                others = self._poll.waiting | self._poll.silent | self._poll.votes.keys()
+                self._ask_all(self._poll.kind, others, self._poll.epoch, now)
+                self._poll.is_second = True
             elif now >= self._poll.deadline:
                 self._poll.silent |= self._poll.waiting
                 self._poll.waiting.clear()
@@ -266,7 +280,7 @@ class Tenure(Duty):
             # it stands like any of its members, which fell silent before it was fenced
             self.state, self._own, self._followed = State.FOLLOWING, None, own.term.digest
             self._member.heard = min(own.fenced_at, own.heard_of_most(self._lease))
-        if own is not None and self.state in (State.PRIMARY, State.FENCED):
+        if own is not None and self.state in BEATING:
             if now >= own.beat_at:
                 self._renew_members(own, now, wall)
                 self._beat(own, now)
@@ -296,10 +310,8 @@ class Tenure(Duty):
         else:
             self._stand(Kind.TAKEOVER, held, now, wall)
 
-    def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float, again: Poll | None = None) -> None:
+    def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float) -> None:
         self._poll, sends = self._member.ask(kind, others, epoch, now)
-        if again is not None:
-            self._poll.votes, self._poll.given, self._poll.is_second = again.votes, again.given, True
         self._commands += sends
 
     def _count(self, now: float, wall: float) -> None:
@@ -325,7 +337,6 @@ class Tenure(Duty):
                     self._look(now)
                     self._retry_adopting(now)
         elif 1 + len(poll.votes) >= majority(len(held.members)) and now <= poll.deadline:
-            self._poll = None
             self._begin(Kind.TAKEOVER, held, poll.epoch, now, wall, poll)
         elif not poll.waiting or now > poll.deadline:
             self._poll = None
@@ -349,9 +360,7 @@ class Tenure(Duty):
         epoch = self._member.next_epoch(seal, wall)
         others = set() if seal is None else set(seal.members) - {self.me}
         if kind is Kind.TAKEOVER and others and 1 < majority(len(others) + 1):
-            self.state = State.CANDIDATE
-            self._member.promise(epoch, self.me, now)
-            self._persist()
+            self.state = State.CANDIDATE  # its own vote is promised where a Term stands on it
             self._look(now)  # should all others be gone, it must know that the network has nothing newer
             self._ask_all("vote", others, epoch, now)
             return True
@@ -361,6 +370,7 @@ class Tenure(Duty):
         self, kind: Kind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
     ) -> bool:
         """Sign a Term, and say so. Whether the evidence, votes or the signature of a handover, carries it."""
+        self._poll = None
         term = self._member.sign_term(kind, seal, epoch, evidence) if self.may.write else None
         if term is None:
             self._give_up(now)
@@ -431,7 +441,6 @@ class Tenure(Duty):
         """Take what the run's owner gives to this server."""
         appointment = None if self.is_twin else self._member.appointment()
         if appointment is not None and (appointment.root is None or restored):
-            self._poll = None
             parent = None if restored else self.held  # nobody has a Seal of what was put aside
             self._begin(Kind.APPOINTED, parent, self._member.next_epoch(None, wall), now, wall)
 

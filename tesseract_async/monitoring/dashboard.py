@@ -90,7 +90,7 @@ class Dashboard:
         else:
             bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
             given = request.query.get("token") or request.cookies.get(COOKIE) or bearer
-            if not hmac.compare_digest(given.encode(), self.token.encode()):
+            if not hmac.compare_digest(given.encode(errors="replace"), self.token.encode()):
                 raise web.HTTPForbidden(text="a token is needed: open the address that the command printed\n")
         if self.token is not None and request.path == "/" and "token" in request.query:
             # from here on by cookie: the token stays out of the address bar, the history and bookmarks

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
+from tesseract_async.errors import (
+    ConnectionLost,
+    RemoteError,
+    TesseractError,
+    UnknownMethod,
+    describe,
+    printable,
+    shortened,
+)
 from tesseract_async.experts.grid import GridView
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.pattern import ExpertPattern
@@ -49,6 +57,8 @@ MAX_CURVES = 8
 """Trainers whose loss is kept over time."""
 MAX_SENTENCE = 240
 """Characters of a line of the log, which may contain strangers' errors."""
+MAX_EXPERTS = 2**14
+"""Experts whose version is kept over time."""
 MAX_VERSIONS = 120
 """Points of an expert's version over time, one a minute."""
 HOURS_PER_LOOK = 4
@@ -80,6 +90,8 @@ class Peer:
     """True if it could not be reached the last time: its experts then do not count."""
     left_at: float | None = None
     """Loop time at which its manifests were found expired."""
+    is_new: bool = False
+    """True until the log has said that it joined: it is asked before, for its name."""
 
 
 class SwarmObserver:
@@ -240,9 +252,12 @@ class SwarmObserver:
                 peer = self.peers[peer_id] = Peer(address, number=self._num_met)
                 self._num_met += 1
             if not peer.uids:
-                self._note(f"{peer_id.short} joined with {_experts(uids)}", "joined")
+                peer.is_new = True
             elif uids != peer.uids:
-                self._note(f"{self._called(peer_id)} hosts {_experts(uids)} now, {len(peer.uids)} before", "changed")
+                taken, given = uids - peer.uids, peer.uids - uids
+                done = [f"took {_experts(taken)}"] if taken else []
+                done += [f"gave {_experts(given)} up"] if given else []
+                self._note(f"{self._called(peer_id)} {' and '.join(done)}: {len(uids)} now", "changed")
             peer.address, peer.uids = address, uids
         now = asyncio.get_running_loop().time()
         for peer_id, peer in list(self.peers.items()):
@@ -269,9 +284,11 @@ class SwarmObserver:
             sentence = _reason(error)
             log.info("%s did not tell its status: %s", peer.address, describe(error))
             peer.is_gone = not isinstance(error, RemoteError)
-            if peer.error is None and peer.uids and peer.address.peer_id is not None:
-                self._note(f"{self._called(peer.address.peer_id)} does not answer: {sentence}", "failed")
-            peer.error = sentence[:MAX_SENTENCE]
+            if peer.is_new:
+                self._tell(peer, f"joined with {_experts(peer.uids)}, and does not answer: {sentence}", "failed")
+            elif peer.error is None:
+                self._tell(peer, f"does not answer: {sentence}", "failed")
+            peer.error, peer.is_new = sentence, False
             peer.rates, peer.busy = dict.fromkeys(RATES, 0.0), 0.0
             return
         now, before = loop.time(), peer.status
@@ -286,9 +303,17 @@ class SwarmObserver:
         self._answered(peer)
 
     def _answered(self, peer: Peer) -> None:
-        if peer.error is not None and peer.uids and peer.address.peer_id is not None:
-            self._note(f"{self._called(peer.address.peer_id)} answers again", "joined")
-        peer.seen_at, peer.error, peer.is_gone = asyncio.get_running_loop().time(), None, False
+        if peer.is_new:
+            self._tell(peer, f"joined with {_experts(peer.uids)}", "joined")
+        elif peer.error is not None:
+            self._tell(peer, "answers again", "joined")
+        peer.seen_at, peer.error = asyncio.get_running_loop().time(), None
+        peer.is_gone = peer.is_new = False
+
+    def _tell(self, peer: Peer, sentence: str, kind: str) -> None:
+        """Note it of a server, which nodes that host nothing are not."""
+        if peer.uids and (peer_id := peer.address.peer_id) is not None:
+            self._note(f"{self._called(peer_id)} {sentence}", kind)
 
     async def _read_losses(self) -> None:
         node, found, merged = self.node, dict[str, Progress](), list[Progress]()
@@ -303,7 +328,7 @@ class SwarmObserver:
                 elif entry.subkey == MERGED:
                     merged.append(progress)
                 else:
-                    found[f"{entry.owner.short} {entry.subkey or ''}".strip()[:64]] = progress
+                    found[f"{entry.owner.short} {shortened(printable(entry.subkey or ''), 48)}".strip()] = progress
         self.losses, self.merged = found, max(merged, default=None)
         self._met |= {name: one for name, one in found.items() if name in self._met or len(self._met) < MAX_MET}
 
@@ -371,8 +396,12 @@ class SwarmObserver:
         now = int(time.time())
         for peer in peers:
             for uid, one in peer.status.experts.items() if peer.status is not None else ():
+                if uid not in peer.uids or not one.primary:
+                    continue
+                if uid not in self.versions and len(self.versions) >= MAX_EXPERTS:
+                    continue
                 known = self.versions.setdefault(uid, deque(maxlen=MAX_VERSIONS))
-                if uid in peer.uids and one.primary and (not known or now - known[-1][0] >= 60):
+                if not known or now - known[-1][0] >= 60:
                     known.append((now, one.version))
 
     def _note(self, sentence: str, kind: str) -> None:
@@ -553,7 +582,7 @@ def _middle(values: list[float]) -> float:
 def _reason(error: BaseException) -> str:
     """Return in plain words why a server did not answer; the node's log has the rest."""
     if isinstance(error, RemoteError):
-        return str(error)
+        return shortened(str(error))
     if isinstance(error, TimeoutError):
         return "no answer in time"
     return "the connection was lost" if isinstance(error, ConnectionLost) else "it cannot be reached"

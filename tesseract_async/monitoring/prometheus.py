@@ -17,7 +17,7 @@ PREFIX = "tesseract_"
 SWARM_COUNTERS = frozenset(
     (
         *("swarm_server_rows", "swarm_server_calls", "swarm_server_busy_seconds"),
-        *("swarm_expert_calls", "swarm_expert_failures"),
+        *("swarm_expert_calls", "swarm_expert_rows", "swarm_expert_failures"),
     )
 )
 
@@ -77,6 +77,7 @@ class _Swarm:
                     continue
                 at = {"expert": uid, "server": str(peer_id)}
                 found["swarm_expert_calls"].append((at, one.num_calls))
+                found["swarm_expert_rows"].append((at, one.num_rows))
                 found["swarm_expert_failures"].append((at, one.num_failures))
                 found["swarm_expert_slow_seconds"].append((at, one.slow_seconds))
         for grid in state["grids"]:

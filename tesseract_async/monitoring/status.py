@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import math
 import os
 import sys
 import time
@@ -21,16 +20,17 @@ from tesseract_async.experts.manifest import split_uid
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
+from tesseract_async.server.contract import MAX_NAME, check_name
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.packed import Value
 
 METHOD = "node.status"
 MAX_STATUS_BYTES = 2**20
-MAX_NAME = 64
-"""Characters of a machine's name, and of other words about it."""
 MAX_EXPERTS = 2000
 """Experts in one status."""
+MAX_FIGURE = 2**63
+"""All figures are below this: neither sums nor rates of them are ever infinite, which JSON does not know."""
 PADDING = 60_000
 """Bytes by which a request or a reply may be longer than it must be, so that the line is measured: still one frame."""
 PADDING_PER_MINUTE = 8 * 2**20
@@ -53,6 +53,8 @@ class ExpertStatus:
     """Seconds from a request's arrival to its answer; 0 before the first."""
     slow_seconds: float = 0.0
     """The same, which 99 of 100 requests do not exceed."""
+    num_rows: int = 0
+    """Rows that it has computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,7 @@ class StatusService:
 
         Raises: RuntimeError before the node is started; ValueError if it has one, or for a name that is too long.
         """
-        if len(name) > MAX_NAME or not name.isprintable():
-            raise ValueError(f"a machine's name is one line of at most {MAX_NAME} characters: {name[:80]!r}")
+        check_name(name)
         self._node = node
         self._servers = servers
         self._name = name
@@ -149,14 +150,14 @@ class StatusService:
         return Message({}, (memoryview(bytes(PADDING)),))
 
 
-def _figures(backend: ExpertBackend, runtimes: Sequence[TesseractRuntime]) -> tuple[int, int, float, float]:
-    """Return calls, failures, and the seconds that half and 99 of 100 of them took at most."""
+def _figures(backend: ExpertBackend, runtimes: Sequence[TesseractRuntime]) -> tuple[int, int, float, float, int]:
+    """Return calls, failures, the seconds that half and 99 of 100 of them took at most, and rows."""
     for runtime in runtimes:
         if backend in runtime.figures:
             one = runtime.figures[backend]
             median, slow = (one.latencies.quantile(share) or 0.0 for share in (0.5, 0.99))
-            return one.num_calls, one.num_failures, median, slow
-    return 0, 0, 0.0, 0.0
+            return one.num_calls, one.num_failures, median, slow, one.num_rows
+    return 0, 0, 0.0, 0.0, 0
 
 
 @functools.cache
@@ -194,9 +195,9 @@ def decode_status(body: object) -> NodeStatus:
             if type(value) is not str or len(value) > MAX_NAME or not value.isprintable():
                 raise ProtocolError(f"status: {field.name} is missing or malformed")
         elif str(field.type) == "int":
-            if type(value) is not int or not 0 <= value < 2**63:
+            if type(value) is not int or not 0 <= value < MAX_FIGURE:
                 raise ProtocolError(f"status: {field.name} is missing or malformed")
-        elif not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        elif not isinstance(value, int | float) or not 0 <= value < MAX_FIGURE:
             raise ProtocolError(f"status: {field.name} is missing or malformed")
         values[field.name] = value
     return NodeStatus(**values)
@@ -212,14 +213,14 @@ def _experts(value: object) -> dict[str, ExpertStatus]:
             split_uid(uid)
         except (TypeError, ValueError, AttributeError):
             raise ProtocolError("status: a malformed expert") from None
-        if type(version) is not int or not 0 <= version < 2**63 or type(primary) is not bool:
+        if type(version) is not int or not 0 <= version < MAX_FIGURE or type(primary) is not bool:
             raise ProtocolError("status: a malformed expert")
-        counts, seconds = figures[:2], figures[2:4]
-        if not all(type(one) is int and 0 <= one < 2**63 for one in counts) or not all(
-            type(one) is float and math.isfinite(one) and one >= 0 for one in seconds
+        counts, seconds, rows = figures[:2], figures[2:4], figures[4:5]
+        if not all(type(one) is int and 0 <= one < MAX_FIGURE for one in (*counts, *rows)) or not all(
+            type(one) is float and 0 <= one < MAX_FIGURE for one in seconds
         ):
             raise ProtocolError("status: a malformed expert")
-        experts[uid] = ExpertStatus(version, primary, *counts, *seconds)
+        experts[uid] = ExpertStatus(version, primary, *counts, *seconds, *rows)
     return experts
 
 

@@ -137,7 +137,7 @@ def build_module(
     builder = _Builder(tensors, (*ALLOWED, *allowed_modules), replaced)
     try:
         return builder.build(described, "")
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"it cannot be built: {describe(error)}") from error
 
 

@@ -180,19 +180,21 @@ def load_model(folder: str | Path, model: M | None = None, *, allowed_modules: C
             capacity_factor=described["capacity_factor"],
             refill=described["refill"],
         )
-        options = described["gate"]
+        options, name = described["gate"], f"{path}.proj".lstrip(".")
+        if list(tensors[f"{name}.weight"].shape) != [sum(options["grid_size"]), options["in_features"]]:
+            raise CheckpointError(f"{name}.weight has another shape than its gate")  # before one of any size is made
         uids = [uid for uid in experts if split_uid(uid)[0] == options["uid_prefix"]]
         mixture = LocalMixture({uid: experts[uid] for uid in uids}, settings=settings, **options)
-        for name in ("weight", "bias"):
-            setattr(mixture.proj, name, nn.Parameter(tensors[f"{path}.proj.{name}".lstrip(".")]))
+        for part in ("weight", "bias"):
+            setattr(mixture.proj, part, nn.Parameter(tensors[f"{name}.{part}"]))
         return mixture
 
     loaded = build_module(saved.model, tensors, allowed_modules=allowed_modules, replaced=gate).eval()
     return loaded
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give the model these values. Raises: CheckpointError, before any is changed, if they are not its own."""
+def _filled(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the model's tensors that get these values. Raises: CheckpointError if they are not its own."""
     own = _tensors_of(model)
     for path, part in model.named_modules():
         if isinstance(part, LocalMixture):
@@ -207,9 +209,14 @@ def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     ]
     if wrong:
         raise CheckpointError(f"this is not the model that was saved: {'; '.join(wrong[:MAX_TOLD])}")
-    with torch.no_grad():
-        for name, one in own.items():
-            one.copy_(tensors[name])
+    return own
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give the model these values. Raises: CheckpointError, before any is changed, if they are not its own."""
+    for name, one in _filled(model, tensors).items():
+        one.copy_(tensors[name])
 
 
 def restore_model(
@@ -247,14 +254,15 @@ async def _restore(
     state = saved.trainer() if TRAINER in saved.files else {}
     if trainer is not None and "trainer" not in state:
         raise CheckpointError(f"{saved.path} holds no trainer: it was saved without")
+    shared = given if isinstance(given, SharedParameters) else None
+    model: nn.Module = given.model if isinstance(given, SharedParameters) else given
+    values = (state.get("local") if shared is not None else None) or saved.tensors()
+    _filled(model, values)  # another model's folder is refused before servers go back to it
     owners = {} if identity is None else await enter_owned(node, saved, identity)
     versions = await restore_experts(node, saved, owners=owners, timeout=timeout)
-    if isinstance(given, SharedParameters):
-        _fill(given.model, state.get("local") or saved.tensors())
-        if "shared" in state:
-            await given.rejoin(state["shared"])
-    else:
-        _fill(given, saved.tensors())
+    _fill(model, values)
+    if shared is not None and "shared" in state:
+        await shared.rejoin(state["shared"])
     if trainer is not None:
         trainer.load_state_dict(state["trainer"])
     return versions

@@ -30,6 +30,7 @@ from tesseract_async.experts.terms import Seal
 from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.checkpoint import check_state, encode
+from tesseract_async.server.copies import ask_records
 from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
 from tesseract_async.server.other_replicas import read_replicas
 from tesseract_async.tasks import end
@@ -117,12 +118,10 @@ async def find_seal(
     lineage, found = Lineage(uid, authority), list[tuple[Seal, Origin]]()
     records: dict[str, list[bytes]] = {uid: []}
     await read_replicas(node, [uid], by_shard=True, records=records)
-    question = messages.encode(messages.TenureRequest(uid, "probe", 0, [b"", b"", b""]))
 
     async def ask(origin: Origin) -> None:
         try:
-            reply = await node.call_expert(origin.peer, messages.TENURE, question, timeout=timeout, idempotent=True)
-            shown = messages.decode(messages.TenureReply, reply.body).records
+            shown = await ask_records(node, uid, origin.peer, timeout=timeout)
         except (TesseractError, TimeoutError) as error:
             logger.info("the Seal of %s at %s: %s", uid, origin.peer.short, describe(error))
             return

@@ -12,11 +12,19 @@ from datetime import date, datetime, timedelta, tzinfo
 from typing import Final
 
 PERIODS: Final = ("day", "week", "month")
+MAX_NAME: Final = 64
+"""Characters of a machine's name, and of other words about it."""
 
 _DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _WINDOW: Final = re.compile(r"(?:(?P<days>[a-z,-]+)\s+)?(?P<start>\d{1,2}:\d\d)\s*-\s*(?P<end>\d{1,2}:\d\d)")
 _HORIZON_DAYS: Final = 9
 """Windows repeat weekly: what does not change within a week and a day never does."""
+
+
+def check_name(name: str) -> None:
+    """Raises: ValueError for what cannot be a machine's name."""
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise ValueError(f"a machine's name is one line of at most {MAX_NAME} characters: {name[:80]!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,7 +220,7 @@ class FragmentBackend(ExpertBackend):
 
     def close_round(self, rounds: Rounds, pushes: Sequence[Push], samples: bytes = b"") -> None:
         fragment = self.fragment
-        update = fragment.step(rounds.merge(pushes, fragment.cut, fragment.outer))
+        update = fragment.step(rounds.merge(pushes, fragment))
         steps = self.steps + sum(min(max(1, push.steps), MAX_STEPS) for push in pushes)
         self._stepped(update, steps, b"".join(journal_key(push.peer, push.call_id) for push in pushes), samples)
 

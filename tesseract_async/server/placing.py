@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from functools import partial
+from random import Random
 from typing import Final
 
 from tesseract_async.errors import TesseractError, describe
@@ -13,19 +14,31 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import Places, fetch_places
-from tesseract_async.experts.placement import DROP_AFTER, NEVER, Part, Place, Placement, Role, Step, Survey
+from tesseract_async.experts.placement import (
+    DROP_AFTER,
+    MAX_CHECKED,
+    NEVER,
+    STUCK_AFTER,
+    Part,
+    Place,
+    Placement,
+    Role,
+    Step,
+)
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import Kind
+from tesseract_async.experts.terms import Kind, Seal
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.capacity import Capacity
+from tesseract_async.server.copies import ask_seal, find_shown
 from tesseract_async.server.other_replicas import wall_clock
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.sharing.layout import MAX_FRAGMENTS
 from tesseract_async.tasks import end
+from tesseract_async.transport.base import PeerAddress
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +48,8 @@ HURRIED_PERIOD: Final = 0.8
 """Seconds between two looks while there is something to take, or ..."""
 NEW_SECONDS: Final = 30.0
 """... for so long after entering the run."""
+SHOW_SECONDS: Final = 10.0
+"""Seconds for a piece of a copy that is to be shown."""
 RATE_SECONDS: Final = 30.0
 """Rates are averages over about so long."""
 
@@ -83,6 +98,8 @@ class Placing:
         )
         self.places: Places = {}
         """What all members said last, this one included."""
+        self._addresses: dict[PeerID, PeerAddress] = {}
+        self._random = Random()
         self._now = asyncio.get_running_loop().time
         self._began, self._moved_at = self._now(), -NEVER
         self._wanted: set[str] = set()  # to be computed, once their file is here
@@ -156,6 +173,7 @@ class Placing:
         network, trust, scope = self._node.network, self._node.trust, self._node.scope
         places, addresses = await fetch_places(network, trust, self._authority, scope, pattern=self._pattern)
         self._tenures.knows(addresses)
+        self._addresses = addresses
         self._note_loads()
         self._note_moves()
         me = self.place()
@@ -181,6 +199,8 @@ class Placing:
         idle = not await self._compute_wanted()
         self._is_settled = idle and not steps and not self.placement.wishes and not self._wanted
         self._tell_of_shortage()
+        if (found := self.placement.to_check(self.places, self._now())) is not None:
+            self._spawn(self._check(*found))
         me = self.place()
         self.places[self._node.peer_id] = me
         self._tell(me)
@@ -292,11 +312,12 @@ class Placing:
                 logger.info("%s moves to %s, which has more room for its rows", uid, peer.short)
                 self._spawn(self._move(uid, peer))
             elif step.kind == "drop":
-                if not await self._is_spare(uid):
-                    return
-                logger.info("%s has enough copies without this one", uid)
-                self._wanted.discard(uid)
-                await self._tenures.drop(uid)
+                me = self.places[self._node.peer_id]
+                if len(me.parts) > me.files:  # it has no room for it any more
+                    await self._drop(uid)
+                else:
+                    self.placement.keeps(uid, self._now())  # until the others have shown theirs, or for as long again
+                    self._spawn(self._drop_if_shown(uid))
             elif self._chooses or step.kind in ("hold", "follow", "help"):
                 if step.kind == "restart":
                     logger.error("%s is lost: nobody has a state of it any more; it begins anew, from genesis", uid)
@@ -307,15 +328,43 @@ class Placing:
         except (TesseractError, OSError) as error:  # a full disk, too
             logger.error("%s of %s: %s", step.kind, uid, describe(error))
 
-    async def _is_spare(self, uid: str) -> bool:
-        """Return whether enough others show that they have the expert's state, which they only say until then; or this
-        member has no room for it any more."""
-        me = self.places[self._node.peer_id]
-        if len(me.parts) > me.files:
-            return True
-        copies = Survey(self.places).copies(uid)
-        others = [peer for peer, part in copies.items() if part.has_file and peer != self._node.peer_id]
-        return await self._tenures.states.count_shown(uid, others) >= self._authority.run.manifest.num_replicas
+    async def _drop(self, uid: str) -> None:
+        logger.info("%s has enough copies without this one", uid)
+        self._wanted.discard(uid)
+        await self._tenures.drop(uid)
+
+    async def _drop_if_shown(self, uid: str) -> None:
+        """Give a copy up, if enough of those that keep theirs show a piece of it: until then they only say that they
+        have it."""
+        lineage, num_copies = self._tenures.tenure(uid).lineage, self._authority.run.manifest.num_replicas
+        newest = None if lineage.best is None else lineage.seal_of(lineage.best)
+        keepers = self.placement.keepers(self.placement.survey(self.places, self._now()), uid)
+        if newest is None or len(await self._shown(newest, keepers[:MAX_CHECKED])) < num_copies:
+            return
+        if uid in self._uids():  # nor was it given up meanwhile
+            await self._drop(uid)
+
+    async def _check(self, uid: str, peers: list[PeerID]) -> None:
+        """Have these show the copies of which this member would take another. Twice: a new state may be on its way."""
+        left = set(peers)
+        for seconds in (0.0, STUCK_AFTER):
+            await asyncio.sleep(seconds)
+            leader = self.placement.survey(self.places, self._now()).leader(uid)
+            if leader is None or (address := self._addresses.get(leader)) is None:
+                return
+            try:
+                seal = await ask_seal(self._node, self._authority.run_id, uid, address, timeout=SHOW_SECONDS)
+            except (TesseractError, TimeoutError, OSError) as error:
+                logger.info("%s does not show the Seal of %s: %s", leader.short, uid, describe(error))
+                return
+            left -= await self._shown(seal, left)
+        self.placement.not_shown(uid, left, self._now())
+
+    async def _shown(self, seal: Seal, peers: Iterable[PeerID]) -> set[PeerID]:
+        known = {peer: self._addresses[peer] for peer in peers if peer in self._addresses}
+        return await find_shown(
+            self._node, self._authority.run_id, seal, known, timeout=SHOW_SECONDS, random=self._random
+        )
 
     async def _hold(self, uid: str, *, begin: bool = False, anew: bool = False) -> None:
         lead = self.capacity.room > 0 and uid not in self._unable

@@ -53,20 +53,28 @@ class Records:
         return uids
 
     async def read_wanted(self, uids: Iterable[str]) -> None:
+        left = set(uids)
+
+        def was_read(uid: str) -> None:
+            if uid in left:  # once: it may be wanted again, and read, before the others are here
+                left.discard(uid)
+                self._reading.discard(uid)
+                if self._wanted:
+                    self.wants.set()
+
         try:
-            await self.read(uids)
+            await self.read(uids, was_read)
         except (TesseractError, TimeoutError, OSError) as error:
             logger.info("who is primary could not be read: %s", describe(error))
         finally:
-            self._was_read(uids)
+            for uid in list(left):
+                was_read(uid)
 
-    def _was_read(self, uids: Iterable[str]) -> None:
-        self._reading.difference_update(uids)
-        if self._wanted:
-            self.wants.set()
+    async def read(self, uids: Iterable[str], was_read: Callable[[str], None] = lambda uid: None) -> None:
+        """Read who else hosts these, and their records; `was_read` is told of each.
 
-    async def read(self, uids: Iterable[str]) -> None:
-        """Read who else hosts these, and their records. Raises: TimeoutError if the network does not answer."""
+        Raises: TimeoutError if the network does not answer.
+        """
         async with asyncio.timeout(self._call_timeout):
             if self._node.initial_peers and not await self._node.network.wait_joined(self._call_timeout):
                 return  # alone for the moment: that nobody is seen says nothing
@@ -76,14 +84,15 @@ class Records:
                     if not self._has_changed(uid, others):
                         wanted.discard(uid)
                         await self._take_in(uid, others, [])
+                        was_read(uid)
             # each by itself: where one is late, the others are taken in
-            await asyncio.gather(*map(self._read_one, wanted))
+            await asyncio.gather(*(self._read_one(uid, was_read) for uid in wanted))
 
-    async def _read_one(self, uid: str) -> None:
+    async def _read_one(self, uid: str, was_read: Callable[[str], None]) -> None:
         records: dict[str, list[bytes]] = {uid: []}
         others = (await read_replicas(self._node, [uid], by_shard=True, records=records))[uid]
         await self._take_in(uid, others, records[uid])
-        self._was_read([uid])
+        was_read(uid)
 
     def _has_changed(self, uid: str, others: Iterable[ExpertReplica]) -> bool:
         if uid not in self._experts:

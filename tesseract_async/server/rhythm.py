@@ -1,5 +1,8 @@
 """When to begin what takes a while and is promised within a period: saving, pulling a state. No I/O."""
 
+_IDLE = 0.1
+"""Share of a period that passes at least after a round without work, also where rounds take longer than periods."""
+
 
 class Rhythm:
     """Rounds of work, each of which ends at most a period after the one before it began.
@@ -24,7 +27,8 @@ class Rhythm:
     def note(self, began: float, ended: float, *, woken: float | None = None, worked: bool = True) -> None:
         """Take in a round. `woken`: when somebody set about it, if that was earlier. `worked` is False if there was
         nothing to do: how long that took says nothing."""
-        self._began, self._rested_at = began, ended + self._rest * (ended - began)
+        rest = self._rest * (ended - began)
+        self._began, self._rested_at = began, ended + (rest if worked else max(rest, _IDLE * self._period))
         if worked:
             took = ended - (began if woken is None else woken)
             self._expected = max(took, 0.0 if self._expected is None else 0.9 * self._expected)

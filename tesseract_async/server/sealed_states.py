@@ -1,18 +1,15 @@
 """SealedStates: the sealed files of a server's experts of runs: written, shown, fetched, and gone on from."""
 
-import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from random import Random
 from typing import Final
 
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.merkle import leaf_of, leaves_of, possession, root_from
-from tesseract_async.experts.pieces import LIST
+from tesseract_async.experts.merkle import leaves_of, possession, root_from
 from tesseract_async.experts.tenure_words import Fetch, State
 from tesseract_async.experts.terms import Seal
 from tesseract_async.experts.trust import SHARED
@@ -20,7 +17,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import encode, largest_state, with_recent_journal
-from tesseract_async.server.fetching import SealFetcher, ask_piece
+from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.fragments import MAX_STATE_BYTES, FragmentBackend, fetch_replay
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import check_fitting
@@ -28,7 +25,6 @@ from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_files import SealedFile, SealedFiles, read_sealed
 from tesseract_async.server.tenured import Tenured
 from tesseract_async.transport.base import PeerAddress
-from tesseract_async.wire import messages
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +40,10 @@ class SealedStates:
         addresses: Mapping[PeerID, PeerAddress],
         *,
         call_timeout: float,
-        random: Random,
     ) -> None:
         """`experts`: those that are here now. `addresses`: where members can be dialed, as far as it is known."""
         self._server, self._node, self._experts, self._addresses = server, server.node, experts, addresses
-        self._call_timeout, self._random = call_timeout, random
+        self._call_timeout = call_timeout
         self.template: ExpertBackend | None = None
         """An expert like all of the run: what is fetched must fit it."""
         self.files = SealedFiles(server.checkpoint_dir)
@@ -98,29 +93,6 @@ class SealedStates:
         """Return the proof that this server has the file; empty if it does not."""
         file = self.files.find(uid, seal.root)
         return b"" if file is None else await self._server.call_aside(lambda: possession(file.map(), nonce))
-
-    async def count_shown(self, uid: str, peers: Iterable[PeerID]) -> int:
-        """Return how many of these show a random piece of the sealed file that is here."""
-        held = self._experts[uid].tenure.held
-        file = None if held is None else self.files.find(uid, held.root)
-        if file is None:
-            return 0
-        found = await asyncio.gather(*(self._shows(uid, peer, file) for peer in peers))
-        return sum(found)
-
-    async def _shows(self, uid: str, peer: PeerID, file: SealedFile) -> bool:
-        address, piece = self._addresses.get(peer), LIST
-        if len(file.leaves) > 1:
-            piece = self._random.randrange(1, len(file.leaves) + 1)
-        if address is None:
-            return False
-        request = messages.StateRequest(uid, False, 0, file.root, piece)
-        try:
-            _, data = await ask_piece(self._node, address, request, timeout=self._call_timeout)
-        except (TesseractError, TimeoutError, OSError) as error:
-            logger.info("%s does not show the state of %s: %s", peer.short, uid, describe(error))
-            return False
-        return leaf_of(data) == file.leaves[max(0, piece - 1)]
 
     # -- from others -----------------------------------------------------------------------------------------------
 

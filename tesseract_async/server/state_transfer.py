@@ -5,6 +5,7 @@ hash tree. It is copied between two batches, so training goes on while it is sen
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
@@ -39,7 +40,7 @@ MAX_POINTS: Final = 2
 MAX_POINTS_A_MINUTE: Final = 8
 """... and how many of one expert a peer has written: each is a copy, a hash and a file."""
 POINT_SECONDS: Final = 1800.0
-"""A save point that nobody asked for since then gives way: a peer fetches a server's experts one after the other."""
+"""A save point that nobody asked for since then is deleted: a peer fetches a server's experts one after the other."""
 KEEP_SECONDS: Final = 60.0
 """A copy that nobody asked for since then is dropped."""
 REUSE_SECONDS: Final = 2.0
@@ -125,6 +126,7 @@ class StateSource:
         self._sweep: asyncio.TimerHandle | None = None
         self._written: dict[tuple[tuple[str, bool], PeerID], list[float]] = {}
         self._points: dict[tuple[str, bool], dict[tuple[PeerID, bytes], _Copy]] = {}
+        self._unlinking: asyncio.Task[None] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def copy_of(self, uid: str) -> EncodedState | None:
@@ -190,7 +192,7 @@ class StateSource:
         return copy
 
     async def _find_point(self, owner: StateOwner, request: messages.StateRequest, peer: PeerID) -> _Copy | None:
-        """The state as it was when this peer asked first, from the disk. Of one peer the last is kept."""
+        """Return the state as it was when this peer asked first, from the disk. Of one peer the last is kept."""
         key, now = (owner.uid, request.weights_only), asyncio.get_running_loop().time()
         points, at = self._points.setdefault(key, {}), (peer, request.point)
         async with self._making.setdefault(key, asyncio.Lock()):
@@ -201,6 +203,7 @@ class StateSource:
                 if len(points) >= MAX_POINTS:
                     raise Overloaded(f"save points of {owner.uid} are being fetched already", retry_after=5.0)
                 copy = points[at] = await self._write_point(owner, request, now)
+                self._sweep_later()
         if request.root not in (messages.NO_ROOT, copy.root):
             return None
         copy.used = now
@@ -238,10 +241,13 @@ class StateSource:
 
     async def _drop_points(self, key: tuple[str, bool], is_old: Callable[[tuple[PeerID, bytes], _Copy], bool]) -> None:
         points = self._points[key]
-        for at in [at for at, copy in points.items() if is_old(at, copy)]:
-            file = points.pop(at).file
-            if isinstance(file, SealedFile):
-                await self._aside(partial(file.path.unlink, missing_ok=True))
+        await self._unlink([points.pop(at) for at in [at for at, copy in points.items() if is_old(at, copy)]])
+
+    async def _unlink(self, copies: Sequence[_Copy]) -> None:
+        for copy in copies:
+            if isinstance(copy.file, SealedFile):
+                with contextlib.suppress(OSError):
+                    await self._aside(partial(copy.file.path.unlink, missing_ok=True))
 
     def drop(self, uid: str) -> None:
         """Forget the copies of one expert, also those being made: the next caller gets its state of that moment, to
@@ -255,9 +261,10 @@ class StateSource:
         self._points.clear()
         if self._folder is not None:
             self._folder.cleanup()
-        if self._sweep is not None:
-            self._sweep.cancel()
-            self._sweep = None
+        for pending in (self._sweep, self._unlinking):
+            if pending is not None:
+                pending.cancel()
+        self._sweep = self._unlinking = None
 
     async def _make(self, owner: StateOwner, weights_only: bool) -> _Copy:
         files = {at: copy.file for at, copy in self._copies.items() if at != (owner.uid, weights_only)}
@@ -277,17 +284,26 @@ class StateSource:
 
         file, leaves = await self._aside(write)
         now = asyncio.get_running_loop().time()
+        self._sweep_later()
+        return _Copy(state["version"], root_from(leaves, file.size), leaves, file, now, now)
+
+    def _sweep_later(self) -> None:
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(KEEP_SECONDS, self._drop_unused)
-        return _Copy(state["version"], root_from(leaves, file.size), leaves, file, now, now)
 
     def _drop_unused(self) -> None:
         loop = asyncio.get_running_loop()
         self._sweep = None
         self._copies = {at: copy for at, copy in self._copies.items() if loop.time() - copy.used < KEEP_SECONDS}
         self._making = {at: lock for at, lock in self._making.items() if at in self._copies or lock.locked()}
-        if self._copies:
-            self._sweep = loop.call_later(KEEP_SECONDS, self._drop_unused)
+        left = list[_Copy]()  # save points that were never fetched to the end, say
+        for points in self._points.values():
+            for at in [at for at, copy in points.items() if loop.time() - copy.used > POINT_SECONDS]:
+                left.append(points.pop(at))
+        if left:
+            self._unlinking = loop.create_task(self._unlink(left), name="server: old save points")
+        if self._copies or any(self._points.values()):
+            self._sweep_later()
 
 
 def _piece(version: int, file: SealedFile | _Copy, piece: int) -> Message:

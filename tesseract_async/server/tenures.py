@@ -41,10 +41,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.fragments import FragmentBackend
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.other_replicas import (
-    owner_of,
-    wall_clock,
-)
+from tesseract_async.server.other_replicas import owner_of, wall_clock
 from tesseract_async.server.records import Records
 from tesseract_async.server.sealed_states import SealedStates, check_file
 from tesseract_async.server.server import TesseractServer
@@ -97,9 +94,7 @@ class Tenures:
         """Bytes per second that the volunteer gives; None without a limit."""
         self._boot, self._random = os.urandom(8), Random()
         self._addresses: dict[PeerID, PeerAddress] = {}  # of servers that were found to host one of the experts
-        self.states = SealedStates(
-            server, self._experts, self._addresses, call_timeout=call_timeout, random=self._random
-        )
+        self.states = SealedStates(server, self._experts, self._addresses, call_timeout=call_timeout)
         self.files = self.states.files
         self.records = Records(
             self._node, self._experts, call_timeout=call_timeout, elapsed=elapsed, take_in=self._take_in
@@ -245,7 +240,9 @@ class Tenures:
             for expert in self._experts.values():  # no command is cut off
                 await stack.enter_async_context(expert.carrying)
             await end(*self._tasks)
-            for expert in self._experts.values():
+            for uid, expert in self._experts.items():
+                if expert.hosted is None:  # the others answer until the server closes
+                    self._node.unhost_expert(uid)
                 for command in expert.tenure.commands():
                     if isinstance(command, Persist):
                         await self._do(expert, command)
@@ -281,7 +278,7 @@ class Tenures:
     async def _answer(self, uid: str, call: IncomingCall) -> Message:
         request = messages.decode(messages.TenureRequest, call.body)
         expert = self._experts.get(uid)
-        if expert is None:
+        if expert is None or self._closed:
             raise NotAllowed(f"{uid} is of no run here")
         if request.kind in ("prepare", "take_over"):
             agrees, proof = await self._take_over(expert, call.peer_id, request)
@@ -326,20 +323,28 @@ class Tenures:
             return False
         signed = False
         try:
+            until = self._elapsed() + expert.authority.lease  # nobody trains it meanwhile
             await self._carry_out(expert)
-            await self._server.calls.wait_backwards(uid)
-            seal = await self._seal(expert)
-            if seal is None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(expert.authority.lease):
+                    await self._server.calls.wait_backwards(uid)
+            if self._elapsed() >= until or (seal := await self._seal(expert)) is None:
                 return False
             for heir in heirs:
+                if self._elapsed() >= until:
+                    return False
                 nonce = os.urandom(16)
                 reply = await self._call(uid, heir, "prepare", [nonce, seal.blob], timeout=self._call_timeout)
-                if reply is None or reply.records[1] != await self.states.possession(uid, seal, nonce):
+                proof = await self.states.possession(uid, seal, nonce)
+                if reply is None or not reply.agrees or reply.records[1] != proof:
                     logger.warning("%s could not be handed over to %s: it has not fetched the state", uid, heir.short)
                     continue
                 if tenure.state is not State.YIELDING:
                     return False  # another has it meanwhile
-                signature, signed = tenure.hand_over(heir), True
+                signature = tenure.hand_over(heir, self._elapsed())
+                if signature is None:
+                    return False  # nobody was in touch for long
+                signed = True
                 await self._carry_out(expert)
                 reply = await self._call(uid, heir, "take_over", [signature, b""], timeout=self._call_timeout)
                 logger.info("%s was handed over to %s", uid, heir.short)

@@ -35,10 +35,6 @@ class Copy:
         """The swarm's values, as far as this trainer knows."""
         return self._fragment.anchor
 
-    @property
-    def is_pushing(self) -> bool:
-        return self._sent is not None
-
     def push(self, local: torch.Tensor) -> bytes:
         """Return the encoded difference of this trainer's values, which are kept until `merge`."""
         assert self._sent is None

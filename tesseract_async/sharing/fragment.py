@@ -102,6 +102,7 @@ class Fragment:
         first = Update(version - len(updates), b"", before if updates else self.root)
         # one tuple, so that other threads may look at it while a step is taken
         self._line: tuple[Update, ...] = (first, *updates)
+        self._norms: dict[int, float] = {}
 
     @property
     def updates(self) -> tuple[Update, ...]:
@@ -123,6 +124,17 @@ class Fragment:
         self._take(data)
         self._append(Update(self.version, data, self.root))
         return self._line[-1]
+
+    def largest_update(self) -> float:
+        """Return the largest norm of the last `KEPT_UPDATES`; 0 before there are as many. Takes milliseconds for each
+        that it has not measured yet."""
+        kept = {one.version: one for one in self.updates}
+        if len(kept) < KEPT_UPDATES:
+            return 0.0
+        for version in kept.keys() - self._norms.keys():
+            self._norms[version] = float(torch.linalg.vector_norm(self._decoded(kept[version].data)))
+        self._norms = {version: self._norms[version] for version in kept}
+        return max(self._norms.values())
 
     def _append(self, update: Update) -> None:
         self._line = (*self._line[-KEPT_UPDATES:], update)
@@ -159,8 +171,7 @@ class Fragment:
 
     def _take(self, data: bytes) -> None:
         """Apply one encoded step: each operation by itself, so that no machine contracts two into one rounding."""
-        shape = (self.cut.numel,)
-        step = compression.decode(memoryview(bytearray(data)), self.cut.dtype, shape, self.outer.codec_of(self.cut))
+        step = self._decoded(data)
         if self.cut.kind is Kind.NEWEST:
             self.anchor = step
         else:
@@ -175,3 +186,7 @@ class Fragment:
             self.anchor, self.momentum = anchor, momentum
         self.version += 1
         self.root = root_of(self.anchor)
+
+    def _decoded(self, data: bytes) -> torch.Tensor:
+        shape = (self.cut.numel,)
+        return compression.decode(memoryview(bytearray(data)), self.cut.dtype, shape, self.outer.codec_of(self.cut))

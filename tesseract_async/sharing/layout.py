@@ -5,7 +5,6 @@ fragments of nearly equal size, of at most `MAX_ELEMENTS` elements. What is not 
 `Kind`. Tied tensors are taken once, under their first name.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,11 +148,6 @@ class Layout:
         if len({one.name for one in layout.entries}) < len(layout.entries):
             raise ProtocolError("two tensors of one name")
         return layout
-
-    @property
-    def digest(self) -> bytes:
-        """32 bytes that stand for the layout: a run's manifest names them."""
-        return hashlib.sha256(self.encode()).digest()
 
     def check(self, ours: "Layout") -> None:
         """Compare a model's layout with this one, the run's. Raises: LayoutMismatch, naming what differs."""

@@ -3,9 +3,12 @@
 A round opens with the first push. It closes when every peer that pushed or came in the last two rounds has pushed, or
 `deadline` after it opened: the median arrival plus four median deviations, at least `MIN_WAIT`, at most one interval
 between rounds. A push that comes later counts in the next round. Each member counts as one of all that are known, also
-where it comes alone: differences of rounds that split would add up otherwise, where their mean is meant.
+where it comes alone: differences of rounds that split would add up otherwise, where their mean is meant. From three
+members on none gains by coming often: those who came within two usual periods are known, and what a member sends within
+one period is capped as a whole.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -16,8 +19,9 @@ import torch
 
 from tesseract_async.errors import Overloaded
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.runtime.gradients import trimmed_mean
-from tesseract_async.sharing.fragment import KEPT_UPDATES, Outer
+from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment, Outer
 from tesseract_async.sharing.layout import Cut, Kind
 from tesseract_async.wire import compression
 
@@ -28,8 +32,11 @@ FIRST_INTERVAL: Final = 30.0
 TRIMMED_FROM: Final = 4
 """Members from which the trimmed mean decides. Fewer cannot outvote a liar."""
 TRIMMED_SHARE: Final = 0.25
+JUDGED_FROM: Final = 3
+"""Members from which each is measured by what most do."""
 MAX_NORM_RATIO: Final = 3.0
-"""Differences count with at most so many times the median norm, from three members on."""
+"""Differences count with at most so many times the members' median norm. Where fewer members are known, as after a
+takeover, the largest of the last updates stands for it."""
 MAX_MEMBERS: Final = 1024
 """Members that one round counts."""
 _OFFSETS: Final = 32
@@ -57,9 +64,24 @@ def judge(peer: PeerID, call_id: bytes, steps: int, data: bytes, cut: Cut, outer
     values = _decode(data, cut, outer)
     if cut.kind is not Kind.NEWEST:
         norm = float(torch.linalg.vector_norm(values))
-        if norm == float("inf") or norm != norm:
-            raise ValueError("a difference that is not finite")
+        if not norm < math.inf:  # of values that are so large that sums of them would not be finite, too
+            raise ValueError("a difference that is not finite, or far too large")
     return Push(peer, call_id, steps, data, norm)
+
+
+@dataclass(slots=True)
+class _Member:
+    """A peer that has pushed."""
+
+    at: float
+    """When it did so last."""
+    norm: float
+    """Of its last difference, ..."""
+    period: float = 0.0
+    """... and the seconds since the one before (0: there was none); at least half of what they were then, since a flush
+    comes early, and with little."""
+    spent: float = 0.0
+    """The part of what may count of it in one usual period that has counted already."""
 
 
 class Rounds:
@@ -69,15 +91,22 @@ class Rounds:
         """`max_steps`: a push counts as at most so many optimizer steps, whatever it claims."""
         self._version, self._max_steps = version, max_steps
         self._pushes: dict[PeerID, Push] = {}
-        self._came: dict[PeerID, int] = {}
-        """Peers that will push, and the version up to which they are waited for."""
-        self._members: deque[frozenset[PeerID]] = deque(maxlen=2)
+        self._came: LRU[PeerID, int] = LRU(MAX_MEMBERS)
+        """Peers that fetched the state since they pushed last, and the version up to which they are waited for."""
+        self._members: LRU[PeerID, _Member] = LRU(MAX_MEMBERS)
+        self._last_two: deque[frozenset[PeerID]] = deque(maxlen=2)
+        """Those who pushed in the last two rounds."""
         self._waits_first = version > 0
         """It goes on from what another host did, and knows none of the members yet."""
         self._share = 1.0
-        """The part of all who pushed lately that did so in the round that closed last."""
+        """The part of all known members that pushed in the round that closed last, ..."""
+        self._num_known = 0
+        """... how many they are, ..."""
+        self._most = 0.0
+        """... how large their differences may be (0: not known), ..."""
+        self._rooms: dict[PeerID, float] = {}
+        """... and the part of that which is left to each that pushed."""
         self._offsets: deque[float] = deque(maxlen=_OFFSETS)
-        self._norms: deque[float] = deque(maxlen=_OFFSETS)
         self._opened: dict[int, float] = {}
         """When the round opened that led on from each of the last versions."""
         self._interval = FIRST_INTERVAL
@@ -110,23 +139,32 @@ class Rounds:
                 del self._opened[next(iter(self._opened))]
         self._pushes[push.peer] = push
         self._offsets.append(now - self._opened.get(base_version, now))
+        one, before, usual = _Member(now, push.norm), self._members.get(push.peer), self._period
+        if before is not None:
+            gap = now - before.at
+            one.norm, one.period = max(push.norm, before.norm / 2), max(gap, before.period / 2)
+            one.spent = max(0.0, before.spent - gap / usual) if usual else 0.0
+        self._members[push.peer] = one
 
     def expect(self, peer: PeerID) -> None:
-        """Wait in the next two rounds for a peer that fetched the state: it will push."""
-        if len(self._came) < MAX_MEMBERS:
+        """Wait in the next two rounds for a peer that fetched the state: it will push. Not again before it did."""
+        if peer not in self._came:
             self._came[peer] = self._version + 2
 
     def closes_at(self, now: float) -> float | None:
         """Return when this round closes, `now` if it should at once; None if none is open."""
         if not self._pushes:
             return None
-        if self._came.keys() | self._known <= self._pushes.keys() and (self._came or not self._waits_first):
+        came = {peer for peer, until in self._came.items() if until > self._version}
+        if came.union(*self._last_two) <= self._pushes.keys() and (came or not self._waits_first):
             return now
         return self._opened[self._version] + self.deadline
 
     @property
-    def _known(self) -> frozenset[PeerID]:
-        return frozenset(self._pushes).union(*self._members)
+    def _period(self) -> float:
+        """Seconds between two pushes of most members; 0 while few are known."""
+        periods = [one.period for one in self._members.values() if one.period]
+        return statistics.median_low(periods) if len(periods) >= JUDGED_FROM else 0.0
 
     @property
     def deadline(self) -> float:
@@ -137,33 +175,46 @@ class Rounds:
     def close(self) -> list[Push]:
         """End the round. Returns its pushes, in the order of their peers: what they come to must not depend on luck."""
         pushes = sorted(self._pushes.values(), key=lambda push: push.peer)
-        self._share = len(pushes) / len(self._known)
-        self._members.append(frozenset(self._pushes))
+        now, window = max(self._members[peer].at for peer in self._pushes), 2 * self._period
+        lately = {peer: one for peer, one in self._members.items() if peer in self._pushes or now - one.at < window}
+        self._num_known = len(lately.keys() | frozenset[PeerID]().union(*self._last_two))
+        self._share = len(pushes) / self._num_known
+        norms = [one.norm for one in lately.values() if one.norm]
+        self._most = MAX_NORM_RATIO * statistics.median_low(norms) if len(norms) >= JUDGED_FROM else 0.0
+        self._rooms = {peer: 1.0 - lately[peer].spent for peer in self._pushes}
+        for push in pushes if self._most else ():
+            lately[push.peer].spent += min(self._rooms[push.peer], push.norm / self._most)
+        self._last_two.append(frozenset(self._pushes))
+        for peer in self._pushes:
+            self._came.pop(peer, None)
         self._pushes, self._waits_first = {}, False
         self._version += 1
-        self._came = {peer: until for peer, until in self._came.items() if until > self._version}
         return pushes
 
-    def merge(self, pushes: Sequence[Push], cut: Cut, outer: Outer) -> torch.Tensor:
+    def merge(self, pushes: Sequence[Push], fragment: Fragment) -> torch.Tensor:
         """Return what the pushes of the round that closed last come to, decoded: their mean difference, or the newest
         values.
 
-        Under `TRIMMED_FROM` members the mean weighted by steps; from there on the trimmed mean, in which each counts
-        alike (of integers the upper median). Takes milliseconds for each of them.
+        While fewer than `TRIMMED_FROM` members are known, the mean weighted by steps; from there on each counts alike,
+        and with so many in one round the trimmed mean decides. Of integers the upper median, in which members that did
+        not come stand for the present values. Takes milliseconds for each of them.
         """
-        steps = [min(max(1, push.steps), self._max_steps) for push in pushes]
-        if cut.kind is Kind.NEWEST and len(pushes) < TRIMMED_FROM:
+        cut, outer, is_robust = fragment.cut, fragment.outer, self._num_known >= TRIMMED_FROM
+        steps = [1 if is_robust else min(max(1, push.steps), self._max_steps) for push in pushes]
+        if cut.kind is Kind.NEWEST and not is_robust:
             return _decode(pushes[steps.index(max(steps))].data, cut, outer)
+        num_absent = self._num_known - len(pushes)
+        if cut.kind is Kind.NEWEST and num_absent > len(pushes):
+            return fragment.anchor.clone()
         differences = [_decode(push.data, cut, outer) for push in pushes]
         if cut.kind is Kind.NEWEST:
-            return torch.stack(differences).sort(0).values[len(pushes) // 2].clone()
-        # those of earlier rounds count, too: who comes alone must not go as far as he likes
-        self._norms.extend(push.norm for push in pushes if push.norm)
-        if len(self._norms) >= 3:
-            most = MAX_NORM_RATIO * statistics.median_low(self._norms)
-            for push, difference in zip(pushes, differences, strict=True):
-                if push.norm > most:
-                    difference.mul_(most / push.norm)
+            present = [fragment.anchor] * num_absent
+            return torch.stack([*differences, *present]).sort(0).values[self._num_known // 2].clone()
+        most = self._most or MAX_NORM_RATIO * fragment.largest_update()
+        for push, difference in zip(pushes, differences, strict=True):
+            room = most * self._rooms[push.peer]
+            if most and push.norm > room:
+                difference.mul_(room / push.norm)
         if len(pushes) >= TRIMMED_FROM:
             (mean,) = trimmed_mean([[one] for one in differences], TRIMMED_SHARE, scale=self._share)
             assert mean is not None

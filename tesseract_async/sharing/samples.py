@@ -30,6 +30,7 @@ MAX_TRAINERS: Final = 4096
 MAX_TRAINERS_OF_PEER: Final = 8
 MAX_OPEN: Final = 2
 """Epochs that are under way at a time."""
+MAX_EPOCH: Final = 2**40
 STATE_BYTES: Final = 32 << 10
 
 Span = tuple[int, int]
@@ -177,8 +178,11 @@ class Ledger:
         """Take a trainer's message; its messages have ascending numbers, `turn`. One that comes again gets its answer.
 
         Raises: Overloaded for more trainers than can be remembered, and for a message that was overtaken; ValueError
-        for an epoch that does not fit.
+        for an epoch that does not fit, and for numbers that the next primary could not read.
         """
+        claimed = {number for number, _, _ in (*report.held, *report.done)}
+        if not 0 < report.num_samples < 2**48 or max(claimed | {report.epoch}) > MAX_EPOCH:
+            raise ValueError(f"epochs have at least one sample, and numbers up to {MAX_EPOCH}")
         for other in [other for other, heard in self._heard.items() if heard < now - LEASE_SECONDS]:
             self._forget(other)
         if name not in self._heard:
@@ -191,7 +195,6 @@ class Ledger:
         if turn < last:
             raise Overloaded("a later message of this trainer came before", retry_after=0.0)
         self._heard[name] = now
-        claimed = {number for number, _, _ in (*report.held, *report.done)}
         if claimed and not self._epochs and not self._first:  # there was a primary before, which left no state
             self._free_at = now + GRACE_SECONDS
         is_waiting = now < self._free_at
@@ -319,14 +322,16 @@ def _decode(state: bytes) -> tuple[int, dict[int, _Epoch]]:
         epochs: dict[int, _Epoch] = {}
         for number, num_samples, flat in rows:
             spans = list(zip(flat[::2], flat[1::2], strict=True))
-            if any(type(place) is not int or not 0 <= place <= num_samples for place in (number and 0, *flat)):
+            if any(type(one) is not int or not 0 <= one < 2**48 for one in (number, num_samples, *flat)):
+                raise ValueError
+            if any(place > num_samples for place in flat):
                 raise ValueError
             epochs[number] = _Epoch(num_samples, Spans([(0, num_samples)]))
             for start, stop in spans:
                 epochs[number].free.cut(start, stop)
         if type(first) is not int or not 0 <= first < 2**48 or len(epochs) > MAX_OPEN:
             raise ValueError
-        if any(type(number) is not int or not first <= number < 2**48 for number in epochs):
+        if any(number < first for number in epochs):
             raise ValueError
     except Exception:  # msgpack raises many kinds
         raise ProtocolError("malformed samples in the state of a fragment") from None

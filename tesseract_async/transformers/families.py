@@ -29,7 +29,7 @@ def library() -> Any:
     try:
         import transformers
     except ImportError:
-        raise ValueError("this needs Hugging Face Transformers: pip install 'tesseract-async[transformers]'") from None
+        raise ValueError("this needs more packages: pip install -e '.[transformers]' in the clone") from None
     found = re.match(r"(\d+)\.(\d+)", transformers.__version__)
     if found is None or (int(found[1]), int(found[2])) < LEAST_VERSION:
         least = ".".join(map(str, LEAST_VERSION))

@@ -13,13 +13,17 @@ from typing import Protocol
 
 from tesseract_async.identity import PeerID
 
+MAX_HOST = 253
+"""Characters of a host's name: what DNS has, and what strangers may have others print."""
+
 
 def split_host_port(text: str) -> tuple[str, int]:
     """``"host:port"`` or ``"[v6]:port"`` in its parts. Raises: ValueError."""
     host, separator, port = text.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not separator or not bare or (":" in bare) != (bare != host) or not port.isascii() or not port.isdigit():
-        raise ValueError(f"not an address (host:port, or [v6]:port): {text!r}")
+    is_name = 0 < len(bare) <= MAX_HOST and bare.isprintable() and " " not in bare
+    if not separator or not is_name or (":" in bare) != (bare != host) or not port.isascii() or not port.isdigit():
+        raise ValueError(f"not an address (host:port, or [v6]:port): {text[:300]!r}")
     if not 0 <= int(port) <= 65535:
         raise ValueError(f"a port is at most 65535: {text!r}")
     return bare, int(port)

@@ -20,6 +20,7 @@ from tesseract_async.errors import (
     TooStale,
     UnknownMethod,
     UnsupportedVersion,
+    printable,
     text_of,
 )
 from tesseract_async.wire import frames
@@ -114,7 +115,7 @@ def decode_error(code: Value, sentence: Value, details: Value) -> RemoteError:
     """Return an error in its class by `code`. Untrusted. Raises: ProtocolError."""
     if type(code) is not str or type(sentence) is not str or type(details) is not dict:
         raise ProtocolError("a reply holds a malformed error")
-    kind, sentence = _ERRORS.get(code, RemoteError), sentence[:MAX_SENTENCE_LENGTH]
+    kind, sentence = _ERRORS.get(code, RemoteError), printable(sentence[:MAX_SENTENCE_LENGTH])
     if kind is Overloaded or kind is NotPrimary:
         after = details.get("retry_after", 0.0)
         after = float(after) if type(after) in (int, float) and 0 <= after <= 3600 else 0.0

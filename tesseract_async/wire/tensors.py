@@ -287,8 +287,8 @@ def decode_schema(data: Value) -> Schema:
         if depth > MAX_SCHEMA_DEPTH:
             raise ProtocolError(f"a schema is nested too deeply, more than {MAX_SCHEMA_DEPTH} levels")
         if isinstance(part, dict):
-            if not all(isinstance(key, str) for key in part):
-                raise ProtocolError("a schema's keys are strings")
+            if not all(isinstance(key, str) and key.isprintable() for key in part):
+                raise ProtocolError("a schema's keys are printable strings")
             return {key: build(item, depth + 1) for key, item in part.items()}
         if isinstance(part, list) and part and part[0] in ("t", "l"):
             items = [build(item, depth + 1) for item in part[1:]]

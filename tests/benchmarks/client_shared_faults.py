@@ -57,7 +57,9 @@ class Scenario:
     killed_every: float = 0.0
     """Seconds between two kills of all fragments' primaries."""
     liar: float = 1.0
-    """The last trainer's differences are multiplied by this."""
+    """The last trainer's differences are multiplied by this, ..."""
+    hasty: int = 1
+    """... and it pushes so many times as often."""
     shares: bool = True
 
 
@@ -76,11 +78,13 @@ FAULTS: Final = {
     "all of these": Scenario(slow=4.0, lost=0.2, replaced_after=100, killed_every=60.0),
     "one of four negates": Scenario(4, liar=-1.0),
     "one of eight x 10": Scenario(8, liar=10.0),
+    "one of eight x -10, 8 x as often": Scenario(8, liar=-10.0, hasty=8),
 }
 BASES: Final = {
     "undisturbed": "nothing shared",
     "one of four negates": "three honest",
     "one of eight x 10": "seven honest",
+    "one of eight x -10, 8 x as often": "seven honest",
 }
 
 
@@ -316,7 +320,7 @@ class Trainer:
     def push(self, number: int) -> None:
         if number in self.asks or not self.world.given.shares:
             return
-        self.due[number] = self.steps + EVERY
+        self.due[number] = self.steps + EVERY // (self.world.scenario.hasty if self.is_liar else 1)
         own, layout = self.copies[number], self.world.manifest.layout
         local, (_, version, root) = layout.read(self.model, own.cut), own.base
         data = own.push(local)
@@ -348,6 +352,8 @@ class Trainer:
         own = self.copies[ask.number]
         if whole is not None:
             change = own.rebase(whole[0], version=whole[1], epoch=0, counted=counted)
+            if not counted:  # its base was too old
+                self.due[ask.number] = self.steps
         else:
             change = own.merge(updates or (), epoch=0)
         self.world.manifest.layout.add(self.model, own.cut, change)

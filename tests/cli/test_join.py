@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tesseract_async as ta
-from tesseract_async.cli import doctor
+from tesseract_async.cli import doctor, join
 from tesseract_async.cli.main import main
 from tesseract_async.cli.start_run import reach_of
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
@@ -129,9 +130,23 @@ async def test_joining_says_what_it_lends_and_starts_it_by_systemd(
     assert lines[2].startswith("hours:  22:00-07:00; pauses while other programs use more than 50%")
     (config,) = home.glob(".tesseract/digits-*/serve.toml")
     assert config.stat().st_mode & 0o777 == 0o600 and facts["run"] in config.read_text()
-    unit = (home / ".config/systemd/user/tesseract-digits.service").read_text()
+    (installed,) = home.glob(".config/systemd/user/tesseract-digits-*.service")
+    unit = installed.read_text()
     assert f"tesseract_async serve --config {config}" in unit and "--hours 22:00-07:00" in unit
-    assert asked.read_text().splitlines()[-1] == "--user enable --now tesseract-digits"
+    assert asked.read_text().splitlines()[-1] == f"--user enable --now {installed.stem}"
+
+
+def test_limits_are_kept_in_whatever_folder() -> None:
+    folder = Path('/home/é "😀"\\\x7f')
+    kept = tomllib.loads(join._config(Invite.parse(invite("[2001:db8::7]:1")), folder, None))
+    assert kept["keeps"] == {"identity": str(folder / "identity.pem"), "checkpoint-dir": str(folder / "states")}
+    assert kept["join"]["initial-peers"] == ["[2001:db8::7]:1"] and kept["join"]["host"] == "::"
+
+
+@pytest.mark.parametrize("seed", ["\x1b[2J:1", "a b:1", "x" * 5000 + ":1", "\u202e:1", "[::1\n]:1"])
+def test_an_invite_names_addresses_only(seed: str) -> None:
+    result = CliRunner().invoke(main, ["join", Invite(f"digits@{OWNER.peer_id}", (seed,)).text()])
+    assert result.exit_code == 1 and len(result.output) < 200 and "invite is damaged" in result.output
 
 
 async def test_what_keeps_a_computer_out_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         (("save", "--run", "x", "-p", NOBODY, "--out", "x"), 1, "no answer from 127.0.0.1:1"),
         (("call", "nonsense", "-p", NOBODY), 1, "not an expert's uid, such as 'ffn.3.7'"),
         (("put", "x", "1", "-p", "nonsense"), 1, "not an address (host:port, or [v6]:port): 'nonsense'"),
+        (("doctor", "-p", "\x1b]0;x\x07:1"), 1, r"not an address (host:port, or [v6]:port): '\x1b]0;x\x07:1'"),
+        (("serve", "--experts", "ffn.0", "--name", "\u202eevil"), 2, "a machine's name is one line of at most 64"),
+        (("serve", "--experts", "ffn.0", "--name", "x" * 10_000), 2, "a machine's name is one line of at most 64"),
         (("top",), 2, "Missing option '--initial-peers'"),
         (("top", "-p", NOBODY, "--json"), 2, "--json goes with --once"),
         (("serve", "--experts", "ffn.0", "--shard", "fsdp", "--step", "lockstep"), 2, "--shard goes with one --device"),
@@ -158,10 +161,10 @@ def test_bars_are_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setenv("TERM", "xterm")
     with progress_bar("building experts", total=2) as advance:
         advance(2)
-    with spinner("joining the network"):
+    with spinner("asking [fe80::1]:4000[/b]"):
         pass
     out, err = capsys.readouterr()
-    assert "building experts" in err and "100%" in err and "joining the network" in err
+    assert "building experts" in err and "100%" in err and "asking [fe80::1]:4000[/b]" in err
     assert out == "", "standard output is for programs"
 
 

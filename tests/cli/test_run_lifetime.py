@@ -44,6 +44,13 @@ hours = "00:00-24:00"
 """
 
 
+def test_a_newcomer_does_not_say_that_it_serves_nothing() -> None:
+    assert hosting_module.what_is_served(1, None) == "1 expert is being served"
+    assert hosting_module.what_is_served(2, 3) == "2 experts are being served"
+    assert hosting_module.what_is_served(0, 3) == "ready to take a share of the run's experts"
+    assert hosting_module.what_is_served(0, 0) == "ready to keep states of the run's experts"
+
+
 async def primary_of(node: ta.TesseractNode, uid: str) -> ExpertReplica:
     """The uid's primary, read from the network as often as it takes."""
     node.directory.watch("ffn", (2, 2))

@@ -20,7 +20,7 @@ import tesseract_async as ta
 from tesseract_async.cli import doctor, options
 from tesseract_async.cli.main import main
 from tesseract_async.cli.options import host_towards
-from tesseract_async.cli.running import JsonLines
+from tesseract_async.cli.running import JsonLines, TextLines
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.monitoring import StatusService
 from tesseract_async.nat import reach
@@ -116,6 +116,16 @@ def test_log_lines_can_be_json() -> None:
     record = logging.LogRecord("tesseract_async.x", logging.WARNING, "f", 1, "dropped %s", ("a peer",), None)
     line = json.loads(JsonLines().format(record))
     assert (line["level"], line["logger"], line["message"]) == ("warning", "tesseract_async.x", "dropped a peer")
+
+
+async def test_a_strangers_words_do_not_command_a_terminal() -> None:
+    record = logging.LogRecord("x", logging.WARNING, "f", 1, "%s\n  at", ("\x1b[2J\u202eevil",), None)
+    assert TextLines("%(message)s").format(record) == "\\x1b[2J\\u202eevil\n  at"
+    async with ta.TesseractNode() as seed:
+        await seed.network.store("colour", "\x9b2J\u202ered", ttl=60.0, subkey="\x1b]0;owned\x07")
+        got = await tesseract("get", "colour", "-p", seed.address)
+    assert "\\x1b]0;owned\\x07" in got.output and "\\x9b2J\\u202ered" in got.output
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & {*got.output}
 
 
 @pytest.mark.parametrize(

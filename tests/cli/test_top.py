@@ -93,6 +93,25 @@ def test_lists_scroll_and_a_run_is_described() -> None:
         assert (first == 999) is ("cellar" in text and "left 10 min ago" in text), "those that left come last"
 
 
+def test_a_narrow_terminal_keeps_the_names() -> None:
+    swarm = state((4, 4))
+    for name, more in (("attic", ["load"]), ("the computer under the roof", [])):
+        swarm["peers"][1] |= {"name": name}
+        lines = shown(swarm, 80, 24)
+        [head] = [one for one in lines if one.startswith("peer ")]
+        assert head.split() == ["peer", "name", "path", "round", "trip", "experts", "calls/s", *more]
+        assert any(one.startswith(f"00000001  {name[:11]}") and "tcp 192.0.2.1:31337 " in one for one in lines)
+
+
+@pytest.mark.parametrize("name", ["x" * 64, "機" * 64, "e" + 63 * "\u0301"])
+def test_what_one_server_says_takes_no_room_from_others(name: str) -> None:
+    swarm = state((4, 4))
+    endless = dict.fromkeys(("calls_per_second", "rows_per_second", "steps_per_second", "busy"), 2.0**90)
+    swarm["peers"][1] |= {"name": name, "waiting_rows": 2**62, **endless}
+    for width in (80, 132):
+        assert any(one.startswith("00000000  ") and "tcp 192.0.2.0:31337  " in one for one in shown(swarm, width, 24))
+
+
 def test_one_look_says_what_it_cannot_know() -> None:
     def once(swarm: dict[str, Any]) -> str:
         console = Console(width=100, file=io.StringIO())

@@ -206,6 +206,13 @@ def manifest_at(*addresses: str, rendezvous: Sequence[str] = ()) -> Manifest:
     return Manifest("ffn", 1, addresses, tuple(rendezvous), np.zeros((1, 1), np.int64), np.ones(1, np.bool_))
 
 
+def test_a_host_that_is_longer_than_any_name_is_no_address() -> None:
+    [(part, _)] = encode_manifest([f"{'x' * 253}:1"], {(1,): True}, prefix="ffn", sequence=1)
+    assert decode_manifest(part).addresses == (f"{'x' * 253}:1",)
+    with pytest.raises(ProtocolError, match="a malformed host name"):
+        decode_manifest(part.replace(bytes([253]) + b"x" * 253, bytes([254]) + b"x" * 254))
+
+
 def test_a_manifest_names_third_parties_in_vain() -> None:
     public, node = AddressScope(["8.8.4.4"]), "/" + 64 * "1"
     many = manifest_at(*(f"9.9.9.9:{port}" for port in range(1, 9))).within(public)

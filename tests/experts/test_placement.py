@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.placement import (
+    CHECK_EVERY,
     DROP_AFTER,
     MAX_BEHIND,
     MOVE_EVERY,
@@ -24,6 +25,7 @@ from tesseract_async.experts.placement import (
     Step,
     Survey,
     assign,
+    score,
 )
 from tesseract_async.identity import PeerID
 
@@ -251,6 +253,44 @@ def test_one_that_promises_and_never_has_the_file_is_not_counted_on() -> None:
     for _ in range(int(STUCK_AFTER / 5) + 2):
         world.tick()
     assert world.survey.standing("ffn.7").losses == 3
+
+
+def test_a_copy_that_is_not_shown_does_not_count_for_those_that_would_take_the_next() -> None:
+    world = World([place(n, room=8) for n in range(8)], pattern=ExpertPattern.parse("ffn.7"))
+    for _ in range(10):
+        world.tick()
+    holders = {world.survey.leader("ffn.7"), *world.survey.copies("ffn.7")}
+    checks: dict[PeerID, list[PeerID]] = {}
+    for _ in range(int(CHECK_EVERY / 5) + 2):
+        world.tick()
+        for one, machine in world.machines.items():
+            if (found := machine.to_check(world.places, world.now)) is not None:
+                assert found[0] == "ffn.7" and one not in holders and one not in checks
+                checks[one] = found[1]
+    assert len(checks) == 3 and all({*copies} == set(world.survey.copies("ffn.7")) for copies in checks.values())
+    liar = next(iter(world.survey.copies("ffn.7")))
+    for one in checks:
+        world.machines[one].not_shown("ffn.7", [liar], world.now)
+    (taker,) = (
+        one
+        for one in checks
+        if any(step.uid == "ffn.7" for step in world.machines[one].decide(world.places, world.now, world.now))
+    )
+    assert taker == min(checks, key=lambda one: score(one, "ffn.7"))
+
+
+def test_of_two_copies_too_many_neither_counts_on_the_other() -> None:
+    world = World([place(n, room=8) for n in range(8)], pattern=ExpertPattern.parse("ffn.7"))
+    for _ in range(10):
+        world.tick()
+    leader = world.survey.leader("ffn.7")
+    assert leader is not None
+    for one in world.places:
+        world.set_part(one, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=Role.HOLDS))
+    world.set_part(leader, "ffn.7", Part(Role.LEADS, *world.places[leader].parts["ffn.7"].age))
+    keepers = {one: world.machines[one].keepers(world.survey, "ffn.7") for one in world.places if one != leader}
+    assert sorted(map(len, keepers.values())) == list(range(7))
+    assert all(one not in keepers[other] or other not in keepers[one] for one in keepers for other in keepers)
 
 
 members = st.lists(

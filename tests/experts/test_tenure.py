@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.tenure_words import Fetch, Publish, Question, Send, State
+from tesseract_async.experts.tenure_words import Question, Send, State
 from tesseract_async.experts.terms import Kind, Seal, read_seal, sign_seal, sign_term
 from tests.experts.tenure_world import CREATED, RUN, UID, Server, World, appoint, identity
 
@@ -110,6 +110,31 @@ def test_of_three_members_no_two_answer_at_once_while_one_is_at_fault(seed: int,
     assert not overlaps(world), overlaps(world)
 
 
+def test_who_agreed_with_one_primary_agrees_with_no_late_one_for_a_lease() -> None:
+    world = World(5, 4)
+    leader = world.begin()
+    world.run(world.sync_every)
+    late = next(one for one in world.up if one.machine.state is State.HOLDING)
+    assert leader.machine.leave() and leader.sync()
+    leader.settle()
+    seal, signature = leader.machine.held, leader.machine.hand_over(late.peer, world.now)
+    assert seal is not None and signature is not None
+    leader.kill()
+    late.kill()
+    assert world.run_until(world.is_led, 2 * LEASE)
+    world.run(LEASE)
+    (elected,) = world.leaders
+    member = next(one for one in world.up if one is not elected)
+    epoch = int(world.now) + 20
+    term = sign_term(
+        late.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=Kind.HANDOVER, seal=seal, handover=signature
+    )
+    beat = Question("beat", epoch, bytes(8), term.blob, b"")
+    assert not member.machine.ask(late.peer, beat, world.now, member.wall).agrees, "the other counts on its word"
+    assert member.machine.primary == late.peer
+    assert member.machine.ask(late.peer, beat, world.now + LEASE, member.wall).agrees
+
+
 def test_stopped_for_ten_leases_and_resumed_it_answers_nothing() -> None:
     world = World(5, 3)
     leader = world.begin()
@@ -197,7 +222,7 @@ def test_a_handover_loses_and_doubles_nothing_wherever_it_ends(until: str) -> No
         world.run(LEASE)
         assert leader.leads
         return
-    signature = machine.hand_over(heir.peer)
+    signature = machine.hand_over(heir.peer, world.now)
     leader.settle()
     if until == "all":
         assert not heir.machine.take(bytes(64), world.now, heir.wall)
@@ -212,13 +237,46 @@ def test_a_handover_loses_and_doubles_nothing_wherever_it_ends(until: str) -> No
     assert not overlaps(world)
 
 
+def test_while_the_heir_fetches_the_state_nobody_else_takes_over() -> None:
+    world = World(7, 4)
+    leader = world.begin()
+    machine = leader.machine
+    assert machine.leave() and leader.sync()
+    world.run(3 * LEASE)
+    assert machine.state is State.YIELDING and not world.leaders and machine.primary == leader.peer
+    world.partition({leader.number}, {one.number for one in world.servers} - {leader.number})
+    world.run(0.7 * LEASE)
+    assert machine.hand_over(machine.heirs(world.now)[0], world.now) is None, "others may have elected one"
+    machine.keep(world.now)
+    leader.settle()
+    assert world.run_until(world.is_led, 2 * LEASE) and leader not in world.leaders
+    world.heal()
+    assert world.run_until(world.agree, 2 * LEASE) and not overlaps(world)
+
+
+def test_a_signature_that_the_heir_gets_late_is_worth_nothing() -> None:
+    world = World(7, 3)
+    leader = world.begin()
+    machine = leader.machine
+    heir = world.of(machine.heirs(world.now)[0])[0]
+    assert machine.leave() and leader.sync()
+    leader.settle()
+    world.run(2.0)
+    signature = machine.hand_over(heir.peer, world.now)
+    assert signature is not None
+    world.stall(heir, 2 * LEASE)
+    leader.settle()
+    world.run(1.5 * LEASE)
+    assert not heir.machine.take(signature, world.now, heir.wall)
+
+
 def test_who_handed_over_and_starts_again_does_not_lead_in_that_epoch() -> None:
     world = World(8, 2)
     leader = world.begin()
     epoch = leader.machine.epoch
     leader.machine.leave()
     leader.sync()
-    leader.machine.hand_over(world.servers[0].peer)
+    leader.machine.hand_over(world.servers[0].peer, world.now)
     leader.settle()
     leader.kill()
     leader.start()
@@ -599,9 +657,15 @@ def test_commands_come_in_the_order_in_which_they_must_be_done() -> None:
     machine.handle_timer(later, server.wall)
     (probe,) = [command for command in machine.commands() if isinstance(command, Send)]
     machine.answered(probe.peer, probe.question, None, later, later, server.wall)
+    asked = [command for command in machine.commands() if isinstance(command, Send)]
+    voter = next(one for one in world.up if one is not server)
+    question = next(one.question for one in asked if one.peer == voter.peer)
+    vote = voter.machine.ask(server.peer, question, later, voter.wall)
+    assert vote.vote and [type(one).__name__ for one in voter.machine.commands()][-1] == "Persist"
+    machine.answered(voter.peer, question, vote, later, later, server.wall)
     commands = machine.commands()
     kinds = [type(command).__name__ for command in commands]
-    assert kinds.index("Persist") < kinds.index("Send") and not any(isinstance(c, Publish | Fetch) for c in commands)
+    assert kinds.index("Persist") < min(kinds.index("Send"), kinds.index("Publish")) and "Fetch" not in kinds
 
 
 def test_who_stood_still_itself_asks_again_before_it_takes_others_for_dead() -> None:
@@ -705,3 +769,19 @@ def test_a_clock_that_jumps_by_a_day_stops_nothing(whose: str, seconds: float) -
     assert heir in right and died - newest <= world.sync_every + LEASE, "its state was followed all the time"
     world.run(LEASE)
     assert all(one.machine.epoch == heir.machine.epoch for one in right if one is not leader)
+
+
+def test_a_member_that_was_killed_while_its_clock_was_years_ahead_votes_again() -> None:
+    world = World(4, 3)
+    leader = world.begin()
+    world.run(2 * LEASE)
+    one, other = (server for server in world.up if server is not leader)
+    leader.kill()
+    world.stall(other, 10 * LEASE)
+    one.skew += 3e8
+    assert world.run_until(lambda: one.machine.state is State.CANDIDATE, 2 * LEASE)
+    one.kill()
+    one.skew -= 3e8
+    one.start()
+    world.stall(other, 0.0)
+    assert world.run_until(world.is_led, 4 * LEASE), world.describe()

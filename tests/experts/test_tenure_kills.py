@@ -35,7 +35,7 @@ def hand_over(world: World, leader: Server, heir: Server) -> None:
         if not heir.is_up or heir.machine.held != seal or leader.machine.state is not State.YIELDING:
             leader.machine.keep(world.now)
             return
-        signature = leader.machine.hand_over(heir.peer)
+        signature = leader.machine.hand_over(heir.peer, world.now)
         later(world, heir, world.latency(), lambda: heir.machine.take(signature, world.now, heir.wall) and None)
 
     later(world, heir, world.latency(), show)

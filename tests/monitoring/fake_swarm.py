@@ -103,7 +103,8 @@ class FakeObserver:
         return self.thanks
 
     def expert(self, uid: str) -> dict[str, Any]:
-        facts = {"version": 70, "num_calls": 400, "num_failures": 2, "median_seconds": 0.004, "slow_seconds": 0.09}
+        facts = {"version": 70, "num_calls": 400, "num_rows": 3200, "num_failures": 2}
+        facts |= {"median_seconds": 0.004, "slow_seconds": 0.09}
         servers = [
             {key: peer[key] for key in ("peer_id", "short", "name")} | facts | {"primary": not number}
             for number, peer in enumerate(self.peers[:2])
@@ -115,7 +116,7 @@ class FakeObserver:
     def server(self, peer_id: PeerID) -> dict[str, Any]:
         if not any(peer["peer_id"] == str(peer_id) for peer in self.peers):
             raise KeyError(peer_id)
-        facts = {"version": 70, "primary": True, "num_calls": 400, "num_failures": 2}
+        facts = {"version": 70, "primary": True, "num_calls": 400, "num_rows": 3200, "num_failures": 2}
         experts = [{"uid": f"ffn.0.{n}", **facts, "median_seconds": 0.004, "slow_seconds": 0.09} for n in range(4)]
         return {"peer_id": str(peer_id), "experts": experts}
 

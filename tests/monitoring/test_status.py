@@ -29,7 +29,7 @@ STATUS = NodeStatus(
     num_rows=100,
     num_waiting_rows=4,
     busy_seconds=0.25,
-    experts={"ffn.3.7": ExpertStatus(5, True, 7, 1, 0.5, 1.5), "ffn.0.0": ExpertStatus(0, False)},
+    experts={"ffn.3.7": ExpertStatus(5, True, 7, 1, 0.5, 1.5, 9), "ffn.0.0": ExpertStatus(0, False)},
     name="attic",
     hardware="2 cores, 4 GiB",
     memory_bytes=2**30,
@@ -46,7 +46,7 @@ def test_a_node_of_version_0_1_is_read_and_later_ones_may_tell_more() -> None:
     body = encode_status(STATUS)
     old: dict[str, Any] = {key: body[key] for key in list(body)[:8]} | {"experts": {"ffn.3.7": [5, True]}}
     assert decode_status(old).experts == {"ffn.3.7": ExpertStatus(5, True)} and decode_status(old).name == ""
-    later = decode_status({**body, "experts": {"ffn.3.7": [5, True, 7, 1, 0.5, 1.5, "more"]}})
+    later = decode_status({**body, "experts": {"ffn.3.7": [5, True, 7, 1, 0.5, 1.5, 9, "more"]}})
     assert later.experts["ffn.3.7"] == STATUS.experts["ffn.3.7"]
 
 
@@ -66,6 +66,12 @@ def test_malformed_fields_are_protocol_errors(field: str, value: Any) -> None:
     value = "\n" if isinstance(value, str) and isinstance(getattr(STATUS, field), str) else value
     with pytest.raises(ProtocolError):
         decode_status({**encode_status(STATUS), field: value})
+
+
+def test_no_figure_makes_a_rate_infinite() -> None:
+    for more in ({"busy_seconds": 1e308}, {"experts": {"ffn.1": [1, True, 1, 1, 1e308, 1.0]}}):
+        with pytest.raises(ProtocolError):
+            decode_status(encode_status(STATUS) | more)
 
 
 json_like = st.recursive(

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -23,6 +24,7 @@ from tesseract_async.monitoring import StatusService, SwarmObserver, publish_pro
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
 from tesseract_async.monitoring.observer import SHOW_DEAD_FOR
 from tesseract_async.monitoring.prometheus import render
+from tesseract_async.transport.base import PeerAddress
 from tests.faults.serving import let_pass
 from tests.server.run_members import joined, make_run
 
@@ -86,6 +88,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 text = render(node.metrics, observer).decode()
                 at = f'expert="ffn.1.2",server="{host.peer_id}"'
                 assert f"tesseract_swarm_expert_calls_total{{{at}}} 6.0" in text
+                assert f"tesseract_swarm_expert_rows_total{{{at}}} 30.0" in text
                 assert f'tesseract_swarm_server_up{{name="attic",server="{host.peer_id}"}} 1.0' in text
                 assert f'tesseract_swarm_thanks_rows{{name="attic",server="{host.peer_id}"}} 15.0' in text
                 assert peer["steps_per_second"] > 0 and peer["rows_per_second"] > 0
@@ -94,7 +97,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 assert only(list(state["losses"].values())) == [3, 0.5, 1, 15, "tokens"]
                 assert state["seen"] == {"tokens": 15} and state["totals"]["merged"] == 0.25
                 assert "tesseract_swarm_merged_loss 0.25" in text and 'one",unit="tokens"} 15.0' in text
-                assert "joined with 2 experts" in only(state["log"])[1] and only(state["log"])[2] == "joined"
+                assert only(state["log"])[1:] == [f"attic ({host.peer_id.short}) joined with 2 experts", "joined"]
                 assert (
                     peer["calls_per_second"] > 0
                     and peer["answered_ago"] >= 0
@@ -103,10 +106,10 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 shown = print_top(state, 132)
                 assert all(column in shown for column in picture.COLUMNS)
                 assert "attic" in shown
-                for width in (80, 40):  # whose line it is, and the path: whole on every terminal
-                    assert f"{host.peer_id.short}  {peer['path']}  " in print_top(state, width)
+                for width, name in ((80, "attic  "), (40, "")):  # whose line it is, and the path: always whole
+                    assert f"{host.peer_id.short}  {name}{peer['path']}  " in print_top(state, width)
                 [head] = [one for one in print_top(state, 80).splitlines() if one.startswith("peer ")]
-                assert head.split() == ["peer", "path", "round", "trip", "experts", "calls/s", "load", "answered"]
+                assert head.split() == ["peer", "name", "path", "round", "trip", "experts", "calls/s", "load"]
                 assert host.peer_id.short in shown and "2 experts on 1 server " in shown and "●" in shown
             await observer.look()
             state = observer.state()
@@ -194,6 +197,29 @@ async def test_a_dead_server_counts_no_more_and_is_shown_for_a_while(monkeypatch
         let_pass(SHOW_DEAD_FOR + 1.0)
         await observer.look()
         assert observer.state()["peers"] == []
+
+
+class Hosted(list[int]):
+    """A view of a grid whose experts one server hosts."""
+
+    @property
+    def coords(self) -> torch.Tensor:
+        return torch.tensor(self).reshape(-1, 1)
+
+    def replicas_at(self, row: int) -> list[Any]:
+        address = PeerAddress(PeerID(bytes(32)), ("127.0.0.1:1",))
+        return [SimpleNamespace(peer=address, uid=f"ffn.{self[row]}")]
+
+
+async def test_an_event_says_what_a_server_took_and_gave_up() -> None:
+    views = [Hosted([0, 1]), Hosted([0, 1, 2]), Hosted([0, 5, 6]), Hosted([5])]
+    node: Any = SimpleNamespace(directory=SimpleNamespace(watch=lambda *_: None, live=lambda *_: views[0]))
+    observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:9]")])
+    while views:
+        observer._note_members()
+        del views[0]
+    said = [sentence.partition(" ")[2] for _, sentence, _ in observer.log]
+    assert said == ["took 1 expert: 3 now", "took 2 experts and gave 2 experts up: 3 now", "gave 2 experts up: 1 now"]
 
 
 async def test_one_look_misses_a_member_of_a_run_that_died_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +316,7 @@ async def test_what_strangers_publish_is_bounded() -> None:
                 None,
                 [3, 0.5, 2, -1, "samples"],
                 [3, 0.5, 2, 7, "pages"],
+                [3, 1.7e308, 2, 7, "tokens"],
                 [3, 0.5, 2, 7, "tokens", "of a later version"],
             )
         ):
@@ -303,6 +330,11 @@ async def test_what_strangers_publish_is_bounded() -> None:
             state = json.loads(json.dumps(observer.state(), allow_nan=False))
             assert [grid["prefix"] for grid in state["grids"]] == ["ffn"]
             assert list(state["losses"].values()) == [[3, 0.5, 2, 7, "tokens"]]
+            for subkey in ("\x1b[2J\u202eevil", "x" * 128):
+                await host.network.store("progress/ffn", [3, 0.5, 2, 7, "tokens"], ttl=60.0, subkey=subkey)
+            await observer.look()
+            names = [name.split(maxsplit=1)[1] for name in observer.losses]
+            assert "\\x1b[2J\\u202eevil" in names and max(map(len, names)) == 48
             observer._note("x" * 10_000, "failed")
             assert len(observer.log[-1][1]) == 240
 

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import copy
+import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,12 @@ async def test_a_saved_model_answers_without_the_swarm_as_the_swarm_did(swarm: S
         assert type(loaded) is Residual and type(loaded.gate) is ta.LocalMixture and loaded.tied is loaded.last
         assert not loaded.training and (loaded.scale, loaded.steps) == (0.5, (1, 2))
         torch.testing.assert_close(await loaded(x), expected, rtol=0, atol=1e-6)
+    index = json.loads((folder / "model.json").read_text())
+    index["model"]["modules"]["gate"]["gate"]["in_features"] = 10**12  # nothing of that size is made
+    shutil.copytree(folder, tmp_path / "large")
+    (tmp_path / "large" / "model.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="another shape than its gate"):
+        ta.load_model(tmp_path / "large", allowed_modules=[HERE])
     # ... is trained on here, experts included
     (await loaded(x)).sum().backward()
     assert loaded.gate.proj.weight.grad is not None and any(
@@ -181,6 +189,9 @@ async def test_going_on_from_a_save_point_equals_never_having_stopped(swarm: Swa
     states = {uid: one.state()["module"] for uid, one in swarm.server.experts.items()}
     versions = {uid: one.version for uid, one in swarm.server.experts.items()}
     other = swarm.trainer()
+    with pytest.raises(CheckpointError, match="not the model that was saved"):
+        await restore_model(swarm.node, nn.Linear(2, 2), folder)
+    assert versions == {uid: one.version for uid, one in swarm.server.experts.items()}  # no server went back
     restored = await restore_model(swarm.node, other.module, folder, trainer=other)
     assert restored == {uid: one.version for uid, one in open_folder(folder).experts.items()}
     assert restored == {uid: one.version for uid, one in swarm.server.experts.items()} != versions

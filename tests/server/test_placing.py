@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import tesseract_async as ta
+from tesseract_async.errors import ExpertNotFound
 from tesseract_async.experts.membership import Leave
 from tesseract_async.experts.placement import Part, Place, Role, Survey, score
 from tesseract_async.experts.places import encode_place, places_key
+from tesseract_async.wire import messages
 from tests.server.run_members import Member, identity_of, joined, make_run, member, standings, until
 
 X = torch.ones(2, 4)
@@ -81,6 +83,16 @@ async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor()
         await until(lambda: heir.leads("ffn.0") and heir.version("ffn.0") == 3)
 
 
+async def test_who_leaves_answers_nothing_about_files_any_more() -> None:
+    run = make_run(1, num_replicas=1)
+    async with member(run, 1, [], room=1) as first, member(run, 2, [first.node.address], room=0) as holder:
+        await until(lambda: standings([first, holder], 1)[0].losses == 1)
+        await holder.keeper.aclose()
+        question = messages.encode(messages.TenureRequest("ffn.0", "probe", 0, [b"", b"", b""]))
+        with pytest.raises(ExpertNotFound):
+            await first.node.call_expert(holder.node.peer_address, messages.TENURE, question, timeout=5.0)
+
+
 async def test_who_only_says_that_it_leads_in_the_newest_epoch_makes_no_copy_look_old() -> None:
     run = make_run(1, num_replicas=1)
     async with contextlib.AsyncExitStack() as stack:
@@ -133,6 +145,23 @@ async def test_nobody_gives_a_copy_up_for_those_who_only_say_that_they_have_one(
         await until(lambda: sum(uid in one.keeper.tenures.uids() for one in (leader, holder, third)) == 3)
         # one of the two is one too many, and that the other has it is shown
         await until(lambda: sum(uid in one.keeper.tenures.uids() for one in (leader, holder, third)) == 2)
+
+
+@pytest.mark.slow
+async def test_a_copy_that_is_said_but_not_shown_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tesseract_async.experts.placement.CHECK_EVERY", 1.0)
+    monkeypatch.setattr("tesseract_async.server.placing.STUCK_AFTER", 0.5)
+    run, uid = make_run(1, num_replicas=1), "ffn.0"
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(member(run, 1, [], room=1))
+        await until(lambda: first.leads(uid) and first.keeper.tenures.tenure(uid).held is not None)
+        liar = await stack.enter_async_context(joined(run, 60, [first.node.address]))
+        age = first.keeper.tenures.tenure(uid).held.age
+        await say(liar, Place(liar.peer_id, 4, 16, parts={uid: Part(Role.FOLLOWS, *age)}))
+        await until(lambda: liar.peer_id in first.placing.places)
+        second = await stack.enter_async_context(member(run, 2, [first.node.address], room=1))
+        await until(lambda: liar.peer_id in second.placing.places and uid not in second.keeper.tenures.uids())
+        await until(lambda: uid in second.keeper.tenures.uids() and second.version(uid) >= 0)
 
 
 async def say(liar: ta.TesseractNode, place: Place) -> None:

@@ -53,6 +53,14 @@ async def test_a_killed_server_falls_back_a_period_at_most(saves: Sequence[float
     assert loop.time() - started >= 0.5 * PERIOD * len(saves), "not more often than need be"
 
 
+def test_rounds_that_take_longer_than_a_period_do_not_follow_at_once_where_nothing_is_to_be_done() -> None:
+    rhythm = Rhythm(10.0, 0.0, rest=1.0)
+    rhythm.note(5.0, 25.0)
+    assert rhythm.next_at == 45.0
+    rhythm.note(45.0, 45.0, worked=False)
+    assert rhythm.next_at == 46.0, "the loop is left alone"
+
+
 def test_a_pull_counts_from_the_look_that_it_is_part_of() -> None:
     rhythm = Rhythm(30.0, 0.0)
     assert rhythm.next_at == 15.0

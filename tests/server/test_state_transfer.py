@@ -231,6 +231,9 @@ async def test_save_points_are_few_and_hold_what_was_there(tmp_path: Path) -> No
     assert await ask(b"a", 100) == 1
     await asyncio.sleep(POINT_SECONDS + 1)
     assert await ask(b"c", 1) == 1 and num_files() == 1
+    await asyncio.sleep(POINT_SECONDS + 2 * KEEP_SECONDS)  # it is never fetched to the end
+    assert not num_files()
+    assert await ask(b"c", 2) == 1 and num_files() == 1
     node.source.close()
     assert not num_files()
 

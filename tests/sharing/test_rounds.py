@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.sharing import rounds as module
-from tesseract_async.sharing.fragment import Outer
+from tesseract_async.sharing.fragment import Fragment, Outer
 from tesseract_async.sharing.layout import Cut, Kind
 from tesseract_async.sharing.rounds import MIN_WAIT, Push, Rounds, judge
 from tesseract_async.wire import compression
@@ -23,6 +23,17 @@ PEERS = [PeerID(bytes([number]) * 32) for number in range(10)]
 def push(peer: int, value: float | torch.Tensor = 1.0, *, steps: int = 32) -> Push:
     values = value if isinstance(value, torch.Tensor) else torch.full((40,), value)
     return judge(PEERS[peer], bytes([peer]) * 16, steps, bytes(compression.encode(values, "none")), CUT, OUTER)
+
+
+def fragment(cut: Cut = CUT) -> Fragment:
+    return Fragment(cut, OUTER, torch.zeros(cut.numel, dtype=cut.dtype))
+
+
+def merged(rounds: Rounds, *pushes: Push, now: float = 0.0, into: Fragment | None = None) -> torch.Tensor:
+    """What these come to, in a round of their own."""
+    for one in pushes:
+        rounds.add(one, rounds.version, now)
+    return rounds.merge(rounds.close(), into or fragment())
 
 
 def test_one_alone_never_waits() -> None:
@@ -71,7 +82,13 @@ def test_a_round_waits_for_newcomers_that_fetched_the_state() -> None:
         rounds.close()
     for peer in range(3):
         rounds.add(push(peer), 3, 30.0)
+    rounds.expect(PEERS[3])  # it fetches again and again
     assert rounds.closes_at(30.0) == 30.0  # nobody waits for it any longer
+    rounds.add(push(3), 3, 30.0)
+    rounds.close()
+    rounds.expect(PEERS[3])  # now it has pushed
+    rounds.add(push(0), 4, 40.0)
+    assert rounds.closes_at(40.0) > 40.0
 
 
 def test_a_host_that_took_over_waits_for_members_that_it_does_not_know() -> None:
@@ -89,18 +106,13 @@ def test_a_host_that_took_over_waits_for_members_that_it_does_not_know() -> None
 
 def test_members_that_come_in_rounds_of_their_own_count_as_in_one() -> None:
     """Three that push 1, 2 and 3 come to 2 together, and so they do one by one."""
-    together, apart = Rounds(0, max_steps=64), Rounds(0, max_steps=64)
-    for peer in range(3):
-        together.add(push(peer, peer + 1.0), 0, 0.0)
-    together.close()
-    whole = together.merge([push(peer, peer + 1.0) for peer in range(3)], CUT, OUTER)
+    apart = Rounds(0, max_steps=64)
+    whole = merged(Rounds(0, max_steps=64), *(push(peer, peer + 1.0) for peer in range(3)))
     moved = torch.zeros(40)
     for turn in range(2):  # in the first they are not known yet
         moved = torch.zeros(40)
         for peer in range(3):
-            apart.add(push(peer, peer + 1.0), 3 * turn + peer, 10.0 * (3 * turn + peer))
-            apart.close()
-            moved += apart.merge([push(peer, peer + 1.0)], CUT, OUTER)
+            moved += merged(apart, push(peer, peer + 1.0), now=10.0 * (3 * turn + peer))
     assert torch.allclose(whole, torch.full((40,), 2.0)) and torch.allclose(moved, whole)
 
 
@@ -151,12 +163,15 @@ def test_the_deadline_is_that_of_the_offsets_seen(arrivals: list[tuple[int, floa
 
 def test_few_members_count_by_their_steps_and_claims_are_capped() -> None:
     rounds = Rounds(0, max_steps=64)
-    mean = rounds.merge([push(0, 1.0, steps=30), push(1, 4.0, steps=10)], CUT, OUTER)
+    mean = merged(rounds, push(0, 1.0, steps=30), push(1, 4.0, steps=10))
     assert torch.allclose(mean, torch.full((40,), 1.75))
-    mean = rounds.merge([push(0, 1.0, steps=64), push(1, 2.0, steps=10**9)], CUT, OUTER)
+    mean = merged(rounds, push(0, 1.0, steps=64), push(1, 2.0, steps=10**9))
     assert torch.allclose(mean, torch.full((40,), 1.5))
-    mean = rounds.merge([push(0, 1.0, steps=0), push(1, 2.0, steps=-7)], CUT, OUTER)
+    mean = merged(rounds, push(0, 1.0, steps=0), push(1, 2.0, steps=-7))
     assert torch.allclose(mean, torch.full((40,), 1.5))
+    merged(rounds, *(push(peer) for peer in range(4)))
+    mean = merged(rounds, push(0, 1.0, steps=1), push(1, 2.0, steps=64))  # where four are known, claims weigh nothing
+    assert torch.allclose(mean, torch.full((40,), 1.5 / 2))
 
 
 @given(st.integers(4, 9), st.integers(0, 2**32 - 1), st.sampled_from([-1.0, 10.0, -1e15]))
@@ -164,23 +179,51 @@ def test_from_four_members_on_one_liar_stays_within_the_honest(num: int, seed: i
     random = torch.Generator().manual_seed(seed)
     honest = [torch.randn(40, generator=random) for _ in range(num - 1)]
     pushes = [push(at, values) for at, values in enumerate(honest)] + [push(9, honest[0] * factor)]
-    mean = Rounds(0, max_steps=64).merge(pushes, CUT, OUTER)
+    mean = merged(Rounds(0, max_steps=64), *pushes)
     capped = torch.stack(honest)
     assert (mean <= capped.amax(0) + 1e-6).all() and (mean >= capped.amin(0) - 1e-6).all()
 
 
 def test_a_difference_counts_with_three_times_the_median_norm_at_most() -> None:
-    pushes = [push(0, 1.0), push(1, 1.0), push(2, 1000.0)]
-    mean = Rounds(0, max_steps=64).merge(pushes, CUT, OUTER)
+    mean = merged(Rounds(0, max_steps=64), push(0, 1.0), push(1, 1.0), push(2, 1000.0))
     assert torch.allclose(mean, torch.full((40,), (1 + 1 + 3) / 3))
 
 
-def test_one_alone_goes_no_farther_than_others_did_before() -> None:
-    rounds = Rounds(0, max_steps=64)
-    for peer in range(3):
-        rounds.merge([push(peer, 1.0)], CUT, OUTER)
-    assert torch.allclose(rounds.merge([push(4, 50.0)], CUT, OUTER), torch.full((40,), 3.0))
-    assert torch.allclose(rounds.merge([push(4, 0.0)], CUT, OUTER), torch.zeros(40))
+def test_one_alone_goes_no_farther_than_the_last_updates_did() -> None:
+    """A liar is the first to come after a takeover: the new host has no member to compare it with."""
+    known = fragment()
+    for size in (1.0, 2.0, *[1.0] * 6):
+        known.step(torch.full((40,), size))
+    most = 3 * known.largest_update()
+    rounds = Rounds(known.version, max_steps=64)
+    assert float(merged(rounds, push(4, -1e6), into=known).norm()) == pytest.approx(most, rel=1e-5)
+    assert torch.allclose(merged(rounds, push(4, 0.0), into=known), torch.zeros(40))
+
+
+def test_a_liar_that_comes_often_counts_no_more_than_one_that_comes_with_the_others() -> None:
+    """Seven push once in ten seconds, each when it is due; the eighth every two seconds, negated, and times ten."""
+    rounds, known, moved, liars = Rounds(0, max_steps=64), fragment(), torch.zeros(40), 0.0
+    for second in range(400):
+        peers = [peer for peer in range(7) if second % 10 == peer]
+        if second % 2 == 0:
+            peers.append(9)
+        for peer in peers:
+            step = merged(rounds, push(peer, -10.0 if peer == 9 else 1.0), now=float(second), into=known)
+            if second >= 100:  # by then the members are known
+                moved += step
+                liars += float(step[0]) if peer == 9 else 0.0
+    # of an honest eighth in each period it may be three times as much
+    assert liars == pytest.approx(30 * -3 / 8, rel=0.05)
+    assert moved[0] == pytest.approx(30 * 7 / 8 + liars, rel=0.05)
+
+
+def test_a_flush_does_not_shorten_the_next_steps() -> None:
+    """All push at once after a single step; the one that comes first after that has 32 again."""
+    rounds, known = Rounds(0, max_steps=64), fragment()
+    for turn in range(4):
+        merged(rounds, *(push(peer, 1.0) for peer in range(4)), now=10.0 * turn, into=known)
+    merged(rounds, *(push(peer, 0.03, steps=1) for peer in range(4)), now=36.0, into=known)
+    assert torch.allclose(merged(rounds, push(0, 1.0), now=40.0, into=known), torch.full((40,), 0.25))
 
 
 def test_integers_are_those_of_the_most_advanced() -> None:
@@ -189,9 +232,12 @@ def test_integers_are_those_of_the_most_advanced() -> None:
         judge(PEERS[at], bytes(16), steps, bytes(compression.encode(torch.tensor([at]), "none")), cut, OUTER)
         for at, steps in enumerate((5, 30, 7))
     ]
-    assert Rounds(0, max_steps=64).merge(pushes, cut, OUTER).tolist() == [1]
+    assert merged(Rounds(0, max_steps=64), *pushes, into=fragment(cut)).tolist() == [1]
     liar = judge(PEERS[3], bytes(16), 10**6, bytes(compression.encode(torch.tensor([-(2**62)]), "none")), cut, OUTER)
-    assert Rounds(0, max_steps=64).merge([*pushes, liar], cut, OUTER).tolist() == [1]  # from four on, the median
+    rounds = Rounds(0, max_steps=64)
+    assert merged(rounds, *pushes, liar, into=fragment(cut)).tolist() == [1]  # from four on, the median
+    assert merged(rounds, liar, into=fragment(cut)).tolist() == [0]  # also where it comes alone
+    assert merged(rounds, *pushes, into=fragment(cut)).tolist() == [1]
 
 
 def test_frozen_parameters_are_not_pushed() -> None:
@@ -200,10 +246,12 @@ def test_frozen_parameters_are_not_pushed() -> None:
         judge(PEERS[0], bytes(16), 1, data, Cut(Kind.FIXED, 0, 4), OUTER)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38, 1e20])
 def test_what_is_not_finite_is_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="not finite"):
-        push(0, bad)
+    values = torch.zeros(40)
+    values[3] = bad  # a single one, whose norm may be finite
+    with pytest.raises(ValueError, match="not finite, or far too large"):
+        push(0, values)
 
 
 def test_what_does_not_fit_is_refused() -> None:

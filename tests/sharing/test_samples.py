@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from random import Random
 
-import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -286,12 +285,22 @@ def test_strangers_cannot_fill_the_ledger() -> None:
         ledger.report(NAMES[2], 2, Report(7, 5, 1, (), (), ()), 10.0)
 
 
+@pytest.mark.parametrize(("epoch", "num"), [(2**62, 5), (2**48 - 1, 5), (0, 0), (0, 2**62)])
+def test_what_the_next_primary_could_not_read_is_refused(epoch: int, num: int) -> None:
+    ledger = Ledger()
+    claimed = [(epoch, 0, 1)] if epoch < 2**48 else []
+    for some in ([], claimed):
+        with pytest.raises(ValueError, match="epochs have at least one sample"):
+            ledger.report(NAMES[0], 1, Report(epoch, num, 1, some, (), ()), 0.0)
+    Ledger(ledger.encode())
+
+
 @pytest.mark.parametrize(
     "state", [b"\xff", b"\x93", b"\x92\x00\x91\x93\x00\x05\x91\x06", b"\x92\x05\x91\x93\x00\x05\x90"]
 )
 def test_states_that_lie_are_refused(state: bytes) -> None:
     with pytest.raises(ProtocolError):
-        Ledger(msgpack.packb(state))
+        Ledger(state)
 
 
 @pytest.mark.parametrize(

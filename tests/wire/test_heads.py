@@ -56,6 +56,8 @@ def test_unknown_errors_and_odd_details_are_tamed() -> None:
     _, error = heads.decode_reply(frames.unpack(heads.encode_error(long)))
     assert error is not None and len(str(error)) == 2000 and error.details == {}
     assert heads.encode_error(RemoteError("x", data=object()))
+    _, error = heads.decode_reply([1, "not_allowed", "no\x1b[2J\r\n\u202eyes, café", {}])
+    assert str(error) == "no\\x1b[2J \n\\u202eyes, café", "nothing that a terminal would obey"
 
 
 @given(anything)

@@ -11,7 +11,7 @@ const SPANS = { "5 min": 300, "1 h": 3600, "1 day": 86400 };
 const $ = (id) => document.getElementById(id);
 let state = null;
 let dark = false, colours = {};
-const cursors = {}; // prefix -> [row, column]
+const cursors = Object.create(null); // prefix -> [row, column]
 const pointed = {}; // series -> x of the pointer over its plot
 const sorting = {}; // table -> [column, 1 or -1]
 let opened = null; // the address of the page of one expert or server, and what the node told of it
@@ -25,7 +25,8 @@ function element(name, text, className) {
   return made;
 }
 const number = (value, digits = 0) =>
-  value === null || value === undefined ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits });
+  value === null || value === undefined ? "–"
+  : Math.abs(value) >= 1e15 ? value.toExponential(2) : value.toLocaleString("en", { maximumFractionDigits: digits });
 const short = (value) => Math.abs(value) >= 1000
   ? value.toLocaleString("en", { notation: "compact", maximumFractionDigits: 1 })
   : number(value, Math.abs(value) < 1 ? 3 : Math.abs(value) < 10 ? 2 : 0);
@@ -320,7 +321,7 @@ function describe(grid, cursor) {
 
 function openCursor(prefix) {
   const grid = state.grids.find((one) => one.prefix === prefix);
-  if (grid && cursors[prefix]) location.hash = `expert/${prefix}.${coordsAt(grid, cursors[prefix]).join(".")}`;
+  if (grid && cursors[prefix]) location.hash = encodeURI(`expert/${prefix}.${coordsAt(grid, cursors[prefix]).join(".")}`);
 }
 
 function moveCursor(event, prefix) {
@@ -478,7 +479,7 @@ const nameOf = (one) => one.name ? `${one.name} (${one.short})` : one.short;
 
 function link(hash, text) {
   const made = element("a", text);
-  made.href = `#${hash}`;
+  made.href = `#${encodeURI(hash)}`;
   return made;
 }
 
@@ -616,11 +617,11 @@ function plainTable(id, heads, rows) {
 }
 
 const figuresOf = (one) => [
-  number(one.version), number(one.num_calls), one.num_calls ? `${number(100 * one.num_failures / one.num_calls, 2)} %` : "–",
+  number(one.version), number(one.num_calls), number(one.num_rows), one.num_calls ? `${number(100 * one.num_failures / one.num_calls, 2)} %` : "–",
   one.median_seconds ? seconds(one.median_seconds) : "–", one.slow_seconds ? seconds(one.slow_seconds) : "–",
 ];
-const orderOf = (one) => [one.version, one.num_calls, one.num_failures / (one.num_calls || 1), one.median_seconds, one.slow_seconds];
-const FIGURES = ["version", "calls", "failed", "half within", "99 % within"];
+const orderOf = (one) => [one.version, one.num_calls, one.num_rows, one.num_failures / (one.num_calls || 1), one.median_seconds, one.slow_seconds];
+const FIGURES = ["version", "calls", "rows", "failed", "half within", "99 % within"];
 
 function drawOne() {
   const box = $("one");

@@ -1,0 +1,53 @@
+"""What the network holds of a server's experts is read when it is wanted, each expert once at a time."""
+
+import asyncio
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tesseract_async.server.records import Records
+
+
+async def test_an_expert_is_read_once_at_a_time_however_long_others_of_its_batch_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network: defaultdict[str, asyncio.Queue[None]] = defaultdict(asyncio.Queue)
+    under_way: set[str] = set()
+    taken = asyncio.Event()
+
+    async def read_replicas(node: Any, uids: list[str], **_: Any) -> dict[str, list[Any]]:
+        (uid,) = uids
+        assert uid not in under_way
+        under_way.add(uid)
+        await network[uid].get()
+        under_way.discard(uid)
+        return {uid: []}
+
+    async def take_in(uid: str, others: Any, records: Any) -> None:
+        taken.set()
+
+    monkeypatch.setattr("tesseract_async.server.records.read_replicas", read_replicas)
+    node: Any = SimpleNamespace(initial_peers=[], trust=SimpleNamespace(shard_key=lambda uid: ""))
+    records = Records(node, {}, call_timeout=60.0, elapsed=lambda: 0.0, take_in=take_in)
+
+    def start(*uids: str) -> asyncio.Task[None]:
+        for uid in uids:
+            records.want(uid)
+        assert records.take_wanted() == set(uids)
+        return asyncio.create_task(records.read_wanted(set(uids)))
+
+    first = start("ffn.0", "ffn.1")
+    network["ffn.0"].put_nowait(None)
+    await taken.wait()
+    second = start("ffn.0")
+    await asyncio.sleep(0)
+    network["ffn.1"].put_nowait(None)
+    await first
+    records.want("ffn.0")
+    assert not records.take_wanted(), "it is being read"
+    records.wants.clear()
+    network["ffn.0"].put_nowait(None)
+    await second
+    assert records.wants.is_set() and records.take_wanted() == {"ffn.0"}
