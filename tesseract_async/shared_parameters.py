@@ -450,6 +450,8 @@ class SharedParameters(Uncopied, Generic[M]):
             return 0
         if arrived.counted:
             part.steps_then = part.steps_sent
+        elif part.steps_sent > part.steps_then:  # its base was too old: again, from the new one, before that is, too
+            part.due_at = self._own_steps
         part.steps = arrived.steps
         part.lost = self._own.layout.add(self.model, part.copy.cut, change if part.lost is None else change + part.lost)
         return 1
@@ -468,10 +470,13 @@ class SharedParameters(Uncopied, Generic[M]):
             self._given.run(asyncio.wait_for(self._wait_answers(), max(0.0, ends - time.monotonic())))
 
     def _flushing(self) -> list[Callable[[], None]]:
-        """The turns of a flush: what is under way ends, all is pushed, the newest is pulled, and added."""
+        """The turns of a flush: what is under way ends, all is pushed (again where its base was too old), the newest is
+        pulled, and added."""
+        push = partial(self._checked_turn, lambda part: self._own_steps > part.steps_then)
         return [
             lambda: None,
-            partial(self._checked_turn, lambda part: self._own_steps > part.steps_then),
+            push,
+            push,
             self._pull_all,
             partial(self._checked_turn, lambda part: False),
         ]

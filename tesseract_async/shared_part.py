@@ -87,13 +87,13 @@ class Part:
                     sends = True
                     continue
                 if not reply.known:
-                    return await self._take_whole(pieces, counted=reply.counted, epoch=reply.epoch)
+                    return await self._take_whole(pieces, reply)
                 updates = read_updates(request.version, reply, message.buffers)
                 try:
                     change = await self._apart(partial(own.merge, updates, epoch=reply.epoch))
                 except ProtocolError as error:
                     logger.warning("%s: %s: it is fetched whole", self.uid, error)
-                    return await self._take_whole(pieces, counted=reply.counted, epoch=reply.epoch)
+                    return await self._take_whole(pieces, reply)
                 self.arrived = Arrived(reply.steps, change, reply.counted)
                 return
             except RemoteError as error:
@@ -107,15 +107,16 @@ class Part:
                 logger.info("%s: %s", self.uid, describe(error))
             await asyncio.sleep(PAUSE)
 
-    async def _take_whole(self, pieces: SharedPieces, *, counted: bool, epoch: int) -> None:
+    async def _take_whole(self, pieces: SharedPieces, reply: messages.UpdatesReply) -> None:
         def rebase(tensors: dict[str, torch.Tensor], version: int) -> Arrived:
             whole, steps = read_fragment(self.form, tensors, version)
-            change = self.copy.rebase(whole.anchor, version=whole.version, epoch=epoch, counted=counted)
-            return Arrived(steps, change, counted)
+            change = self.copy.rebase(whole.anchor, version=whole.version, epoch=reply.epoch, counted=reply.counted)
+            return Arrived(steps, change, reply.counted)
 
         while True:
             try:
-                self.arrived = await self._apart(partial(rebase, *await pieces.fetch_state(self.form.number)))
+                found = await pieces.fetch_state(self.form.number, min_version=reply.version)
+                self.arrived = await self._apart(partial(rebase, *found))
                 return
             except (TesseractError, TimeoutError) as error:
                 logger.info("%s cannot be fetched yet: %s", self.uid, describe(error))

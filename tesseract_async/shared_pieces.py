@@ -93,7 +93,9 @@ class SharedPieces:
             await asyncio.gather(*tasks, return_exceptions=True)
         return found
 
-    async def fetch_state(self, number: int, *, turn: int = 0) -> tuple[dict[str, torch.Tensor], int]:
+    async def fetch_state(
+        self, number: int, *, turn: int = 0, min_version: int = 0
+    ) -> tuple[dict[str, torch.Tensor], int]:
         """Return a fragment's state at one of its hosts: the primary first, or who comes `turn` places behind."""
         uid = self.uid(number)
         replicas = await self.find(uid)
@@ -102,7 +104,11 @@ class SharedPieces:
         for replica in replicas:
             try:
                 file = await fetch_state(
-                    self._node, replica.peer, uid, weights_only=True, max_bytes=MAX_STATE_BYTES, timeout=CALL_TIMEOUT
+                    *(self._node, replica.peer, uid),
+                    min_version=min_version,
+                    weights_only=True,
+                    max_bytes=MAX_STATE_BYTES,
+                    timeout=CALL_TIMEOUT,
                 )
                 if file is not None:
                     return await apart(len(file), partial(_read, uid, file))

@@ -28,6 +28,8 @@ from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.placing import Placing
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.shared_parameters import SharedParameters, SharingReport
+from tesseract_async.shared_part import Arrived
+from tesseract_async.sharing import rounds
 from tesseract_async.sharing.fragment import NEWCOMERS
 from tesseract_async.sharing.layout import Kind, Layout, LayoutMismatch
 from tesseract_async.wire import messages
@@ -168,6 +170,22 @@ async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -
         await steps(second, 1, 2)
         await second.flush()
         assert sum(pushes) == len(second._parts) < len(pushes)
+
+
+async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that pushes more than eight times between two pushes of another one must not shut it out."""
+    monkeypatch.setattr(rounds, "MIN_WAIT", 0.01)
+    async with sharing(make_model(1), every=1) as (seed, first), sharing(make_model(2), seed.address) as (_, second):
+        for number in range(9):
+            await steps(first, 1, number)
+            await first.flush()
+        await steps(second, 1, 20)
+        await second.flush()
+        assert second._is_shared and second.steps == 10
+        part = second._parts[0]
+        part.steps_sent += 1  # a push of later steps, which is not counted
+        second._add(part, Arrived(part.steps, torch.zeros(part.copy.cut.numel)))
+        assert part.due_at == second._own_steps  # the next step pushes again
 
 
 async def test_another_model_is_refused_by_name() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 import torch
 
+from tesseract_async.cli.running import importing
 from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.experts.run import RUNS, SignedRun
 from tesseract_async.runtime.backend import ExpertBackend
@@ -113,7 +114,8 @@ class CheckpointBuilder(ExpertBuilder):
         self, uids: Sequence[str], run: SignedRun | None, *, on_built: Callable[[], None]
     ) -> dict[str, ExpertBackend]:
         """Return them by uid: their weights are read together. Raises: ValueError."""
-        found = await asyncio.to_thread(self._build, uids, run)
+        with importing():
+            found = await asyncio.to_thread(self._build, uids, run)
         for _ in found:
             on_built()
         return found

@@ -124,7 +124,8 @@ async def until_told_to_leave(*, tell_ready: Callable[[], None] | None = None) -
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import torch without the garbage collector: imports make no garbage, and the search takes a sixth of the time."""
+    """Import torch, or build experts, without the garbage collector: neither makes garbage, and the search takes a
+    sixth of the time of imports, and a third of that of thousands of experts."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -73,7 +73,8 @@ async def command(
         from tesseract_async.cli.hosting import Hosting
 
     torch.set_num_threads(serving.threads)
-    builder = make_builder(serving, limits, keeps_learning_rate=is_given("learning_rate"))
+    with importing():  # a checkpoint's model is Transformers' own code
+        builder = make_builder(serving, limits, keeps_learning_rate=is_given("learning_rate"))
     if isinstance(builder, SpreadBuilder) and not builder.leads:
         builder.follow()
         return 0

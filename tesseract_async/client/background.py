@@ -173,8 +173,8 @@ class BackgroundNode(PlainCalls):
         """
         loop, waiting = self.check(), threading.Lock()
         waiting.acquire()
-        loop.call_soon_threadsafe(begin, waiting.release)
         try:
+            loop.call_soon_threadsafe(begin, waiting.release)
             while not waiting.acquire(timeout=_LOOK_SECONDS):
                 self.check()
         except BaseException:  # Ctrl-C, too: the call ends with its caller

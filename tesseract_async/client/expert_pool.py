@@ -144,27 +144,37 @@ class ExpertPool(nn.Module):
         return deliver(self._node, isolated(self._call(arguments, values, pairs, through), modes=NO_GRAD))
 
     def ask(
-        self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *, differentiable: bool
+        self,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        differentiable: bool,
+        timeout: float | None = None,
     ) -> Coroutine[object, object, PoolAnswer]:
         """As `forward`, outside of torch's graph, for code that has a graph of its own: see `PoolAnswer`.
 
         `differentiable`: a backward may follow. `x` is cast to the experts' dtype, and the answer to that of `x`.
+        `timeout`: in place of the pool's, for this forward.
         """
         arguments, values, pairs = self._routed(x, index, weights)
         mode = arguments.mode._replace(differentiable=differentiable)
         arguments = dataclasses.replace(arguments, mode=mode, casts=True)
-        return isolated(self._ask(arguments, values, pairs, index, weights.dtype), modes=NO_GRAD)
+        return isolated(self._ask(arguments, values, pairs, index, weights.dtype, timeout), modes=NO_GRAD)
 
     def answer(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `ask`, of a `BackgroundNode` and where no backward may follow: blocks until the answer is there."""
         assert isinstance(self._node, PlainCalls)
-        passing = self._straight(x, index, weights)
+        passing, timeout = self._straight(x, index, weights), self._settings.forward_timeout
         if passing is not None:
             self._node.wait(passing.begin, passing.end)
             if passing.answer is not None:
                 return passing.answer.to(x.device, x.dtype)
-            self._rests_until = time.monotonic() + straight.REST_SECONDS
-        return self._node.run(self.ask(x, index, weights, differentiable=False)).answer
+            if passing.is_sent:
+                if not passing.is_late:
+                    self._rests_until = time.monotonic() + straight.REST_SECONDS
+                timeout = max(timeout - passing.seconds, straight.seconds_for_another(timeout))
+        return self._node.run(self.ask(x, index, weights, differentiable=False, timeout=timeout)).answer
 
     def _straight(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> straight.Straight | None:
         """The pass of such a call, if it may go that way."""
@@ -173,7 +183,7 @@ class ExpertPool(nn.Module):
             return None
         if not straight.fits(schema, settings.calls, x, index, weights):
             return None
-        if (now := time.monotonic()) < self._rests_until or now >= servers.until:
+        if time.monotonic() < self._rests_until:
             return None
         asked = straight.questions(servers, x.detach().cpu(), index, weights)
         if asked is None:
@@ -184,7 +194,7 @@ class ExpertPool(nn.Module):
             asked,
             num_rows=len(x),
             options=settings.calls,
-            timeout=settings.forward_timeout,
+            timeout=settings.forward_timeout - straight.seconds_for_another(settings.forward_timeout),
             holds=functools.partial(self._holds, servers),
         )
 
@@ -193,6 +203,8 @@ class ExpertPool(nn.Module):
         view = self._view
         if view is None or servers.replicas is not view[1]:
             return False
+        if asyncio.get_running_loop().time() >= servers.renew_at and servers is self._servers:  # for the next pass
+            self._servers = straight.Servers(self._experience, servers.prefix, servers.replicas, servers.schema)
         return self._experience.node.directory.live(self._prefix, self._size) is view[0]
 
     async def _ask(
@@ -202,6 +214,7 @@ class ExpertPool(nn.Module):
         pairs: list[tuple[int, Indices]],
         index: torch.Tensor,
         dtype: torch.dtype,
+        timeout: float | None,
     ) -> PoolAnswer:
         made: list[tuple[MixtureCall, Sequence[torch.Tensor]]] = []
 
@@ -209,7 +222,7 @@ class ExpertPool(nn.Module):
             made.append((call, inputs))
             return await call.forward(inputs)
 
-        answer = await self._call(arguments, values, pairs, through)
+        answer = await self._call(arguments, values, pairs, through, timeout)
         arguments.versions.check()
         (x,) = arguments.args
         assert isinstance(answer, torch.Tensor) and isinstance(x, torch.Tensor)
@@ -265,8 +278,11 @@ class ExpertPool(nn.Module):
         values: torch.Tensor,
         pairs: list[tuple[int, Indices]],
         through: Callable[[MixtureCall, Sequence[torch.Tensor]], Awaitable[list[torch.Tensor]]],
+        timeout: float | None = None,
     ) -> Structure:
         mode, settings = arguments.mode, self._settings
+        if timeout is not None and timeout != settings.forward_timeout:
+            settings = dataclasses.replace(settings, forward_timeout=timeout)
         candidates = await self._candidates()
         if pairs and not any(candidates.replicas_of(expert) for expert, _ in pairs):
             uids = [candidates.uid(expert) for expert, _ in pairs]
@@ -295,8 +311,9 @@ class ExpertPool(nn.Module):
             if any(isinstance(one, SchemaMismatch) for one in error.errors.values()):
                 self._schemas.known = None  # they may be other experts now
             raise
-        replicas = candidates.replicas
-        if not mode.differentiable and (self._servers is None or not self._servers.is_of(replicas)):
+        replicas, servers = candidates.replicas, self._servers
+        holds = servers is not None and servers.replicas is replicas and servers.schema is schema
+        if not (holds or mode.differentiable) and schema is self._schemas.known:
             # from now on, passes that are small may go there without looking
             self._servers = straight.Servers(self._experience, self.uid_prefix, replicas, schema)
         with torch.set_grad_enabled(mode.differentiable):

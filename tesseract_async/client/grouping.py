@@ -236,10 +236,10 @@ class Grouping:
                 continue
             if search.left:
                 replica = search.left.pop(0)
-                messages = groups.setdefault(self._key(call, replica), [])
-                message = next((one for one in messages if call.expert not in one), None)
-                if message is None:
-                    messages.append(message := {})
+                messages = groups.setdefault(self._key(call, replica), [{}])
+                message = messages[0]
+                if call.expert in message and not (message := next((x for x in messages if call.expert not in x), {})):
+                    messages.append(message)
                 message[call.expert] = call, replica
             elif not search.requests and call not in self._pausing:
                 self._exhausted(call, search, now)

@@ -8,7 +8,6 @@ made anew by `mixture`, which knows what to do: a forward changes nothing, so it
 
 import asyncio
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -30,9 +29,16 @@ from tesseract_async.wire.tensors import TensorSpec, pack_tensors, unpack_plain
 MAX_PAIRS: Final = 256
 """Pairs of a row and an expert: with more of them, the computing outweighs what is spared here."""
 _CHOSEN_SECONDS: Final = 1.0
-"""For so long the server of an expert that several host is the same, before the fastest is looked for again."""
+"""After so long, the fastest server of an expert that several host is looked for again."""
 REST_SECONDS: Final = 1.0
 """For so long no pass goes this way after one that failed."""
+_AGAIN_SECONDS: Final = 1.0
+"""So much of a time-out (of short ones a quarter) is kept for making the pass anew: it finds out who keeps silent."""
+
+
+def seconds_for_another(timeout: float) -> float:
+    """Return how much of a time-out this way leaves."""
+    return min(_AGAIN_SECONDS, timeout / 4)
 
 
 class Servers:
@@ -69,14 +75,10 @@ class Servers:
             else:
                 self.first[expert] = found[0]
             self.server[expert] = self.numbers.setdefault(self.first[expert].peer, len(self.numbers))
-        self.until = time.monotonic() + _CHOSEN_SECONDS if self.has_others else math.inf
-        """Until when it holds (time.monotonic)."""
+        self.renew_at = now + _CHOSEN_SECONDS if self.has_others else math.inf
+        """When others may be faster (the loop's time)."""
         self.seen: dict[int, tuple[int, int]] = {}
         """Epochs and versions of the latest answers."""
-
-    def is_of(self, replicas: Mapping[tuple[int, ...], Sequence[ExpertReplica]]) -> bool:
-        """Return whether it says who is asked of these."""
-        return self.replicas is replicas and time.monotonic() < self.until
 
 
 class Question:
@@ -113,17 +115,15 @@ def questions(servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: t
     if not math.isfinite(total):
         return None
     num_rows, made = len(x), []
-    metas, buffers = pack_tensors((x,))
+    whole = pack_tensors((x,))
     for asked in shares.values():
         experts = sorted(asked)
         pairs = [asked[expert] for expert in experts]
-        rows, numbers = None, [row for one, _ in pairs for row in one]
+        rows, numbers, (metas, buffers) = None, [row for one, _ in pairs for row in one], whole
         if num_rows > 1 and len(there := sorted({*numbers})) < num_rows:
             rows, places = there, {row: place for place, row in enumerate(there)}
             numbers = [places[row] for row in numbers]
             metas, buffers = pack_tensors((x[there],))
-        elif num_rows > 1:
-            metas, buffers = pack_tensors((x,))
         request = ApplyRequest(
             prefix=servers.prefix,
             experts=np.array(experts, dtype=np.uint32)[:, None],
@@ -161,6 +161,12 @@ class Straight:
         """`holds`: whether `servers` are what they were, asked on the loop."""
         self.answer: torch.Tensor | None = None
         """Once it is over: the sum; None if the pass has to be made anew."""
+        self.is_sent = False
+        """True once somebody may have been asked."""
+        self.is_late = False
+        """True if it was ended to ask another server: one that is slow now and then will do for the next pass."""
+        self.seconds = 0.0
+        """Once it is over, how long it took."""
         self._experience, self._servers, self._asked = experience, servers, asked
         self._num_rows, self._options, self._timeout = num_rows, options, timeout
         self._holds = holds
@@ -178,6 +184,7 @@ class Straight:
             if not self._holds():
                 self.end()
                 return
+            self.is_sent = True
             for question in self._asked:
                 reply = _Reply(self, question)
                 cancel = node.apply_into(
@@ -198,7 +205,7 @@ class Straight:
             self.end()
             return
         if self._servers.has_others and (wait := self._hedge_after()) is not None:
-            self._timer = loop.call_later(wait, self.end)
+            self._timer = loop.call_later(wait, self._hedge)
 
     def _hedge_after(self) -> float | None:
         """Seconds after which another server of an expert is worth asking; None if there is none."""
@@ -211,56 +218,75 @@ class Straight:
         ]
         return max([HEDGE_SECONDS if one is None else one for one in known], default=None)
 
+    def _hedge(self) -> None:
+        """Another server is worth asking. Those that are silent would have taken at least so long."""
+        for reply in self._replies:
+            if reply.is_open:
+                self._observe(reply, asyncio.get_running_loop().time() - self._began, answered=False)
+        self.is_late = True
+        self.end()
+
     def end(self) -> None:
         """It is over: with an answer, if all are there. What is under way is given up."""
         if (done := self._done) is None:
             return
         self._done = None
+        self.seconds = asyncio.get_running_loop().time() - self._began
         if self._timer is not None:
             self._timer.cancel()
-        for reply in self._replies:
-            if reply.is_open:
-                reply.is_open = False
-                reply.cancel()
-        if not self._num_open:
-            self._sum()
-        done()
+        try:
+            for reply in self._replies:
+                if reply.is_open:
+                    reply.is_open = False
+                    reply.cancel()
+            if not self._num_open:
+                self._sum()
+        finally:  # a thread waits for it
+            done()
 
     def replied(self, reply: "_Reply") -> None:
         """All of one server's answer is there."""
-        self._num_open -= 1
+        reply.seconds = asyncio.get_running_loop().time() - self._began
         try:
-            self._learn(reply)
+            self._check_lineages(reply)
         except TooStale:
-            self._num_open += 1
             self.end()
             return
+        self._num_open -= 1
         if not self._num_open:
             self.end()
 
-    def _learn(self, reply: "_Reply") -> None:
+    def _check_lineages(self, reply: "_Reply") -> None:
         """Raises: TooStale for an answer that does not count."""
-        experience, question, seen = self._experience, reply.question, self._servers.seen
-        node, others, replicas = experience.node, self._servers.has_others, question.replicas
-        numbers = question.request.experts[:, 0].tolist()
+        lineages, seen, replicas = self._experience.lineages, self._servers.seen, reply.question.replicas
+        numbers = reply.question.request.experts[:, 0].tolist()
         for part in reply.parts:
             for place, epoch, version in zip(
                 part.experts.tolist(), part.epochs.tolist(), part.versions.tolist(), strict=True
             ):
                 if seen.get(numbers[place]) != (epoch, version):
-                    experience.lineages.take(replicas[place], epoch, version)
+                    lineages.take(replicas[place], epoch, version)
                     seen[numbers[place]] = epoch, version
-        rows = question.request.num_rows
+
+    def _learn(self, reply: "_Reply") -> None:
+        """Learn from an answer that counts."""
+        node, replicas = self._experience.node, reply.question.replicas
+        rows = reply.question.request.num_rows
         node.thanks.add(self._servers.prefix.partition(".")[0], replicas[0].peer.peer_id, rows, 0)
-        if others:
-            seconds = asyncio.get_running_loop().time() - self._began
-            path = experience.path_seconds(replicas[0], rows * self._servers.schema.row_bytes)
-            for expert, replica in zip(numbers, replicas, strict=True):
-                if expert in others:
-                    experience.latencies.observe(replica_key(replica), seconds, path=path)
+        if self._servers.has_others:
+            self._observe(reply, reply.seconds)
         if node.directory.has_doubts:
             for replica in replicas:
                 node.directory.report_answer(replica)
+
+    def _observe(self, reply: "_Reply", seconds: float, *, answered: bool = True) -> None:
+        """Note how long a server took over experts that others host, too."""
+        experience, others, question = self._experience, self._servers.has_others, reply.question
+        num_bytes = question.request.num_rows * self._servers.schema.row_bytes
+        path = experience.path_seconds(question.replicas[0], num_bytes)
+        for expert, replica in zip(question.request.experts[:, 0].tolist(), question.replicas, strict=True):
+            if expert in others:
+                experience.latencies.observe(replica_key(replica), seconds, path=path, answered=answered)
 
     def _sum(self) -> None:
         total, spec = None, self._servers.sum_spec
@@ -277,12 +303,14 @@ class Straight:
                     total[rows] += own
         if total is not None and bool(torch.isfinite(total).all()):
             self.answer = total.to(self._servers.schema.output_specs[0].dtype)
+            for reply in self._replies:
+                self._learn(reply)
 
 
 class _Reply:
     """One server's answer while it comes."""
 
-    __slots__ = ("question", "parts", "sums", "cancel", "is_open", "_straight", "_places")
+    __slots__ = ("question", "parts", "sums", "cancel", "is_open", "seconds", "_straight", "_places")
 
     def __init__(self, straight: Straight, question: Question) -> None:
         self.question, self._straight = question, straight
@@ -291,6 +319,8 @@ class _Reply:
         """Rows of the batch (None: all), and sums for them."""
         self.cancel: Callable[[], None] = lambda: None
         self.is_open = True
+        self.seconds = 0.0
+        """It took so long, once it is there."""
         self._places: set[int] = set()
 
     def heard(self, event: PartEvent) -> None:

@@ -20,7 +20,7 @@ from tesseract_async.experts.manifest import split_uid
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
-from tesseract_async.server.contract import MAX_NAME, check_name
+from tesseract_async.server.contract import MAX_NAME, check_name, is_name
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.packed import Value
@@ -192,7 +192,7 @@ def decode_status(body: object) -> NodeStatus:
         if field.name == "experts":
             value = _experts(value)
         elif str(field.type) == "str":
-            if type(value) is not str or len(value) > MAX_NAME or not value.isprintable():
+            if type(value) is not str or not is_name(value):
                 raise ProtocolError(f"status: {field.name} is missing or malformed")
         elif str(field.type) == "int":
             if type(value) is not int or not 0 <= value < MAX_FIGURE:

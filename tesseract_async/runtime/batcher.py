@@ -91,8 +91,6 @@ class BatchQueue:
     num_waiting_rows: int = 0
     group: object | None = None
     """Queues with the same object here may be computed in one pass. Set by the owner, at any time."""
-    num_rows: int = 0
-    """Rows that were taken out, ever."""
     ready: dict[Account, _Heap] = field(default_factory=dict)
     """The waiting requests by account: the highest priority first, then in order of arrival."""
 
@@ -361,7 +359,7 @@ class Batcher:
         """Return the batches that come next and may be computed in one pass with `first`, which was just popped."""
         group, queues, batches = first.queue.group, {first.queue}, [first]
         seconds, num_rows = first.seconds_per_row * first.num_rows, first.num_rows
-        limit = SHARED_GROUP_SECONDS if now < self._shared_until else GROUP_SECONDS
+        limit = self.group_seconds(now)
         while self._active and len(batches) < MAX_GROUP_BATCHES and seconds < limit:
             request, turn = self._choose(now)
             queue = request.queue
@@ -375,6 +373,10 @@ class Batcher:
             seconds += batch.seconds_per_row * batch.num_rows
             num_rows += batch.num_rows
         return batches[1:]
+
+    def group_seconds(self, now: float) -> float:
+        """Return the expected device time that what several queues hold may take in one pass."""
+        return SHARED_GROUP_SECONDS if now < self._shared_until else GROUP_SECONDS
 
     def _choose(self, now: float) -> tuple[QueuedRequest, float]:
         """Return the request that comes next, and the use up to which accounts have their turn."""
@@ -408,7 +410,6 @@ class Batcher:
         self._statistics.num_rows += batch.num_rows
         self._statistics.num_waiting_rows -= batch.num_rows
         queue.num_waiting_rows -= batch.num_rows
-        queue.num_rows += batch.num_rows
         return batch
 
     def finish(self, batches: Sequence[Batch], now: float) -> float:

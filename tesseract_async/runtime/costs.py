@@ -17,9 +17,11 @@ class BatchCost:
     batch that took several times what the line says (something else used the machine) counts as three times of it.
     """
 
-    __slots__ = ("_count", "_x", "_y", "_xx", "_xy", "_each", "_per_row", "_is_known")
+    __slots__ = ("seconds_per_row", "_count", "_x", "_y", "_xx", "_xy", "_each", "_per_row", "_is_known")
 
     def __init__(self) -> None:
+        self.seconds_per_row = 1e-9
+        """Seconds that a row took lately, on average over batches; next to nothing before the first batch."""
         self._count = self._x = self._y = self._xx = self._xy = 0.0
         self._each = self._per_row = 0.0
         self._is_known = False
@@ -34,6 +36,7 @@ class BatchCost:
         self._y = self._y * _KEPT + y
         self._xx = self._xx * _KEPT + x * x
         self._xy = self._xy * _KEPT + x * y
+        self.seconds_per_row = self._y / self._count
         if self._count < _MIN_BATCHES:
             return
         mean_x, mean_y = self._x / self._count, self._y / self._count
@@ -44,11 +47,6 @@ class BatchCost:
         self._each = min(max(each, 0.0), mean_y / mean_x)
         self._per_row = mean_y - self._each * mean_x
         self._is_known = True
-
-    @property
-    def seconds_per_row(self) -> float:
-        """Seconds that a row took lately, on average over batches; next to nothing before the first batch."""
-        return self._y / self._count if self._count else 1e-9
 
     def rows_until(self, share: float) -> float:
         """Return the rows at which a batch's fixed cost is no more than this share of its cost; infinity if unknown."""

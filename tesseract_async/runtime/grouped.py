@@ -53,6 +53,9 @@ _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_ba
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 
 
+Way = Callable[..., list[torch.Tensor]]
+
+
 class Unfit(Exception):
     """This module can't be computed in this way."""
 
@@ -64,8 +67,13 @@ class Group:
         self.kind = kind
         self.training = training
         self.choice = GroupChoice()
-        self.is_checked = False
-        """True once a pass was found to compute what each expert alone does."""
+        self.checked: Way | None = None
+        """The way in which a pass was found to compute what each expert alone does."""
+
+    @property
+    def is_checked(self) -> bool:
+        """True if that is the kind's present way: a pass of another mode may have found that one unfit since."""
+        return self.checked is not None and self.checked == self.kind.way
 
     def gathers(self) -> bool:
         """Return whether it is worth while to look for more batches to share a pass."""
@@ -257,20 +265,20 @@ class Kind:
         self._autocast = example.settings.autocast
         self.num_extra_rows = 0
         """Rows by which each expert's are padded beyond need: to see whether rows influence one another."""
-        self._ways: list[Callable[..., list[torch.Tensor]]] = [self._vmapped]
+        self.way: Way | None = self._vmapped
+        """How they are computed; None once no way was left."""
         if example.device.type == "cpu" and self._autocast is None:
-            self._ways.append(self._ragged)
+            self.way = self._ragged
         self.name = example.name
 
     @property
     def may_fit(self) -> bool:
-        """False once no way was left."""
-        return bool(self._ways)
+        return self.way is not None
 
     def misfits(self, error: BaseException | None) -> None:
         """Take the next way: this one raised, or computed something else."""
-        if self._ways:
-            self._ways.pop()
+        if self.way is not None:
+            self.way = self._vmapped if self.is_ragged else None
             logger.debug("experts such as %s are not computed together in one way: %s", self.name, error)
 
     def forward(
@@ -336,7 +344,7 @@ class Kind:
     @property
     def is_ragged(self) -> bool:
         """True if no weights are copied."""
-        return bool(self._ways) and self._ways[-1] == self._ragged
+        return self.way == self._ragged
 
     def _call(
         self,
@@ -347,13 +355,13 @@ class Kind:
         training: bool,
     ) -> list[torch.Tensor]:
         """`each`: the experts' tensors. `stacks`: those of them that are stacked already."""
-        if not self._ways:
+        if self.way is None:
             raise Unfit
         if self._skeleton.training != training:
             self._skeleton.train(training)
         versions = [x._version for x in inputs]
         table = {name: stacks[name] if name in stacks else [own[name] for own in each] for name in each[0]}
-        outputs = self._ways[-1](table, inputs, counts)
+        outputs = self.way(table, inputs, counts)
         if versions != [x._version for x in inputs]:
             raise Unfit("it writes its inputs")
         for own, names, values, num_attributes in self._attributes:
@@ -491,7 +499,7 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
 
 
 def _fits_grouped_mm(weight: torch.Tensor) -> bool:
-    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape)
+    aligned = all([size * weight.element_size() % 16 == 0 for size in weight.shape])
     return hasattr(F, "grouped_mm") and aligned and weight.dtype == torch.float32
 
 

@@ -212,7 +212,7 @@ class _Memory:
     __slots__ = ("state", "groups", "_ids", "_counts")
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Each parameter was stepped before, all as often."""
+        """Each parameter was stepped before."""
         self.state = optimizer.state
         self.groups = [(group["params"], [self.state[x] for x in group["params"]]) for group in optimizer.param_groups]
         self._ids = [[*map(id, group["params"])] for group in optimizer.param_groups]
@@ -397,6 +397,7 @@ def restore(
             before | {name: value for name, value in options.items() if name in _OWN}
             for before, options in zip(saved["param_groups"], given, strict=True)
         ]
+        vars(optimizer).pop("_kernel_memory", None)  # it holds the moments that are replaced
         # PyTorch takes the tensors themselves, and steps change them in place
         optimizer.load_state_dict(copied({**saved, "param_groups": groups}))
         _lay_out(optimizer)

@@ -11,29 +11,24 @@ import logging
 import math
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, Queue
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import torch
 
 from tesseract_async.errors import Overloaded
-from tesseract_async.metrics import SECONDS_BUCKETS, Histogram, Metrics
+from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.attempts import Outcomes
 from tesseract_async.runtime.backend import ExpertBackend
-from tesseract_async.runtime.batcher import (
-    MAX_QUEUE_BYTES,
-    Batch,
-    Batcher,
-    BatcherStatistics,
-    QueuedRequest,
-)
+from tesseract_async.runtime.batcher import MAX_QUEUE_BYTES, Batch, Batcher, BatcherStatistics, QueuedRequest
+from tesseract_async.runtime.figures import Figures
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.grouped import Group
-from tesseract_async.runtime.passes import Pass, QueueKind, find_group, passes
+from tesseract_async.runtime.passes import Pass, find_group, passes
 from tesseract_async.runtime.queues import ExpertQueues
 from tesseract_async.runtime.staging import Staging, staging_for
 from tesseract_async.runtime.states import StateDict
@@ -45,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Job = Callable[[GroupExecutor], None]
-
-ROWS_BUCKETS: Final = tuple(float(2**power) for power in range(15))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,15 +58,6 @@ class RuntimeSettings:
     close_timeout: float = 30.0
     """Seconds that closing waits for the running batch, before its thread is abandoned with an error in the log. Less
     than what stops the process allows."""
-
-
-@dataclass(slots=True)
-class ExpertFigures:
-    num_calls: int = 0
-    num_rows: int = 0
-    num_failures: int = 0
-    latencies: Histogram = field(default_factory=lambda: Histogram(SECONDS_BUCKETS))
-    """Seconds from the arrival of each batch's first request to its answer."""
 
 
 class TesseractRuntime(Uncopied):
@@ -99,11 +83,10 @@ class TesseractRuntime(Uncopied):
             raise ValueError("the device 'meta' computes nothing; an expert needs one such as 'cpu' or 'cuda:0'")
         self.settings = settings
         self.metrics = metrics or Metrics()
-        self.figures: dict[ExpertBackend, ExpertFigures] = defaultdict(ExpertFigures)
-        """What each expert has computed since it is held here."""
         self._make_staging = make_staging
         self._batcher = Batcher(max_queue_bytes=settings.max_queue_bytes)
         self._queues = ExpertQueues(self._batcher, groups_experts=settings.groups_experts)
+        self.figures = Figures(self.metrics)
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
@@ -259,7 +242,7 @@ class TesseractRuntime(Uncopied):
             shapes = tuple(None if x is None else x.shape[1:] for x in (*inputs, *(output_gradients or ())))
         kind = (backend, output_gradients is not None, training, call_id is not None, weights is not None, shapes)
         work = Work(
-            self._queues.of(kind),
+            self._queues.known.get(kind) or self._queues.add(kind),
             num_rows,
             num_bytes,
             peer,
@@ -295,29 +278,24 @@ class TesseractRuntime(Uncopied):
         num_bytes: int,
     ) -> JointWork | None:
         """As `submit`, for a forward of several experts that is computed in one pass (see `JointWork`), each with
-        `counts` of the rows and weights; not in training mode. None if these were not seen to be of one kind that can
-        be computed so without copying weights. Raises: Overloaded.
+        `counts` of the rows and weights; not in training mode. None where that cannot be done, or would take long (see
+        `ExpertQueues.of_joint`). Raises: Overloaded.
         """
-        first, queues = backends[0], self._queues
-        known = [queues.get((one, False, False, False, False, None)) for one in backends]
-        group = None if known[0] is None else known[0].group
-        if not isinstance(group, Group) or not group.is_checked or not group.kind.is_ragged:
-            return None
-        if len(rows) > first.max_batch_size or any([queue is None or queue.group is not group for queue in known]):
-            return None
         if (loop := self._loop) is None:
             raise RuntimeError("this runtime was not started")
         now = time.monotonic()
-        kind = (first, False, False, False, True, group)
+        queue = self._queues.of_joint(backends, counts, self._batcher.group_seconds(now))
+        if queue is None:
+            return None
         work = JointWork(
-            queues.of(kind, groups=False),
+            queue,
             len(rows),
             num_bytes,
             peer,
             now + deadline - loop.time(),
             priority,
             True,
-            backend=first,
+            backend=backends[0],
             inputs=inputs,
             rows=rows,
             output_gradients=None,
@@ -442,8 +420,9 @@ class TesseractRuntime(Uncopied):
             self._bell.put(None)
 
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
-        """Return how many rows of an expert were computed, ever, and how many wait."""
-        return self._queues.rows_of(backend)
+        """Return how many rows of an expert were computed since it is held here, and how many wait."""
+        figures = self.figures.get(backend)
+        return 0 if figures is None else figures.num_rows, self._queues.num_waiting_rows(backend)
 
     def forget(self, backend: ExpertBackend) -> None:
         """Hold an expert no longer that is not computed here any more."""
@@ -451,53 +430,22 @@ class TesseractRuntime(Uncopied):
         self.figures.pop(backend, None)
 
     def _deliver(self, batches: Sequence[Batch], outcomes: Outcomes, seconds: float) -> None:
-        direction, now = "", time.monotonic()
+        self.figures.count(batches, outcomes, seconds)
         for batch in batches:
-            figures = self.figures[batch.queue.name[0]]  # type: ignore[index]
-            figures.num_calls += len(batch.slices)
-            figures.num_rows += batch.num_rows
-            figures.latencies.observe(now - batch.slices[0].request.arrival)
             for request, _, _ in batch.slices:
                 work: Work = request  # type: ignore[assignment]
-                if type(work) is JointWork:
-                    self._count_joint(work, now)
                 outcome, answer = outcomes.get(work), work.answer
                 if outcome is None or answer.done():
                     pass
                 elif type(outcome) is WorkResult:
                     answer.set_result(outcome)
-                elif type(work) is JointWork:
-                    _set_error(answer, outcome)  # type: ignore[arg-type]  # each expert's failure is found alone
                 else:
-                    direction = _direction(batch)
-                    figures.num_failures += 1
-                    self.metrics.count("runtime_failures", direction=direction)
                     _set_error(answer, outcome)  # type: ignore[arg-type]
                 if not work.alive and not work.num_running:  # as `_forget`
                     work.inputs, work.output_gradients, work.summed = (), None, None
                     work.rows = work.weights = None
                     if work.results:
                         work.results.clear()
-        direction = direction or _direction(batches[0])
-        rows = self.metrics.histogram("runtime_batch_rows", ROWS_BUCKETS, direction=direction)
-        times = self.metrics.histogram("runtime_batch_seconds", SECONDS_BUCKETS, direction=direction)
-        for batch in batches:
-            rows.observe(batch.num_rows)
-        times.observe(seconds / len(batches), len(batches))
-        if len(batches) > 1:
-            self.metrics.count("runtime_grouped_batches", len(batches), direction=direction)
-
-    def _count_joint(self, work: JointWork, now: float) -> None:
-        """Count what one pass of several experts has computed as each one's."""
-        own = self.figures[work.backend]
-        own.num_calls, own.num_rows = own.num_calls - 1, own.num_rows - work.num_rows
-        for backend, num_rows in zip(work.backends, work.counts, strict=True):
-            self._queues.count(backend, num_rows)
-            figures = self.figures[backend]
-            figures.num_calls += 1
-            figures.num_rows += num_rows
-            if backend is not work.backend:
-                figures.latencies.observe(now - work.arrival)
 
     # -- On the thread ---------------------------------------------------------------------------------------------
 
@@ -610,11 +558,6 @@ class TesseractRuntime(Uncopied):
 
 
 # -- On the loop again -------------------------------------------------------------------------------------------------
-
-
-def _direction(batch: Batch) -> str:
-    kind: QueueKind = batch.queue.name  # type: ignore[assignment]
-    return "backward" if kind[1] else "forward"
 
 
 def _leaving() -> Overloaded:

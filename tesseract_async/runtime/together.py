@@ -10,10 +10,11 @@ import torch
 
 from tesseract_async.errors import ExpertFailed
 from tesseract_async.runtime.attempts import NOT_FINITE, Attempt, Outcomes, limit_norm, scales, undamped
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import RowSlice
 from tesseract_async.runtime.executor import Executor
 from tesseract_async.runtime.gradients import Gradients, are_finite, for_norm, per_row
-from tesseract_async.runtime.grouped import Group, Groups, Kind, Member, Unfit
+from tesseract_async.runtime.grouped import Group, Groups, Member, Unfit
 from tesseract_async.runtime.rows import columns, divided, joined, presence
 from tesseract_async.runtime.staging import Staging, Transfer
 from tesseract_async.runtime.watching import generator_states, have_moved
@@ -74,23 +75,16 @@ class GroupExecutor(Executor):
     def _compute_joint(
         self, work: JointWork, inputs: Sequence[torch.Tensor], weights: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        kind: Kind | None = None
-        members: list[Member] = []
-        if self.steps.broken and any([backend in self.steps.broken for backend in work.backends]):
+        members = self._members(work.backends, work.training)
+        kind = members[0].kind
+        if not kind.is_ragged:  # not any more
             raise _NotNow
-        for backend in work.backends:
-            member = self.groups.member_of(backend)
-            if member is None or not backend.may_be_grouped(work.training):
-                raise _NotNow
-            if kind is not None and member.kind is not kind:
-                raise _NotNow
-            kind = member.kind
-            members.append(member)
-        assert kind is not None and weights is not None and work.rows is not None
+        assert weights is not None and work.rows is not None
         outputs = kind.forward(members, inputs, work.counts, training=work.training)
         work.versions = [backend.version for backend in work.backends]
         sums, rows = [], work.rows.to(weights.device)
-        num_rows = next(len(x) for x in work.inputs if x is not None)
+        assert work.inputs[0] is not None
+        num_rows = len(work.inputs[0])
         for y in outputs:
             y = y.to(torch.promote_types(y.dtype, torch.float32))
             y = y * per_row(weights, y).to(y.dtype)
@@ -98,6 +92,20 @@ class GroupExecutor(Executor):
                 y.sum(0, keepdim=True) if num_rows == 1 else y.new_zeros(num_rows, *y.shape[1:]).index_add_(0, rows, y)
             )
         return sums
+
+    def _members(self, backends: Sequence[ExpertBackend], training: bool) -> list[Member]:
+        """Return these experts' tensors. Raises: _NotNow unless all are of one kind now, and may be computed so."""
+        members: list[Member] = []
+        if self.steps.broken and any([backend in self.steps.broken for backend in backends]):
+            raise _NotNow
+        for backend in backends:
+            member = self.groups.member_of(backend)
+            if member is None or not backend.may_be_grouped(training):
+                raise _NotNow
+            if members and member.kind is not members[0].kind:
+                raise _NotNow
+            members.append(member)
+        return members
 
     def launch_together(self, together: Together) -> None:
         """As `launch`. Where the pass raises, or its group was not checked yet, each expert is computed alone."""
@@ -125,23 +133,18 @@ class GroupExecutor(Executor):
             if isinstance(together.error, Unfit) or not group.is_checked:
                 kind.misfits(together.error)
         elif all(are_finite([*one.results, *(one.summed or ())]) for one in together.attempts):
-            group.is_checked = _agree(together, found)
-            if not group.is_checked:
+            if _agree(together, found):
+                group.checked = kind.way
+            else:
                 kind.misfits(None)
 
     def _compute_together(self, together: Together) -> None:
         attempts, kind = together.attempts, together.group.kind
         assert together.upload is not None
         work = attempts[0].works[0]
-        members: list[Member] = []
-        for one in attempts:
-            backend = one.works[0].backend
-            member = self.groups.member_of(backend)
-            if member is None or member.kind is not kind or (self.steps.broken and backend in self.steps.broken):
-                raise _NotNow
-            members.append(member)
-            if not backend.may_be_grouped(work.training):
-                raise _NotNow
+        members = self._members([one.works[0].backend for one in attempts], work.training)
+        if members[0].kind is not kind:
+            raise _NotNow
         states = generator_states() if work.training else ()
         staged, num_inputs = together.upload.wait(), len(work.backend.input_specs)
         counts = [sum([x.stop - x.start for x in one.slices]) for one in attempts]

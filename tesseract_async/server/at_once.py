@@ -121,9 +121,9 @@ def begin(
     if not all([spec.dtype.is_floating_point or spec.dtype.is_complex for spec in backend.output_specs]):
         return None
     inputs = unpack_plain(request.tensors, buffers, backend.input_specs)
-    if inputs is None:
-        return None
     num_pairs = len(request.rows)
+    if inputs is None or len({*request.rows.tolist()}) < len(inputs[0]):  # rows that no expert sees: none is answered
+        return None
     try:
         work = first.runtime.submit_joint(
             [one.backend for one in hosted],
@@ -134,7 +134,9 @@ def begin(
             deadline=call.deadline,
             priority=call.priority and priority_of(call),
             peer=calls.owner(call),
-            num_bytes=num_pairs * sum(spec.row_bytes for spec in (*backend.input_specs, *backend.output_specs)),
+            # the block, each expert's rows of it, and their outputs; no more rows are answered than were asked
+            num_bytes=sum([x.nbytes for x in inputs])
+            + num_pairs * sum([spec.row_bytes for spec in (*backend.input_specs, *backend.output_specs)]),
         )
     except Overloaded:
         return None

@@ -6,14 +6,18 @@
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, tzinfo
+from itertools import groupby
 from typing import Final
 
 PERIODS: Final = ("day", "week", "month")
 MAX_NAME: Final = 64
 """Characters of a machine's name, and of other words about it."""
+MAX_MARKS: Final = 4
+"""Marks on one letter of it: languages have three."""
 
 _DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _WINDOW: Final = re.compile(r"(?:(?P<days>[a-z,-]+)\s+)?(?P<start>\d{1,2}:\d\d)\s*-\s*(?P<end>\d{1,2}:\d\d)")
@@ -21,9 +25,15 @@ _HORIZON_DAYS: Final = 9
 """Windows repeat weekly: what does not change within a week and a day never does."""
 
 
+def is_name(text: str) -> bool:
+    """Return whether a machine may be called so: in one short line, without towers of marks on a letter."""
+    runs = (len(list(run)) for is_mark, run in groupby(map(unicodedata.combining, text), bool) if is_mark)
+    return len(text) <= MAX_NAME and text.isprintable() and max(runs, default=0) <= MAX_MARKS
+
+
 def check_name(name: str) -> None:
     """Raises: ValueError for what cannot be a machine's name."""
-    if len(name) > MAX_NAME or not name.isprintable():
+    if not is_name(name):
         raise ValueError(f"a machine's name is one line of at most {MAX_NAME} characters: {name[:80]!r}")
 
 

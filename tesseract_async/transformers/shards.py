@@ -208,7 +208,24 @@ class _Rows:
         return str(self._part.get_dtype())
 
 
-def _fresh(one: Any) -> Any:
+class _Copies:
+    """Copies conversions.
+
+    Transformers asks for a copy per name in the files and keeps one per parameter: the latest one of a conversion is
+    given again for as long as nothing was collected in it.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[int, Any] = {}
+
+    def __call__(self, one: Any) -> Any:
+        made = self._latest.get(id(one))
+        if made is None or made.collected_tensors or made.layer_targets:
+            made = self._latest[id(one)] = _copied(one)
+        return made
+
+
+def _copied(one: Any) -> Any:
     """Return a copy of a conversion with what it collects of its own: all that changes in it."""
     made = copy.copy(one)
     for name in (name for kind in type(one).__mro__ for name in getattr(kind, "__slots__", ())):
@@ -227,7 +244,7 @@ def _quietly() -> Iterator[None]:
     from transformers.utils import logging
 
     before, shown = os.environ.get(_SEQUENTIAL), logging.is_progress_bar_enabled()
-    copies, core_model_loading.deepcopy = core_model_loading.deepcopy, _fresh
+    copies, core_model_loading.deepcopy = core_model_loading.deepcopy, _Copies()
     os.environ[_SEQUENTIAL] = "1"
     logging.disable_progress_bar()
     try:

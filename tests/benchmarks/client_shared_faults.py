@@ -352,6 +352,8 @@ class Trainer:
         own = self.copies[ask.number]
         if whole is not None:
             change = own.rebase(whole[0], version=whole[1], epoch=0, counted=counted)
+            if not counted:  # its base was too old
+                self.due[ask.number] = self.steps
         else:
             change = own.merge(updates or (), epoch=0)
         self.world.manifest.layout.add(self.model, own.cut, change)

@@ -1,6 +1,7 @@
 import asyncio
 import concurrent.futures
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
+from tesseract_async.client import background
 from tesseract_async.errors import ExpertNotFound
 from tesseract_async.network.entries import StoreItem
 from tests.client.forked import told_by_a_child
@@ -135,6 +137,25 @@ async def test_misuse_says_so() -> None:
     for late in (lambda: node.run(asyncio.sleep(0)), lambda: gate(torch.zeros(1, 8)), lambda: node.node):
         with pytest.raises(RuntimeError, match="not running"):
             late()
+
+
+def test_waiting_ends_with_its_caller_and_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled = threading.Event()
+    node = ta.BackgroundNode().start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main = threading.main_thread().ident or 0
+            node.wait(lambda done: signal.pthread_kill(main, signal.SIGINT), cancelled.set)
+        assert cancelled.wait(60)
+        monkeypatch.setattr(background, "_LOOK_SECONDS", 0.01)
+        closing = threading.Thread(target=node.close)
+        with pytest.raises(RuntimeError, match="not running"):
+            node.wait(lambda done: closing.start(), lambda: None)
+        closing.join()
+        with pytest.raises(RuntimeError, match="not running"):
+            node.wait(lambda done: None, lambda: None)
+    finally:
+        node.close()
 
 
 COMPILED = """

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,18 +15,21 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.client.experience import Experience
+from tesseract_async.client import straight as straight_way
+from tesseract_async.client.dispatch import StrictForward
+from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import ExpertSchema
+from tesseract_async.client.failover import HEDGE_SECONDS
 from tesseract_async.client.settings import DEFAULT_OPTIONS
 from tesseract_async.client.straight import Servers, Straight, questions
 from tesseract_async.endpoint.events import PartReceived, ReplyReceived
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts
-from tesseract_async.experts.thanks import Thanks
 from tesseract_async.metrics import Metrics
 from tesseract_async.wire.apply import ApplyPart, decode_request, encode_part
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec, pack_tensors
 from tests.client.fake_node import FakeReplica
+from tests.client.virtual_time import in_made_up_time
 
 NUM_EXPERTS, WIDTH, ROWS = 6, 8, 3
 
@@ -141,6 +147,70 @@ def test_a_lost_connection_costs_nothing_but_time() -> None:
             torch.testing.assert_close(pool.answer(x, index, weights), expected, rtol=0, atol=1e-5)
 
 
+def goes_straight(pool: ta.ExpertPool, *given: torch.Tensor) -> bool:
+    with mock.patch.object(pool, "ask", wraps=pool.ask) as asked:
+        pool.answer(*given)
+    return not asked.called
+
+
+def test_news_of_the_network_and_other_servers_take_one_pass_at_most_another_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Straight, "_hedge_after", lambda _: None)  # this machine may be slow
+    with swarm([[*range(NUM_EXPERTS)], [*range(NUM_EXPERTS)]]) as (node, _):
+        pool = ta.ExpertPool(node, "m.0", num_experts=NUM_EXPERTS).eval()
+        given = routed(1, 4, 1)
+        for _ in range(8):
+            pool.answer(*given)
+        assert goes_straight(pool, *given)
+        node.run(node.node.directory.refresh("m"))  # as it does every ten seconds
+        assert not goes_straight(pool, *given)
+        assert goes_straight(pool, *given)
+        monkeypatch.setattr(straight_way, "_CHOSEN_SECONDS", -1.0)  # the fastest server is looked for again and again
+        assert pool._servers is not None
+        pool._servers.renew_at = 0.0
+        assert goes_straight(pool, *given) and goes_straight(pool, *given)
+        monkeypatch.setattr(Straight, "_hedge_after", lambda _: 0.0)  # every answer is late
+        assert not goes_straight(pool, *given)
+        monkeypatch.setattr(Straight, "_hedge_after", lambda _: None)
+        assert goes_straight(pool, *given), "that was no failure"
+
+
+def test_both_ways_together_keep_the_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeouts: list[float] = []
+
+    class Noting(StrictForward):
+        def __init__(self, *args: Any, timeout: float) -> None:
+            timeouts.append(timeout)
+            super().__init__(*args, timeout=timeout)
+
+    monkeypatch.setattr("tesseract_async.client.expert_pool.StrictForward", Noting)
+    with ta.BackgroundNode() as host, ta.BackgroundNode(initial_peers=[host.address]) as node:
+        backends = {"m.0.0": ta.ExpertBackend(modules()[0], args_schema=(TensorSpec((WIDTH,)),))}
+        with host.entered(ta.TesseractServer(host.node, backends)) as server:
+            pool = ta.ExpertPool(node, "m.0", num_experts=1).eval()
+            begun, released = threading.Event(), threading.Event()
+            given = torch.ones(1, WIDTH), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+            pool.answer(*given)
+            assert goes_straight(pool, *given)
+            pool._settings = dataclasses.replace(pool._settings, forward_timeout=0.2)
+
+            def block() -> None:
+                begun.set()
+                released.wait(60)
+
+            blocked = threading.Thread(target=lambda: host.run(server.runtimes[0].call(block)))
+            blocked.start()
+            try:
+                assert begun.wait(60)
+                with pytest.raises(NotEnoughExperts, match=r"m\.0\.0"):
+                    pool.answer(*given)
+            finally:
+                released.set()
+                blocked.join()
+    assert timeouts[0] == 30.0 and timeouts[-1] == pytest.approx(0.05)
+
+
 # -- Replies of liars --------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +220,9 @@ class Wire:
     def __init__(self) -> None:
         self.sent: list[tuple[Any, Any, Callable[[Any], None]]] = []
         self.num_cancelled = 0
-        self.client_state, self.metrics, self.thanks = None, Metrics(), Thanks()
+        self.client_state, self.metrics = None, Metrics()
+        self.thanked: list[tuple[object, ...]] = []
+        self.thanks = SimpleNamespace(add=lambda *given: self.thanked.append(given))
         self.directory = SimpleNamespace(has_doubts=False)
 
     def path(self, peer: object) -> None:
@@ -165,11 +237,13 @@ class Wire:
         return cancel
 
 
-def begun() -> tuple[Straight, Wire, list[int], torch.Tensor]:
-    """A pass of three rows over the servers "a" and "b", which is sent."""
+def begun(copies: str = "") -> tuple[Straight, Wire, list[int], torch.Tensor]:
+    """A pass of three rows over the servers "a" and "b", which is sent. `copies`: servers that host all, too."""
     wire = Wire()
     schema = ExpertSchema((TensorSpec((WIDTH,)),), {}, TensorSpec((WIDTH,)), 64, CodecPolicy())
-    replicas: Any = {(e,): [FakeReplica(f"m.0.{e}", "ab"[e % 2])] for e in range(NUM_EXPERTS)}
+    replicas: Any = {
+        (e,): [FakeReplica(f"m.0.{e}", peer) for peer in ("ab"[e % 2], *copies)] for e in range(NUM_EXPERTS)
+    }
     experience: Any = Experience(wire)  # type: ignore[arg-type]
     servers = Servers(experience, "m.0", replicas, schema)
     x = torch.arange(float(ROWS * WIDTH)).view(ROWS, WIDTH)
@@ -236,13 +310,33 @@ async def test_an_answer_that_does_not_fit_ends_it_without_one(event: Callable[[
     assert over == [1] and straight.answer is None
 
 
+async def test_thanks_are_for_answers_that_count() -> None:
+    straight, wire, over, _ = begun()
+    for sent in wire.sent:
+        sent[2](answered(sent))
+    assert straight.answer is not None and wire.thanked == [("m", "a", 3, 0), ("m", "b", 3, 0)]
+
+
+@in_made_up_time
+async def test_a_server_that_keeps_silent_is_remembered_as_slow() -> None:
+    straight, wire, over, _ = begun(copies="c")
+    wire.sent[0][2](answered(wire.sent[0]))
+    await asyncio.sleep(HEDGE_SECONDS + 1)
+    assert over == [1] and straight.answer is None and wire.num_cancelled == 1
+    assert straight.is_late and straight.seconds == pytest.approx(HEDGE_SECONDS)
+    book, silent = straight._experience.latencies, straight._asked[1].replicas[0]
+    assert (book.expected(replica_key(silent)) or 0) >= HEDGE_SECONDS
+    assert book.expected(replica_key(straight._asked[0].replicas[0])) is None, "it is asked anew"
+    assert not wire.thanked
+
+
 async def test_numbers_that_are_not_finite_are_no_answer() -> None:
     straight, wire, over, _ = begun()
     bad = answered(wire.sent[0])
     torch.frombuffer(bad.buffers[0], dtype=torch.float32)[3] = torch.nan
     wire.sent[0][2](bad)
     wire.sent[1][2](answered(wire.sent[1]))
-    assert over == [1] and straight.answer is None
+    assert over == [1] and straight.answer is None and not wire.thanked
 
 
 async def test_a_pass_is_not_sent_where_its_servers_are_not_what_they_were() -> None:
@@ -257,4 +351,4 @@ async def test_a_pass_is_not_sent_where_its_servers_are_not_what_they_were() -> 
         holds=lambda: False,  # type: ignore[arg-type]
     )
     straight.begin(lambda: over.append(1))
-    assert over and straight.answer is None and not wire.sent
+    assert over and straight.answer is None and not wire.sent and not straight.is_sent

@@ -68,8 +68,13 @@ def test_malformed_fields_are_protocol_errors(field: str, value: Any) -> None:
         decode_status({**encode_status(STATUS), field: value})
 
 
-def test_no_figure_makes_a_rate_infinite() -> None:
-    for more in ({"busy_seconds": 1e308}, {"experts": {"ffn.1": [1, True, 1, 1, 1e308, 1.0]}}):
+def test_no_figure_makes_a_rate_infinite_and_no_name_covers_others() -> None:
+    assert decode_status(encode_status(STATUS) | {"name": "ệ\u0323\u0302 หน้า 機械"}).name
+    for more in (
+        {"name": "e" + 5 * "\u0301"},
+        {"busy_seconds": 1e308},
+        {"experts": {"ffn.1": [1, True, 1, 1, 1e308, 1.0]}},
+    ):
         with pytest.raises(ProtocolError):
             decode_status(encode_status(STATUS) | more)
 

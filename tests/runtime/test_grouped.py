@@ -259,6 +259,17 @@ def check_a_pass(data: st.DataObject) -> None:
         assert all(x.grad is None for x in one.module.parameters())
 
 
+def test_a_check_holds_for_the_way_that_was_checked_alone() -> None:
+    """A pass in another direction may find that way unfit for all of the kind."""
+    executor, experts = GroupExecutor(clock=lambda: 0.0), backends(2)
+    group = checked_group(executor, experts, "forwards", False)
+    group.kind.misfits(None)
+    assert not group.is_checked
+    assert checked_group(executor, experts, "forwards", False) is group
+    group.kind.misfits(None)
+    assert not group.is_checked and not group.kind.may_fit
+
+
 class Mean(nn.Module):
     """Rows influence one another: an expert must not be so, but some are."""
 

@@ -1,5 +1,6 @@
 """Which optimizers and schedules an expert can have, and how they go on from a checkpoint that had others."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -400,6 +401,31 @@ def test_an_adam_that_is_stepped_by_its_kernel_alone_is_pytorchs(
         for x, y in zip(mine.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(x, y) and x.grad is None and own.state[x]["step"] == other.state[y]["step"]
     assert by_kernel == {1, 2, 3}
+
+
+def test_a_state_that_is_loaded_between_steps_is_what_the_kernel_goes_on_from() -> None:
+    """The kernel's lists of moments and counts are kept from step to step."""
+
+    def step_some(backend: ExpertBackend, count: int, size: float) -> None:
+        for number in range(count):
+            backend.step([torch.full_like(x, size + number) for x in backend.parameters])
+
+    mine, other = (backend_of(adam(0.1)) for _ in range(2))
+    step_some(mine, 3, 1.0)
+    state = mine.state()
+    step_some(mine, 2, 9.0)
+    assert mine.optimizer is not None
+    replaced = weakref.ref(next(iter(mine.optimizer.state.values()))["exp_avg"])
+    for one in (mine, other):
+        one.load_state(state)
+        assert replaced() is None, "a follower may hold it for long, and steps no more"
+        step_some(one, 3, -2.0)
+    left, right = mine.state(), other.state()
+    assert left["version"] == 6
+    torch.testing.assert_close(left["module"], right["module"], rtol=0, atol=0)
+    torch.testing.assert_close(left["optimizer"]["state"], right["optimizer"]["state"], rtol=0, atol=0)
+    assert {float(memory["step"]) for memory in left["optimizer"]["state"].values()} == {6.0}
+    assert {float(memory["step"]) for memory in state["optimizer"]["state"].values()} == {3.0}, "a copy"
 
 
 def test_lists_in_a_state_from_elsewhere_make_no_other_rule() -> None:
