@@ -58,9 +58,9 @@ class Servers:
         self.sum_spec = TensorSpec(answered.least_shape, torch.promote_types(answered.dtype, torch.float32))
         self.numbers: dict[PeerAddress, int] = {}
         self.server: dict[int, int] = {}
-        """Of each expert that is hosted, the number of the server to ask ..."""
+        """The number of the server to ask for each hosted expert."""
         self.first: dict[int, ExpertReplica] = {}
-        """... and itself there."""
+        """The replica of each expert on that server."""
         self.has_others: set[int] = set()
         """Experts that several servers host."""
         fastest: dict[tuple[PeerAddress, ...], int] = {}  # many experts share their servers
@@ -82,7 +82,7 @@ class Servers:
 
 
 class Question:
-    """What is asked of one server."""
+    """A request to one server, encoded, and the rows of the input that it covers."""
 
     __slots__ = ("replicas", "request", "body", "buffers", "rows")
 
@@ -95,7 +95,7 @@ class Question:
 
 
 def questions(servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[Question] | None:
-    """Return what to ask; None if this is for `mixture`. What `index` and `weights` hold is not checked yet."""
+    """Return a question per server; None if `mixture` must make this pass. `index` and `weights` are not yet checked."""
     shares: dict[int, dict[int, tuple[list[int], list[float]]]] = {}
     first, server, total = servers.first, servers.server, 0.0
     for row, (experts, by) in enumerate(zip(index.tolist(), weights.float().tolist(), strict=True)):

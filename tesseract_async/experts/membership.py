@@ -81,7 +81,7 @@ class Leave:
     anew: bool = False
     """Even where a state is known that nobody can show any more."""
     write: bool = True
-    """What it must remember gets on its disk. Otherwise it says nothing, and does not stand."""
+    """Its disk takes its promises. If not, it sends nothing and does not stand for election."""
     passive: frozenset[PeerID] = frozenset()
     """Peers that could not lead it, and so are no successors."""
 
@@ -297,8 +297,10 @@ class Membership:
 
     @property
     def num_needed(self) -> int:
-        """How many members must want who takes over from the Seal that is held. Its primary alone is not enough for a
-        pair that others may not know of: they were three or more, of whom two elect another."""
+        """The number of members, the candidate included, whose votes a takeover from the held Seal needs.
+
+        The primary's own vote does not suffice while its newest Seal, which names a pair, is known to no majority of
+        the earlier members: two of those may have elected another primary."""
         assert self.held is not None
         num = majority(len(self.held.members))
         return max(2, num) if self.held.digest == self.unsettled else num

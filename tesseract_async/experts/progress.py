@@ -11,7 +11,7 @@ from tesseract_async.wire.packed import Value
 PROGRESS_TTL: Final = 60.0
 """Seconds that a trainer is shown after it was last heard of."""
 MAX_LOSS: Final = 3.5e38
-"""What 32 bits hold: no sum of losses is infinite, which JSON does not know."""
+"""The largest loss that is shown, about float32's maximum: sums of several stay finite, as JSON requires."""
 UNITS: Final = ("samples", "tokens")
 """The units that trainers count."""
 MERGED: Final = "merged"
