@@ -95,7 +95,7 @@ class Question:
 
 
 def questions(servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[Question] | None:
-    """Return a question per server; None if `mixture` must make this pass. `index` and `weights` are not yet checked."""
+    """Return a question per server; None if `mixture` must make this pass. `index` and `weights` are unchecked."""
     shares: dict[int, dict[int, tuple[list[int], list[float]]]] = {}
     first, server, total = servers.first, servers.server, 0.0
     for row, (experts, by) in enumerate(zip(index.tolist(), weights.float().tolist(), strict=True)):
