@@ -47,7 +47,7 @@ class Arrived:
 
 
 @dataclass(slots=True)
-class Part:
+class SharedPart:
     """One piece at this trainer. Between the start of a call and `arrived`, its `copy` is the call's."""
 
     uid: str

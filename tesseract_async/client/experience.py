@@ -15,11 +15,10 @@ from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
 from tesseract_async.client.lineages import Lineages
 from tesseract_async.client.ports import Node, PlainCalls
-from tesseract_async.client.routing import Coordinates
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, SchemaMismatch, summarize
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.manifest import Coordinates, split_uid
 from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import PeerAddress

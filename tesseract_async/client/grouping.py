@@ -70,7 +70,7 @@ class Request:
         return next(iter(self.asked.values())).peer
 
 
-class Step(NamedTuple):
+class Instructions(NamedTuple):
     send: Sequence[Request]
     cancel: Sequence[Request]
     """Nothing is open in them any more."""
@@ -144,7 +144,7 @@ class Grouping:
         hedge_at = min((request.hedge_at for request in self._open), default=math.inf)
         return min(self.calls.timer_at(), hedge_at, min(self._pausing.values(), default=math.inf))
 
-    def step(self, now: float, *, stalled: float = 0.0) -> Step:
+    def step(self, now: float, *, stalled: float = 0.0) -> Instructions:
         """Decide, after any event or when the timer is due. `stalled`: see `CallsUnderWay.calls_to_send`."""
         send: list[Request] = []
         while True:
@@ -152,7 +152,7 @@ class Grouping:
                 search = self._searches[call] = _Search()
                 self._take(call, search, None, now)
             if self.calls.is_over:
-                return Step((), (), ())
+                return Instructions((), (), ())
             for request in self._open:
                 if now >= request.hedge_at:
                     request.hedge_at = math.inf
@@ -164,7 +164,7 @@ class Grouping:
         for call in look_up:
             del self._pausing[call]
         cancel, self._cancel = self._cancel, []
-        return Step(send, cancel, look_up)
+        return Instructions(send, cancel, look_up)
 
     def part(
         self,

@@ -7,7 +7,7 @@ from random import Random
 from typing import Final
 
 from tesseract_async.experts.tenure_words import Question, Send
-from tesseract_async.experts.terms import MAX_SUCCESSORS, Kind, Seal, Term, majority
+from tesseract_async.experts.terms import MAX_SUCCESSORS, TermKind, Seal, Term, majority
 from tesseract_async.identity import PeerID
 
 NUM_SUCCESSORS: Final = 2
@@ -44,7 +44,7 @@ class OwnTerm:
         self._states: deque[Age] = deque(maxlen=MAX_BEHIND + 1)  # the last states: not Seals that only name others
         self._began = now
         self._agreed = {peer: sent for peer, (sent, _) in votes.items()}
-        if term.kind is Kind.TAKEOVER and term.seal is not None:
+        if term.kind is TermKind.TAKEOVER and term.seal is not None:
             self._agreed.setdefault(term.seal.primary, NEVER)
         self._holds = {peer: held for peer, (_, held) in votes.items()}
         self._follow: set[PeerID] = set()  # agreed with a beat: they know of this Term, and of none above it

@@ -30,7 +30,7 @@ MEMORY: Final = 0.8
 Source = TypeVar("Source", bound=Hashable)
 
 
-def size_of(piece: int, size: int) -> int:
+def piece_size(piece: int, size: int) -> int:
     count = num_leaves(size)
     if count == 1:
         return size
@@ -109,7 +109,7 @@ class PieceFetch(Generic[Source]):
 
     def is_right(self, piece: int, data: bytes | bytearray | memoryview) -> bool:
         """Return whether these untrusted bytes are that piece. Hashing takes a millisecond per MiB."""
-        if len(data) != size_of(piece, self.size):
+        if len(data) != piece_size(piece, self.size):
             return False
         if num_leaves(self.size) == 1:
             return root_of(data) == self.root
@@ -167,7 +167,7 @@ class PieceFetch(Generic[Source]):
         if work is not None and piece in work.asked:
             if piece != LIST:  # so short that it would measure round trips
                 work.busy = MEMORY * work.busy + max(0.0, now - work.since)
-                work.sent = MEMORY * work.sent + size_of(piece, self.size)
+                work.sent = MEMORY * work.sent + piece_size(piece, self.size)
             work.since, work.num_failures = now, 0
         is_new = piece in self._wanted
         if is_new:

@@ -24,7 +24,7 @@ from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.signed import MAX_SIGNED_BYTES, Format
 from tesseract_async.identity import Identity, PeerID
 
-Value = str | int | float | bool | None
+Scalar = str | int | float | bool | None
 """An option's value."""
 
 MAX_PART_BYTES: Final = 850
@@ -67,17 +67,17 @@ class RunManifest:
     grid_size: tuple[int, ...]
     expert: str
     """A registered name, or ``module:builder``, which a volunteer must allow."""
-    sizes: Mapping[str, Value] = field(default_factory=dict)
+    sizes: Mapping[str, Scalar] = field(default_factory=dict)
     """Arguments of the expert's class."""
     optimizer: str | None = "adam"
     """A registered name; None freezes the experts."""
-    optimizer_options: Mapping[str, Value] = field(default_factory=dict)
+    optimizer_options: Mapping[str, Scalar] = field(default_factory=dict)
     schedule: str | None = None
     """A registered name of a learning-rate schedule."""
-    schedule_options: Mapping[str, Value] = field(default_factory=dict)
-    training: Mapping[str, Value] = field(default_factory=dict)
+    schedule_options: Mapping[str, Scalar] = field(default_factory=dict)
+    training: Mapping[str, Scalar] = field(default_factory=dict)
     """How steps are taken: ``max_batch_size``, ``clip_norm`` and the like."""
-    codecs: Mapping[str, Value] = field(default_factory=dict)
+    codecs: Mapping[str, Scalar] = field(default_factory=dict)
     """The one codec of ``inputs``, ``outputs`` or ``gradients``; what is not named may travel in any."""
     seed: int = 0
     """The first weights of an expert follow from this and its uid: two servers that start the same one start equal."""

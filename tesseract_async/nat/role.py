@@ -18,7 +18,7 @@ WATCH_PERIOD: Final = 5.0
 
 WILDCARDS: Final = ("0.0.0.0", "::", "")
 
-Role = Literal["unknown", "client", "public"]
+NodeRole = Literal["unknown", "client", "public"]
 NatKind = Literal["unknown", "none", "keeping", "symmetric"]
 """``keeping``: the NAT keeps ports, holes can be punched; ``symmetric``: most likely they cannot."""
 
@@ -60,7 +60,7 @@ class Reachability:
     """Its addresses, as others see them, at which they could not."""
 
     @property
-    def role(self) -> Role:
+    def role(self) -> NodeRole:
         """``public``: serves the DHT and is a rendezvous; ``client``: uses them."""
         if self.tcp is False or self.udp is False:
             return "client"

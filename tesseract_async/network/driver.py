@@ -12,7 +12,7 @@ from tesseract_async.errors import describe
 from tesseract_async.identity import PeerID, SignedRecord
 from tesseract_async.network.contacts import Address
 from tesseract_async.network.events import (
-    Event,
+    NetworkEvent,
     Isolated,
     Joined,
     NodeRoleChanged,
@@ -194,7 +194,7 @@ class NetworkDriver(asyncio.DatagramProtocol):
         if not self._closed.done():
             self._closed.set_result(None)
 
-    def _deliver(self, event: Event) -> None:
+    def _deliver(self, event: NetworkEvent) -> None:
         if isinstance(event, ReadFinished | WriteFinished):
             waiter = self._waiters.get(event.operation)
             if waiter is not None and not waiter.done():

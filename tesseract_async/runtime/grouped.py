@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
 from tesseract_async.runtime.costs import GroupChoice
 from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
-from tesseract_async.runtime.module_runner import leaf_of
+from tesseract_async.runtime.module_runner import as_leaf
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 
@@ -63,7 +63,7 @@ class Unfit(Exception):
 class Group:
     """What may be computed in one pass: experts of one kind, in one direction and mode. Made by `Groups`."""
 
-    def __init__(self, kind: Kind, training: bool) -> None:
+    def __init__(self, kind: ExpertKind, training: bool) -> None:
         self.kind = kind
         self.training = training
         self.choice = GroupChoice()
@@ -86,7 +86,7 @@ class Groups:
     def __init__(self) -> None:
         self._members: weakref.WeakKeyDictionary[ExpertBackend, Member] = weakref.WeakKeyDictionary()
         self._num_changes: weakref.WeakKeyDictionary[ExpertBackend, int] = weakref.WeakKeyDictionary()
-        self._kinds: weakref.WeakValueDictionary[Hashable, Kind] = weakref.WeakValueDictionary()
+        self._kinds: weakref.WeakValueDictionary[Hashable, ExpertKind] = weakref.WeakValueDictionary()
         self._groups: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
 
     def group_of(self, backend: ExpertBackend, *, training: bool, mode: Hashable) -> Group | None:
@@ -122,7 +122,7 @@ class Groups:
 class Member:
     """One expert's tensors, and what must not change while it is of its kind. Raises: Unfit."""
 
-    def __init__(self, backend: ExpertBackend, kinds: weakref.WeakValueDictionary[Hashable, Kind]) -> None:
+    def __init__(self, backend: ExpertBackend, kinds: weakref.WeakValueDictionary[Hashable, ExpertKind]) -> None:
         module, settings = backend.module, backend.settings
         tensors = [*module.parameters(), *module.buffers()]
         if (
@@ -156,7 +156,7 @@ class Member:
         )
         kind = kinds.get(key)
         if kind is None:
-            kind = kinds[key] = Kind(backend)
+            kind = kinds[key] = ExpertKind(backend)
         self.kind = kind
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -245,7 +245,7 @@ def _slots_of(module: nn.Module) -> list[_Slot]:
     return slots
 
 
-class Kind:
+class ExpertKind:
     """Experts that differ in numbers only, and how they are computed together."""
 
     def __init__(self, example: ExpertBackend) -> None:
@@ -307,7 +307,7 @@ class Kind:
         Returns gradients of the inputs, and of each one's `parameters`; where these are parts of stacks, one for each
         parameter, also the stacks.
         """
-        leaves, each = [leaf_of(x) for x in inputs], [member.tensors() for member in members]
+        leaves, each = [as_leaf(x) for x in inputs], [member.tensors() for member in members]
         stacks = self._stacks(each, parameters)
         with torch.enable_grad():
             outputs = self._call(each, stacks, leaves, counts, training)

@@ -26,7 +26,7 @@ class Trial:
         self.seconds = 0.0
 
 
-class Pass:
+class DevicePass:
     """Batches that the device computes at once: one as an attempt, several together."""
 
     __slots__ = ("batches", "trial", "attempt", "together")
@@ -77,14 +77,14 @@ class Pass:
                 find_group(executor, batch)
 
 
-def passes(batches: list[Batch]) -> list[Pass]:
+def passes(batches: list[Batch]) -> list[DevicePass]:
     """Return how batches that came together are computed: in one pass, or each in its own."""
     if len(batches) < 2:
-        return [Pass(batches)] if batches else []
+        return [DevicePass(batches)] if batches else []
     group = batches[0].queue.group
     assert isinstance(group, Group)
     trial = Trial(group, batches)
-    return [Pass(batches, trial)] if trial.is_together else [Pass([batch], trial) for batch in batches]
+    return [DevicePass(batches, trial)] if trial.is_together else [DevicePass([batch], trial) for batch in batches]
 
 
 def find_group(executor: GroupExecutor, batch: Batch) -> None:

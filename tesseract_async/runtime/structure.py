@@ -34,7 +34,7 @@ def describe_module(
     """Return the description of a module: its class, plain attributes and the names of its tensors, and its parts'.
 
     `replace` gives, by path and module, what stands for a part instead. What cannot be described is named in the
-    description, by `build_module`'s error.
+    description, by `rebuild_module`'s error.
     """
     try:
         return _describe(module, "", {}, {}, replace)
@@ -119,7 +119,7 @@ def _value(value: object, path: str) -> Any:
     raise _Indescribable(f"its {path} is a {type(value).__name__}")
 
 
-def build_module(
+def rebuild_module(
     described: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     *,
