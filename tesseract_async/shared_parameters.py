@@ -48,7 +48,7 @@ from tesseract_async.shared_part import Arrived, SharedPart
 from tesseract_async.shared_pieces import PAUSE, FoundPieces, SharedPieces
 from tesseract_async.sharing.copy import Copy
 from tesseract_async.sharing.fragment import Fragment, Outer, anchor_root
-from tesseract_async.sharing.layout import MergeKind, Layout
+from tesseract_async.sharing.layout import Layout, MergeKind
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
@@ -82,7 +82,7 @@ class SharingReport:
 
 
 class StepListener(Protocol):
-    """What is told of steps: `SharedSampler`."""
+    """An object that is told of steps: `SharedSampler`."""
 
     def stepped(self) -> None: ...
     async def leave(self) -> None: ...

@@ -274,10 +274,11 @@ def test_no_two_things_have_one_name() -> None:
 
 def test_no_function_is_imported_under_a_name_that_another_bears() -> None:
     places: dict[str, set[str]] = {}
-    defined = {
-        module_name(path): {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-        for path in files()
-    }
+    defined: dict[str, set[str]] = {}
+    for path in files():
+        body = ast.parse(path.read_text()).body
+        functions = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        defined[module_name(path)] = functions
     for path in files():
         for name in imported(path):
             module, _, function = name.rpartition(".")

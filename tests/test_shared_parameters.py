@@ -31,7 +31,7 @@ from tesseract_async.shared_parameters import SharedParameters, SharingReport
 from tesseract_async.shared_part import Arrived
 from tesseract_async.sharing import rounds
 from tesseract_async.sharing.fragment import NEWCOMERS
-from tesseract_async.sharing.layout import MergeKind, Layout, LayoutMismatch
+from tesseract_async.sharing.layout import Layout, LayoutMismatch, MergeKind
 from tesseract_async.wire import messages
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)

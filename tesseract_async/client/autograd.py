@@ -147,7 +147,7 @@ class _Cancelled(Exception):
 class _GradientRequest:
     """One gradient request under way: started by an engine thread, carried by the loop, awaited by an engine thread."""
 
-    def __init__(self, call: "_Call", scale: float | None) -> None:
+    def __init__(self, call: "_RemoteCall", scale: float | None) -> None:
         self.call = call
         self.scale = scale
         """By which the gradients were multiplied that it carries, divided."""
@@ -248,7 +248,9 @@ class _CallContext(Protocol):
 
 class _Await(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _CallContext, call: _RemoteCall, always_needed: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: _CallContext, call: _RemoteCall, always_needed: torch.Tensor, *inputs: torch.Tensor
+    ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.devices = [tensor.device for tensor in inputs]
@@ -272,7 +274,9 @@ class _Await(torch.autograd.Function):
 
 class _Issue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _CallContext, call: _RemoteCall, token: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: _CallContext, call: _RemoteCall, token: torch.Tensor, *inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.save_for_backward(*inputs)

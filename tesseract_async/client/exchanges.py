@@ -46,7 +46,7 @@ class Exchange(Generic[T]):
     """A question to one expert, which any of some replicas may answer."""
 
     is_timed: ClassVar[bool] = False
-    """How long it takes says how long a forward takes there."""
+    """True if its duration tells how long a forward takes there."""
 
     num_bytes = 0
     """Uncompressed bytes both ways together; 0 if it is little."""

@@ -25,7 +25,7 @@ from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, Forward, Receipt, fetch_info
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.grouping import Request, may_pass
-from tesseract_async.client.passes import RowBlock, Pass, OptionalTensors
+from tesseract_async.client.passes import OptionalTensors, Pass, RowBlock
 from tesseract_async.client.routing import Indices
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import InputsForgotten, TesseractError, TooStale, describe
@@ -79,7 +79,7 @@ class MixtureCall:
         """The last output."""
         self.answers: dict[ExpertCall, _Answer] = {}
         self.ids: dict[ExpertCall, bytes] = {}
-        """What the servers know calls by, until their backward begins: going through a graph again is another one."""
+        """The ids by which servers know calls, until their backward begins: a second one gets new ids."""
         self._search, self._absent = search, absent
 
     @property
@@ -292,7 +292,9 @@ class _ForwardPass(Pass):
 class _BackwardPass(Pass):
     what = "gradients"
 
-    def __init__(self, call: MixtureCall, inputs: OptionalTensors, values: torch.Tensor, gradients: OptionalTensors) -> None:
+    def __init__(
+        self, call: MixtureCall, inputs: OptionalTensors, values: torch.Tensor, gradients: OptionalTensors
+    ) -> None:
         """`inputs`, `values` and `gradients` of the outputs: see `MixtureCall`; on the CPU."""
         patience = call.experience.patience("backward", call.settings)
         dispatch = BackwardDispatch(call.dispatch, settings=call.settings, patience=patience)
@@ -336,7 +338,7 @@ class _BackwardPass(Pass):
         return answer.block if answer.block.kept is not None and answer.replica.peer == replica.peer else None
 
     def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
-        """What refers to one block goes together."""
+        """See `Grouping`: calls that refer to one block go together."""
         return replica.peer.peer_id or replica.peer, self._kept_at(call, replica)
 
     async def pack(self, request: Request) -> tuple[RowBlock, ApplyRequest, Sequence[memoryview]]:
@@ -381,7 +383,7 @@ class _BackwardPass(Pass):
         return block, asked, buffers
 
     def _scales(self, call: ExpertCall) -> Values:
-        """What the weights of the forward's message were relative to, for each row of the call."""
+        """Return the unit of the weights in the forward's message, for each row of the call."""
         block = self._call.answers[self._forward_calls[call]].block
         assert block.scales_R is not None
         return block.scales_R[np.searchsorted(block.rows, call.rows)]

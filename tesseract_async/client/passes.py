@@ -48,17 +48,17 @@ class RowBlock:
     offsets: Indices
     """``[E + 1]``: the pairs of each call."""
     rows_P: Indices
-    """Of each pair the row of the batch."""
+    """The row of the batch for each pair."""
     numbers_P: Indices
-    """Of each pair the row of the block."""
+    """The row of the block for each pair."""
     weights_P: Weights
     scales_R: npt.NDArray[np.floating[Any]] | None = None
-    """Of each row what its weights are relative to."""
+    """The unit of each row's weights."""
     kept: bytes | None = None
     """Names the block, as long as its server keeps it."""
 
     @classmethod
-    def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> "Block":
+    def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> "RowBlock":
         """The block of these calls for a batch of `num_rows`; the weights are for the caller to set."""
         experts = np.array([call.expert for call in calls], dtype=np.int64)
         coords = candidates.grid.coords_ND[experts]
@@ -75,7 +75,7 @@ class RowBlock:
         return cls(calls, coords[order], rows, offsets, rows_P, numbers_P, np.empty(0, dtype=np.float32))
 
     def experts_P(self) -> Indices:
-        """Of each pair the expert, among the candidates."""
+        """Return the expert of each pair, by its number among the candidates."""
         return np.repeat([call.expert for call in self.calls], np.diff(self.offsets))
 
 
@@ -118,7 +118,7 @@ class Pass:
         raise NotImplementedError
 
     async def pack(self, request: Request) -> tuple[RowBlock, ApplyRequest, Sequence[memoryview]]:
-        """What to send for the calls that are open in `request`, and the buffers of its tensors."""
+        """Return the message for the calls that are open in `request`, and the buffers of its tensors."""
         raise NotImplementedError
 
     def add(

@@ -42,7 +42,7 @@ def seconds_for_another(timeout: float) -> float:
 
 
 class Servers:
-    """Who is asked for each expert of a pool, worked out once for as long as that stays the same."""
+    """The server to ask for each expert of a pool, worked out once for as long as that stays the same."""
 
     def __init__(
         self,
@@ -94,7 +94,9 @@ class EncodedRequest:
         self.buffers = (*numbers, *buffers)
 
 
-def questions(servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[EncodedRequest] | None:
+def questions(
+    servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> list[EncodedRequest] | None:
     """Return a question per server; None if `mixture` must make this pass. `index` and `weights` are unchecked."""
     shares: dict[int, dict[int, tuple[list[int], list[float]]]] = {}
     first, server, total = servers.first, servers.server, 0.0

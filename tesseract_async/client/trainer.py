@@ -31,7 +31,7 @@ _SHARED_GRADIENTS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSD
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepReport:
-    """How one step went."""
+    """The result of one step."""
 
     loss: torch.Tensor
     """Detached; not a number if the step failed."""
@@ -42,9 +42,9 @@ class StepReport:
     seconds: float
     """From the look at the parameters to the optimizer's step, waiting for the staleness bound included."""
     error: BaseException | None = None
-    """Why the step failed; then nothing changed here, and its batch taught nothing."""
+    """The reason why the step failed: nothing changed here, and its batch taught nothing."""
     batch: int | None = None
-    """Which batch of its `AsyncTrainer.run` it was, counted from 0; None outside of one."""
+    """The number of its batch in `AsyncTrainer.run`, counted from 0; None outside of one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The figures that came with the loss."""
 

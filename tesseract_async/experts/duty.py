@@ -7,7 +7,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Membership, Poll
 from tesseract_async.experts.own_term import NEVER, PUBLISH_EVERY, OwnTerm
 from tesseract_async.experts.tenure_words import Command, Fetch, Look, Persist, Publish, RoleChanged, State
-from tesseract_async.experts.terms import EPOCH_ZERO, TermKind, Seal, Term
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind
 from tesseract_async.identity import Identity, PeerID
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.terms import EPOCH_ZERO, TermKind, Seal, Term, read_seal, read_term
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, read_seal, read_term
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 
@@ -265,7 +265,7 @@ class Lineage:
         return max(standing, key=rank)
 
     def _weigh(self, terms: Sequence[Term], roots: Mapping[bytes, bytes]) -> Counter[bytes]:
-        """How many hosts follow each tree, by the epochs that they name, be it of a Term that does not count any more.
+        """Count the hosts that follow each tree, by the epochs that they name, be it of a Term that no longer counts.
 
         Anybody may begin a tree with an epoch that stands in another. Then it is that of who names it for the Term that
         it signed itself, and else of the tree that this server goes by.

@@ -16,9 +16,9 @@ from tesseract_async.experts.own_term import NEVER, NUM_SUCCESSORS, Age, OwnTerm
 from tesseract_async.experts.tenure_words import Question, Send, State
 from tesseract_async.experts.terms import (
     EPOCH_ZERO,
-    TermKind,
     Seal,
     Term,
+    TermKind,
     Vote,
     majority,
     next_epoch,
@@ -72,7 +72,7 @@ class Poll:
 
 @dataclass(slots=True)
 class Permissions:
-    """What this server's own placement lets it do with the expert (`experts.placement`)."""
+    """The things that this server's own placement lets it do with the expert (`experts.placement`)."""
 
     lead: bool = True
     """It has room to compute it. Otherwise it votes, and holds the file, but does not stand."""

@@ -7,7 +7,7 @@ from random import Random
 from typing import Final
 
 from tesseract_async.experts.tenure_words import Question, Send
-from tesseract_async.experts.terms import MAX_SUCCESSORS, TermKind, Seal, Term, majority
+from tesseract_async.experts.terms import MAX_SUCCESSORS, Seal, Term, TermKind, majority
 from tesseract_async.identity import PeerID
 
 NUM_SUCCESSORS: Final = 2

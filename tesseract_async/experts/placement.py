@@ -129,7 +129,7 @@ class Place:
 
 
 class Standing(NamedTuple):
-    """How an expert stands."""
+    """The state of an expert in the swarm."""
 
     leader: PeerID | None
     followers: tuple[PeerID, ...]
@@ -137,7 +137,7 @@ class Standing(NamedTuple):
     version: int
     """Steps in the newest state that more than its primary has; of its primary's, where nobody else has any."""
     losses: int
-    """How many more members may be lost, one after the other, with the expert surviving; -1: it is lost."""
+    """The number of members that may yet be lost, one after the other, before the expert is; -1: it is lost."""
 
     @property
     def word(self) -> str:
@@ -313,7 +313,10 @@ def unknown(survey: Survey, pattern: ExpertPattern) -> Iterator[str]:
 
 
 def _relieve(
-    survey: Survey, free: dict[PeerID, int], may: Callable[[PeerID, str], bool], steps: dict[PeerID, list[PlacementStep]]
+    survey: Survey,
+    free: dict[PeerID, int],
+    may: Callable[[PeerID, str], bool],
+    steps: dict[PeerID, list[PlacementStep]],
 ) -> None:
     """Relieve servers of which more is wanted than they can: the hottest first, each server in one move at most."""
     places = survey.places
@@ -370,7 +373,7 @@ def _can_help(place: Place, uid: str, num_free: int) -> bool:
 
 
 class Placement:
-    """What one member does, over time. Give it all places as often as they are read."""
+    """Decides over time what one member holds. Give it all places as often as they are read."""
 
     def __init__(
         self,
@@ -448,7 +451,9 @@ class Placement:
                 del self.wishes[uid]
         return steps + self._drops(survey, now)
 
-    def _note_idle(self, survey: Survey, assigned: Mapping[PeerID, Sequence[PlacementStep]], now: float, wall: float) -> None:
+    def _note_idle(
+        self, survey: Survey, assigned: Mapping[PeerID, Sequence[PlacementStep]], now: float, wall: float
+    ) -> None:
         """Notice members that claim room and take nothing: what falls to them falls to others for a while."""
         given: dict[PeerID, tuple[frozenset[str], float]] = {}
         for peer, steps in assigned.items():

@@ -38,7 +38,7 @@ from tesseract_async.experts.manifest import (
     join_uid,
     split_uid,
 )
-from tesseract_async.experts.placement import MemberPart, Place, MemberRole
+from tesseract_async.experts.placement import MemberPart, MemberRole, Place
 from tesseract_async.transport.base import range_of, split_host_port
 
 MAGIC: Final = b"tsp\1"

@@ -76,7 +76,7 @@ class RunManifest:
     """A registered name of a learning-rate schedule."""
     schedule_options: Mapping[str, Scalar] = field(default_factory=dict)
     training: Mapping[str, Scalar] = field(default_factory=dict)
-    """How steps are taken: ``max_batch_size``, ``clip_norm`` and the like."""
+    """Options of training: ``max_batch_size``, ``clip_norm`` and the like."""
     codecs: Mapping[str, Scalar] = field(default_factory=dict)
     """The one codec of ``inputs``, ``outputs`` or ``gradients``; what is not named may travel in any."""
     seed: int = 0

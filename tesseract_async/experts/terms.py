@@ -23,11 +23,11 @@ MAX_BYTES: Final = 900
 """Most bytes of one record: as much as fits an entry of the network."""
 MAX_SUCCESSORS: Final = 3
 HANDOVER_SECONDS: Final = 300
-"""How long a primary's signature over its last Seal is good: no former primary gets an expert back by an old one."""
+"""Seconds for which a primary's signature over its last Seal holds: an old one gives no expert back."""
 
 
 class TermKind(IntEnum):
-    """How a Term came about."""
+    """The ways in which a Term comes about."""
 
     GENESIS = 0
     """Nobody knew of any Seal: the state is as the run says."""
@@ -129,7 +129,7 @@ class Term:
 
 
 def majority(num_members: int, *, strict: bool = False) -> int:
-    """How many of so many members decide. Of two, one does unless `strict`: a pair survives either's death."""
+    """Return the number of members that decide. Of two, one does unless `strict`: a pair survives either's death."""
     return 1 if num_members == 2 and not strict else num_members // 2 + 1
 
 

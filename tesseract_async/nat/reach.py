@@ -1,4 +1,4 @@
-"""How a node reaches others and is reached, beyond plain TCP: builds the parts, and drives the `role` machine.
+"""The ways to and from a node, beyond plain TCP: builds the parts, and drives the `role` machine.
 
 If others can dial this node, it carries offers, answers STUN and relays for others. If not, it keeps a connection with
 a few such nodes and names them in its records.

@@ -1,4 +1,4 @@
-"""How a node comes among the others and stays there: seeds, its own neighborhood, and the way back. Pure.
+"""Joins a node to the others and keeps it there: seeds, its own neighborhood, and the way back. Pure.
 
 Seeds are asked forever: this is how two halves of a network find each other. An unknown node in this node's own
 neighborhood starts a lookup of this node's own id.

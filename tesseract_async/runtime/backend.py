@@ -32,7 +32,7 @@ from tesseract_async.runtime.gradients import (
     weight_gradients,
     weighted,
 )
-from tesseract_async.runtime.module_runner import ModuleRunner, device_of, as_leaves
+from tesseract_async.runtime.module_runner import ModuleRunner, as_leaves, device_of
 from tesseract_async.runtime.norms import UsualNorms
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.watching import uses_batch_statistics
@@ -48,7 +48,7 @@ MakesScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSettings:
-    """How an expert is trained and computed."""
+    """The settings by which an expert is trained and computed."""
 
     clip_gradient_norm: float | None = None
     """Gradients of a step are scaled down to this norm (over all parameters)."""

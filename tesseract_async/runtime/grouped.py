@@ -42,13 +42,13 @@ from tesseract_async.wire import tensors as wire
 logger = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 8 << 20
-"""Parameters and buffers of an expert: computing a larger one takes so long that calling it costs nothing beside."""
+"""Bytes of an expert's parameters and buffers: computing a larger one takes so long that calling it costs nothing."""
 _STACKED_BYTES: Final = 256 << 10
 """Up to this size of one weight, ``grouped_mm`` over a stack of them pays where gradients are computed."""
 _STACKED_BYTES_FORWARD: Final = 64 << 10
 """Without gradients, there is less to gain from a copy."""
 _MAX_CHANGES: Final = 3
-"""How often an expert may change what makes it one of a kind; then it keeps state in it, and is computed alone."""
+"""An expert may so often change what makes it one of a kind. After that it is computed alone: it keeps state there."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 
@@ -61,7 +61,7 @@ class Unfit(Exception):
 
 
 class Group:
-    """What may be computed in one pass: experts of one kind, in one direction and mode. Made by `Groups`."""
+    """Experts that may share a pass: of one kind, in one direction and mode. Made by `Groups`."""
 
     def __init__(self, kind: ExpertKind, training: bool) -> None:
         self.kind = kind
@@ -266,7 +266,7 @@ class ExpertKind:
         self.num_extra_rows = 0
         """Rows by which each expert's are padded beyond need: to see whether rows influence one another."""
         self.way: Way | None = self._vmapped
-        """How they are computed; None once no way was left."""
+        """The function that computes them; None once every way has failed."""
         if example.device.type == "cpu" and self._autocast is None:
             self.way = self._ragged
         self.name = example.name

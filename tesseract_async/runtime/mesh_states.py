@@ -22,7 +22,7 @@ from tesseract_async.runtime import states
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.mesh_building import box_of, like
 from tesseract_async.runtime.mesh_link import MeshLink
-from tesseract_async.runtime.spread_tensor import TensorPart, SpreadTensor, blocks_of
+from tesseract_async.runtime.spread_tensor import SpreadTensor, TensorPart, blocks_of
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.wire.packed import Value
 

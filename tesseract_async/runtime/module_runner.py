@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tesseract_async.runtime import randomness
-from tesseract_async.runtime.watching import Habits, Undone, copies, generator_states, have_moved, call_watched
+from tesseract_async.runtime.watching import Habits, Undone, call_watched, copies, generator_states, have_moved
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.tensors import Schema, TensorSpec
 

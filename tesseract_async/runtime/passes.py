@@ -1,4 +1,4 @@
-"""How batches that came together go through the executor: in one pass, or each in its own. Belongs to its thread."""
+"""Takes batches that came together through the executor: in one pass, or each in its own. Belongs to its thread."""
 
 from collections.abc import Hashable, Sequence
 
@@ -9,8 +9,8 @@ from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.together import GroupExecutor, Together
 
 QueueKind = tuple[ExpertBackend, bool, bool, bool, bool, Hashable]
-"""What may share a batch: one expert's backwards or forwards, in training or not, that step or not, weighted or not, of
-one size where sizes vary, with the same tensors where some are optional. The name of the batch's queue."""
+"""The name of a queue, whose requests may share a batch: one expert's backwards or forwards, in training or not, that
+step or not, weighted or not, of one size where sizes vary, with the same tensors where some are optional."""
 
 
 class Trial:

@@ -44,7 +44,7 @@ Job = Callable[[GroupExecutor], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeSettings:
-    """How a device is used."""
+    """The settings of a device."""
 
     max_queue_bytes: int = MAX_QUEUE_BYTES
     """Bytes of all requests that wait or run; beyond it new ones are refused. Less on a computer with little memory."""

@@ -1,4 +1,4 @@
-"""How modules are built, as plain values: enough to build them again without their constructors, or code in a file.
+"""Descriptions of modules as plain values: enough to rebuild them without their constructors, or code in a file.
 
 A description names classes and functions by import path, and only those of `ALLOWED` modules, and of modules that the
 reader allows, are ever imported. What cannot be described says so where it is built again.

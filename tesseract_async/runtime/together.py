@@ -37,7 +37,7 @@ class Together:
     counts: Sequence[int] = ()
     """Rows of each."""
     results: Gradients = ()
-    """Of all rows, as of an `Attempt`."""
+    """The results of all rows, as in an `Attempt`."""
     scales: torch.Tensor | None = None
     incoming: Gradients = ()
     """The output gradients, damped, and the rows' weights."""

@@ -67,9 +67,9 @@ class SavedModel:
     """By prefix."""
     experts: dict[str, SavedExpert] = field(default_factory=dict)
     structures: list[Described] = field(default_factory=list)
-    """How experts' modules are built."""
+    """Descriptions of the experts' modules (`runtime.structure`)."""
     model: Described | None = None
-    """How the rest of the model is built, with gates by their settings; None if it is not known."""
+    """The description of the rest of the model, with gates by their settings; None if it is not known."""
     files: dict[str, str] = field(default_factory=dict)
     """The other parts that are there: ``model`` and ``trainer``."""
     sums: dict[str, str] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import Identity
 from tesseract_async.node import TesseractNode
-from tesseract_async.runtime.structure import Described, rebuild_module, describe_module
+from tesseract_async.runtime.structure import Described, describe_module, rebuild_module
 from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
 from tesseract_async.saving.restorer import enter_owned, restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins

@@ -87,7 +87,9 @@ class BareRole(Enum):
     """Follow nobody for the moment: a better follower is about to take over."""
 
 
-def decide(me: Contender, others: Sequence[Contender], past: Past, *, listed: bool) -> tuple[BareRole, Contender | None]:
+def decide(
+    me: Contender, others: Sequence[Contender], past: Past, *, listed: bool
+) -> tuple[BareRole, Contender | None]:
     """Return this server's role, and which server it follows.
 
     `others`: replicas whose word may count, and of those that call themselves primary only the ones that answered
@@ -126,7 +128,7 @@ class _BareExpert:
     """The one that is followed."""
     synced_from: PeerID | None = None
     syncing: Rhythm | None = None
-    """Of pulls from that one."""
+    """The rhythm of pulls from that one."""
     giver: PeerID | None = None
     """The server that handed the expert over to this one..."""
     giver_sequence: int = 0

@@ -106,7 +106,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def decode_state(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> StateDict:
-    """Return what `encode_state` was given. Takes untrusted bytes; `max_values` bounds what the header of a stranger's makes.
+    """Return what `encode_state` was given. Takes untrusted bytes; `max_values` bounds what a stranger's header makes.
 
     Tensors of a mapped file (`files.mapped`) stay there until they are looked at, or written.
 

@@ -38,7 +38,7 @@ MAX_STATE_BYTES: Final = 4 << 30
 MAX_BYTES_HERE: Final = 256 << 20
 """A longer file is received on disk."""
 NUM_RETRIES: Final = 3
-"""How often a server is asked for its newest state again, after the connection broke or the state was replaced."""
+"""Times that a server is asked again for its newest state, after the connection broke or the state was replaced."""
 
 Aside = Callable[[Callable[[], Any]], Awaitable[Any]]
 """Runs work on files where it stops nobody."""

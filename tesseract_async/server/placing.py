@@ -20,14 +20,14 @@ from tesseract_async.experts.placement import (
     NEVER,
     STUCK_AFTER,
     MemberPart,
+    MemberRole,
     Place,
     Placement,
-    MemberRole,
     PlacementStep,
 )
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import TermKind, Seal
+from tesseract_async.experts.terms import Seal, TermKind
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
@@ -97,7 +97,7 @@ class Placing:
             may=lambda peer, uid: authority.may(peer, "host", uid, now=None),
         )
         self.places: Places = {}
-        """What all members said last, this one included."""
+        """The latest word of each member, this one included."""
         self._addresses: dict[PeerID, PeerAddress] = {}
         self._random = Random()
         self._now = asyncio.get_running_loop().time
@@ -267,7 +267,12 @@ class Placing:
             tenure = self._tenures.tenure(uid)
             led[uid] = tenure.primary
             before, term = self._led.get(uid), tenure.term
-            if tenure.primary == me and before not in (None, me) and term is not None and term.kind is TermKind.HANDOVER:
+            if (
+                tenure.primary == me
+                and before not in (None, me)
+                and term is not None
+                and term.kind is TermKind.HANDOVER
+            ):
                 assert before is not None
                 self._moved_at = now
                 self.placement.came(uid, before, now)

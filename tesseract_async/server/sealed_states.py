@@ -29,7 +29,7 @@ from tesseract_async.transport.base import PeerAddress
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = 300.0
-"""Backwards of so long are in a sealed state's journal: whoever goes on from there applies none of them twice."""
+"""A sealed state's journal holds the backwards of these seconds: a server that goes on from it applies none twice."""
 
 
 class SealedStates:

@@ -49,7 +49,7 @@ ExpertHandler = Callable[[HostedState, IncomingCall], Awaitable[Message]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """How a server keeps its experts."""
+    """The settings by which a server keeps its experts."""
 
     runtime: RuntimeSettings = RuntimeSettings()
     max_answers_bytes: int = 64 << 20

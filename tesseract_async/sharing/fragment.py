@@ -33,7 +33,7 @@ class Outer:
     learning_rate: float = 1.0
     momentum: float = 0.5
     codec: str = "int4_blockwise"
-    """How differences and updates of floating fragments travel."""
+    """The codec of differences and updates of floating fragments."""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate <= 10:

@@ -30,7 +30,7 @@ _ALIGNED: Final = 128
 
 
 class MergeKind(StrEnum):
-    """How the members' values of a fragment are merged."""
+    """The ways in which the members' values of a fragment are merged."""
 
     STEPPED = "stepped"
     """Trainable parameters: the outer optimizer steps on the mean difference."""

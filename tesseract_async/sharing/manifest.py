@@ -7,7 +7,7 @@ import msgpack
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing.fragment import Outer
-from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Cut, MergeKind, Layout
+from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Cut, Layout, MergeKind
 from tesseract_async.wire.packed import Value
 
 

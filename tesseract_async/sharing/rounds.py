@@ -76,7 +76,7 @@ class _Member:
     at: float
     """When it did so last."""
     norm: float
-    """Of its last difference, ..."""
+    """The norm of its last difference, ..."""
     period: float = 0.0
     """... and the seconds since the one before (0: there was none); at least half of what they were then, since a flush
     comes early, and with little."""

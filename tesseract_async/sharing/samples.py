@@ -59,7 +59,7 @@ class Spans:
 
     @property
     def num(self) -> int:
-        """How many numbers there are."""
+        """The count of numbers."""
         return sum(stop - start for start, stop in self._spans)
 
     def add(self, start: int, stop: int) -> None:

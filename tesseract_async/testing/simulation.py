@@ -19,7 +19,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.entries import Entry, single_view
-from tesseract_async.network.events import NetworkEvent, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.events import Joined, NetworkEvent, ReadFinished, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.routing_table import ID_BITS, K
 from tesseract_async.network.settings import NetworkSettings

@@ -120,7 +120,7 @@ def remote_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def lockstep_of(model: nn.Module) -> LockstepTrainer:
-    """Who speaks for this model to the servers. Raises: as `remote_layers`."""
+    """Return the object that speaks for this model to the servers. Raises: as `remote_layers`."""
     one = vars(next(iter(remote_layers(model).values())))
     layer: operator.RemoteLayer = one["tesseract_layer"]
     layer.lockstep.belongs_to(one["tesseract_first"].remote)

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.client.beam_search import BeamSearch, best_cells
-from tesseract_async.client.routing import LiveGrid, score_columns, group, within_capacity
+from tesseract_async.client.routing import LiveGrid, group, score_columns, within_capacity
 
 grids = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
 

@@ -15,7 +15,7 @@ from tesseract_async.experts.grants import Appointment, sign_appointment
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import Fetch, Look, Persist, Publish, Question, RoleChanged, Send, State
-from tesseract_async.experts.terms import EPOCH_ZERO, TermKind, Seal, read_seal, sign_seal, sign_term
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, TermKind, read_seal, sign_seal, sign_term
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.server.state_files import NUM_SEALED
 

@@ -13,9 +13,9 @@ from tesseract_async.experts.lineage import MAX_TERMS, SKEW, Lineage
 from tesseract_async.experts.terms import (
     HANDOVER_SECONDS,
     MAX_BYTES,
-    TermKind,
     Seal,
     Term,
+    TermKind,
     majority,
     next_epoch,
     read_seal,
@@ -43,7 +43,9 @@ def sealed(who: Any, term: Term, *successors: Any, number: int = 1, time: int = 
     return sign_seal(who, RUN, term=term, number=number, version=7, root=root, size=10, time=time, successors=peers)
 
 
-def follows(who: Any, seal: Seal, epoch: int, kind: TermKind = TermKind.TAKEOVER, voters: Any = (), **more: Any) -> Term:
+def follows(
+    who: Any, seal: Seal, epoch: int, kind: TermKind = TermKind.TAKEOVER, voters: Any = (), **more: Any
+) -> Term:
     votes = [sign_vote(v, RUN, uid=UID, epoch=epoch, candidate=who.peer_id, seal=seal.age) for v in voters]
     return sign_term(
         who, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=kind, seal=seal, votes=votes, serial=seal.serial, **more

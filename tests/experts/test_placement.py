@@ -19,9 +19,9 @@ from tesseract_async.experts.placement import (
     STAY,
     STUCK_AFTER,
     MemberPart,
+    MemberRole,
     Place,
     Placement,
-    MemberRole,
     PlacementStep,
     Survey,
     assign,
@@ -130,7 +130,9 @@ def test_a_run_is_shared_out_led_once_each_and_held_at_three_other_places() -> N
     world = World([place(n, room=8) for n in range(12)])
     for _ in range(40):
         world.tick()
-    led = Counter(uid for one in world.places.values() for uid, part in one.parts.items() if part.role is MemberRole.LEADS)
+    led = Counter(
+        uid for one in world.places.values() for uid, part in one.parts.items() if part.role is MemberRole.LEADS
+    )
     assert led == dict.fromkeys(GRID, 1), "each once, and no two have the same"
     assert all(len(world.survey.copies(uid)) == 3 for uid in GRID)
     assert {world.survey.standing(uid).losses for uid in GRID} == {3}
@@ -398,7 +400,9 @@ def test_who_claims_room_for_everything_and_takes_nothing_holds_the_others_up_fo
     world.places[liar.peer] = liar  # what falls to it is not done: it is no machine
     while world.now < 4 * STUCK_AFTER:
         world.now += 5.0
-        named = {one: dict.fromkeys(machine.wishes, MemberPart(MemberRole.HOLDS)) for one, machine in world.machines.items()}
+        named = {
+            one: dict.fromkeys(machine.wishes, MemberPart(MemberRole.HOLDS)) for one, machine in world.machines.items()
+        }
         seen = {one: replace(at, parts={**named.get(one, {}), **at.parts}) for one, at in world.places.items()}
         for one, machine in world.machines.items():
             for step in machine.decide(seen, world.now, world.now):
@@ -425,7 +429,8 @@ class Load:
         places, survey = self.world.places, self.world.survey
         load: dict[PeerID, float] = dict.fromkeys(places, 0.0)
         computing = {
-            uid: [one for one, part in survey.parts[uid].items() if part.role is not MemberRole.HOLDS] for uid in self.demand
+            uid: [one for one, part in survey.parts[uid].items() if part.role is not MemberRole.HOLDS]
+            for uid in self.demand
         }
         leaders = {uid: survey.leader(uid) for uid in self.demand}
         shares: dict[tuple[PeerID, str], float] = defaultdict(float)

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.grants import GRANT_SECONDS, sign_grant
-from tesseract_async.experts.grants import Role
+from tesseract_async.experts.grants import GRANT_SECONDS, Role, sign_grant
 from tesseract_async.experts.place_directory import MAX_PARTS, read_places
-from tesseract_async.experts.placement import MemberPart, Place, MemberRole
+from tesseract_async.experts.placement import MemberPart, MemberRole, Place
 from tesseract_async.experts.places import decode_place, encode_place, places_key, ranges_of
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO
@@ -94,7 +93,10 @@ def test_garbage_is_refused(junk: bytes, at: int, byte: int) -> None:
 
 async def test_only_members_are_read_and_only_what_they_may_say() -> None:
     latest = int(NOW) - EPOCH_ZERO
-    mine = {"ffn.0.1": MemberPart(MemberRole.LEADS, latest, 2, 3), "ffn.0.2": MemberPart(MemberRole.LEADS, latest + 1000, 2, 3)}
+    mine = {
+        "ffn.0.1": MemberPart(MemberRole.LEADS, latest, 2, 3),
+        "ffn.0.2": MemberPart(MemberRole.LEADS, latest + 1000, 2, 3),
+    }
     place = Place(MEMBER.peer_id, parts=mine, **NUMBERS)  # type: ignore[arg-type]
     (blob,) = encode(place)
     (foreign,) = encode(place, STRANGER)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.tenure_words import Question, Send, State
-from tesseract_async.experts.terms import TermKind, Seal, read_seal, sign_seal, sign_term
+from tesseract_async.experts.terms import Seal, TermKind, read_seal, sign_seal, sign_term
 from tests.experts.tenure_world import CREATED, RUN, UID, Server, World, appoint, identity
 
 LEASE = 30.0

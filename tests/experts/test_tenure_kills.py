@@ -7,7 +7,7 @@ import pytest
 
 from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import TermKind, Seal
+from tesseract_async.experts.terms import Seal, TermKind
 from tests.experts.tenure_world import CREATED, UID, Server, World
 
 LEASE = 30.0

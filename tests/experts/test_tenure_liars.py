@@ -3,7 +3,7 @@
 import pytest
 
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import TermKind, Seal, Term, sign_seal, sign_term
+from tesseract_async.experts.terms import Seal, Term, TermKind, sign_seal, sign_term
 from tests.experts.tenure_world import RUN, UID, Server, World
 
 LEASE = 30.0
@@ -60,7 +60,9 @@ def lie(world: World, liar: Server, leader: Server, how: str) -> None:
     if how == "an adoption":
         said = [sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=TermKind.ADOPTION, seal=seal)]
     elif how == "an adoption that is to come":
-        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=TermKind.ADOPTION, seal=seal)]
+        said = [
+            sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=TermKind.ADOPTION, seal=seal)
+        ]
     elif how == "a beginning":
         said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=TermKind.GENESIS)]
     else:  # with the epoch that honest hosts name in their manifests
@@ -68,7 +70,9 @@ def lie(world: World, liar: Server, leader: Server, how: str) -> None:
         said = [sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=boot, kind=TermKind.GENESIS)]
         own = {"number": 2**60, "version": 2**62, "root": bytes(32), "size": 1, "time": now, "successors": []}
         fresh = sign_seal(liar.identity, RUN, term=said[0], **own)
-        said.append(sign_term(liar.identity, RUN, uid=UID, epoch=epoch + 1, boot=boot, kind=TermKind.TAKEOVER, seal=fresh))
+        said.append(
+            sign_term(liar.identity, RUN, uid=UID, epoch=epoch + 1, boot=boot, kind=TermKind.TAKEOVER, seal=fresh)
+        )
     world.ghosts[liar.peer] = said[-1].epoch
     blobs = [term.blob for term in said]
     world.strangers = [*world.strangers, *blobs][-20:]

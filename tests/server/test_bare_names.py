@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.identity import PeerID
-from tesseract_async.server.bare_names import Contender, Past, BareRole, decide
+from tesseract_async.server.bare_names import BareRole, Contender, Past, decide
 
 LEAD = (BareRole.TRAIN, None)
 
@@ -60,6 +60,7 @@ def test_those_who_see_the_same_settle_on_one(known: list[tuple[int, int, bool]]
         past = Past(is_new=True, has_waited=False)
         roles = [decide(one, [other for other in servers if other is not one], past, listed=listed) for one in servers]
         servers = [
-            Contender(one.owner, role is BareRole.TRAIN, one.version) for one, (role, _) in zip(servers, roles, strict=True)
+            Contender(one.owner, role is BareRole.TRAIN, one.version)
+            for one, (role, _) in zip(servers, roles, strict=True)
         ]
     assert sum(one.primary for one in servers) == 1

@@ -12,7 +12,7 @@ from torch import nn
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing import layout as layouts
 from tesseract_async.sharing.fragment import Outer
-from tesseract_async.sharing.layout import Cut, TensorEntry, MergeKind, Layout, LayoutMismatch
+from tesseract_async.sharing.layout import Cut, Layout, LayoutMismatch, MergeKind, TensorEntry
 from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 
 

@@ -21,11 +21,11 @@ from tesseract_async.sharing.samples import (
     STATE_BYTES,
     Allotment,
     Ledger,
-    TrainerName,
     Piece,
     Report,
     Share,
     Spans,
+    TrainerName,
     decode_pieces,
     encode_pieces,
 )
