@@ -306,7 +306,7 @@ class Lineage:
         for step in self._walk(one):
             if step.digest == term.seal.term:
                 return True
-            if step.kind is Kind.ADOPTION or (step.is_weak and term.kind is not Kind.ADOPTION):
+            if step.kind is TermKind.ADOPTION or (step.is_weak and term.kind is not TermKind.ADOPTION):
                 return False
         return self.is_in_line(term.seal, one)
 
