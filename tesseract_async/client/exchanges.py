@@ -54,7 +54,7 @@ class Exchange(Generic[T]):
     """Rows and optimizer steps that its answer is worth (`experts.thanks`)."""
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
-        """Those of `replicas` that may answer. Raises: ExpertNotFound."""
+        """Return those of `replicas` that may answer. Raises: ExpertNotFound."""
         return replicas
 
     def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, T]:

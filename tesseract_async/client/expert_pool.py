@@ -107,7 +107,7 @@ class ExpertPool(nn.Module):
         self._view: tuple[GridView, dict[tuple[int, ...], Sequence[ExpertReplica]]] | None = None
         """The latest one of the directory, and of it the replicas of these experts."""
         self._servers: straight.Servers | None = None
-        """Where small passes go straight on, if they do."""
+        """The servers that small passes ask without a `mixture`, if they do."""
         self._rests_until = -math.inf
 
     @property

@@ -60,7 +60,7 @@ class Request:
     open: dict[ExpertCall, ExpertReplica] = field(init=False)
     """Those that are not settled and have not failed here."""
     hedge_at: float = math.inf
-    """When others are asked what is still open."""
+    """The time at which others are asked what is still open."""
 
     def __post_init__(self) -> None:
         self.open = dict(self.asked)
@@ -90,7 +90,7 @@ class _Search:
     num_lookups: int = 0
     look_up_at: float = -math.inf
     gone_at: float = math.inf
-    """When it is gone, while all servers keep silent."""
+    """The time at which it is gone, while all servers keep silent."""
     is_silent: bool = False
     """The last one asked did not even say when to ask again."""
     is_redirected: bool = False
@@ -121,7 +121,7 @@ class Grouping:
         self._due: dict[ExpertCall, None] = {}
         """Calls to be sent to their next replica."""
         self._pausing: dict[ExpertCall, float] = {}
-        """When these are to be looked up."""
+        """The times at which these are to be looked up."""
         self._open: dict[Request, None] = {}
         self._cancel: list[Request] = []
         self._strange: list[tuple[ExpertReplica, SchemaMismatch]] = []

@@ -216,7 +216,7 @@ def cut(experts: Indices, starts: Indices, rows_L: Indices) -> list[tuple[int, I
 def within_capacity(
     rows_L: Indices, experts_L: Indices, scores_L: npt.NDArray[np.floating], room_N: Indices
 ) -> Indices:
-    """Which of the pairs fit if expert n takes `room_N` more rows, the best scores first. Ascending indices."""
+    """Return the pairs that fit if expert n takes `room_N` more rows, the best scores first, as ascending indices."""
     order = np.lexsort((-scores_L, experts_L))
     experts = experts_L[order]
     rank = np.arange(len(experts)) - np.searchsorted(experts, experts)

@@ -76,7 +76,7 @@ class Servers:
                 self.first[expert] = found[0]
             self.server[expert] = self.numbers.setdefault(self.first[expert].peer, len(self.numbers))
         self.renew_at = now + _CHOSEN_SECONDS if self.has_others else math.inf
-        """When others may be faster (the loop's time)."""
+        """The time from which others may be faster (the loop's)."""
         self.seen: dict[int, tuple[int, int]] = {}
         """Epochs and versions of the latest answers."""
 

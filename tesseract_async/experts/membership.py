@@ -98,16 +98,16 @@ class Membership:
         self.held: Seal | None = None
         """The Seal whose file is here."""
         self.hosts: Mapping[PeerID, int] = {}
-        """Whose manifests name the expert, and the epoch in each."""
+        """The peers whose manifests name the expert, and the epoch in each."""
         self.heard = now
-        """When the primary that it follows was heard, itself or through others."""
+        """The time at which the primary that it follows was heard, itself or through others."""
         self.beaten = -math.inf
         """The same, by its beats alone."""
         self.agreed_at = now
-        """When it last agreed with a beat: no vote for a lease."""
+        """The time at which it last agreed with a beat: for a lease, it gives no vote."""
         self.vote_from = now
         self.looked_at = NEVER
-        """When all that the network holds of the expert was read."""
+        """The time at which all that the network holds of the expert was read."""
         self.first_look = math.inf
         """The same, for the first time."""
         self.retry_at = 0.0
@@ -225,7 +225,7 @@ class Membership:
 
     @property
     def adopt_at(self) -> float:
-        """When the expert may be adopted, if all of its members are silent until then."""
+        """Return the time at which the expert may be adopted, if all of its members are silent until then."""
         return self.heard + self._adopt_after
 
     def may_adopt(self, now: float, wall: float) -> bool:
@@ -245,7 +245,7 @@ class Membership:
         return Poll(kind, epoch, now + POLL_SECONDS, set(others)), [Send(peer, question) for peer in sorted(others)]
 
     def primaries(self, best: Term, members: Iterable[PeerID]) -> set[PeerID]:
-        """Whom to ask, besides these, whether the expert has a primary: while one is alive whose file could not be had,
+        """Return peers to ask, too, whether the expert has a primary: while one is alive whose file could not be had,
         nobody stands against it in its own tree."""
         unshown = self.lineage.unshown
         found = {best.primary, *members}

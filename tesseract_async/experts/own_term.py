@@ -94,11 +94,11 @@ class OwnTerm:
         self._settle()
 
     def heard_of_most(self, lease: float) -> float:
-        """When a majority agreed last, by members."""
+        """Return the time at which a majority agreed last, by members."""
         return self.lease_until(math.inf, lease) - lease * 2 / 3
 
     def lease_until(self, renewed: float, lease: float) -> float:
-        """When the lease ends: two thirds of one after a majority agreed, counted from sending."""
+        """Return the time at which the lease ends: two thirds of one after a majority agreed, counted from sending."""
         return min(self._until(some, renewed, lease) for some in (self.settled, self.named))
 
     def heirs(self, hosts: Set[PeerID], now: float, lease: float) -> list[PeerID]:

@@ -54,7 +54,7 @@ class _Work:
     """... and the bytes that came in them."""
     asked: list[int] = field(default_factory=list)
     since: float = 0.0
-    """When its last piece came, or since when it has something to send."""
+    """The time at which its last piece came, or since which it has something to send."""
     num_failures: int = 0
     not_before: float = -math.inf
 
@@ -75,7 +75,7 @@ class _Work:
         return not self.sent, self.due_at(len(self.asked), now), len(self.asked)
 
     def due_at(self, place: int, now: float) -> float:
-        """When what stands at this place of its queue is expected."""
+        """Return the time at which the piece at this place of its queue is expected."""
         return max(now if not self.asked else self.since, now - self.piece_time) + (place + 1) * self.piece_time
 
 

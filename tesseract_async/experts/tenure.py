@@ -37,7 +37,7 @@ class Tenure(Duty):
         return self.state is State.ABSENT and self._member.is_unsealed(now) and not self._member.may_begin(now, wall)
 
     def timer_at(self) -> float:
-        """When `handle_timer` is due."""
+        """The time at which `handle_timer` is due."""
         if self._poll is not None:
             return self._poll.deadline
         if self._settle_at is not None:

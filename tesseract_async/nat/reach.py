@@ -235,7 +235,7 @@ class Reach:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where others can dial this node: only where dial-back got through, if it did or a rendezvous helps."""
+        """The addresses at which others dial this node: only confirmed ones, if there are any or a rendezvous helps."""
         return self.role.told_addresses(has_rendezvous=bool(self.rendezvous))
 
     @property

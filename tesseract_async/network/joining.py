@@ -41,7 +41,7 @@ class NetworkMembership:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._timer: Timer | None = None
-        """When the seeds are asked."""
+        """Rings when the seeds are to be asked."""
         self._backoff = MIN_SEED_BACKOFF
         self._remembered: LRU[Address, None] = LRU(MAX_REMEMBERED)
         self._is_looking = False

@@ -65,7 +65,7 @@ class Call:
     attempts: int = 0
     sent_at: float = 0.0
     timer: Timer | None = None
-    """When this attempt is late."""
+    """Rings when this attempt is late."""
     num_graces: int = 0
     """Times that its timeout was put off because this node's own loop had stalled."""
     repeated: bool = False

@@ -29,7 +29,7 @@ class Together:
     attempts: list[Attempt]
     upload: Transfer | None = None
     error: BaseException | None = None
-    """Why there was no such pass."""
+    """The reason why there was no such pass."""
     is_each_alone: bool = False
     """True if each was computed alone."""
     is_measured: bool = False

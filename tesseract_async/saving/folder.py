@@ -57,7 +57,7 @@ class SavedExpert(NamedTuple):
     is_whole: bool
     """With optimizer and journal: a server can go on from it."""
     structure: int | None
-    """Which of the index's structures it has."""
+    """The number of its structure in the index."""
 
 
 @dataclass(slots=True)

@@ -125,7 +125,7 @@ class _BareExpert:
     version_then: int | None
     """None: any."""
     primary: ExpertReplica | None = None
-    """The one that is followed."""
+    """The primary that is followed."""
     synced_from: PeerID | None = None
     syncing: Rhythm | None = None
     """The rhythm of pulls from that one."""

@@ -28,7 +28,7 @@ class Tenured:
     """The progress of the sealed file's state."""
     sealed_at: float = -math.inf
     versions: deque[tuple[float, int]] = field(default_factory=deque)
-    """When the last states were sealed, and their versions."""
+    """The times at which the last states were sealed, and their versions."""
     waited_for: bool = False
     """It was told that this expert may have a state, which nobody shows."""
     wanted_root: bytes | None = None

@@ -74,7 +74,7 @@ class _Member:
     """A peer that has pushed."""
 
     at: float
-    """When it did so last."""
+    """The time of its last push."""
     norm: float
     """The norm of its last difference, ..."""
     period: float = 0.0
@@ -108,7 +108,7 @@ class Rounds:
         """... and the part of that which is left to each that pushed."""
         self._offsets: deque[float] = deque(maxlen=_OFFSETS)
         self._opened: dict[int, float] = {}
-        """When the round opened that led on from each of the last versions."""
+        """The time at which the round after each of the last versions opened."""
         self._interval = FIRST_INTERVAL
 
     @property

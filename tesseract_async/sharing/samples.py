@@ -117,7 +117,7 @@ class Report(NamedTuple):
     """A trainer's message. Pieces that were neither done nor held by others count as held by it."""
 
     epoch: int
-    """The one that it goes through."""
+    """The epoch that it goes through."""
     num_samples: int
     wanted: int
     """Samples."""
