@@ -273,10 +273,12 @@ class Tenures:
         if not expert.tenure.misses_primary(self._elapsed()):
             return self.primary(uid), RETRY_SECONDS
         before = expert.tenure.primary
-        await expert.until(
-            lambda tenure: self._server.is_primary(uid) or tenure.primary != before and tenure.state is State.FOLLOWING,
-            RETRY_SECONDS,
-        )
+
+        def is_settled(tenure: Tenure) -> bool:
+            leads = expert.hosted is not None and expert.hosted.is_primary
+            return leads or (tenure.state is State.FOLLOWING and tenure.primary != before)
+
+        await expert.until(is_settled, RETRY_SECONDS)
         return self.primary(uid), 0.0
 
     def tenure(self, uid: str) -> Tenure:
