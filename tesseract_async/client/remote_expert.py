@@ -163,7 +163,8 @@ class RemoteExpert(nn.Module):
         if self._known.schema is not None:
             return self._known.schema
         exchange = SchemaExchange(self._experience, self.uid)
-        primaries = [replica for replica in await self.find() if replica.primary]
+        live = self._experience.node.directory.known(self.uid) or await self._live()
+        primaries = [replica for replica in live if replica.primary]
         if primaries:
             with contextlib.suppress(TesseractError, TimeoutError):
                 self._known.schema = await ask_best(self._experience, primaries, exchange, timeout=self.timeout / 2)
@@ -228,10 +229,7 @@ class RemoteExpert(nn.Module):
         """
         loop, directory = asyncio.get_running_loop(), self._experience.node.directory
         deadline = loop.time() + self.timeout
-        live: Sequence[ExpertReplica] = directory.known(self.uid)
-        if not live:
-            async with asyncio.timeout(self.timeout):
-                live = await directory.find(self.uid)
+        live = directory.known(self.uid) or await self._live()
         replicas = exchange.eligible(live or await self.find())
         asking = ask_best(self._experience, replicas, exchange, timeout=self.timeout)
         try:
@@ -247,6 +245,11 @@ class RemoteExpert(nn.Module):
         if (time_left := deadline - loop.time()) <= 0:
             raise TimeoutError(f"no replica answered within {self.timeout} s")
         return await ask_best(self._experience, exchange.eligible(found), exchange, timeout=time_left)
+
+    async def _live(self) -> Sequence[ExpertReplica]:
+        """Those that did not fail lately, by what the network says now. Raises: TimeoutError."""
+        async with asyncio.timeout(self.timeout):
+            return await self._experience.node.directory.find(self.uid)
 
     async def _found_before(self, asking: asyncio.Future[T]) -> Sequence[ExpertReplica]:
         """Return live replicas, once there are any, unless `asking`, which is ended then, is over before."""
