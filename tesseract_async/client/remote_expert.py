@@ -235,7 +235,7 @@ class RemoteExpert(nn.Module):
         try:
             if live:
                 return await asking
-            found = await self._found_before(first := asyncio.ensure_future(asking))
+            found = await self._found_before(first := loop.create_task(asking))
             if not found:
                 return await first
         except (PeerUnreachable, ConnectionLost, ExpertNotFound):
@@ -251,7 +251,7 @@ class RemoteExpert(nn.Module):
         async with asyncio.timeout(self.timeout):
             return await self._experience.node.directory.find(self.uid)
 
-    async def _found_before(self, asking: asyncio.Future[T]) -> Sequence[ExpertReplica]:
+    async def _found_before(self, asking: asyncio.Task[T]) -> Sequence[ExpertReplica]:
         """Return live replicas, once there are any, unless `asking`, which is ended then, is over before."""
         found: Sequence[ExpertReplica] = ()
         try:
