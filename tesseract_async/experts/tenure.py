@@ -22,7 +22,7 @@ from tesseract_async.experts.tenure_words import (
     Response,
     State,
 )
-from tesseract_async.experts.terms import Kind, Seal
+from tesseract_async.experts.terms import Seal, TermKind
 from tesseract_async.identity import PeerID
 
 BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
@@ -42,7 +42,7 @@ class Tenure(Duty):
         return is_silent or self.state is State.CANDIDATE
 
     def timer_at(self) -> float:
-        """When `handle_timer` is due."""
+        """The time at which `handle_timer` is due."""
         if self._poll is not None:
             return self._poll.deadline
         if self._settle_at is not None:
@@ -104,7 +104,7 @@ class Tenure(Duty):
             self._was_alone = False  # once: if that does not make it primary, it stands like any other
             self._member.heard = self._member.vote_from = self._member.agreed_at = now - 2 * self._lease
         elif self.state is State.ABSENT and self._member.may_begin(now, wall):
-            self._stand(Kind.GENESIS, None, now, wall)
+            self._stand(TermKind.GENESIS, None, now, wall)
         self._appoint(now, wall)
         if (term := self.lineage.unshown) is not None and (seal := self.lineage.own_seal_of(term)) is not None:
             self._fetch(term, seal, check=True)
@@ -239,7 +239,7 @@ class Tenure(Duty):
             return False
         if now >= self._member.heard + self._lease:  # it comes late: the others may have elected one meanwhile
             return False
-        return self._stand(Kind.HANDOVER, self.held, now, wall, signature)
+        return self._stand(TermKind.HANDOVER, self.held, now, wall, signature)
 
     # -- the file ------------------------------------------------------------------------------------------------------
 
@@ -331,9 +331,9 @@ class Tenure(Duty):
 
     def _succeed(self, held: Seal, now: float, wall: float) -> None:
         if self.state is State.FOLLOWING:
-            self._stand(Kind.TAKEOVER, held, now, wall)
+            self._stand(TermKind.TAKEOVER, held, now, wall)
         elif self._member.may_adopt(now, wall):
-            self._stand(Kind.ADOPTION, held, now, wall)
+            self._stand(TermKind.ADOPTION, held, now, wall)
         else:
             self._look(now)
             self._retry_adopting(now)
@@ -360,12 +360,12 @@ class Tenure(Duty):
                 elif now >= self._member.silence_at(self.state):  # nor did it vote for another meanwhile
                     self._succeed(held, now, wall)
         elif 1 + len(poll.votes) >= self._member.num_needed and now <= poll.deadline:
-            self._begin(Kind.TAKEOVER, held, poll.epoch, now, wall, poll)
+            self._begin(TermKind.TAKEOVER, held, poll.epoch, now, wall, poll)
         elif not poll.waiting or now > poll.deadline:
             self._poll = None
             all_gone = poll.silent | poll.votes.keys() >= set(held.members) - {self.me}
             if all_gone and self._member.may_adopt(now, wall):
-                self._begin(Kind.ADOPTION, held, poll.epoch, now, wall, poll)
+                self._begin(TermKind.ADOPTION, held, poll.epoch, now, wall, poll)
                 return
             if poll.is_led:  # only this server was cut off: by the next time, its own vote binds it no more
                 self._member.heard = now
@@ -375,14 +375,14 @@ class Tenure(Duty):
 
     # -- becoming the primary ------------------------------------------------------------------------------------------
 
-    def _stand(self, kind: Kind, seal: Seal | None, now: float, wall: float, handover: bytes = b"") -> bool:
+    def _stand(self, kind: TermKind, seal: Seal | None, now: float, wall: float, handover: bytes = b"") -> bool:
         """Try to become primary from this Seal, where no appointment says otherwise."""
         if self.is_twin or not self._member.may_stand(kind, seal, wall):
             self._retry(now)
             return False
         epoch = self._member.next_epoch(seal, wall)
         others = set() if seal is None else set(seal.members) - {self.me}
-        if kind is Kind.TAKEOVER and others and self._member.num_needed > 1:
+        if kind is TermKind.TAKEOVER and others and self._member.num_needed > 1:
             self.state = State.CANDIDATE  # its own vote is promised where a Term stands on it
             self._look(now)  # should all others be gone, it must know that the network has nothing newer
             self._ask_all("vote", others, epoch, now)
@@ -390,7 +390,7 @@ class Tenure(Duty):
         return self._begin(kind, seal, epoch, now, wall, handover)
 
     def _begin(
-        self, kind: Kind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
+        self, kind: TermKind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
     ) -> bool:
         """Sign a Term, and say so. Whether the evidence, votes or the signature of a handover, carries it."""
         self._poll = None
@@ -399,18 +399,18 @@ class Tenure(Duty):
             self._give_up(now)
             return False
         # the members of the parent decide until a Seal with others is settled
-        others = seal.members if seal is not None and kind in (Kind.TAKEOVER, Kind.HANDOVER) else ()
+        others = seal.members if seal is not None and kind in (TermKind.TAKEOVER, TermKind.HANDOVER) else ()
         self.state = State.CANDIDATE
         votes = evidence.given if isinstance(evidence, Poll) else {}
         self._own = OwnTerm(term, tuple(peer for peer in others if peer != self.me), votes, now=now)
         self._member.promise(epoch, self.me, now)
         self.lineage.add(term, now=wall, has_term=True)
-        if kind is Kind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
+        if kind is TermKind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
             self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
         self._persist()
         # with what led there: those who did not see that would take it for another tree
         self._publish(self._own, now, self.lineage.line(term)[:-1][-MAX_PAST:])
-        if kind is Kind.ADOPTION:
+        if kind is TermKind.ADOPTION:
             # two may adopt at once: both wait, and see each other
             self._settle_at = now + self._member.settle
         elif self._is_elected:
@@ -466,7 +466,7 @@ class Tenure(Duty):
         appointment = None if self.is_twin else self._member.appointment()
         if appointment is not None and (appointment.root is None or restored):
             parent = None if restored else self.held  # nobody has a Seal of what was put aside
-            self._begin(Kind.APPOINTED, parent, self._member.next_epoch(None, wall), now, wall)
+            self._begin(TermKind.APPOINTED, parent, self._member.next_epoch(None, wall), now, wall)
 
     def _beat(self, own: OwnTerm, now: float) -> None:
         own.beat_at = now + self._lease / 6

@@ -11,7 +11,7 @@ import torch
 
 import tesseract_async as ta
 from tesseract_async.errors import TesseractError
-from tesseract_async.experts.terms import Kind
+from tesseract_async.experts.terms import TermKind
 from tesseract_async.tasks import end
 from tests.server.run_members import Member, joined, make_run, member, standings, until
 
@@ -62,7 +62,7 @@ class Watch:
             tenure, version = leading[0].keeper.tenures.tenure(uid), leading[0].version(uid)
             epoch = tenure.epoch
             if epoch != self.epochs.get(uid, epoch):
-                if tenure.term is not None and tenure.term.kind is Kind.GENESIS:
+                if tenure.term is not None and tenure.term.kind is TermKind.GENESIS:
                     self.lost.add(uid)
                 lost = [until - at for at, acknowledged in self.acknowledged[uid] if acknowledged > version]
                 self.furthest_back = max(self.furthest_back, *lost, 0.0)
