@@ -180,7 +180,7 @@ class Membership:
         return exposed or now >= max(self.heard, self.agreed_at) + self.lease
 
     def silence_at(self, state: State) -> float:
-        """When the primary has been silent for so long that this server would stand."""
+        """Return the time at which the primary has been silent for so long that this server would stand."""
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
         step = min(2.0, self.lease / 6)
@@ -194,7 +194,7 @@ class Membership:
         return max(self.heard + wait, self.agreed_at + self.lease, self.vote_from, self.retry_at)
 
     def ask_at(self, state: State) -> float:
-        """When to ask the primary whether it is there: so that it has, or has not, answered by `silence_at`."""
+        """Return the time to ask the primary for a sign of life: it has, or has not, answered by `silence_at`."""
         silence = self.silence_at(state)
         return min(silence, max(silence - POLL_SECONDS, self.heard + self.lease / 2))
 
