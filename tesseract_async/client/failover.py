@@ -203,7 +203,7 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
     try:
         result = await exchange.send(replica, timeout)
         exchange.answered(replica, result, timeout)
-    except (*REPLICA_FAULTS, Overloaded) as error:
+    except (*REPLICA_FAULTS, Overloaded, NotPrimary) as error:
         report(experience, replica, error)
         raise
     except asyncio.CancelledError:
@@ -221,6 +221,9 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
 
 def report(experience: Experience, replica: ExpertReplica, error: BaseException) -> None:
     """Learn from a replica's failure: tell the directory, or ask others for a while."""
+    if isinstance(error, NotPrimary):  # another leads, or will in a moment: what is remembered of the expert lacks that
+        experience.node.directory.report_outdated(replica.uid)
+        return
     if isinstance(error, Overloaded):
         until = asyncio.get_running_loop().time() + max(error.retry_after, BLOCK_SECONDS)
         experience.latencies.block(replica_key(replica), until)

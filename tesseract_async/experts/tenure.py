@@ -38,7 +38,7 @@ class Tenure(Duty):
 
     def misses_primary(self, now: float) -> bool:
         """Return whether the primary is silent, or this server stands: another may be known in a moment."""
-        is_silent = self.state is State.FOLLOWING and now > self._member.heard + self._lease / 3
+        is_silent = self.state in (State.FOLLOWING, State.HOLDING) and now > self._member.heard + self._lease / 2
         return is_silent or self.state is State.CANDIDATE
 
     def timer_at(self) -> float:

@@ -276,7 +276,7 @@ class Tenures:
 
         def is_settled(tenure: Tenure) -> bool:
             leads = expert.hosted is not None and expert.hosted.is_primary
-            return leads or (tenure.state is State.FOLLOWING and tenure.primary != before)
+            return leads or (tenure.state is not State.CANDIDATE and tenure.primary != before)
 
         await expert.until(is_settled, RETRY_SECONDS)
         return self.primary(uid), 0.0

@@ -104,6 +104,7 @@ async def test_a_follower_that_names_the_primary_is_believed_about_known_servers
     assert peers_asked(node, BACKWARD) == ["follower", "follower", "primary"]
     assert len({asked.body.call_id for asked in node.calls if asked.method == BACKWARD}) == 1
     assert hosted.version == 1 and x.grad is not None and not node.directory.failed
+    assert node.directory.outdated == ["ffn.0", "ffn.0"], "what is remembered names the follower alone, for seconds"
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
