@@ -192,7 +192,7 @@ class ExpertBackend:
         if self.input_specs[0].optional or first.optional:
             raise ValueError("an expert's first tensor, and the first of those whose sizes vary, is not optional")
         if len({spec.max_size for spec in self.input_specs if spec.varies}) > 1:
-            raise ValueError("all sizes that vary are one in a call, and have one max_size")
+            raise ValueError("all sizes that vary are equal in one call, and have the same max_size")
         if self.varies and (self.num_processes > 1 or settings.cuda_graphs):
             raise ValueError("sizes that vary, and optional tensors, go with neither CUDA graphs nor a mesh")
         wire.check_schema(self.args_schema, what="args_schema")
