@@ -110,7 +110,13 @@ class Part:
     async def _take_whole(self, pieces: SharedPieces, reply: messages.UpdatesReply) -> None:
         def rebase(tensors: dict[str, torch.Tensor], version: int) -> Arrived:
             whole, steps = read_fragment(self.form, tensors, version)
-            change = self.copy.rebase(whole.anchor, version=whole.version, epoch=reply.epoch, counted=reply.counted)
+            change = self.copy.rebase(
+                whole.anchor,
+                version=whole.version,
+                epoch=reply.epoch,
+                updates=whole.updates,
+                counted=reply.counted,
+            )
             return Arrived(steps, change, reply.counted)
 
         while True:

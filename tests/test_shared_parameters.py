@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import math
 import textwrap
 import threading
@@ -30,7 +31,7 @@ from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.shared_parameters import SharedParameters, SharingReport
 from tesseract_async.shared_part import Arrived
 from tesseract_async.sharing import rounds
-from tesseract_async.sharing.fragment import NEWCOMERS
+from tesseract_async.sharing.fragment import LAST, NEWCOMERS
 from tesseract_async.sharing.layout import Kind, Layout, LayoutMismatch
 from tesseract_async.wire import messages
 
@@ -61,6 +62,14 @@ def close(one: nn.Module, other: nn.Module) -> bool:
     """Equal to rounding: local values are added to, not set."""
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def anchored(shared: SharedParameters[Any]) -> nn.Module:
+    """The model with the values from which differences are taken: the merged ones, and the momentum's start."""
+    model = copy.deepcopy(shared.model)
+    for part in shared._parts:
+        Layout.of(model).write(model, part.copy.cut, part.copy.anchor)
+    return model
 
 
 def weight(model: nn.Module) -> torch.Tensor:
@@ -99,7 +108,7 @@ async def test_two_trainers_end_with_one_model() -> None:
         assert same(first.merged(), second.merged())
         assert first.steps == second.steps == 16
         async with sharing(make_model(3), seed.address, host=False) as (_, third):  # a newcomer takes what is there
-            assert same(third.model, second.merged()) and third.steps == 16
+            assert same(third.model, anchored(second)) and same(third.merged(), second.merged()) and third.steps == 16
 
 
 async def test_the_first_round_waits_for_all_that_have_entered() -> None:
@@ -148,7 +157,7 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
         assert time.perf_counter() - started < 1.0
         await second.flush(timeout=60.0)
         assert second.steps == before + 4
-        assert close(second.merged(), other)
+        assert close(anchored(second), other)
         await dying.__aexit__(ConnectionError, ConnectionError(), None)
 
 
@@ -239,7 +248,7 @@ async def test_an_async_trainer_shares_its_master() -> None:
             report = await shared.step()
             num_merged += 0 if report is None else report.num_merged
         await shared.flush()
-        assert num_merged and shared.steps == 30 and close(shared.merged(), model)
+        assert num_merged and shared.steps == 30 and close(anchored(shared), model)
 
 
 async def test_steps_smaller_than_the_last_bit_of_16_bits_add_up() -> None:
@@ -287,7 +296,7 @@ def test_with_a_background_node_calls_are_plain(monkeypatch: pytest.MonkeyPatch)
             report = shared.step()
             assert report is None or report.error is None
         shared.flush()
-        assert shared.steps == 6 and close(shared.merged(), model)
+        assert shared.steps == 6 and close(anchored(shared), model)
         pieces = len(shared.uids)
         assert repr(shared) == f"SharedParameters('plain', every=2, pieces={pieces}, steps=6)"
     assert threads == {threading.get_ident()}  # the model is touched by nobody else
@@ -310,7 +319,7 @@ def test_accelerates_loop_as_the_page_has_it() -> None:
         for _ in range(4):
             exec(loop, names | {"x": torch.randn(8, 6), "y": torch.randn(8, 3), "shared": shared})
         shared.flush()
-        assert shared.steps == 2 and close(shared.merged(), accelerator.unwrap_model(model))
+        assert shared.steps == 2 and close(anchored(shared), accelerator.unwrap_model(model))
 
 
 def test_lightnings_callback_steps_where_the_optimizer_did() -> None:
@@ -364,7 +373,7 @@ async def test_strange_pushes_are_refused_and_count_nothing() -> None:
         uid, (_, version, root) = shared._parts[0].uid, shared._parts[0].copy.base
         (replica,) = await liar.directory.find(uid)
         file = await fetch_state(liar, replica.peer, uid, weights_only=True)
-        assert file and check_state(uid, file, weights_only=True)["module"].keys() == NEWCOMERS
+        assert file and check_state(uid, file, weights_only=True)["module"].keys() == NEWCOMERS | {LAST}
         good = shared._parts[0].copy.push(torch.zeros(shared._parts[0].copy.cut.numel))
         shared._parts[0].copy.cancel()
         bodies: list[tuple[list[object], list[bytes]]] = [
@@ -612,12 +621,12 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
                 await asyncio.sleep(0.1)
             # a holder has the file, and follows by updates as others do
             assert holder._node.metrics.total("fragments_replayed") > 0
-            merged = first.merged()
+            merged, model = first.merged(), anchored(first)
             await leaving.aclose()
             node = await stack.enter_async_context(member(5, run, ("share",), bootstrap.address))
             second = SharedParameters(node, make_model(2), run=run, every=2)
             async with second:
-                assert same(second.model, merged) and second.steps == 6
+                assert same(second.model, model) and same(second.merged(), merged) and second.steps == 6
                 await steps(second, 4, 7)
                 await second.flush()
                 assert second.steps == 10
