@@ -13,7 +13,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +79,9 @@ class SharingReport:
     """Fragments that hold a NaN or infinity here, and are not sent."""
     error: TesseractError | None = None
     """The reason for which a push was refused; what it held stays here, and is in the next one."""
+    without_primary: Mapping[str, float] = field(default_factory=dict)
+    """By uid, the pieces whose primary does not answer, nor a successor, and for how many seconds. What was learned of
+    them stays here, and is pushed as soon as there is one."""
 
 
 class Sampler(Protocol):
@@ -448,9 +451,10 @@ class SharedParameters(Uncopied, Generic[M]):
             request = messages.PushRequest(part.uid, secrets.token_bytes(16), version, root, steps)
             self._start(part, messages.PUSH, request, values)
             pushed += 1
-        if not (pushed or merged or unsound or error):
+        silent = {one.uid: time.monotonic() - one.failing_since for one in self._parts if one.failing_since is not None}
+        if not (pushed or merged or unsound or error or silent):
             return None
-        return SharingReport(pushed, merged, unsound, error)
+        return SharingReport(pushed, merged, unsound, error, silent)
 
     def _add(self, part: Part, arrived: Arrived) -> int:
         """Add an answer to the model. Returns how many fragments that changed."""

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async import shared_pieces
-from tesseract_async.errors import Overloaded
+from tesseract_async import shared_part, shared_pieces
+from tesseract_async.errors import ConnectionLost, Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest, RunMismatch, SignedRun, sign_run
@@ -162,6 +162,32 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
 
 
 @pytest.mark.slow
+async def test_the_report_says_which_pieces_have_no_primary(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ask, is_gone, answered = make_model(1), shared_pieces.SharedPieces.ask, True, 0
+
+    async def failing(pieces: Any, uid: str, *some: Any) -> Any:
+        nonlocal answered
+        if is_gone and uid.endswith(".1"):
+            raise ConnectionLost("its computer is off")
+        message = await ask(pieces, uid, *some)
+        answered += 1
+        return message
+
+    monkeypatch.setattr(shared_pieces.SharedPieces, "ask", failing)
+    monkeypatch.setattr(shared_part, "PAUSE", 0.01)
+    async with sharing(model, every=1) as (_, shared):
+        started = time.monotonic()
+        assert not (await shared.step()).without_primary
+        while answered < len(shared.uids) - 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        silent = (await shared.step()).without_primary
+        assert [*silent] == [shared.uids[1]] and 0.0 < silent[shared.uids[1]] <= time.monotonic() - started
+        is_gone = False
+        await shared.flush()
+        report = await shared.step()
+        assert report.num_pushed and not report.without_primary
+
+
 async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round waits two seconds for a trainer that is gone; who asks meanwhile does not send again."""
     monkeypatch.setattr(shared_pieces, "PUSH_TIMEOUT", 0.3)

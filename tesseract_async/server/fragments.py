@@ -6,6 +6,7 @@ rounds.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -323,7 +324,7 @@ class FragmentCalls:
         backend, known = _backend(hosted), self._samples.get(hosted.uid)
         if known is None or known.num_followed != backend.num_followed:
             # where there were rounds before, trainers may hold samples that another primary handed out
-            free_at = now + GRACE_SECONDS if backend.version else now
+            free_at = now + GRACE_SECONDS if backend.version else -math.inf
             ledger = Ledger(backend.samples, free_at=free_at)
             known = self._samples[hosted.uid] = _Samples(ledger, backend.num_followed, new_name())
         return known

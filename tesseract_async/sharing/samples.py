@@ -3,6 +3,8 @@
 Samples are places in the epoch's order, and travel as spans of an epoch. The `Ledger` hands them out. Each message of a
 trainer says all that it holds; so a reply that was lost costs nothing, and after a takeover the next primary, which
 knows what was done when the last round closed, learns the rest from the trainers before it hands out more.
+
+At other times a trainer ends only what was handed out to it: what it says of other samples counts for nothing.
 """
 
 import math
@@ -21,7 +23,12 @@ from tesseract_async.identity import PeerID
 LEASE_SECONDS: Final = 30.0
 """Seconds of silence after which a trainer's samples are handed out again."""
 GRACE_SECONDS: Final = 8.0
-"""A new primary waits so long for what trainers hold; each of them reports every second."""
+"""A new primary waits so long for what trainers hold; each of them reports every second. For `LEASE_SECONDS` it takes
+their word for what nobody else has."""
+STALL_SECONDS: Final = 600.0
+"""A trainer that reports, but has ended nothing for so long, loses what it holds: its loop hangs, say."""
+REST_SECONDS: Final = 2.0
+"""... and gets nothing for so long: others come first."""
 MAX_HELD: Final = 1 << 20
 """Samples that a trainer holds at a time, ..."""
 MAX_SPANS: Final = 512
@@ -114,7 +121,7 @@ def decode_pieces(flat: object) -> list[Piece]:
 
 
 class Report(NamedTuple):
-    """A trainer's message. Pieces that were neither done nor held by others count as held by it."""
+    """A trainer's message. To a new primary, pieces that are neither done nor held by others count as held by it."""
 
     epoch: int
     """The one that it goes through."""
@@ -165,12 +172,15 @@ class Ledger:
     """The ledger that the primary of the first fragment keeps. Times are seconds of any clock that does not jump."""
 
     def __init__(self, state: bytes = b"", *, free_at: float = -math.inf) -> None:
-        """`state`: as `encode` gave it. `free_at`: nothing is handed out before. Raises: ProtocolError."""
+        """`state`: as `encode` gave it. `free_at`: nothing is handed out before, and trainers may hold what another
+        ledger handed out. Raises: ProtocolError."""
         self._free_at = free_at
         self._first = 0
         self._epochs: dict[int, _Epoch] = {}
         self._answered: dict[Name, tuple[int, Grant]] = {}
         self._heard: dict[Name, float] = {}
+        self._moved: dict[Name, float] = {}
+        """When a trainer ended something last, or held nothing; later than now: when it gets something again."""
         if state:
             self._first, self._epochs = _decode(state)
 
@@ -203,8 +213,11 @@ class Ledger:
                 self._open(number, report.num_samples)
             elif number in claimed:
                 self._reopen(number, report.num_samples)
-        gone = self._take(name, report)
+        believes = now < self._free_at - GRACE_SECONDS + LEASE_SECONDS
+        self._let_go_of_stalled(name, report, now)
+        gone = self._take(name, report, believes=believes)
         self._close()
+        is_waiting |= self._moved[name] > now
         pieces, again = ([], 0) if is_waiting else self._hand_out(name, report)
         waits = is_waiting or (report.epoch >= self._first and report.epoch not in self._epochs)
         grant = Grant(pieces, again, gone, self._first, waits)
@@ -215,7 +228,18 @@ class Ledger:
         for epoch in self._epochs.values():
             epoch.let_go(name)
         del self._heard[name]
+        self._moved.pop(name, None)
         self._answered.pop(name, None)
+
+    def _let_go_of_stalled(self, name: Name, report: Report, now: float) -> None:
+        moved = self._moved.get(name, now)
+        if report.done or report.returned or not any(name in epoch.held for epoch in self._epochs.values()):
+            moved = max(now, moved)
+        elif now - moved >= STALL_SECONDS:
+            moved = now + REST_SECONDS
+            for epoch in self._epochs.values():
+                epoch.let_go(name)
+        self._moved[name] = moved
 
     def _open(self, number: int, num_samples: int) -> None:
         """Begin an epoch, if it is its time."""
@@ -243,8 +267,9 @@ class Ledger:
                 del self._epochs[old]
             self._first = min(self._epochs)
 
-    def _take(self, name: Name, report: Report) -> list[Piece]:
-        """Bring up to date what this trainer holds. Returns what it does not hold, though it says so."""
+    def _take(self, name: Name, report: Report, *, believes: bool) -> list[Piece]:
+        """Bring up to date what this trainer holds; if it `believes`, with what another ledger handed out. Returns what
+        it does not hold, though it says so."""
         said = {number: (Spans(), Spans(), Spans()) for number in self._epochs}
         gone = list[Piece]()
         for place, pieces in enumerate((report.held, report.done, report.returned)):
@@ -256,7 +281,7 @@ class Ledger:
         for number, (held, done, returned) in said.items():
             epoch = self._epochs[number]
             own = epoch.held.setdefault(name, Spans())
-            for start, stop in (*held, *done):
+            for start, stop in (*held, *done) if believes else ():
                 fits = own.num + stop - start <= MAX_HELD and len(own) < MAX_SPANS
                 for span in epoch.free.cut(start, stop) if fits and len(epoch.free) < MAX_SPANS else ():
                     own.add(*span)
