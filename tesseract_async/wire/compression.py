@@ -210,19 +210,24 @@ def _quantize_nibbles(flat_n: torch.Tensor) -> torch.Tensor:
     b = -(-n // k)
     out = torch.empty(2 * b + -(-n // 2), dtype=torch.uint8, device="cpu")
     with torch.no_grad():
-        work = torch.zeros(b * k, dtype=torch.float32, device="cpu")
-        work[:n] = flat_n
-        work_bk = work.view(b, k)
+        flat = (
+            flat_n
+            if flat_n.dtype == torch.float32 and n == b * k
+            else torch.zeros(b * k, dtype=torch.float32, device="cpu")
+        )
+        if flat is not flat_n:
+            flat[:n] = flat_n
+        flat_bk = flat.view(b, k)
         step_b = out[: 2 * b].view(torch.bfloat16)
-        step_b.copy_(work_bk.abs().amax(1).div_(7))
+        step_b.copy_(flat_bk.abs().amax(1).div_(7))
         exact_b = step_b.float()
         usable = torch.isfinite(exact_b) & (exact_b > 0)
         # a step that is a denormal number has no reciprocal; others are rounded by too little for a code beyond 7
-        work_bk.mul_(exact_b.clamp_min(_TINY).reciprocal_().unsqueeze(1)).round_()
+        work_bk = (flat_bk * exact_b.clamp_min(_TINY).reciprocal_().unsqueeze(1)).round_()
         if not usable.all():
             work_bk[~usable] = 0  # what float-to-integer conversion makes of NaN differs by machine
         # pairs of bytes in one number each: the second code moves down beside the first
-        pairs = work.add_(8).to(torch.uint8).view(torch.int16)
+        pairs = work_bk.add_(8).to(torch.uint8).view(-1).view(torch.int16)
         out[2 * b :] = (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)[: -(-n // 2)]
     return out
 
