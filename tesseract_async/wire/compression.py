@@ -210,12 +210,9 @@ def _quantize_nibbles(flat_n: torch.Tensor) -> torch.Tensor:
     b = -(-n // k)
     out = torch.empty(2 * b + -(-n // 2), dtype=torch.uint8, device="cpu")
     with torch.no_grad():
-        flat = (
-            flat_n
-            if flat_n.dtype == torch.float32 and n == b * k
-            else torch.zeros(b * k, dtype=torch.float32, device="cpu")
-        )
-        if flat is not flat_n:
+        flat = flat_n
+        if flat.dtype != torch.float32 or n < b * k:
+            flat = torch.zeros(b * k, dtype=torch.float32, device="cpu")
             flat[:n] = flat_n
         flat_bk = flat.view(b, k)
         step_b = out[: 2 * b].view(torch.bfloat16)
