@@ -5,9 +5,9 @@ A round opens with the first push. It closes when every peer that pushed or came
 interval between rounds. A push that comes later counts in the next round. Each member counts as one of all that are
 known, also where it comes alone: differences of rounds that split would add up otherwise, where their mean is meant.
 
-From three members on none gains by coming often. It does not shorten the others' rounds: an interval is no less than most
-members' period, and arrivals count alike by member. Those who came within two usual periods are known, and what a member
-sends within one period is capped as a whole.
+From three members on none gains by coming often. It does not shorten the others' rounds: an interval is no less than
+most members' period, and arrivals count alike by member. Those who came within two usual periods are known, and what a
+member sends within one period is capped as a whole.
 """
 
 import math
