@@ -236,9 +236,10 @@ def _tensor_of(model: nn.Module, name: str) -> torch.Tensor:
     module: nn.Module | None = model
     for part in path:
         module = None if module is None else module._modules.get(part)
-    found = None if module is None else module._parameters.get(last)
-    if found is None and module is not None:
-        found = module._buffers.get(last)
+    found: torch.Tensor | None = None
+    if module is not None:
+        found = module._parameters.get(last)
+        found = module._buffers.get(last) if found is None else found
     return _tensors_of(model)[name] if found is None else found
 
 

@@ -5,8 +5,8 @@ A round opens with the first push. It closes when every peer that pushed or came
 interval between rounds. A push that comes later counts in the next round. Each member counts as one of all that are
 known, also where it comes alone: differences of rounds that split would add up otherwise, where their mean is meant.
 
-From three members on none gains by coming often. It does not shorten the others' rounds: an interval is no less than
-most members' period, and arrivals count alike by member. Those who came within two usual periods are known, and what a
+From three members on none gains by coming often. It does not shorten the others' rounds: those who came within two
+usual periods are known and waited for, an interval is no less than one, and arrivals count alike by member. What a
 member sends within one period is capped as a whole.
 """
 
@@ -150,7 +150,8 @@ class Rounds:
             one.norm, one.period = max(push.norm, before.norm / 2), max(gap, before.period / 2)
             one.spent = max(0.0, before.spent - gap / usual) if usual else 0.0
             one.offsets = before.offsets
-        one.offsets.append(now - self._opened.get(base_version, now))
+        known = max(base_version, next(iter(self._opened)))
+        one.offsets.append(now - self._opened.get(known, now))
         self._members[push.peer] = one
 
     def expect(self, peer: PeerID) -> None:
@@ -163,7 +164,7 @@ class Rounds:
         if not self._pushes:
             return None
         came = {peer for peer, until in self._came.items() if until > self._version}
-        if came.union(*self._last_two) <= self._pushes.keys() and (came or not self._waits_first):
+        if came.union(*self._last_two, self._lately(now)) <= self._pushes.keys() and (came or not self._waits_first):
             return now
         return self._opened[self._version] + self.deadline
 
@@ -172,6 +173,11 @@ class Rounds:
         """Seconds between two pushes of most members; 0 while few are known."""
         periods = [one.period for one in self._members.values() if one.period]
         return statistics.median_low(periods) if len(periods) >= JUDGED_FROM else 0.0
+
+    def _lately(self, now: float) -> dict[PeerID, _Member]:
+        """Those who came within two usual periods; none before these are known."""
+        window = 2 * self._period
+        return {peer: one for peer, one in self._members.items() if now - one.at < window}
 
     @property
     def deadline(self) -> float:
@@ -183,8 +189,8 @@ class Rounds:
     def close(self) -> list[Push]:
         """End the round. Returns its pushes, in the order of their peers: what they come to must not depend on luck."""
         pushes = sorted(self._pushes.values(), key=lambda push: push.peer)
-        now, window = max(self._members[peer].at for peer in self._pushes), 2 * self._period
-        lately = {peer: one for peer, one in self._members.items() if peer in self._pushes or now - one.at < window}
+        lately = self._lately(max(self._members[peer].at for peer in self._pushes))
+        lately |= {peer: self._members[peer] for peer in self._pushes}
         self._num_known = len(lately.keys() | frozenset[PeerID]().union(*self._last_two))
         self._share = len(pushes) / self._num_known
         norms = [one.norm for one in lately.values() if one.norm]
