@@ -59,6 +59,9 @@ M = TypeVar("M", bound=nn.Module)
 
 NUM_HOSTS: Final = 3
 """Trainers that host the fragments where nobody says who does."""
+OUTSIDE: Final = (
+    "this is done inside of SharedParameters: enter them by `async with`, or with a BackgroundNode by `with`"
+)
 FIND_TIMEOUT: Final = 60.0
 """Seconds that entering waits for others' fragments, where this trainer may not begin them itself."""
 FOUND_SECONDS: Final = 2.0
@@ -170,9 +173,9 @@ class SharedParameters(Uncopied, Generic[M]):
 
     @property
     def pieces(self) -> SharedPieces:
-        """The pieces' hosts. Raises: RuntimeError before sharing is entered."""
+        """The pieces' hosts. Raises: RuntimeError before sharing is entered, and after it has ended."""
         if self._found is None:
-            raise RuntimeError("SharedParameters are entered first, by `async with` or `with`")
+            raise RuntimeError(OUTSIDE)
         return self._found
 
     async def __aenter__(self) -> Self:
@@ -226,6 +229,8 @@ class SharedParameters(Uncopied, Generic[M]):
         """Find the run's fragments, or begin them with these values; host them, if that is for this trainer to do."""
         node = self._node
         node.check_running()
+        if self._parts:
+            raise RuntimeError("SharedParameters are entered once: make new ones of the same model to go on")
         self._loop = asyncio.get_running_loop()
         run: SignedRun | None = None
         if isinstance(self._run, str) and self._is_bare:
@@ -254,6 +259,7 @@ class SharedParameters(Uncopied, Generic[M]):
                 await self._host(found, follows=True)
             _check_genesis(run, found)
         except BaseException:  # cancelled, too: leave what was entered
+            self._found = None
             await self._stack.aclose()
             raise
         return found
@@ -326,6 +332,7 @@ class SharedParameters(Uncopied, Generic[M]):
         await asyncio.gather(*tasks, return_exceptions=True)
         for sampler in self._samplers:
             await sampler.leave()
+        self._found = None
         await self._stack.aclose()
 
     def attach(self, sampler: Sampler) -> None:
@@ -340,7 +347,7 @@ class SharedParameters(Uncopied, Generic[M]):
         loop = self._loop
         if loop is None:
             work.close()
-            raise RuntimeError("SharedParameters are entered first, by `async with` or `with`")
+            raise RuntimeError(OUTSIDE)
 
         def start() -> None:
             task = loop.create_task(work, name="shared parameters")
@@ -365,8 +372,11 @@ class SharedParameters(Uncopied, Generic[M]):
     def step(self) -> Any:
         """Call it after each optimizer step (not after each micro-batch): sends what is due, and adds what came.
 
-        Never waits for a peer. Returns what was done, a `SharingReport`, or None for nothing.
+        Never waits for a peer. Returns what was done, a `SharingReport`, or None for nothing. Raises: RuntimeError
+        before sharing is entered, and after it has ended.
         """
+        if self._found is None:
+            raise RuntimeError(OUTSIDE)
         self._own_steps += 1
         for sampler in self._samplers:
             sampler.stepped()
@@ -376,8 +386,10 @@ class SharedParameters(Uncopied, Generic[M]):
     def flush(self, *, timeout: float = FLUSH_TIMEOUT) -> Any:
         """Send all that was learned here, wait until it counts, and take all that others learned.
 
-        Raises: TimeoutError, or the reason for which a push was refused.
+        Raises: TimeoutError, or the reason for which a push was refused; RuntimeError as `step`.
         """
+        if self._found is None:
+            raise RuntimeError(OUTSIDE)
         if isinstance(self._given, PlainCalls):
             return self._flush_plainly(timeout)
         return self._flush(timeout)
@@ -386,8 +398,10 @@ class SharedParameters(Uncopied, Generic[M]):
         """Return a copy of the model with the swarm's values as they are known here: to evaluate, and to export.
 
         They are what all trainers had on average, from which the next round's differences are not taken: those begin a
-        little ahead, at the outer optimizer's momentum.
+        little ahead, at the outer optimizer's momentum. Raises: RuntimeError before sharing is entered.
         """
+        if not self._parts:
+            raise RuntimeError(OUTSIDE)
         model = copy.deepcopy(self.model)
         for part in self._parts:
             self._own.layout.write(model, part.copy.cut, part.copy.merged())

@@ -223,6 +223,23 @@ async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytes
         assert part.due_at == second._own_steps  # the next step pushes again
 
 
+async def test_outside_of_it_nothing_is_shared_in_silence() -> None:
+    model = make_model(1)
+    async with ta.TesseractNode() as node:
+        shared = SharedParameters(node, model, run="tiny")
+        for call in (shared.step, shared.flush, shared.merged):
+            with pytest.raises(RuntimeError, match="enter them by `async with`"):
+                call()
+        async with shared:
+            await steps(shared, 1, 1)
+        assert not same(shared.merged(), make_model(1)) and shared.steps == 1  # what came out is there
+        with pytest.raises(RuntimeError, match="enter them by `async with`"):
+            shared.step()
+        with pytest.raises(RuntimeError, match="entered once"):
+            async with shared:
+                pass
+
+
 async def test_another_model_is_refused_by_name() -> None:
     async with sharing(make_model(1)) as (seed, _):
         stranger = nn.Sequential(nn.Linear(6, 17), nn.BatchNorm1d(17), nn.GELU(), nn.Linear(17, 3))
