@@ -4,7 +4,7 @@ Samples are places in the epoch's order, and travel as spans of an epoch. The `L
 trainer says all that it holds; so a reply that was lost costs nothing, and after a takeover the next primary, which
 knows what was done when the last round closed, learns the rest from the trainers before it hands out more.
 
-At other times a trainer ends only what was handed out to it: what it says of other samples counts for nothing.
+At other times a trainer ends only what it held before: that it has ended others counts for nothing.
 """
 
 import math
@@ -121,7 +121,8 @@ def decode_pieces(flat: object) -> list[Piece]:
 
 
 class Report(NamedTuple):
-    """A trainer's message. To a new primary, pieces that are neither done nor held by others count as held by it."""
+    """A trainer's message. Pieces that it says it holds, and that are neither done nor held by others, it holds then.
+    To a new primary so are those that it says it has done."""
 
     epoch: int
     """The one that it goes through."""
@@ -215,9 +216,10 @@ class Ledger:
                 self._reopen(number, report.num_samples)
         believes = now < self._free_at - GRACE_SECONDS + LEASE_SECONDS
         self._let_go_of_stalled(name, report, now)
-        gone = self._take(name, report, believes=believes)
+        rests = self._moved[name] > now
+        gone = self._take(name, report, rests=rests, believes=believes)
         self._close()
-        is_waiting |= self._moved[name] > now
+        is_waiting |= rests
         pieces, again = ([], 0) if is_waiting else self._hand_out(name, report)
         waits = is_waiting or (report.epoch >= self._first and report.epoch not in self._epochs)
         grant = Grant(pieces, again, gone, self._first, waits)
@@ -267,9 +269,9 @@ class Ledger:
                 del self._epochs[old]
             self._first = min(self._epochs)
 
-    def _take(self, name: Name, report: Report, *, believes: bool) -> list[Piece]:
-        """Bring up to date what this trainer holds; if it `believes`, with what another ledger handed out. Returns what
-        it does not hold, though it says so."""
+    def _take(self, name: Name, report: Report, *, rests: bool, believes: bool) -> list[Piece]:
+        """Bring up to date what this trainer holds: nothing new if it `rests`; if the ledger `believes` it, also what
+        it has done that another one handed out. Returns what it does not hold, though it says so."""
         said = {number: (Spans(), Spans(), Spans()) for number in self._epochs}
         gone = list[Piece]()
         for place, pieces in enumerate((report.held, report.done, report.returned)):
@@ -281,7 +283,7 @@ class Ledger:
         for number, (held, done, returned) in said.items():
             epoch = self._epochs[number]
             own = epoch.held.setdefault(name, Spans())
-            for start, stop in (*held, *done) if believes else ():
+            for start, stop in (*(() if rests else held), *(done if believes else ())):
                 fits = own.num + stop - start <= MAX_HELD and len(own) < MAX_SPANS
                 for span in epoch.free.cut(start, stop) if fits and len(epoch.free) < MAX_SPANS else ():
                     own.add(*span)

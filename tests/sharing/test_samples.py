@@ -61,7 +61,7 @@ class Reference:
         self.state: dict[int, Name | str] = dict.fromkeys(range(num), "free")
 
     def report(self, name: Name, wanted: int, held: set[int], done: set[int], *, believes: bool) -> set[int]:
-        for n in held | done if believes else ():
+        for n in held | (done if believes else set()):
             if self.state.get(n) == "free":
                 self.state[n] = name
         for n, who in self.state.items():
@@ -291,11 +291,11 @@ def test_strangers_cannot_fill_the_ledger() -> None:
 def test_a_trainer_ends_only_what_was_handed_out_to_it() -> None:
     ledger, (honest, liar) = Ledger(), NAMES[:2]
     (given,) = ledger.report(honest, 1, Report(0, 100, 10, (), (), ()), 0.0).pieces
-    for turn, kind in enumerate(("held", "done", "returned")):
+    for turn, kind in enumerate(("done", "returned")):
         claims = Report(0, 100, 5, (), (), ())._replace(**{kind: [(0, 0, 100)]})
         grant = ledger.report(liar, turn, claims, 1.0)
         assert grant.pieces == [(0, 10, 15)]  # its own, again and again
-    ledger.report(liar, 3, Report(0, 100, 0, (), (), ()), 1.0)
+    ledger.report(liar, 2, Report(0, 100, 0, (), (), ()), 1.0)
     grant = ledger.report(honest, 2, Report(0, 100, 100, [given], (), ()), 2.0)
     assert [given, *grant.pieces] == [(0, 0, 10), (0, 10, 100)] and not grant.gone
     ledger.report(honest, 3, Report(0, 100, 0, (), [(0, 0, 100)], ()), 3.0)
