@@ -10,7 +10,7 @@ import torch
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing.fragment import Fragment, Outer, Update
-from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.wire import compression
 
 
@@ -31,7 +31,7 @@ class Copy:
         they do not fit."""
         self.cut, self.outer, self.epoch = cut, outer, epoch
         self._fragment = self._made(anchor, version, updates)
-        self._sent: torch.Tensor | None = None
+        self.sent: torch.Tensor | None = None
 
     @property
     def base(self) -> tuple[int, int, bytes]:
@@ -53,14 +53,14 @@ class Copy:
 
     def push(self, local: torch.Tensor) -> bytes:
         """Return the encoded difference of this trainer's values, which are kept until `merge`."""
-        assert self._sent is None
-        self._sent = local
-        values = local if self.cut.kind is Kind.NEWEST else self.anchor - local
+        assert self.sent is None
+        self.sent = local
+        values = local if self.cut.kind is MergeKind.NEWEST else self.anchor - local
         return bytes(compression.encode(values, self.outer.codec_of(self.cut)))
 
     def cancel(self) -> None:
         """Forget the push under way: the next one holds what it held."""
-        self._sent = None
+        self.sent = None
 
     def merge(self, updates: Sequence[Update], *, epoch: int) -> torch.Tensor:
         """Take the updates that answer the push, or that came without one. Returns what to add to the local values (of
@@ -69,12 +69,12 @@ class Copy:
         Raises: ProtocolError if they do not lead where they say, and changes nothing: fetch the state whole then, and
         `rebase`.
         """
-        sent = self.anchor if self._sent is None else self._sent
-        if self._sent is not None and (not updates or updates[-1].version <= self._fragment.version):
+        sent = self.anchor if self.sent is None else self.sent
+        if self.sent is not None and (not updates or updates[-1].version <= self._fragment.version):
             raise ProtocolError("a push was answered without its update")
         self._fragment.replay(updates)
-        self.epoch, self._sent = epoch, None
-        return self.anchor if self.cut.kind is Kind.NEWEST else self.anchor - sent
+        self.epoch, self.sent = epoch, None
+        return self.anchor if self.cut.kind is MergeKind.NEWEST else self.anchor - sent
 
     def rebase(
         self,
@@ -90,7 +90,7 @@ class Copy:
 
         Raises: ProtocolError if it does not fit.
         """
-        before = self._sent if counted and self._sent is not None else self.anchor
+        before = self.sent if counted and self.sent is not None else self.anchor
         self._fragment = self._made(anchor, version, updates)
-        self.epoch, self._sent = epoch, None
-        return anchor if self.cut.kind is Kind.NEWEST else anchor - before
+        self.epoch, self.sent = epoch, None
+        return anchor if self.cut.kind is MergeKind.NEWEST else anchor - before

@@ -26,13 +26,13 @@ from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.runtime.gradients import trimmed_mean
 from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment, Outer
-from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.wire import compression
 
 MIN_WAIT: Final = 2.0
 """Seconds that a round waits at least for members who pushed lately."""
 FIRST_INTERVAL: Final = 30.0
-"""Seconds that count as one interval before two rounds have opened."""
+"""Seconds that count as one interval before two rounds have opened, and as the usual period before that is known."""
 TRIMMED_FROM: Final = 4
 """Members from which the trimmed mean decides. Fewer cannot outvote a liar."""
 TRIMMED_SHARE: Final = 0.25
@@ -63,11 +63,11 @@ def judge(peer: PeerID, call_id: bytes, steps: int, data: bytes, cut: Cut, outer
 
     Raises: ProtocolError if it does not fit the fragment; ValueError if it is not finite, or of frozen parameters.
     """
-    if cut.kind is Kind.FIXED:
+    if cut.kind is MergeKind.FIXED:
         raise ValueError("frozen parameters stay as they are")
     norm = 0.0
     values = _decode(data, cut, outer)
-    if cut.kind is not Kind.NEWEST:
+    if cut.kind is not MergeKind.NEWEST:
         norm = float(torch.linalg.vector_norm(values))
         if not norm < math.inf:  # of values that are so large that sums of them would not be finite, too
             raise ValueError("a difference that is not finite, or far too large")
@@ -79,9 +79,9 @@ class _Member:
     """A peer that has pushed."""
 
     at: float
-    """When it did so last."""
+    """The time of its last push."""
     norm: float
-    """Of its last difference, ..."""
+    """The norm of its last difference, ..."""
     period: float = 0.0
     """... and the seconds since the one before (0: there was none); at least half of what they were then, since a flush
     comes early, and with little."""
@@ -114,7 +114,7 @@ class Rounds:
         self._rooms: dict[PeerID, float] = {}
         """... and the part of that which is left to each that pushed."""
         self._opened: dict[int, float] = {}
-        """When the round opened that led on from each of the last versions."""
+        """The time at which the round after each of the last versions opened."""
         self._interval = FIRST_INTERVAL
 
     @property
@@ -144,11 +144,11 @@ class Rounds:
             while len(self._opened) > KEPT_UPDATES + 1:
                 del self._opened[next(iter(self._opened))]
         self._pushes[push.peer] = push
-        one, before, usual = _Member(now, push.norm), self._members.get(push.peer), self._period
+        one, before, usual = _Member(now, push.norm), self._members.get(push.peer), self._period or FIRST_INTERVAL
         if before is not None:
             gap = now - before.at
             one.norm, one.period = max(push.norm, before.norm / 2), max(gap, before.period / 2)
-            one.spent = max(0.0, before.spent - gap / usual) if usual else 0.0
+            one.spent = max(0.0, before.spent - gap / usual)
             one.offsets = before.offsets
         known = max(base_version, next(iter(self._opened)))
         one.offsets.append(now - self._opened.get(known, now))
@@ -215,13 +215,13 @@ class Rounds:
         """
         cut, outer, is_robust = fragment.cut, fragment.outer, self._num_known >= TRIMMED_FROM
         steps = [1 if is_robust else min(max(1, push.steps), self._max_steps) for push in pushes]
-        if cut.kind is Kind.NEWEST and not is_robust:
+        if cut.kind is MergeKind.NEWEST and not is_robust:
             return _decode(pushes[steps.index(max(steps))].data, cut, outer)
         num_absent = self._num_known - len(pushes)
-        if cut.kind is Kind.NEWEST and num_absent > len(pushes):
+        if cut.kind is MergeKind.NEWEST and num_absent > len(pushes):
             return fragment.anchor.clone()
         differences = [_decode(push.data, cut, outer) for push in pushes]
-        if cut.kind is Kind.NEWEST:
+        if cut.kind is MergeKind.NEWEST:
             present = [fragment.anchor] * num_absent
             return torch.stack([*differences, *present]).sort(0).values[self._num_known // 2].clone()
         most = self._most or MAX_NORM_RATIO * fragment.largest_update()
