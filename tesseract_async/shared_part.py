@@ -66,7 +66,7 @@ class SharedPart:
     """The rest of the values after rounding to the model's 16 bits: without it, small steps would have no effect."""
     is_asking: bool = False
     failing_since: float | None = None
-    """The time since which its primary does not answer (`time.monotonic`); None while it does. Rounds take their time."""
+    """The time (`time.monotonic`) since which its primary does not answer; None while it does."""
     arrived: Arrived | None = None
 
     async def ask(

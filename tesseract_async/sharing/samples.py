@@ -181,7 +181,7 @@ class Ledger:
         self._answered: dict[TrainerName, tuple[int, Allotment]] = {}
         self._heard: dict[TrainerName, float] = {}
         self._moved: dict[TrainerName, float] = {}
-        """The time at which a trainer ended something last, or held nothing; if later than now, it gets nothing until then."""
+        """The time at which a trainer ended something last, or held nothing. If that is to come, it gets nothing."""
         if state:
             self.first_epoch, self.epochs = _decode(state)
 
