@@ -58,7 +58,7 @@ async def save(
 
     Experts come from their primaries or, where there is none, from a server that follows it or holds its state.
 
-    The folder loads anywhere: `tesseract_async.saving.folder.load_experts(FOLDER)["ffn.3.7"]` is an ordinary module.
+    The folder loads anywhere: `tesseract_async.saving.folder.SavedExperts(FOLDER)["ffn.3.7"]` is an ordinary module.
     Run the command again to download only what has changed. The exit status is 1 if an expert could not be downloaded.
     """
     if not node.initial_peers:

@@ -159,7 +159,7 @@ def load_model(folder: str | Path, model: M | None = None, *, allowed_modules: C
     In place of each gate it has a `LocalMixture`, whose calls are awaited if the gate's were.
 
     - `model`: the module to load into, where its code is not known here, or other gates are wanted: with
-      `LocalMixture`s of ``load_experts(folder)``, or live gates. By default it is built as it was saved.
+      `LocalMixture`s of ``SavedExperts(folder)``, or live gates. By default it is built as it was saved.
     - `allowed_modules`: modules that may be imported to build it, besides PyTorch's own, such as ``["my_model"]``.
 
     Raises: CheckpointError if the folder holds no model, a damaged one, or one that cannot be built here.
