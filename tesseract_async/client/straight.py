@@ -191,7 +191,10 @@ class Straight:
                 reply = _Reply(self, question)
                 peer, uids = question.replicas[0].peer, [replica.uid for replica in question.replicas]
                 endpoint = node.endpoint_towards(peer, APPLY, uids)
-                cancel = endpoint and endpoint.call_into(
+                if endpoint is None:  # this node itself
+                    self.end()
+                    return
+                cancel = endpoint.call_into(
                     peer,
                     APPLY,
                     question.body,
