@@ -34,7 +34,7 @@ def is_small(request: ApplyRequest) -> bool:
         and len(request.rows) <= MAX_PAIRS
         and len(request.ids) <= MAX_EXPERTS
         and request.reply_codec == "none"
-        and not request.versions.any()
+        and not any(request.versions.tolist())
     )
 
 
