@@ -198,11 +198,11 @@ class Duty:
 
     def _withstands(self, best: Term, now: float, wall: float) -> bool:
         """Return whether a weak Term thinks this primary dead, which is not: it says so with a Seal, and goes on."""
-        own, seal = self.term, best.seal
-        if own is None or seal is None or not (best.is_weak and self.is_primary(now)):
+        own = self.term
+        if own is None or best.seal is None or not (best.is_weak and self.is_primary(now)):
             return False
-        if not self.lineage.is_in_line(seal, own):
-            return False
+        if not self.lineage.goes_on(own, best):
+            return False  # its Seals would only outnumber the other's, and the other's those
         assert self._own is not None
         self._own.seen = best.epoch + 1
         return self._seal_again(now, wall) and self.lineage.best is own

@@ -295,10 +295,20 @@ class Lineage:
             lives = seal is not None and seal.time > term.epoch
             if not lives and not (took and one.epoch > term.epoch - self._authority.lease):
                 continue
-            between = [self._terms[d] for d in line - lines.get(term.seal.term, {term.seal.term}) if d in self._terms]
-            if not any(d.kind is Kind.ADOPTION or (d.is_weak and not adopts) for d in between):
+            if self.goes_on(one, term):
                 return True
         return False
+
+    def goes_on(self, one: Term, term: Term) -> bool:
+        """Return whether `one` goes on from whom a weak Term thought dead, and none on the way thought so as well: only
+        then does a Seal of `one` refute it. Two adopters do not refute each other."""
+        assert term.seal is not None
+        for step in self._walk(one):
+            if step.digest == term.seal.term:
+                return True
+            if step.kind is Kind.ADOPTION or (step.is_weak and term.kind is not Kind.ADOPTION):
+                return False
+        return self.is_in_line(term.seal, one)
 
     def _walk(self, term: Term) -> Iterator[Term]:
         """The Term and those that it descends from, as far as they are known, the newest first."""

@@ -56,8 +56,8 @@ class Poll:
     """True if these were asked before, and this server stood still meanwhile."""
     is_led: bool = False
     """True if an answer said that there is a primary."""
-    is_alive: bool = False
-    """True if anybody who could lead the expert answered."""
+    newest: Age = (0, 0)
+    """The age of the newest file that an answer named, of those who could lead the expert."""
 
     def is_late(self, now: float) -> bool:
         """Return whether this server stood still while it waited, for the first time."""

@@ -166,7 +166,7 @@ class Tenure(Duty):
                 poll.given[peer] = sent, answer.held
             else:
                 poll.is_led |= answer.agrees
-                poll.is_alive |= answer.agrees or answer.held > (0, 0)
+                poll.newest = max(poll.newest, answer.held)
             self._count(now, wall)
 
     def _vote(self, peer: PeerID, question: Question, now: float, wall: float) -> bytes:
@@ -319,8 +319,10 @@ class Tenure(Duty):
         poll, held = self._poll, self.held
         assert poll is not None and held is not None
         if poll.kind == "probe":
-            # once its Term is out, only a primary stops it: two that make way for each other would do so forever
-            if poll.is_led or (self.state is State.HOLDING and poll.is_alive):
+            # once its Term is out, a primary stops it, or a newer file than its own: two that make way for each other
+            # would do so forever
+            enough = held.age if self.state is State.CANDIDATE else (0, 0)
+            if poll.is_led or (self.state is not State.FOLLOWING and poll.newest > enough):
                 self._member.heard = now
                 self._give_up(now)
             elif not poll.waiting:

@@ -162,7 +162,9 @@ def test_a_weak_term_gives_way_to_a_line_that_went_on() -> None:
     # two adopters do not refute each other
     adopted = [follows(who, pair, epoch, Kind.ADOPTION) for who, epoch in ((C, 200), (D, 205))]
     after = [sealed(who, term, time=900) for who, term in zip((C, D), adopted, strict=True)]
-    assert lineage(first, *adopted, *after).best is adopted[1]
+    found = lineage(first, *adopted, *after)
+    assert found.best is adopted[1] and found.goes_on(first, adopted[0])
+    assert not found.goes_on(adopted[0], adopted[1]) and not found.goes_on(adopted[1], adopted[0])
     # what the line went on to counts for it, too
     handed = follows(C, on, 300, Kind.HANDOVER, handover=sign_handover(A, RUN, on, C.peer_id))
     strong = lineage(first, weak, sealed(B, weak, time=900), handed, sealed(C, handed, time=400))

@@ -68,6 +68,8 @@ def check_nothing_is_gone(world: World) -> None:
 @example(39, 7)
 @example(113, 6)
 @example(188, 6)
+@example(20653, 6)
+@example(6579, 7)
 def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
     world = World(seed, num_servers)
     world.begin()
@@ -92,6 +94,7 @@ def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
 @example(127023494, 3)
 @example(5188, 3)
 @example(5548, 3)
+@example(7895, 6)
 def test_of_three_members_no_two_answer_at_once_while_one_is_at_fault(seed: int, num_servers: int) -> None:
     world = World(seed, num_servers)
     world.begin()
