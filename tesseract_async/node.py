@@ -510,13 +510,14 @@ class TesseractNode(Uncopied):
         expert counts as a call in the caller's quota.
         """
         quotas, now = self.endpoint.quotas, asyncio.get_running_loop().time()
-        counts_calls, is_checked, num_unchecked = quotas.counts_calls(call.peer_id), False, 0
+        counts_calls, has_runs = quotas.counts_calls(call.peer_id), self.trust.has_runs
+        is_checked, num_unchecked = False, 0
         found: list[CallHandler | RemoteError] = []
         for uid in uids:
             try:
                 handler = self._table.find_for(call, uid, APPLY, is_checked=is_checked)
                 num_unchecked += is_checked
-                is_checked = not self.trust.has_runs  # then a caller may do the same with all experts
+                is_checked = not has_runs  # then a caller may do the same with all experts
                 if counts_calls and (wait := quotas.add(call.peer_id, now)):
                     raise Overloaded("this peer has used up its quota here", retry_after=wait)
                 found.append(handler)

@@ -229,8 +229,8 @@ def decode_part(
         raise ProtocolError("ApplyPart: the experts are not some of those that were asked, in order")
     if len(told) + len(experts) > num_experts or (tensors and not len(experts)):
         raise ProtocolError("ApplyPart: more experts than were asked, or sums of none")
-    failures = [_failure(entry, num_experts) for entry in told]
-    if len({*experts.tolist(), *(expert for expert, _ in failures)}) < len(told) + len(experts):
+    failures = [_failure(entry, num_experts) for entry in told] if told else []
+    if told and len({*experts.tolist(), *(expert for expert, _ in failures)}) < len(told) + len(experts):
         raise ProtocolError("ApplyPart: an expert is named twice")
     part = ApplyPart(
         experts,
