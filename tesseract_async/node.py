@@ -179,11 +179,11 @@ class TesseractNode(Uncopied):
         self.metrics = Metrics()
         self.policy = policy if policy is not None else Policy()
         self.scope = AddressScope()
-        """Which addresses learned from strangers this node may send to; known once it is started."""
+        """The addresses learned from strangers that this node may send to; known once it is started."""
         self.trust = Trust(identity.peer_id, self.policy)
-        """Which peers this node believes about experts, and which runs it takes part in (`join_run`)."""
+        """The peers that this node believes about experts, and the runs that it takes part in (`join_run`)."""
         self.publisher_places: set[int] = set()
-        """Those of its servers' `ExpertPublisher`s."""
+        """The places taken by its servers' `ExpertPublisher`s."""
         self.network = TesseractNetwork(
             identity=identity,
             policy=self.policy,

@@ -52,7 +52,7 @@ PEER_OR_FREE = Parsed("peer", lambda text: text if text == FREE else PeerID.pars
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnerOptions:
-    """Which run a command is about, who gives the command, and in which swarm."""
+    """The run that a command is about, the owner who gives the command, and the swarm."""
 
     name: str
     identity: Path

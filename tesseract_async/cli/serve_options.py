@@ -28,9 +28,9 @@ from tesseract_async.cli.types import (
     ROWS,
     SECONDS,
     TEXT_OR_FILE,
-    Value,
 )
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.run import Scalar
 from tesseract_async.server.contract import check_name
 
 MAX_EXPERTS = 16384
@@ -48,7 +48,7 @@ class ServeOptions:
     grant: str | None
     allowed_modules: Sequence[str]
     expert_class: str
-    sizes: Sequence[tuple[str, Value]]
+    sizes: Sequence[tuple[str, Scalar]]
     optimizer: str | None
     learning_rate: float
     max_batch_size: int
@@ -66,10 +66,10 @@ class ServeOptions:
     stall_timeout: float
     leave_within: float
     report_period: float | None
-    optimizer_option: Sequence[tuple[str, Value]] = ()
+    optimizer_option: Sequence[tuple[str, Scalar]] = ()
     schedule: str | None = None
-    schedule_option: Sequence[tuple[str, Value]] = ()
-    training: Sequence[tuple[str, Value]] = ()
+    schedule_option: Sequence[tuple[str, Scalar]] = ()
+    training: Sequence[tuple[str, Scalar]] = ()
     shard: str | None = None
     hf_checkpoint: Path | None = None
     dtype: str | None = None

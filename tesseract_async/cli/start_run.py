@@ -28,17 +28,17 @@ from tesseract_async.cli.options import (
     with_options,
 )
 from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
-from tesseract_async.cli.types import GRID, LEARNING_RATE, PEER, Value, counted, seconds
+from tesseract_async.cli.types import GRID, LEARNING_RATE, PEER, counted, seconds
 from tesseract_async.experts.grants import GRANT_SECONDS, Invite
 from tesseract_async.experts.ownership import MEMBER, RunOwner, adopt_servers, with_delegates
-from tesseract_async.experts.run import RunManifest, sign_run
+from tesseract_async.experts.run import RunManifest, Scalar, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 
-Pairs = tuple[tuple[str, Value], ...]
+Pairs = tuple[tuple[str, Scalar], ...]
 
 
 @click.command("create")

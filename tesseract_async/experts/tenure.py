@@ -22,7 +22,7 @@ from tesseract_async.experts.tenure_words import (
     Response,
     State,
 )
-from tesseract_async.experts.terms import Kind, Seal
+from tesseract_async.experts.terms import Seal, TermKind
 from tesseract_async.identity import PeerID
 
 BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
@@ -37,7 +37,7 @@ class Tenure(Duty):
         return self.state is State.ABSENT and self._member.is_unsealed(now) and not self._member.may_begin(now, wall)
 
     def timer_at(self) -> float:
-        """When `handle_timer` is due."""
+        """The time at which `handle_timer` is due."""
         if self._poll is not None:
             return self._poll.deadline
         if self._settle_at is not None:
@@ -99,7 +99,7 @@ class Tenure(Duty):
             self._was_alone = False  # once: if that does not make it primary, it stands like any other
             self._member.heard = self._member.vote_from = self._member.agreed_at = now - 2 * self._lease
         elif self.state is State.ABSENT and self._member.may_begin(now, wall):
-            self._stand(Kind.GENESIS, None, now, wall)
+            self._stand(TermKind.GENESIS, None, now, wall)
         self._appoint(now, wall)
         if (term := self.lineage.unshown) is not None and (seal := self.lineage.own_seal_of(term)) is not None:
             self._fetch(term, seal, check=True)
@@ -233,7 +233,7 @@ class Tenure(Duty):
             return False
         if now >= self._member.heard + self._lease:  # it comes late: the others may have elected one meanwhile
             return False
-        return self._stand(Kind.HANDOVER, self.held, now, wall, signature)
+        return self._stand(TermKind.HANDOVER, self.held, now, wall, signature)
 
     # -- the file ------------------------------------------------------------------------------------------------------
 
@@ -303,13 +303,13 @@ class Tenure(Duty):
         if best is None or held is None or self.is_twin:
             self._retry(now)
         elif self.state is State.FOLLOWING and self.lineage.is_exposed(best):
-            self._stand(Kind.TAKEOVER, held, now, wall)
+            self._stand(TermKind.TAKEOVER, held, now, wall)
         elif others := self._member.primaries(best, held.members if self.state is State.HOLDING else ()):
             if self.state is State.HOLDING:
                 self._look(now)  # before it adopts the expert, it must know what the network has
             self._ask_all("probe", others, best.epoch, now)
         else:
-            self._stand(Kind.TAKEOVER, held, now, wall)
+            self._stand(TermKind.TAKEOVER, held, now, wall)
 
     def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float) -> None:
         self._poll, sends = self._member.ask(kind, others, epoch, now)
@@ -333,19 +333,19 @@ class Tenure(Duty):
                 elif now < self._member.retry_at:
                     pass  # it voted for another meanwhile
                 elif self.state is State.FOLLOWING:
-                    self._stand(Kind.TAKEOVER, held, now, wall)
+                    self._stand(TermKind.TAKEOVER, held, now, wall)
                 elif self.state is State.HOLDING and self._member.may_adopt(now, wall):
-                    self._stand(Kind.ADOPTION, held, now, wall)
+                    self._stand(TermKind.ADOPTION, held, now, wall)
                 else:
                     self._look(now)
                     self._retry_adopting(now)
         elif 1 + len(poll.votes) >= self._member.num_needed and now <= poll.deadline:
-            self._begin(Kind.TAKEOVER, held, poll.epoch, now, wall, poll)
+            self._begin(TermKind.TAKEOVER, held, poll.epoch, now, wall, poll)
         elif not poll.waiting or now > poll.deadline:
             self._poll = None
             all_gone = poll.silent | poll.votes.keys() >= set(held.members) - {self.me}
             if all_gone and self._member.may_adopt(now, wall):
-                self._begin(Kind.ADOPTION, held, poll.epoch, now, wall, poll)
+                self._begin(TermKind.ADOPTION, held, poll.epoch, now, wall, poll)
                 return
             if poll.is_led:  # only this server was cut off: by the next time, its own vote binds it no more
                 self._member.heard = now
@@ -355,14 +355,14 @@ class Tenure(Duty):
 
     # -- becoming the primary ------------------------------------------------------------------------------------------
 
-    def _stand(self, kind: Kind, seal: Seal | None, now: float, wall: float, handover: bytes = b"") -> bool:
+    def _stand(self, kind: TermKind, seal: Seal | None, now: float, wall: float, handover: bytes = b"") -> bool:
         """Try to become primary from this Seal, where no appointment says otherwise."""
         if self.is_twin or not self._member.may_stand(kind, seal, wall):
             self._retry(now)
             return False
         epoch = self._member.next_epoch(seal, wall)
         others = set() if seal is None else set(seal.members) - {self.me}
-        if kind is Kind.TAKEOVER and others and self._member.num_needed > 1:
+        if kind is TermKind.TAKEOVER and others and self._member.num_needed > 1:
             self.state = State.CANDIDATE  # its own vote is promised where a Term stands on it
             self._look(now)  # should all others be gone, it must know that the network has nothing newer
             self._ask_all("vote", others, epoch, now)
@@ -370,7 +370,7 @@ class Tenure(Duty):
         return self._begin(kind, seal, epoch, now, wall, handover)
 
     def _begin(
-        self, kind: Kind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
+        self, kind: TermKind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
     ) -> bool:
         """Sign a Term, and say so. Whether the evidence, votes or the signature of a handover, carries it."""
         self._poll = None
@@ -379,18 +379,18 @@ class Tenure(Duty):
             self._give_up(now)
             return False
         # the members of the parent decide until a Seal with others is settled
-        others = seal.members if seal is not None and kind in (Kind.TAKEOVER, Kind.HANDOVER) else ()
+        others = seal.members if seal is not None and kind in (TermKind.TAKEOVER, TermKind.HANDOVER) else ()
         self.state = State.CANDIDATE
         votes = evidence.given if isinstance(evidence, Poll) else {}
         self._own = OwnTerm(term, tuple(peer for peer in others if peer != self.me), votes, now=now)
         self._member.promise(epoch, self.me, now)
         self.lineage.add(term, now=wall, has_term=True)
-        if kind is Kind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
+        if kind is TermKind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
             self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
         self._persist()
         # with what led there: those who did not see that would take it for another tree
         self._publish(self._own, now, self.lineage.line(term)[:-1][-MAX_PAST:])
-        if kind is Kind.ADOPTION:
+        if kind is TermKind.ADOPTION:
             # two may adopt at once: both wait, and see each other
             self._settle_at = now + self._member.settle
         elif self._is_elected:
@@ -446,7 +446,7 @@ class Tenure(Duty):
         appointment = None if self.is_twin else self._member.appointment()
         if appointment is not None and (appointment.root is None or restored):
             parent = None if restored else self.held  # nobody has a Seal of what was put aside
-            self._begin(Kind.APPOINTED, parent, self._member.next_epoch(None, wall), now, wall)
+            self._begin(TermKind.APPOINTED, parent, self._member.next_epoch(None, wall), now, wall)
 
     def _beat(self, own: OwnTerm, now: float) -> None:
         own.beat_at = now + self._lease / 6

@@ -89,10 +89,10 @@ class MeshLink:
         self.rank, self.size = rank, size
         self.timeout, self.grace = timeout, grace
         self.lost: str | None = None
-        """Why this mesh computes no more, once that is so."""
+        """The reason why this mesh computes no more, once that is so."""
         self._followers: list[Callable[[], Follows | None]] = []  # what commands are about, by its number
         self.counts: Callable[[], Counts] = dict
-        """Those of this process."""
+        """The counts of this process."""
         self.states: dict[int, Sequence[torch.Tensor]] = {}
         """Tensors that are kept here for the leader, by the number of their state."""
         self.numbers = itertools.count(1)

@@ -18,7 +18,7 @@ from tesseract_async.server.hosted import HostedState
 from tesseract_async.wire import messages
 
 
-class Lockstep:
+class LockstepCalls:
     """Answers for all experts of one server whose gradients are only gathered. On the loop."""
 
     def __init__(

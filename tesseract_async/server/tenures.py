@@ -19,7 +19,7 @@ from tesseract_async.errors import CheckpointError, NotAllowed, ProtocolError, T
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.membership import Leave
+from tesseract_async.experts.membership import Permissions
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import MAX_MEMBERS
 from tesseract_async.experts.placement import Place
@@ -36,7 +36,7 @@ from tesseract_async.experts.tenure_words import (
     Send,
     State,
 )
-from tesseract_async.experts.terms import Kind, Seal
+from tesseract_async.experts.terms import Seal, TermKind
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.fragments import FragmentBackend
@@ -142,7 +142,7 @@ class Tenures:
             await self.states.return_to(tenure.held, hosted)
         return Tenured(uid, hosted, authority, tenure)
 
-    async def add(self, uid: str, authority: Authority, leave: Leave) -> None:
+    async def add(self, uid: str, authority: Authority, leave: Permissions) -> None:
         """Have this expert here, too, as a file alone. Raises: OSError."""
         if uid in self._experts or self._closed:
             return
@@ -414,7 +414,7 @@ class Tenures:
                     self.on_leading[split_uid(expert.uid)[0]](expert.uid)
             case RoleChanged(is_primary, _):
                 term = expert.tenure.term
-                if is_primary and term is not None and term.kind is Kind.GENESIS and expert.waited_for:
+                if is_primary and term is not None and term.kind is TermKind.GENESIS and expert.waited_for:
                     logger.error("nobody came with a state of %s: it begins anew, from genesis", expert.uid)
                 assert expert.hosted is not None
                 if is_primary != expert.hosted.is_primary:

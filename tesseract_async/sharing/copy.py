@@ -10,7 +10,7 @@ import torch
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing.fragment import Fragment, Outer, Update
-from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.wire import compression
 
 
@@ -39,7 +39,7 @@ class Copy:
         """Return the encoded difference of this trainer's values, which are kept until `merge`."""
         assert self._sent is None
         self._sent = local
-        values = local if self.cut.kind is Kind.NEWEST else self.anchor - local
+        values = local if self.cut.kind is MergeKind.NEWEST else self.anchor - local
         return bytes(compression.encode(values, self.outer.codec_of(self.cut)))
 
     def cancel(self) -> None:
@@ -58,7 +58,7 @@ class Copy:
             raise ProtocolError("a push was answered without its update")
         self._fragment.replay(updates)
         self.epoch, self._sent = epoch, None
-        return self.anchor if self.cut.kind is Kind.NEWEST else self.anchor - sent
+        return self.anchor if self.cut.kind is MergeKind.NEWEST else self.anchor - sent
 
     def rebase(self, anchor: torch.Tensor, *, version: int, epoch: int, counted: bool = False) -> torch.Tensor:
         """Go on from another state. Returns what to add to the local values, whose difference stays to be pushed;
@@ -69,4 +69,4 @@ class Copy:
         before = self._sent if counted and self._sent is not None else self.anchor
         fragment = Fragment(self.cut, self._fragment.outer, anchor, version=version)
         self._fragment, self.epoch, self._sent = fragment, epoch, None
-        return anchor if self.cut.kind is Kind.NEWEST else anchor - before
+        return anchor if self.cut.kind is MergeKind.NEWEST else anchor - before

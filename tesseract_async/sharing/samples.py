@@ -37,7 +37,7 @@ Span = tuple[int, int]
 """First and last but one."""
 Piece = tuple[int, int, int]
 """An epoch's number, and a span of it."""
-Name = tuple[PeerID, bytes]
+TrainerName = tuple[PeerID, bytes]
 """A trainer: its peer, and the 16 random bytes of one start of its program."""
 
 
@@ -59,7 +59,7 @@ class Spans:
 
     @property
     def num(self) -> int:
-        """How many numbers there are."""
+        """The count of numbers."""
         return sum(stop - start for start, stop in self._spans)
 
     def add(self, start: int, stop: int) -> None:
@@ -117,7 +117,7 @@ class Report(NamedTuple):
     """A trainer's message. Pieces that were neither done nor held by others count as held by it."""
 
     epoch: int
-    """The one that it goes through."""
+    """The epoch that it goes through."""
     num_samples: int
     wanted: int
     """Samples."""
@@ -126,7 +126,7 @@ class Report(NamedTuple):
     returned: Sequence[Piece]
 
 
-class Grant(NamedTuple):
+class Allotment(NamedTuple):
     """The answer to a `Report`."""
 
     pieces: Sequence[Piece]
@@ -145,10 +145,10 @@ class Grant(NamedTuple):
 class _Epoch:
     num_samples: int
     free: Spans
-    held: dict[Name, Spans] = field(default_factory=dict)
+    held: dict[TrainerName, Spans] = field(default_factory=dict)
     again: Spans = field(default_factory=Spans)
 
-    def let_go(self, name: Name) -> None:
+    def let_go(self, name: TrainerName) -> None:
         for start, stop in self.held.pop(name, ()):
             self.free.add(start, stop)
             self.again.add(start, stop)
@@ -169,12 +169,12 @@ class Ledger:
         self._free_at = free_at
         self._first = 0
         self._epochs: dict[int, _Epoch] = {}
-        self._answered: dict[Name, tuple[int, Grant]] = {}
-        self._heard: dict[Name, float] = {}
+        self._answered: dict[TrainerName, tuple[int, Allotment]] = {}
+        self._heard: dict[TrainerName, float] = {}
         if state:
             self._first, self._epochs = _decode(state)
 
-    def report(self, name: Name, turn: int, report: Report, now: float) -> Grant:
+    def report(self, name: TrainerName, turn: int, report: Report, now: float) -> Allotment:
         """Take a trainer's message; its messages have ascending numbers, `turn`. One that comes again gets its answer.
 
         Raises: Overloaded for more trainers than can be remembered, and for a message that was overtaken; ValueError
@@ -207,11 +207,11 @@ class Ledger:
         self._close()
         pieces, again = ([], 0) if is_waiting else self._hand_out(name, report)
         waits = is_waiting or (report.epoch >= self._first and report.epoch not in self._epochs)
-        grant = Grant(pieces, again, gone, self._first, waits)
+        grant = Allotment(pieces, again, gone, self._first, waits)
         self._answered[name] = turn, grant
         return grant
 
-    def _forget(self, name: Name) -> None:
+    def _forget(self, name: TrainerName) -> None:
         for epoch in self._epochs.values():
             epoch.let_go(name)
         del self._heard[name]
@@ -243,7 +243,7 @@ class Ledger:
                 del self._epochs[old]
             self._first = min(self._epochs)
 
-    def _take(self, name: Name, report: Report) -> list[Piece]:
+    def _take(self, name: TrainerName, report: Report) -> list[Piece]:
         """Bring up to date what this trainer holds. Returns what it does not hold, though it says so."""
         said = {number: (Spans(), Spans(), Spans()) for number in self._epochs}
         gone = list[Piece]()
@@ -285,7 +285,7 @@ class Ledger:
             del self._epochs[number]
             self._first = number + 1
 
-    def _hand_out(self, name: Name, report: Report) -> tuple[list[Piece], int]:
+    def _hand_out(self, name: TrainerName, report: Report) -> tuple[list[Piece], int]:
         """Return first what is left of the epoch before."""
         held = [epoch.held.get(name, Spans()) for epoch in self._epochs.values()]
         wanted = min(report.wanted, MAX_HELD - sum(one.num for one in held))
@@ -457,7 +457,7 @@ class Share:
         self._sent = len(done), len(returned)
         return self._turn, Report(self.epoch, self.num_samples, max(0, wanted), held, done, returned)
 
-    def granted(self, session: bytes, report: Report, grant: Grant) -> None:
+    def granted(self, session: bytes, report: Report, grant: Allotment) -> None:
         """Take the answer to the last message. `session` names the ledger: a new one is told all that was done."""
         num_done, num_returned = self._sent
         del self._done[:num_done], self._returned[:num_returned]

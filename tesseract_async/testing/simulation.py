@@ -19,7 +19,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.entries import Entry, single_view
-from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.events import Joined, NetworkEvent, ReadFinished, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.routing_table import ID_BITS, K
 from tesseract_async.network.settings import NetworkSettings
@@ -78,7 +78,7 @@ class SimulatedNode:
         """True if it is behind a gateway that lets in only answers from addresses that it wrote to."""
         self.alive = True
         self.joined = False
-        self.events: list[Event] = []
+        self.events: list[NetworkEvent] = []
         """All events except for ends of reads and writes."""
         self.num_sent = 0
         self.num_bytes_sent = 0

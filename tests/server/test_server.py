@@ -624,7 +624,7 @@ async def test_a_follower_answers_forwards_and_names_the_primary(node: ServingNo
 async def test_a_state_can_be_taken_and_installed_while_it_serves(node: ServingNode, server: TesseractServer) -> None:
     await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
     state = await server.hosted["ffn.0"].snapshot()
-    await server.hosted["ffn.1"].install(checkpoint.decode(b"".join(checkpoint.encode(state))))
+    await server.hosted["ffn.1"].install(checkpoint.decode_state(b"".join(checkpoint.encode_state(state))))
     modules = [server.experts[uid].module.state_dict() for uid in ("ffn.0", "ffn.1")]
     torch.testing.assert_close(*modules)
     assert server.experts["ffn.1"].version == 1

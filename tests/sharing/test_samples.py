@@ -19,19 +19,19 @@ from tesseract_async.sharing.samples import (
     LEASE_SECONDS,
     MAX_TRAINERS_OF_PEER,
     STATE_BYTES,
-    Grant,
+    Allotment,
     Ledger,
-    Name,
     Piece,
     Report,
     Share,
     Spans,
+    TrainerName,
     decode_pieces,
     encode_pieces,
 )
 
 PEERS = [Identity.from_seed(bytes([n]) * 32).peer_id for n in range(1, 7)]
-NAMES: list[Name] = [(peer, bytes(16)) for peer in PEERS]
+NAMES: list[TrainerName] = [(peer, bytes(16)) for peer in PEERS]
 
 
 @settings(max_examples=50, deadline=None)
@@ -57,9 +57,9 @@ class Reference:
     """One epoch, sample by sample."""
 
     def __init__(self, num: int) -> None:
-        self.state: dict[int, Name | str] = dict.fromkeys(range(num), "free")
+        self.state: dict[int, TrainerName | str] = dict.fromkeys(range(num), "free")
 
-    def report(self, name: Name, wanted: int, held: set[int], done: set[int]) -> set[int]:
+    def report(self, name: TrainerName, wanted: int, held: set[int], done: set[int]) -> set[int]:
         for n in held | done:
             if self.state.get(n) == "free":
                 self.state[n] = name
@@ -72,7 +72,7 @@ class Reference:
         self.state |= dict.fromkeys(granted, name)
         return granted
 
-    def forget(self, name: Name) -> None:
+    def forget(self, name: TrainerName) -> None:
         self.state |= {n: "free" for n, who in self.state.items() if who == name}
 
 
@@ -93,7 +93,7 @@ def numbers(some: object) -> set[int]:
 def test_the_ledger_does_as_sample_by_sample(steps: list[tuple[int, int, set[int], set[int], set[int], int]]) -> None:
     ledger, reference, now = Ledger(), Reference(NUM), 0.0
     ledger.report(NAMES[5], 1, Report(0, NUM, 0, (), (), ()), now)  # opens the epoch
-    heard: dict[Name, float] = {}
+    heard: dict[TrainerName, float] = {}
     for turn, (who, wanted, held, done, returned, seconds) in enumerate(steps):
         if all(one == "done" for one in reference.state.values()):
             break
@@ -121,7 +121,7 @@ def test_the_ledger_does_as_sample_by_sample(steps: list[tuple[int, int, set[int
 class Trainer:
     """A program that trains on what it is given, and dies, or leaves."""
 
-    def __init__(self, world: World, name: Name) -> None:
+    def __init__(self, world: World, name: TrainerName) -> None:
         self.world, self.name = world, name
         self.share = Share(world.num_samples, batch_size=3, ahead=2)
         self.share.begin(world.epoch_now, gives_back=True)
@@ -141,7 +141,7 @@ class Trainer:
             return
         turn, report = self.share.report()
 
-        def arrive(session: bytes, grant: Grant) -> None:
+        def arrive(session: bytes, grant: Allotment) -> None:
             if self.is_alive and self.turn == turn:
                 self.turn = 0
                 self.share.granted(session, report, grant)
@@ -238,7 +238,7 @@ class World:
         self.ledger = Ledger(self.state, free_at=self.now + GRACE_SECONDS)
         self.after(self.random.uniform(10, 40), self.take_over)
 
-    def answer(self, name: Name, turn: int, report: Report, arrive: Callable[[bytes, Grant], None]) -> None:
+    def answer(self, name: TrainerName, turn: int, report: Report, arrive: Callable[[bytes, Allotment], None]) -> None:
         report = report._replace(
             **{one: decode_pieces(encode_pieces(getattr(report, one))) for one in ("held", "done", "returned")}
         )
