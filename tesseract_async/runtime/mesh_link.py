@@ -267,9 +267,10 @@ class MeshLink:
                     one.settimeout(self.grace)
                     send(one, None)
                     receive(one)
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close every socket: the others see this process leave."""
         self._leaving = True
         for one in self._sockets.values():
             with contextlib.suppress(OSError):
@@ -313,7 +314,7 @@ class MeshLink:
             os._exit(LOST_STATUS)
         self._leaving = True
         send(leader, None)
-        self._close()
+        self.close()
 
     def _start_thread(self, work: Callable[[], None]) -> None:
         threading.Thread(target=work, name="tesseract-mesh", daemon=True).start()

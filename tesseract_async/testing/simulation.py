@@ -235,17 +235,17 @@ class SimulatedNetwork:
         node.cycle()
         return node
 
-    def add_swarm(self, count: int, *, interval: float = 0.05, settle: float = 30.0) -> list[SimulatedNode]:
+    def add_swarm(self, count: int, *, interval: float = 0.05) -> list[SimulatedNode]:
         """Add `count` nodes, each through a random one added before, and return when all have joined.
 
-        Raises: TimeoutError if some have not after `settle` seconds.
+        Raises: TimeoutError if some have not after 30 seconds.
         """
         nodes = [self.add_node()]
         while len(nodes) < count:
             nodes.append(self.add_node([self.random.choice(nodes)]))
             self.clock.run(interval)
-        if not self.clock.run_until(lambda: count == 1 or all(node.joined for node in nodes), timeout=settle):
-            raise TimeoutError(f"not all of {count} nodes have joined after {settle} s")
+        if not self.clock.run_until(lambda: count == 1 or all(node.joined for node in nodes), timeout=30.0):
+            raise TimeoutError(f"not all of {count} nodes have joined after 30 s")
         return nodes
 
     def add_settled_swarm(

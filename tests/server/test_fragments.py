@@ -191,7 +191,7 @@ def test_a_primary_that_lies_to_a_trainer_changes_nothing(
     with pytest.raises(ProtocolError):
         copy.push(torch.ones(cut.numel))
         copy.merge(read_updates(3, reply, [memoryview(one) for one in buffers]), epoch=1)
-    assert copy.base == base and copy._sent is not None
+    assert copy.base == base and copy.sent is not None
 
 
 class World:

@@ -88,7 +88,7 @@ def test_alone_without_codec_and_momentum_it_equals_plain_training(steps: int) -
                 memoryview(bytearray(copy.push(local.clone()))), torch.float32, (300,), "none"
             )
             primary.step(difference)
-        if copy._sent is not None and step % 5 == steps:
+        if copy.sent is not None and step % 5 == steps:
             local += copy.merge(primary.since(*copy.base[1:]) or (), epoch=1)
     assert torch.allclose(local, plain, atol=2e-6)
 
@@ -132,7 +132,7 @@ def test_updates_that_lie_change_nothing() -> None:
     for updates in [*lies, []]:
         with pytest.raises(ProtocolError):
             copy.merge(updates, epoch=1)
-        assert copy._sent is not None and torch.equal(copy.anchor, noise(0))
+        assert copy.sent is not None and torch.equal(copy.anchor, noise(0))
 
 
 def test_a_base_of_another_branch_is_not_built_on() -> None:

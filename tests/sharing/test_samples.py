@@ -167,9 +167,9 @@ class Trainer:
                     return
             if not (share.is_filling and (share.is_dry or share.is_over)):
                 return
-            share._end_batch()
+            share.end_batch()
         failed = world.random.random() < 0.05
-        for epoch, start, stop in next(iter(share._begun.values())):
+        for epoch, start, stop in next(iter(share.begun.values())):
             for n in range(start, stop):
                 if failed:
                     self.began.discard((epoch, n))
@@ -219,15 +219,15 @@ class World:
         one = self.random.choice([one for one in self.trainers if one.is_alive])
         one.is_alive = False
         known = self.state if self.has_takeovers else self.ledger.encode()
-        open_now = Ledger(known)._epochs
+        open_now = Ledger(known).epochs
         done = {at: Spans(open_now[at].done()) for at in open_now}
-        over = Ledger(known)._first
+        over = Ledger(known).first_epoch
         self.at_deaths |= {
             (at, n)
             for at, n in one.began
             if at >= over and not (at in done and any(start <= n < stop for start, stop in done[at]))
         }
-        self.at_deaths |= {(at, n) for at, start, stop in one.share._queue for n in range(start, stop)}
+        self.at_deaths |= {(at, n) for at, start, stop in one.share.queue for n in range(start, stop)}
 
     def close_round(self) -> None:
         self.state = self.ledger.encode()
@@ -256,7 +256,7 @@ def test_trainers_that_come_and_go_see_every_sample_of_an_epoch_once(takeovers: 
     for seed in seeds:
         world = World(seed, num_samples=100, num_trainers=num, takeovers=takeovers)
         world.run(300.0)
-        over = world.ledger._first
+        over = world.ledger.first_epoch
         assert over >= 2
         for epoch in range(over):
             for n in range(100):
@@ -271,12 +271,12 @@ def test_strangers_cannot_fill_the_ledger() -> None:
     for turn in range(20):
         claimed = [(0, 4 * (256 * turn + n), 4 * (256 * turn + n) + 1) for n in range(256)]
         ledger.report(NAMES[0], turn, Report(0, 10**9, 0, (), claimed, ()), 0.0)
-    assert len(ledger._epochs[0].free) <= 512 + 256
+    assert len(ledger.epochs[0].free) <= 512 + 256
     assert len(ledger.encode()) <= STATE_BYTES
     for n in range(1, MAX_TRAINERS_OF_PEER + 1):
         name = PEERS[1], n.to_bytes(16, "big")
         ledger.report(name, 1, Report(0, 10**9, 2**40, (), (), ()), 10.0)
-    assert ledger._epochs[0].held[name].num == 1 << 20
+    assert ledger.epochs[0].held[name].num == 1 << 20
     with pytest.raises(Overloaded):
         ledger.report((PEERS[1], bytes(16)), 1, Report(0, 10**9, 1, (), (), ()), 10.0)
     with pytest.raises(ValueError, match="1000000000 samples here, not 5"):

@@ -113,9 +113,9 @@ class Child:
             self._ready.set_exception(ChildFailed(f"{self.name} ended before it was ready.\n{self._last_words()}"))
             self._ready.exception()  # retrieved, so that it is no warning where nobody waits
 
-    def _last_words(self, num_lines: int = 15) -> str:
+    def _last_words(self) -> str:
         text = self._log.read_text(errors="replace") if self._log.exists() else ""
-        return "\n".join(text.splitlines()[-num_lines:])
+        return "\n".join(text.splitlines()[-15:])
 
 
 @contextlib.asynccontextmanager
