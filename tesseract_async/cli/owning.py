@@ -116,7 +116,7 @@ command.add_command(create)
     "--experts",
     "pattern",
     type=PATTERN,
-    help="Let them host or train these experts only, such as 'ffn.[0:4].[0:16]'. Who shares, shares the whole model.",
+    help="Let them host or train these experts only, such as 'ffn.[0:4].[0:16]'. Sharing covers the whole model.",
 )
 @click.option("--days", default=90.0, type=Number(0.01, 36500), help="Let the grant end after this many days.")
 @click.option(

@@ -62,7 +62,7 @@ Pairs = tuple[tuple[str, Scalar], ...]
     metavar="PEER_ID",
     help="Let this peer grant, revoke and appoint as you do.",
 )
-@click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep so many more copies of each expert.")
+@click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep this many more copies of each expert.")
 @click.option("--lease", default=30.0, type=seconds(1, 86400), help="Replace a primary that is silent for this long.")
 @click.option("--sync-every", default=30.0, type=seconds(1, 86400), help="Copy each expert to its replicas this often.")
 @click.option(
@@ -112,11 +112,11 @@ async def create(
     if node.identity is None:
         raise click.UsageError("say --identity FILE: the run belongs to the key in it")
     if once and not node.initial_peers:
-        raise click.UsageError("--once needs --initial-peers: with this node, the manifest would end at once")
+        raise click.UsageError("--once needs --initial-peers: without others, the manifest would vanish with this node")
     if adopt and not node.initial_peers:
-        raise click.UsageError("--adopt needs --initial-peers: where are the servers?")
+        raise click.UsageError("--adopt needs --initial-peers, to find the servers")
     if (grid is None) == (hf_checkpoint is None):
-        raise click.UsageError("say --grid, or --hf-checkpoint, whose model says it")
+        raise click.UsageError("say --grid, or --hf-checkpoint, whose model gives the grid")
     if hf_checkpoint is None and (dtype or master):
         raise click.UsageError("--dtype and --master go with --hf-checkpoint")
     if ":" in expert_class:

@@ -120,7 +120,7 @@ class ForwardExchange(Exchange[Forwarded]):
                 newest = (await asking).version
             except (TesseractError, TimeoutError) as error:
                 raise TooStale(
-                    f"how old the answer of a follower of {uid} is, its primary does not say: {describe(error)}"
+                    f"the primary of {uid} does not say how old its follower's answer is: {describe(error)}"
                 ) from error
         finally:
             await end(asking)

@@ -45,6 +45,7 @@ class Duty:
         self._settle_at: float | None = None
         self._patient_until = NEVER
         self._renewed = NEVER
+        self._silent_at = NEVER  # when a primary that was asked, and all others that were, had not answered
         self._look_at = now
         self._was_alone = False
         self._is_unheard = stored is not None  # nothing as new as the file here was seen

@@ -180,16 +180,23 @@ class Membership:
         return exposed or now >= max(self.heard, self.agreed_at) + self.lease
 
     def silence_at(self, state: State) -> float:
+        """Return the time at which the primary has been silent for so long that this server would stand."""
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
         step = min(2.0, self.lease / 6)
-        if state is State.HOLDING:  # the members come first; then it leads when two leases have passed
-            wait = max(self.lease + NUM_SUCCESSORS * step, self._adopt_after - ASKING)
+        if state is State.HOLDING:  # the members come first
+            wait = max(self.lease + NUM_SUCCESSORS * step, self._adopt_after)
         else:
             members = () if self.held is None else self.held.successors
             rank = members.index(self.me) if self.me in members else 0
-            wait = step * rank + (0.0 if exposed else self.lease)
+            # half a step: the last beat reached some a little later, and they are to be free for another vote
+            wait = step * (rank + 0.5) + (0.0 if exposed else self.lease)
         return max(self.heard + wait, self.agreed_at + self.lease, self.vote_from, self.retry_at)
+
+    def ask_at(self, state: State) -> float:
+        """Return the time to ask the primary for a sign of life: it has, or has not, answered by `silence_at`."""
+        silence = self.silence_at(state)
+        return min(silence, max(silence - POLL_SECONDS, self.heard + self.lease / 2))
 
     def is_unsealed(self, now: float) -> bool:
         """Return whether nobody knows of a Seal, nor has lately said that it is about to make one."""

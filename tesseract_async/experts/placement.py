@@ -19,7 +19,7 @@ from random import Random
 from typing import Final, NamedTuple
 
 from tesseract_async.experts.manifest import join_uid
-from tesseract_async.experts.own_term import MAX_BEHIND
+from tesseract_async.experts.own_term import MAX_BEHIND, NUM_SUCCESSORS
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
 
@@ -168,6 +168,10 @@ class Survey:
         """Experts of which any member has a state."""
         self.named = set(self.parts)
         """Experts that any member names."""
+        self.holders = {peer for peer, place in places.items() if place.room == 0}
+        """Members that compute nothing, ..."""
+        self.full = {peer for peer, place in places.items() if not place.can_lead}
+        """... or lead as much as they have room for."""
 
     def leader(self, uid: str) -> PeerID | None:
         """Return the member that leads it, by the highest epoch."""
@@ -189,6 +193,15 @@ class Survey:
             or (part.epoch < newest.epoch and newest.number <= MAX_BEHIND)
             or part.epoch > newest.epoch
         }
+
+    def unfit(self, uid: str) -> frozenset[PeerID]:
+        """Return the members that could not lead it, and so are no good successors: those that only hold; where enough
+        others have it, also those that have no room left to compute it."""
+        parts = self.parts.get(uid, {})
+        computing = {peer for peer, part in parts.items() if part.role is not MemberRole.HOLDS}
+        able = [peer for peer in parts if peer in computing or peer not in self.full]
+        num_able = sum(parts[peer].role is not MemberRole.LEADS for peer in able)
+        return frozenset(self.full - computing if num_able >= NUM_SUCCESSORS else self.holders)
 
     def standing(self, uid: str) -> Standing:
         """Return who has it, and how safe it is."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from tesseract_async.experts.duty import Duty
-from tesseract_async.experts.membership import POLL_SECONDS, Poll
+from tesseract_async.experts.membership import Poll
 from tesseract_async.experts.own_term import OwnTerm
 from tesseract_async.experts.tenure_words import (
     MAX_PAST,
@@ -36,6 +36,11 @@ class Tenure(Duty):
         """Return whether nobody shows a state of the expert, which it may have: it does not begin anew for now."""
         return self.state is State.ABSENT and self._member.is_unsealed(now) and not self._member.may_begin(now, wall)
 
+    def misses_primary(self, now: float) -> bool:
+        """Return whether the primary is silent, or this server stands: another may be known in a moment."""
+        is_silent = self.state is State.FOLLOWING and now > self._member.heard + self._lease / 3
+        return is_silent or self.state is State.CANDIDATE
+
     def timer_at(self) -> float:
         """The time at which `handle_timer` is due."""
         if self._poll is not None:
@@ -46,8 +51,8 @@ class Tenure(Duty):
             until = self._patient_until if self._is_elected else self._lease_until()
             return min(self._own.beat_at, until if self.state in (State.PRIMARY, State.CANDIDATE) else math.inf)
         if self.state in (State.FOLLOWING, State.HOLDING):
-            silence = self._member.silence_at(self.state)
-            return min(silence, self._look_at) if self._look_at <= self._member.vote_from else silence
+            doubt = self._doubt_at()
+            return min(doubt, self._look_at) if self._look_at <= self._member.vote_from else doubt
         return self._look_at
 
     # -- what is seen --------------------------------------------------------------------------------------------------
@@ -181,7 +186,8 @@ class Tenure(Duty):
             if not member.is_free(now) and (peer, question.boot) != (best.primary, best.boot):
                 return b""
         elif self.state is State.CANDIDATE and self._own is None and self._poll is not None:
-            if epoch <= self._poll.epoch:  # the higher one goes on, or both would give way to each other forever
+            # the higher one goes on, or both would give way to each other, or neither, forever
+            if (epoch, peer) <= (self._poll.epoch, self.me):
                 return b""
             self._give_up(now)
         else:
@@ -290,26 +296,47 @@ class Tenure(Duty):
             if now >= own.beat_at:
                 self._beat(own, now)
         elif self.state in (State.FOLLOWING, State.HOLDING):
-            if now >= self._member.silence_at(self.state):
+            if now >= self._doubt_at():
                 self._doubt(now, wall)
             elif self._look_at <= min(now, self._member.vote_from):
                 self._look(now)  # just started: who else comes back, with a newer file?
         elif now >= self._look_at:
             self._look(now)
 
+    @property
+    def _is_asked(self) -> bool:
+        """True if the primary, and whom else this silence is of, did not answer lately."""
+        return self._silent_at >= self._member.ask_at(self.state)
+
+    def _doubt_at(self) -> float:
+        return self._member.silence_at(self.state) if self._is_asked else self._member.ask_at(self.state)
+
     def _doubt(self, now: float, wall: float) -> None:
         """Silence: is the primary gone? Then this server stands, where it may."""
         best, held = self.lineage.best, self.held
-        if best is None or held is None or self.is_twin:
-            self._retry(now)
-        elif self.state is State.FOLLOWING and self.lineage.is_exposed(best):
-            self._stand(TermKind.TAKEOVER, held, now, wall)
-        elif others := self._member.primaries(best, held.members if self.state is State.HOLDING else ()):
+        others = set[PeerID]()
+        if best is not None and held is not None and not (self._is_asked or self.is_twin):
+            others = self._member.primaries(best, held.members if self.state is State.HOLDING else ())
+        is_exposed = self.state is State.FOLLOWING and best is not None and self.lineage.is_exposed(best)
+        if best is not None and others and not is_exposed:
             if self.state is State.HOLDING:
                 self._look(now)  # before it adopts the expert, it must know what the network has
             self._ask_all("probe", others, best.epoch, now)
+        elif now < self._member.silence_at(self.state):
+            self._silent_at = now  # there is nobody to ask
+        elif best is None or held is None or self.is_twin:
+            self._retry(now)
         else:
+            self._succeed(held, now, wall)
+
+    def _succeed(self, held: Seal, now: float, wall: float) -> None:
+        if self.state is State.FOLLOWING:
             self._stand(TermKind.TAKEOVER, held, now, wall)
+        elif self._member.may_adopt(now, wall):
+            self._stand(TermKind.ADOPTION, held, now, wall)
+        else:
+            self._look(now)
+            self._retry_adopting(now)
 
     def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float) -> None:
         self._poll, sends = self._member.ask(kind, others, epoch, now)
@@ -326,19 +353,12 @@ class Tenure(Duty):
                 self._member.heard = now
                 self._give_up(now)
             elif not poll.waiting:
-                self._poll = None
+                self._poll, self._silent_at = None, now
                 self._member.note_silence(poll, now)
                 if self.state is State.CANDIDATE:
                     self._become_primary(now)
-                elif now < self._member.retry_at:
-                    pass  # it voted for another meanwhile
-                elif self.state is State.FOLLOWING:
-                    self._stand(TermKind.TAKEOVER, held, now, wall)
-                elif self.state is State.HOLDING and self._member.may_adopt(now, wall):
-                    self._stand(TermKind.ADOPTION, held, now, wall)
-                else:
-                    self._look(now)
-                    self._retry_adopting(now)
+                elif now >= self._member.silence_at(self.state):  # nor did it vote for another meanwhile
+                    self._succeed(held, now, wall)
         elif 1 + len(poll.votes) >= self._member.num_needed and now <= poll.deadline:
             self._begin(TermKind.TAKEOVER, held, poll.epoch, now, wall, poll)
         elif not poll.waiting or now > poll.deadline:
@@ -468,4 +488,4 @@ class Tenure(Duty):
 
     def _retry_adopting(self, now: float) -> None:
         """Nobody else is left, so there is nobody to make way for: try again as soon as it may be adopted."""
-        self._member.retry_at = max(now + 1.0, self._member.adopt_at - POLL_SECONDS)
+        self._member.retry_at = max(now + 1.0, self._member.adopt_at)

@@ -105,7 +105,7 @@ class LockstepCalls:
         versions = {one.version for one in backends.values()}
         if versions == {request.round + 1} and self._stepped.get(prefix, trainer) != trainer:
             raise ValueError(
-                f"another trainer had the experts of {prefix} take step {request.round}: lockstep is of one"
+                f"another trainer had the experts of {prefix} take step {request.round}: lockstep is for one trainer"
             )
         if versions != {request.round}:
             return

@@ -24,6 +24,7 @@ from tesseract_async.experts.placement import (
     Place,
     Placement,
     PlacementStep,
+    Survey,
 )
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
@@ -186,13 +187,13 @@ class Placing:
         self._tenures.places[self._prefix] = by_uid
         self._tenures.look_for_newer(places)
         self._unable = {uid: until for uid, until in self._unable.items() if until > self._now()}
-        passive = frozenset(peer for peer, place in places.items() if place.room == 0)
+        survey = Survey(places)
         for uid in self._uids():
             may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
             if held is not None:
                 may.begin = may.anew = False
             may.lead = uid in self._server.experts or (me.can_lead and uid not in self._unable)
-            may.passive = passive
+            may.passive = survey.unfit(uid)
         steps = self.placement.decide(self.places, self._now(), wall_clock())
         for step in steps:
             await self._take(step)

@@ -95,7 +95,7 @@ class TesseractServer(Uncopied):
         """
         if not hasattr(node, "host_expert"):
             raise TypeError(
-                f"a server stands on a TesseractNode, not on a {type(node).__name__}; with a BackgroundNode it is "
+                f"a server needs a TesseractNode, not a {type(node).__name__}; with a BackgroundNode it is "
                 "entered by node.entered(TesseractServer(node.node, experts))"
             )
         if not isinstance(experts, Mapping) or not all(isinstance(uid, str) for uid in experts):

@@ -239,6 +239,8 @@ class World:
         """How long it takes to read all that the network holds, at least and at most."""
         self.slowness = 0.0
         """Seconds that a message takes more, at most: machines that do much else."""
+        self.patience = 1.0
+        """Seconds after which a question without an answer counts as such."""
         self.groups: list[set[int]] | None = None
         self.has_directory: set[int] | None = None
         self.strangers: list[bytes] = []
@@ -329,7 +331,7 @@ class World:
                 answered.append(True)
                 machine.answered(peer, question, None, sent, self.now, sender.wall)
 
-        self.after(1.0, sender.receive, life, silent)
+        self.after(self.patience, sender.receive, life, silent)
         fate = self.fates.pop(0) if self.fates and peer in {one.peer for one in self.up} else self.latency()
         if fate is None:
             return

@@ -189,6 +189,20 @@ def test_two_of_the_copies_at_least_can_lead() -> None:
         assert sum(world.places[one].can_lead for one in world.survey.copies(uid)) >= 2
 
 
+def test_a_member_without_room_is_no_successor_where_enough_others_are() -> None:
+    parts = {"ffn.7": MemberPart(MemberRole.HOLDS, 1, 1)}
+    full = {**parts, "ffn.1": MemberPart(MemberRole.LEADS, 1, 1)}
+    places = [
+        place(0, parts={"ffn.7": MemberPart(MemberRole.LEADS, 1, 1)}),
+        place(1, room=0, parts=parts),
+        place(2, room=1, parts=full),
+        place(3, room=1, parts={**full, "ffn.7": MemberPart(MemberRole.FOLLOWS, 1, 1)}),
+        place(4, parts=parts),
+    ]
+    assert Survey({one.peer: one for one in places}).unfit("ffn.7") == {peer(1), peer(2)}
+    assert Survey({one.peer: one for one in places[:4]}).unfit("ffn.7") == {peer(1)}, "the full one votes, at least"
+
+
 def test_a_copy_too_many_is_given_up_after_a_while_and_its_loss_is_not_noticed() -> None:
     world = World([place(n, room=8) for n in range(6)], pattern=ExpertPattern.parse("ffn.7"))
     for _ in range(10):

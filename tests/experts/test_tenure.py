@@ -511,6 +511,38 @@ def test_an_orphan_is_led_again_two_leases_after_its_primary_died(lease: float, 
     assert took[0] >= 1.5 * lease, "its members come first, and whoever stood still for a moment"
 
 
+def seconds_until_led(world: World) -> float:
+    since = world.now
+    while not world.is_led():
+        assert world.now < since + 10 * world.authority.lease, world.describe()
+        world.run(0.05)
+    return world.now - since
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_members_elect_the_next_primary_as_soon_as_its_lease_is_over(seed: int) -> None:
+    """They ask whether it is there before that: a dead machine says nothing for a second and a half."""
+    world = World(seed, 6, lease=5.0, skew=0.0)
+    leader = world.begin()
+    world.slowness, world.patience = 0.2, 1.5
+    world.run(world.random.uniform(10, 20))
+    leader.kill()
+    assert seconds_until_led(world) <= 6.6
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_two_that_stand_at_once_one_gives_way_and_votes(seed: int) -> None:
+    world = World(seed, 3, lease=5.0, skew=0.0)
+    world.patience = 1.5
+    leader = world.begin()
+    world.run(10.0)
+    leader.kill()
+    for one in world.up:
+        world.stall(one, 10.0)
+    world.run(10.0)
+    assert seconds_until_led(world) <= 2.0, "one time-out for the dead one, and an election"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_where_the_network_answers_late_members_elect_the_next_primary_in_time(seed: int) -> None:
     """A server dies for good every half a minute, another comes, and a look at the network takes up to 17 s."""

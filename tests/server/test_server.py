@@ -442,7 +442,7 @@ async def test_a_server_is_started_once_and_on_a_running_node(
     with pytest.raises(RuntimeError, match="this node is closed"):
         await TesseractServer(node, {"ffn.6": make_backend()}).start()  # type: ignore[arg-type]
     node.is_closed = False
-    with pytest.raises(TypeError, match="stands on a TesseractNode, not on a object; with a BackgroundNode"):
+    with pytest.raises(TypeError, match="needs a TesseractNode, not a object; with a BackgroundNode"):
         TesseractServer(object(), {})  # type: ignore[arg-type]
     for experts, period, error in (
         ([make_backend()], 60.0, "experts maps uids to ExpertBackends"),
