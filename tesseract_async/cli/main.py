@@ -93,9 +93,6 @@ def main() -> None:
     Every option may also be given as an environment variable, such as TESSERACT_SERVE_DEVICE=cuda.
     """
     _open_standard_files()
-    # has torch keep large tensors in large pages: weights that no cache holds are then read in two thirds of the time.
-    # To be said before the first tensor is made
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _open_standard_files() -> None:

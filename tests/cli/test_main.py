@@ -4,7 +4,6 @@ import inspect
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import pytest
@@ -27,27 +26,6 @@ def test_every_command_explains_itself(name: str) -> None:
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
-
-
-LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this kernel has no large pages"
-)
-def test_a_commands_large_tensors_lie_in_large_pages(tmp_path: Path) -> None:
-    code = (
-        "from tesseract_async.cli.main import main\n"
-        f"main(['keygen', {str(tmp_path / 'key')!r}], standalone_mode=False)\n"
-        "import torch\n"
-        "x = torch.ones(16 << 20)\n"
-        "lines = [line.split() for line in open('/proc/self/smaps_rollup')]\n"
-        "(num_kib,) = [int(line[1]) for line in lines if line[0] == 'AnonHugePages:']\n"
-        "assert num_kib > 32 << 10, num_kib\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
