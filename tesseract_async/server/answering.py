@@ -432,7 +432,7 @@ class ExpertCalls:
             num_bytes=num_bytes,
         )
         backward = self._backwards[key] = BackwardUnderWay(work, hosted.runtime, version, owner)
-        work.answer.add_done_callback(partial(self._end_backward, key))
+        work.answer.add_listener(partial(self._end_backward, key))
         return backward
 
     def backward_ended(
