@@ -96,16 +96,29 @@ async def remote_call(
         return outputs
     detached = [tensor.detach() for tensor in inputs]
     call = _Call(remote)
-    with torch.inference_mode(False), torch.enable_grad():
-        token = _Await.apply(call, _always_needed, *inputs)  # type: ignore[no-untyped-call]
+    (token,) = _recorded(_Await, call, _always_needed, *inputs)
     call.outputs = await remote.forward(detached)
     versions.check()
-    with torch.inference_mode(False), torch.enable_grad():
-        results: tuple[torch.Tensor, ...] = _Issue.apply(call, token, *detached)  # type: ignore[no-untyped-call]
+    results = _recorded(_Issue, call, token, *detached)
     node = next((result.grad_fn for result in results if result.grad_fn is not None), None)
     if node is not None and hasattr(node, "_set_sequence_nr"):  # private: a test notices if it goes away
         node._set_sequence_nr(_ISSUE_FIRST)
     return list(results)
+
+
+def _recorded(function: type[torch.autograd.Function], *args: object) -> tuple[torch.Tensor, ...]:
+    """Return what `function` gives, as autograd records it, whatever modes the thread is in."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return _recorded(function, *args)
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(True)  # as in `isolated`: a context takes a dozen Python calls
+    try:
+        # past `Function.apply`, which sees to transforms (refused here) and to default arguments (there are none)
+        result: torch.Tensor | tuple[torch.Tensor, ...] = super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    finally:
+        torch._C._set_grad_enabled(before)
+    return result if isinstance(result, tuple) else (result,)
 
 
 def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
@@ -153,7 +166,8 @@ class _GradientRequest:
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
         self._versions = Versions()
         self._is_cancelled = False
-        self._is_done = False
+        self.is_done = False
+        """True once there is an answer or an error, or it was cancelled."""
         self._waiting = threading.Lock()  # held until it is done: an Event takes some twenty Python calls
         self._waiting.acquire()
         self._result: list[torch.Tensor | None] | None = None
@@ -173,13 +187,13 @@ class _GradientRequest:
         self._end()
 
     def _end(self) -> None:
-        self._is_done = True
+        self.is_done = True
         with contextlib.suppress(RuntimeError):  # cancelled in this very moment: the other one let go
             if self._waiting.locked():
                 self._waiting.release()
 
     def _begin(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-        if self._is_done:  # cancelled before it began
+        if self.is_done:  # cancelled before it began
             return
         remote = self.call.remote
         self.task = self.call.loop.create_task(isolated(remote.backward(inputs, gradients), modes=NO_GRAD, steady=True))
@@ -196,7 +210,7 @@ class _GradientRequest:
 
     def cancel(self) -> None:
         """On the loop's thread or another one: frees the waiting thread at once, and cancels the call."""
-        if not self._is_done:
+        if not self.is_done:
             self._error = _Cancelled("the step was cancelled")
             self._end()
         try:
@@ -338,7 +352,7 @@ class _Step:
             with stream:
                 leaves = Leaves(loss)
                 self.scaling = Scaling(self._scaler, could_be_noted=gradient is None)
-                root = _Root.apply(loss, self)  # type: ignore[no-untyped-call]
+                (root,) = _recorded(_Root, loss, self)
                 gradients = gradients_of(root, leaves.tensors, gradient, retain_graph=retain_graph)
                 if leaves.have_hooks:
                     self._refuse_if_cancelled()
@@ -462,7 +476,7 @@ async def _backward(
     cancelled: asyncio.CancelledError | None = None
     while not outcome.done():
         try:
-            await asyncio.wait([outcome])
+            await _ended(outcome)
         except asyncio.CancelledError as caught:
             cancelled = caught
             step.cancel()
@@ -473,6 +487,21 @@ async def _backward(
         raise failed
     leaves, gradients = outcome.result()
     leaves.add(gradients)
+
+
+async def _ended(future: asyncio.Future[R]) -> None:
+    """Wait until it is done. A cancellation of this leaves it as it is."""
+    told = future.get_loop().create_future()
+
+    def tell(_: object) -> None:
+        if not told.done():
+            told.set_result(None)
+
+    future.add_done_callback(tell)
+    try:
+        await told
+    finally:
+        future.remove_done_callback(tell)
 
 
 class _Inbox:
