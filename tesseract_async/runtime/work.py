@@ -18,6 +18,8 @@ class WorkResult:
     tensors: Sequence[torch.Tensor | None]
     version: int
     """Steps that the expert had taken: before a forward, after a backward."""
+    encoded: Sequence[memoryview] | None = None
+    """The tensors in codec ``none``, where they are parts of one array of a whole batch."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
