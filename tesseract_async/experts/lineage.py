@@ -160,6 +160,10 @@ class Lineage:
             self._unshown.add(term.primary)
             self._is_stale = True
 
+    def is_unshown(self, term: Term) -> bool:
+        """Return whether its signer's newest file was missed for two leases."""
+        return term.primary in self._unshown
+
     def shown(self, term: Term) -> None:
         self._missed.pop(term.primary, None)
         if term.primary in self._unshown:

@@ -149,6 +149,7 @@ class Tenure(Duty):
             self.sight(answer.term, now, wall)
         if answer is not None and question.kind == "probe":
             self.sight(answer.vote, now, wall)
+            self._take_older(peer, answer.vote)
         own, poll = self._own, self._poll
         if question.kind in ("beat", "rise"):
             if own is None or answer is None:
@@ -173,6 +174,15 @@ class Tenure(Duty):
                 poll.is_led |= answer.agrees
                 poll.newest = max(poll.newest, answer.held)
             self._count(now, wall)
+
+    def _take_older(self, peer: PeerID, blob: bytes) -> None:
+        """Fetch a state that `peer` holds, be it not the newest, where nobody has shown that one for two leases."""
+        best, seal = self.lineage.best, self.lineage.read(blob)
+        if self.state is not State.ABSENT or best is None or not isinstance(seal, Seal) or self._fetching:
+            return
+        if self.lineage.is_unshown(best) and self.lineage.is_in_line(seal, best):
+            self._fetching.add(False)
+            self._commands.append(Fetch(best, seal, (peer,), aside=False, check=False))
 
     def _vote(self, peer: PeerID, question: Question, now: float, wall: float) -> bytes:
         seal, member, epoch, best = self.lineage.read(question.seal), self._member, question.epoch, self.lineage.best

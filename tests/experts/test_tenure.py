@@ -770,6 +770,33 @@ def test_a_newcomer_is_told_of_the_newest_seal_by_whoever_has_its_file() -> None
     assert not follower.machine.ask(identity(50).peer_id, question, world.now, follower.wall).vote
 
 
+def test_where_nobody_shows_the_newest_state_a_newcomer_goes_on_from_the_one_that_a_holder_has() -> None:
+    world = World(1, 2, lease=5.0, skew=0.0)
+    world.sync_every = 2.0
+    leader = world.begin()
+    (holder,) = [one for one in world.servers if one is not leader]
+    world.run(20.0)
+    holder.kill()
+    world.run(30.0)
+    leader.kill()
+    world.run(60.0)
+    world.servers.remove(leader)
+    holder.start()
+    holder.machine.may.lead = False
+    newcomer = Server(world, 9)
+    world.authority.granted.add(newcomer.peer)
+    world.servers.append(newcomer)
+    newcomer.start()
+    newcomer.machine.may.begin = False
+
+    def ask() -> bool:  # as its driver does, where somebody says that it has a state
+        world.send(newcomer, holder.peer, Question("probe", newcomer.machine.epoch, bytes(8), b"", b""))
+        return world.leaders == [newcomer]
+
+    assert world.run_until(ask, 40.0), world.describe()
+    assert newcomer.machine.term is not None and newcomer.machine.term.kind is TermKind.ADOPTION
+
+
 def test_a_successor_counts_while_a_state_is_long_on_its_way_and_is_replaced_where_none_comes() -> None:
     world = World(4, 5)
     leader = world.begin()
