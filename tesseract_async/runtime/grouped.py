@@ -151,8 +151,7 @@ class Member:
             tuple([(tuple(names), tuple(map(_Value, values))) for _, names, values, _ in parts]),
             tuple([(name, x.shape, x.dtype, x.requires_grad, x.device) for name, x in self.tensors().items()]),
             tuple([(slot.name, slot.first) for slot in slots]),
-            repr((backend.inputs_schema, backend.outputs_schema)),
-            repr(settings),
+            backend.terms,
         )
         kind = kinds.get(key)
         if kind is None:
