@@ -29,8 +29,9 @@ def make(folder: Path, *, width: int = WIDTH, num_layers: int = NUM_LAYERS, num_
 
     config = AutoConfig.for_model(
         "qwen3_moe", vocab_size=1024, hidden_size=width, num_hidden_layers=num_layers, num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 256), head_dim=64, intermediate_size=width, moe_intermediate_size=width // 2,
-        num_experts=num_experts, num_experts_per_tok=TOP_K, norm_topk_prob=True, max_position_embeddings=1024,
+        num_key_value_heads=max(1, width // 256), head_dim=64, intermediate_size=width,
+        moe_intermediate_size=width // 2, num_experts=num_experts,
+        num_experts_per_tok=TOP_K, norm_topk_prob=True, max_position_embeddings=1024,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
