@@ -179,11 +179,11 @@ class TesseractNode(Uncopied):
         self.metrics = Metrics()
         self.policy = policy if policy is not None else Policy()
         self.scope = AddressScope()
-        """Which addresses learned from strangers this node may send to; known once it is started."""
+        """The addresses learned from strangers that this node may send to; known once it is started."""
         self.trust = Trust(identity.peer_id, self.policy)
-        """Which peers this node believes about experts, and which runs it takes part in (`join_run`)."""
+        """The peers that this node believes about experts, and the runs that it takes part in (`join_run`)."""
         self.publisher_places: set[int] = set()
-        """Those of its servers' `ExpertPublisher`s."""
+        """The places taken by its servers' `ExpertPublisher`s."""
         self.network = TesseractNetwork(
             identity=identity,
             policy=self.policy,
@@ -219,7 +219,8 @@ class TesseractNode(Uncopied):
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
         self._table.add(APPLY, self._apply)
         self._apply_handlers: list[CallHandler] = []
-        self._keepers: list[RunKeeper] = []
+        self.run_keepers: list[RunKeeper] = []
+        """Each keeps what is known of one run that this node takes part in."""
         self._at_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
         self.client_state: object = None
@@ -471,8 +472,8 @@ class TesseractNode(Uncopied):
         keeper.on_own_grant = self.endpoint.say_anew
         self.endpoint.say_anew()
         self.directory.forget(keeper.authority.prefix)
-        if not any(one.authority is keeper.authority for one in self._keepers):
-            self._keepers.append(keeper)
+        if not any(one.authority is keeper.authority for one in self.run_keepers):
+            self.run_keepers.append(keeper)
             self.at_close(keeper.aclose)
             keeper.start()
         return keeper.authority
@@ -510,15 +511,21 @@ class TesseractNode(Uncopied):
         expert counts as a call in the caller's quota.
         """
         quotas, now = self.endpoint.quotas, asyncio.get_running_loop().time()
+        counts_calls, has_runs = quotas.counts_calls(call.peer_id), self.trust.has_runs
+        is_checked, num_unchecked = False, 0
         found: list[CallHandler | RemoteError] = []
         for uid in uids:
             try:
-                handler = self._table.find_for(call, uid, APPLY)
-                if wait := quotas.add(call.peer_id, now):
+                handler = self._table.find_for(call, uid, APPLY, is_checked=is_checked)
+                num_unchecked += is_checked
+                is_checked = not has_runs  # then a caller may do the same with all experts
+                if counts_calls and (wait := quotas.add(call.peer_id, now)):
                     raise Overloaded("this peer has used up its quota here", retry_after=wait)
                 found.append(handler)
             except RemoteError as error:
                 found.append(error)
+        if num_unchecked:  # the check counts the others
+            self.metrics.count("expert_calls_answered", num_unchecked, method=call.method)
         return found
 
     def _apply(self, call: IncomingCall) -> Answer:
@@ -611,7 +618,7 @@ class TesseractNode(Uncopied):
         """Raises: PeerUnreachable for a peer that may not host one of these experts."""
         self._check_loop()
         self.metrics.count("expert_calls", method=method)
-        for uid in uids:
+        for uid in uids if self.trust.has_runs else uids[:1]:  # outside of runs, a peer may host all experts or none
             if not self.trust.may_host(peer.peer_id, uid):
                 self.metrics.count("expert_calls_held_back", method=method)
                 refusal = NotAllowed(f"it may not host {uid}: nothing is sent there")

@@ -6,6 +6,7 @@ done beside the trainer: its `step` only copies values and adds to them.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,18 +37,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """How a call ended."""
+    """The outcome of a call."""
 
     steps: int = 0
     """Everybody's, as pushed so far."""
     change: torch.Tensor | None = None
-    """What to add to the model."""
+    """The change to add to the model."""
     counted: bool = False
     error: TesseractError | None = None
 
 
 @dataclass(slots=True)
-class Part:
+class SharedPart:
     """One piece at this trainer. Between the start of a call and `arrived`, its `copy` is the call's."""
 
     uid: str
@@ -62,8 +63,10 @@ class Part:
     steps: int = 0
     """Everybody's steps, as pushed so far."""
     lost: torch.Tensor | None = None
-    """What rounding to the model's 16 bits lost of the values: without it, no step smaller than that would last."""
+    """The rest of the values after rounding to the model's 16 bits: without it, small steps would have no effect."""
     is_asking: bool = False
+    failing_since: float | None = None
+    """The time (`time.monotonic`) since which its primary does not answer; None while it does."""
     arrived: Arrived | None = None
 
     async def ask(
@@ -80,6 +83,7 @@ class Part:
             try:
                 sent, sends = data if sends else b"", False  # who has it answers without it
                 message = await pieces.ask(self.uid, method, request, sent)
+                self.failing_since = None
                 reply = messages.decode(messages.UpdatesReply, message.body)
                 if method == messages.PUSH and reply.known and not reply.counted:
                     if sent:
@@ -103,14 +107,28 @@ class Part:
                     self.arrived = Arrived(error=error)
                     return
                 logger.info("%s: %s", self.uid, describe(error))
+                if not isinstance(error, Overloaded):
+                    self._fails()
             except (TesseractError, TimeoutError) as error:
                 logger.info("%s: %s", self.uid, describe(error))
+                if method != messages.PUSH or not isinstance(error, TimeoutError):
+                    self._fails()
             await asyncio.sleep(PAUSE)
+
+    def _fails(self) -> None:
+        if self.failing_since is None:
+            self.failing_since = time.monotonic()
 
     async def _take_whole(self, pieces: SharedPieces, reply: messages.UpdatesReply) -> None:
         def rebase(tensors: dict[str, torch.Tensor], version: int) -> Arrived:
             whole, steps = read_fragment(self.form, tensors, version)
-            change = self.copy.rebase(whole.anchor, version=whole.version, epoch=reply.epoch, counted=reply.counted)
+            change = self.copy.rebase(
+                whole.anchor,
+                version=whole.version,
+                epoch=reply.epoch,
+                updates=whole.updates,
+                counted=reply.counted,
+            )
             return Arrived(steps, change, reply.counted)
 
         while True:

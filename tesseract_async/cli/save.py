@@ -31,7 +31,9 @@ from tesseract_async.identity import Identity, PeerID
 )
 @click.option("--out", required=True, type=FOLDER, help="Write the model into this folder, made if missing.")
 @click.option(
-    "--optimizers", is_flag=True, help="With the experts' optimizers, so that `tesseract restore` can go back."
+    "--optimizers",
+    is_flag=True,
+    help="Save the experts' optimizers, too, so that `tesseract restore` can go back to this point.",
 )
 @click.option(
     "--num-at-once", default=4, type=click.IntRange(1, 64), help="Download this many experts at the same time."
@@ -56,16 +58,17 @@ async def save(
 
     Experts come from their primaries or, where there is none, from a server that follows it or holds its state.
 
-    The folder loads anywhere: `tesseract_async.saving.folder.load_experts(FOLDER)["ffn.3.7"]` is an ordinary module.
+    The folder loads anywhere: `tesseract_async.saving.folder.SavedExperts(FOLDER)["ffn.3.7"]` is an ordinary module.
     Run the command again to download only what has changed. The exit status is 1 if an expert could not be downloaded.
     """
     if not node.initial_peers:
-        raise click.UsageError("say --initial-peers: whose swarm?")
+        raise click.UsageError("say --initial-peers: the swarm that has the model")
     if run_name is None and not patterns and not shared_names:
         raise click.UsageError("say what to save: --run, --experts or --shared")
 
     from tesseract_async.saving.folder import open_folder_or_make
-    from tesseract_async.saving.saver import Origin, SavePoint, find_origins
+    from tesseract_async.saving.saver import Origin, SavePoint, find_origins, find_pieces, take_trunk
+    from tesseract_async.server.fragments import read_manifest
     from tesseract_async.shared_pieces import SharedPieces
 
     store = open_folder_or_make(out)
@@ -82,28 +85,30 @@ async def save(
         for pattern in patterns:
             found = await find_origins(joined, pattern.prefix, pattern.grid_size)
             origins |= {uid: some for uid, some in found.items() if uid in pattern}
-        num_shared = 0
+        trunks: list[list[str]] = []
         for prefix, is_bare in shared.items():
             pieces = SharedPieces(joined, prefix, is_bare=is_bare)
             try:
-                fragments = await pieces.fetch_all()
+                manifest = read_manifest((await pieces.fetch_state(0))[0])
             except ExpertNotFound:
                 if is_bare:
                     raise
                 continue  # a run whose trainers share nothing
-            layout = fragments.manifest.layout
-            store.put_tensors(layout.tensors([fragment.anchor for fragment, _ in fragments.fragments]))
-            num_shared += sum(entry.numel for entry in layout.entries)
-            if optimizers:
-                for number in range(len(layout.cuts)):
-                    hosts = await pieces.find(pieces.uid(number))
-                    origins[pieces.uid(number)] = [
-                        Origin(one.peer, "primary" if one.primary else "follower") for one in hosts
-                    ]
+            found = await find_pieces(pieces, len(manifest.layout.cuts))
+            trunks.append([*found])
+            origins |= found
+        # all at one moment: the pieces belong to the experts that were trained with them
         point = SavePoint(joined, origins, is_whole=optimizers, timeout=timeout)
         await point.mark()
         with progress_bar("experts", total=len(origins)) as advance:
             report = await point.fetch(store, num_at_once=num_at_once, progress=lambda uid: advance(1))
+    parts = [take_trunk(store, uids, report, keeps=optimizers) for uids in trunks]
+    tensors = {name: one for part in parts for name, one in part.items()}
+    if len(tensors) < sum(map(len, parts)):
+        raise click.UsageError("two of the models that are shared have tensors of one name: save each by itself")
+    if tensors:
+        store.put_tensors(tensors)
+    num_shared = sum(one.numel() for one in tensors.values())
     store.write_index()
     for role in ("follower", "holder"):
         if some := sorted(uid for uid, one in report.origins.items() if one == role):
@@ -130,7 +135,9 @@ async def save(
 
 @click.command("restore")
 @click.argument("folder", type=FOLDER)
-@click.option("--owner", type=EXISTING_FILE, help="The key file of the run's owner, if the experts belong to a run.")
+@click.option(
+    "--owner", type=EXISTING_FILE, help="Sign with this key file of the run's owner, if the experts belong to a run."
+)
 @click.option("--timeout", default=60.0, type=PERIOD, help="Wait at most this long for each piece of an expert.")
 @node_options
 @asynchronous
@@ -141,7 +148,7 @@ async def restore(*, folder: Path, owner: Path | None, timeout: float, node: Nod
     have learned since is kept as a file of its own, if they keep checkpoints. Stop the trainers before.
     """
     if not node.initial_peers:
-        raise click.UsageError("say --initial-peers: whose swarm?")
+        raise click.UsageError("say --initial-peers: the swarm that has the model")
 
     from tesseract_async.saving.folder import open_folder
     from tesseract_async.saving.restorer import enter_owned, restore_experts

@@ -7,7 +7,7 @@ by its reason in ``network_datagrams_dropped``; it raises nothing and changes no
 
 import hashlib
 import random as random_module
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from tesseract_async.admission import Policy
 from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVersion
@@ -27,9 +27,9 @@ from tesseract_async.network.contacts import (
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import AMPLIFICATION, MAX_DATAGRAM_BYTES, MIN_REQUEST_BYTES
 from tesseract_async.network.dial_back import DatagramDialBack, Probation, ThirdNodes
-from tesseract_async.network.events import Event, ReadFinished, WriteFinished
+from tesseract_async.network.events import NetworkEvent, ReadFinished, WriteFinished
 from tesseract_async.network.holding import Holder, RecordCheck
-from tesseract_async.network.joining import NetworkMembership, Seed
+from tesseract_async.network.joining import NetworkMembership
 from tesseract_async.network.operations import probe_density, refresh
 from tesseract_async.network.reading import Read
 from tesseract_async.network.replication import Replicator
@@ -117,10 +117,6 @@ class NetworkProtocol:
         """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
         return self.core.outbox.role
 
-    def set_seeds(self, seeds: Iterable[Seed], now: float, *, remembered: Iterable[Seed] = ()) -> None:
-        """Set the seeds; see `NetworkMembership.set_seeds`."""
-        self.membership.set_seeds(seeds, now, remembered=remembered)
-
     def read(self, key: bytes, now: float) -> int:
         """Look up `key`; `ReadFinished` will carry the number returned."""
         return self._start(Read(self.core, key), now)
@@ -170,7 +166,7 @@ class NetworkProtocol:
         datagrams, self.core.outbox.datagrams = self.core.outbox.datagrams, []
         return datagrams
 
-    def events(self) -> list[Event]:
+    def events(self) -> list[NetworkEvent]:
         events, self.core.outbox.events = self.core.outbox.events, []
         for event in events:
             if isinstance(event, ReadFinished | WriteFinished):

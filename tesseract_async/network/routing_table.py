@@ -44,10 +44,9 @@ class Bucket:
 
 
 class RoutingTable:
-    """Proven contacts of public nodes, by distance from `own_id`."""
+    """Proven contacts of public nodes, by distance from this node's id."""
 
     def __init__(self, own_id: bytes, *, now: float, k: int = K) -> None:
-        self.own_id = own_id
         self.own_number = int.from_bytes(own_id, "big")
         self.k = k
         self.buckets = [Bucket(now)]
@@ -193,7 +192,7 @@ class RoutingTable:
 
 
 class Density:
-    """How far from a key its k nearest nodes are to be expected."""
+    """Estimates the distance from a key within which its k nearest nodes lie."""
 
     def __init__(self, table: RoutingTable) -> None:
         self._table = table

@@ -17,7 +17,6 @@ first pass of each kind is computed both ways (`Executor`).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import enum
 import logging
@@ -33,22 +32,22 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
-from tesseract_async.runtime.costs import GroupChoice
+from tesseract_async.runtime.costs import BatchCost, GroupChoice
 from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
-from tesseract_async.runtime.module_runner import leaf_of
+from tesseract_async.runtime.module_runner import as_leaf
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 8 << 20
-"""Parameters and buffers of an expert: computing a larger one takes so long that calling it costs nothing beside."""
+"""Bytes of an expert's parameters and buffers: computing a larger one takes so long that calling it costs nothing."""
 _STACKED_BYTES: Final = 256 << 10
 """Up to this size of one weight, ``grouped_mm`` over a stack of them pays where gradients are computed."""
 _STACKED_BYTES_FORWARD: Final = 64 << 10
 """Without gradients, there is less to gain from a copy."""
 _MAX_CHANGES: Final = 3
-"""How often an expert may change what makes it one of a kind; then it keeps state in it, and is computed alone."""
+"""An expert may so often change what makes it one of a kind. After that it is computed alone: it keeps state there."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 
@@ -61,12 +60,14 @@ class Unfit(Exception):
 
 
 class Group:
-    """What may be computed in one pass: experts of one kind, in one direction and mode. Made by `Groups`."""
+    """Experts that may share a pass: of one kind, in one direction and mode. Made by `Groups`."""
 
-    def __init__(self, kind: Kind, training: bool) -> None:
+    def __init__(self, kind: ExpertKind, training: bool) -> None:
         self.kind = kind
         self.training = training
         self.choice = GroupChoice()
+        self.cost = BatchCost()
+        """The cost of one expert's rows, learned from all of them: experts of one kind take equally long."""
         self.checked: Way | None = None
         """The way in which a pass was found to compute what each expert alone does."""
 
@@ -86,7 +87,7 @@ class Groups:
     def __init__(self) -> None:
         self._members: weakref.WeakKeyDictionary[ExpertBackend, Member] = weakref.WeakKeyDictionary()
         self._num_changes: weakref.WeakKeyDictionary[ExpertBackend, int] = weakref.WeakKeyDictionary()
-        self._kinds: weakref.WeakValueDictionary[Hashable, Kind] = weakref.WeakValueDictionary()
+        self._kinds: weakref.WeakValueDictionary[Hashable, ExpertKind] = weakref.WeakValueDictionary()
         self._groups: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
 
     def group_of(self, backend: ExpertBackend, *, training: bool, mode: Hashable) -> Group | None:
@@ -122,7 +123,7 @@ class Groups:
 class Member:
     """One expert's tensors, and what must not change while it is of its kind. Raises: Unfit."""
 
-    def __init__(self, backend: ExpertBackend, kinds: weakref.WeakValueDictionary[Hashable, Kind]) -> None:
+    def __init__(self, backend: ExpertBackend, kinds: weakref.WeakValueDictionary[Hashable, ExpertKind]) -> None:
         module, settings = backend.module, backend.settings
         slots = _slots_of(module)
         self._slots = [slot for slot in slots if slot.name == slot.first]
@@ -155,7 +156,7 @@ class Member:
         )
         kind = kinds.get(key)
         if kind is None:
-            kind = kinds[key] = Kind(backend)
+            kind = kinds[key] = ExpertKind(backend)
         self.kind = kind
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -248,7 +249,7 @@ def _slots_of(module: nn.Module) -> list[_Slot]:
     return slots
 
 
-class Kind:
+class ExpertKind:
     """Experts that differ in numbers only, and how they are computed together."""
 
     def __init__(self, example: ExpertBackend) -> None:
@@ -263,13 +264,15 @@ class Kind:
         slots = zip(_slots_of(self._skeleton), _slots_of(example.module), strict=True)  # copies may share less
         self._slots = [(original.first, slot.of, slot.own, slot.of[slot.own]) for slot, original in slots]
         self._inputs_schema = example.inputs_schema
+        args, kwargs = self._inputs_schema
+        self._takes_one = not kwargs and len(args) == 1 and type(args[0]) is wire.TensorSpec
         self._outputs_schema = example.outputs_schema
         self._output_specs = example.output_specs
         self._autocast = example.settings.autocast
         self.num_extra_rows = 0
         """Rows by which each expert's are padded beyond need: to see whether rows influence one another."""
         self.way: Way | None = self._vmapped
-        """How they are computed; None once no way was left."""
+        """The function that computes them; None once every way has failed."""
         if example.device.type == "cpu" and self._autocast is None:
             self.way = self._ragged
         self.name = example.name
@@ -310,7 +313,7 @@ class Kind:
         Returns gradients of the inputs, and of each one's `parameters`; where these are parts of stacks, one for each
         parameter, also the stacks.
         """
-        leaves, each = [leaf_of(x) for x in inputs], [member.tensors() for member in members]
+        leaves, each = [as_leaf(x) for x in inputs], [member.tensors() for member in members]
         stacks = self._stacks(each, parameters)
         with torch.enable_grad():
             outputs = self._call(each, stacks, leaves, counts, training)
@@ -373,13 +376,15 @@ class Kind:
         return outputs
 
     def _apply(self, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        args, kwargs = wire.unflatten(self._inputs_schema, inputs)
-        kind, dtype = inputs[0].device.type, self._autocast
+        args, kwargs = (inputs, {}) if self._takes_one else wire.unflatten(self._inputs_schema, inputs)
         try:
             for name, of, own, _ in self._slots:
                 of[own] = tensors[name]
-            with torch.autocast(kind, dtype=dtype) if dtype is not None else contextlib.nullcontext():
+            if self._autocast is None:
                 outputs = self._skeleton(*args, **kwargs)
+            else:
+                with torch.autocast(inputs[0].device.type, dtype=self._autocast):
+                    outputs = self._skeleton(*args, **kwargs)
         finally:
             for _, of, own, of_skeleton in self._slots:
                 of[own] = of_skeleton
@@ -510,6 +515,15 @@ def _each_linear(x: torch.Tensor, counts: list[int], num: int, *tensors: torch.T
     """``F.linear`` of each expert's rows with its own weight, which stays where it is: `num` weights, then biases."""
     weights, biases = tensors[:num], tensors[num:]
     y = x.new_empty(x.shape[0], weights[0].shape[0])
+    if len(counts) == len(x):  # a row for each: a vector takes a call of torch less, and no longer
+        columns = zip(x.unbind(), y.unbind(), weights, strict=True)
+        if biases:
+            for (own, out, weight), bias in zip(columns, biases, strict=True):
+                torch.addmv(bias, weight, own, out=out)
+        else:
+            for own, out, weight in columns:
+                torch.mv(weight, own, out=out)
+        return y
     rows, into = x.split_with_sizes(counts), y.split_with_sizes(counts)
     if biases:
         for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):

@@ -6,6 +6,9 @@ Momentum follows from the updates as well, so hosts need nothing else to replay 
 
 With m the momentum, g the members' mean difference and u the update: Nesterov's rule is m' = mu m + g, u = g + mu m'.
 Solved for what everybody knows, m' = (mu m + u) / (1 + mu): what quantizing u lost is not carried on.
+
+The anchor is ahead of what the members had on average, by mu m': it is where the next differences are taken from. What
+is evaluated is `Fragment.merged`.
 """
 
 import hashlib
@@ -16,14 +19,18 @@ from typing import Final
 import torch
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.layout import Cut, MergeKind, is_finite
 from tesseract_async.wire import compression
 
 KEPT_UPDATES: Final = 8
 """Updates that a fragment keeps: a trainer whose base is older fetches the whole state."""
 ROOT_BYTES: Final = 16
+UNKNOWN: Final = bytes(ROOT_BYTES)
+"""A root that nobody said."""
 NEWCOMERS: Final = frozenset({"anchor", "counts", "manifest"})
-"""The tensors of a fragment's state that a trainer needs. Its hosts have more: momentum and the last updates."""
+"""The tensors of a fragment's state that a trainer needs, and of stepped ones the last update (`LAST`). Its hosts have
+more: momentum and all of the last updates."""
+LAST: Final = "last"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +40,7 @@ class Outer:
     learning_rate: float = 1.0
     momentum: float = 0.5
     codec: str = "int4_blockwise"
-    """How differences and updates of floating fragments travel."""
+    """The codec of differences and updates of floating fragments."""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate <= 10:
@@ -44,7 +51,7 @@ class Outer:
             raise ValueError(f"unknown codec {self.codec!r}; known: {', '.join(compression.CODECS)}")
 
     def codec_of(self, cut: Cut) -> str:
-        return "none" if cut.kind is Kind.NEWEST else self.codec
+        return "none" if cut.kind is MergeKind.NEWEST else self.codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +63,10 @@ class Update:
     data: bytes
     """The encoded step; of integers, their new values."""
     root: bytes
-    """The `root_of` the anchor after it."""
+    """The `anchor_root` after it."""
 
 
-def root_of(anchor: torch.Tensor) -> bytes:
+def anchor_root(anchor: torch.Tensor) -> bytes:
     return hashlib.blake2b(memoryview(anchor.numpy()).cast("B"), digest_size=ROOT_BYTES).digest()  # type: ignore[arg-type, unused-ignore]
 
 
@@ -75,20 +82,21 @@ class Fragment:
         version: int = 0,
         momentum: torch.Tensor | None = None,
         updates: Sequence[Update] = (),
-        before: bytes = b"",
+        before: bytes = UNKNOWN,
+        keeps_momentum: bool = True,
     ) -> None:
-        """`updates`: those that led here, and `before`, the root that they began at.
+        """`updates`: those that led here, and `before`, the root that they began at. `keeps_momentum`: it may `step`.
 
         Raises: ProtocolError if these do not fit one another.
         """
         self.cut, self.outer, self.version = cut, outer, version
-        self.has_momentum = cut.kind is Kind.STEPPED and outer.momentum > 0
+        self.has_momentum = keeps_momentum and cut.kind is MergeKind.STEPPED and outer.momentum > 0
         if momentum is None and self.has_momentum:
             momentum = torch.zeros_like(anchor)
         for tensor in (anchor, momentum):
             if tensor is not None and (tensor.shape != (cut.numel,) or tensor.dtype != cut.dtype):
                 raise ProtocolError("a fragment's state has another shape or dtype")
-            if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor is not None and tensor.is_floating_point() and not is_finite(tensor):
                 raise ProtocolError("a fragment's state is not finite")
         if not 0 <= version < 2**62 or len(updates) > KEPT_UPDATES:
             raise ProtocolError("malformed version or updates of a fragment")
@@ -96,7 +104,7 @@ class Fragment:
             raise ProtocolError("a fragment's updates do not follow one another")
         self.anchor = anchor
         self.momentum = momentum if self.has_momentum else None
-        self.root = root_of(anchor)
+        self.root = anchor_root(anchor)
         if updates and updates[-1].root != self.root:
             raise ProtocolError("a fragment's last update leads elsewhere")
         first = Update(version - len(updates), b"", before if updates else self.root)
@@ -112,6 +120,18 @@ class Fragment:
     def before(self) -> bytes:
         """The root of the state that the first of `updates` began at."""
         return self._line[0].root
+
+    def merged(self) -> torch.Tensor:
+        """Return the values to evaluate: what the members had on average at the last update, as far as that tells.
+
+        Of mu m', by which the anchor is ahead, mu u / (1 + mu) is taken back: the part of the last update, which all
+        have who have the anchor. What is left of it is a third with the usual momentum, and of older rounds.
+        """
+        mu = self.outer.momentum
+        if self.cut.kind is not MergeKind.STEPPED or not mu or not self.updates:
+            return self.anchor
+        last = self._decoded(self.updates[-1].data)
+        return self.anchor + last.mul_(self.outer.learning_rate * mu / (1 + mu))
 
     def step(self, mean: torch.Tensor) -> Update:
         """Take one step on the members' mean difference (of integers: on their new values). Returns the update."""
@@ -172,20 +192,20 @@ class Fragment:
     def _take(self, data: bytes) -> None:
         """Apply one encoded step: each operation by itself, so that no machine contracts two into one rounding."""
         step = self._decoded(data)
-        if self.cut.kind is Kind.NEWEST:
+        if self.cut.kind is MergeKind.NEWEST:
             self.anchor = step
         else:
             mu, momentum = self.outer.momentum, self.momentum
             if momentum is not None:
                 momentum = momentum.mul(mu).add_(step).div_(1 + mu)
-            rate = self.outer.learning_rate if self.cut.kind is Kind.STEPPED else 1.0
+            rate = self.outer.learning_rate if self.cut.kind is MergeKind.STEPPED else 1.0
             anchor = self.anchor - (step if rate == 1.0 else step.mul_(rate))
             for one in (anchor, momentum):
-                if one is not None and not bool(torch.isfinite(one).all()):
+                if one is not None and not is_finite(one):
                     raise ProtocolError("an update leads to what is not finite")
             self.anchor, self.momentum = anchor, momentum
         self.version += 1
-        self.root = root_of(self.anchor)
+        self.root = anchor_root(self.anchor)
 
     def _decoded(self, data: bytes) -> torch.Tensor:
         shape = (self.cut.numel,)

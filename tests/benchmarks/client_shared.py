@@ -4,7 +4,8 @@ The model is that of `examples/train_lm.py`, small; a fifth process hosts the ex
 same ones at first. Each trainer takes equally many steps on samples of its own. `reduce`: the local layers' gradients
 are averaged at every step by torch.distributed (gloo). `nothing`: each trains its own from first values of its own;
 their losses' mean counts. `alike`: the same from equal first values, which share a little. `share`: `SharedParameters`;
-the merged copy's loss counts. Numbers behind a name are steps in flight.
+the merged copy's loss counts. Numbers behind a name are steps in flight: with several, gradients are stale, and all
+variants take steps that are shorter by their square root (whole ones are unstable, sharing or not).
 
 On two cores a step takes about 50 ms of one of them: with the default 256 steps a seed takes two minutes. What is
 asked is asked with three seeds: ``--seeds 3 --text input.txt`` with the text of your choice; else it reads the standard
@@ -126,7 +127,7 @@ class Trainer:
                 ta.GatingFunction(node, uid_prefix=f"layer{i}", route="token", **options) for i in range(args.layers)
             ]
             self.model = lm.Transformer(gates, args)
-            self.optimizer = torch.optim.Adam(self.model.parameters(), args.lr)
+            self.optimizer = torch.optim.Adam(self.model.parameters(), args.lr / plan.in_flight**0.5)
             if plan.kind == "share":
                 self.count(node)
                 if self.number:
@@ -149,7 +150,7 @@ class Trainer:
             found["numel"] = sum(one.numel() for one in model.parameters())
             await self.together()
             if plan.variant == "share 1":
-                found["pairs"] = [[await self.processor_time(shares) for shares in (False, True)] for _ in range(PAIRS)]
+                found["pairs"] = [await self.pair(shares_first=number % 2 == 1) for number in range(PAIRS)]
             await self.together()
         return found
 
@@ -188,10 +189,15 @@ class Trainer:
         for parameter, part in zip(self.model.parameters(), parts, strict=True):
             parameter.grad = part.view_as(parameter).clone()
 
+    async def pair(self, *, shares_first: bool) -> list[float]:
+        """Return the processor time of equally many steps without sharing and with it."""
+        times = {shares: await self.processor_time(shares) for shares in (shares_first, not shares_first)}
+        return [times[False], times[True]]
+
     async def processor_time(self, shares: bool) -> float:
         await self.together()
         began = time.process_time()
-        await self.train(max(4, self.plan.every // 4), shares=shares)
+        await self.train(2 * self.plan.every, shares=shares)  # each piece is pushed twice
         await self.together()  # others' pushes cost their host's time
         return time.process_time() - began
 
