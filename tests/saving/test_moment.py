@@ -14,7 +14,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import Identity
-from tesseract_async.saving.folder import load_experts, open_folder
+from tesseract_async.saving.folder import SavedExperts, open_folder
 from tesseract_async.server.fragments import FragmentBackend, FragmentCalls
 from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.sharing.fragment import Fragment, Outer
@@ -57,7 +57,7 @@ class Training:
             piece.close_round(rounds, rounds.close(), piece.samples)
 
     def check(self, folder: Path) -> None:
-        (uid,) = experts = load_experts(folder)
+        (uid,) = experts = SavedExperts(folder)
         values = {float(one) for tensor in open_folder(folder).tensors().values() for one in tensor.flatten()}
         assert values == {float(experts.index[uid].version)} == {float(experts[uid].state_dict()["bias"][0])} != {0.0}
 
