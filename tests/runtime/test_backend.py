@@ -10,7 +10,7 @@ from torch import nn
 from tesseract_async.errors import SchemaMismatch
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.gradients import add_gradients
-from tesseract_async.runtime.watching import watched
+from tesseract_async.runtime.watching import call_watched
 from tesseract_async.wire.tensors import TensorSpec
 
 
@@ -327,12 +327,12 @@ def test_another_expert_of_its_kind_is_its_own_and_is_not_watched_again(monkeypa
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal num_watched
         num_watched += 1
-        return watched(*args, **kwargs)
+        return call_watched(*args, **kwargs)
 
     def make(module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(module.parameters(), lr=0.1)
 
-    monkeypatch.setattr("tesseract_async.runtime.module_runner.watched", counted)
+    monkeypatch.setattr("tesseract_async.runtime.module_runner.call_watched", counted)
     modules = [nn.Linear(4, 4) for _ in range(3)]
     spec = TensorSpec((4,))
     settings = BackendSettings(step_every=2)
