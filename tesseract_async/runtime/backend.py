@@ -19,7 +19,6 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import nn
-from torch.autograd.graph import _engine_run_backward
 from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
@@ -30,6 +29,7 @@ from tesseract_async.runtime.gradients import (
     add_gradients,
     are_finite,
     norm_of,
+    run_engine,
     weight_gradients,
     weighted,
 )
@@ -179,7 +179,7 @@ class ExpertBackend:
         if self.input_specs[0].optional or first.optional:
             raise ValueError("an expert's first tensor, and the first of those whose sizes vary, is not optional")
         if len({spec.max_size for spec in self.input_specs if spec.varies}) > 1:
-            raise ValueError("all sizes that vary are one in a call, and have one max_size")
+            raise ValueError("all sizes that vary are equal in one call, and have the same max_size")
         if self.varies and (self.num_processes > 1 or settings.cuda_graphs):
             raise ValueError("sizes that vary, and optional tensors, go with neither CUDA graphs nor a mesh")
         wire.check_schema(self.args_schema, what="args_schema")
@@ -597,12 +597,3 @@ def backpropagate(
         return [None] * len(sources)
     found = iter(run(roots, seeds, wanted))
     return [next(found) if one.requires_grad else None for one in sources]
-
-
-def run_engine(
-    outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
-    return _engine_run_backward(
-        tuple(outputs), tuple(gradients), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
-    )
