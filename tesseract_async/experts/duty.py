@@ -104,12 +104,13 @@ class Duty:
     # -- as primary ----------------------------------------------------------------------------------------------------
 
     def seal(self, root: bytes, size: int, version: int, now: float, wall: float) -> Seal | None:
-        """Sign the state that was just written to a file, for the members; None while this server is not the primary.
+        """Sign the state that was just written to a file, for the members; None while this server is not the primary,
+        or its disk does not take what it says.
 
         The file stays as it is until the next Seal: others fetch it by its root.
         """
         own = self._own
-        if own is None or not (self.is_primary(now) or self.state is State.YIELDING):
+        if own is None or not self.may.write or not (self.is_primary(now) or self.state is State.YIELDING):
             return None
         before = members = own.named
         if self.state is State.PRIMARY:

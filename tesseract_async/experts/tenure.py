@@ -83,7 +83,9 @@ class Tenure(Duty):
 
     def looked(self, now: float, wall: float) -> None:
         """Everything that the network holds of the expert was sighted, and it takes what this server publishes."""
-        self._member.looked_at = self._renewed = now
+        self._member.looked_at = now
+        if self.may.write:  # else what it publishes goes nowhere: a pair's other half may have taken over
+            self._renewed = now
         self._member.first_look = min(now, self._member.first_look)
         self._review(now, wall)
         if self._is_unheard and (best := self.lineage.best) is not None and self.held is not None:

@@ -35,6 +35,10 @@ class Tenured:
     """The state that the run's owner named last."""
     unwritten: bytes | None = None
     """What the disk did not take, and must before anything is said."""
+    is_unsealed: bool = False
+    """Its state could not be sealed when that was due."""
+    silent_until: float = -math.inf
+    """Until then this primary leaves such an expert to its successors, which hold the last sealed state."""
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""

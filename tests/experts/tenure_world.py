@@ -174,6 +174,8 @@ class Server:
         world, life = self.world, self.life
         if isinstance(command, Persist):
             self.disk = command.stored
+        elif isinstance(command, Publish | Send) and not self.machine.may.write:
+            pass
         elif isinstance(command, Publish) and world.reaches_directory(self):
             for record in command.records:
                 world.publish(self.peer, record)
@@ -340,6 +342,8 @@ class World:
         def arrive() -> None:
             answer = target.machine.ask(sender.peer, question, self.now, target.wall)
             target.settle()
+            if not target.machine.may.write:
+                return
 
             def come_back() -> None:
                 if not answered:

@@ -197,6 +197,20 @@ def test_deaths_cost_what_was_not_sealed_and_no_more(num_kills: int) -> None:
         assert not lost or died - min(lost) <= world.sync_every + LEASE / 3
 
 
+@pytest.mark.parametrize("num_servers", [2, 3])
+def test_a_primary_whose_disk_takes_nothing_is_followed_by_another_and_does_not_lead_beside_it(
+    num_servers: int,
+) -> None:
+    world = World(5, num_servers, skew=0.0)
+    leader = world.begin()
+    leader.machine.may.write = False
+    assert world.run_until(lambda: world.leaders not in ([], [leader]), 3 * LEASE), world.describe()
+    world.run(4 * LEASE)
+    assert len(world.leaders) == 1 and leader not in world.leaders and not overlaps(world)
+    leader.machine.may.write = True
+    assert world.run_until(world.agree, 2 * LEASE) and leader.aside, "its own steps are kept"
+
+
 # -- 4. handing over --------------------------------------------------------------------------------------------------
 
 
