@@ -113,7 +113,8 @@ class CallTable:
         method = call.method
         if (handler := self._by_method.get(method)) is not None:
             return handler
-        self.action_of(method)
+        if method not in self._actions:
+            self.action_of(method)  # says so
         return self.find_for(call, uid_of(call.body), method)
 
     def find_for(self, call: IncomingCall, uid: str | None, method: str) -> CallHandler:

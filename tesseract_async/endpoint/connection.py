@@ -107,6 +107,7 @@ class Connection:
         )
         self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
+        self._was_alone = False  # the call before the next one
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._lost_reason: str | None = None
@@ -151,10 +152,32 @@ class Connection:
             head, buffers, deadline=deadline, reserve_reply=reserve_reply, now=now, in_parts=in_parts
         )
         self.last_used = now
-        self._schedule_flush()
         if self._timer is None or deadline < self._timer_at:
             self._arm_timer()
         return stream
+
+    def _send_call(self) -> None:
+        """Send a call that was just started: at once where it is alone here, as the one before it was, else together
+        with those that this turn of the loop still brings."""
+        is_alone, before = len(self._futures) + len(self._parts) == 1, self._was_alone
+        self._was_alone = is_alone
+        if is_alone and before:
+            self._send_at_once()
+        else:
+            self._schedule_flush()
+
+    def _send_at_once(self) -> None:
+        """Send the small frames that wait without another turn of the loop; a flush sends what can't be sent so."""
+        channel, lane = self._channels[MAIN], self.protocol.lanes[MAIN]
+        if self._flush_scheduled or channel is None or channel.paused or lane.large or not lane.small:
+            self._schedule_flush()
+            return
+        try:
+            channel.write(self.protocol.data_to_send(MAIN, 0))
+        except ProtocolError as error:
+            self._loop.call_soon(self.abort, describe(error))
+        if self.protocol.has_data():
+            self._schedule_flush()
 
     def call(
         self, head: RequestHead, buffers: tuple[memoryview, ...], deadline: float, *, reserve_reply: bool
@@ -166,6 +189,7 @@ class Connection:
         """
         stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply)
         future = self._futures[stream] = self._loop.create_future()
+        self._send_call()
         return stream, future
 
     def call_ended(self, stream: int) -> None:
@@ -178,6 +202,7 @@ class Connection:
         stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply, in_parts=True)
         parts: asyncio.Queue[PartEvent] = asyncio.Queue()
         self._parts[stream] = parts
+        self._send_call()
         is_first = more = True
         try:
             while more:
@@ -205,6 +230,7 @@ class Connection:
         function that cancels it, which does nothing once it is over."""
         stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=False, in_parts=True)
         self._parts[stream] = _Into(self, stream, sink)
+        self._send_call()
 
         def cancel() -> None:
             if self._parts.pop(stream, None) is not None:
@@ -306,8 +332,10 @@ class Connection:
                 case PeerClosed():
                     self.abort(f"the peer closed it: {event.reason}")
 
-    def _handler_done(self) -> None:
-        if not self._flush_scheduled:
+    def _handler_done(self, is_last: bool) -> None:
+        if is_last:  # no other will soon have something to send, too
+            self._send_at_once()
+        elif not self._flush_scheduled:
             self._schedule_flush()
         if self.protocol.life.num_on_bulk:  # the other channel is looked after from here
             self._arm_timer()

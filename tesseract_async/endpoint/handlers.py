@@ -51,7 +51,8 @@ class Handlers:
     calls the handler of a call.
 
     While more than `max_backlog` bytes of replies wait to be read, further calls are held and replies in parts pause.
-    `done` is called whenever a handler has ended, or sent a part.
+    `done` is called whenever a handler has ended, or sent a part: with True where it answered by a `Deferred` and was
+    the last one under way.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Handlers:
         origin: str,
         *,
         max_backlog: int,
-        done: Callable[[], None],
+        done: Callable[[bool], None],
     ) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
         """Tasks of handlers that have not ended."""
@@ -125,7 +126,7 @@ class Handlers:
             answer = self._answer(call)
         except Exception as error:  # a handler may raise anything
             self._fail(stream, call.method, error)
-            self._done()
+            self._done(False)
             return
         if type(answer) is Deferred:
             self._running[stream] = answer
@@ -149,7 +150,9 @@ class Handlers:
             self._protocol.reply(stream, body, buffers, now=self._loop.time())
         except (Exception, asyncio.CancelledError) as error:
             self._fail(stream, method, error)
-        self._done()
+        if is_last := not self._running and not self._held:
+            self._started = 0
+        self._done(is_last)
 
     async def _run(self, stream: int, method: str, in_parts: bool, answer: Answer) -> None:
         try:
@@ -167,7 +170,7 @@ class Handlers:
         finally:
             if self._running.get(stream) is asyncio.current_task():  # a peer may use its number anew meanwhile
                 del self._running[stream]
-            self._done()
+            self._done(False)
 
     def _fail(self, stream: int, method: str, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError):  # not by us: it cancelled itself, or the program stops
@@ -191,7 +194,7 @@ class Handlers:
                     body, buffers = message or Message()
                     if not self._protocol.reply(stream, body, buffers, now=self._loop.time(), more=more):
                         return
-                    self._done()
+                    self._done(False)
         finally:
             if self._may_send.get(stream) is may_send:
                 del self._may_send[stream]

@@ -198,7 +198,8 @@ class IncomingCalls:
         call.priority, call.reply_room, call.max_reply = head.priority, head.reply_room, head.max_reply
         deadline = self._core.now + head.time_left
         self._core.add_deadline(deadline, call.stream, own=False)
-        self._core.events.append(CallReceived(call.stream, head, buffers, deadline, call.in_parts))
+        received = tuple.__new__(CallReceived, (call.stream, head, buffers, deadline, call.in_parts))  # as in `heads`
+        self._core.events.append(received)
 
     def cancel_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         if stream in self._calls:

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import Empty, Queue
 from typing import TypeVar
 
 import torch
@@ -90,9 +89,10 @@ class TesseractRuntime(Uncopied):
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
-        # wakes the idle thread. No SimpleQueue: if the thread loses the processor at the wrong moment, its get(timeout)
-        # waits forever (seen with CPython 3.11)
-        self._bell: Queue[None] = Queue()
+        # held until the idle thread is to wake. No SimpleQueue: if the thread loses the processor at the wrong moment,
+        # its get(timeout) waits forever (seen with CPython 3.11); and a Queue takes six Python calls
+        self._bell = threading.Lock()
+        self._bell.acquire()
         self._posted: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._delivers = False  # True if the loop was woken for what is posted
         self._num_gathering = 0
@@ -417,7 +417,8 @@ class TesseractRuntime(Uncopied):
         """Wake the thread if it is idle. Call it under the lock."""
         if self._is_idle and not self._num_gathering:
             self._is_idle = False
-            self._bell.put(None)
+            if self._bell.locked():
+                self._bell.release()
 
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
         """Return how many rows of an expert were computed since it is held here, and how many wait."""
@@ -516,8 +517,7 @@ class TesseractRuntime(Uncopied):
                     return None, [], expired, self._closing and not expired
                 timer_at = self._batcher.timer_at()
                 self._is_idle = True
-            with contextlib.suppress(Empty):
-                self._bell.get(timeout=None if timer_at is None else max(timer_at - now, 0))
+            self._bell.acquire(timeout=-1 if timer_at is None else min(max(timer_at - now, 0), threading.TIMEOUT_MAX))
 
     def _finish(self, executor: GroupExecutor, computed: Pass) -> None:
         batches, outcomes = computed.batches, computed.outcomes(executor)

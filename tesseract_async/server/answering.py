@@ -126,16 +126,19 @@ class ExpertCalls:
         codecs = backend.settings.codecs
         if request.reply_codec not in codecs.outputs:
             codecs.check("outputs", request.reply_codec, expert=hosted.uid)  # says why not
-        specs, _ = backend.specs(wire.meta_size(backend.input_specs, request.tensors) if backend.varies else None)
+        specs: Sequence[wire.TensorSpec] = backend.input_specs
+        if backend.varies:
+            specs, _ = backend.specs(wire.meta_size(specs, request.tensors))
         inputs = unpack_plain(request.tensors, call.buffers, specs)
         if inputs is None or request.reply_codec != "none" or "none" not in codecs.inputs:
             return self._forward(hosted, call, request)
         hosted.runtime.gather_turn()
         work = self._submit(hosted, call, request, inputs)
+        versions = versions_of(inputs) if request.keep_inputs else []
         self.entered()
         return Deferred(
             work.answer,
-            finish=partial(self._forwarded, hosted, call, request, inputs, versions_of(inputs), work),
+            finish=partial(self._forwarded, hosted, call, request, inputs, versions, work),
             cancel=partial(self._withdraw, hosted, work),
         )
 

@@ -81,7 +81,8 @@ def decode_request(value: Value) -> RequestHead:
         raise ProtocolError("malformed priority")
     if type(reply_room) is not int or type(max_reply) is not int or not 0 <= reply_room <= max_reply < 2**63:
         raise ProtocolError("malformed reply limits")
-    return RequestHead(method, milliseconds / 1000, priority, reply_room, max_reply, body)
+    # its own way of making one takes a Python call more
+    return tuple.__new__(RequestHead, (method, milliseconds / 1000, priority, reply_room, max_reply, body))
 
 
 def encode_result(body: Value) -> bytes:

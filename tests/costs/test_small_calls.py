@@ -166,18 +166,21 @@ async def test_wake_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     async with swarm() as found:
         runtime, loop = found.server.runtimes[0], found.thread.loop
         num: collections.Counter[str] = collections.Counter()
-        wake, put, test_thread = loop.call_soon_threadsafe, runtime._bell.put, threading.get_ident()
+        wake, bell, test_thread = loop.call_soon_threadsafe, runtime._bell, threading.get_ident()
 
         def counted_wake(*args: Any, **options: Any) -> Any:
             num["loop"] += threading.get_ident() != test_thread
             return wake(*args, **options)
 
-        def counted_put(*args: Any, **options: Any) -> None:
-            num["thread"] += 1
-            put(*args, **options)
+        class CountedBell:
+            locked, acquire = bell.locked, bell.acquire
+
+            def release(self) -> None:
+                num["thread"] += 1
+                bell.release()
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", counted_wake)
-        monkeypatch.setattr(runtime._bell, "put", counted_put)
+        monkeypatch.setattr(runtime, "_bell", CountedBell())
         for _ in range(5):
             held, free = threading.Event(), threading.Event()
 

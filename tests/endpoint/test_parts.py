@@ -566,7 +566,7 @@ async def test_a_number_used_anew_does_not_free_the_second_call_from_its_end() -
             ended.append(call.body)
 
     handlers = Handlers(
-        pair.server.machine, endless, Identity.generate().peer_id, "", max_backlog=2**20, done=lambda: None
+        pair.server.machine, endless, Identity.generate().peer_id, "", max_backlog=2**20, done=lambda is_last: None
     )
     cancel = frames.frame(frames.CANCEL, stream=1)
     for number in range(2):

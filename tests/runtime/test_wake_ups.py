@@ -28,13 +28,16 @@ class Door:
         self.rings: SimpleQueue[None] = SimpleQueue()
         self.reached, self.passed = threading.Semaphore(0), threading.Semaphore(0)
 
-    def put(self, ring: None) -> None:
-        self.rings.put(ring)
+    def locked(self) -> bool:
+        return self.rings.empty()
 
-    def get(self, timeout: float | None = None) -> None:
+    def release(self) -> None:
+        self.rings.put(None)
+
+    def acquire(self, timeout: float) -> None:
         self.reached.release()
         assert self.passed.acquire(timeout=60)
-        return self.rings.get(timeout=timeout)
+        self.rings.get(timeout=None if timeout < 0 else timeout)
 
 
 async def test_what_comes_while_the_thread_lies_down_wakes_it() -> None:
@@ -91,7 +94,9 @@ async def test_rings_too_many_do_no_harm() -> None:
     runtime, expert = TesseractRuntime(), make_expert()
     await runtime.start()
     for _ in range(100):
-        runtime._bell.put(None)
+        with runtime._lock:
+            runtime._is_idle = True
+            runtime._wake_thread()
     assert (await runtime.forward(expert, [torch.ones(1, 1)])).tensors[0] is not None
     await runtime.aclose()
 
@@ -159,7 +164,7 @@ async def test_what_comes_in_one_turn_of_the_loop_wakes_the_thread_once_and_is_c
     for _ in range(5):
         runtime.gather_turn()
         works.append(runtime.submit(expert, [torch.ones(1, 1)]))
-    assert runtime._bell.empty(), "the turn goes on"
+    assert runtime._bell.locked(), "the turn goes on"
     async with asyncio.timeout(60):
         await asyncio.gather(*(work.answer for work in works))
         assert runtime.statistics().num_batches == num_before + 1
@@ -176,7 +181,7 @@ async def test_what_is_gathered_is_computed_together_though_the_thread_wakes_mea
     with runtime.gathering():
         works = [runtime.submit(expert, [torch.zeros(1, 1)])]
         assert door.reached.acquire(timeout=60)
-        door.put(None)
+        door.release()
         door.passed.release()
         assert door.reached.acquire(timeout=60), "it has looked"
         works.append(runtime.submit(expert, [torch.zeros(1, 1)]))
