@@ -182,7 +182,7 @@ class Membership:
     def silence_at(self, state: State) -> float:
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
-        step = min(2.0, self.lease / 6)
+        step = self._step
         if state is State.HOLDING:  # the members come first; then it leads when two leases have passed
             wait = max(self.lease + NUM_SUCCESSORS * step, self._adopt_after - ASKING)
         else:
@@ -214,14 +214,22 @@ class Membership:
         return max(self.lease / 3, POLL_SECONDS + 1.0)
 
     @property
-    def settle(self) -> float:
-        """Seconds for which a Term that adopts the expert lies in the network before it is looked at again."""
-        return min(5.0, self.lease / 6)
+    def _step(self) -> float:
+        """Seconds by which each member lets the one before it stand first."""
+        return min(2.0, self.lease / 6)
 
     @property
     def _adopt_after(self) -> float:
-        # it leads once that has settled, and all members are silent still: two leases after they were heard
-        return max(self.lease, 2 * self.lease - self.settle - ASKING)
+        # the members have their turn first; for the rest of two leases the Term lies in the network, and all are asked
+        left = self.lease - NUM_SUCCESSORS * self._step - ASKING
+        return max(self.lease, 2 * self.lease - ASKING - max(self.lease / 6, min(0.6 * self.lease, left)))
+
+    def settled_at(self, now: float) -> float:
+        """When a Term that adopts the expert, and goes out now, is looked at again: two leases after its members were
+        heard, if all are silent still. By then a primary that this server alone does not reach has read it, and
+        answered."""
+        least = min(5.0, self.lease / 6)
+        return max(now + least, min(now + 0.6 * self.lease, self.heard + 2 * self.lease - ASKING))
 
     @property
     def adopt_at(self) -> float:

@@ -376,6 +376,10 @@ class World:
                 numbers = [server.number for server in self.servers]
                 some = set(self.random.sample(numbers, self.random.randint(1, len(numbers) - 1)))
                 self.partition(some, set(numbers) - some, directory=numbers)
+            elif kind == "split, and the network with one part":
+                numbers = [server.number for server in self.servers]
+                some = set(self.random.sample(numbers, self.random.randint(1, len(numbers) - 1)))
+                self.partition(some, set(numbers) - some, directory=some)
             elif kind == "heal":
                 self.heal()
             self.run(self.random.uniform(0.0, 3 * self.authority.lease))
