@@ -219,17 +219,22 @@ class Membership:
         return min(2.0, self.lease / 6)
 
     @property
-    def _adopt_after(self) -> float:
+    def _settle(self) -> float:
         # the members have their turn first; for the rest of two leases the Term lies in the network, and all are asked
         left = self.lease - NUM_SUCCESSORS * self._step - ASKING
-        return max(self.lease, 2 * self.lease - ASKING - max(self.lease / 6, min(0.6 * self.lease, left)))
+        return max(self.lease / 6, min(0.6 * self.lease, left))
+
+    @property
+    def _adopt_after(self) -> float:
+        return max(self.lease, 2 * self.lease - ASKING - self._settle)
 
     def settled_at(self, now: float) -> float:
-        """When a Term that adopts the expert, and goes out now, is looked at again: two leases after its members were
-        heard, if all are silent still. By then a primary that this server alone does not reach has read it, and
-        answered."""
-        least = min(5.0, self.lease / 6)
-        return max(now + least, min(now + 0.6 * self.lease, self.heard + 2 * self.lease - ASKING))
+        """When a Term that adopts the expert, and goes out now, is looked at again. By then a primary that this server
+        alone does not reach has read it, and answered."""
+        if self.held is None or self.held.primary != self.me:
+            return now + self._settle
+        # it was the primary itself, and fenced until now: who was elected meanwhile has shown that
+        return max(now + min(5.0, self.lease / 6), min(now + self._settle, self.heard + 2 * self.lease - ASKING))
 
     @property
     def adopt_at(self) -> float:
