@@ -312,11 +312,15 @@ class Membership:
     def num_needed(self) -> int:
         """The number of members, the candidate included, whose votes a takeover from the held Seal needs.
 
-        The primary's own vote does not suffice while its newest Seal, which names a pair, is known to no majority of
-        the earlier members: two of those may have elected another primary."""
+        Its own does not suffice for a half of a pair that was made while no majority of the members before knew of it:
+        those may have elected another primary. Nor where a later Seal, whose file is not here, names other members."""
         assert self.held is not None
-        num = majority(len(self.held.members))
-        return max(2, num) if self.held.digest == self.unsettled else num
+        members, term = set(self.held.members), self.lineage.term_of(self.held)
+        newest = None if term is None or self.lineage.is_exposed(term) else self.lineage.own_seal_of(term)
+        is_past = newest is not None and len(members) == 2 and members != set(newest.members)
+        return (
+            max(2, majority(len(members))) if is_past or self.held.digest == self.unsettled else majority(len(members))
+        )
 
     def sign_vote(self, peer: PeerID, epoch: int) -> Vote:
         assert self.held is not None

@@ -424,7 +424,8 @@ class Tenure(Duty):
         term = self.term
         if term is None or self.lineage.best is not term or self.is_twin or self._is_elected:
             return
-        if not self.may.write:
+        is_half = term.kind is Kind.TAKEOVER and self.held is not None
+        if not self.may.write or (is_half and 1 + len(term.voters) < self._member.num_needed):
             self._give_up(now)
             return
         others = set() if self.held is None else set(self.held.members) - {self.me}

@@ -116,6 +116,7 @@ def test_of_three_members_no_two_answer_at_once_while_one_is_at_fault(seed: int,
 @example(6, 5)
 @example(20, 3)
 @example(21, 4)
+@example(10504, 3)
 def test_no_two_answer_at_once_while_one_reaches_the_network_but_not_all_others(seed: int, num_servers: int) -> None:
     answer_one_at_a_time(World(seed, num_servers), ("cut off, but for the network", "cut off from one", "disk full"))
 
