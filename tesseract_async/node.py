@@ -179,11 +179,11 @@ class TesseractNode(Uncopied):
         self.metrics = Metrics()
         self.policy = policy if policy is not None else Policy()
         self.scope = AddressScope()
-        """Which addresses learned from strangers this node may send to; known once it is started."""
+        """The addresses learned from strangers that this node may send to; known once it is started."""
         self.trust = Trust(identity.peer_id, self.policy)
-        """Which peers this node believes about experts, and which runs it takes part in (`join_run`)."""
+        """The peers that this node believes about experts, and the runs that it takes part in (`join_run`)."""
         self.publisher_places: set[int] = set()
-        """Those of its servers' `ExpertPublisher`s."""
+        """The places taken by its servers' `ExpertPublisher`s."""
         self.network = TesseractNetwork(
             identity=identity,
             policy=self.policy,
@@ -219,7 +219,8 @@ class TesseractNode(Uncopied):
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
         self._table.add(APPLY, self._apply)
         self._apply_handlers: list[CallHandler] = []
-        self._keepers: list[RunKeeper] = []
+        self.run_keepers: list[RunKeeper] = []
+        """Each keeps what is known of one run that this node takes part in."""
         self._at_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
         self.client_state: object = None
@@ -471,8 +472,8 @@ class TesseractNode(Uncopied):
         keeper.on_own_grant = self.endpoint.say_anew
         self.endpoint.say_anew()
         self.directory.forget(keeper.authority.prefix)
-        if not any(one.authority is keeper.authority for one in self._keepers):
-            self._keepers.append(keeper)
+        if not any(one.authority is keeper.authority for one in self.run_keepers):
+            self.run_keepers.append(keeper)
             self.at_close(keeper.aclose)
             keeper.start()
         return keeper.authority

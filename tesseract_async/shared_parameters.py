@@ -44,11 +44,11 @@ from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.placing import Placing
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
-from tesseract_async.shared_part import Arrived, Part
+from tesseract_async.shared_part import Arrived, SharedPart
 from tesseract_async.shared_pieces import PAUSE, FoundPieces, SharedPieces
 from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import Fragment, Outer, root_of
-from tesseract_async.sharing.layout import Kind, Layout
+from tesseract_async.sharing.fragment import Fragment, Outer, anchor_root
+from tesseract_async.sharing.layout import Layout, MergeKind
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
@@ -81,8 +81,8 @@ class SharingReport:
     """The reason for which a push was refused; what it held stays here, and is in the next one."""
 
 
-class Sampler(Protocol):
-    """What is told of steps: `SharedSampler`."""
+class StepListener(Protocol):
+    """An object that is told of steps: `SharedSampler`."""
 
     def stepped(self) -> None: ...
     async def leave(self) -> None: ...
@@ -136,12 +136,12 @@ class SharedParameters(Uncopied, Generic[M]):
         outer = Outer(learning_rate=float(learning_rate), momentum=float(momentum), codec=codec)
         self._own = SharedManifest(Layout.of(model), outer)
         self._checkpoint_dir, self._replicas = checkpoint_dir, replicas
-        self._parts: list[Part] = []
+        self._parts: list[SharedPart] = []
         self._own_steps = 0
         self._asking: set[asyncio.Task[None]] = set()
         self._beside: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._samplers: list[Sampler] = []
+        self._samplers: list[StepListener] = []
         self._stack = contextlib.AsyncExitStack()
         self._is_bare = isinstance(run, str) and "@" not in run
         self._found: SharedPieces | None = None
@@ -157,7 +157,7 @@ class SharedParameters(Uncopied, Generic[M]):
     def genesis_of(model: nn.Module) -> str:
         """Return the ``genesis`` of a run whose trainers begin with this model's values, and with no others."""
         layout = Layout.of(model)
-        return _genesis(layout, [root_of(layout.read(model, cut)) for cut in layout.cuts])
+        return _genesis(layout, [anchor_root(layout.read(model, cut)) for cut in layout.cuts])
 
     @property
     def _node(self) -> TesseractNode:
@@ -204,7 +204,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
     @property
     def _is_shared(self) -> bool:
-        parts = [part for part in self._parts if part.copy.cut.kind is not Kind.FIXED]
+        parts = [part for part in self._parts if part.copy.cut.kind is not MergeKind.FIXED]
         return all(part.steps_then == self._own_steps for part in parts)
 
     async def _flush_at_end(self) -> None:
@@ -312,7 +312,7 @@ class SharedParameters(Uncopied, Generic[M]):
             # pieces take turns, so that a line is used evenly
             due_at = max(1, self.every * (number + 1) // num)
             uid, form = self._pieces.uid(number), found.manifest.part(number)
-            self._parts.append(Part(uid, form, copied, due_at, steps=steps, lost=lost))
+            self._parts.append(SharedPart(uid, form, copied, due_at, steps=steps, lost=lost))
 
     async def _leave(self) -> None:
         tasks = [*self._asking, *self._beside]
@@ -323,7 +323,7 @@ class SharedParameters(Uncopied, Generic[M]):
             await sampler.leave()
         await self._stack.aclose()
 
-    def attach(self, sampler: Sampler) -> None:
+    def attach(self, sampler: StepListener) -> None:
         """Tell this sampler of each step, and when sharing ends."""
         self._samplers.append(sampler)
 
@@ -354,7 +354,7 @@ class SharedParameters(Uncopied, Generic[M]):
     @property
     def steps(self) -> int:
         """Optimizer steps of all trainers, as far as they are known here: learning-rate schedules follow it."""
-        parts = (part for part in self._parts if part.copy.cut.kind is not Kind.FIXED)
+        parts = (part for part in self._parts if part.copy.cut.kind is not MergeKind.FIXED)
         return min((part.steps + self._own_steps - part.steps_then for part in parts), default=0)
 
     def step(self) -> Any:
@@ -413,7 +413,7 @@ class SharedParameters(Uncopied, Generic[M]):
         """The pieces that the parameters are cut into."""
         return [part.uid for part in self._parts]
 
-    def _turn(self, is_due: Callable[[Part], bool]) -> SharingReport | None:
+    def _turn(self, is_due: Callable[[SharedPart], bool]) -> SharingReport | None:
         """Add what came, and send what is due. On the caller's thread, in one go."""
         pushed = merged = unsound = 0
         error: TesseractError | None = None
@@ -423,7 +423,7 @@ class SharedParameters(Uncopied, Generic[M]):
                 error = error or arrived.error
                 merged += self._add(part, arrived)
         for part in self._parts:
-            if part.is_asking or part.copy.cut.kind is Kind.FIXED or not is_due(part):
+            if part.is_asking or part.copy.cut.kind is MergeKind.FIXED or not is_due(part):
                 continue
             part.due_at = self._own_steps + self.every
             values = self._own.layout.read(self.model, part.copy.cut)
@@ -442,7 +442,7 @@ class SharedParameters(Uncopied, Generic[M]):
             return None
         return SharingReport(pushed, merged, unsound, error)
 
-    def _add(self, part: Part, arrived: Arrived) -> int:
+    def _add(self, part: SharedPart, arrived: Arrived) -> int:
         """Add an answer to the model. Returns how many fragments that changed."""
         part.is_asking = False
         change = arrived.change
@@ -481,7 +481,7 @@ class SharedParameters(Uncopied, Generic[M]):
             partial(self._checked_turn, lambda part: False),
         ]
 
-    def _checked_turn(self, is_due: Callable[[Part], bool]) -> None:
+    def _checked_turn(self, is_due: Callable[[SharedPart], bool]) -> None:
         report = self._turn(is_due)
         if report is not None and report.error is not None:
             raise report.error
@@ -489,7 +489,7 @@ class SharedParameters(Uncopied, Generic[M]):
     def _pull_all(self) -> None:
         self._checked_turn(lambda part: False)
         for part in self._parts:
-            if not part.is_asking and part.copy.cut.kind is not Kind.FIXED:
+            if not part.is_asking and part.copy.cut.kind is not MergeKind.FIXED:
                 _, version, root = part.copy.base
                 self._start(part, messages.PULL, messages.PullRequest(part.uid, version, root))
 
@@ -499,7 +499,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
     def _start(
         self,
-        part: Part,
+        part: SharedPart,
         method: str,
         request: messages.PushRequest | messages.PullRequest,
         values: torch.Tensor | None = None,

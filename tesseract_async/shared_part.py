@@ -36,18 +36,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """How a call ended."""
+    """The outcome of a call."""
 
     steps: int = 0
     """Everybody's, as pushed so far."""
     change: torch.Tensor | None = None
-    """What to add to the model."""
+    """The change to add to the model."""
     counted: bool = False
     error: TesseractError | None = None
 
 
 @dataclass(slots=True)
-class Part:
+class SharedPart:
     """One piece at this trainer. Between the start of a call and `arrived`, its `copy` is the call's."""
 
     uid: str
@@ -62,7 +62,7 @@ class Part:
     steps: int = 0
     """Everybody's steps, as pushed so far."""
     lost: torch.Tensor | None = None
-    """What rounding to the model's 16 bits lost of the values: without it, no step smaller than that would last."""
+    """The rest of the values after rounding to the model's 16 bits: without it, small steps would have no effect."""
     is_asking: bool = False
     arrived: Arrived | None = None
 

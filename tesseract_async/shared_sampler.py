@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from tesseract_async.errors import NotPrimary, Overloaded, RemoteError, TesseractError, describe
 from tesseract_async.shared_parameters import SharedParameters
 from tesseract_async.shared_pieces import PAUSE
-from tesseract_async.sharing.samples import Grant, Report, Share, decode_pieces, encode_pieces
+from tesseract_async.sharing.samples import Allotment, Report, Share, decode_pieces, encode_pieces
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.names import new_name
@@ -263,10 +263,10 @@ class SharedSampler(Uncopied, Sampler[int]):
         )
         message = await self._shared.ask_first(messages.SAMPLES, request)
         reply = messages.decode(messages.SamplesReply, message.body)
-        grant = Grant(decode_pieces(reply.pieces), reply.again, decode_pieces(reply.gone), reply.first, reply.waits)
+        grant = Allotment(decode_pieces(reply.pieces), reply.again, decode_pieces(reply.gone), reply.first, reply.waits)
         self._take(reply.session, report, grant)
 
-    def _take(self, session: bytes, report: Report, grant: Grant) -> None:
+    def _take(self, session: bytes, report: Report, grant: Allotment) -> None:
         with self._news:
             self._share.granted(session, report, grant)
             self._news.notify_all()

@@ -254,3 +254,34 @@ GLOBAL = re.compile(
 def test_nodes_of_one_process_share_no_state_but_what_is_listed() -> None:
     found = {named(path): {one or other for one, other in GLOBAL.findall(path.read_text())} for path in files()}
     assert {name: names for name, names in found.items() if names} == PROCESS_WIDE
+
+
+def test_no_two_things_have_one_name() -> None:
+    """Classes and aliases of types, private ones included; type variables and what others import again aside."""
+    places: dict[str, list[str]] = {}
+    for path in files():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(named(path))
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name, value = node.targets[0].id, ast.unparse(node.value)
+                if re.fullmatch(r"[A-Z]+[a-z]\w*", name) and not value.startswith("TypeVar("):
+                    places.setdefault(name, []).append(named(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_no_function_is_imported_under_a_name_that_another_bears() -> None:
+    places: dict[str, set[str]] = {}
+    defined: dict[str, set[str]] = {}
+    for path in files():
+        body = ast.parse(path.read_text()).body
+        functions = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        defined[module_name(path)] = functions
+    for path in files():
+        for name in imported(path):
+            module, _, function = name.rpartition(".")
+            if function in defined.get(module, ()):
+                places.setdefault(function, set()).add(module)
+    assert not {name: found for name, found in places.items() if len(found) > 1}

@@ -46,11 +46,11 @@ async def cancelled():
 for number in sys.argv[2:]:
     signal.signal(int(number), signal.SIG_IGN)
 if sys.argv[1] == "command":
-    from tesseract_async.cli.running import run
-    run(command)
+    from tesseract_async.cli.running import run_command
+    run_command(command)
 if sys.argv[1] == "starting":
-    from tesseract_async.cli.running import run
-    run(cancelled)
+    from tesseract_async.cli.running import run_command
+    run_command(cancelled)
 from tesseract_async.leaving import run
 run(cancelled())
 """

@@ -1,4 +1,5 @@
-"""The page *When it goes wrong* quotes what the code says, and the reference has a table of all public names."""
+"""The page *When it goes wrong* quotes what the code says, the reference has a table of all public names, and each
+docstring says what a thing is or does."""
 
 import ast
 import re
@@ -43,3 +44,13 @@ def test_nobody_is_sent_to_an_index_where_the_package_is_not() -> None:
 def test_the_reference_begins_with_a_table_of_all_public_names() -> None:
     table = re.findall(r"\[`(\w+)`\]\(", REFERENCE.read_text(encoding="utf-8"))
     assert sorted(table) == sorted(tesseract_async.__all__)
+
+
+def test_a_docstring_says_what_a_thing_is_or_does() -> None:
+    """It begins neither with a question about the thing nor with half a phrase; an attribute's doesn't, either."""
+    riddle = re.compile(
+        r'^ *"""(What|Whether|Of|How|Who|Whose|Whom|Where|When|Which|Why|Else|The one|Those of)\b.*', re.M
+    )
+    paths = (ROOT / "tesseract_async").rglob("*.py")
+    found = {path.name: [one[0] for one in riddle.finditer(path.read_text(encoding="utf-8"))] for path in paths}
+    assert not {name: lines for name, lines in found.items() if lines}

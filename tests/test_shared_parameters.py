@@ -31,7 +31,7 @@ from tesseract_async.shared_parameters import SharedParameters, SharingReport
 from tesseract_async.shared_part import Arrived
 from tesseract_async.sharing import rounds
 from tesseract_async.sharing.fragment import NEWCOMERS
-from tesseract_async.sharing.layout import Kind, Layout, LayoutMismatch
+from tesseract_async.sharing.layout import Layout, LayoutMismatch, MergeKind
 from tesseract_async.wire import messages
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
@@ -106,7 +106,7 @@ async def test_the_first_round_waits_for_all_that_have_entered() -> None:
     async with sharing(make_model(1), every=9) as (seed, first), sharing(make_model(2), seed.address) as (_, second):
         await asyncio.gather(steps(first, 1, 1), steps(second, 1, 2))
         await asyncio.gather(first.flush(), second.flush())
-        assert {part.copy.base[1] for part in first._parts if part.copy.cut.kind is not Kind.FIXED} == {1}
+        assert {part.copy.base[1] for part in first._parts if part.copy.cut.kind is not MergeKind.FIXED} == {1}
 
 
 async def test_alone_without_momentum_and_codec_it_is_plain_training() -> None:
@@ -607,7 +607,7 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
             for round_ in range(3):
                 await steps(first, 2, round_)
                 await first.flush()
-            version = min(part.copy.base[1] for part in first._parts if part.copy.cut.kind is not Kind.FIXED)
+            version = min(part.copy.base[1] for part in first._parts if part.copy.cut.kind is not MergeKind.FIXED)
             while not have(version):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             # a holder has the file, and follows by updates as others do

@@ -62,5 +62,5 @@ config_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_apply,
-    help="Take options from this TOML file; flags win over it.",
+    help="Take options from this TOML file; flags override it.",
 )

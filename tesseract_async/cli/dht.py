@@ -39,7 +39,9 @@ async def command(
     with its address.
     """
     if (run_name is None) != (hold_bytes is None):
-        raise click.UsageError("--run NAME and --hold SIZE go together: of which run's experts, and on how much disk")
+        raise click.UsageError(
+            "--run NAME and --hold SIZE go together: which run's experts to hold, and on how much disk"
+        )
     if hold_dir is not None:
         check_folder(hold_dir, "--hold-dir")
     async with (

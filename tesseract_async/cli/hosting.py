@@ -85,9 +85,9 @@ class Hosting:
         self._builder = builder
         self._run: SignedRun | None = None
         self._authority: Authority | None = None
-        """Who may do what in the run; None without one."""
+        """The rights of peers in the run; None without a run."""
         self._memory: MemoryPlan | None = None
-        """How the volunteer's memory is divided, once an expert was measured; None without a limit."""
+        """The division of the volunteer's memory, once an expert was measured; None without a limit."""
         throttle = Throttle(upload_rate=limits.max_upload_rate, download_rate=limits.max_download_rate)
         limit = limits.max_memory_bytes
         share, most = SHARES["received"]
@@ -98,7 +98,7 @@ class Hosting:
         )
 
     async def main(self) -> int:
-        """Host until told to leave. Returns the exit status; raises what `cli.running.run` makes sentences of."""
+        """Host until told to leave. Returns the exit status; raises as `cli.running.run_command` says."""
         serving = self.serving
         if serving.checkpoint_dir is not None:  # reports a folder in use before anything is built
             lock = FolderLock(serving.checkpoint_dir)

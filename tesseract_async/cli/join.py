@@ -207,7 +207,7 @@ def _sentence(check: Check) -> str:
 def _install(name: str, run: str, folder: Path, words: Sequence[str]) -> None:
     """Write a unit for systemd, the system's or the user's, and start it. Raises: click.ClickException."""
     if sys.platform != "linux":
-        raise click.ClickException("--install is for systemd, which this system has not: leave it out")
+        raise click.ClickException("--install needs systemd, which this system does not have: leave it out")
     is_root = os.geteuid() == 0
     home = Path("/etc/systemd/system") if is_root else Path.home() / ".config/systemd/user"
     unit = home / f"{name}.service"

@@ -193,7 +193,7 @@ patterns_argument = click.argument("patterns", nargs=-1, type=PATTERN)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeOptions:
-    """How the node of a long-running command listens, and whom it joins."""
+    """Options of a long-running command's node: where it listens, and whom it joins."""
 
     host: str = "127.0.0.1"
     port: int = 0

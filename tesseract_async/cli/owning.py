@@ -52,7 +52,7 @@ PEER_OR_FREE = Parsed("peer", lambda text: text if text == FREE else PeerID.pars
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnerOptions:
-    """Which run a command is about, who gives the command, and in which swarm."""
+    """The run that a command is about, the owner who gives the command, and the swarm."""
 
     name: str
     identity: Path
@@ -116,7 +116,7 @@ command.add_command(create)
     "--experts",
     "pattern",
     type=PATTERN,
-    help="Let them host or train these experts only, such as 'ffn.[0:4].[0:16]'. Who shares, shares the whole model.",
+    help="Let them host or train these experts only, such as 'ffn.[0:4].[0:16]'. Sharing covers the whole model.",
 )
 @click.option("--days", default=90.0, type=Number(0.01, 36500), help="Let the grant end after this many days.")
 @click.option(

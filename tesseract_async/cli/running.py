@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Main = Callable[[], Coroutine[None, None, int]]
 
 
-def run(main: Main, *, leave_with_parent: bool = False) -> None:
+def run_command(main: Main, *, leave_with_parent: bool = False) -> None:
     """Run `main()` in an event loop (uvloop where it is installed) and exit with the status that it returns.
 
     An error ends in a sentence and status 1; with ``--verbose`` the log says where it happened. Ctrl-C, SIGTERM and
@@ -59,11 +59,11 @@ def run(main: Main, *, leave_with_parent: bool = False) -> None:
 
 
 def asynchronous(function: Callable[..., Coroutine[None, None, int]]) -> Callable[..., None]:
-    """Make a command of a coroutine function that returns the exit status, as `run` describes."""
+    """Make a command of a coroutine function that returns the exit status, as `run_command` describes."""
 
     @functools.wraps(function)
     def command(*, leave_with_parent: bool = False, **values: object) -> None:
-        run(lambda: function(**values), leave_with_parent=leave_with_parent)
+        run_command(lambda: function(**values), leave_with_parent=leave_with_parent)
 
     return command
 
@@ -110,7 +110,7 @@ class _StandardInput(asyncio.Protocol):
 
 
 async def until_told_to_leave(*, tell_ready: Callable[[], None] | None = None) -> str:
-    """Wait until the command is told to leave, as `run` describes; return what told it, such as ``SIGTERM``.
+    """Wait until the command is told to leave, as `run_command` describes; return what told it, such as ``SIGTERM``.
 
     `tell_ready` is called once this listens: a reader of what it prints may send a signal at once.
     """

@@ -31,7 +31,9 @@ from tesseract_async.identity import Identity, PeerID
 )
 @click.option("--out", required=True, type=FOLDER, help="Write the model into this folder, made if missing.")
 @click.option(
-    "--optimizers", is_flag=True, help="With the experts' optimizers, so that `tesseract restore` can go back."
+    "--optimizers",
+    is_flag=True,
+    help="Save the experts' optimizers, too, so that `tesseract restore` can go back to this point.",
 )
 @click.option(
     "--num-at-once", default=4, type=click.IntRange(1, 64), help="Download this many experts at the same time."
@@ -60,7 +62,7 @@ async def save(
     Run the command again to download only what has changed. The exit status is 1 if an expert could not be downloaded.
     """
     if not node.initial_peers:
-        raise click.UsageError("say --initial-peers: whose swarm?")
+        raise click.UsageError("say --initial-peers: the swarm that has the model")
     if run_name is None and not patterns and not shared_names:
         raise click.UsageError("say what to save: --run, --experts or --shared")
 
@@ -130,7 +132,9 @@ async def save(
 
 @click.command("restore")
 @click.argument("folder", type=FOLDER)
-@click.option("--owner", type=EXISTING_FILE, help="The key file of the run's owner, if the experts belong to a run.")
+@click.option(
+    "--owner", type=EXISTING_FILE, help="Sign with this key file of the run's owner, if the experts belong to a run."
+)
 @click.option("--timeout", default=60.0, type=PERIOD, help="Wait at most this long for each piece of an expert.")
 @node_options
 @asynchronous
@@ -141,7 +145,7 @@ async def restore(*, folder: Path, owner: Path | None, timeout: float, node: Nod
     have learned since is kept as a file of its own, if they keep checkpoints. Stop the trainers before.
     """
     if not node.initial_peers:
-        raise click.UsageError("say --initial-peers: whose swarm?")
+        raise click.UsageError("say --initial-peers: the swarm that has the model")
 
     from tesseract_async.saving.folder import open_folder
     from tesseract_async.saving.restorer import enter_owned, restore_experts

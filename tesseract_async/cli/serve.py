@@ -83,13 +83,13 @@ async def command(
         node=node,
         policy=policy,
         limits=limits,
-        given=manifest_fields(serving, is_given),
+        given=given_fields(serving, is_given),
         builder=builder,
     )
     return await hosting.main()
 
 
-def manifest_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> dict[str, object]:
+def given_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> dict[str, object]:
     """Return the fields of a run's manifest that the user gave as flags: they are checked against the run's."""
     fields: dict[str, tuple[str, object]] = {
         "expert_class": ("expert", serving.expert_class),

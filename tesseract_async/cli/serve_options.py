@@ -28,9 +28,9 @@ from tesseract_async.cli.types import (
     ROWS,
     SECONDS,
     TEXT_OR_FILE,
-    Value,
 )
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.run import Scalar
 from tesseract_async.server.contract import check_name
 
 MAX_EXPERTS = 16384
@@ -48,7 +48,7 @@ class ServeOptions:
     grant: str | None
     allowed_modules: Sequence[str]
     expert_class: str
-    sizes: Sequence[tuple[str, Value]]
+    sizes: Sequence[tuple[str, Scalar]]
     optimizer: str | None
     learning_rate: float
     max_batch_size: int
@@ -66,10 +66,10 @@ class ServeOptions:
     stall_timeout: float
     leave_within: float
     report_period: float | None
-    optimizer_option: Sequence[tuple[str, Value]] = ()
+    optimizer_option: Sequence[tuple[str, Scalar]] = ()
     schedule: str | None = None
-    schedule_option: Sequence[tuple[str, Value]] = ()
-    training: Sequence[tuple[str, Value]] = ()
+    schedule_option: Sequence[tuple[str, Scalar]] = ()
+    training: Sequence[tuple[str, Scalar]] = ()
     shard: str | None = None
     hf_checkpoint: Path | None = None
     dtype: str | None = None
@@ -162,7 +162,10 @@ serve_options = grouped(
         help="Spread each expert over all processes of the job that torchrun has started, by this plan.",
     ),
     click.option(
-        "--checkpoint-period", default=60.0, type=PERIOD, help="Let a kill lose this much at most, such as '5 min'."
+        "--checkpoint-period",
+        default=60.0,
+        type=PERIOD,
+        help="Save often enough that a crash loses at most this much work, such as '5 min'.",
     ),
     "Run",
     hold_option,
@@ -173,7 +176,10 @@ serve_options = grouped(
         help="Let a run use experts from this Python module, whose code then runs on this computer.",
     ),
     click.option(
-        "--name", default="", show_default=False, help="Call this machine so in dashboards and lists of contributors."
+        "--name",
+        default="",
+        show_default=False,
+        help="Show this machine by this name in dashboards and lists of contributors.",
     ),
     "Limits",
     threads_option,
@@ -182,7 +188,7 @@ serve_options = grouped(
         "--metrics-port",
         metavar="[HOST:]PORT",
         type=METRICS_ADDRESS,
-        help="Serve this node's metrics for Prometheus there, under /metrics.",
+        help="Serve this node's metrics for Prometheus on this port, under /metrics.",
     ),
     "Advanced",
     click.option(
@@ -206,7 +212,7 @@ serve_options = grouped(
     ),
     click.option("--ttl", default=45.0, type=PERIOD, help="Let others forget this server this long after it vanished."),
     click.option(
-        "--stall-timeout", type=PERIOD, default=60.0, help="Take a device for hung after a batch took this long."
+        "--stall-timeout", type=PERIOD, default=60.0, help="Consider a device hung once a batch has taken this long."
     ),
     click.option("--leave-within", type=SECONDS, default=30.0, help="Finish work for at most this long when leaving."),
     click.option("--report-period", type=PERIOD, help="Print the experts' versions as a line of JSON this often."),

@@ -28,17 +28,17 @@ from tesseract_async.cli.options import (
     with_options,
 )
 from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
-from tesseract_async.cli.types import GRID, LEARNING_RATE, PEER, Value, counted, seconds
+from tesseract_async.cli.types import GRID, LEARNING_RATE, PEER, counted, seconds
 from tesseract_async.experts.grants import GRANT_SECONDS, Invite
 from tesseract_async.experts.ownership import MEMBER, RunOwner, adopt_servers, with_delegates
-from tesseract_async.experts.run import RunManifest, sign_run
+from tesseract_async.experts.run import RunManifest, Scalar, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 
-Pairs = tuple[tuple[str, Value], ...]
+Pairs = tuple[tuple[str, Scalar], ...]
 
 
 @click.command("create")
@@ -62,7 +62,7 @@ Pairs = tuple[tuple[str, Value], ...]
     metavar="PEER_ID",
     help="Let this peer grant, revoke and appoint as you do.",
 )
-@click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep so many more copies of each expert.")
+@click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep this many more copies of each expert.")
 @click.option("--lease", default=30.0, type=seconds(1, 86400), help="Replace a primary that is silent for this long.")
 @click.option("--sync-every", default=30.0, type=seconds(1, 86400), help="Copy each expert to its replicas this often.")
 @click.option(
@@ -112,11 +112,11 @@ async def create(
     if node.identity is None:
         raise click.UsageError("say --identity FILE: the run belongs to the key in it")
     if once and not node.initial_peers:
-        raise click.UsageError("--once needs --initial-peers: with this node, the manifest would end at once")
+        raise click.UsageError("--once needs --initial-peers: without others, the manifest would vanish with this node")
     if adopt and not node.initial_peers:
-        raise click.UsageError("--adopt needs --initial-peers: where are the servers?")
+        raise click.UsageError("--adopt needs --initial-peers, to find the servers")
     if (grid is None) == (hf_checkpoint is None):
-        raise click.UsageError("say --grid, or --hf-checkpoint, whose model says it")
+        raise click.UsageError("say --grid, or --hf-checkpoint, whose model gives the grid")
     if hf_checkpoint is None and (dtype or master):
         raise click.UsageError("--dtype and --master go with --hf-checkpoint")
     if ":" in expert_class:

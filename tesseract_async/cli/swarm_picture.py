@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tesseract_async.cli.types import counted
 
-State = dict[str, Any]
+SwarmState = dict[str, Any]
 """A part of `monitoring.SwarmObserver.state`."""
 
 MAX_ROWS = 64
@@ -66,7 +66,7 @@ class _Room:
     events: int
 
     @classmethod
-    def divide(cls, state: State, height: int | None) -> "_Room":
+    def divide(cls, state: SwarmState, height: int | None) -> "_Room":
         num_grids, num_peers, num_trainers = len(state["grids"]), len(state["peers"]), len(state["losses"])
         if height is None:
             return cls(num_grids, MAX_ROWS, num_peers, min(8, num_trainers), MAX_EVENTS)
@@ -84,7 +84,7 @@ class _Room:
 
 
 def draw(
-    state: State,
+    state: SwarmState,
     width: int = 120,
     height: int | None = None,
     *,
@@ -196,18 +196,18 @@ def _latest(log: list[Any], number: int, back: int) -> list[Any]:
     return log[max(0, end - number) : end]
 
 
-def _has_left(peer: State) -> bool:
+def _has_left(peer: SwarmState) -> bool:
     return peer.get("left_ago") is not None
 
 
-def _where(peer: State) -> str:
+def _where(peer: SwarmState) -> str:
     """Return its path, or why it does not answer."""
     if _has_left(peer):
         return f"left {peer['left_ago'] // 60:.0f} min ago"
     return str(peer["error"] or peer["path"] or "-")
 
 
-def _describe_run(run: State) -> str:
+def _describe_run(run: SwarmState) -> str:
     name, _, owner = run["name"].partition("@")
     size = f"{counted(run['num_experts'], 'expert')} ({run['expert']}), {counted(run['parameters'], 'parameter')}"
     return f"{name}@{owner[:8]}, {run['mode']}: {size}; {safety(run['losses'])}"
@@ -226,11 +226,11 @@ def _and_more(number: int, noun: str) -> list[RenderableType]:
     return [Text(f"and {counted(number, noun)} more", style="dim")] if number > 0 else []
 
 
-def _color(peer: State) -> str:
+def _color(peer: SwarmState) -> str:
     return COLORS[peer["number"] % len(COLORS)]
 
 
-def _describe_grid(grid: State) -> Text:
+def _describe_grid(grid: SwarmState) -> Text:
     """Return ``ffn  4x4  16 alive, versions 10 to 12, ...``: what the signs do not show."""
     facts = [f"{len(grid['experts'])} alive"]
     held = {tuple(coords) for coords, _, followers, holders, *_ in grid.get("standings", []) if followers or holders}
@@ -259,7 +259,9 @@ def _describe_standings(standings: list[list[Any]]) -> list[str]:
     return [*facts, f"each {safety(losses)}"] if losses > 0 else facts
 
 
-def _draw_grid(grid: State, peers: list[State], width: int, height: int, signs: dict[str, str]) -> RenderableType:
+def _draw_grid(
+    grid: SwarmState, peers: list[SwarmState], width: int, height: int, signs: dict[str, str]
+) -> RenderableType:
     size = grid["size"]
     rows, columns = (size[0], math.prod(size[1:])) if len(size) > 1 else (1, size[0])
     down, across = math.ceil(rows / height), math.ceil(columns / width)

@@ -11,11 +11,10 @@ from typing import Final
 import click
 
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.run import Scalar
 from tesseract_async.identity import PeerID
 from tesseract_async.server.contract import Hours
 from tesseract_async.transport.base import split_host_port
-
-Value = str | int | float | bool | None
 
 OPTIMIZERS: Final = click.Choice(["adam", "adamw", "sgd", "none"])
 ROWS: Final = click.IntRange(1, 2**31 - 1)
@@ -120,7 +119,7 @@ def _grid(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def _pair(text: str) -> tuple[str, Value]:
+def _pair(text: str) -> tuple[str, Scalar]:
     name, separator, value = text.partition("=")
     if not separator or not name.isidentifier():
         raise ValueError(f"{text!r} is not like name=value, such as in_features=1024")

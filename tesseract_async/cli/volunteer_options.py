@@ -20,7 +20,7 @@ volunteer_options = grouped(
         "--data-quota", "data_quota_bytes", type=SIZE, help="Rest after this much traffic in a --quota-period."
     ),
     click.option(
-        "--quota-period", type=click.Choice(PERIODS), default="month", help="The time for which --data-quota counts."
+        "--quota-period", type=click.Choice(PERIODS), default="month", help="Count --data-quota over this time."
     ),
     several_option(
         "--hours", type=HOURS, help="Serve only at these local times, such as '22:00-07:00' or 'sat,sun 00:00-24:00'."
@@ -30,7 +30,9 @@ volunteer_options = grouped(
         type=SHARE,
         help="Pause while other programs use more than this share of the processors, such as '30 %'.",
     ),
-    click.option("--pause-after", type=SECONDS, default=5.0, help="Pause after they were that busy for this long."),
-    click.option("--resume-after", type=SECONDS, default=60.0, help="Resume after they were less busy for this long."),
+    click.option("--pause-after", type=SECONDS, default=5.0, help="Pause once they have been that busy for this long."),
+    click.option(
+        "--resume-after", type=SECONDS, default=60.0, help="Resume once they have been less busy for this long."
+    ),
 )
 """For commands of volunteers: a `VolunteerSettings` as the argument `limits`."""

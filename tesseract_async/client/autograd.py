@@ -96,7 +96,7 @@ async def remote_call(
         versions.check()
         return outputs
     detached = [tensor.detach() for tensor in inputs]
-    call = _Call(remote)
+    call = _RemoteCall(remote)
     with torch.inference_mode(False), torch.enable_grad():
         token = _Await.apply(call, _always_needed, *inputs)  # type: ignore[no-untyped-call]
     call.outputs = await remote.forward(detached)
@@ -147,7 +147,7 @@ class _Cancelled(Exception):
 class _GradientRequest:
     """One gradient request under way: started by an engine thread, carried by the loop, awaited by an engine thread."""
 
-    def __init__(self, call: "_Call", scale: float | None) -> None:
+    def __init__(self, call: "_RemoteCall", scale: float | None) -> None:
         self.call = call
         self.scale = scale
         """By which the gradients were multiplied that it carries, divided."""
@@ -213,7 +213,7 @@ class _GradientRequest:
         return self._result
 
 
-class _Call:
+class _RemoteCall:
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
         self.loop = asyncio.get_running_loop()
@@ -233,10 +233,10 @@ class _Call:
             raise RuntimeError(_ON_THE_LOOP)
 
 
-class _Context(Protocol):
+class _CallContext(Protocol):
     """The part of torch's context that the nodes below use, and what they keep in it."""
 
-    call: _Call
+    call: _RemoteCall
     devices: list[torch.device]
     step: "_Step"
     saved_tensors: tuple[torch.Tensor, ...]
@@ -248,15 +248,17 @@ class _Context(Protocol):
 
 class _Await(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, call: _Call, always_needed: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: _CallContext, call: _RemoteCall, always_needed: torch.Tensor, *inputs: torch.Tensor
+    ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.devices = [tensor.device for tensor in inputs]
         return torch.zeros((), device="cpu")  # whatever torch.set_default_device says
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[object, ...]:
-        call: _Call = ctx.call
+    def backward(ctx: _CallContext, *gradients: torch.Tensor | None) -> tuple[object, ...]:
+        call: _RemoteCall = ctx.call
         request = call.requests.pop(torch._C._current_graph_task_id())
         try:
             call.refuse_loop_thread()  # here too: on a GPU, _Issue runs in the device's thread
@@ -272,7 +274,9 @@ class _Await(torch.autograd.Function):
 
 class _Issue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, call: _Call, token: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: _CallContext, call: _RemoteCall, token: torch.Tensor, *inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.save_for_backward(*inputs)
@@ -282,10 +286,10 @@ class _Issue(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[object, ...]:
+    def backward(ctx: _CallContext, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(_DOUBLE)
-        call: _Call = ctx.call
+        call: _RemoteCall = ctx.call
         call.refuse_loop_thread()
         inputs = ctx.saved_tensors
         graph_task = torch._C._current_graph_task_id()
@@ -379,12 +383,12 @@ class _Root(torch.autograd.Function):
     """The first node of every `backward`: it learns the engine's graph task before anything else runs."""
 
     @staticmethod
-    def forward(ctx: _Context, loss: torch.Tensor, step: _Step) -> torch.Tensor:
+    def forward(ctx: _CallContext, loss: torch.Tensor, step: _Step) -> torch.Tensor:
         ctx.step = step
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[object, ...]:
+    def backward(ctx: _CallContext, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         ctx.step.graph_task = torch._C._current_graph_task_id()
         _steps[ctx.step.graph_task] = ctx.step
         return gradients[0], None

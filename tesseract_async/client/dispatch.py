@@ -1,4 +1,4 @@
-"""Which experts are asked for which rows, and when a pass of a mixture is over. Pure: no loop, no clock, no network.
+"""Decides which experts to ask for which rows, and when a mixture's pass is over. Pure: no loop, no clock, no network.
 
 A machine for each direction. Each is told what happened and when (`start`, `answered`, `failed`, and in forward
 `came`), and says which calls are to be sent (`calls_to_send`), when it wants to look at the clock again (`timer_at`)
@@ -83,7 +83,7 @@ class CallsUnderWay:
         """Calls sent at the start."""
         self._started = math.inf
         self.deadline = math.inf
-        """When it is over, whatever has come."""
+        """The time at which it is over, whatever has come."""
         self._stalled = 0.0
         self._late: dict[ExpertCall, float] | None = None
         """See `_late_times`; None while it has to be worked out anew."""
@@ -193,7 +193,7 @@ class CallsUnderWay:
         return call.sent + usual + max(_MIN_PATIENCE_SECONDS, self._patience * usual) + self._stalled
 
     def _give_up_at(self) -> float:
-        """When waiting ends, if all rows have enough answers."""
+        """Return the time at which waiting ends, if all rows have enough answers."""
         return max((late_at + call.grace for call, late_at in self._late_times().items()), default=-math.inf)
 
     def _end(self, now: float, *, only_slow: bool = False) -> None:
@@ -249,7 +249,7 @@ class ForwardDispatch(CallsUnderWay):
         self._is_excluded_N: npt.NDArray[np.bool_] = np.zeros(num_live, dtype=np.bool_)
         self._failed_calls: list[ExpertCall] = []
         self._free_again: dict[int, float] = {}
-        """When experts that were overloaded may be asked again."""
+        """The times at which overloaded experts may be asked again."""
         self._free_at = math.inf
         self._all_enough = False
         self._room_N: Indices | None = None

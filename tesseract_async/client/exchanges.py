@@ -46,7 +46,7 @@ class Exchange(Generic[T]):
     """A question to one expert, which any of some replicas may answer."""
 
     is_timed: ClassVar[bool] = False
-    """How long it takes says how long a forward takes there."""
+    """True if its duration tells how long a forward takes there."""
 
     num_bytes = 0
     """Uncompressed bytes both ways together; 0 if it is little."""
@@ -54,7 +54,7 @@ class Exchange(Generic[T]):
     """Rows and optimizer steps that its answer is worth (`experts.thanks`)."""
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
-        """Those of `replicas` that may answer. Raises: ExpertNotFound."""
+        """Return those of `replicas` that may answer. Raises: ExpertNotFound."""
         return replicas
 
     def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, T]:
@@ -120,7 +120,7 @@ class ForwardExchange(Exchange[Forwarded]):
                 newest = (await asking).version
             except (TesseractError, TimeoutError) as error:
                 raise TooStale(
-                    f"how old the answer of a follower of {uid} is, its primary does not say: {describe(error)}"
+                    f"the primary of {uid} does not say how old its follower's answer is: {describe(error)}"
                 ) from error
         finally:
             await end(asking)

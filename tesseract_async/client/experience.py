@@ -15,11 +15,10 @@ from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
 from tesseract_async.client.lineages import Lineages
 from tesseract_async.client.ports import Node, PlainCalls
-from tesseract_async.client.routing import Coordinates
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, SchemaMismatch, summarize
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.manifest import Coordinates, split_uid
 from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import PeerAddress
@@ -158,7 +157,7 @@ class GridExperience:
         self._num_bytes = 0.0
         """The usual size of one forward to one expert, both ways together."""
         self._strikes: dict[tuple[int, ...], tuple[int, float]] = {}
-        """How often, and for how long together, experts were waited for in vain since their last answer."""
+        """Times that experts were waited for in vain since their last answer, and the seconds of that together."""
 
     def bias(
         self, coords_ND: Coordinates, replicas: Mapping[tuple[int, ...], Sequence[ExpertReplica]], weight: float
@@ -243,7 +242,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 class Stalls:
-    """How long one event loop stood still, counted while somebody watches: no answer could be heard."""
+    """Measures the time for which one event loop stood still, while it is watched: it heard no answers then."""
 
     def __init__(self) -> None:
         self._seconds = 0.0

@@ -107,7 +107,7 @@ class ExpertPool(nn.Module):
         self._view: tuple[GridView, dict[tuple[int, ...], Sequence[ExpertReplica]]] | None = None
         """The latest one of the directory, and of it the replicas of these experts."""
         self._servers: straight.Servers | None = None
-        """Where small passes go straight on, if they do."""
+        """The servers that small passes ask without a `mixture`, if they do."""
         self._rests_until = -math.inf
 
     @property
@@ -229,7 +229,7 @@ class ExpertPool(nn.Module):
         return PoolAnswer(answer.to(x.dtype), *made[0], index, dtype)
 
     async def replicas(self) -> Mapping[int, Sequence[ExpertReplica]]:
-        """Who hosts each expert, as far as is known; await it on the node's loop."""
+        """Return the known replicas of each expert; await it on the node's loop."""
         candidates = await self._candidates()
         found = ((number, candidates.replicas_of(number)) for number in range(self.num_experts))
         return {number: replicas for number, replicas in found if replicas}

@@ -177,7 +177,7 @@ async def unpack_fitting(
     uid: str, metas: list[Value], buffers: Sequence[memoryview], specs: Sequence[TensorSpec], num_rows: int
 ) -> list[torch.Tensor | None]:
     """The tensors of an answer, each of its spec or absent. Raises: ProtocolError."""
-    check_growth(uid, metas, specs)
+    check_answer_growth(uid, metas, specs)
     tensors = await unpack(metas, buffers)
     if len(tensors) != len(specs):
         raise ProtocolError(f"{uid} answered {len(tensors)} tensors instead of {len(specs)}")
@@ -188,7 +188,7 @@ async def unpack_fitting(
     return tensors
 
 
-def check_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:
+def check_answer_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:
     """Refuse an answer that would take more memory, unpacked, than what fits. Raises: ProtocolError."""
     if not may_unpack(metas, specs):
         got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`

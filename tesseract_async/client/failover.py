@@ -31,7 +31,7 @@ T = TypeVar("T")
 _REASONS: Final = ("unreachable", "lost", "protocol", "not_found", "not_found", "silent")
 _MAX_HANDOVERS: Final = 5
 HEDGE_SECONDS: Final = 0.75
-"""Where it is not known how long a replica may take, the next one is asked after so long."""
+"""Seconds after which the next replica is asked, where it is not known how long the first may take."""
 _PROBE_SECONDS: Final = 2.0
 """A server that has not even answered a question by then, where another has, counts as silent."""
 

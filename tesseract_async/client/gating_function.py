@@ -209,7 +209,7 @@ class GatingFunction(Gate):
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
                 f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: a mixture averages, "
-                "which whole numbers can't bear; call the experts that `choose` gives"
+                "which needs floating-point numbers; call the experts that `choose` gives"
             )
         inputs = arguments.fit(schema, f"the grid {self.uid_prefix}")
         schema, (tensors, absent) = schema.sized(inputs), present(inputs)

@@ -60,7 +60,7 @@ class Request:
     open: dict[ExpertCall, ExpertReplica] = field(init=False)
     """Those that are not settled and have not failed here."""
     hedge_at: float = math.inf
-    """When others are asked what is still open."""
+    """The time at which others are asked what is still open."""
 
     def __post_init__(self) -> None:
         self.open = dict(self.asked)
@@ -70,7 +70,7 @@ class Request:
         return next(iter(self.asked.values())).peer
 
 
-class Step(NamedTuple):
+class Instructions(NamedTuple):
     send: Sequence[Request]
     cancel: Sequence[Request]
     """Nothing is open in them any more."""
@@ -90,7 +90,7 @@ class _Search:
     num_lookups: int = 0
     look_up_at: float = -math.inf
     gone_at: float = math.inf
-    """When it is gone, while all servers keep silent."""
+    """The time at which it is gone, while all servers keep silent."""
     is_silent: bool = False
     """The last one asked did not even say when to ask again."""
     is_redirected: bool = False
@@ -121,7 +121,7 @@ class Grouping:
         self._due: dict[ExpertCall, None] = {}
         """Calls to be sent to their next replica."""
         self._pausing: dict[ExpertCall, float] = {}
-        """When these are to be looked up."""
+        """The times at which these are to be looked up."""
         self._open: dict[Request, None] = {}
         self._cancel: list[Request] = []
         self._strange: list[tuple[ExpertReplica, SchemaMismatch]] = []
@@ -144,7 +144,7 @@ class Grouping:
         hedge_at = min((request.hedge_at for request in self._open), default=math.inf)
         return min(self.calls.timer_at(), hedge_at, min(self._pausing.values(), default=math.inf))
 
-    def step(self, now: float, *, stalled: float = 0.0) -> Step:
+    def step(self, now: float, *, stalled: float = 0.0) -> Instructions:
         """Decide, after any event or when the timer is due. `stalled`: see `CallsUnderWay.calls_to_send`."""
         send: list[Request] = []
         while True:
@@ -152,7 +152,7 @@ class Grouping:
                 search = self._searches[call] = _Search()
                 self._take(call, search, None, now)
             if self.calls.is_over:
-                return Step((), (), ())
+                return Instructions((), (), ())
             for request in self._open:
                 if now >= request.hedge_at:
                     request.hedge_at = math.inf
@@ -164,7 +164,7 @@ class Grouping:
         for call in look_up:
             del self._pausing[call]
         cancel, self._cancel = self._cancel, []
-        return Step(send, cancel, look_up)
+        return Instructions(send, cancel, look_up)
 
     def part(
         self,

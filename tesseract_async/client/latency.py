@@ -1,4 +1,4 @@
-"""How fast replicas have answered, for choosing among them, hedging and latency-aware gating. Pure.
+"""The latency of replicas so far, for choosing among them, hedging and latency-aware gating. Pure.
 
 A call is expected to take the way there and back (`path_seconds`, of the path in use *now*) plus what calls took beyond
 that so far: the server's queue and its work.

@@ -25,7 +25,7 @@ from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, Forward, Receipt, fetch_info
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.grouping import Request, may_pass
-from tesseract_async.client.passes import Block, Pass, Tensors
+from tesseract_async.client.passes import OptionalTensors, Pass, RowBlock
 from tesseract_async.client.routing import Indices
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import InputsForgotten, TesseractError, TooStale, describe
@@ -43,7 +43,7 @@ _MAX_GAP: Final = 30.0
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    block: Block
+    block: RowBlock
     replica: ExpertReplica
     version: int
 
@@ -79,7 +79,7 @@ class MixtureCall:
         """The last output."""
         self.answers: dict[ExpertCall, _Answer] = {}
         self.ids: dict[ExpertCall, bytes] = {}
-        """What the servers know calls by, until their backward begins: going through a graph again is another one."""
+        """The ids by which servers know calls, until their backward begins: a second one gets new ids."""
         self._search, self._absent = search, absent
 
     @property
@@ -98,7 +98,7 @@ class MixtureCall:
 
     async def backward(
         self, inputs: Sequence[torch.Tensor], output_gradients: Sequence[torch.Tensor | None]
-    ) -> Tensors:
+    ) -> OptionalTensors:
         """The gradients of the inputs, and of the values: of the experts that answer in time.
 
         Raises: NotEnoughExperts if a row gets fewer than it needs.
@@ -111,7 +111,7 @@ class MixtureCall:
         await backward.run()
         return backward.input_gradients()
 
-    def _all(self, inputs: Sequence[torch.Tensor]) -> Tensors:
+    def _all(self, inputs: Sequence[torch.Tensor]) -> OptionalTensors:
         """The experts' inputs, with those that are absent."""
         return with_absent([tensor.cpu() for tensor in inputs[:-1]], self._absent)
 
@@ -134,7 +134,7 @@ class MixtureCall:
 class _ForwardPass(Pass):
     what = "numbers"
 
-    def __init__(self, call: MixtureCall, inputs: Tensors, values: torch.Tensor) -> None:
+    def __init__(self, call: MixtureCall, inputs: OptionalTensors, values: torch.Tensor) -> None:
         """`inputs` and `values`: see `MixtureCall`; on the CPU."""
         super().__init__(
             call.experience,
@@ -176,9 +176,9 @@ class _ForwardPass(Pass):
                 return server, call
         return server
 
-    async def pack(self, request: Request) -> tuple[Block, ApplyRequest, Sequence[memoryview]]:
+    async def pack(self, request: Request) -> tuple[RowBlock, ApplyRequest, Sequence[memoryview]]:
         versions = await self._least_versions(request)
-        block = Block.of(request.open, self.calls.candidates, len(self._matrix))
+        block = RowBlock.of(request.open, self.calls.candidates, len(self._matrix))
         values_P = self._call.values(self._matrix, block.rows_P, block.experts_P())
         if self._call.is_normalized:
             block.scales_R = np.full(len(block.rows), -np.inf, dtype=values_P.dtype)
@@ -246,7 +246,7 @@ class _ForwardPass(Pass):
                 book.observe(key, now - request.sent, path=path, answered=False)
 
     def add(
-        self, block: Block, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: Tensors
+        self, block: RowBlock, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: OptionalTensors
     ) -> None:
         factors, weights_P = np.ones(len(rows), dtype=self._matrix.dtype), block.weights_P[pairs]
         rows_P = block.rows_P[pairs]
@@ -292,7 +292,9 @@ class _ForwardPass(Pass):
 class _BackwardPass(Pass):
     what = "gradients"
 
-    def __init__(self, call: MixtureCall, inputs: Tensors, values: torch.Tensor, gradients: Tensors) -> None:
+    def __init__(
+        self, call: MixtureCall, inputs: OptionalTensors, values: torch.Tensor, gradients: OptionalTensors
+    ) -> None:
         """`inputs`, `values` and `gradients` of the outputs: see `MixtureCall`; on the CPU."""
         patience = call.experience.patience("backward", call.settings)
         dispatch = BackwardDispatch(call.dispatch, settings=call.settings, patience=patience)
@@ -331,16 +333,16 @@ class _BackwardPass(Pass):
         self._ids[call] = self._call.ids.pop(self._forward_calls[call], b"") or new_name()
         return known
 
-    def _kept_at(self, call: ExpertCall, replica: ExpertReplica) -> Block | None:
+    def _kept_at(self, call: ExpertCall, replica: ExpertReplica) -> RowBlock | None:
         answer = self._call.answers[self._forward_calls[call]]
         return answer.block if answer.block.kept is not None and answer.replica.peer == replica.peer else None
 
     def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
-        """What refers to one block goes together."""
+        """See `Grouping`: calls that refer to one block go together."""
         return replica.peer.peer_id or replica.peer, self._kept_at(call, replica)
 
-    async def pack(self, request: Request) -> tuple[Block, ApplyRequest, Sequence[memoryview]]:
-        block = Block.of(request.open, self.calls.candidates, len(self._matrix))
+    async def pack(self, request: Request) -> tuple[RowBlock, ApplyRequest, Sequence[memoryview]]:
+        block = RowBlock.of(request.open, self.calls.candidates, len(self._matrix))
         kept = self._kept_at(*next(iter(request.open.items())))
         if kept is not None:
             block.rows, block.numbers_P = kept.rows, np.searchsorted(kept.rows, block.rows_P)
@@ -381,7 +383,7 @@ class _BackwardPass(Pass):
         return block, asked, buffers
 
     def _scales(self, call: ExpertCall) -> Values:
-        """What the weights of the forward's message were relative to, for each row of the call."""
+        """Return the unit of the weights in the forward's message, for each row of the call."""
         block = self._call.answers[self._forward_calls[call]].block
         assert block.scales_R is not None
         return block.scales_R[np.searchsorted(block.rows, call.rows)]
@@ -392,7 +394,7 @@ class _BackwardPass(Pass):
         super().failed(call, replica, error)
 
     def add(
-        self, block: Block, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: Tensors
+        self, block: RowBlock, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: OptionalTensors
     ) -> None:
         at = torch.from_numpy(rows)
         for i, partial in enumerate(sums):
@@ -413,7 +415,7 @@ class _BackwardPass(Pass):
             accumulate=True,
         )
 
-    def input_gradients(self) -> Tensors:
+    def input_gradients(self) -> OptionalTensors:
         sums = self._totals
         if self._call.settings.rescale_backward:
             # a row that lost nearly all of its weight is not blown up to noise
@@ -424,7 +426,7 @@ class _BackwardPass(Pass):
         return [*found, self._of_values]
 
 
-def _rows_of(tensors: Tensors, rows: Indices) -> Tensors:
+def _rows_of(tensors: OptionalTensors, rows: Indices) -> OptionalTensors:
     """These rows of each; the tensors themselves where that is all of them."""
     if tensors[0] is not None and len(rows) == len(tensors[0]):
         return list(tensors)

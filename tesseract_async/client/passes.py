@@ -16,16 +16,16 @@ import torch
 
 from tesseract_async.client.dispatch import CallsUnderWay, ExpertCall
 from tesseract_async.client.experience import Experience, replica_key
-from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, check_growth
+from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, check_answer_growth
 from tesseract_async.client.failover import HEDGE_SECONDS, report, watched
 from tesseract_async.client.grouping import Grouping, Request
 from tesseract_async.client.latency import ABANDON_SECONDS
-from tesseract_async.client.routing import Candidates, Coordinates, Indices
+from tesseract_async.client.routing import Candidates, Indices
 from tesseract_async.client.settings import CallOptions
 from tesseract_async.endpoint.call_table import Message
 from tesseract_async.errors import ExpertFailed, ProtocolError, TesseractError, TooStale
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.manifest import Coordinates, split_uid
 from tesseract_async.runtime.encoding import unpack
 from tesseract_async.runtime.gradients import are_finite, per_row
 from tesseract_async.tasks import end
@@ -33,11 +33,11 @@ from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Weights, decode_
 from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import TensorSpec
 
-Tensors = list[torch.Tensor | None]
+OptionalTensors = list[torch.Tensor | None]
 
 
 @dataclass(slots=True, eq=False)
-class Block:
+class RowBlock:
     """The rows that travel in one message, each once, and the pairs of an expert and a row."""
 
     calls: list[ExpertCall]
@@ -48,17 +48,17 @@ class Block:
     offsets: Indices
     """``[E + 1]``: the pairs of each call."""
     rows_P: Indices
-    """Of each pair the row of the batch."""
+    """The row of the batch for each pair."""
     numbers_P: Indices
-    """Of each pair the row of the block."""
+    """The row of the block for each pair."""
     weights_P: Weights
     scales_R: npt.NDArray[np.floating[Any]] | None = None
-    """Of each row what its weights are relative to."""
+    """The unit of each row's weights."""
     kept: bytes | None = None
     """Names the block, as long as its server keeps it."""
 
     @classmethod
-    def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> "Block":
+    def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> "RowBlock":
         """The block of these calls for a batch of `num_rows`; the weights are for the caller to set."""
         experts = np.array([call.expert for call in calls], dtype=np.int64)
         coords = candidates.grid.coords_ND[experts]
@@ -75,7 +75,7 @@ class Block:
         return cls(calls, coords[order], rows, offsets, rows_P, numbers_P, np.empty(0, dtype=np.float32))
 
     def experts_P(self) -> Indices:
-        """Of each pair the expert, among the candidates."""
+        """Return the expert of each pair, by its number among the candidates."""
         return np.repeat([call.expert for call in self.calls], np.diff(self.offsets))
 
 
@@ -117,12 +117,12 @@ class Pass:
     def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
         raise NotImplementedError
 
-    async def pack(self, request: Request) -> tuple[Block, ApplyRequest, Sequence[memoryview]]:
-        """What to send for the calls that are open in `request`, and the buffers of its tensors."""
+    async def pack(self, request: Request) -> tuple[RowBlock, ApplyRequest, Sequence[memoryview]]:
+        """Return the message for the calls that are open in `request`, and the buffers of its tensors."""
         raise NotImplementedError
 
     def add(
-        self, block: Block, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: Tensors
+        self, block: RowBlock, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: OptionalTensors
     ) -> None:
         """Take in a part that is about these pairs of the block, with sums of these rows of the batch."""
         raise NotImplementedError
@@ -236,7 +236,7 @@ class Pass:
                 await self._take(request, block, asked, message)
                 self._news.set()
 
-    async def _take(self, request: Request, block: Block, asked: ApplyRequest, message: Message) -> None:
+    async def _take(self, request: Request, block: RowBlock, asked: ApplyRequest, message: Message) -> None:
         """Take in a part. Raises: ProtocolError if it does not fit."""
         experience, loop = self.experience, asyncio.get_running_loop()
         part, buffers = decode_part(message.body, message.buffers, asked)
@@ -275,12 +275,12 @@ class Pass:
             experience.node.directory.report_answer(replica)
         self.add(block, request, part, asked.pairs(part.experts), block.rows[rows], sums)
 
-    async def _sums(self, part: ApplyPart, buffers: Sequence[memoryview], num_rows: int) -> Tensors:
+    async def _sums(self, part: ApplyPart, buffers: Sequence[memoryview], num_rows: int) -> OptionalTensors:
         """Unpack and check the tensors of a part. Raises: ProtocolError."""
         if not len(part.experts):
             return []
         specs = self.reply_specs
-        check_growth("a server's reply", part.tensors, [spec for spec in specs if spec is not None])
+        check_answer_growth("a server's reply", part.tensors, [spec for spec in specs if spec is not None])
         sums = await unpack(part.tensors, buffers)
         fit = len(sums) == len(specs) and all(
             total is None
@@ -292,7 +292,7 @@ class Pass:
             raise ProtocolError(f"a server answered {self.what} that do not fit the schema")
         return sums
 
-    def _num_bytes(self, block: Block) -> int:
+    def _num_bytes(self, block: RowBlock) -> int:
         return len(block.rows) * self.schema.row_bytes
 
     async def _look_up(self, calls: Sequence[ExpertCall]) -> None:

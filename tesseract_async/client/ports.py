@@ -19,7 +19,7 @@ class Node(Protocol):
     """The part of a `TesseractNode` that the client talks to."""
 
     client_state: object
-    """Where the client keeps what it learns about this node's peers; None at first."""
+    """The client's knowledge of this node's peers (`client.experience`); None at first."""
 
     @property
     def directory(self) -> ExpertDirectory: ...

@@ -21,9 +21,13 @@ from tesseract_async.client.ports import Node, PlainCalls, check_running, delive
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, check_max_staleness, check_timeout
 from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable, SchemaMismatch, TesseractError
 from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.tasks import end
 from tesseract_async.wire.tensors import Structure, unflatten
 
 T = TypeVar("T")
+
+LOOK_AGAIN_SECONDS = 1.0
+"""While only servers that failed lately are asked, others are looked for so often."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -159,7 +163,8 @@ class RemoteExpert(nn.Module):
         if self._known.schema is not None:
             return self._known.schema
         exchange = SchemaExchange(self._experience, self.uid)
-        primaries = [replica for replica in await self.find() if replica.primary]
+        live = self._experience.node.directory.known(self.uid) or await self._live()
+        primaries = [replica for replica in live if replica.primary]
         if primaries:
             with contextlib.suppress(TesseractError, TimeoutError):
                 self._known.schema = await ask_best(self._experience, primaries, exchange, timeout=self.timeout / 2)
@@ -219,19 +224,44 @@ class RemoteExpert(nn.Module):
     async def ask(self, exchange: Exchange[T]) -> T:
         """`ask_best` of the replicas known; if none of them lives any more, of those that are found then.
 
-        A server that came back at another address is known by its old one until a call there has failed.
+        A server that came back at another address is known by its old one until a call there has failed. Where all
+        failed lately, others are looked for again while these do not answer.
         """
-        loop = asyncio.get_running_loop()
+        loop, directory = asyncio.get_running_loop(), self._experience.node.directory
         deadline = loop.time() + self.timeout
-        replicas = exchange.eligible(self._experience.node.directory.known(self.uid) or await self.find())
+        live = directory.known(self.uid) or await self._live()
+        replicas = exchange.eligible(live or await self.find())
+        asking = ask_best(self._experience, replicas, exchange, timeout=self.timeout)
         try:
-            return await ask_best(self._experience, replicas, exchange, timeout=self.timeout)
+            if live:
+                return await asking
+            found = await self._found_before(first := loop.create_task(asking))
+            if not found:
+                return await first
         except (PeerUnreachable, ConnectionLost, ExpertNotFound):
-            time_left = deadline - loop.time()
-            found = await self._experience.node.directory.find(self.uid)  # without those that just failed
-            if time_left <= 0 or not found:
+            found = await directory.find(self.uid)  # without those that just failed
+            if not found:
                 raise
-            return await ask_best(self._experience, exchange.eligible(found), exchange, timeout=time_left)
+        if (time_left := deadline - loop.time()) <= 0:
+            raise TimeoutError(f"no replica answered within {self.timeout} s")
+        return await ask_best(self._experience, exchange.eligible(found), exchange, timeout=time_left)
+
+    async def _live(self) -> Sequence[ExpertReplica]:
+        """Those that did not fail lately, by what the network says now. Raises: TimeoutError."""
+        async with asyncio.timeout(self.timeout):
+            return await self._experience.node.directory.find(self.uid)
+
+    async def _found_before(self, asking: asyncio.Task[T]) -> Sequence[ExpertReplica]:
+        """Return live replicas, once there are any, unless `asking`, which is ended then, is over before."""
+        found: Sequence[ExpertReplica] = ()
+        try:
+            while not found and not (await asyncio.wait([asking], timeout=LOOK_AGAIN_SECONDS))[0]:
+                with contextlib.suppress(TesseractError, TimeoutError):
+                    found = await self._experience.node.directory.find(self.uid)
+        finally:
+            if found or not asking.done():
+                await end(asking)
+        return found
 
     async def find(self) -> Sequence[ExpertReplica]:
         """The live replicas, the primary first; if there are none, those that failed lately: a server that stood still

@@ -19,16 +19,16 @@ import numpy.typing as npt
 import torch
 
 from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.manifest import Coordinates
 
-Coordinates = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.int64]
 
 _CHUNK_ELEMENTS = 1 << 18
 """Scores computed at once: what a core's cache holds."""
 
 
-def columns(coords_ND: Coordinates, grid_size: Sequence[int]) -> torch.Tensor:
-    """The columns of the scores ``[R, S]`` that add up to each expert's score: ``[N, D]``."""
+def score_columns(coords_ND: Coordinates, grid_size: Sequence[int]) -> torch.Tensor:
+    """Return the columns of the scores ``[R, S]`` that add up to each expert's score: ``[N, D]``."""
     offsets = np.array([0, *itertools.accumulate(grid_size)][:-1], dtype=np.int64)
     return torch.from_numpy(coords_ND + offsets)
 
@@ -40,7 +40,7 @@ class LiveGrid:
         """`coords_ND` are distinct and lie in the grid."""
         self.coords_ND = coords_ND
         self.grid_size = tuple(grid_size)
-        self.columns_ND = columns(coords_ND, grid_size)
+        self.columns_ND = score_columns(coords_ND, grid_size)
         self._by_prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._tables: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         num_live, num_dims = coords_ND.shape
@@ -56,7 +56,7 @@ class LiveGrid:
         expert_PM = torch.full((len(prefixes), len(lasts)), -1, dtype=torch.int64, device="cpu")
         expert_PM[torch.from_numpy(prefix_of), torch.from_numpy(last_of)] = torch.arange(num_live, device="cpu")
         offset = sum(self.grid_size[:-1])
-        self._by_prefix = (columns(prefixes, grid_size[:-1]), torch.from_numpy(lasts[:, 0]) + offset, expert_PM)
+        self._by_prefix = (score_columns(prefixes, grid_size[:-1]), torch.from_numpy(lasts[:, 0]) + offset, expert_PM)
 
     @functools.cached_property
     def coords(self) -> list[tuple[int, ...]]:
@@ -216,7 +216,7 @@ def cut(experts: Indices, starts: Indices, rows_L: Indices) -> list[tuple[int, I
 def within_capacity(
     rows_L: Indices, experts_L: Indices, scores_L: npt.NDArray[np.floating], room_N: Indices
 ) -> Indices:
-    """Which of the pairs fit if expert n takes `room_N` more rows, the best scores first. Ascending indices."""
+    """Return the pairs that fit if expert n takes `room_N` more rows, the best scores first, as ascending indices."""
     order = np.lexsort((-scores_L, experts_L))
     experts = experts_L[order]
     rank = np.arange(len(experts)) - np.searchsorted(experts, experts)

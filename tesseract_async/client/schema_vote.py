@@ -109,6 +109,6 @@ class SchemaVote(Uncopied):
 
 
 def _most(schemas: Sequence[ExpertSchema]) -> ExpertSchema:
-    """The one that is there most often; of equals the first."""
+    """Return the most frequent one; of equals the first."""
     votes = Counter(repr((schema.inputs, schema.outputs)) for schema in schemas)
     return max(schemas, key=lambda schema: votes[repr((schema.inputs, schema.outputs))])

@@ -1,4 +1,4 @@
-"""How calls to experts are made, and how a mixture deals with experts that may vanish. Pure."""
+"""Settings of calls to experts, and of a mixture whose experts may vanish. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ def check_timeout(name: str, timeout: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """How a call to an expert is made. Raises ValueError for options that make no sense."""
+    """Options of a call to an expert. Raises ValueError for options that make no sense."""
 
     max_staleness: int | None = None
     """A forward's answer lacks at most so many of the steps that the primary has taken; 0: the primary answers. None:
@@ -32,8 +32,8 @@ class CallOptions:
     priority: int = 0
     """-1, 0 or 1; higher goes first at the server."""
     codec: str | Mapping[str, str] = AUTO
-    """How floating-point tensors travel: a codec's name, or names by ``inputs``, ``outputs``, ``gradients``. What the
-    expert does not accept gives way to what loses no more, see `wire.codecs`."""
+    """The codec of floating-point tensors: a name, or names by ``inputs``, ``outputs``, ``gradients``. One that is
+    not accepted gives way to one that loses no more, see `wire.codecs`."""
     codecs: Codecs = field(init=False)
     """The same, checked."""
 
@@ -53,7 +53,7 @@ DEFAULT_OPTIONS = CallOptions()
 
 @dataclass(frozen=True, slots=True)
 class MixtureSettings:
-    """How a mixture deals with experts that may vanish; times in seconds. Raises ValueError for impossible numbers."""
+    """Settings of a mixture whose experts may vanish; times in seconds. Raises ValueError for impossible numbers."""
 
     spare: int = 1
     """A row is refilled as soon as fewer than ``k_min + spare`` of its experts have answered or still may: a spare one
@@ -94,7 +94,7 @@ class MixtureSettings:
     jitter: float = 0.0
     """In training mode, what is scored is multiplied by a random factor in ``[1 - jitter, 1 + jitter]``."""
     calls: CallOptions = DEFAULT_OPTIONS
-    """How each call is made."""
+    """Options of each call."""
 
     def __post_init__(self) -> None:
         for name, number in (("spare", self.spare), ("backward_k_min", self.backward_k_min)):

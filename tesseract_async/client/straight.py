@@ -42,7 +42,7 @@ def seconds_for_another(timeout: float) -> float:
 
 
 class Servers:
-    """Who is asked for each expert of a pool, worked out once for as long as that stays the same."""
+    """The server to ask for each expert of a pool, worked out once for as long as that stays the same."""
 
     def __init__(
         self,
@@ -76,12 +76,12 @@ class Servers:
                 self.first[expert] = found[0]
             self.server[expert] = self.numbers.setdefault(self.first[expert].peer, len(self.numbers))
         self.renew_at = now + _CHOSEN_SECONDS if self.has_others else math.inf
-        """When others may be faster (the loop's time)."""
+        """The time from which others may be faster (the loop's)."""
         self.seen: dict[int, tuple[int, int]] = {}
         """Epochs and versions of the latest answers."""
 
 
-class Question:
+class EncodedRequest:
     """A request to one server, encoded, and the rows of the input that it covers."""
 
     __slots__ = ("replicas", "request", "body", "buffers", "rows")
@@ -94,7 +94,9 @@ class Question:
         self.buffers = (*numbers, *buffers)
 
 
-def questions(servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[Question] | None:
+def questions(
+    servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> list[EncodedRequest] | None:
     """Return a question per server; None if `mixture` must make this pass. `index` and `weights` are unchecked."""
     shares: dict[int, dict[int, tuple[list[int], list[float]]]] = {}
     first, server, total = servers.first, servers.server, 0.0
@@ -140,7 +142,7 @@ def questions(servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: t
             seed=0,
             reply_codec="none",
         )
-        made.append(Question([first[expert] for expert in experts], request, buffers, rows))
+        made.append(EncodedRequest([first[expert] for expert in experts], request, buffers, rows))
     return made
 
 
@@ -151,7 +153,7 @@ class Straight:
         self,
         experience: Experience,
         servers: Servers,
-        asked: list[Question],
+        asked: list[EncodedRequest],
         *,
         num_rows: int,
         options: CallOptions,
@@ -312,7 +314,7 @@ class _Reply:
 
     __slots__ = ("question", "parts", "sums", "cancel", "is_open", "seconds", "_straight", "_places")
 
-    def __init__(self, straight: Straight, question: Question) -> None:
+    def __init__(self, straight: Straight, question: EncodedRequest) -> None:
         self.question, self._straight = question, straight
         self.parts: list[ApplyPart] = []
         self.sums: list[tuple[list[int] | None, torch.Tensor]] = []

@@ -31,7 +31,7 @@ _SHARED_GRADIENTS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSD
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepReport:
-    """How one step went."""
+    """The result of one step."""
 
     loss: torch.Tensor
     """Detached; not a number if the step failed."""
@@ -42,9 +42,9 @@ class StepReport:
     seconds: float
     """From the look at the parameters to the optimizer's step, waiting for the staleness bound included."""
     error: BaseException | None = None
-    """Why the step failed; then nothing changed here, and its batch taught nothing."""
+    """The reason why the step failed: nothing changed here, and its batch taught nothing."""
     batch: int | None = None
-    """Which batch of its `AsyncTrainer.run` it was, counted from 0; None outside of one."""
+    """The number of its batch in `AsyncTrainer.run`, counted from 0; None outside of one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The figures that came with the loss."""
 
@@ -82,7 +82,9 @@ class AsyncTrainer(Generic[M]):
     Each step runs on a separate copy of the module, refreshed from the master when it starts. When its backward is done
     its gradients move to the master and the optimizer steps, in one turn of the loop. Gradients are thus up to
     ``in_flight - 1`` steps stale, and more where steps differ in length. `max_staleness` bounds that: at most
-    ``max_staleness + 1`` steps are under way, and those that get far ahead wait for those that began early.
+    ``max_staleness + 1`` steps are under way, and those that get far ahead wait for those that began early. Stale
+    gradients bear shorter steps: with a small model, dividing the learning rate by the square root of `in_flight` is a
+    good start (with 8 in flight, Adam's usual rate can keep a transformer from learning anything but frequencies).
 
     ::
 

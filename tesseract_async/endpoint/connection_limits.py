@@ -1,4 +1,4 @@
-"""How many connections a process may hold, and which of those that are not established yet may wait. No I/O."""
+"""Limits of a process's connections, and of those that are not established yet. No I/O."""
 
 from collections import OrderedDict
 from collections.abc import Hashable

@@ -6,7 +6,7 @@ from typing import Final
 
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
-from tesseract_async.endpoint.events import BulkWanted, Event
+from tesseract_async.endpoint.events import BulkWanted, ConnectionEvent
 from tesseract_async.endpoint.lanes import BULK, MAIN, FrameHandler, Lane, Sending
 from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.windows import Windows
@@ -132,7 +132,7 @@ class ConnectionCore:
         self.windows = Windows(budgets.messages, owner, bounds.window_bytes, put=main.put, now=now)
         self.deadlines: list[tuple[float, int, bool]] = []
         """Deadlines of calls, a heap: time, stream, whether the call is our own. Some may have ended."""
-        self.events: list[Event] = []
+        self.events: list[ConnectionEvent] = []
         self.arena = frames.Arena()
         self._calls = {frames.CHUNK_REPLY: outgoing, frames.CHUNK_REQUEST: incoming}
         self._dialed = dialed

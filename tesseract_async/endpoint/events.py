@@ -66,4 +66,6 @@ class PeerClosed(NamedTuple):
     reason: str
 
 
-Event = CallReceived | CallCancelled | PartWanted | PartReceived | ReplyReceived | CallFailed | BulkWanted | PeerClosed
+ConnectionEvent = (
+    CallReceived | CallCancelled | PartWanted | PartReceived | ReplyReceived | CallFailed | BulkWanted | PeerClosed
+)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.core import ConnectionCore
-from tesseract_async.endpoint.events import Event, PeerClosed
+from tesseract_async.endpoint.events import ConnectionEvent, PeerClosed
 from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
@@ -139,7 +139,7 @@ class ConnectionProtocol:
         self.core.now = now
         self.life.received(count, now, lane)
 
-    def events(self) -> list[Event]:
+    def events(self) -> list[ConnectionEvent]:
         events, self.core.events = self.core.events, []
         return events
 

@@ -1,4 +1,4 @@
-"""How a newcomer settles which experts it takes, before it has built any: reservations in the network.
+"""Reservations in the network, by which a newcomer settles which experts it takes before it builds any.
 
 A newcomer says under the grid's *claims* key what it chose (`choice.choose`), and reads after a moment what others
 reserved meanwhile; where two took the same expert, both compute who keeps it. Reservations bind nobody.

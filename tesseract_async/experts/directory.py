@@ -1,4 +1,4 @@
-"""How a node finds experts: one uid when asked, whole grids kept fresh in the background."""
+"""Finds experts for a node: one uid when asked, whole grids kept fresh in the background."""
 
 import asyncio
 import contextlib

@@ -6,7 +6,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Membership, Poll
 from tesseract_async.experts.own_term import NEVER, PUBLISH_EVERY, OwnTerm
 from tesseract_async.experts.tenure_words import MAX_PAST, Command, Fetch, Look, Persist, Publish, RoleChanged, State
-from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind
 from tesseract_async.identity import Identity, PeerID
 
 
@@ -44,6 +44,7 @@ class Duty:
         self._settle_at: float | None = None
         self._patient_until = NEVER
         self._renewed = NEVER
+        self._silent_at = NEVER  # when a primary that was asked, and all others that were, had not answered
         self._look_at = now
         self._was_alone = False
         self._is_unheard = stored is not None  # nothing as new as the file here was seen
@@ -167,7 +168,7 @@ class Duty:
                 self._member.heard = now  # whom it took for dead has said the contrary
         if best.digest != self._followed:
             self._followed, self._poll = best.digest, None
-            if best.kind is not Kind.ADOPTION or self._member.voted_for(best):
+            if best.kind is not TermKind.ADOPTION or self._member.voted_for(best):
                 self._member.heard = now
             if (evidence := self.lineage.evidence(best)) is not None:
                 self._commands.append(Publish(tuple(seal.blob for seal in evidence)))

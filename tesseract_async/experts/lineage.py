@@ -12,7 +12,7 @@ from typing import Final
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, read_seal, read_term
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, read_seal, read_term
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 
@@ -107,10 +107,10 @@ class Lineage:
     def _is_founded(self, term: Term) -> bool:
         """Return whether the appointment that it names is its signer's, or the run lets its signer begin. What once was
         so stays, also when another appointment follows."""
-        if term.kind is Kind.GENESIS:
+        if term.kind is TermKind.GENESIS:
             return self._authority.founder in (None, term.primary)
         appointment = self._authority.appointment(self.uid)
-        if term.kind is not Kind.APPOINTED:
+        if term.kind is not TermKind.APPOINTED:
             return True
         return appointment is not None and (appointment.serial, appointment.peer) == (term.serial, term.primary)
 
@@ -213,7 +213,7 @@ class Lineage:
     def is_handed_over(self, before: Term, term: Term) -> bool:
         """Return whether each primary signed the expert over to the next, from that of `before` to that of `term`."""
         for step in self._walk(term):
-            if step.digest == before.digest or step.kind is not Kind.HANDOVER:
+            if step.digest == before.digest or step.kind is not TermKind.HANDOVER:
                 return step.digest == before.digest
         return False
 
@@ -265,7 +265,7 @@ class Lineage:
         return max(standing, key=rank)
 
     def _weigh(self, terms: Sequence[Term], roots: Mapping[bytes, bytes]) -> Counter[bytes]:
-        """How many hosts follow each tree, by the epochs that they name, be it of a Term that does not count any more.
+        """Count the hosts that follow each tree, by the epochs that they name, be it of a Term that no longer counts.
 
         Anybody may begin a tree with an epoch that stands in another. Then it is that of who names it for the Term that
         it signed itself, and else of the tree that this server goes by.
@@ -285,12 +285,12 @@ class Lineage:
     def _is_refuted(self, term: Term, lines: Mapping[bytes, set[bytes]]) -> bool:
         """Return whether the line that it thought dead went on after it, by the word of its primaries."""
         assert term.seal is not None
-        adopts = term.kind is Kind.ADOPTION
+        adopts = term.kind is TermKind.ADOPTION
         for digest, line in lines.items():
             if term.seal.term not in line or term.digest in line:
                 continue
             seal, one = self._seals.get(digest), self._terms[digest]
-            took = one.kind in (Kind.TAKEOVER, Kind.HANDOVER) and adopts and digest != term.seal.term
+            took = one.kind in (TermKind.TAKEOVER, TermKind.HANDOVER) and adopts and digest != term.seal.term
             # where clocks differ by more, a last Seal may say so in error: a candidate waits until it is past
             lives = seal is not None and seal.time > term.epoch
             if not lives and not (took and one.epoch > term.epoch - self._authority.lease):
@@ -306,7 +306,7 @@ class Lineage:
         for step in self._walk(one):
             if step.digest == term.seal.term:
                 return True
-            if step.kind is Kind.ADOPTION or (step.is_weak and term.kind is not Kind.ADOPTION):
+            if step.kind is TermKind.ADOPTION or (step.is_weak and term.kind is not TermKind.ADOPTION):
                 return False
         return self.is_in_line(term.seal, one)
 

@@ -119,12 +119,12 @@ class RunTag:
 
 
 def grid_key(prefix: str, tag: RunTag | None = None) -> str:
-    """Where the manifests of all servers with experts of this grid are stored: of bare uids, or of a run's."""
+    """Return the key of the manifests of all servers with experts of this grid: of bare uids, or of a run's."""
     return f"experts/{prefix}" if tag is None else f"run-experts/{tag.run_id(prefix).hex()}"
 
 
 def shard_key(uid: str, tag: RunTag | None = None) -> str:
-    """Where the manifests that hold this uid are stored, among those of a few hundred other uids at most."""
+    """Return the key of the manifests that hold this uid, among those of a few hundred other uids at most."""
     prefix, _ = split_uid(uid)
     return _shard_key(grid_key(prefix, tag), uid)
 
@@ -330,7 +330,7 @@ def _decode(reader: Reader) -> Manifest:
 
 
 def encode_addresses(addresses: Sequence[str], rendezvous: Sequence[str]) -> bytes:
-    """Where a peer can be dialed, and the nodes that pass on what cannot be. Raises: ValueError for a malformed one."""
+    """Encode a peer's addresses, and the nodes that help to reach it. Raises: ValueError for a malformed one."""
     some = bytes([len(addresses)]), *map(_encode_address, addresses)
     return b"".join((*some, bytes([len(rendezvous)]), *map(_encode_rendezvous, rendezvous)))
 

@@ -16,9 +16,9 @@ from tesseract_async.experts.own_term import NEVER, NUM_SUCCESSORS, Age, OwnTerm
 from tesseract_async.experts.tenure_words import Question, Send, State
 from tesseract_async.experts.terms import (
     EPOCH_ZERO,
-    Kind,
     Seal,
     Term,
+    TermKind,
     Vote,
     majority,
     next_epoch,
@@ -71,8 +71,8 @@ class Poll:
 
 
 @dataclass(slots=True)
-class Leave:
-    """What this server's own placement lets it do with the expert (`experts.placement`)."""
+class Permissions:
+    """The things that this server's own placement lets it do with the expert (`experts.placement`)."""
 
     lead: bool = True
     """It has room to compute it. Otherwise it votes, and holds the file, but does not stand."""
@@ -94,20 +94,20 @@ class Membership:
         self.me = identity.peer_id
         self.lineage = Lineage(uid, authority)
         self.lease = authority.lease
-        self.leave = Leave()
+        self.leave = Permissions()
         self.held: Seal | None = None
         """The Seal whose file is here."""
         self.hosts: Mapping[PeerID, int] = {}
-        """Whose manifests name the expert, and the epoch in each."""
+        """The peers whose manifests name the expert, and the epoch in each."""
         self.heard = now
-        """When the primary that it follows was heard, itself or through others."""
+        """The time at which the primary that it follows was heard, itself or through others."""
         self.beaten = -math.inf
         """The same, by its beats alone."""
         self.agreed_at = now
-        """When it last agreed with a beat: no vote for a lease."""
+        """The time at which it last agreed with a beat: for a lease, it gives no vote."""
         self.vote_from = now
         self.looked_at = NEVER
-        """When all that the network holds of the expert was read."""
+        """The time at which all that the network holds of the expert was read."""
         self.first_look = math.inf
         """The same, for the first time."""
         self.retry_at = 0.0
@@ -132,7 +132,7 @@ class Membership:
 
     def is_disproved(self, record: Term | Seal, state: State, now: float) -> bool:
         """Return whether it is an adoption that claims two leases of silence of all members, and this one spoke."""
-        if not isinstance(record, Term) or record.kind is not Kind.ADOPTION or record.seal is None:
+        if not isinstance(record, Term) or record.kind is not TermKind.ADOPTION or record.seal is None:
             return False
         best, held = self.lineage.best, self.held
         if best is not None and self.hosts.get(best.primary, best.epoch) > best.epoch:
@@ -168,7 +168,7 @@ class Membership:
         before = self._agreed_with
         if before is None or now >= self.agreed_at + self.lease or self.lineage.is_exposed(before):
             return False
-        if term.is_weak or term.kind not in (Kind.TAKEOVER, Kind.HANDOVER):
+        if term.is_weak or term.kind not in (TermKind.TAKEOVER, TermKind.HANDOVER):
             return False  # it counts on nobody's word
         is_same = (term.primary, term.boot) == (before.primary, before.boot)
         return not is_same and not self.lineage.is_handed_over(before, term)
@@ -180,16 +180,23 @@ class Membership:
         return exposed or now >= max(self.heard, self.agreed_at) + self.lease
 
     def silence_at(self, state: State) -> float:
+        """Return the time at which the primary has been silent for so long that this server would stand."""
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
         step = self._step
-        if state is State.HOLDING:  # the members come first; then it leads when two leases have passed
-            wait = max(self.lease + NUM_SUCCESSORS * step, self._adopt_after - ASKING)
+        if state is State.HOLDING:  # the members come first
+            wait = max(self.lease + NUM_SUCCESSORS * step, self._adopt_after)
         else:
             members = () if self.held is None else self.held.successors
             rank = members.index(self.me) if self.me in members else 0
-            wait = step * rank + (0.0 if exposed else self.lease)
+            # half a step: the last beat reached some a little later, and they are to be free for another vote
+            wait = step * (rank + 0.5) + (0.0 if exposed else self.lease)
         return max(self.heard + wait, self.agreed_at + self.lease, self.vote_from, self.retry_at)
+
+    def ask_at(self, state: State) -> float:
+        """Return the time to ask the primary for a sign of life: it has, or has not, answered by `silence_at`."""
+        silence = self.silence_at(state)
+        return min(silence, max(silence - POLL_SECONDS, self.heard + self.lease / 2))
 
     def is_unsealed(self, now: float) -> bool:
         """Return whether nobody knows of a Seal, nor has lately said that it is about to make one."""
@@ -238,7 +245,7 @@ class Membership:
 
     @property
     def adopt_at(self) -> float:
-        """When the expert may be adopted, if all of its members are silent until then."""
+        """Return the time at which the expert may be adopted, if all of its members are silent until then."""
         return self.heard + self._adopt_after
 
     def may_adopt(self, now: float, wall: float) -> bool:
@@ -258,7 +265,7 @@ class Membership:
         return Poll(kind, epoch, now + POLL_SECONDS, set(others)), [Send(peer, question) for peer in sorted(others)]
 
     def primaries(self, best: Term, members: Iterable[PeerID]) -> set[PeerID]:
-        """Whom to ask, besides these, whether the expert has a primary: while one is alive whose file could not be had,
+        """Return peers to ask, too, whether the expert has a primary: while one is alive whose file could not be had,
         nobody stands against it in its own tree."""
         unshown = self.lineage.unshown
         found = {best.primary, *members}
@@ -269,7 +276,7 @@ class Membership:
     def note_silence(self, poll: Poll, now: float) -> None:
         """An adoption whose signer does not answer shows no state: otherwise it could be repeated forever."""
         best = self.lineage.best
-        if best is not None and best.kind is Kind.ADOPTION and best.primary in poll.silent:
+        if best is not None and best.kind is TermKind.ADOPTION and best.primary in poll.silent:
             self.lineage.missed(best, now)
 
     def sources(self, term: Term, seal: Seal, random: Random) -> tuple[PeerID, ...]:
@@ -347,15 +354,15 @@ class Membership:
     def may_succeed(self, peer: PeerID) -> bool:
         return self.may_host(peer) and peer not in self.leave.passive
 
-    def may_stand(self, kind: Kind, seal: Seal | None, wall: float) -> bool:
+    def may_stand(self, kind: TermKind, seal: Seal | None, wall: float) -> bool:
         """Return whether this server may begin a Term from this Seal, and nobody was appointed instead."""
-        if not (self.leave.lead and self.leave.write) or (kind is Kind.GENESIS and not self.leave.begin):
+        if not (self.leave.lead and self.leave.write) or (kind is TermKind.GENESIS and not self.leave.begin):
             return False
         appointment = self._authority.appointment(self.uid)
         serial = 0 if seal is None else seal.serial
         if appointment is not None and appointment.peer is not None and appointment.serial > serial:
             return False
-        may_found = kind is not Kind.GENESIS or self._authority.founder in (None, self.me)
+        may_found = kind is not TermKind.GENESIS or self._authority.founder in (None, self.me)
         return may_found and self._authority.may(self.me, "host", self.uid, now=wall)
 
     def appointment(self) -> Appointment | None:
@@ -370,13 +377,13 @@ class Membership:
         known = (one.epoch for one in (self.lineage.best, parent) if one is not None)
         return next_epoch(max(self.promised, *known, 0), wall - EPOCH_ZERO)
 
-    def sign_term(self, kind: Kind, seal: Seal | None, epoch: int, evidence: Poll | bytes) -> Term | None:
+    def sign_term(self, kind: TermKind, seal: Seal | None, epoch: int, evidence: Poll | bytes) -> Term | None:
         """Sign a Term; None if the evidence, votes or the signature of a handover, does not carry it."""
         serial = 0 if seal is None else seal.serial
         appointment = self._authority.appointment(self.uid)
-        if kind is Kind.APPOINTED and appointment is not None:
+        if kind is TermKind.APPOINTED and appointment is not None:
             serial = appointment.serial
-        votes = list(evidence.votes.values()) if isinstance(evidence, Poll) and kind is Kind.TAKEOVER else []
+        votes = list(evidence.votes.values()) if isinstance(evidence, Poll) and kind is TermKind.TAKEOVER else []
         try:
             return sign_term(
                 self._identity,

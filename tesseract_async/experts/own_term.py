@@ -7,7 +7,7 @@ from random import Random
 from typing import Final
 
 from tesseract_async.experts.tenure_words import Question, Send
-from tesseract_async.experts.terms import MAX_SUCCESSORS, Kind, Seal, Term, majority
+from tesseract_async.experts.terms import MAX_SUCCESSORS, Seal, Term, TermKind, majority
 from tesseract_async.identity import PeerID
 
 NUM_SUCCESSORS: Final = 2
@@ -46,7 +46,7 @@ class OwnTerm:
         self._states: deque[Age] = deque(maxlen=MAX_BEHIND + 1)  # the last states: not Seals that only name others
         self._began = now
         self._agreed = {peer: sent for peer, (sent, _) in votes.items()}
-        if term.kind is Kind.TAKEOVER and term.seal is not None:
+        if term.kind is TermKind.TAKEOVER and term.seal is not None:
             self._agreed.setdefault(term.seal.primary, NEVER)
         self._holds = {peer: held for peer, (_, held) in votes.items()}
         self._follow: set[PeerID] = set()  # agreed with a beat: they know of this Term, and of none above it
@@ -96,11 +96,11 @@ class OwnTerm:
         self._settle()
 
     def heard_of_most(self, lease: float) -> float:
-        """When a majority agreed last, by members."""
+        """Return the time at which a majority agreed last, by members."""
         return self.lease_until(math.inf, lease) - lease * 2 / 3
 
     def lease_until(self, renewed: float, lease: float) -> float:
-        """When the lease ends: two thirds of one after a majority agreed, counted from sending."""
+        """Return the time at which the lease ends: two thirds of one after a majority agreed, counted from sending."""
         return min(self._until(some, renewed, lease) for some in (self.settled, self.named))
 
     def heirs(self, hosts: Set[PeerID], now: float, lease: float) -> list[PeerID]:

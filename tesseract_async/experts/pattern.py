@@ -51,7 +51,7 @@ class ExpertPattern:
 
     @property
     def num_uids(self) -> int:
-        """How many uids the pattern names; ``len`` has a limit, and a pattern can name more."""
+        """The number of uids that the pattern names; ``len`` has a limit, and a pattern can name more."""
         return math.prod(len(one) for one in self.ranges)
 
     def __len__(self) -> int:

@@ -30,7 +30,7 @@ MEMORY: Final = 0.8
 Source = TypeVar("Source", bound=Hashable)
 
 
-def size_of(piece: int, size: int) -> int:
+def piece_size(piece: int, size: int) -> int:
     count = num_leaves(size)
     if count == 1:
         return size
@@ -54,7 +54,7 @@ class _Work:
     """... and the bytes that came in them."""
     asked: list[int] = field(default_factory=list)
     since: float = 0.0
-    """When its last piece came, or since when it has something to send."""
+    """The time at which its last piece came, or since which it has something to send."""
     num_failures: int = 0
     not_before: float = -math.inf
 
@@ -75,7 +75,7 @@ class _Work:
         return not self.sent, self.due_at(len(self.asked), now), len(self.asked)
 
     def due_at(self, place: int, now: float) -> float:
-        """When what stands at this place of its queue is expected."""
+        """Return the time at which the piece at this place of its queue is expected."""
         return max(now if not self.asked else self.since, now - self.piece_time) + (place + 1) * self.piece_time
 
 
@@ -109,7 +109,7 @@ class PieceFetch(Generic[Source]):
 
     def is_right(self, piece: int, data: bytes | bytearray | memoryview) -> bool:
         """Return whether these untrusted bytes are that piece. Hashing takes a millisecond per MiB."""
-        if len(data) != size_of(piece, self.size):
+        if len(data) != piece_size(piece, self.size):
             return False
         if num_leaves(self.size) == 1:
             return root_of(data) == self.root
@@ -167,7 +167,7 @@ class PieceFetch(Generic[Source]):
         if work is not None and piece in work.asked:
             if piece != LIST:  # so short that it would measure round trips
                 work.busy = MEMORY * work.busy + max(0.0, now - work.since)
-                work.sent = MEMORY * work.sent + size_of(piece, self.size)
+                work.sent = MEMORY * work.sent + piece_size(piece, self.size)
             work.since, work.num_failures = now, 0
         is_new = piece in self._wanted
         if is_new:

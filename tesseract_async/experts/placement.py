@@ -19,7 +19,7 @@ from random import Random
 from typing import Final, NamedTuple
 
 from tesseract_async.experts.manifest import join_uid
-from tesseract_async.experts.own_term import MAX_BEHIND
+from tesseract_async.experts.own_term import MAX_BEHIND, NUM_SUCCESSORS
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
 
@@ -57,7 +57,7 @@ MAX_SCANNED: Final = 1 << 16
 NEVER: Final = 1e9
 
 
-class Role(IntEnum):
+class MemberRole(IntEnum):
     """The part of a member in an expert."""
 
     HOLDS = 0
@@ -67,10 +67,10 @@ class Role(IntEnum):
     LEADS = 2
 
 
-class Part(NamedTuple):
+class MemberPart(NamedTuple):
     """One expert at one member, by its own word."""
 
-    role: Role
+    role: MemberRole
     epoch: int = 0
     number: int = 0
     """Epoch and number of the Seal whose file it has; 0: none yet."""
@@ -108,15 +108,15 @@ class Place:
     moved_ago: float = NEVER
     """Seconds since it last took part in a move."""
     uptime: float = 0.0
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, MemberPart] = field(default_factory=dict)
 
     @property
     def num_led(self) -> int:
-        return sum(part.role is Role.LEADS for part in self.parts.values())
+        return sum(part.role is MemberRole.LEADS for part in self.parts.values())
 
     @property
     def num_computed(self) -> int:
-        return sum(part.role is not Role.HOLDS for part in self.parts.values())
+        return sum(part.role is not MemberRole.HOLDS for part in self.parts.values())
 
     @property
     def can_lead(self) -> bool:
@@ -129,7 +129,7 @@ class Place:
 
 
 class Standing(NamedTuple):
-    """How an expert stands."""
+    """The state of an expert in the swarm."""
 
     leader: PeerID | None
     followers: tuple[PeerID, ...]
@@ -137,7 +137,7 @@ class Standing(NamedTuple):
     version: int
     """Steps in the newest state that more than its primary has; of its primary's, where nobody else has any."""
     losses: int
-    """How many more members may be lost, one after the other, with the expert surviving; -1: it is lost."""
+    """The number of members that may yet be lost, one after the other, before the expert is; -1: it is lost."""
 
     @property
     def word(self) -> str:
@@ -155,7 +155,7 @@ class Survey:
     def __init__(self, places: Mapping[PeerID, Place], *, stuck: frozenset[tuple[PeerID, str]] = frozenset()) -> None:
         """`stuck`: members that say they hold an expert, but have not got its file for long."""
         self.places = places
-        self.parts: defaultdict[str, dict[PeerID, Part]] = defaultdict(dict)
+        self.parts: defaultdict[str, dict[PeerID, MemberPart]] = defaultdict(dict)
         for peer, place in places.items():
             for uid, part in place.parts.items():
                 if (peer, uid) not in stuck:
@@ -163,18 +163,22 @@ class Survey:
         self.alive = {
             uid
             for uid, parts in self.parts.items()
-            if any(one.has_file or one.role is Role.LEADS for one in parts.values())
+            if any(one.has_file or one.role is MemberRole.LEADS for one in parts.values())
         }
         """Experts of which any member has a state."""
         self.named = set(self.parts)
         """Experts that any member names."""
+        self.holders = {peer for peer, place in places.items() if place.room == 0}
+        """Members that compute nothing, ..."""
+        self.full = {peer for peer, place in places.items() if not place.can_lead}
+        """... or lead as much as they have room for."""
 
     def leader(self, uid: str) -> PeerID | None:
         """Return the member that leads it, by the highest epoch."""
-        leaders = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is Role.LEADS]
+        leaders = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is MemberRole.LEADS]
         return max(leaders)[1] if leaders else None
 
-    def copies(self, uid: str) -> dict[PeerID, Part]:
+    def copies(self, uid: str) -> dict[PeerID, MemberPart]:
         """Return the other members that have it, or are about to: not those that fell far behind the primary."""
         leader = self.leader(uid)
         others = {peer: part for peer, part in self.parts[uid].items() if peer != leader}
@@ -190,6 +194,15 @@ class Survey:
             or part.epoch > newest.epoch
         }
 
+    def unfit(self, uid: str) -> frozenset[PeerID]:
+        """Return the members that could not lead it, and so are no good successors: those that only hold; where enough
+        others have it, also those that have no room left to compute it."""
+        parts = self.parts.get(uid, {})
+        computing = {peer for peer, part in parts.items() if part.role is not MemberRole.HOLDS}
+        able = [peer for peer in parts if peer in computing or peer not in self.full]
+        num_able = sum(parts[peer].role is not MemberRole.LEADS for peer in able)
+        return frozenset(self.full - computing if num_able >= NUM_SUCCESSORS else self.holders)
+
     def standing(self, uid: str) -> Standing:
         """Return who has it, and how safe it is."""
         parts, leader = self.parts[uid], self.leader(uid)
@@ -199,14 +212,14 @@ class Survey:
             newest = parts[leader]
         return Standing(
             leader,
-            tuple(sorted(peer for peer, part in parts.items() if part.role is Role.FOLLOWS)),
-            tuple(sorted(peer for peer, part in parts.items() if part.role is Role.HOLDS and part.has_file)),
+            tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.FOLLOWS)),
+            tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.HOLDS and part.has_file)),
             0 if newest is None else newest.version,
             len(have) + (leader is not None) - 1,
         )
 
 
-class Step(NamedTuple):
+class PlacementStep(NamedTuple):
     kind: str
     """``hold`` or ``follow`` an expert that others have, or ``help`` a primary that has too much to do; ``begin`` one
     that nobody has, or ``restart`` one whose state is lost; ``drop`` a copy; ``move`` one that it leads to `peer`."""
@@ -227,10 +240,10 @@ def assign(
     pattern: ExpertPattern | None,
     may: Callable[[PeerID, str], bool],
     idle: Collection[PeerID] = (),
-) -> dict[PeerID, list[Step]]:
+) -> dict[PeerID, list[PlacementStep]]:
     """Return what each member should take, by what all can see. `may`: whether a member may host an expert; `idle`: who
     takes nothing of what falls to it."""
-    steps: defaultdict[PeerID, list[Step]] = defaultdict(list)
+    steps: defaultdict[PeerID, list[PlacementStep]] = defaultdict(list)
     free = {peer: 0 if peer in idle else place.files - len(place.parts) for peer, place in survey.places.items()}
     room = {peer: place.room - place.num_computed for peer, place in survey.places.items()}
     for uid in sorted(survey.alive):
@@ -238,7 +251,7 @@ def assign(
             free[peer] -= 1
             computes = room[peer] > 0
             room[peer] -= computes
-            steps[peer].append(Step("follow" if computes else "hold", uid))
+            steps[peer].append(PlacementStep("follow" if computes else "hold", uid))
     if pattern is not None:
         _begin(survey, pattern, free, may, steps)
     _relieve(survey, free, may, steps)
@@ -277,13 +290,13 @@ def _begin(
     pattern: ExpertPattern,
     free: dict[PeerID, int],
     may: Callable[[PeerID, str], bool],
-    steps: dict[PeerID, list[Step]],
+    steps: dict[PeerID, list[PlacementStep]],
 ) -> None:
     wanted: Counter[PeerID] = Counter()
     for uid in sorted(survey.named - survey.alive):  # by several at once: one of them keeps it
         parts = survey.parts[uid]
         wanted.update(list(parts))
-        steps[min(parts, key=lambda peer: score(peer, uid))].append(Step("begin", uid))
+        steps[min(parts, key=lambda peer: score(peer, uid))].append(PlacementStep("begin", uid))
     rest = {
         peer: min(place.room - place.num_led - wanted[peer], free[peer], MAX_BEGUN)
         for peer, place in survey.places.items()
@@ -301,7 +314,7 @@ def _begin(
             peer = min(some, key=lambda peer: (-room[peer], score(peer, uid)))
             room[peer] -= 1
             free[peer] -= 1
-            steps[peer].append(Step("begin", uid))
+            steps[peer].append(PlacementStep("begin", uid))
 
 
 def unknown(survey: Survey, pattern: ExpertPattern) -> Iterator[str]:
@@ -313,7 +326,10 @@ def unknown(survey: Survey, pattern: ExpertPattern) -> Iterator[str]:
 
 
 def _relieve(
-    survey: Survey, free: dict[PeerID, int], may: Callable[[PeerID, str], bool], steps: dict[PeerID, list[Step]]
+    survey: Survey,
+    free: dict[PeerID, int],
+    may: Callable[[PeerID, str], bool],
+    steps: dict[PeerID, list[PlacementStep]],
 ) -> None:
     """Relieve servers of which more is wanted than they can: the hottest first, each server in one move at most."""
     places = survey.places
@@ -325,14 +341,14 @@ def _relieve(
     # each row comes forward, to any that computes the expert, and backward, to its primary
     backward = {uid: sum(one.demand for one in parts.values()) / 2 for uid, parts in survey.parts.items()}
     duty = {
-        peer: sum(backward[uid] for uid, part in place.parts.items() if part.role is Role.LEADS)
+        peer: sum(backward[uid] for uid, part in place.parts.items() if part.role is MemberRole.LEADS)
         for peer, place in places.items()
     }
     for source in hot:
         parts = places[source].parts
-        mine = [uid for uid, part in parts.items() if part.role is Role.LEADS and uid in backward]
+        mine = [uid for uid, part in parts.items() if part.role is MemberRole.LEADS and uid in backward]
         for uid in sorted(mine, key=lambda uid: (-parts[uid].demand, uid)):
-            computing = [one for one in survey.parts[uid].values() if one.role is not Role.HOLDS]
+            computing = [one for one in survey.parts[uid].values() if one.role is not MemberRole.HOLDS]
             more = backward[uid] / (1 + len(computing))
             others = [place for place in places.values() if place.peer != source and place.speed > 0]
             heirs = [
@@ -342,7 +358,7 @@ def _relieve(
             ]
             if source in at_rest and heirs and min(heirs)[0] < GAIN * duty[source] / places[source].speed:
                 _, target = min(heirs)
-                steps[source].append(Step("move", uid, target))
+                steps[source].append(PlacementStep("move", uid, target))
                 at_rest -= {source, target}
                 duty[target] += backward[uid]
                 break
@@ -351,10 +367,10 @@ def _relieve(
                 for place in others
                 if _can_help(place, uid, free[place.peer]) and may(place.peer, uid)
             ]
-            is_new = any(one.role is Role.FOLLOWS and one.rate == 0 for one in computing)  # of use in a moment
+            is_new = any(one.role is MemberRole.FOLLOWS and one.rate == 0 for one in computing)  # of use in a moment
             if helpers and not is_new and min(helpers)[0] < HOT:
                 pressure[min(helpers)[1]], target = min(helpers)
-                steps[target].append(Step("help", uid))
+                steps[target].append(PlacementStep("help", uid))
                 break
 
 
@@ -365,12 +381,12 @@ def _is_heir(place: Place, uid: str) -> bool:
 
 def _can_help(place: Place, uid: str, num_free: int) -> bool:
     part = place.parts.get(uid)
-    has_room = num_free > 0 if part is None else part.role is Role.HOLDS
+    has_room = num_free > 0 if part is None else part.role is MemberRole.HOLDS
     return has_room and place.num_computed < place.room
 
 
 class Placement:
-    """What one member does, over time. Give it all places as often as they are read."""
+    """Decides over time what one member holds. Give it all places as often as they are read."""
 
     def __init__(
         self,
@@ -421,7 +437,7 @@ class Placement:
         self._unshown = {at: until for at, until in self._unshown.items() if until > now}
         return Survey(places, stuck=frozenset(stuck | self._unshown.keys()))
 
-    def decide(self, places: Mapping[PeerID, Place], now: float, wall: float) -> list[Step]:
+    def decide(self, places: Mapping[PeerID, Place], now: float, wall: float) -> list[PlacementStep]:
         """Return what to do now. `places` has this member's own, with the `wishes` in it."""
         survey = self.survey(places, now)
         self._idle = {peer: until for peer, until in self._idle.items() if until > now}
@@ -429,7 +445,7 @@ class Placement:
         self._note_idle(survey, assigned, now, wall)
         return self.choose(survey, assigned.get(self._me, []), now, wall)
 
-    def choose(self, survey: Survey, assigned: Sequence[Step], now: float, wall: float) -> list[Step]:
+    def choose(self, survey: Survey, assigned: Sequence[PlacementStep], now: float, wall: float) -> list[PlacementStep]:
         """Return which of the steps that fell to it a member takes now, and which copies it gives up."""
         self._note_states(survey, now)
         came = {uid: peer for uid, (peer, at) in self._came.items() if now - at < STAY}
@@ -444,11 +460,13 @@ class Placement:
             is_here = mine is not None and uid not in self.wishes
             since = self.wishes.setdefault(uid, now)
             if is_here or (mine is not None and now - since >= self._settle):
-                steps.append(Step("restart" if uid in self.lost else "begin", uid))
+                steps.append(PlacementStep("restart" if uid in self.lost else "begin", uid))
                 del self.wishes[uid]
         return steps + self._drops(survey, now)
 
-    def _note_idle(self, survey: Survey, assigned: Mapping[PeerID, Sequence[Step]], now: float, wall: float) -> None:
+    def _note_idle(
+        self, survey: Survey, assigned: Mapping[PeerID, Sequence[PlacementStep]], now: float, wall: float
+    ) -> None:
         """Notice members that claim room and take nothing: what falls to them falls to others for a while."""
         given: dict[PeerID, tuple[frozenset[str], float]] = {}
         for peer, steps in assigned.items():
@@ -515,16 +533,16 @@ class Placement:
         order = sorted(have, key=lambda peer: (-have[peer].role, not survey.places[peer].room, score(peer, uid)))
         return order[: order.index(self._me)] if self._me in have else order
 
-    def _drops(self, survey: Survey, now: float) -> list[Step]:
+    def _drops(self, survey: Survey, now: float) -> list[PlacementStep]:
         mine = survey.places[self._me]
-        copies = [uid for uid, part in mine.parts.items() if part.role is not Role.LEADS]
+        copies = [uid for uid, part in mine.parts.items() if part.role is not MemberRole.LEADS]
         self._surplus = {uid: self._surplus.get(uid, now) for uid in copies if self._is_surplus(survey, uid)}
         drops = [uid for uid, since in self._surplus.items() if now - since >= DROP_AFTER]
         if (num_over := len(mine.parts) - len(drops) - mine.files) > 0:  # it has room for fewer than it had
             led = [uid for uid in copies if uid not in drops and survey.leader(uid) not in (None, self._me)]
             led.sort(key=lambda uid: (-survey.standing(uid).losses, uid))
             drops += led[: min(num_over, MAX_STEPS)]
-        return [Step("drop", uid) for uid in drops]
+        return [PlacementStep("drop", uid) for uid in drops]
 
     def _is_surplus(self, survey: Survey, uid: str) -> bool:
         leader = survey.leader(uid)

@@ -38,7 +38,7 @@ from tesseract_async.experts.manifest import (
     join_uid,
     split_uid,
 )
-from tesseract_async.experts.placement import Part, Place, Role
+from tesseract_async.experts.placement import MemberPart, MemberRole, Place
 from tesseract_async.transport.base import range_of, split_host_port
 
 MAGIC: Final = b"tsp\1"
@@ -56,7 +56,7 @@ class PlacePart:
     rendezvous: tuple[str, ...]
     numbers: tuple[int, int, int, int, int]
     """Room, files, speed, and seconds since the last move and since it came."""
-    parts: Mapping[str, Part]
+    parts: Mapping[str, MemberPart]
 
     def keys(self) -> Iterator[str]:
         """The key under which it may stand."""
@@ -95,7 +95,7 @@ def encode_place(
     return found
 
 
-def _pack(part: Part) -> bytes:
+def _pack(part: MemberPart) -> bytes:
     # its primary's numbers, who may sign for any
     epoch, number, version = (min(number, 2**32 - 1) for number in (part.epoch, part.number, part.version))
     return _PART.pack(part.role, epoch, number, version, min(part.rate, 2.0**31), min(part.waiting, 2**32 - 1))
@@ -114,13 +114,13 @@ def decode_place(value: object) -> PlacePart:
         num_dims, num_parts = reader.number(), reader.number()
         if tag is None or not is_prefix(prefix) or not 0 < num_dims <= MAX_DIMS:
             raise ProtocolError("a malformed place")
-        parts: dict[str, Part] = {}
+        parts: dict[str, MemberPart] = {}
         for _ in range(num_parts):
             coords = struct.unpack(f">{num_dims}I", reader.take(4 * num_dims))
             role, epoch, number, version, rate, waiting = _PART.unpack(reader.take(_PART.size))
             if not 0 <= rate < 2**32:  # nor what is no number
                 raise ProtocolError("a malformed rate")
-            parts[join_uid(prefix, coords)] = Part(Role(role), epoch, number, version, rate, waiting)
+            parts[join_uid(prefix, coords)] = MemberPart(MemberRole(role), epoch, number, version, rate, waiting)
     except (IndexError, UnicodeDecodeError, ValueError):
         raise ProtocolError("a malformed place") from None
     if not reader.is_at_end() or len(parts) != num_parts:

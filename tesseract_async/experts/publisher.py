@@ -1,4 +1,4 @@
-"""How a server's manifests stay in the network: declared, renewed before they expire, withdrawn when it leaves."""
+"""Keeps a server's manifests in the network: declares them, renews them, withdraws them when it leaves."""
 
 import asyncio
 import itertools
@@ -23,7 +23,7 @@ NUM_HOLDERS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class PublisherSettings:
-    """How firmly a server stands in the directory. Seconds are plain floats."""
+    """The settings of a server's entries in the directory. Times are seconds."""
 
     ttl: float = 45.0
     """For how long a manifest holds; it is renewed three times as often. Shorter: a server that vanished is gone from

@@ -24,7 +24,7 @@ from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.signed import MAX_SIGNED_BYTES, Format
 from tesseract_async.identity import Identity, PeerID
 
-Value = str | int | float | bool | None
+Scalar = str | int | float | bool | None
 """An option's value."""
 
 MAX_PART_BYTES: Final = 850
@@ -67,18 +67,18 @@ class RunManifest:
     grid_size: tuple[int, ...]
     expert: str
     """A registered name, or ``module:builder``, which a volunteer must allow."""
-    sizes: Mapping[str, Value] = field(default_factory=dict)
+    sizes: Mapping[str, Scalar] = field(default_factory=dict)
     """Arguments of the expert's class."""
     optimizer: str | None = "adam"
     """A registered name; None freezes the experts."""
-    optimizer_options: Mapping[str, Value] = field(default_factory=dict)
+    optimizer_options: Mapping[str, Scalar] = field(default_factory=dict)
     schedule: str | None = None
     """A registered name of a learning-rate schedule."""
-    schedule_options: Mapping[str, Value] = field(default_factory=dict)
-    training: Mapping[str, Value] = field(default_factory=dict)
-    """How steps are taken: ``max_batch_size``, ``clip_norm`` and the like."""
-    codecs: Mapping[str, Value] = field(default_factory=dict)
-    """The one codec of ``inputs``, ``outputs`` or ``gradients``; what is not named may travel in any."""
+    schedule_options: Mapping[str, Scalar] = field(default_factory=dict)
+    training: Mapping[str, Scalar] = field(default_factory=dict)
+    """Options of training: ``max_batch_size``, ``clip_norm`` and the like."""
+    codecs: Mapping[str, Scalar] = field(default_factory=dict)
+    """The codec that ``inputs``, ``outputs`` or ``gradients`` must have; those that are not named may have any."""
     seed: int = 0
     """The first weights of an expert follow from this and its uid: two servers that start the same one start equal."""
     args_schema: Sequence[object] = ()
@@ -91,13 +91,13 @@ class RunManifest:
     delegates: Sequence[bytes] = ()
     """Grants with the role ``admit`` of those who may grant, revoke and appoint besides the owner."""
     genesis: str = "seed"
-    """Where first states come from: ``seed``; ``founder:`` and the id of the peer that has them; ``file:`` and the root
+    """The source of first states: ``seed``; ``founder:`` and the id of the peer that has them; ``file:`` and the root
     of the parameters that trainers share (`SharedParameters.genesis_of`), while experts begin as with ``seed``;
     ``shards``: the files of a checkpoint of Hugging Face."""
     shards: Sequence[bytes] = ()
     """The SHA-256 of each of these files."""
     first: int = 0
-    """Where the first dimension of the grid begins: of a model, its first layer that has experts."""
+    """The first coordinate in the grid's first dimension: of a model, its first layer that has experts."""
     num_replicas: int = 3
     """Servers that should hold each expert's state."""
     lease: float = 30.0

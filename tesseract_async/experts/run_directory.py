@@ -119,7 +119,7 @@ async def publish_record(network: TesseractNetwork, authority: Authority, record
 
 
 def kept_file(identity: Path, text: str) -> Path:
-    """Where what is known of the run ``NAME[@PEER_ID]`` is kept: next to the node's key. Raises: ValueError."""
+    """Return the file for what is known of the run ``NAME[@PEER_ID]``: next to the node's key. Raises: ValueError."""
     identity = identity.expanduser()
     return identity.with_name(f"{identity.name}.{split_run_name(text)[0]}.run")
 

@@ -1,4 +1,4 @@
-"""Which experts a server hosts: what it was asked for, within its run, its grant and its memory. No I/O.
+"""Selects the experts that a server hosts: as it was asked, within its run, its grant and its memory. No I/O.
 
 What this computer hosted before comes first: its checkpoints are worth more than a free place.
 """
@@ -23,7 +23,7 @@ class Selection:
     uids: list[str]
     num_more: int = 0
     pattern: ExpertPattern | None = None
-    """Where to claim the others."""
+    """The pattern within which to claim the others."""
     notes: tuple[str, ...] = ()
     """Sentences for the user: why it is less than was asked for."""
 

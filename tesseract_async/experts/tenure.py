@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from tesseract_async.experts.duty import Duty
-from tesseract_async.experts.membership import POLL_SECONDS, Poll
+from tesseract_async.experts.membership import Poll
 from tesseract_async.experts.own_term import OwnTerm
 from tesseract_async.experts.tenure_words import (
     MAX_PAST,
@@ -22,7 +22,7 @@ from tesseract_async.experts.tenure_words import (
     Response,
     State,
 )
-from tesseract_async.experts.terms import Kind, Seal, Term
+from tesseract_async.experts.terms import Seal, Term, TermKind
 from tesseract_async.identity import PeerID
 
 BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
@@ -36,8 +36,13 @@ class Tenure(Duty):
         """Return whether nobody shows a state of the expert, which it may have: it does not begin anew for now."""
         return self.state is State.ABSENT and self._member.is_unsealed(now) and not self._member.may_begin(now, wall)
 
+    def misses_primary(self, now: float) -> bool:
+        """Return whether the primary is silent, or this server stands: another may be known in a moment."""
+        is_silent = self.state is State.FOLLOWING and now > self._member.heard + self._lease / 3
+        return is_silent or self.state is State.CANDIDATE
+
     def timer_at(self) -> float:
-        """When `handle_timer` is due."""
+        """The time at which `handle_timer` is due."""
         if self._poll is not None:
             return self._poll.deadline
         if self._settle_at is not None:
@@ -46,8 +51,8 @@ class Tenure(Duty):
             until = self._patient_until if self._is_elected else self._lease_until()
             return min(self._own.beat_at, until if self.state in (State.PRIMARY, State.CANDIDATE) else math.inf)
         if self.state in (State.FOLLOWING, State.HOLDING):
-            silence = self._member.silence_at(self.state)
-            return min(silence, self._look_at) if self._look_at <= self._member.vote_from else silence
+            doubt = self._doubt_at()
+            return min(doubt, self._look_at) if self._look_at <= self._member.vote_from else doubt
         return self._look_at
 
     # -- what is seen --------------------------------------------------------------------------------------------------
@@ -112,7 +117,7 @@ class Tenure(Duty):
             self._was_alone = False  # once: if that does not make it primary, it stands like any other
             self._member.heard = self._member.vote_from = self._member.agreed_at = now - 2 * self._lease
         elif self.state is State.ABSENT and self._member.may_begin(now, wall):
-            self._stand(Kind.GENESIS, None, now, wall)
+            self._stand(TermKind.GENESIS, None, now, wall)
         self._appoint(now, wall)
         if (term := self.lineage.unshown) is not None and (seal := self.lineage.own_seal_of(term)) is not None:
             self._fetch(term, seal, check=True)
@@ -194,7 +199,8 @@ class Tenure(Duty):
             if not member.is_free(now) and (peer, question.boot) != (best.primary, best.boot):
                 return b""
         elif self.state is State.CANDIDATE and self._own is None and self._poll is not None:
-            if epoch <= self._poll.epoch:  # the higher one goes on, or both would give way to each other forever
+            # the higher one goes on, or both would give way to each other, or neither, forever
+            if (epoch, peer) <= (self._poll.epoch, self.me):
                 return b""
             self._give_up(now)
         else:
@@ -246,7 +252,7 @@ class Tenure(Duty):
             return False
         if now >= self._member.heard + self._lease:  # it comes late: the others may have elected one meanwhile
             return False
-        return self._stand(Kind.HANDOVER, self.held, now, wall, signature)
+        return self._stand(TermKind.HANDOVER, self.held, now, wall, signature)
 
     # -- the file ------------------------------------------------------------------------------------------------------
 
@@ -303,26 +309,47 @@ class Tenure(Duty):
             if now >= own.beat_at:
                 self._beat(own, now)
         elif self.state in (State.FOLLOWING, State.HOLDING):
-            if now >= self._member.silence_at(self.state):
+            if now >= self._doubt_at():
                 self._doubt(now, wall)
             elif self._look_at <= min(now, self._member.vote_from):
                 self._look(now)  # just started: who else comes back, with a newer file?
         elif now >= self._look_at:
             self._look(now)
 
+    @property
+    def _is_asked(self) -> bool:
+        """True if the primary, and whom else this silence is of, did not answer lately."""
+        return self._silent_at >= self._member.ask_at(self.state)
+
+    def _doubt_at(self) -> float:
+        return self._member.silence_at(self.state) if self._is_asked else self._member.ask_at(self.state)
+
     def _doubt(self, now: float, wall: float) -> None:
         """Silence: is the primary gone? Then this server stands, where it may."""
         best, held = self.lineage.best, self.held
-        if best is None or held is None or self.is_twin:
-            self._retry(now)
-        elif self.state is State.FOLLOWING and self.lineage.is_exposed(best):
-            self._stand(Kind.TAKEOVER, held, now, wall)
-        elif others := self._member.primaries(best, held.members if self.state is State.HOLDING else ()):
+        others = set[PeerID]()
+        if best is not None and held is not None and not (self._is_asked or self.is_twin):
+            others = self._member.primaries(best, held.members if self.state is State.HOLDING else ())
+        is_exposed = self.state is State.FOLLOWING and best is not None and self.lineage.is_exposed(best)
+        if best is not None and others and not is_exposed:
             if self.state is State.HOLDING:
                 self._look(now)  # before it adopts the expert, it must know what the network has
             self._ask_all("probe", others, best.epoch, now)
+        elif now < self._member.silence_at(self.state):
+            self._silent_at = now  # there is nobody to ask
+        elif best is None or held is None or self.is_twin:
+            self._retry(now)
         else:
-            self._stand(Kind.TAKEOVER, held, now, wall)
+            self._succeed(held, now, wall)
+
+    def _succeed(self, held: Seal, now: float, wall: float) -> None:
+        if self.state is State.FOLLOWING:
+            self._stand(TermKind.TAKEOVER, held, now, wall)
+        elif self._member.may_adopt(now, wall):
+            self._stand(TermKind.ADOPTION, held, now, wall)
+        else:
+            self._look(now)
+            self._retry_adopting(now)
 
     def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float) -> None:
         self._poll, sends = self._member.ask(kind, others, epoch, now)
@@ -339,26 +366,19 @@ class Tenure(Duty):
                 self._member.heard = now
                 self._give_up(now)
             elif not poll.waiting:
-                self._poll = None
+                self._poll, self._silent_at = None, now
                 self._member.note_silence(poll, now)
                 if self.state is State.CANDIDATE:
                     self._become_primary(now)
-                elif now < self._member.retry_at:
-                    pass  # it voted for another meanwhile
-                elif self.state is State.FOLLOWING:
-                    self._stand(Kind.TAKEOVER, held, now, wall)
-                elif self.state is State.HOLDING and self._member.may_adopt(now, wall):
-                    self._stand(Kind.ADOPTION, held, now, wall)
-                else:
-                    self._look(now)
-                    self._retry_adopting(now)
+                elif now >= self._member.silence_at(self.state):  # nor did it vote for another meanwhile
+                    self._succeed(held, now, wall)
         elif 1 + len(poll.votes) >= self._member.num_needed and now <= poll.deadline:
-            self._begin(Kind.TAKEOVER, held, poll.epoch, now, wall, poll)
+            self._begin(TermKind.TAKEOVER, held, poll.epoch, now, wall, poll)
         elif not poll.waiting or now > poll.deadline:
             self._poll = None
             all_gone = poll.silent | poll.votes.keys() >= set(held.members) - {self.me}
             if all_gone and self._member.may_adopt(now, wall):
-                self._begin(Kind.ADOPTION, held, poll.epoch, now, wall, poll)
+                self._begin(TermKind.ADOPTION, held, poll.epoch, now, wall, poll)
                 return
             if poll.is_led:  # only this server was cut off: by the next time, its own vote binds it no more
                 self._member.heard = now
@@ -368,14 +388,14 @@ class Tenure(Duty):
 
     # -- becoming the primary ------------------------------------------------------------------------------------------
 
-    def _stand(self, kind: Kind, seal: Seal | None, now: float, wall: float, handover: bytes = b"") -> bool:
+    def _stand(self, kind: TermKind, seal: Seal | None, now: float, wall: float, handover: bytes = b"") -> bool:
         """Try to become primary from this Seal, where no appointment says otherwise."""
         if self.is_twin or not self._member.may_stand(kind, seal, wall):
             self._retry(now)
             return False
         epoch = self._member.next_epoch(seal, wall)
         others = set() if seal is None else set(seal.members) - {self.me}
-        if kind is Kind.TAKEOVER and others and self._member.num_needed > 1:
+        if kind is TermKind.TAKEOVER and others and self._member.num_needed > 1:
             self.state = State.CANDIDATE  # its own vote is promised where a Term stands on it
             self._look(now)  # should all others be gone, it must know that the network has nothing newer
             self._ask_all("vote", others, epoch, now)
@@ -383,7 +403,7 @@ class Tenure(Duty):
         return self._begin(kind, seal, epoch, now, wall, handover)
 
     def _begin(
-        self, kind: Kind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
+        self, kind: TermKind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
     ) -> bool:
         """Sign a Term, and say so. Whether the evidence, votes or the signature of a handover, carries it."""
         self._poll = None
@@ -392,17 +412,17 @@ class Tenure(Duty):
             self._give_up(now)
             return False
         # the members of the parent decide until a Seal with others is settled
-        others = seal.members if seal is not None and kind in (Kind.TAKEOVER, Kind.HANDOVER) else ()
+        others = seal.members if seal is not None and kind in (TermKind.TAKEOVER, TermKind.HANDOVER) else ()
         self.state = State.CANDIDATE
         votes = evidence.given if isinstance(evidence, Poll) else {}
         self._own = OwnTerm(term, tuple(peer for peer in others if peer != self.me), votes, now=now)
         self._member.promise(epoch, self.me, now)
         self.lineage.add(term, now=wall, has_term=True)
-        if kind is Kind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
+        if kind is TermKind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
             self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
         self._persist()
         self._publish(self._own, now)
-        if kind is Kind.ADOPTION:
+        if kind is TermKind.ADOPTION:
             # two may adopt at once: both wait, and see each other
             self._settle_at = self._member.settled_at(now)
         elif self._is_elected:
@@ -424,7 +444,7 @@ class Tenure(Duty):
         term = self.term
         if term is None or self.lineage.best is not term or self.is_twin or self._is_elected:
             return
-        is_half = term.kind is Kind.TAKEOVER and self.held is not None
+        is_half = term.kind is TermKind.TAKEOVER and self.held is not None
         if not self.may.write or (is_half and 1 + len(term.voters) < self._member.num_needed):
             self._give_up(now)
             return
@@ -459,7 +479,7 @@ class Tenure(Duty):
         appointment = None if self.is_twin else self._member.appointment()
         if appointment is not None and (appointment.root is None or restored):
             parent = None if restored else self.held  # nobody has a Seal of what was put aside
-            self._begin(Kind.APPOINTED, parent, self._member.next_epoch(None, wall), now, wall)
+            self._begin(TermKind.APPOINTED, parent, self._member.next_epoch(None, wall), now, wall)
 
     def _beat(self, own: OwnTerm, now: float) -> None:
         own.beat_at = now + self._lease / 6
@@ -481,4 +501,4 @@ class Tenure(Duty):
 
     def _retry_adopting(self, now: float) -> None:
         """Nobody else is left, so there is nobody to make way for: try again as soon as it may be adopted."""
-        self._member.retry_at = max(now + 1.0, self._member.adopt_at - POLL_SECONDS)
+        self._member.retry_at = max(now + 1.0, self._member.adopt_at)

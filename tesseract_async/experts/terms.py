@@ -23,11 +23,11 @@ MAX_BYTES: Final = 900
 """Most bytes of one record: as much as fits an entry of the network."""
 MAX_SUCCESSORS: Final = 3
 HANDOVER_SECONDS: Final = 300
-"""How long a primary's signature over its last Seal is good: no former primary gets an expert back by an old one."""
+"""Seconds for which a primary's signature over its last Seal holds: an old one gives no expert back."""
 
 
-class Kind(IntEnum):
-    """How a Term came about."""
+class TermKind(IntEnum):
+    """The ways in which a Term comes about."""
 
     GENESIS = 0
     """Nobody knew of any Seal: the state is as the run says."""
@@ -109,7 +109,7 @@ class Term:
     epoch: int
     boot: bytes
     """8 bytes that the process drew when it started: they tell two processes with one key apart."""
-    kind: Kind
+    kind: TermKind
     serial: int
     seal: Seal | None
     """The parent: the state that it goes on from."""
@@ -122,14 +122,14 @@ class Term:
     """No majority stands behind it: it gives way to a line that went on without it (`Lineage`)."""
 
     def __post_init__(self) -> None:
-        lone = self.kind is Kind.ADOPTION
-        if self.kind is Kind.TAKEOVER and self.seal is not None:  # also a former primary that says so again
+        lone = self.kind is TermKind.ADOPTION
+        if self.kind is TermKind.TAKEOVER and self.seal is not None:  # also a former primary that says so again
             lone = 1 + len(self.voters) < max(2, majority(len(self.seal.members), strict=True))
         object.__setattr__(self, "is_weak", lone)
 
 
 def majority(num_members: int, *, strict: bool = False) -> int:
-    """How many of so many members decide. Of two, one does unless `strict`: a pair survives either's death."""
+    """Return the number of members that decide. Of two, one does unless `strict`: a pair survives either's death."""
     return 1 if num_members == 2 and not strict else num_members // 2 + 1
 
 
@@ -183,7 +183,7 @@ def sign_term(
     uid: str,
     epoch: int,
     boot: bytes,
-    kind: Kind,
+    kind: TermKind,
     serial: int = 0,
     seal: Seal | None = None,
     votes: Sequence[Vote] = (),
@@ -213,8 +213,8 @@ def _uid(value: object) -> str:
     return value
 
 
-def _kind(value: object) -> Kind:
-    return Kind(number(below=len(Kind))(value))
+def _kind(value: object) -> TermKind:
+    return TermKind(number(below=len(TermKind))(value))
 
 
 def _domain(kind: str, run: bytes) -> bytes:
@@ -241,7 +241,7 @@ def _term(
     uid: str,
     epoch: int,
     boot: bytes,
-    kind: Kind,
+    kind: TermKind,
     serial: int,
     seal: Seal | None,
     evidence: object,
@@ -250,21 +250,21 @@ def _term(
     digest: bytes,
 ) -> Term:
     voters: tuple[PeerID, ...] = ()
-    if kind is Kind.HANDOVER:
+    if kind is TermKind.HANDOVER:
         if seal is not None and epoch > max(seal.time, seal.epoch) + HANDOVER_SECONDS:
             raise InvalidRecord("a handover that was taken long ago")
         signature = octets(64)(evidence)
         if seal is None or not verify(seal.blob[:32], signature, _handover(run, seal, signer)):
             raise InvalidRecord("a handover that the last primary did not sign")
-    elif kind is Kind.TAKEOVER:
+    elif kind is TermKind.TAKEOVER:
         voters = _check_votes(evidence, run, uid, epoch, signer, seal)
     elif evidence != []:
         raise ProtocolError("a Term with evidence that it does not need")
-    if (seal is None) != (kind is Kind.GENESIS) and kind is not Kind.APPOINTED:
+    if (seal is None) != (kind is TermKind.GENESIS) and kind is not TermKind.APPOINTED:
         raise InvalidRecord("a Term without the Seal that it goes on from")
     if seal is not None and (seal.uid != uid or seal.epoch >= epoch):
         raise InvalidRecord("a Term that does not follow its Seal")
-    if kind is not Kind.APPOINTED and serial != (0 if seal is None else seal.serial):
+    if kind is not TermKind.APPOINTED and serial != (0 if seal is None else seal.serial):
         raise InvalidRecord("a Term that changes the appointment")
     return Term(uid, epoch, boot, kind, serial, seal, voters, signer, blob, digest)
 

@@ -115,7 +115,7 @@ class SwarmObserver:
         self.losses: dict[str, Progress] = {}
         """Trainers' progress (`publish_progress`)."""
         self.merged: Progress | None = None
-        """That of the parameters that they share, where one of them tells it."""
+        """The progress of the parameters that trainers share, where one of them tells it."""
         self.lost: dict[str, set[tuple[int, ...]]] = {}
         """prefix -> coordinates of experts that were seen before and are not hosted now."""
         self.surveys: dict[str, Survey] = {}

@@ -1,1 +1,1 @@
-"""How a node reaches peers, and is reached, beyond plain TCP."""
+"""The ways by which a node reaches its peers and is reached, beyond plain TCP."""

@@ -90,7 +90,7 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class ReverseBody:
-    """Where to dial, and the token to begin with (see `preamble`)."""
+    """The addresses to dial, and the token to begin with (see `preamble`)."""
 
     addresses: tuple[str, ...]
     token: bytes
@@ -109,7 +109,7 @@ class ReverseBody:
 
 @dataclass(frozen=True, slots=True)
 class RelayBody:
-    """Which relay to meet at, and the token to begin with there."""
+    """The relay to meet at, and the token to begin with there."""
 
     relay: PeerID
     token: bytes
@@ -189,7 +189,7 @@ class OfferAnswer:
 
     accepted: bool
     reason: str
-    """Why it was declined, for people."""
+    """The reason why it was declined, for people."""
     body: object
 
 

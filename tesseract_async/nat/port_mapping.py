@@ -80,7 +80,7 @@ class PortMapper:
         self.outside_port: int | None = None
         """The router's port that leads here, as it says itself."""
         self.trouble = "The router has not answered yet."
-        """Why there is no mapping, for people."""
+        """The reason why there is no mapping, for people."""
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._keep())

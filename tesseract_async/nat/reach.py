@@ -1,4 +1,4 @@
-"""How a node reaches others and is reached, beyond plain TCP: builds the parts, and drives the `role` machine.
+"""The ways to and from a node, beyond plain TCP: builds the parts, and drives the `role` machine.
 
 If others can dial this node, it carries offers, answers STUN and relays for others. If not, it keeps a connection with
 a few such nodes and names them in its records.
@@ -235,7 +235,7 @@ class Reach:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where others can dial this node: only where dial-back got through, if it did or a rendezvous helps."""
+        """The addresses at which others dial this node: only confirmed ones, if there are any or a rendezvous helps."""
         return self.role.told_addresses(has_rendezvous=bool(self.rendezvous))
 
     @property

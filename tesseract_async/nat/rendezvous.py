@@ -253,7 +253,7 @@ class RendezvousClient:
 
     @property
     def rendezvous(self) -> tuple[PeerAddress, ...]:
-        """Where this node is registered now; those that relay first."""
+        """The nodes at which this one is registered now; those that relay first."""
         return tuple(one.peer for one in sorted(self._registered.values(), key=lambda one: not one.relays))
 
     async def send_offer(self, via: PeerAddress, recipient: PeerID, offer: bytes, *, timeout: float) -> bytes:

@@ -1,4 +1,4 @@
-"""Which part a node can take in the network: *public*, or a *client* of public nodes. Pure.
+"""The role of a node in the network: *public*, or a *client* of public nodes. Pure.
 
 `RoleMachine` is told what helpers, STUN servers and the DHT saw of this node; it decides what follows from that and
 when to look again. Its driver is `reach`.
@@ -18,7 +18,7 @@ WATCH_PERIOD: Final = 5.0
 
 WILDCARDS: Final = ("0.0.0.0", "::", "")
 
-Role = Literal["unknown", "client", "public"]
+NodeRole = Literal["unknown", "client", "public"]
 NatKind = Literal["unknown", "none", "keeping", "symmetric"]
 """``keeping``: the NAT keeps ports, holes can be punched; ``symmetric``: most likely they cannot."""
 
@@ -60,7 +60,7 @@ class Reachability:
     """Its addresses, as others see them, at which they could not."""
 
     @property
-    def role(self) -> Role:
+    def role(self) -> NodeRole:
         """``public``: serves the DHT and is a rendezvous; ``client``: uses them."""
         if self.tcp is False or self.udp is False:
             return "client"
@@ -176,7 +176,7 @@ class RoleMachine:
         self.address = address
         self.reachability = Reachability(tcp=True) if is_declared_public else Reachability()
         self.doubt = ""
-        """Why the user seems to be wrong in declaring the node public; empty: there is no reason to think so."""
+        """The reason to think that the user was wrong to declare the node public; empty: there is none."""
         self.mapped_port: int | None = None
         """The router's port that leads to this node."""
         self._is_declared_public = is_declared_public
@@ -194,12 +194,12 @@ class RoleMachine:
 
     @property
     def outside_port(self) -> int:
-        """Where others dial this node by IPv4: its own port, or the router's that leads to it."""
+        """The port by which others dial this node by IPv4: its own, or the router's that leads to it."""
         return self.mapped_port or self.address.port
 
     @property
     def public_addresses(self) -> tuple[str, ...]:
-        """Where others can dial this node, if they can: addresses at which it was dialed although it did not announce
+        """The addresses at which others can dial this node, if any: those at which it was dialed without announcing
         their hosts, then what it announced, without the hosts at which it could not be dialed."""
         hosts = self.reachability.open_hosts
         opened = tuple(join_host_port(host, self.address.port if ":" in host else self.outside_port) for host in hosts)

@@ -9,12 +9,11 @@ from typing import Final, cast
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.nat.role import ListeningAddress, NatKind, kind_of_nat
+from tesseract_async.network.contacts import Address
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import stun
 
 logger = logging.getLogger(__name__)
-
-Address = tuple[str, int]
 
 RETRANSMIT_AFTER: Final = 0.25
 """Seconds without an answer after which the question is sent again."""

@@ -41,10 +41,10 @@ ONLY_PERMANENT: Final = 725
 ANYWHERE: Final = IPv4Address("0.0.0.0")
 
 
-Search = Callable[[str], Awaitable[list[tuple[str, str]]]]
+DeviceSearch = Callable[[str], Awaitable[list[tuple[str, str]]]]
 
 
-async def find(own_host: str, *, search: Search | None = None) -> Gateway | None:
+async def find(own_host: str, *, search: DeviceSearch | None = None) -> Gateway | None:
     """Return the first router that answers in the network of `own_host` and can map ports; None if none does."""
     for location, address in await (search or search_network)(own_host):
         try:

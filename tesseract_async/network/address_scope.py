@@ -1,4 +1,4 @@
-"""Which addresses a node may send to on a stranger's word. Pure.
+"""Limits the addresses that a node may send to on a stranger's word. Pure.
 
 Contacts in replies, addresses in manifests, rendezvous nodes, relays and ICE candidates all name addresses, and to
 name one has others send there. So a node on public addresses sends to public ones only, a node in a private network

@@ -79,9 +79,9 @@ class Core:
     """Wall-clock time minus loop time. The driver keeps it true."""
     verify: Verifier
     policy: Policy
-    """Whose records this node holds and hears (action ``host``)."""
+    """The policy on whose records this node holds and hears (action ``host``)."""
     scope: AddressScope
-    """Where this node may send on a stranger's word."""
+    """The addresses to which this node may send on a stranger's word."""
     address_bytes: tuple[int, ...]
     """Lengths of the packed addresses that this node can send to."""
     listener: Listener

@@ -12,9 +12,9 @@ from tesseract_async.errors import describe
 from tesseract_async.identity import PeerID, SignedRecord
 from tesseract_async.network.contacts import Address
 from tesseract_async.network.events import (
-    Event,
     Isolated,
     Joined,
+    NetworkEvent,
     NodeRoleChanged,
     ReadFinished,
     WriteFinished,
@@ -31,7 +31,7 @@ MAX_PER_TURN = 64
 """Datagrams that are read in one turn of the loop: others wait for the next, after what else is due."""
 MAX_DATAGRAM_BYTES = 65536
 MAPPED = "::ffff:"
-"""How a socket for both kinds of IP writes IPv4 addresses."""
+"""The prefix of IPv4 addresses at a socket for both kinds of IP."""
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class NetworkDriver(asyncio.DatagramProtocol):
         if not self._closed.done():
             self._closed.set_result(None)
 
-    def _deliver(self, event: Event) -> None:
+    def _deliver(self, event: NetworkEvent) -> None:
         if isinstance(event, ReadFinished | WriteFinished):
             waiter = self._waiters.get(event.operation)
             if waiter is not None and not waiter.done():

@@ -65,4 +65,4 @@ class WrongPeer:
     found: PeerID
 
 
-Event = ReadFinished | WriteFinished | Joined | Isolated | NodeRoleChanged | ClockSkewed | WrongPeer
+NetworkEvent = ReadFinished | WriteFinished | Joined | Isolated | NodeRoleChanged | ClockSkewed | WrongPeer

@@ -1,4 +1,4 @@
-"""How a node comes among the others and stays there: seeds, its own neighborhood, and the way back. Pure.
+"""Joins a node to the others and keeps it there: seeds, its own neighborhood, and the way back. Pure.
 
 Seeds are asked forever: this is how two halves of a network find each other. An unknown node in this node's own
 neighborhood starts a lookup of this node's own id.
@@ -41,7 +41,7 @@ class NetworkMembership:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._timer: Timer | None = None
-        """When the seeds are asked."""
+        """Rings when the seeds are to be asked."""
         self._backoff = MIN_SEED_BACKOFF
         self._remembered: LRU[Address, None] = LRU(MAX_REMEMBERED)
         self._is_looking = False

@@ -37,7 +37,7 @@ class LookupCandidate:
     contact: Contact
     distance: int
     round: int
-    """How many answers led here, itself included: 1 for a contact known at the start."""
+    """Answers that led here, its own included: 1 for a contact known at the start."""
     teller: "LookupCandidate | None"
     """The candidate that named it, and is answerable for it."""
     state: CandidateState = CandidateState.NEW

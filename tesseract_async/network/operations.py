@@ -20,13 +20,13 @@ NUM_PATHS = 4
 ALPHA = 8
 """Requests that one lookup has in progress, over all its paths."""
 REFRESH_K = 6
-"""How many of the nearest a lookup for a bucket's refresh asks, on one path: nothing is believed that it finds before
-it has answered by itself, and over four paths the upkeep of a node would be four times what it is."""
+"""Nodes nearest to its target that a bucket's refresh asks, on one path: a node that it finds is believed only once it
+has answered itself, and over four paths the upkeep of a node would be four times what it is."""
 NUM_PROBES = 3
 """Random ids that are looked up to learn the density of ids: the neighborhood alone could be one attacker's."""
 
 REACH = 1.5
-"""How far the region reaches, in radii within which k nodes are expected."""
+"""The region's radius, in radii within which k nodes are expected."""
 NUM_LOOKUPS = 6
 """Lookups of random ids in the region."""
 MAX_MEMBERS = 160

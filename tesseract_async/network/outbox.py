@@ -8,7 +8,7 @@ from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address
-from tesseract_async.network.events import Event
+from tesseract_async.network.events import NetworkEvent
 
 MAX_WRITTEN_TO = 8192
 FILTER_LIFETIME = 600.0
@@ -28,7 +28,7 @@ class Outbox:
     forced_client: bool = False
     """True where the node must be a client whatever its role."""
     datagrams: list[tuple[bytes, Address]] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[NetworkEvent] = field(default_factory=list)
     _written_to: LRU[Address, float] = field(default_factory=lambda: LRU(MAX_WRITTEN_TO))
 
     @property
@@ -65,7 +65,7 @@ class Outbox:
     def new_transaction(self) -> bytes:
         return self.random.randbytes(wire.TRANSACTION_BYTES)
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: NetworkEvent) -> None:
         self.events.append(event)
 
     def drop(self, reason: str) -> None:

@@ -27,7 +27,7 @@ from tesseract_async.network.contacts import (
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import AMPLIFICATION, MAX_DATAGRAM_BYTES, MIN_REQUEST_BYTES
 from tesseract_async.network.dial_back import DatagramDialBack, Probation, ThirdNodes
-from tesseract_async.network.events import Event, ReadFinished, WriteFinished
+from tesseract_async.network.events import NetworkEvent, ReadFinished, WriteFinished
 from tesseract_async.network.holding import Holder, RecordCheck
 from tesseract_async.network.joining import NetworkMembership, Seed
 from tesseract_async.network.operations import probe_density, refresh
@@ -170,7 +170,7 @@ class NetworkProtocol:
         datagrams, self.core.outbox.datagrams = self.core.outbox.datagrams, []
         return datagrams
 
-    def events(self) -> list[Event]:
+    def events(self) -> list[NetworkEvent]:
         events, self.core.outbox.events = self.core.outbox.events, []
         for event in events:
             if isinstance(event, ReadFinished | WriteFinished):

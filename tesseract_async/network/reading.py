@@ -14,7 +14,7 @@ from tesseract_async.network.lookup import Lookup
 from tesseract_async.network.operations import ALPHA, Region, Search
 from tesseract_async.network.routing_table import K
 from tesseract_async.network.rpcs import Call, Caller
-from tesseract_async.network.storage import MAX_ENTRIES_PER_KEY, NUM_RANGES, RANGE_SIZE, EntryID, Summary, summarize
+from tesseract_async.network.storage import MAX_ENTRIES_PER_KEY, NUM_RANGES, RANGE_SIZE, EntryID, Summary, summary_of
 from tesseract_async.network.timers import Timer
 
 NUM_EQUAL_HOLDERS = 3
@@ -106,7 +106,7 @@ class Read:
                 for body in bodies:
                     record = self._verify(body)
                     records[_entry_id(record)] = record
-                known = self._summaries[same] = summarize(list(records.values())), records
+                known = self._summaries[same] = summary_of(list(records.values())), records
             summary, records = known
         self._holdings.append(Holding(contact, summary, records))
         equal = [item for item in self._holdings if item.summary == summary]

@@ -37,7 +37,7 @@ class Replicator:
         self._work: Iterator[float] | None = None
         """A round in progress; each step gives the seconds until the next."""
         self._timer: Timer | None = None
-        """When its next step is due."""
+        """Rings when its next step is due."""
         core.timers.start(now + core.settings.republish_period * (0.5 + core.random.random()), self._begin_period)
 
     def newcomer(self, contact: Contact, now: float) -> None:

@@ -193,7 +193,7 @@ class RoutingTable:
 
 
 class Density:
-    """How far from a key its k nearest nodes are to be expected."""
+    """Estimates the distance from a key within which its k nearest nodes lie."""
 
     def __init__(self, table: RoutingTable) -> None:
         self._table = table

@@ -28,7 +28,7 @@ MAX_TIMEOUT = 2.0
 STALL = 0.05
 """A timer this late means that this node's own loop stood still, and says nothing about others."""
 MAX_GRACES = 3
-"""How often one call is spared for that."""
+"""Times that one call is given longer for that reason."""
 STRANGERS_PER_RANGE = 1.0
 """First requests per second to contacts of one address range that have not proven to live there."""
 
@@ -65,9 +65,9 @@ class Call:
     attempts: int = 0
     sent_at: float = 0.0
     timer: Timer | None = None
-    """When this attempt is late."""
+    """Rings when this attempt is late."""
     num_graces: int = 0
-    """How often its timeout was put off because this node's own loop had stalled."""
+    """Times that its timeout was put off because this node's own loop had stalled."""
     repeated: bool = False
     """True once it was sent anew because its token was out of date."""
 

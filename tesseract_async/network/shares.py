@@ -10,7 +10,7 @@ RANGE_SHARE = 32
 BLOCK_SHARE = 8
 """All ranges of a block (/16 of IPv4, /32 of IPv6: what a provider has) an eighth, as one that copies others' may."""
 
-Name = tuple[bytes, tuple[str | None, PeerID]]
+EntryName = tuple[bytes, tuple[str | None, PeerID]]
 """An entry: its key, subkey and owner."""
 
 
@@ -28,8 +28,8 @@ class Source(NamedTuple):
 
 class Shares:
     def __init__(self) -> None:
-        self._source_of: dict[Name, Source] = {}
-        self._sizes: dict[Source, dict[Name, int]] = {}
+        self._source_of: dict[EntryName, Source] = {}
+        self._sizes: dict[Source, dict[EntryName, int]] = {}
         self._bytes: dict[Source, int] = {}
         """Sums of ranges, and of blocks."""
         self._in_key: dict[bytes, dict[Source, int]] = {}
@@ -41,10 +41,10 @@ class Shares:
     def sources(self, key: bytes) -> dict[Source, int]:
         return self._in_key.get(key, {})
 
-    def source_of(self, name: Name) -> Source | None:
+    def source_of(self, name: EntryName) -> Source | None:
         return self._source_of.get(name)
 
-    def move(self, name: Name, size: int, source: Source | None) -> None:
+    def move(self, name: EntryName, size: int, source: Source | None) -> None:
         """An entry of `size` bytes is `source`'s now; None: it is gone, or came from where sources are not counted."""
         before = self._source_of.pop(name, None)
         if before is not None:
@@ -79,10 +79,10 @@ class Shares:
             return None
         return most
 
-    def some_of(self, source: Source, count: int) -> list[Name]:
+    def some_of(self, source: Source, count: int) -> list[EntryName]:
         return list(islice(self._sizes[source], count))
 
-    def _count(self, name: Name, source: Source, entries: int, size: int) -> None:
+    def _count(self, name: EntryName, source: Source, entries: int, size: int) -> None:
         in_key = self._in_key.setdefault(name[0], {})
         _add(in_key, source, entries)
         if not in_key:

@@ -77,7 +77,7 @@ class _Index:
 
     def __init__(self, entries: dict[EntryID, SignedRecord]) -> None:
         self.order = sorted(((record.slot, identity) for identity, record in entries.items()), key=_slot_of)
-        self.digests = list(summarize(list(entries.values())).digests)
+        self.digests = list(summary_of(list(entries.values())).digests)
         self.owners = Counter(owner for _, owner in entries)
 
     def add(self, identity: EntryID, record: SignedRecord, old: SignedRecord | None) -> None:
@@ -118,7 +118,7 @@ class _Dictionary:
     def summary(self) -> Summary:
         if self.index is not None:
             return Summary(len(self.entries), tuple(self.index.digests))
-        return summarize(list(self.entries.values()))
+        return summary_of(list(self.entries.values()))
 
     def in_order(self, start: int) -> Iterator[tuple[int, SignedRecord]]:
         if self.index is not None:
@@ -322,7 +322,7 @@ class Storage:
             del self._keys[record.key]
 
 
-def summarize(records: Iterator[SignedRecord] | list[SignedRecord]) -> Summary:
+def summary_of(records: Iterator[SignedRecord] | list[SignedRecord]) -> Summary:
     digests = [0] * NUM_RANGES
     count = 0
     for record in records:

@@ -4,14 +4,14 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Action = Callable[[float], None]
+TimerAction = Callable[[float], None]
 
 
 @dataclass(slots=True, eq=False)
 class Timer:
     """An action that is due at a time, unless it is canceled (None) before."""
 
-    action: Action | None
+    action: TimerAction | None
 
 
 class Timers:
@@ -24,7 +24,7 @@ class Timers:
     def __len__(self) -> int:
         return sum(timer.action is not None for _, _, timer in self._heap)
 
-    def start(self, at: float, action: Action) -> Timer:
+    def start(self, at: float, action: TimerAction) -> Timer:
         """Call ``action(now)`` once `run` is called at `at` or later."""
         timer = Timer(action)
         self._num_started += 1

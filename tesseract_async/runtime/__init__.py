@@ -1,1 +1,1 @@
-"""The one busy thread of a device: batcher (no I/O), backend (what an expert computes), runtime (the thread)."""
+"""A device's busy thread: batcher (no I/O), backend (what an expert computes), runtime (the thread)."""

@@ -18,7 +18,7 @@ _LARGEST_NORM: Final = math.sqrt(torch.finfo(torch.float32).max)
 NOT_FINITE: Final = "the gradients that came with this call are not finite; no step was taken"
 
 Outcomes = dict[Work, WorkResult | BaseException]
-"""How a batch went for its requests. One that is absent has more rows, in a later batch."""
+"""The result of each request in a batch. A request that is absent has more rows, in a later batch."""
 
 
 @dataclass(slots=True, eq=False, repr=False)

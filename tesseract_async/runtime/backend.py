@@ -32,7 +32,7 @@ from tesseract_async.runtime.gradients import (
     weight_gradients,
     weighted,
 )
-from tesseract_async.runtime.module_runner import ModuleRunner, device_of, leaves_of
+from tesseract_async.runtime.module_runner import ModuleRunner, as_leaves, device_of
 from tesseract_async.runtime.norms import UsualNorms
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.watching import uses_batch_statistics
@@ -48,7 +48,7 @@ MakesScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSettings:
-    """How an expert is trained and computed."""
+    """The settings by which an expert is trained and computed."""
 
     clip_gradient_norm: float | None = None
     """Gradients of a step are scaled down to this norm (over all parameters)."""
@@ -316,7 +316,7 @@ class ExpertBackend:
         do not fit the schema.
         """
         # of tensors that require gradients, as in `gradients`: a module may look at that, and must do the same again
-        marked = leaves_of(inputs) if self._runner.marks_inputs else inputs
+        marked = as_leaves(inputs) if self._runner.marks_inputs else inputs
         outputs = self._runner.run(marked, training=training, seed=seed, gradients=False)
         return [x.detach() if x.requires_grad else x for x in outputs]
 
@@ -336,7 +336,7 @@ class ExpertBackend:
         """
         if self.optimizer is None:
             self.prepare()
-        leaves = leaves_of(inputs)
+        leaves = as_leaves(inputs)
         present = [x for x in leaves if x is not None]
         sources = present + self.parameters
         outputs = self._runner.run(leaves, training=training, seed=seed, gradients=True)

@@ -161,7 +161,7 @@ class BatcherStatistics:
     num_bytes: int = 0
     """Bytes of all requests that wait or run."""
     bytes_per_second: float = 0.0
-    """How fast the device got through its work lately; 0 before the first batch."""
+    """The speed at which the device got through its work lately; 0 before the first batch."""
 
 
 _Heap = list[tuple[float, int, list[QueuedRequest]]]

@@ -1,4 +1,4 @@
-"""What each expert of a device has computed, and the metrics of its batches. On the loop."""
+"""Figures of a device: rows and steps of each expert, and the metrics of its batches. On the loop."""
 
 import time
 from collections import defaultdict

@@ -35,20 +35,20 @@ from torch.nn import functional as F
 from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
 from tesseract_async.runtime.costs import GroupChoice
 from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
-from tesseract_async.runtime.module_runner import leaf_of
+from tesseract_async.runtime.module_runner import as_leaf
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 8 << 20
-"""Parameters and buffers of an expert: computing a larger one takes so long that calling it costs nothing beside."""
+"""Bytes of an expert's parameters and buffers: computing a larger one takes so long that calling it costs nothing."""
 _STACKED_BYTES: Final = 256 << 10
 """Up to this size of one weight, ``grouped_mm`` over a stack of them pays where gradients are computed."""
 _STACKED_BYTES_FORWARD: Final = 64 << 10
 """Without gradients, there is less to gain from a copy."""
 _MAX_CHANGES: Final = 3
-"""How often an expert may change what makes it one of a kind; then it keeps state in it, and is computed alone."""
+"""An expert may so often change what makes it one of a kind. After that it is computed alone: it keeps state there."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 
@@ -61,9 +61,9 @@ class Unfit(Exception):
 
 
 class Group:
-    """What may be computed in one pass: experts of one kind, in one direction and mode. Made by `Groups`."""
+    """Experts that may share a pass: of one kind, in one direction and mode. Made by `Groups`."""
 
-    def __init__(self, kind: Kind, training: bool) -> None:
+    def __init__(self, kind: ExpertKind, training: bool) -> None:
         self.kind = kind
         self.training = training
         self.choice = GroupChoice()
@@ -86,7 +86,7 @@ class Groups:
     def __init__(self) -> None:
         self._members: weakref.WeakKeyDictionary[ExpertBackend, Member] = weakref.WeakKeyDictionary()
         self._num_changes: weakref.WeakKeyDictionary[ExpertBackend, int] = weakref.WeakKeyDictionary()
-        self._kinds: weakref.WeakValueDictionary[Hashable, Kind] = weakref.WeakValueDictionary()
+        self._kinds: weakref.WeakValueDictionary[Hashable, ExpertKind] = weakref.WeakValueDictionary()
         self._groups: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
 
     def group_of(self, backend: ExpertBackend, *, training: bool, mode: Hashable) -> Group | None:
@@ -122,7 +122,7 @@ class Groups:
 class Member:
     """One expert's tensors, and what must not change while it is of its kind. Raises: Unfit."""
 
-    def __init__(self, backend: ExpertBackend, kinds: weakref.WeakValueDictionary[Hashable, Kind]) -> None:
+    def __init__(self, backend: ExpertBackend, kinds: weakref.WeakValueDictionary[Hashable, ExpertKind]) -> None:
         module, settings = backend.module, backend.settings
         tensors = [*module.parameters(), *module.buffers()]
         if (
@@ -156,7 +156,7 @@ class Member:
         )
         kind = kinds.get(key)
         if kind is None:
-            kind = kinds[key] = Kind(backend)
+            kind = kinds[key] = ExpertKind(backend)
         self.kind = kind
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -245,7 +245,7 @@ def _slots_of(module: nn.Module) -> list[_Slot]:
     return slots
 
 
-class Kind:
+class ExpertKind:
     """Experts that differ in numbers only, and how they are computed together."""
 
     def __init__(self, example: ExpertBackend) -> None:
@@ -266,7 +266,7 @@ class Kind:
         self.num_extra_rows = 0
         """Rows by which each expert's are padded beyond need: to see whether rows influence one another."""
         self.way: Way | None = self._vmapped
-        """How they are computed; None once no way was left."""
+        """The function that computes them; None once every way has failed."""
         if example.device.type == "cpu" and self._autocast is None:
             self.way = self._ragged
         self.name = example.name
@@ -307,7 +307,7 @@ class Kind:
         Returns gradients of the inputs, and of each one's `parameters`; where these are parts of stacks, one for each
         parameter, also the stacks.
         """
-        leaves, each = [leaf_of(x) for x in inputs], [member.tensors() for member in members]
+        leaves, each = [as_leaf(x) for x in inputs], [member.tensors() for member in members]
         stacks = self._stacks(each, parameters)
         with torch.enable_grad():
             outputs = self._call(each, stacks, leaves, counts, training)

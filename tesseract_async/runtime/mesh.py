@@ -58,7 +58,7 @@ class _SteadyRunner(ModuleRunner):
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How experts are spread: the arguments of `MeshBackend` that are the same for all of them."""
+    """The arguments of `MeshBackend` that are the same for all experts."""
 
     mesh: DeviceMesh
     plan: Plan

@@ -29,7 +29,7 @@ Build = Callable[[], tuple[nn.Module, tuple[Schema, ...]]]
 """Returns a module and the schemas of its arguments: the same in every process."""
 
 Box = tuple[Sequence[int], Sequence[int]]
-"""Where a part begins in each dimension, and its sizes."""
+"""The offsets of a part in each dimension, and its sizes."""
 
 
 def build_spread(

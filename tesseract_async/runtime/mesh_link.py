@@ -89,10 +89,10 @@ class MeshLink:
         self.rank, self.size = rank, size
         self.timeout, self.grace = timeout, grace
         self.lost: str | None = None
-        """Why this mesh computes no more, once that is so."""
+        """The reason why this mesh computes no more, once that is so."""
         self._followers: list[Callable[[], Follows | None]] = []  # what commands are about, by its number
         self.counts: Callable[[], Counts] = dict
-        """Those of this process."""
+        """The counts of this process."""
         self.states: dict[int, Sequence[torch.Tensor]] = {}
         """Tensors that are kept here for the leader, by the number of their state."""
         self.numbers = itertools.count(1)
@@ -267,9 +267,10 @@ class MeshLink:
                     one.settimeout(self.grace)
                     send(one, None)
                     receive(one)
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close every socket: the others see this process leave."""
         self._leaving = True
         for one in self._sockets.values():
             with contextlib.suppress(OSError):
@@ -313,7 +314,7 @@ class MeshLink:
             os._exit(LOST_STATUS)
         self._leaving = True
         send(leader, None)
-        self._close()
+        self.close()
 
     def _start_thread(self, work: Callable[[], None]) -> None:
         threading.Thread(target=work, name="tesseract-mesh", daemon=True).start()

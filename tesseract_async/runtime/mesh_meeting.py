@@ -1,4 +1,4 @@
-"""How the processes of a mesh meet, and what they write into the sockets between them.
+"""The meeting of the processes of a mesh, and the format of what they send each other.
 
 The leader listens only while the mesh meets, on the interface by which it reaches torch's store. Each side proves that
 it read the token in that store; a stranger gets so many bytes of attention and so many seconds.

@@ -1,4 +1,4 @@
-"""How a module is spread over a mesh: FSDP, and tensor parallelism where the module says how.
+"""Plans that spread a module over a mesh: FSDP, and tensor parallelism where the module says how.
 
 A plan is a function that takes the module and a `DeviceMesh` over all processes, spreads the module in place, and
 returns the one-dimensional mesh over which the rows of a batch are divided, or None where every process computes all
@@ -30,7 +30,7 @@ STYLES: Final[Mapping[str, Callable[[], ParallelStyle]]] = {
     "rows": RowwiseParallel,
     "gathered columns": lambda: ColwiseParallel(output_layouts=Replicate()),
 }
-"""How a linear layer's weight is divided: by its outputs, by its inputs, by its outputs, which are then gathered."""
+"""The ways to divide a linear layer's weight: by outputs; by inputs; by outputs, which are then gathered."""
 
 
 def check_torch() -> None:

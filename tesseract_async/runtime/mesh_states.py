@@ -22,7 +22,7 @@ from tesseract_async.runtime import states
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.mesh_building import box_of, like
 from tesseract_async.runtime.mesh_link import MeshLink
-from tesseract_async.runtime.spread_tensor import Part, SpreadTensor, blocks_of
+from tesseract_async.runtime.spread_tensor import SpreadTensor, TensorPart, blocks_of
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.wire.packed import Value
 
@@ -48,7 +48,7 @@ class SpreadStates(ExpertBackend):
         def handle(leaf: Any) -> Any:
             if not isinstance(leaf, _Leaf):
                 return leaf
-            parts = [Part(rank, *boxes_there[leaf.index]) for rank, boxes_there in enumerate(boxes)]
+            parts = [TensorPart(rank, *boxes_there[leaf.index]) for rank, boxes_there in enumerate(boxes)]
 
             def read(rank: int, start: int, stop: int) -> bytes | bytearray | memoryview:
                 return self.link.read(rank, number, leaf.index, start, stop)

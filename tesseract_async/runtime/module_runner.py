@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tesseract_async.runtime import randomness
-from tesseract_async.runtime.watching import Habits, Undone, copies, generator_states, have_moved, watched
+from tesseract_async.runtime.watching import Habits, Undone, call_watched, copies, generator_states, have_moved
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.tensors import Schema, TensorSpec
 
@@ -145,7 +145,7 @@ class ModuleRunner:
     def _watch(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> object:
         """Run the module under watch, and learn its habits."""
         habits, given_seed = self._habits[training], seed if self.is_stochastic(training) else None
-        outputs = watched(lambda given: self._call(given, given_seed, records=False), inputs, habits, self.name)
+        outputs = call_watched(lambda given: self._call(given, given_seed, records=False), inputs, habits, self.name)
         if not habits.draws or seed is None or self._stochastic is not None:
             return outputs
         return self._call(copies(inputs), seed, records=False)  # what was drawn so can't be drawn again
@@ -227,7 +227,7 @@ class ModuleRunner:
 
     def _try_out(self, inputs: Sequence[torch.Tensor | None], *, training: bool) -> object:
         was_training = self._module.training
-        present = self._take(leaves_of(inputs) if self.marks_inputs else inputs)
+        present = self._take(as_leaves(inputs) if self.marks_inputs else inputs)
 
         def call(given: Sequence[torch.Tensor]) -> object:
             args, kwargs = self._arguments(given)
@@ -237,7 +237,7 @@ class ModuleRunner:
             # whatever autocast the expert is made in: its runtime's thread has none (and torch none for "meta")
             kind = "cuda" if device_of(self._module).type == "cuda" else "cpu"
             with torch.no_grad(), torch.autocast(kind, enabled=False), Undone(self._module) as undone:
-                outputs = watched(call, present, self._habits[training], self.name, is_alone=True)
+                outputs = call_watched(call, present, self._habits[training], self.name, is_alone=True)
         finally:
             self._module.train(was_training)
         self._keeps[training] = not undone.changed
@@ -293,12 +293,12 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def leaves_of(inputs: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Return `leaf_of` each."""
-    return [None if x is None else leaf_of(x) for x in inputs]
+def as_leaves(inputs: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Return each as `as_leaf` does; None stays None."""
+    return [None if x is None else as_leaf(x) for x in inputs]
 
 
-def leaf_of(x: torch.Tensor) -> torch.Tensor:
+def as_leaf(x: torch.Tensor) -> torch.Tensor:
     """Return the same tensor, requiring gradients if it can have some."""
     return x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach()
 

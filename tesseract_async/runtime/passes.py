@@ -1,4 +1,4 @@
-"""How batches that came together go through the executor: in one pass, or each in its own. Belongs to its thread."""
+"""Takes batches that came together through the executor: in one pass, or each in its own. Belongs to its thread."""
 
 from collections.abc import Hashable, Sequence
 
@@ -9,8 +9,8 @@ from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.together import GroupExecutor, Together
 
 QueueKind = tuple[ExpertBackend, bool, bool, bool, bool, Hashable]
-"""What may share a batch: one expert's backwards or forwards, in training or not, that step or not, weighted or not, of
-one size where sizes vary, with the same tensors where some are optional. The name of the batch's queue."""
+"""The name of a queue, whose requests may share a batch: one expert's backwards or forwards, in training or not, that
+step or not, weighted or not, of one size where sizes vary, with the same tensors where some are optional."""
 
 
 class Trial:
@@ -26,7 +26,7 @@ class Trial:
         self.seconds = 0.0
 
 
-class Pass:
+class DevicePass:
     """Batches that the device computes at once: one as an attempt, several together."""
 
     __slots__ = ("batches", "trial", "attempt", "together")
@@ -77,14 +77,14 @@ class Pass:
                 find_group(executor, batch)
 
 
-def passes(batches: list[Batch]) -> list[Pass]:
+def passes(batches: list[Batch]) -> list[DevicePass]:
     """Return how batches that came together are computed: in one pass, or each in its own."""
     if len(batches) < 2:
-        return [Pass(batches)] if batches else []
+        return [DevicePass(batches)] if batches else []
     group = batches[0].queue.group
     assert isinstance(group, Group)
     trial = Trial(group, batches)
-    return [Pass(batches, trial)] if trial.is_together else [Pass([batch], trial) for batch in batches]
+    return [DevicePass(batches, trial)] if trial.is_together else [DevicePass([batch], trial) for batch in batches]
 
 
 def find_group(executor: GroupExecutor, batch: Batch) -> None:

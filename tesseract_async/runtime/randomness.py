@@ -16,7 +16,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Value = Any  # an argument or result of an operation
+Operand = Any  # an argument or result of an operation
 cuda: Any = torch.cuda  # its generators are untyped
 
 
@@ -34,8 +34,8 @@ class seeded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Sequence[Value] = (), kwargs: Mapping[str, Value] | None = None
-    ) -> Value:
+        self, func: OpOverload, types: object, args: Sequence[Operand] = (), kwargs: Mapping[str, Operand] | None = None
+    ) -> Operand:
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags or has_own_generator(kwargs):
             return func(*args, **kwargs)
@@ -60,15 +60,15 @@ class seeded(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return found
 
-    def _dropout(self, device: torch.device, x: torch.Tensor, p: float, train: bool | None) -> Value:
+    def _dropout(self, device: torch.device, x: torch.Tensor, p: float, train: bool | None) -> Operand:
         if train is False or p == 0:
             return x.clone(), torch.ones_like(x, dtype=torch.bool)
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=self._generator(device))
         return x * mask * (1 / (1 - p) if p < 1 else 0.0), mask
 
     def _fused(
-        self, func: OpOverload, device: torch.device, args: Sequence[Value], kwargs: Mapping[str, Value]
-    ) -> Value:
+        self, func: OpOverload, device: torch.device, args: Sequence[Operand], kwargs: Mapping[str, Operand]
+    ) -> Operand:
         default = torch.default_generator if device.type == "cpu" else cuda.default_generators[device.index or 0]
         seed = torch.randint(2**62, (), generator=self._generator(torch.device("cpu")))
         before = default.get_state()
@@ -79,7 +79,7 @@ class seeded(TorchDispatchMode):  # type: ignore[no-untyped-call]
             default.set_state(before)
 
 
-def has_own_generator(kwargs: Mapping[str, Value]) -> bool:
+def has_own_generator(kwargs: Mapping[str, Operand]) -> bool:
     """Return whether an operation with these arguments draws from a generator that is not one of PyTorch's defaults."""
     generator = kwargs.get("generator")
     defaults = (torch.default_generator, *cuda.default_generators)
@@ -103,7 +103,7 @@ def _arguments(func: OpOverload) -> dict[str, str]:
     return {argument.name: str(argument.type) for argument in func._schema.arguments}
 
 
-def _device_of(args: Sequence[Value], kwargs: Mapping[str, Value]) -> torch.device:
+def _device_of(args: Sequence[Operand], kwargs: Mapping[str, Operand]) -> torch.device:
     device = kwargs.get("device")
     if device is None:
         device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), "cpu")

@@ -27,7 +27,7 @@ from tesseract_async.runtime.batcher import MAX_QUEUE_BYTES, Batch, Batcher, Bat
 from tesseract_async.runtime.figures import Figures
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.grouped import Group
-from tesseract_async.runtime.passes import Pass, find_group, passes
+from tesseract_async.runtime.passes import DevicePass, find_group, passes
 from tesseract_async.runtime.queues import ExpertQueues
 from tesseract_async.runtime.staging import Staging, staging_for
 from tesseract_async.runtime.states import StateDict
@@ -43,7 +43,7 @@ Job = Callable[[GroupExecutor], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeSettings:
-    """How a device is used."""
+    """The settings of a device."""
 
     max_queue_bytes: int = MAX_QUEUE_BYTES
     """Bytes of all requests that wait or run; beyond it new ones are refused. Less on a computer with little memory."""
@@ -464,8 +464,8 @@ class TesseractRuntime(Uncopied):
 
     def _work(self, executor: GroupExecutor) -> None:
         """Compute until the runtime closes. Where copies overlap, a pass is staged while another one computes."""
-        running: Pass | None = None
-        left: deque[Pass] = deque()  # of batches that were popped as a group, and are computed one by one
+        running: DevicePass | None = None
+        left: deque[DevicePass] = deque()  # of batches that were popped as a group, and are computed one by one
         while True:
             job: Job | None = None
             expired: Sequence[QueuedRequest] = ()
@@ -519,7 +519,7 @@ class TesseractRuntime(Uncopied):
                 self._is_idle = True
             self._bell.acquire(timeout=-1 if timer_at is None else min(max(timer_at - now, 0), threading.TIMEOUT_MAX))
 
-    def _finish(self, executor: GroupExecutor, computed: Pass) -> None:
+    def _finish(self, executor: GroupExecutor, computed: DevicePass) -> None:
         batches, outcomes = computed.batches, computed.outcomes(executor)
         now = time.monotonic()
         with self._lock:

@@ -10,7 +10,7 @@ BLOCK_BYTES: Final = 4 << 20
 """Bytes of whole rows that are taken at a time, about."""
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """A box of a tensor, and who keeps it."""
 
     rank: int
@@ -25,7 +25,7 @@ class SpreadTensor:
         self,
         dtype: torch.dtype,
         shape: Sequence[int],
-        parts: Sequence[Part],
+        parts: Sequence[TensorPart],
         read: Callable[[int, int, int], bytes | bytearray | memoryview],
         owner: object,
     ) -> None:
@@ -33,7 +33,7 @@ class SpreadTensor:
         the processes forget their parts when it is gone."""
         self.dtype, self.shape, self.owner = dtype, tuple(shape), owner
         self.nbytes = math.prod(self.shape) * dtype.itemsize
-        kept: dict[tuple[tuple[int, ...], tuple[int, ...]], Part] = {}
+        kept: dict[tuple[tuple[int, ...], tuple[int, ...]], TensorPart] = {}
         for part in parts:  # what several keep is asked of the first
             if math.prod(part.sizes):
                 kept.setdefault((tuple(part.offsets), tuple(part.sizes)), part)

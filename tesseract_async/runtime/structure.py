@@ -1,4 +1,4 @@
-"""How modules are built, as plain values: enough to build them again without their constructors, or code in a file.
+"""Descriptions of modules as plain values: enough to rebuild them without their constructors, or code in a file.
 
 A description names classes and functions by import path, and only those of `ALLOWED` modules, and of modules that the
 reader allows, are ever imported. What cannot be described says so where it is built again.
@@ -34,7 +34,7 @@ def describe_module(
     """Return the description of a module: its class, plain attributes and the names of its tensors, and its parts'.
 
     `replace` gives, by path and module, what stands for a part instead. What cannot be described is named in the
-    description, by `build_module`'s error.
+    description, by `rebuild_module`'s error.
     """
     try:
         return _describe(module, "", {}, {}, replace)
@@ -119,7 +119,7 @@ def _value(value: object, path: str) -> Any:
     raise _Indescribable(f"its {path} is a {type(value).__name__}")
 
 
-def build_module(
+def rebuild_module(
     described: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     *,

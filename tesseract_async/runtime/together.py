@@ -29,7 +29,7 @@ class Together:
     attempts: list[Attempt]
     upload: Transfer | None = None
     error: BaseException | None = None
-    """Why there was no such pass."""
+    """The reason why there was no such pass."""
     is_each_alone: bool = False
     """True if each was computed alone."""
     is_measured: bool = False
@@ -37,7 +37,7 @@ class Together:
     counts: Sequence[int] = ()
     """Rows of each."""
     results: Gradients = ()
-    """Of all rows, as of an `Attempt`."""
+    """The results of all rows, as in an `Attempt`."""
     scales: torch.Tensor | None = None
     incoming: Gradients = ()
     """The output gradients, damped, and the rows' weights."""

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tesseract_async.runtime.randomness import Value, cuda, has_own_generator
+from tesseract_async.runtime.randomness import Operand, cuda, has_own_generator
 from tesseract_async.wire.compression import flat_of
 
 Result = TypeVar("Result")
@@ -62,8 +62,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.draws = self._own_generator or (self.draws and (not self._is_seeded or have_moved(self._before)))
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: Sequence[Value] = (), kwargs: Mapping[str, Value] | None = None
-    ) -> Value:
+        self, func: OpOverload, types: object, args: Sequence[Operand] = (), kwargs: Mapping[str, Operand] | None = None
+    ) -> Operand:
         kwargs = kwargs or {}
         for index, name in _written(func):
             value = args[index] if index < len(args) else kwargs.get(name)
@@ -94,7 +94,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         habits.known, habits.draws, habits.writes = True, self.draws, self.writes
 
 
-def watched(
+def call_watched(
     call: Callable[[Sequence[torch.Tensor]], Result],
     inputs: Sequence[torch.Tensor],
     habits: Habits,

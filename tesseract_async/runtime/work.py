@@ -58,4 +58,4 @@ class JointWork(Work):
     counts: Sequence[int]
     """Rows of each."""
     versions: Sequence[int] = ()
-    """Of each, the steps that it had taken when it was computed."""
+    """The steps that each had taken when it was computed."""

@@ -33,8 +33,8 @@ from tesseract_async.experts.run import RUNS, SignedRun
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.files import mapped, write_whole
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.runtime.structure import Described, build_module
-from tesseract_async.server.checkpoint import check_state, decode, encode
+from tesseract_async.runtime.structure import Described, rebuild_module
+from tesseract_async.server.checkpoint import check_state, decode_state, encode_state
 from tesseract_async.server.run_experts import build_run_module
 
 FORMAT: Final = "tesseract model 1"
@@ -57,7 +57,7 @@ class SavedExpert(NamedTuple):
     is_whole: bool
     """With optimizer and journal: a server can go on from it."""
     structure: int | None
-    """Which of the index's structures it has."""
+    """The number of its structure in the index."""
 
 
 @dataclass(slots=True)
@@ -67,9 +67,9 @@ class SavedModel:
     """By prefix."""
     experts: dict[str, SavedExpert] = field(default_factory=dict)
     structures: list[Described] = field(default_factory=list)
-    """How experts' modules are built."""
+    """Descriptions of the experts' modules (`runtime.structure`)."""
     model: Described | None = None
-    """How the rest of the model is built, with gates by their settings; None if it is not known."""
+    """The description of the rest of the model, with gates by their settings; None if it is not known."""
     files: dict[str, str] = field(default_factory=dict)
     """The other parts that are there: ``model`` and ``trainer``."""
     sums: dict[str, str] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class SavedModel:
 
     def put_trainer(self, state: StateDict) -> None:
         """Write a trainer's own state: tensors and plain values. Raises: TypeError for others; OSError."""
-        data = b"".join(encode(state))
+        data = b"".join(encode_state(state))
         self.files[TRAINER] = f"trainer-{hashlib.sha256(data).hexdigest()[:8]}.safetensors"
         write_whole(self.path / self.files[TRAINER], [data])
 
@@ -142,7 +142,7 @@ class SavedModel:
         """Return what `put_trainer` was given. Raises: CheckpointError if it is not there or damaged."""
         path = self._path_of(TRAINER)
         try:
-            return decode(mapped(path))
+            return decode_state(mapped(path))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
 
@@ -239,7 +239,7 @@ class SavedExperts(Mapping[str, nn.Module]):
                 raise CheckpointError(f"its server did not say how {uid} is built: load its weights into your module")
             else:
                 own = {name: tensor.clone() for name, tensor in weights.items()}
-                module = build_module(self.saved.structures[number], own, allowed_modules=self._allowed)
+                module = rebuild_module(self.saved.structures[number], own, allowed_modules=self._allowed)
             self._modules[uid] = module.eval()
         return self._modules[uid]
 

@@ -19,7 +19,7 @@ from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import Identity
 from tesseract_async.node import TesseractNode
-from tesseract_async.runtime.structure import Described, build_module, describe_module
+from tesseract_async.runtime.structure import Described, describe_module, rebuild_module
 from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
 from tesseract_async.saving.restorer import enter_owned, restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
@@ -189,7 +189,7 @@ def load_model(folder: str | Path, model: M | None = None, *, allowed_modules: C
             setattr(mixture.proj, part, nn.Parameter(tensors[f"{name}.{part}"]))
         return mixture
 
-    loaded = build_module(saved.model, tensors, allowed_modules=allowed_modules, replaced=gate).eval()
+    loaded = rebuild_module(saved.model, tensors, allowed_modules=allowed_modules, replaced=gate).eval()
     return loaded
 
 

@@ -25,11 +25,11 @@ from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.pieces import LIST
 from tesseract_async.experts.place_directory import fetch_places
-from tesseract_async.experts.placement import Role
+from tesseract_async.experts.placement import MemberRole
 from tesseract_async.experts.terms import Seal
 from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
-from tesseract_async.server.checkpoint import check_state, encode
+from tesseract_async.server.checkpoint import check_state, encode_state
 from tesseract_async.server.copies import ask_records
 from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
 from tesseract_async.server.other_replicas import read_replicas
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ROLES: Final = {Role.LEADS: "primary", Role.FOLLOWS: "follower", Role.HOLDS: "holder"}
+ROLES: Final = {MemberRole.LEADS: "primary", MemberRole.FOLLOWS: "follower", MemberRole.HOLDS: "holder"}
 NUM_MARKED_AT_ONCE: Final = 64
 MAX_ASKED: Final = 64
 """Members that are asked for an expert's Seal."""
@@ -299,4 +299,4 @@ class SavePoint:
         if self._is_whole:
             return data
         state = check_state(uid, data)
-        return b"".join(encode({"module": state["module"], "version": state["version"]}))
+        return b"".join(encode_state({"module": state["module"], "version": state["version"]}))

@@ -79,7 +79,7 @@ class Past:
     """A better follower had the time to take over, and did not."""
 
 
-class Role(Enum):
+class BareRole(Enum):
     TRAIN = "train"
     """Be its primary."""
     FOLLOW = "follow"
@@ -87,7 +87,9 @@ class Role(Enum):
     """Follow nobody for the moment: a better follower is about to take over."""
 
 
-def decide(me: Contender, others: Sequence[Contender], past: Past, *, listed: bool) -> tuple[Role, Contender | None]:
+def decide(
+    me: Contender, others: Sequence[Contender], past: Past, *, listed: bool
+) -> tuple[BareRole, Contender | None]:
     """Return this server's role, and which server it follows.
 
     `others`: replicas whose word may count, and of those that call themselves primary only the ones that answered
@@ -101,12 +103,12 @@ def decide(me: Contender, others: Sequence[Contender], past: Past, *, listed: bo
             better = [other for other in speaking if _rank(other) > _rank(me)]
         else:
             better = speaking if past.is_new else [other for other in speaking if other.owner == past.taken_from]
-        return (Role.FOLLOW, max(better, key=_rank)) if better else (Role.TRAIN, None)
+        return (BareRole.FOLLOW, max(better, key=_rank)) if better else (BareRole.TRAIN, None)
     if primaries:
         known = [other for other in primaries if other.owner == past.primary]
-        return Role.FOLLOW, max((not listed and known) or primaries, key=_rank)
+        return BareRole.FOLLOW, max((not listed and known) or primaries, key=_rank)
     better = [other for other in others if other.version is not None and _rank(other) > _rank(me)]
-    return (Role.WAIT if better and not past.has_waited else Role.TRAIN), None
+    return (BareRole.WAIT if better and not past.has_waited else BareRole.TRAIN), None
 
 
 def _rank(one: Contender) -> tuple[int, int]:
@@ -115,7 +117,7 @@ def _rank(one: Contender) -> tuple[int, int]:
 
 
 @dataclass(slots=True)
-class _Memory:
+class _BareExpert:
     """One expert with a bare name, and what this server remembers of its primaries."""
 
     hosted: HostedState
@@ -123,10 +125,10 @@ class _Memory:
     version_then: int | None
     """None: any."""
     primary: ExpertReplica | None = None
-    """The one that is followed."""
+    """The primary that is followed."""
     synced_from: PeerID | None = None
     syncing: Rhythm | None = None
-    """Of pulls from that one."""
+    """The rhythm of pulls from that one."""
     giver: PeerID | None = None
     """The server that handed the expert over to this one..."""
     giver_sequence: int = 0
@@ -177,7 +179,7 @@ class BareNames:
         self._server, self._node, self._source = server, server.node, source
         self._settings, self._elapsed = settings, elapsed
         self._began = self._read_at = self._looked_at = elapsed()
-        self._experts = {uid: _Memory(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
+        self._experts = {uid: _BareExpert(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
         self._look_took = 0.0
         self._heard: dict[PeerID, float] = {}
         self._disputed: set[tuple[str, PeerID]] = set()
@@ -224,11 +226,11 @@ class BareNames:
         self._look_took = min(self._looked_at - asked, self._settings.check_every)
 
     @staticmethod
-    async def _each(act: Callable[[_Memory], Awaitable[None]], experts: Iterable[_Memory]) -> None:
+    async def _each(act: Callable[[_BareExpert], Awaitable[None]], experts: Iterable[_BareExpert]) -> None:
         """Do this with all of them, some at a time. What fails for one is logged."""
         gate = asyncio.Semaphore(NUM_AT_ONCE)
 
-        async def carry_out(one: _Memory) -> None:
+        async def carry_out(one: _BareExpert) -> None:
             async with gate:
                 try:
                     await act(one)
@@ -239,7 +241,7 @@ class BareNames:
             for one in experts:
                 group.create_task(carry_out(one))
 
-    async def _pull_before(self, one: _Memory, when: float, look: _Look) -> None:
+    async def _pull_before(self, one: _BareExpert, when: float, look: _Look) -> None:
         """Pull what is due by then from the primary that is followed."""
         primary = None if one.hosted.is_primary else one.primary
         is_known = primary is not None and one.synced_from == owner_of(primary)
@@ -271,7 +273,7 @@ class BareNames:
             with contextlib.suppress(TesseractError, TimeoutError):  # cut off: the next one that succeeds notices
                 await self._beat()
 
-    async def _settle(self, one: _Memory, look: _Look) -> None:
+    async def _settle(self, one: _BareExpert, look: _Look) -> None:
         uid, is_primary, version = one.hosted.uid, one.hosted.is_primary, one.hosted.backend.version
         listed, now = self._node.policy.hosts is not None, self._elapsed()
         rivals = [
@@ -293,11 +295,11 @@ class BareNames:
             has_waited=one.waiting_since is not None and now - one.waiting_since >= self._settings.check_every,
         )
         role, chosen = decide(Contender(self._node.peer_id, is_primary, version), said, past, listed=listed)
-        if role is Role.WAIT:
+        if role is BareRole.WAIT:
             one.waiting_since = one.waiting_since or now
             return
         one.waiting_since = None
-        if role is Role.FOLLOW:
+        if role is BareRole.FOLLOW:
             one.primary = next(other for other, at in zip(contenders, said, strict=True) if at == chosen)
             if is_primary:
                 logger.warning("%s has another primary, %s: this server follows it", uid, one.primary.peer.short)
@@ -313,7 +315,7 @@ class BareNames:
             one.taken_from = one.taken_from if one.primary is None else owner_of(one.primary)
             await self._become_primary(one)
 
-    async def _living(self, one: _Memory, primaries: list[ExpertReplica], look: _Look) -> list[ExpertReplica]:
+    async def _living(self, one: _BareExpert, primaries: list[ExpertReplica], look: _Look) -> list[ExpertReplica]:
         """Return those that answer, and for a lease the one that is followed and does not: it may be busy."""
         speak = await asyncio.gather(*map(look.speaks, primaries))
         now, followed, living = self._elapsed(), self.primary(one.hosted.uid), []
@@ -329,7 +331,7 @@ class BareNames:
                 living.append(other)
         return living
 
-    async def _become_primary(self, one: _Memory) -> None:
+    async def _become_primary(self, one: _BareExpert) -> None:
         one.primary = None
         one.primary_since, one.version_then = self._elapsed(), one.hosted.backend.version
         await self._server.set_primary(one.hosted.uid, True)
@@ -346,7 +348,7 @@ class BareNames:
                     uid,
                 )
 
-    async def _sync(self, one: _Memory, primary: ExpertReplica, look: _Look) -> None:
+    async def _sync(self, one: _BareExpert, primary: ExpertReplica, look: _Look) -> None:
         now, owner = self._elapsed(), owner_of(primary)
         is_same = one.synced_from == owner
         if not await look.speaks(primary):
@@ -360,7 +362,7 @@ class BareNames:
         one.synced_from = owner
         one.syncing.note(now, self._elapsed(), woken=look.began, worked=one.hosted.backend.version != version)
 
-    async def _replay(self, one: _Memory, primary: ExpertReplica) -> bool:
+    async def _replay(self, one: _BareExpert, primary: ExpertReplica) -> bool:
         """Follow a fragment's primary by its updates. False if its state must be fetched whole."""
         hosted, backend = one.hosted, one.hosted.backend
         if not isinstance(backend, FragmentBackend):
@@ -379,7 +381,7 @@ class BareNames:
         self._node.metrics.count("fragments_replayed")
         return True
 
-    async def _pull(self, one: _Memory, primary: ExpertReplica, *, min_version: int) -> bytes | memoryview | None:
+    async def _pull(self, one: _BareExpert, primary: ExpertReplica, *, min_version: int) -> bytes | memoryview | None:
         """Take the primary's state. Returns its file; None before `min_version`."""
         check_path(self._node, primary)
         found = await fetch_fitting(

@@ -76,7 +76,7 @@ class EncodedState:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def encode(state: Mapping[str, object]) -> EncodedState:
+def encode_state(state: Mapping[str, object]) -> EncodedState:
     """Return a file's bytes, which change if the state does. Raises: TypeError for what neither safetensors nor JSON
     can hold; what reading a spread tensor raises."""
     tensors: dict[str, torch.Tensor | SpreadTensor] = {}
@@ -105,8 +105,8 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return found
 
 
-def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> StateDict:
-    """Return what `encode` was given. Takes untrusted bytes; `max_values` bounds what the header of a stranger's makes.
+def decode_state(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> StateDict:
+    """Return what `encode_state` was given. Takes untrusted bytes; `max_values` bounds what a stranger's header makes.
 
     Tensors of a mapped file (`files.mapped`) stay there until they are looked at, or written.
 
@@ -195,7 +195,7 @@ def difference(uid: str, backend: ExpertBackend, state: StateDict) -> str | None
 def check_state(uid: str, data: bytes | memoryview, *, weights_only: bool = False) -> StateDict:
     """Return the state in a stranger's file: checked for its form, not for its worth. Raises: ProtocolError."""
     try:
-        state = decode(data, max_values=MAX_HEADER_VALUES)
+        state = decode_state(data, max_values=MAX_HEADER_VALUES)
     except (CheckpointError, RecursionError, IndexError, OverflowError) as error:
         raise ProtocolError(f"{uid}: its state cannot be read: {describe(error)}") from None
     module, version = state.get("module"), state.get("version")

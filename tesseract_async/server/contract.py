@@ -88,7 +88,7 @@ class VolunteerSettings:
     quota_period: str = "month"
     """``day``, ``week`` (from Monday) or ``month``, in local time."""
     hours: tuple[Hours, ...] = ()
-    """When the server may work, local time; it may in any of these."""
+    """Hours in which the server may work, local time; it may in any of these."""
     pause_above_load: float | None = None
     """Share of all processors (0 to 1) that *other* programs use while somebody is at the machine."""
     pause_after: float = 5.0

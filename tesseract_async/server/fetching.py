@@ -21,7 +21,7 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.experts.merkle import leaf_of
-from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, size_of, split_list
+from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, piece_size, split_list
 from tesseract_async.experts.terms import Seal
 from tesseract_async.files import mapped_file
 from tesseract_async.node import TesseractNode
@@ -38,7 +38,7 @@ MAX_STATE_BYTES: Final = 4 << 30
 MAX_BYTES_HERE: Final = 256 << 20
 """A longer file is received on disk."""
 NUM_RETRIES: Final = 3
-"""How often a server is asked for its newest state again, after the connection broke or the state was replaced."""
+"""Times that a server is asked again for its newest state, after the connection broke or the state was replaced."""
 
 Aside = Callable[[Callable[[], Any]], Awaitable[Any]]
 """Runs work on files where it stops nobody."""
@@ -129,7 +129,7 @@ class _Transfer:
     async def take(self, source: PeerAddress, piece: int, data: memoryview) -> None:
         """Check a piece, and put it where it belongs. Raises: ProtocolError for a wrong one; OSError."""
         fetch, loop = self._fetch, asyncio.get_running_loop()
-        is_list = piece == LIST and size_of(LIST, fetch.size) != fetch.size
+        is_list = piece == LIST and piece_size(LIST, fetch.size) != fetch.size
         leaves: list[bytes] = []
         had: set[int] = set()
 
@@ -154,7 +154,7 @@ class _Transfer:
 
     def _holds(self, number: int, leaf: bytes) -> bool:
         self._into.seek((number - 1) * PIECE_BYTES)
-        return leaf_of(self._into.read(size_of(number, self._fetch.size))) == leaf
+        return leaf_of(self._into.read(piece_size(number, self._fetch.size))) == leaf
 
 
 async def ask_piece(

@@ -54,7 +54,7 @@ MAX_STATE_BYTES: Final = (16 + 8 * KEPT_UPDATES) * MAX_ELEMENTS + 2 * MAX_LAYOUT
 """The longest file that a state of a fragment is."""
 _SAMPLES_BYTES: Final = 4 + STATE_BYTES
 
-Tensors = Mapping[str, torch.Tensor]
+NamedTensors = Mapping[str, torch.Tensor]
 
 
 class _Tensors(nn.Module):
@@ -107,24 +107,24 @@ def _read_samples(tensor: torch.Tensor) -> bytes:
     return data[4 : 4 + int.from_bytes(data[:4], "big")]
 
 
-def read_manifest(tensors: Tensors) -> SharedManifest:
+def read_manifest(tensors: NamedTensors) -> SharedManifest:
     """Return the manifest in the state of fragment 0. Untrusted. Raises: ProtocolError."""
     return SharedManifest.decode(_said(tensors))
 
 
-def read_part(uid: str, tensors: Tensors) -> FragmentPart:
+def read_part(uid: str, tensors: NamedTensors) -> FragmentPart:
     """Return what the state of a fragment says of it. Untrusted. Raises: ProtocolError."""
     return FragmentPart.read(split_uid(uid)[1][0], _said(tensors))
 
 
-def _said(tensors: Tensors) -> bytes:
+def _said(tensors: NamedTensors) -> bytes:
     said = tensors.get("manifest")
     if said is None or said.dtype != torch.uint8:
         raise ProtocolError("the state of a fragment that does not say of which model")
     return said.numpy().tobytes()
 
 
-def read_fragment(part: FragmentPart, tensors: Tensors, version: int) -> tuple[Fragment, int]:
+def read_fragment(part: FragmentPart, tensors: NamedTensors, version: int) -> tuple[Fragment, int]:
     """Return the fragment in the tensors of a state, or in those of `NEWCOMERS`, and the steps that were pushed to it.
 
     Untrusted. The tensors become the fragment's. Raises: ProtocolError.
@@ -181,7 +181,7 @@ class FragmentBackend(ExpertBackend):
         """By version: `steps` then, the journal's keys of the pushes that led there, and the state of the samples, as
         other hosts must know."""
         self.num_followed = 0
-        """How often it went on from what another host had done."""
+        """Times that it went on from another host's state."""
         self._take(fragment, steps)
 
     @classmethod

@@ -56,7 +56,7 @@ class HostedState:
         """The steps up to this one are in a state that other servers have, or can fetch."""
         self._store, self._writer = store, writer
         self.saved: tuple[int, int] | None = None
-        """How far the newest checkpoint is: the backend's `progress` then."""
+        """The backend's `progress` in the newest checkpoint."""
 
     @property
     def version(self) -> int:

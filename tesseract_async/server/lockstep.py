@@ -18,7 +18,7 @@ from tesseract_async.server.hosted import HostedState
 from tesseract_async.wire import messages
 
 
-class Lockstep:
+class LockstepCalls:
     """Answers for all experts of one server whose gradients are only gathered. On the loop."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Lockstep:
         versions = {one.version for one in backends.values()}
         if versions == {request.round + 1} and self._stepped.get(prefix, trainer) != trainer:
             raise ValueError(
-                f"another trainer had the experts of {prefix} take step {request.round}: lockstep is of one"
+                f"another trainer had the experts of {prefix} take step {request.round}: lockstep is for one trainer"
             )
         if versions != {request.round}:
             return

@@ -27,7 +27,7 @@ EXPECT_SECONDS: Final = 60.0
 """After so long no backward is expected any more: the longest that a trainer waits for one call by default."""
 MIN_PATIENCE: Final = 0.5
 PATIENCE: Final = 2.0
-"""How many times as long as its slowest recent backward took a caller is waited for."""
+"""A caller is waited for this many times as long as its slowest recent backward took."""
 GONE_AFTER: Final = 1.0
 """Seconds without a connection after which a caller is gone: one that lost its connection dials again sooner."""
 DECAY: Final = 0.9

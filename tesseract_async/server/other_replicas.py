@@ -53,7 +53,7 @@ SAME_KIND: Final = "start this server with the same --expert-class and --size"
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """How closely replicas keep together. Times are seconds."""
+    """Settings of the replicas of one expert: they keep each other's pace. Times are seconds."""
 
     sync_every: float = 30.0
     """Period at which a follower pulls the primary's state: shorter loses fewer steps, and moves more bytes."""

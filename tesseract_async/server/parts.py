@@ -31,7 +31,7 @@ _STACKED_BYTES: Final = 512 * 1024
 Integers = npt.NDArray[np.integer[Any]]
 
 
-class Answer(NamedTuple):
+class ExpertAnswer(NamedTuple):
     """The answer of one expert: outputs, or in a backward input gradients, then its weights' gradients."""
 
     result: WorkResult
@@ -43,7 +43,7 @@ class Parts:
 
     def __init__(self, request: ApplyRequest, now: float, *, max_parts: int = MAX_PARTS) -> None:
         self._request, self._max_parts = request, max_parts
-        self._ready: dict[int, Answer] = {}
+        self._ready: dict[int, ExpertAnswer] = {}
         self._failures: list[tuple[int, RemoteError]] = []
         self._num_open = len(request.ids)
         self._num_taken = 0
@@ -63,7 +63,7 @@ class Parts:
     def answered(self, expert: int, result: WorkResult, epoch: int) -> None:
         """Take in the answer of an expert (its place in the request)."""
         self._num_open -= 1
-        self._ready[expert] = tuple.__new__(Answer, (result, epoch))  # its own takes a Python call more
+        self._ready[expert] = tuple.__new__(ExpertAnswer, (result, epoch))  # its own takes a Python call more
 
     def failed(self, expert: int, error: RemoteError) -> None:
         """An expert does not answer."""
@@ -114,7 +114,7 @@ class Parts:
         occurs[rows] = True
         return np.flatnonzero(occurs), (occurs.cumsum() - 1)[rows]
 
-    def _sums(self, answers: dict[int, Answer]) -> tuple[Gradients, torch.Tensor | None]:
+    def _sums(self, answers: dict[int, ExpertAnswer]) -> tuple[Gradients, torch.Tensor | None]:
         """Return the sum of each tensor of the answers, and in a backward the weights' gradients of all."""
         if not answers:
             return [], None

@@ -11,7 +11,7 @@ from typing import Final
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.membership import Leave
+from tesseract_async.experts.membership import Permissions
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import Places, fetch_places
 from tesseract_async.experts.placement import (
@@ -19,15 +19,16 @@ from tesseract_async.experts.placement import (
     MAX_CHECKED,
     NEVER,
     STUCK_AFTER,
-    Part,
+    MemberPart,
+    MemberRole,
     Place,
     Placement,
-    Role,
-    Step,
+    PlacementStep,
+    Survey,
 )
 from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import Kind, Seal
+from tesseract_async.experts.terms import Seal, TermKind
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
@@ -97,7 +98,7 @@ class Placing:
             may=lambda peer, uid: authority.may(peer, "host", uid, now=None),
         )
         self.places: Places = {}
-        """What all members said last, this one included."""
+        """The latest word of each member, this one included."""
         self._addresses: dict[PeerID, PeerAddress] = {}
         self._random = Random()
         self._now = asyncio.get_running_loop().time
@@ -181,18 +182,18 @@ class Placing:
         by_uid: dict[str, dict[PeerID, int]] = {}
         for peer, place in places.items():
             for uid, part in place.parts.items():
-                if part.has_file or part.role is Role.LEADS:
+                if part.has_file or part.role is MemberRole.LEADS:
                     by_uid.setdefault(uid, {})[peer] = part.epoch
         self._tenures.places[self._prefix] = by_uid
         self._tenures.look_for_newer(places)
         self._unable = {uid: until for uid, until in self._unable.items() if until > self._now()}
-        passive = frozenset(peer for peer, place in places.items() if place.room == 0)
+        survey = Survey(places)
         for uid in self._uids():
             may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
             if held is not None:
                 may.begin = may.anew = False
             may.lead = uid in self._server.experts or (me.can_lead and uid not in self._unable)
-            may.passive = passive
+            may.passive = survey.unfit(uid)
         steps = self.placement.decide(self.places, self._now(), wall_clock())
         for step in steps:
             await self._take(step)
@@ -210,18 +211,18 @@ class Placing:
 
     def place(self) -> Place:
         now, capacity = self._now(), self.capacity
-        parts = {uid: Part(Role.HOLDS) for uid in self.placement.wishes}
+        parts = {uid: MemberPart(MemberRole.HOLDS) for uid in self.placement.wishes}
         for uid in self._uids():
             tenure, hosted = self._tenures.tenure(uid), self._server.hosted.get(uid)
             held = tenure.held
             age = (tenure.epoch, 0) if held is None else held.age
-            role = Role.HOLDS if hosted is None else Role.FOLLOWS
+            role = MemberRole.HOLDS if hosted is None else MemberRole.FOLLOWS
             if tenure.state in (State.PRIMARY, State.FENCED, State.YIELDING):
-                role = Role.LEADS
+                role = MemberRole.LEADS
                 age = (tenure.epoch, age[1] if age[0] == tenure.epoch else 0)
             waiting = 0 if hosted is None else hosted.runtime.rows_of(hosted.backend)[1]
             rate = self._rates.get(uid, (0.0, 0))[0]
-            parts[uid] = Part(role, *age, 0 if held is None else held.version, rate, waiting)
+            parts[uid] = MemberPart(role, *age, 0 if held is None else held.version, rate, waiting)
         if self._server.is_paused:  # it keeps what it has, and computes nothing
             capacity = replace(capacity, room=0, files=len(parts))
         return Place(
@@ -240,10 +241,10 @@ class Placing:
         says it leads it, or is newer than all others, makes copies look old that are not."""
         mine = {uid: self._tenures.tenure(uid) for uid in self._tenures.uids() if uid in place.parts}
 
-        def is_possible(uid: str, part: Part) -> bool:
+        def is_possible(uid: str, part: MemberPart) -> bool:
             if (tenure := mine.get(uid)) is None:
                 return True
-            return part.epoch <= tenure.epoch and (part.role is not Role.LEADS or place.peer == tenure.primary)
+            return part.epoch <= tenure.epoch and (part.role is not MemberRole.LEADS or place.peer == tenure.primary)
 
         return replace(place, parts={uid: part for uid, part in place.parts.items() if is_possible(uid, part)})
 
@@ -267,7 +268,12 @@ class Placing:
             tenure = self._tenures.tenure(uid)
             led[uid] = tenure.primary
             before, term = self._led.get(uid), tenure.term
-            if tenure.primary == me and before not in (None, me) and term is not None and term.kind is Kind.HANDOVER:
+            if (
+                tenure.primary == me
+                and before not in (None, me)
+                and term is not None
+                and term.kind is TermKind.HANDOVER
+            ):
                 assert before is not None
                 self._moved_at = now
                 self.placement.came(uid, before, now)
@@ -304,7 +310,7 @@ class Placing:
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
-    async def _take(self, step: Step) -> None:
+    async def _take(self, step: PlacementStep) -> None:
         uid, peer = step.uid, step.peer
         try:
             if step.kind == "move" and peer is not None:
@@ -368,7 +374,7 @@ class Placing:
 
     async def _hold(self, uid: str, *, begin: bool = False, anew: bool = False) -> None:
         lead = self.capacity.room > 0 and uid not in self._unable
-        await self._tenures.add(uid, self._authority, Leave(lead=lead, begin=begin, anew=anew))
+        await self._tenures.add(uid, self._authority, Permissions(lead=lead, begin=begin, anew=anew))
         may = self._tenures.tenure(uid).may
         may.begin |= begin
         may.anew |= anew

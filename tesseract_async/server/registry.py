@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from tesseract_async.errors import describe
-from tesseract_async.experts.run import Value
+from tesseract_async.experts.run import Scalar
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesOptimizer, MakesScheduler
 from tesseract_async.server.footprint import Counting, OutOfBudget, size_text
 from tesseract_async.wire.tensors import Schema, TensorSpec
@@ -291,11 +291,11 @@ def make_backend(
     *,
     optimizer: str | None = "adam",
     learning_rate: float = 1e-3,
-    optimizer_options: Mapping[str, Value] | None = None,
+    optimizer_options: Mapping[str, Scalar] | None = None,
     scheduler: MakesScheduler | None = None,
     max_batch_size: int = 4096,
     seed: int | None = None,
-    sizes: Mapping[str, Value] | None = None,
+    sizes: Mapping[str, Scalar] | None = None,
     settings: BackendSettings | None = None,
     max_bytes: int | None = None,
     spread: Spread | None = None,
@@ -320,7 +320,7 @@ def make_backend(
 def backend_of(
     build: Callable[[], Built],
     *,
-    optimizer: tuple[str, Mapping[str, Value]] | None,
+    optimizer: tuple[str, Mapping[str, Scalar]] | None,
     scheduler: MakesScheduler | None = None,
     max_batch_size: int,
     settings: BackendSettings,
@@ -360,7 +360,7 @@ def backend_of(
     )
 
 
-def optimizer_maker(name: str | None, module: nn.Module, options: Mapping[str, Value]) -> MakesOptimizer | None:
+def optimizer_maker(name: str | None, module: nn.Module, options: Mapping[str, Scalar]) -> MakesOptimizer | None:
     """Return what makes the optimizer of that name; None without a name, or for a module without parameters.
 
     `options` are plain values: ``learning_rate``, ``beta1`` and ``beta2``, and others by PyTorch's names. Raises:

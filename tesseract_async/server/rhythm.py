@@ -1,4 +1,4 @@
-"""When to begin what takes a while and is promised within a period: saving, pulling a state. No I/O."""
+"""Decides when to begin work that takes a while and is due within a period: saving, pulling a state. No I/O."""
 
 _IDLE = 0.1
 """Share of a period that passes at least after a round without work, also where rounds take longer than periods."""

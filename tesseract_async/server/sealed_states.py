@@ -16,7 +16,7 @@ from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import encode, largest_state, with_recent_journal
+from tesseract_async.server.checkpoint import encode_state, largest_state, with_recent_journal
 from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.fragments import MAX_STATE_BYTES, FragmentBackend, fetch_replay
 from tesseract_async.server.hosted import HostedState
@@ -29,7 +29,7 @@ from tesseract_async.transport.base import PeerAddress
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = 300.0
-"""Backwards of so long are in a sealed state's journal: whoever goes on from there applies none of them twice."""
+"""A sealed state's journal holds the backwards of these seconds: a server that goes on from it applies none twice."""
 
 
 class SealedStates:
@@ -73,7 +73,7 @@ class SealedStates:
         state = await hosted.snapshot()
         state = with_recent_journal(state, since=self._version_before(expert, int(state["version"])))
 
-        file = await self._server.call_aside(lambda: self.files.keep(uid, encode(state)))
+        file = await self._server.call_aside(lambda: self.files.keep(uid, encode_state(state)))
         version = hosted.shared_version = int(state["version"])
         return file.root, file.size, version, (version, state["num_accumulated"])
 
@@ -152,7 +152,7 @@ class SealedStates:
         except (TesseractError, TimeoutError, OSError) as error:
             logger.info("%s could not be followed by its updates: %s", uid, describe(error))
             return False
-        file = encode(backend.state() if hosted is None else await hosted.snapshot())
+        file = encode_state(backend.state() if hosted is None else await hosted.snapshot())
         if await aside(lambda: root_from(leaves_of(file), file.size)) != seal.root:
             return False
         await aside(lambda: self.files.keep(uid, file))

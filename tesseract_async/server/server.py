@@ -23,7 +23,7 @@ from tesseract_async.server.answering import ExpertCalls
 from tesseract_async.server.applying import Applying, ExpertShares
 from tesseract_async.server.fragments import FragmentBackend, FragmentCalls
 from tesseract_async.server.hosted import HostedState, Succession
-from tesseract_async.server.lockstep import Lockstep
+from tesseract_async.server.lockstep import LockstepCalls
 from tesseract_async.server.memory import CallerMemory, trim_heap
 from tesseract_async.server.restoring import Restoring
 from tesseract_async.server.rhythm import Rhythm
@@ -49,7 +49,7 @@ ExpertHandler = Callable[[HostedState, IncomingCall], Awaitable[Message]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """How a server keeps its experts."""
+    """The settings by which a server keeps its experts."""
 
     runtime: RuntimeSettings = RuntimeSettings()
     max_answers_bytes: int = 64 << 20
@@ -95,7 +95,7 @@ class TesseractServer(Uncopied):
         """
         if not hasattr(node, "host_expert"):
             raise TypeError(
-                f"a server stands on a TesseractNode, not on a {type(node).__name__}; with a BackgroundNode it is "
+                f"a server needs a TesseractNode, not a {type(node).__name__}; with a BackgroundNode it is "
                 "entered by node.entered(TesseractServer(node.node, experts))"
             )
         if not isinstance(experts, Mapping) or not all(isinstance(uid, str) for uid in experts):
@@ -141,7 +141,7 @@ class TesseractServer(Uncopied):
         self.restoring = Restoring(node, directory, self.call_aside, self.states.drop)
         """Takes them back to older ones."""
         save = None if directory is None else self.save_checkpoints
-        lockstep = Lockstep(self.hosted, self.calls, node.trust, save)
+        lockstep = LockstepCalls(self.hosted, self.calls, node.trust, save)
         self._methods: dict[str, ExpertHandler] = {
             messages.INFO: self.calls.info,
             messages.FORWARD: self.calls.forward,

@@ -24,7 +24,7 @@ from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.merkle import LEAF_BYTES, leaves_of, root_from, root_of
 from tesseract_async.files import mapped, sync_folder, write_whole
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import decode, encode
+from tesseract_async.server.checkpoint import decode_state, encode_state
 
 try:
     import fcntl
@@ -85,7 +85,7 @@ class CheckpointStore:
         """
         path = expert_folder(self.directory, uid) / f"{version:012d}{SUFFIX}"
         try:
-            pieces = encode(state)
+            pieces = encode_state(state)
             while True:
                 try:
                     write_whole(path, pieces)
@@ -120,7 +120,7 @@ class CheckpointStore:
         files = self.files(uid)
         for path in files:
             try:
-                return decode(mapped(path))
+                return decode_state(mapped(path))
             except (OSError, CheckpointError) as error:
                 logger.error("checkpoint %s is damaged (%s); trying the one before", path, describe(error))
                 # out of the way: it must neither be tried again nor count among those that are kept

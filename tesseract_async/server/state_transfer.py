@@ -23,7 +23,7 @@ from tesseract_async.experts.pieces import LIST, PIECE_BYTES
 from tesseract_async.files import write_whole
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import EncodedState, check_state, encode
+from tesseract_async.server.checkpoint import EncodedState, check_state, encode_state
 from tesseract_async.server.fetching import Aside
 from tesseract_async.server.state_files import SealedFile
 from tesseract_async.sharing.fragment import NEWCOMERS
@@ -228,7 +228,7 @@ class StateSource:
         path = Path(self._folder.name) / f"{os.urandom(16).hex()}.point"
 
         def write() -> SealedFile:
-            file = encode({**state, "structure": structure})
+            file = encode_state({**state, "structure": structure})
             write_whole(path, file)
             leaves = leaves_of(file)
             return SealedFile(root_from(leaves, file.size), file.size, leaves, path)
@@ -279,7 +279,7 @@ class StateSource:
             state = {"module": module, "version": state["version"]}
 
         def write() -> tuple[EncodedState, list[bytes]]:
-            file = encode(state)
+            file = encode_state(state)
             return file, leaves_of(file)
 
         file, leaves = await self._aside(write)

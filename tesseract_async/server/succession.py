@@ -94,7 +94,9 @@ class ReplicaKeeper(Succession):
         """Return `primary`, once a handover that is under way has ended, and the seconds until to ask again."""
         if uid in self._moving:
             await asyncio.shield(self._moving[uid])
-        return self.primary(uid), 1.0 if self.tenures.has(uid) else self.settings.check_every
+        if self.tenures.has(uid):
+            return await self.tenures.find_primary(uid)
+        return self.primary(uid), self.settings.check_every
 
     def _of(self, uid: str) -> Tenures | BareNames:
         return self.tenures if self.tenures.has(uid) else self.bare

@@ -25,16 +25,18 @@ class Tenured:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set after every command; those who wait for something look again, and clear it."""
     progress: tuple[int, int] | None = None
-    """How far the sealed file is."""
+    """The progress of the sealed file's state."""
     sealed_at: float = -math.inf
     versions: deque[tuple[float, int]] = field(default_factory=deque)
-    """When the last states were sealed, and their versions."""
+    """The times at which the last states were sealed, and their versions."""
+    stands: bool = False
+    """It stood for being the primary when its commands were carried out last."""
     waited_for: bool = False
     """It was told that this expert may have a state, which nobody shows."""
     wanted_root: bytes | None = None
     """The state that the run's owner named last."""
     unwritten: bytes | None = None
-    """What the disk did not take, and must before anything is said."""
+    """Data that the disk did not take, and must take before this server says anything."""
     is_unsealed: bool = False
     """Its state could not be sealed when that was due."""
     silent_until: float = -math.inf

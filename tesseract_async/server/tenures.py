@@ -19,7 +19,7 @@ from tesseract_async.errors import CheckpointError, NotAllowed, ProtocolError, T
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.membership import Leave
+from tesseract_async.experts.membership import Permissions
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import MAX_MEMBERS
 from tesseract_async.experts.placement import Place
@@ -36,7 +36,7 @@ from tesseract_async.experts.tenure_words import (
     Send,
     State,
 )
-from tesseract_async.experts.terms import Kind, Seal
+from tesseract_async.experts.terms import Seal, TermKind
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.fragments import FragmentBackend
@@ -60,6 +60,8 @@ MAX_ASKED: Final = 3
 """Members of whom a newer state is asked for at a time."""
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
+RETRY_SECONDS: Final = 1.0
+"""Seconds after which a trainer whose backward came to a server that is not the primary asks again."""
 MAX_RECORD_BYTES: Final = 1024
 UPLOAD_SHARE: Final = 0.5
 """The share of the upload rate that copies of states may take."""
@@ -89,7 +91,7 @@ class Tenures:
         """Prefix -> uid -> members that have its state by their own word, be it as a file alone, and the epoch of
         that."""
         self.on_leading: dict[str, Callable[[str], None]] = {}
-        """Prefix -> called when this server became the primary of an expert that is here as a file alone."""
+        """Prefix -> called when this server stands for an expert that is here as a file alone, and when it leads it."""
         self.upload_rate: float | None = None
         """Bytes per second that the volunteer gives; None without a limit."""
         self._boot, self._random = os.urandom(8), Random()
@@ -142,7 +144,7 @@ class Tenures:
             await self.states.return_to(tenure.held, hosted)
         return Tenured(uid, hosted, authority, tenure)
 
-    async def add(self, uid: str, authority: Authority, leave: Leave) -> None:
+    async def add(self, uid: str, authority: Authority, leave: Permissions) -> None:
         """Have this expert here, too, as a file alone. Raises: OSError."""
         if uid in self._experts or self._closed:
             return
@@ -263,6 +265,21 @@ class Tenures:
         expert = self._experts.get(uid)
         primary = None if expert is None else expert.tenure.primary
         return None if primary == self._node.peer_id else primary
+
+    async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
+        """Return `primary`, and the seconds until to ask again. Where it fell silent, wait a moment for the next one:
+        whoever asks hears of that at once."""
+        expert = self._experts[uid]
+        if not expert.tenure.misses_primary(self._elapsed()):
+            return self.primary(uid), RETRY_SECONDS
+        before = expert.tenure.primary
+
+        def is_settled(tenure: Tenure) -> bool:
+            leads = expert.hosted is not None and expert.hosted.is_primary
+            return leads or (tenure.state is State.FOLLOWING and tenure.primary != before)
+
+        await expert.until(is_settled, RETRY_SECONDS)
+        return self.primary(uid), 0.0
 
     def tenure(self, uid: str) -> Tenure:
         """Return the machine of one expert, to look at."""
@@ -394,6 +411,7 @@ class Tenures:
             while commands := expert.tenure.commands():
                 for command in commands:
                     await self._do(expert, command)
+                self._prepare(expert)
             if expert.hosted is not None:
                 expert.hosted.epoch = expert.tenure.epoch
         expert.changed.set()
@@ -419,13 +437,19 @@ class Tenures:
                     self.on_leading[split_uid(expert.uid)[0]](expert.uid)
             case RoleChanged(is_primary, _):
                 term = expert.tenure.term
-                if is_primary and term is not None and term.kind is Kind.GENESIS and expert.waited_for:
+                if is_primary and term is not None and term.kind is TermKind.GENESIS and expert.waited_for:
                     logger.error("nobody came with a state of %s: it begins anew, from genesis", expert.uid)
                 assert expert.hosted is not None
                 if is_primary != expert.hosted.is_primary:
                     self._node.metrics.count("experts_taken_over" if is_primary else "experts_given_up")
                 await self._server.set_primary(expert.uid, is_primary, announce=False)
                 self._wants_announcement.set()
+
+    def _prepare(self, expert: Tenured) -> None:
+        """Have an expert that is here as a file alone built while this server stands for it, to be ready in time."""
+        before, expert.stands = expert.stands, expert.tenure.state is State.CANDIDATE
+        if expert.stands and not before and expert.hosted is None and expert.tenure.held is not None:
+            self.on_leading[split_uid(expert.uid)[0]](expert.uid)
 
     async def _remember(self, expert: Tenured, stored: bytes) -> None:
         """Write down what must be on the disk before anything else is said of the expert."""

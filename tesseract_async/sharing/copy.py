@@ -10,7 +10,7 @@ import torch
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing.fragment import Fragment, Outer, Update
-from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.wire import compression
 
 
@@ -23,7 +23,8 @@ class Copy:
         plain = Outer(learning_rate=outer.learning_rate, momentum=0.0, codec=outer.codec)
         self.cut, self.outer, self.epoch = cut, outer, epoch
         self._fragment = Fragment(cut, plain, anchor, version=version)
-        self._sent: torch.Tensor | None = None
+        self.sent: torch.Tensor | None = None
+        """The values of the push under way."""
 
     @property
     def base(self) -> tuple[int, int, bytes]:
@@ -37,14 +38,14 @@ class Copy:
 
     def push(self, local: torch.Tensor) -> bytes:
         """Return the encoded difference of this trainer's values, which are kept until `merge`."""
-        assert self._sent is None
-        self._sent = local
-        values = local if self.cut.kind is Kind.NEWEST else self.anchor - local
+        assert self.sent is None
+        self.sent = local
+        values = local if self.cut.kind is MergeKind.NEWEST else self.anchor - local
         return bytes(compression.encode(values, self.outer.codec_of(self.cut)))
 
     def cancel(self) -> None:
         """Forget the push under way: the next one holds what it held."""
-        self._sent = None
+        self.sent = None
 
     def merge(self, updates: Sequence[Update], *, epoch: int) -> torch.Tensor:
         """Take the updates that answer the push, or that came without one. Returns what to add to the local values (of
@@ -53,12 +54,12 @@ class Copy:
         Raises: ProtocolError if they do not lead where they say, and changes nothing: fetch the state whole then, and
         `rebase`.
         """
-        sent = self.anchor if self._sent is None else self._sent
-        if self._sent is not None and (not updates or updates[-1].version <= self._fragment.version):
+        sent = self.anchor if self.sent is None else self.sent
+        if self.sent is not None and (not updates or updates[-1].version <= self._fragment.version):
             raise ProtocolError("a push was answered without its update")
         self._fragment.replay(updates)
-        self.epoch, self._sent = epoch, None
-        return self.anchor if self.cut.kind is Kind.NEWEST else self.anchor - sent
+        self.epoch, self.sent = epoch, None
+        return self.anchor if self.cut.kind is MergeKind.NEWEST else self.anchor - sent
 
     def rebase(self, anchor: torch.Tensor, *, version: int, epoch: int, counted: bool = False) -> torch.Tensor:
         """Go on from another state. Returns what to add to the local values, whose difference stays to be pushed;
@@ -66,7 +67,7 @@ class Copy:
 
         Raises: ProtocolError if it does not fit.
         """
-        before = self._sent if counted and self._sent is not None else self.anchor
+        before = self.sent if counted and self.sent is not None else self.anchor
         fragment = Fragment(self.cut, self._fragment.outer, anchor, version=version)
-        self._fragment, self.epoch, self._sent = fragment, epoch, None
-        return anchor if self.cut.kind is Kind.NEWEST else anchor - before
+        self._fragment, self.epoch, self.sent = fragment, epoch, None
+        return anchor if self.cut.kind is MergeKind.NEWEST else anchor - before

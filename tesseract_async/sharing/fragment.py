@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.wire import compression
 
 KEPT_UPDATES: Final = 8
@@ -33,7 +33,7 @@ class Outer:
     learning_rate: float = 1.0
     momentum: float = 0.5
     codec: str = "int4_blockwise"
-    """How differences and updates of floating fragments travel."""
+    """The codec of differences and updates of floating fragments."""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate <= 10:
@@ -44,7 +44,7 @@ class Outer:
             raise ValueError(f"unknown codec {self.codec!r}; known: {', '.join(compression.CODECS)}")
 
     def codec_of(self, cut: Cut) -> str:
-        return "none" if cut.kind is Kind.NEWEST else self.codec
+        return "none" if cut.kind is MergeKind.NEWEST else self.codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,10 @@ class Update:
     data: bytes
     """The encoded step; of integers, their new values."""
     root: bytes
-    """The `root_of` the anchor after it."""
+    """The `anchor_root` after it."""
 
 
-def root_of(anchor: torch.Tensor) -> bytes:
+def anchor_root(anchor: torch.Tensor) -> bytes:
     return hashlib.blake2b(memoryview(anchor.numpy()).cast("B"), digest_size=ROOT_BYTES).digest()  # type: ignore[arg-type, unused-ignore]
 
 
@@ -82,7 +82,7 @@ class Fragment:
         Raises: ProtocolError if these do not fit one another.
         """
         self.cut, self.outer, self.version = cut, outer, version
-        self.has_momentum = cut.kind is Kind.STEPPED and outer.momentum > 0
+        self.has_momentum = cut.kind is MergeKind.STEPPED and outer.momentum > 0
         if momentum is None and self.has_momentum:
             momentum = torch.zeros_like(anchor)
         for tensor in (anchor, momentum):
@@ -96,7 +96,7 @@ class Fragment:
             raise ProtocolError("a fragment's updates do not follow one another")
         self.anchor = anchor
         self.momentum = momentum if self.has_momentum else None
-        self.root = root_of(anchor)
+        self.root = anchor_root(anchor)
         if updates and updates[-1].root != self.root:
             raise ProtocolError("a fragment's last update leads elsewhere")
         first = Update(version - len(updates), b"", before if updates else self.root)
@@ -172,20 +172,20 @@ class Fragment:
     def _take(self, data: bytes) -> None:
         """Apply one encoded step: each operation by itself, so that no machine contracts two into one rounding."""
         step = self._decoded(data)
-        if self.cut.kind is Kind.NEWEST:
+        if self.cut.kind is MergeKind.NEWEST:
             self.anchor = step
         else:
             mu, momentum = self.outer.momentum, self.momentum
             if momentum is not None:
                 momentum = momentum.mul(mu).add_(step).div_(1 + mu)
-            rate = self.outer.learning_rate if self.cut.kind is Kind.STEPPED else 1.0
+            rate = self.outer.learning_rate if self.cut.kind is MergeKind.STEPPED else 1.0
             anchor = self.anchor - (step if rate == 1.0 else step.mul_(rate))
             for one in (anchor, momentum):
                 if one is not None and not bool(torch.isfinite(one).all()):
                     raise ProtocolError("an update leads to what is not finite")
             self.anchor, self.momentum = anchor, momentum
         self.version += 1
-        self.root = root_of(self.anchor)
+        self.root = anchor_root(self.anchor)
 
     def _decoded(self, data: bytes) -> torch.Tensor:
         shape = (self.cut.numel,)

@@ -2,7 +2,7 @@
 
 Trainable parameters lie one after another, in the order of their names, and are cut into at least `MIN_FRAGMENTS`
 fragments of nearly equal size, of at most `MAX_ELEMENTS` elements. What is not trained has fragments of its own, by
-`Kind`. Tied tensors are taken once, under their first name.
+`MergeKind`. Tied tensors are taken once, under their first name.
 """
 
 import math
@@ -29,8 +29,8 @@ _ALIGNED: Final = 128
 """Fragments begin at multiples of a codec's block."""
 
 
-class Kind(StrEnum):
-    """How the members' values of a fragment are merged."""
+class MergeKind(StrEnum):
+    """The ways in which the members' values of a fragment are merged."""
 
     STEPPED = "stepped"
     """Trainable parameters: the outer optimizer steps on the mean difference."""
@@ -43,13 +43,13 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """One tensor of the model."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    kind: Kind
+    kind: MergeKind
 
     @property
     def numel(self) -> int:
@@ -60,7 +60,7 @@ class Entry:
 class Cut:
     """One fragment: elements `start` to `stop` of the tensors of its kind, laid one after another."""
 
-    kind: Kind
+    kind: MergeKind
     start: int
     stop: int
 
@@ -71,7 +71,7 @@ class Cut:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that its values are kept in: whatever the model's, sums are taken in float32."""
-        return torch.int64 if self.kind is Kind.NEWEST else torch.float32
+        return torch.int64 if self.kind is MergeKind.NEWEST else torch.float32
 
 
 class LayoutMismatch(ValueError):
@@ -81,7 +81,7 @@ class LayoutMismatch(ValueError):
 class Layout:
     """The tensors that trainers of a run share, and how they are cut into `cuts`, the fragments in their order."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[TensorEntry]) -> None:
         """Raises: ValueError for nothing to train, or a model that is too large."""
         self.entries = tuple(entries)
         if len(self.entries) > MAX_TENSORS or sum(one.numel for one in self.entries) > MAX_FRAGMENTS * MAX_ELEMENTS:
@@ -90,19 +90,19 @@ class Layout:
                 f"a shared model has at most {MAX_TENSORS} tensors and {MAX_FRAGMENTS * MAX_ELEMENTS} elements"
             )
         cuts: list[Cut] = []
-        for kind in Kind:
+        for kind in MergeKind:
             total = sum(entry.numel for entry in self.entries if entry.kind is kind)
-            least = MIN_FRAGMENTS if kind is Kind.STEPPED else 1
+            least = MIN_FRAGMENTS if kind is MergeKind.STEPPED else 1
             num = max(min(least, total), -(-total // MAX_ELEMENTS))
             size = -(-total // max(1, num))
             if num > 1 and size >= _ALIGNED:
                 size = min(MAX_ELEMENTS, -(-size // _ALIGNED) * _ALIGNED)
             cuts += [Cut(kind, start, min(total, start + size)) for start in range(0, total, size or 1)]
-        if not cuts or cuts[0].kind is not Kind.STEPPED:
+        if not cuts or cuts[0].kind is not MergeKind.STEPPED:
             raise ValueError("this model has no parameters that are trained, so there is nothing to share")
         self.cuts: tuple[Cut, ...] = tuple(cuts)
-        starts: dict[Kind, int] = dict.fromkeys(Kind, 0)
-        self._placed: list[tuple[Entry, int]] = []
+        starts: dict[MergeKind, int] = dict.fromkeys(MergeKind, 0)
+        self._placed: list[tuple[TensorEntry, int]] = []
         for entry in self.entries:
             self._placed.append((entry, starts[entry.kind]))
             starts[entry.kind] += entry.numel
@@ -110,7 +110,7 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
         """Return the layout of a model. Raises: ValueError, naming a tensor that cannot be shared."""
-        entries: list[Entry] = []
+        entries: list[TensorEntry] = []
         for name, tensor in _tensors_of(model).items():
             if nn.parameter.is_lazy(tensor):
                 raise ValueError(f"{name} has no shape yet: call the model once before it is shared")
@@ -119,10 +119,10 @@ class Layout:
             if len(name) > MAX_NAME:
                 raise ValueError(f"{name[:MAX_NAME]}...: names of shared tensors have at most {MAX_NAME} characters")
             if isinstance(tensor, nn.Parameter):
-                kind = Kind.STEPPED if tensor.requires_grad else Kind.FIXED
+                kind = MergeKind.STEPPED if tensor.requires_grad else MergeKind.FIXED
             else:
-                kind = Kind.AVERAGED if tensor.is_floating_point() else Kind.NEWEST
-            entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, kind))
+                kind = MergeKind.AVERAGED if tensor.is_floating_point() else MergeKind.NEWEST
+            entries.append(TensorEntry(name, tuple(tensor.shape), tensor.dtype, kind))
         return cls(entries)
 
     def encode(self) -> bytes:
@@ -185,7 +185,7 @@ class Layout:
 
         Returns what rounding to 16 bits lost, which belongs to the values until the next change; else None.
         """
-        return self._put(model, cut, change, replace=cut.kind is Kind.NEWEST)
+        return self._put(model, cut, change, replace=cut.kind is MergeKind.NEWEST)
 
     def write(self, model: nn.Module, cut: Cut, values: torch.Tensor) -> torch.Tensor | None:
         """Set the fragment's values in place. Returns as `add`."""
@@ -231,7 +231,7 @@ def _tensors_of(model: nn.Module) -> Mapping[str, torch.Tensor]:
     return found
 
 
-def _entry(row: object) -> Entry:
+def _entry(row: object) -> TensorEntry:
     if type(row) is not list or len(row) != 4 or any(type(row[place]) is not str for place in (0, 2, 3)):
         raise ProtocolError("malformed tensor of a layout")
     name, shape, dtype, kind = row
@@ -239,8 +239,8 @@ def _entry(row: object) -> Entry:
         raise ProtocolError("malformed tensor of a layout")
     if type(shape) is not list or len(shape) > 16 or any(type(n) is not int or not 0 <= n < 2**40 for n in shape):
         raise ProtocolError("malformed shape of a layout")
-    return Entry(name, tuple(shape), DTYPES[dtype], Kind(kind))
+    return TensorEntry(name, tuple(shape), DTYPES[dtype], MergeKind(kind))
 
 
-def _described(entry: Entry) -> str:
+def _described(entry: TensorEntry) -> str:
     return f"{str(entry.dtype).removeprefix('torch.')}{list(entry.shape)}, {entry.kind}"

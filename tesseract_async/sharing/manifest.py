@@ -7,7 +7,7 @@ import msgpack
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing.fragment import Outer
-from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Cut, Kind, Layout
+from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, Cut, Layout, MergeKind
 from tesseract_async.wire.packed import Value
 
 
@@ -56,9 +56,9 @@ class FragmentPart:
         if number == 0:
             return SharedManifest.decode(data).part(0)
         rate, momentum, codec, kind, start, stop, digest = _unpacked(data, float, float, str, str, int, int, bytes)
-        if kind not in {*Kind} or not 0 <= start < stop <= start + MAX_ELEMENTS or len(digest) != 32:
+        if kind not in {*MergeKind} or not 0 <= start < stop <= start + MAX_ELEMENTS or len(digest) != 32:
             raise ProtocolError("malformed part of shared parameters")
-        return cls(number, Cut(Kind(kind), start, stop), _outer(rate, momentum, codec), data)
+        return cls(number, Cut(MergeKind(kind), start, stop), _outer(rate, momentum, codec), data)
 
 
 def _packed(outer: Outer) -> list[float | str]:

@@ -22,7 +22,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.runtime.gradients import trimmed_mean
 from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment, Outer
-from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.wire import compression
 
 MIN_WAIT: Final = 2.0
@@ -58,11 +58,11 @@ def judge(peer: PeerID, call_id: bytes, steps: int, data: bytes, cut: Cut, outer
 
     Raises: ProtocolError if it does not fit the fragment; ValueError if it is not finite, or of frozen parameters.
     """
-    if cut.kind is Kind.FIXED:
+    if cut.kind is MergeKind.FIXED:
         raise ValueError("frozen parameters stay as they are")
     norm = 0.0
     values = _decode(data, cut, outer)
-    if cut.kind is not Kind.NEWEST:
+    if cut.kind is not MergeKind.NEWEST:
         norm = float(torch.linalg.vector_norm(values))
         if not norm < math.inf:  # of values that are so large that sums of them would not be finite, too
             raise ValueError("a difference that is not finite, or far too large")
@@ -74,9 +74,9 @@ class _Member:
     """A peer that has pushed."""
 
     at: float
-    """When it did so last."""
+    """The time of its last push."""
     norm: float
-    """Of its last difference, ..."""
+    """The norm of its last difference, ..."""
     period: float = 0.0
     """... and the seconds since the one before (0: there was none); at least half of what they were then, since a flush
     comes early, and with little."""
@@ -108,7 +108,7 @@ class Rounds:
         """... and the part of that which is left to each that pushed."""
         self._offsets: deque[float] = deque(maxlen=_OFFSETS)
         self._opened: dict[int, float] = {}
-        """When the round opened that led on from each of the last versions."""
+        """The time at which the round after each of the last versions opened."""
         self._interval = FIRST_INTERVAL
 
     @property
@@ -201,13 +201,13 @@ class Rounds:
         """
         cut, outer, is_robust = fragment.cut, fragment.outer, self._num_known >= TRIMMED_FROM
         steps = [1 if is_robust else min(max(1, push.steps), self._max_steps) for push in pushes]
-        if cut.kind is Kind.NEWEST and not is_robust:
+        if cut.kind is MergeKind.NEWEST and not is_robust:
             return _decode(pushes[steps.index(max(steps))].data, cut, outer)
         num_absent = self._num_known - len(pushes)
-        if cut.kind is Kind.NEWEST and num_absent > len(pushes):
+        if cut.kind is MergeKind.NEWEST and num_absent > len(pushes):
             return fragment.anchor.clone()
         differences = [_decode(push.data, cut, outer) for push in pushes]
-        if cut.kind is Kind.NEWEST:
+        if cut.kind is MergeKind.NEWEST:
             present = [fragment.anchor] * num_absent
             return torch.stack([*differences, *present]).sort(0).values[self._num_known // 2].clone()
         most = self._most or MAX_NORM_RATIO * fragment.largest_update()

@@ -37,7 +37,7 @@ Span = tuple[int, int]
 """First and last but one."""
 Piece = tuple[int, int, int]
 """An epoch's number, and a span of it."""
-Name = tuple[PeerID, bytes]
+TrainerName = tuple[PeerID, bytes]
 """A trainer: its peer, and the 16 random bytes of one start of its program."""
 
 
@@ -59,7 +59,7 @@ class Spans:
 
     @property
     def num(self) -> int:
-        """How many numbers there are."""
+        """The count of numbers."""
         return sum(stop - start for start, stop in self._spans)
 
     def add(self, start: int, stop: int) -> None:
@@ -117,7 +117,7 @@ class Report(NamedTuple):
     """A trainer's message. Pieces that were neither done nor held by others count as held by it."""
 
     epoch: int
-    """The one that it goes through."""
+    """The epoch that it goes through."""
     num_samples: int
     wanted: int
     """Samples."""
@@ -126,7 +126,7 @@ class Report(NamedTuple):
     returned: Sequence[Piece]
 
 
-class Grant(NamedTuple):
+class Allotment(NamedTuple):
     """The answer to a `Report`."""
 
     pieces: Sequence[Piece]
@@ -145,10 +145,10 @@ class Grant(NamedTuple):
 class _Epoch:
     num_samples: int
     free: Spans
-    held: dict[Name, Spans] = field(default_factory=dict)
+    held: dict[TrainerName, Spans] = field(default_factory=dict)
     again: Spans = field(default_factory=Spans)
 
-    def let_go(self, name: Name) -> None:
+    def let_go(self, name: TrainerName) -> None:
         for start, stop in self.held.pop(name, ()):
             self.free.add(start, stop)
             self.again.add(start, stop)
@@ -167,14 +167,15 @@ class Ledger:
     def __init__(self, state: bytes = b"", *, free_at: float = -math.inf) -> None:
         """`state`: as `encode` gave it. `free_at`: nothing is handed out before. Raises: ProtocolError."""
         self._free_at = free_at
-        self._first = 0
-        self._epochs: dict[int, _Epoch] = {}
-        self._answered: dict[Name, tuple[int, Grant]] = {}
-        self._heard: dict[Name, float] = {}
+        self.first_epoch = 0
+        """All epochs before this one are over."""
+        self.epochs: dict[int, _Epoch] = {}
+        self._answered: dict[TrainerName, tuple[int, Allotment]] = {}
+        self._heard: dict[TrainerName, float] = {}
         if state:
-            self._first, self._epochs = _decode(state)
+            self.first_epoch, self.epochs = _decode(state)
 
-    def report(self, name: Name, turn: int, report: Report, now: float) -> Grant:
+    def report(self, name: TrainerName, turn: int, report: Report, now: float) -> Allotment:
         """Take a trainer's message; its messages have ascending numbers, `turn`. One that comes again gets its answer.
 
         Raises: Overloaded for more trainers than can be remembered, and for a message that was overtaken; ValueError
@@ -195,7 +196,7 @@ class Ledger:
         if turn < last:
             raise Overloaded("a later message of this trainer came before", retry_after=0.0)
         self._heard[name] = now
-        if claimed and not self._epochs and not self._first:  # there was a primary before, which left no state
+        if claimed and not self.epochs and not self.first_epoch:  # there was a primary before, which left no state
             self._free_at = now + GRACE_SECONDS
         is_waiting = now < self._free_at
         for number in sorted(claimed | {report.epoch}):
@@ -206,55 +207,59 @@ class Ledger:
         gone = self._take(name, report)
         self._close()
         pieces, again = ([], 0) if is_waiting else self._hand_out(name, report)
-        waits = is_waiting or (report.epoch >= self._first and report.epoch not in self._epochs)
-        grant = Grant(pieces, again, gone, self._first, waits)
+        waits = is_waiting or (report.epoch >= self.first_epoch and report.epoch not in self.epochs)
+        grant = Allotment(pieces, again, gone, self.first_epoch, waits)
         self._answered[name] = turn, grant
         return grant
 
-    def _forget(self, name: Name) -> None:
-        for epoch in self._epochs.values():
+    def _forget(self, name: TrainerName) -> None:
+        for epoch in self.epochs.values():
             epoch.let_go(name)
         del self._heard[name]
         self._answered.pop(name, None)
 
     def _open(self, number: int, num_samples: int) -> None:
         """Begin an epoch, if it is its time."""
-        known = self._epochs.get(number)
+        known = self.epochs.get(number)
         if known is not None and known.num_samples != num_samples:
             raise ValueError(f"epoch {number} has {known.num_samples} samples here, not {num_samples}")
-        if known is not None or number < self._first:
+        if known is not None or number < self.first_epoch:
             return
-        if self._epochs or self._first:
-            newest = max(self._epochs, default=self._first - 1)
+        if self.epochs or self.first_epoch:
+            newest = max(self.epochs, default=self.first_epoch - 1)
             if number > newest + 1:
                 raise ValueError(f"epoch {number} does not follow epoch {newest}, where the other trainers are")
-            if len(self._epochs) >= MAX_OPEN or (self._epochs and len(self._epochs[newest].free)):
+            if len(self.epochs) >= MAX_OPEN or (self.epochs and len(self.epochs[newest].free)):
                 return
         else:
-            self._first = number
-        self._epochs[number] = _Epoch(num_samples, Spans([(0, num_samples)]))
+            self.first_epoch = number
+        self.epochs[number] = _Epoch(num_samples, Spans([(0, num_samples)]))
 
     def _reopen(self, number: int, num_samples: int) -> None:
         """Go on with an epoch that the last primary began after it left its state."""
-        newest = max(self._epochs, default=self._first - 1)
-        if number >= self._first and number not in self._epochs and (number <= newest + MAX_OPEN or not self._first):
-            self._epochs[number] = _Epoch(num_samples, Spans([(0, num_samples)]))
-            for old in sorted(self._epochs)[:-MAX_OPEN]:
-                del self._epochs[old]
-            self._first = min(self._epochs)
+        newest = max(self.epochs, default=self.first_epoch - 1)
+        if (
+            number >= self.first_epoch
+            and number not in self.epochs
+            and (number <= newest + MAX_OPEN or not self.first_epoch)
+        ):
+            self.epochs[number] = _Epoch(num_samples, Spans([(0, num_samples)]))
+            for old in sorted(self.epochs)[:-MAX_OPEN]:
+                del self.epochs[old]
+            self.first_epoch = min(self.epochs)
 
-    def _take(self, name: Name, report: Report) -> list[Piece]:
+    def _take(self, name: TrainerName, report: Report) -> list[Piece]:
         """Bring up to date what this trainer holds. Returns what it does not hold, though it says so."""
-        said = {number: (Spans(), Spans(), Spans()) for number in self._epochs}
+        said = {number: (Spans(), Spans(), Spans()) for number in self.epochs}
         gone = list[Piece]()
         for place, pieces in enumerate((report.held, report.done, report.returned)):
             for number, start, stop in pieces:
                 if number in said:
-                    said[number][place].add(start, min(stop, self._epochs[number].num_samples))
+                    said[number][place].add(start, min(stop, self.epochs[number].num_samples))
                 elif not place:
                     gone.append((number, start, stop))
         for number, (held, done, returned) in said.items():
-            epoch = self._epochs[number]
+            epoch = self.epochs[number]
             own = epoch.held.setdefault(name, Spans())
             for start, stop in (*held, *done):
                 fits = own.num + stop - start <= MAX_HELD and len(own) < MAX_SPANS
@@ -278,21 +283,21 @@ class Ledger:
 
     def _close(self) -> None:
         """Forget epochs that are over, the first ones."""
-        for number in sorted(self._epochs):
-            epoch = self._epochs[number]
-            if number > self._first or len(epoch.free) or epoch.held:
+        for number in sorted(self.epochs):
+            epoch = self.epochs[number]
+            if number > self.first_epoch or len(epoch.free) or epoch.held:
                 return
-            del self._epochs[number]
-            self._first = number + 1
+            del self.epochs[number]
+            self.first_epoch = number + 1
 
-    def _hand_out(self, name: Name, report: Report) -> tuple[list[Piece], int]:
+    def _hand_out(self, name: TrainerName, report: Report) -> tuple[list[Piece], int]:
         """Return first what is left of the epoch before."""
-        held = [epoch.held.get(name, Spans()) for epoch in self._epochs.values()]
+        held = [epoch.held.get(name, Spans()) for epoch in self.epochs.values()]
         wanted = min(report.wanted, MAX_HELD - sum(one.num for one in held))
         most = MAX_SPANS - sum(map(len, held))
         pieces, again = list[Piece](), 0
-        for number in sorted(one for one in self._epochs if one <= report.epoch):
-            epoch = self._epochs[number]
+        for number in sorted(one for one in self.epochs if one <= report.epoch):
+            epoch = self.epochs[number]
             for start, stop in epoch.free.take(wanted, most=most - len(pieces)):
                 pieces.append((number, start, stop))
                 epoch.held.setdefault(name, Spans()).add(start, stop)
@@ -302,15 +307,15 @@ class Ledger:
 
     def encode(self) -> bytes:
         """Return what a next primary needs: what is done. At most `STATE_BYTES`: beyond, some counts as not done."""
-        if not self._epochs and not self._first:
+        if not self.epochs and not self.first_epoch:
             return b""
-        done = {number: [*epoch.done()] for number, epoch in self._epochs.items()}
+        done = {number: [*epoch.done()] for number, epoch in self.epochs.items()}
         while True:
             rows = [
-                [number, self._epochs[number].num_samples, [place for span in spans for place in span]]
+                [number, self.epochs[number].num_samples, [place for span in spans for place in span]]
                 for number, spans in done.items()
             ]
-            state: bytes = msgpack.packb([self._first, rows])
+            state: bytes = msgpack.packb([self.first_epoch, rows])
             if len(state) <= STATE_BYTES:
                 return state
             done = {number: spans[: len(spans) // 2] for number, spans in done.items()}
@@ -350,8 +355,10 @@ class Share:
         self.num_begun = 0
         """Batches, ever."""
         self._turn, self._session = 0, b""
-        self._queue: deque[Piece] = deque()
-        self._begun: dict[int, list[Piece]] = {}
+        self.queue: deque[Piece] = deque()
+        """Samples that wait to be taken."""
+        self.begun: dict[int, list[Piece]] = {}
+        """The samples of each batch that has not ended, by its number."""
         self._filling: list[Piece] = []
         self._done: list[Piece] = []
         self._returned: list[Piece] = []
@@ -373,20 +380,20 @@ class Share:
     def end(self) -> None:
         """Ask for no more, and give back what no batch has."""
         self._is_iterating = False
-        self._returned += self._queue
-        self._queue.clear()
-        self._end_batch()
+        self._returned += self.queue
+        self.queue.clear()
+        self.end_batch()
 
     def give_back(self) -> None:
         """Give back the batches that have not ended."""
-        for pieces in self._begun.values():
+        for pieces in self.begun.values():
             self._returned += pieces
-        self._begun.clear()
+        self.begun.clear()
 
     @property
     def has_begun(self) -> bool:
         """True if there are batches that have not ended."""
-        return bool(self._begun or self._filling)
+        return bool(self.begun or self._filling)
 
     @property
     def is_filling(self) -> bool:
@@ -395,37 +402,38 @@ class Share:
 
     def take(self) -> tuple[int, int] | None:
         """Return the next sample, as epoch and place; None while there is none here."""
-        if not self._queue:
+        if not self.queue:
             return None
-        epoch, start, stop = self._queue.popleft()
+        epoch, start, stop = self.queue.popleft()
         if start + 1 < stop:
-            self._queue.appendleft((epoch, start + 1, stop))
+            self.queue.appendleft((epoch, start + 1, stop))
         self._filling.append((epoch, start, start + 1))
         if len(self._filling) == self.batch_size:
-            self._end_batch()
+            self.end_batch()
         return epoch, start
 
     @property
     def is_over(self) -> bool:
         """True if nothing more will come in this epoch."""
-        return not self._queue and (self._is_over or not self._is_iterating)
+        return not self.queue and (self._is_over or not self._is_iterating)
 
     @property
     def is_dry(self) -> bool:
         """True if all that is left is on its way at others, or here."""
-        return not self._queue and self._is_dry
+        return not self.queue and self._is_dry
 
-    def _end_batch(self) -> None:
+    def end_batch(self) -> None:
+        """End the batch that is being filled, full or not."""
         if self._filling:
-            self._begun[self.num_begun] = _joined(self._filling)
+            self.begun[self.num_begun] = _joined(self._filling)
             self.num_begun += 1
             self._filling = []
 
     def ended(self, number: int | None = None, *, failed: bool = False) -> None:
         """A batch has ended, the oldest by default; one that failed taught nothing, and is handed out again."""
         if number is None:
-            number = next(iter(self._begun), -1)
-        pieces = self._begun.pop(number, [])
+            number = next(iter(self.begun), -1)
+        pieces = self.begun.pop(number, [])
         if failed:
             self._returned += pieces
             return
@@ -438,7 +446,7 @@ class Share:
     @property
     def wants(self) -> bool:
         """True if it is time to ask for more."""
-        low = 2 * sum(stop - start for _, start, stop in self._queue) <= self.ahead * self.batch_size
+        low = 2 * sum(stop - start for _, start, stop in self.queue) <= self.ahead * self.batch_size
         return self._is_iterating and not self._is_over and low
 
     @property
@@ -449,15 +457,15 @@ class Share:
     def report(self) -> tuple[int, Report]:
         """Return the next message, and its number. One is under way at a time."""
         self._turn += 1
-        queued = sum(stop - start for _, start, stop in self._queue)
+        queued = sum(stop - start for _, start, stop in self.queue)
         wanted = self.ahead * self.batch_size - queued if self.wants else 0
-        begun = [piece for pieces in self._begun.values() for piece in pieces]
-        held = _joined([*self._queue, *begun, *self._filling])[:MAX_SPANS]
+        begun = [piece for pieces in self.begun.values() for piece in pieces]
+        held = _joined([*self.queue, *begun, *self._filling])[:MAX_SPANS]
         done, returned = self._done[:MAX_SPANS], self._returned[:MAX_SPANS]
         self._sent = len(done), len(returned)
         return self._turn, Report(self.epoch, self.num_samples, max(0, wanted), held, done, returned)
 
-    def granted(self, session: bytes, report: Report, grant: Grant) -> None:
+    def granted(self, session: bytes, report: Report, grant: Allotment) -> None:
         """Take the answer to the last message. `session` names the ledger: a new one is told all that was done."""
         num_done, num_returned = self._sent
         del self._done[:num_done], self._returned[:num_returned]
@@ -473,15 +481,15 @@ class Share:
         for epoch, start, stop in grant.gone:
             lost.setdefault(epoch, Spans()).add(start, stop)
         if lost:
-            kept = [(at, Spans([(start, stop)])) for at, start, stop in self._queue]
+            kept = [(at, Spans([(start, stop)])) for at, start, stop in self.queue]
             for at, spans in kept:
                 for start, stop in lost.get(at, ()):
                     spans.cut(start, stop)
-            self._queue = deque((at, *span) for at, spans in kept for span in spans)
+            self.queue = deque((at, *span) for at, spans in kept for span in spans)
         if not self._is_iterating or report.epoch != self.epoch:
             self._returned += grant.pieces
             return
-        self._queue += grant.pieces
+        self.queue += grant.pieces
         self.num_again += grant.again
         self._is_over = grant.first > self.epoch
         self._is_dry = report.wanted > 0 and not grant.pieces and not grant.waits

@@ -19,7 +19,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.entries import Entry, single_view
-from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.events import Joined, NetworkEvent, ReadFinished, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.routing_table import ID_BITS, K
 from tesseract_async.network.settings import NetworkSettings
@@ -78,7 +78,7 @@ class SimulatedNode:
         """True if it is behind a gateway that lets in only answers from addresses that it wrote to."""
         self.alive = True
         self.joined = False
-        self.events: list[Event] = []
+        self.events: list[NetworkEvent] = []
         """All events except for ends of reads and writes."""
         self.num_sent = 0
         self.num_bytes_sent = 0
@@ -235,17 +235,17 @@ class SimulatedNetwork:
         node.cycle()
         return node
 
-    def add_swarm(self, count: int, *, interval: float = 0.05, settle: float = 30.0) -> list[SimulatedNode]:
+    def add_swarm(self, count: int, *, interval: float = 0.05) -> list[SimulatedNode]:
         """Add `count` nodes, each through a random one added before, and return when all have joined.
 
-        Raises: TimeoutError if some have not after `settle` seconds.
+        Raises: TimeoutError if some have not after 30 seconds.
         """
         nodes = [self.add_node()]
         while len(nodes) < count:
             nodes.append(self.add_node([self.random.choice(nodes)]))
             self.clock.run(interval)
-        if not self.clock.run_until(lambda: count == 1 or all(node.joined for node in nodes), timeout=settle):
-            raise TimeoutError(f"not all of {count} nodes have joined after {settle} s")
+        if not self.clock.run_until(lambda: count == 1 or all(node.joined for node in nodes), timeout=30.0):
+            raise TimeoutError(f"not all of {count} nodes have joined after 30 s")
         return nodes
 
     def add_settled_swarm(

@@ -1,4 +1,4 @@
-"""Which models of Transformers have experts that can live elsewhere, and where in the model they are.
+"""The models of Transformers whose experts can live elsewhere, and the place of those experts in the model.
 
 A family takes part if its experts modules are dispatched through Transformers' registry of experts functions, which
 keep the weights of a layer's experts in a few tensors whose first dimension counts the experts. Which families these

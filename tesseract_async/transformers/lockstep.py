@@ -102,7 +102,7 @@ class StandIn(nn.Module):
                     tensor.zero_()
 
 
-class Lockstep(Uncopied):
+class LockstepTrainer(Uncopied):
     """Tells the servers of one model's experts what its trainer does. The model's layers share it."""
 
     def __init__(self, node: BackgroundNode, prefix: str, *, timeout: float) -> None:
@@ -289,7 +289,7 @@ def _rule(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[str, dict[str
 def _before_step(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            lockstep: Lockstep | None = getattr(parameter, "tesseract_lockstep", None)
+            lockstep: LockstepTrainer | None = getattr(parameter, "tesseract_lockstep", None)
             if lockstep is not None:
                 lockstep.step(parameter, optimizer, group)
 

@@ -22,7 +22,7 @@ from tesseract_async.client.expert_pool import ExpertPool, PoolAnswer
 from tesseract_async.client.scaling import noted_scale
 from tesseract_async.errors import ExpertFailed
 from tesseract_async.runtime.gradients import are_finite
-from tesseract_async.transformers.lockstep import Lockstep
+from tesseract_async.transformers.lockstep import LockstepTrainer
 from tesseract_async.uncopied import Uncopied
 
 _NOT_FINITE: Final = (
@@ -39,12 +39,12 @@ _FORGOTTEN: Final = "this graph's call to remote experts was made by another pro
 class RemoteLayer(Uncopied):
     """A layer's experts, as the operator finds them; copies of the model share it."""
 
-    def __init__(self, node: BackgroundNode, pool: ExpertPool, lockstep: Lockstep) -> None:
+    def __init__(self, node: BackgroundNode, pool: ExpertPool, lockstep: LockstepTrainer) -> None:
         self.node, self.pool, self.lockstep = node, pool, lockstep
         self.number: Final = next(_numbers)
-        self.calls: weakref.WeakSet[_Call] = weakref.WeakSet()
+        self.calls: weakref.WeakSet[_LayerCall] = weakref.WeakSet()
         """Those that a backward may still go through."""
-        self.of_compiled: _Call | None = None
+        self.of_compiled: _LayerCall | None = None
         """The latest of a compiled graph, which drops the token if it means to run the forward again."""
         _layers[self.number] = self
 
@@ -71,7 +71,7 @@ class RemoteLayer(Uncopied):
             self.pool.train(training)
 
 
-class _Call:
+class _LayerCall:
     """One forward that a backward may go through."""
 
     def __init__(self, layer: RemoteLayer, given: Sequence[torch.Tensor], pool_answer: PoolAnswer) -> None:
@@ -92,10 +92,10 @@ class _Call:
 
 _numbers = itertools.count(1)
 _layers: weakref.WeakValueDictionary[int, RemoteLayer] = weakref.WeakValueDictionary()
-_calls: weakref.WeakValueDictionary[int, _Call] = weakref.WeakValueDictionary()
+_calls: weakref.WeakValueDictionary[int, _LayerCall] = weakref.WeakValueDictionary()
 
 
-def _let_go(_call: _Call) -> None:
+def _let_go(_call: _LayerCall) -> None:
     """The finalizer that held the call drops it by ending."""
 
 
@@ -124,7 +124,7 @@ def experts(
     answer = remote.ask(x, index, weights, training, differentiable=differentiable)
     if not differentiable:
         return answer.answer, torch.zeros(1, dtype=torch.int64)
-    call = _Call(remote, given, answer)
+    call = _LayerCall(remote, given, answer)
     if compiled:
         remote.of_compiled = call
     return answer.answer.clone(), call.token()
@@ -167,20 +167,20 @@ def _(gradient, token, x, weights):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(weights)
 
 
-class _Context(Protocol):
+class _OperatorContext(Protocol):
     token: torch.Tensor
     saved_tensors: tuple[torch.Tensor, ...]
 
     def save_for_backward(self, *tensors: torch.Tensor) -> None: ...
 
 
-def _keep(ctx: _Context, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _keep(ctx: _OperatorContext, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, _, weights, anchor, *_ = inputs
     ctx.token = output[1]  # checkpoints drop what is saved, and need the call when they run the forward again
     ctx.save_for_backward(output[1], x, weights, anchor)
 
 
-def _go_back(ctx: _Context, gradient: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
+def _go_back(ctx: _OperatorContext, gradient: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
     token, x, weights, anchor = ctx.saved_tensors
     of_x, of_weights = experts_backward(gradient, token, x, weights)
     return of_x, None, of_weights, torch.zeros_like(anchor), None, None, None, None

@@ -17,7 +17,7 @@ from tesseract_async.client.expert_pool import ExpertPool
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions
 from tesseract_async.transformers import operator
 from tesseract_async.transformers.families import WITHOUT_HOOK, check_config, is_experts, library
-from tesseract_async.transformers.lockstep import Lockstep, StandIn
+from tesseract_async.transformers.lockstep import LockstepTrainer, StandIn
 
 IMPLEMENTATION: Final = "tesseract"
 _IGNORED: Final = {
@@ -100,7 +100,7 @@ def remote_experts(
             num_layers += 1
             num_experts: int = vars(experts)["num_experts"]
             pool = ExpertPool(node, f"{prefix}.{name}", num_experts=num_experts, options=options, timeout=timeout)
-            _place(experts, parent, node, pool, Lockstep(node, prefix, timeout=timeout))
+            _place(experts, parent, node, pool, LockstepTrainer(node, prefix, timeout=timeout))
 
     handle = register_module_module_registration_hook(registered)
     try:
@@ -119,8 +119,8 @@ def remote_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def lockstep_of(model: nn.Module) -> Lockstep:
-    """Who speaks for this model to the servers. Raises: as `remote_layers`."""
+def lockstep_of(model: nn.Module) -> LockstepTrainer:
+    """Return the object that speaks for this model to the servers. Raises: as `remote_layers`."""
     one = vars(next(iter(remote_layers(model).values())))
     layer: operator.RemoteLayer = one["tesseract_layer"]
     layer.lockstep.belongs_to(one["tesseract_first"].remote)
@@ -145,7 +145,7 @@ def _strip(experts: nn.Module) -> None:
 
 
 def _place(
-    experts: nn.Module, layers: nn.ModuleList, node: BackgroundNode, pool: ExpertPool, lockstep: Lockstep
+    experts: nn.Module, layers: nn.ModuleList, node: BackgroundNode, pool: ExpertPool, lockstep: LockstepTrainer
 ) -> None:
     """Say where they are, and which of the experts' modules in `layers` has the model's stand-in; `lockstep` is for
     the first of them."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.run import Value
+from tesseract_async.experts.run import Scalar
 from tesseract_async.server.registry import Built, expert_builder
 from tesseract_async.transformers.families import gate_of, is_experts, library, num_experts_of
 from tesseract_async.transformers.shards import Checkpoint
@@ -77,7 +77,7 @@ def checkpoint_expert(family: str, dtype: str = "float32", master: str = "", **c
     return expert, (expert.outputs_schema,)
 
 
-def family_of(name: str, config: Mapping[str, Value]) -> nn.Module:
+def family_of(name: str, config: Mapping[str, Scalar]) -> nn.Module:
     """Return the experts module of that name, without weights. Untrusted. Raises: ValueError."""
     library()
     if (found := _FAMILY.fullmatch(name)) is None:
@@ -122,7 +122,7 @@ class _Config:
 
     def __init__(self, source: object) -> None:
         self._source = source
-        self.read: dict[str, Value] = {}
+        self.read: dict[str, Scalar] = {}
 
     def __getattr__(self, name: str) -> Any:
         source = self._source
@@ -142,7 +142,7 @@ def _made(kind: type[nn.Module], config: object) -> nn.Module:
     return module
 
 
-def _described(experts: nn.Module) -> dict[str, Value]:
+def _described(experts: nn.Module) -> dict[str, Scalar]:
     """Return the arguments of `checkpoint_expert` for one of these. Raises: ValueError for what no run can hold."""
     kind = type(experts)
     package, _, module = kind.__module__.rpartition(".")

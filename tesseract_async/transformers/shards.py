@@ -77,7 +77,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The one that the weights are in."""
+        """The dtype of the weights."""
         dtype: torch.dtype = self._skeleton.dtype
         return dtype
 

@@ -73,7 +73,7 @@ def range_of(host: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class PeerAddress:
-    """Where a peer can be dialed, best address first, and who must answer there (None: anyone)."""
+    """The addresses at which a peer can be dialed, best first, and the peer that must answer there (None: any)."""
 
     peer_id: PeerID | None
     addresses: tuple[str, ...]

@@ -184,7 +184,7 @@ class DialBudget:
         """Raises: DialedInVain if ``host:port`` may not be dialed now."""
         wait = max((self._failed[one].wait(now) for one in _targets(address) if one in self._failed), default=0.0)
         if wait > 0:
-            raise DialedInVain(f"it was dialed in vain too often; it may be again in {wait:.1f} s")
+            raise DialedInVain(f"dialing it failed too often; it may be dialed again in {wait:.1f} s")
 
     def finished(self, address: str, error: BaseException | None, now: float) -> None:
         if isinstance(error, DialedInVain):

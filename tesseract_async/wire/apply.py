@@ -29,7 +29,7 @@ MAX_SENTENCE_LENGTH: Final = 200
 """Characters of the sentence that says why one expert did not answer: the head holds up to `MAX_EXPERTS` of them."""
 ID_BYTES: Final = 16
 
-Coordinates = npt.NDArray[np.uint32]
+PackedCoordinates = npt.NDArray[np.uint32]
 Numbers = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
@@ -45,7 +45,7 @@ class ApplyRequest(NamedTuple):
     """
 
     prefix: str
-    experts: Coordinates
+    experts: PackedCoordinates
     """``[E, D]``, in ascending order, none twice."""
     ids: Sequence[bytes]
     """16 random bytes per expert. They name what is asked of this expert with these rows, in forward and backward,
@@ -294,7 +294,7 @@ def _numbers(packed: bytes, count: int, dtype: np.dtype[Any]) -> Numbers:
     return numbers
 
 
-def _coordinates(packed: bytes, num_experts: int) -> Coordinates:
+def _coordinates(packed: bytes, num_experts: int) -> PackedCoordinates:
     num_dims, excess = divmod(len(packed), num_experts * _U4.itemsize)
     if excess or not 0 < num_dims <= MAX_DIMS:
         raise ProtocolError(f"ApplyRequest: an expert has from 1 to {MAX_DIMS} coordinates")

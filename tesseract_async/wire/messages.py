@@ -223,7 +223,7 @@ class PushRequest(NamedTuple):
     """16 random bytes. A push repeated under the same id never counts twice."""
     version: int
     root: bytes
-    """The first state's `sharing.fragment.root_of`."""
+    """The first state's `sharing.fragment.anchor_root`."""
     steps: int
     """Optimizer steps in it."""
 
@@ -272,7 +272,7 @@ class SamplesRequest(NamedTuple):
 
 
 class SamplesReply(NamedTuple):
-    """A `sharing.samples.Grant`."""
+    """A `sharing.samples.Allotment`."""
 
     session: bytes
     """16 bytes that name the ledger: another one has to be told all that was done."""

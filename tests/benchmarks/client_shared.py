@@ -4,7 +4,8 @@ The model is that of `examples/train_lm.py`, small; a fifth process hosts the ex
 same ones at first. Each trainer takes equally many steps on samples of its own. `reduce`: the local layers' gradients
 are averaged at every step by torch.distributed (gloo). `nothing`: each trains its own from first values of its own;
 their losses' mean counts. `alike`: the same from equal first values, which share a little. `share`: `SharedParameters`;
-the merged copy's loss counts. Numbers behind a name are steps in flight.
+the merged copy's loss counts. Numbers behind a name are steps in flight: with several, gradients are stale, and all
+variants take steps that are shorter by their square root (whole ones are unstable, sharing or not).
 
 On two cores a step takes about 50 ms of one of them: with the default 256 steps a seed takes two minutes. What is
 asked is asked with three seeds: ``--seeds 3 --text input.txt`` with the text of your choice; else it reads the standard
@@ -126,7 +127,7 @@ class Trainer:
                 ta.GatingFunction(node, uid_prefix=f"layer{i}", route="token", **options) for i in range(args.layers)
             ]
             self.model = lm.Transformer(gates, args)
-            self.optimizer = torch.optim.Adam(self.model.parameters(), args.lr)
+            self.optimizer = torch.optim.Adam(self.model.parameters(), args.lr / plan.in_flight**0.5)
             if plan.kind == "share":
                 self.count(node)
                 if self.number:

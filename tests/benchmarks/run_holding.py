@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.server.checkpoint import encode, with_recent_journal
+from tesseract_async.server.checkpoint import encode_state, with_recent_journal
 from tesseract_async.server.volunteer import BYTE_COUNTERS
 from tests.benchmarks.figures import emit
 from tests.server.run_members import Member, joined, make_run, member, standings, until
@@ -79,8 +79,8 @@ async def measure() -> None:
     for number in range(65536):
         backend.applied[random.randbytes(16)] = number
     full = with_recent_journal(backend.state(), since=65535)
-    rest = len(b"".join(encode({**full, "applied": {}})))
-    emit("a full journal's share of a sealed file", 1 - rest / len(b"".join(encode(full))), "", "<= 0.05")
+    rest = len(b"".join(encode_state({**full, "applied": {}})))
+    emit("a full journal's share of a sealed file", 1 - rest / len(b"".join(encode_state(full))), "", "<= 0.05")
 
 
 def main() -> None:

@@ -213,6 +213,6 @@ def test_what_goes_wrong_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> No
         raise ExceptionGroup("many", [ExceptionGroup("inside", [RuntimeError("x" * 2000)])])
 
     with pytest.raises(SystemExit) as ended:
-        running.run(fail)
+        running.run_command(fail)
     err = capsys.readouterr().err
     assert ended.value.code == 1 and err.startswith("Error: xxx") and len(err) < 450

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.client.beam_search import BeamSearch, best_cells
-from tesseract_async.client.routing import LiveGrid, columns, group, within_capacity
+from tesseract_async.client.routing import LiveGrid, group, score_columns, within_capacity
 
 grids = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
 
@@ -53,7 +53,7 @@ def force_prefixes(live: LiveGrid) -> None:
     table = torch.full((len(prefixes), len(lasts)), -1, dtype=torch.int64)
     table[torch.from_numpy(prefix_of.reshape(-1)), torch.from_numpy(last_of)] = torch.arange(len(live.coords_ND))
     offset = sum(live.grid_size[:-1])
-    live._by_prefix = (columns(prefixes, live.grid_size[:-1]), torch.from_numpy(lasts) + offset, table)
+    live._by_prefix = (score_columns(prefixes, live.grid_size[:-1]), torch.from_numpy(lasts) + offset, table)
 
 
 def test_a_large_grid_takes_the_fast_path_and_is_exact() -> None:

@@ -221,6 +221,24 @@ async def test_a_server_that_was_out_of_reach_for_a_moment_is_not_taken_for_abse
     assert (await expert(torch.randn(2, 8))).shape == (2, 8), "back before its next manifest"
 
 
+@in_made_up_time
+async def test_while_a_server_that_failed_lately_is_dialed_others_are_looked_for(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8), peers=("dead",))
+    expert, loop = RemoteExpert(node, "ffn.0.0"), asyncio.get_running_loop()
+    await expert(torch.zeros(1, 8))
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        if node.calls[-1].peer == "dead":
+            await asyncio.sleep(20.0)
+
+    node.fault = fault
+    node.directory.report_failure(node.directory.replicas["ffn.0.0"][0])
+    loop.call_later(3.5, node.directory.add, "ffn.0.0", "next")
+    began = loop.time()
+    await expert(torch.zeros(1, 8))
+    assert loop.time() - began <= 4.1 and node.calls[-1].peer == "next" and node.num_open == 0
+
+
 async def test_another_replica_answers_for_a_dead_one(node: FakeNode) -> None:
     node.host("ffn.0.0", nn.Linear(8, 8), peers=("dead", "alive"))
     dead = [0]

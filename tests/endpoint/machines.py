@@ -9,7 +9,7 @@ from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallReceived,
-    Event,
+    ConnectionEvent,
 )
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
@@ -54,7 +54,7 @@ class Side:
             now=0.0,
             quotas=quotas,
         )
-        self.events: list[Event] = []
+        self.events: list[ConnectionEvent] = []
 
     def room_changed(self, room: Reservation) -> None:
         self.machine.room_changed(room, self.now)
@@ -64,7 +64,7 @@ class Side:
         self.budgets.deliver()
         self.events += self.machine.events()
 
-    def take(self) -> list[Event]:
+    def take(self) -> list[ConnectionEvent]:
         """Events since the last time."""
         self.look()
         events, self.events = self.events, []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tesseract_async.experts.merkle import num_leaves
-from tesseract_async.experts.pieces import LIST, MAX_UNDER_WAY, Ask, PieceFetch, size_of
+from tesseract_async.experts.pieces import LIST, MAX_UNDER_WAY, Ask, PieceFetch, piece_size
 
 MBIT = 1e6 / 8
 SILENCE = 42.0
@@ -91,7 +91,7 @@ class Simulation:
         while place.sending is None and place.queue:
             if Ask(source, next_one := place.queue.pop(0)) in self.under_way:
                 place.sending = next_one
-                end = self.now + size_of(next_one, self.size) / place.rate
+                end = self.now + piece_size(next_one, self.size) / place.rate
                 if self.now <= place.freezes_at < end:
                     end += place.thaws_at - place.freezes_at
                 if end < float("inf"):

@@ -15,7 +15,7 @@ from tesseract_async.experts.grants import Appointment, sign_appointment
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import Fetch, Look, Persist, Publish, Question, RoleChanged, Send, State
-from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, read_seal, sign_seal, sign_term
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, TermKind, read_seal, sign_seal, sign_term
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.server.state_files import NUM_SEALED
 
@@ -241,6 +241,8 @@ class World:
         """How long it takes to read all that the network holds, at least and at most."""
         self.slowness = 0.0
         """Seconds that a message takes more, at most: machines that do much else."""
+        self.patience = 1.0
+        """Seconds after which a question without an answer counts as such."""
         self.groups: list[set[int]] | None = None
         self.has_directory: set[int] | None = None
         self.strangers: list[bytes] = []
@@ -331,7 +333,7 @@ class World:
                 answered.append(True)
                 machine.answered(peer, question, None, sent, self.now, sender.wall)
 
-        self.after(1.0, sender.receive, life, silent)
+        self.after(self.patience, sender.receive, life, silent)
         fate = self.fates.pop(0) if self.fates and peer in {one.peer for one in self.up} else self.latency()
         if fate is None:
             return
@@ -395,7 +397,7 @@ class World:
     def lies(self, liar: Server) -> list[bytes]:
         """What a host that is a member of nothing may make up at this moment."""
         now, fresh = int(self.now), None
-        found = [fresh := sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=Kind.GENESIS)]
+        found = [fresh := sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=TermKind.GENESIS)]
         peers = [server.peer for server in self.up][:3]
         values = {"version": 2**62, "root": bytes(32), "size": 1, "time": now + 30, "successors": peers}
         found.append(sign_seal(liar.identity, RUN, term=fresh, number=7, **values))
@@ -403,7 +405,7 @@ class World:
             if server.machine.held is not None:
                 seal = server.machine.held
                 more = {"uid": UID, "epoch": now + 59, "boot": bytes(8), "seal": seal}
-                found.append(sign_term(liar.identity, RUN, kind=Kind.ADOPTION, **more))
+                found.append(sign_term(liar.identity, RUN, kind=TermKind.ADOPTION, **more))
         self.ghosts[liar.peer] = now
         return [record.blob for record in found]
 

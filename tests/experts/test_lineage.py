@@ -13,9 +13,9 @@ from tesseract_async.experts.lineage import MAX_TERMS, SKEW, Lineage
 from tesseract_async.experts.terms import (
     HANDOVER_SECONDS,
     MAX_BYTES,
-    Kind,
     Seal,
     Term,
+    TermKind,
     majority,
     next_epoch,
     read_seal,
@@ -34,7 +34,7 @@ NOW = CREATED + 5000.0
 
 
 def genesis(who: Any = A, epoch: int = 100) -> Term:
-    return sign_term(who, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=Kind.GENESIS)
+    return sign_term(who, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=TermKind.GENESIS)
 
 
 def sealed(who: Any, term: Term, *successors: Any, number: int = 1, time: int = 0, root: bytes = bytes(32)) -> Seal:
@@ -43,7 +43,9 @@ def sealed(who: Any, term: Term, *successors: Any, number: int = 1, time: int = 
     return sign_seal(who, RUN, term=term, number=number, version=7, root=root, size=10, time=time, successors=peers)
 
 
-def follows(who: Any, seal: Seal, epoch: int, kind: Kind = Kind.TAKEOVER, voters: Any = (), **more: Any) -> Term:
+def follows(
+    who: Any, seal: Seal, epoch: int, kind: TermKind = TermKind.TAKEOVER, voters: Any = (), **more: Any
+) -> Term:
     votes = [sign_vote(v, RUN, uid=UID, epoch=epoch, candidate=who.peer_id, seal=seal.age) for v in voters]
     return sign_term(
         who, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=kind, seal=seal, votes=votes, serial=seal.serial, **more
@@ -62,7 +64,7 @@ def test_records_come_back_as_they_were_signed_and_fit_the_network() -> None:
     seal = sealed(A, first, B, C, D)
     vote = sign_vote(C, RUN, uid=UID, epoch=200, candidate=B.peer_id, seal=seal.age)
     term = follows(B, seal, 200, voters=[C, D])
-    handed = follows(C, seal, 201, Kind.HANDOVER, handover=sign_handover(A, RUN, seal, C.peer_id))
+    handed = follows(C, seal, 201, TermKind.HANDOVER, handover=sign_handover(A, RUN, seal, C.peer_id))
     assert read_term(first.blob, RUN).digest == first.digest and read_seal(seal.blob, RUN).members == seal.members
     assert read_vote(vote.blob, RUN).candidate == B.peer_id
     assert read_term(term.blob, RUN).voters == (C.peer_id, D.peer_id) and read_term(handed.blob, RUN).seal is not None
@@ -79,18 +81,18 @@ def test_evidence_is_needed_for_each_kind() -> None:
     pair = sealed(A, genesis(), B)
     follows(B, pair, 200)  # of two members, its own vote is enough
     follows(A, sealed(A, genesis()), 200)  # one that starts again alone
-    follows(D, seal, 200, Kind.ADOPTION)
+    follows(D, seal, 200, TermKind.ADOPTION)
     older = sign_vote(C, RUN, uid=UID, epoch=200, candidate=B.peer_id, seal=(100, 2))
     another = sign_vote(C, RUN, uid=UID, epoch=200, candidate=A.peer_id, seal=seal.age)
     wrong: list[dict[str, Any]] = [
-        {"kind": Kind.TAKEOVER, "votes": []},
-        {"kind": Kind.TAKEOVER, "votes": [older]},
-        {"kind": Kind.TAKEOVER, "votes": [another]},
-        {"kind": Kind.HANDOVER, "handover": sign_handover(A, RUN, seal, C.peer_id)},
-        {"kind": Kind.HANDOVER, "handover": sign_handover(D, RUN, seal, B.peer_id)},
-        {"kind": Kind.ADOPTION, "serial": 3},
-        {"kind": Kind.GENESIS},
-        {"kind": Kind.ADOPTION, "epoch": 100},
+        {"kind": TermKind.TAKEOVER, "votes": []},
+        {"kind": TermKind.TAKEOVER, "votes": [older]},
+        {"kind": TermKind.TAKEOVER, "votes": [another]},
+        {"kind": TermKind.HANDOVER, "handover": sign_handover(A, RUN, seal, C.peer_id)},
+        {"kind": TermKind.HANDOVER, "handover": sign_handover(D, RUN, seal, B.peer_id)},
+        {"kind": TermKind.ADOPTION, "serial": 3},
+        {"kind": TermKind.GENESIS},
+        {"kind": TermKind.ADOPTION, "epoch": 100},
     ]
     for values in wrong:
         with pytest.raises(ValueError):
@@ -141,7 +143,7 @@ def test_any_order_of_the_same_records_ends_in_the_same_branch() -> None:
     seals = [sealed(A, first, B, number=1), sealed(A, first, B, C, number=2, root=b"2" * 32, time=110)]
     pair = follows(B, seals[0], 200)  # a half of a pair that did not hear of C
     second = follows(B, seals[1], 210, voters=[C])
-    third = follows(C, sealed(B, second, C, root=b"3" * 32), 300, Kind.ADOPTION)
+    third = follows(C, sealed(B, second, C, root=b"3" * 32), 300, TermKind.ADOPTION)
     records = [first, *seals, pair, second, third, sealed(C, third, root=b"4" * 32)]
     bests = set()
     for order in itertools.islice(itertools.permutations(records), 0, 5040, 17):
@@ -160,13 +162,13 @@ def test_a_weak_term_gives_way_to_a_line_that_went_on() -> None:
     assert lineage(first, weak, on, sealed(B, weak, time=900)).best is first
     assert lineage(first, weak, sealed(A, first, B, number=2, time=200)).best is weak
     # two adopters do not refute each other
-    adopted = [follows(who, pair, epoch, Kind.ADOPTION) for who, epoch in ((C, 200), (D, 205))]
+    adopted = [follows(who, pair, epoch, TermKind.ADOPTION) for who, epoch in ((C, 200), (D, 205))]
     after = [sealed(who, term, time=900) for who, term in zip((C, D), adopted, strict=True)]
     found = lineage(first, *adopted, *after)
     assert found.best is adopted[1] and found.goes_on(first, adopted[0])
     assert not found.goes_on(adopted[0], adopted[1]) and not found.goes_on(adopted[1], adopted[0])
     # what the line went on to counts for it, too
-    handed = follows(C, on, 300, Kind.HANDOVER, handover=sign_handover(A, RUN, on, C.peer_id))
+    handed = follows(C, on, 300, TermKind.HANDOVER, handover=sign_handover(A, RUN, on, C.peer_id))
     strong = lineage(first, weak, sealed(B, weak, time=900), handed, sealed(C, handed, time=400))
     assert strong.best is handed
 
@@ -176,15 +178,15 @@ def test_who_led_once_does_not_lead_again_by_what_it_has_from_then() -> None:
     for successors in ((), (B,)):
         last = sealed(A, first, *successors)
         signature = sign_handover(A, RUN, last, B.peer_id)
-        handed = follows(B, last, 110, Kind.HANDOVER, handover=signature)
+        handed = follows(B, last, 110, TermKind.HANDOVER, handover=signature)
         on = sealed(B, handed, time=900)
         again = follows(A, last, 800)
         assert again.is_weak and lineage(first, handed, on, again).best is handed
         assert lineage(first, again).best is again, "where nobody went on, it may"
         last_moment = last.time + HANDOVER_SECONDS
-        follows(B, last, last_moment, Kind.HANDOVER, handover=signature)
+        follows(B, last, last_moment, TermKind.HANDOVER, handover=signature)
         with pytest.raises(ValueError, match="long ago"):
-            follows(B, last, last_moment + 1, Kind.HANDOVER, handover=signature)
+            follows(B, last, last_moment + 1, TermKind.HANDOVER, handover=signature)
 
 
 def test_two_seals_of_one_number_expose_their_signer() -> None:
@@ -211,13 +213,13 @@ def test_the_owner_appoints() -> None:
     authority = FakeAuthority({one.peer_id for one in ALL})
     first = genesis()
     seal = sealed(A, first, B, C)
-    appointed = sign_term(D, RUN, uid=UID, epoch=150, boot=bytes(8), kind=Kind.APPOINTED, serial=1, seal=seal)
+    appointed = sign_term(D, RUN, uid=UID, epoch=150, boot=bytes(8), kind=TermKind.APPOINTED, serial=1, seal=seal)
     later = follows(B, seal, 200, voters=[C])
     found = lineage(first, seal, later, authority=authority)
     assert not found.add(appointed, now=NOW)
     authority.appointed = appoint(1, D.peer_id)
     assert found.add(appointed, now=NOW) and found.best is appointed
-    usurper = sign_term(C, RUN, uid=UID, epoch=300, boot=bytes(8), kind=Kind.APPOINTED, serial=1, seal=seal)
+    usurper = sign_term(C, RUN, uid=UID, epoch=300, boot=bytes(8), kind=TermKind.APPOINTED, serial=1, seal=seal)
     assert not found.add(usurper, now=NOW)
 
 
@@ -252,7 +254,7 @@ def test_a_hosts_flood_stays_small_and_pushes_nothing_out() -> None:
 def test_who_names_a_term_that_was_refuted_still_follows_its_tree() -> None:
     first = genesis()
     seal = sealed(A, first, B, number=2, time=150)
-    lie = follows(D, seal, 200, Kind.ADOPTION)
+    lie = follows(D, seal, 200, TermKind.ADOPTION)
     other = genesis(C, 250)
     found = lineage(first, seal, lie, other, sealed(C, other))
     found.set_hosts({A.peer_id: 200, B.peer_id: 200, C.peer_id: 250})

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.placement import Part, Place, Placement, Role, Survey, assign
+from tesseract_async.experts.placement import MemberPart, MemberRole, Place, Placement, Survey, assign
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.identity import PeerID
 from tests.experts.tenure_world import Server, World, identity
@@ -73,7 +73,7 @@ class Run:
                 world.servers.remove(part)
 
     def place(self, volunteer: Volunteer) -> Place:
-        parts = dict.fromkeys(volunteer.machine.wishes, Part(Role.HOLDS))
+        parts = dict.fromkeys(volunteer.machine.wishes, MemberPart(MemberRole.HOLDS))
         for uid in self.pattern:
             if (part := self.parts.get((volunteer.number, uid))) is None or part.tenure is None:
                 continue
@@ -82,7 +82,7 @@ class Run:
             age = (tenure.epoch, 0) if held is None else held.age
             if leads:
                 age = tenure.epoch, age[1] if age[0] == tenure.epoch else 0
-            parts[uid] = Part(Role.LEADS if leads else Role.HOLDS, *age)
+            parts[uid] = MemberPart(MemberRole.LEADS if leads else MemberRole.HOLDS, *age)
         return Place(volunteer.peer, ROOM, FILES, uptime=self.now, parts=parts)
 
     def take(self, volunteer: Volunteer, kind: str, uid: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.experts.merkle import leaves_of, num_leaves, root_from, root_of
-from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, size_of, split_list
+from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, piece_size, split_list
 from tests.experts.piece_world import MBIT, ROUND_TRIP, SILENCE, Place, Simulation, throttled
 
 
@@ -101,7 +101,7 @@ def test_pieces_are_right_or_wrong_alone(size: int) -> None:
         else [b"".join(leaves), *(data[a : a + PIECE_BYTES] for a in range(0, size, PIECE_BYTES))]
     )
     for piece, part in enumerate(parts):
-        assert len(part) == size_of(piece, size) and fetch.is_right(piece, part)
+        assert len(part) == piece_size(piece, size) and fetch.is_right(piece, part)
         for wrong in (part + b"\0", part[:-1], bytes(len(part)), b""):
             assert wrong == part or not fetch.is_right(piece, wrong)
         if piece == LIST and len(parts) > 1:

@@ -18,11 +18,11 @@ from tesseract_async.experts.placement import (
     MOVE_EVERY,
     STAY,
     STUCK_AFTER,
-    Part,
+    MemberPart,
+    MemberRole,
     Place,
     Placement,
-    Role,
-    Step,
+    PlacementStep,
     Survey,
     assign,
     score,
@@ -54,7 +54,7 @@ class World:
         self.places: dict[PeerID, Place] = {}
         self.machines: dict[PeerID, Placement] = {}
         self.now = 0.0
-        self.did: list[tuple[float, PeerID, Step]] = []
+        self.did: list[tuple[float, PeerID, PlacementStep]] = []
         for one in places:
             self.join(one)
 
@@ -70,7 +70,7 @@ class World:
     def leave(self, peer: PeerID) -> None:
         del self.places[peer], self.machines[peer]
 
-    def set_part(self, peer: PeerID, uid: str, part: Part | None) -> None:
+    def set_part(self, peer: PeerID, uid: str, part: MemberPart | None) -> None:
         parts = {at: one for at, one in self.places[peer].parts.items() if at != uid}
         if part is not None:
             parts[uid] = part
@@ -81,7 +81,7 @@ class World:
         seen = {
             peer: replace(
                 one,
-                parts={**dict.fromkeys(self.machines[peer].wishes, Part(Role.HOLDS)), **one.parts},
+                parts={**dict.fromkeys(self.machines[peer].wishes, MemberPart(MemberRole.HOLDS)), **one.parts},
                 moved_ago=one.moved_ago + seconds,
                 uptime=one.uptime + seconds,
             )
@@ -98,25 +98,25 @@ class World:
                 self.did.append((self.now, peer, step))
                 self.carry_out(peer, step)
 
-    def carry_out(self, peer: PeerID, step: Step) -> None:
+    def carry_out(self, peer: PeerID, step: PlacementStep) -> None:
         epoch = int(self.now) + 1
         if step.kind in ("begin", "restart"):
-            self.set_part(peer, step.uid, Part(Role.LEADS, epoch, 1))
+            self.set_part(peer, step.uid, MemberPart(MemberRole.LEADS, epoch, 1))
         elif step.kind == "drop":
             self.set_part(peer, step.uid, None)
         elif step.kind == "move":
             assert step.peer is not None
             mine, theirs = self.places[peer].parts[step.uid], self.places[step.peer].parts[step.uid]
-            self.set_part(peer, step.uid, mine._replace(role=Role.FOLLOWS, epoch=epoch))
-            self.set_part(step.peer, step.uid, theirs._replace(role=Role.LEADS, epoch=epoch))
+            self.set_part(peer, step.uid, mine._replace(role=MemberRole.FOLLOWS, epoch=epoch))
+            self.set_part(step.peer, step.uid, theirs._replace(role=MemberRole.LEADS, epoch=epoch))
             self.machines[step.peer].came(step.uid, peer, self.now)
             for one in (peer, step.peer):
                 self.places[one] = replace(self.places[one], moved_ago=0.0)
         else:
-            role = Role.HOLDS if step.kind == "hold" else Role.FOLLOWS
+            role = MemberRole.HOLDS if step.kind == "hold" else MemberRole.FOLLOWS
             leader = Survey(self.places).leader(step.uid)
             age = (epoch, 1) if leader is None else self.places[leader].parts[step.uid].age
-            self.set_part(peer, step.uid, Part(role, *age))
+            self.set_part(peer, step.uid, MemberPart(role, *age))
 
     @property
     def survey(self) -> Survey:
@@ -130,7 +130,9 @@ def test_a_run_is_shared_out_led_once_each_and_held_at_three_other_places() -> N
     world = World([place(n, room=8) for n in range(12)])
     for _ in range(40):
         world.tick()
-    led = Counter(uid for one in world.places.values() for uid, part in one.parts.items() if part.role is Role.LEADS)
+    led = Counter(
+        uid for one in world.places.values() for uid, part in one.parts.items() if part.role is MemberRole.LEADS
+    )
     assert led == dict.fromkeys(GRID, 1), "each once, and no two have the same"
     assert all(len(world.survey.copies(uid)) == 3 for uid in GRID)
     assert {world.survey.standing(uid).losses for uid in GRID} == {3}
@@ -148,13 +150,13 @@ def test_what_is_lost_is_replaced_at_the_next_look_whoever_is_primary() -> None:
     random = Random(1)
     for number in range(100, 130):
         gone = random.choice(sorted(world.places))
-        led = [uid for uid, part in world.places[gone].parts.items() if part.role is Role.LEADS]
+        led = [uid for uid, part in world.places[gone].parts.items() if part.role is MemberRole.LEADS]
         world.leave(gone)
         for uid in led:  # a member takes over, as tenures do
             able = [p for p in world.survey.copies(uid) if world.places[p].num_led < world.places[p].room]
             heir = able[0]
             part = world.places[heir].parts[uid]
-            world.set_part(heir, uid, part._replace(role=Role.LEADS, epoch=part.epoch + 1))
+            world.set_part(heir, uid, part._replace(role=MemberRole.LEADS, epoch=part.epoch + 1))
         world.tick()
         world.join(place(number, room=12))
         world.tick()
@@ -187,6 +189,20 @@ def test_two_of_the_copies_at_least_can_lead() -> None:
         assert sum(world.places[one].can_lead for one in world.survey.copies(uid)) >= 2
 
 
+def test_a_member_without_room_is_no_successor_where_enough_others_are() -> None:
+    parts = {"ffn.7": MemberPart(MemberRole.HOLDS, 1, 1)}
+    full = {**parts, "ffn.1": MemberPart(MemberRole.LEADS, 1, 1)}
+    places = [
+        place(0, parts={"ffn.7": MemberPart(MemberRole.LEADS, 1, 1)}),
+        place(1, room=0, parts=parts),
+        place(2, room=1, parts=full),
+        place(3, room=1, parts={**full, "ffn.7": MemberPart(MemberRole.FOLLOWS, 1, 1)}),
+        place(4, parts=parts),
+    ]
+    assert Survey({one.peer: one for one in places}).unfit("ffn.7") == {peer(1), peer(2)}
+    assert Survey({one.peer: one for one in places[:4]}).unfit("ffn.7") == {peer(1)}, "the full one votes, at least"
+
+
 def test_a_copy_too_many_is_given_up_after_a_while_and_its_loss_is_not_noticed() -> None:
     world = World([place(n, room=8) for n in range(6)], pattern=ExpertPattern.parse("ffn.7"))
     for _ in range(10):
@@ -194,7 +210,7 @@ def test_a_copy_too_many_is_given_up_after_a_while_and_its_loss_is_not_noticed()
     leader = world.survey.leader("ffn.7")
     assert leader is not None
     spare = next(one for one in world.places if one != leader and "ffn.7" not in world.places[one].parts)
-    world.set_part(spare, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=Role.HOLDS))
+    world.set_part(spare, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=MemberRole.HOLDS))
     start = world.now
     while len(world.survey.copies("ffn.7")) > 3:
         world.tick()
@@ -210,7 +226,7 @@ def test_a_member_with_less_room_than_before_gives_up_what_others_lead() -> None
     for _ in range(20):
         world.tick()
     held = world.places[peer(3)].parts
-    only = next(uid for uid, part in held.items() if part.role is not Role.LEADS)
+    only = next(uid for uid, part in held.items() if part.role is not MemberRole.LEADS)
     for one in [one for one in world.places if one != peer(3) and only in world.places[one].parts]:
         world.set_part(one, only, None)
     num_led = world.places[peer(3)].num_led
@@ -247,7 +263,7 @@ def test_one_that_promises_and_never_has_the_file_is_not_counted_on() -> None:
     for _ in range(10):
         world.tick()
     liar = [one for one in world.survey.copies("ffn.7") if one != peer(0)][0]
-    world.set_part(liar, "ffn.7", Part(Role.HOLDS))
+    world.set_part(liar, "ffn.7", MemberPart(MemberRole.HOLDS))
     world.tick()
     assert world.survey.standing("ffn.7").losses == 2, "it may be on its way"
     for _ in range(int(STUCK_AFTER / 5) + 2):
@@ -286,8 +302,8 @@ def test_of_two_copies_too_many_neither_counts_on_the_other() -> None:
     leader = world.survey.leader("ffn.7")
     assert leader is not None
     for one in world.places:
-        world.set_part(one, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=Role.HOLDS))
-    world.set_part(leader, "ffn.7", Part(Role.LEADS, *world.places[leader].parts["ffn.7"].age))
+        world.set_part(one, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=MemberRole.HOLDS))
+    world.set_part(leader, "ffn.7", MemberPart(MemberRole.LEADS, *world.places[leader].parts["ffn.7"].age))
     keepers = {one: world.machines[one].keepers(world.survey, "ffn.7") for one in world.places if one != leader}
     assert sorted(map(len, keepers.values())) == list(range(7))
     assert all(one not in keepers[other] or other not in keepers[one] for one in keepers for other in keepers)
@@ -298,7 +314,7 @@ members = st.lists(
 )
 parts = st.dictionaries(
     st.tuples(st.integers(0, 7), st.integers(0, 5)),
-    st.builds(Part, st.sampled_from(Role), st.integers(0, 3), st.integers(0, 9)),
+    st.builds(MemberPart, st.sampled_from(MemberRole), st.integers(0, 3), st.integers(0, 9)),
     max_size=16,
 )
 
@@ -306,7 +322,7 @@ parts = st.dictionaries(
 @given(members, parts, st.integers(0, 4))
 def test_whatever_members_say_no_more_is_assigned_than_they_have_room_for(
     some: list[tuple[int, int, tuple[str, ...]]],
-    said: dict[tuple[int, int], Part],
+    said: dict[tuple[int, int], MemberPart],
     num_copies: int,
 ) -> None:
     places = {
@@ -372,7 +388,7 @@ def test_who_comes_back_to_a_stopped_run_first_waits_for_those_that_have_the_sta
     for _ in range(40):
         world.tick()
     assert not world.did, "three minutes, and nothing is begun"
-    world.join(place(2, room=2, parts={"ffn.0": Part(Role.HOLDS, 7, 7, version=300)}))
+    world.join(place(2, room=2, parts={"ffn.0": MemberPart(MemberRole.HOLDS, 7, 7, version=300)}))
     world.tick()
     assert [(step.kind, step.uid) for _, one, step in world.did if one == peer(1)] == [("follow", "ffn.0")]
     while not has("ffn.1")(world):
@@ -387,7 +403,7 @@ def test_a_newcomer_to_a_run_that_goes_on_begins_a_free_expert_at_once() -> None
         world.tick()
     world.join(place(9, room=2))
     start = world.now
-    while sum(part.role is Role.LEADS for part in world.places[peer(9)].parts.values()) < 2:
+    while sum(part.role is MemberRole.LEADS for part in world.places[peer(9)].parts.values()) < 2:
         world.tick()
         assert world.now - start < 30
 
@@ -398,7 +414,9 @@ def test_who_claims_room_for_everything_and_takes_nothing_holds_the_others_up_fo
     world.places[liar.peer] = liar  # what falls to it is not done: it is no machine
     while world.now < 4 * STUCK_AFTER:
         world.now += 5.0
-        named = {one: dict.fromkeys(machine.wishes, Part(Role.HOLDS)) for one, machine in world.machines.items()}
+        named = {
+            one: dict.fromkeys(machine.wishes, MemberPart(MemberRole.HOLDS)) for one, machine in world.machines.items()
+        }
         seen = {one: replace(at, parts={**named.get(one, {}), **at.parts}) for one, at in world.places.items()}
         for one, machine in world.machines.items():
             for step in machine.decide(seen, world.now, world.now):
@@ -425,7 +443,8 @@ class Load:
         places, survey = self.world.places, self.world.survey
         load: dict[PeerID, float] = dict.fromkeys(places, 0.0)
         computing = {
-            uid: [one for one, part in survey.parts[uid].items() if part.role is not Role.HOLDS] for uid in self.demand
+            uid: [one for one, part in survey.parts[uid].items() if part.role is not MemberRole.HOLDS]
+            for uid in self.demand
         }
         leaders = {uid: survey.leader(uid) for uid in self.demand}
         shares: dict[tuple[PeerID, str], float] = defaultdict(float)
@@ -458,7 +477,7 @@ class Load:
             self.waiting[uid] = min(wanted * 10, max(0.0, self.waiting[uid] + 5 * wanted * (1 - served[uid] - 0.05)))
         for one, place_ in self.world.places.items():
             for uid, part in place_.parts.items():
-                waits = self.waiting[uid] if part.role is Role.LEADS else 0.0
+                waits = self.waiting[uid] if part.role is MemberRole.LEADS else 0.0
                 rate = self.rates[one, uid] if (one, uid) in shares else 0.0
                 self.world.set_part(one, uid, part._replace(rate=rate, waiting=int(waits)))
         self.world.tick()
@@ -483,13 +502,13 @@ def loaded(
     uids = list(pattern)
     random.shuffle(uids)
     for number, uid in enumerate(uids):
-        world.set_part(peer(number % num_servers), uid, Part(Role.LEADS, 1, 1))
+        world.set_part(peer(number % num_servers), uid, MemberPart(MemberRole.LEADS, 1, 1))
     for _ in range(30):
         world.tick()
     return Load(world, dict.fromkeys(uids, demand))
 
 
-def moves(world: World, since: float = 0.0) -> list[tuple[float, PeerID, Step]]:
+def moves(world: World, since: float = 0.0) -> list[tuple[float, PeerID, PlacementStep]]:
     return [one for one in world.did if one[0] >= since and one[2].kind == "move"]
 
 

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.grants import GRANT_SECONDS, sign_grant
-from tesseract_async.experts.grants import Role as Role_
+from tesseract_async.experts.grants import GRANT_SECONDS, Role, sign_grant
 from tesseract_async.experts.place_directory import MAX_PARTS, read_places
-from tesseract_async.experts.placement import Part, Place, Role
+from tesseract_async.experts.placement import MemberPart, MemberRole, Place
 from tesseract_async.experts.places import decode_place, encode_place, places_key, ranges_of
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO
@@ -27,13 +26,13 @@ TAG = RUN.tag
 assert TAG is not None
 KEY = places_key("ffn", TAG)
 NOW = time.time()
-ROLES: tuple[Role_, ...] = ("host",)
+ROLES: tuple[Role, ...] = ("host",)
 GRANT = sign_grant(OWNER, TAG.run_id("ffn"), MEMBER.peer_id, ROLES, serial=int(NOW), not_after=int(NOW) + GRANT_SECONDS)
 NUMBERS = {"room": 3, "files": 40, "speed": 5000.0, "moved_ago": 12.0, "uptime": 99.0}
 
 parts = st.builds(
-    Part,
-    st.sampled_from(Role),
+    MemberPart,
+    st.sampled_from(MemberRole),
     *(st.integers(0, 2**32 - 1) for _ in range(3)),
     st.floats(0, 2**31, width=32),
     st.integers(0, 2**32 - 1),
@@ -64,9 +63,9 @@ async def read(entries: list[Entry]) -> dict[PeerID, Place]:
 
 
 @given(st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 63)), parts, max_size=80))
-def test_what_is_said_is_read(some: dict[tuple[int, int], Part]) -> None:
+def test_what_is_said_is_read(some: dict[tuple[int, int], MemberPart]) -> None:
     said = {f"ffn.{a}.{b}": part for (a, b), part in some.items()}
-    found: dict[str, Part] = {}
+    found: dict[str, MemberPart] = {}
     for blob in encode(Place(MEMBER.peer_id, parts=said, **NUMBERS)):  # type: ignore[arg-type]
         part = decode_place(blob)
         assert part.numbers == (3, 40, 5000, 12, 99) and part.tag == TAG and len(blob) <= 880
@@ -75,14 +74,14 @@ def test_what_is_said_is_read(some: dict[tuple[int, int], Part]) -> None:
 
 
 def test_a_primary_that_signs_for_any_number_silences_nobody_who_holds_its_state() -> None:
-    liar = Part(Role.HOLDS, 5, 2**63 - 1, 2**63 - 1, 1e30, 2**40)
+    liar = MemberPart(MemberRole.HOLDS, 5, 2**63 - 1, 2**63 - 1, 1e30, 2**40)
     (blob,) = encode(Place(MEMBER.peer_id, 1, 1, parts={"ffn.0.1": liar}))
-    assert decode_place(blob).parts["ffn.0.1"][:4] == (Role.HOLDS, 5, 2**32 - 1, 2**32 - 1)
+    assert decode_place(blob).parts["ffn.0.1"][:4] == (MemberRole.HOLDS, 5, 2**32 - 1, 2**32 - 1)
 
 
 @given(st.binary(max_size=900), st.integers(0, 900), st.integers(0, 255))
 def test_garbage_is_refused(junk: bytes, at: int, byte: int) -> None:
-    (good,) = encode(Place(MEMBER.peer_id, 1, 1, parts={"ffn.0.1": Part(Role.HOLDS, 1, 2, 3)}))
+    (good,) = encode(Place(MEMBER.peer_id, 1, 1, parts={"ffn.0.1": MemberPart(MemberRole.HOLDS, 1, 2, 3)}))
     spoiled = bytearray(good)
     spoiled[at % len(good)] = byte
     for blob in (junk, good[:4] + junk, bytes(spoiled), good[: at % len(good)], good + junk[:1], None, 7):
@@ -94,14 +93,17 @@ def test_garbage_is_refused(junk: bytes, at: int, byte: int) -> None:
 
 async def test_only_members_are_read_and_only_what_they_may_say() -> None:
     latest = int(NOW) - EPOCH_ZERO
-    mine = {"ffn.0.1": Part(Role.LEADS, latest, 2, 3), "ffn.0.2": Part(Role.LEADS, latest + 1000, 2, 3)}
+    mine = {
+        "ffn.0.1": MemberPart(MemberRole.LEADS, latest, 2, 3),
+        "ffn.0.2": MemberPart(MemberRole.LEADS, latest + 1000, 2, 3),
+    }
     place = Place(MEMBER.peer_id, parts=mine, **NUMBERS)  # type: ignore[arg-type]
     (blob,) = encode(place)
     (foreign,) = encode(place, STRANGER)
     found = await read([entry(blob), entry(foreign, STRANGER), entry(blob, STRANGER), entry(b"tsp\1", MEMBER, "1")])
     assert list(found) == [MEMBER.peer_id]
     assert found[MEMBER.peer_id].parts.keys() == {"ffn.0.1"}, "no epoch from the future"
-    outside = {"ffn.9.1": Part(Role.LEADS, 1, 2, 3), "ffn.0.64": Part(Role.HOLDS, 1, 2, 3)}
+    outside = {"ffn.9.1": MemberPart(MemberRole.LEADS, 1, 2, 3), "ffn.0.64": MemberPart(MemberRole.HOLDS, 1, 2, 3)}
     (blob,) = encode(Place(MEMBER.peer_id, parts=outside, **NUMBERS))  # type: ignore[arg-type]
     assert not (await read([entry(blob)]))[MEMBER.peer_id].parts, "no expert that the run does not have"
     many = [entry(encode(Place(MEMBER.peer_id, n, 1))[0], subkey=str(n)) for n in range(200)]

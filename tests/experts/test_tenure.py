@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.tenure_words import Question, Send, State
-from tesseract_async.experts.terms import Kind, Seal, read_seal, sign_seal, sign_term
+from tesseract_async.experts.terms import Seal, TermKind, read_seal, sign_seal, sign_term
 from tests.experts.tenure_world import CREATED, RUN, UID, Server, World, appoint, identity
 
 LEASE = 30.0
@@ -166,7 +166,7 @@ def test_who_agreed_with_one_primary_agrees_with_no_late_one_for_a_lease() -> No
     member = next(one for one in world.up if one is not elected)
     epoch = int(world.now) + 20
     term = sign_term(
-        late.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=Kind.HANDOVER, seal=seal, handover=signature
+        late.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=TermKind.HANDOVER, seal=seal, handover=signature
     )
     beat = Question("beat", epoch, bytes(8), term.blob, b"")
     assert not member.machine.ask(late.peer, beat, world.now, member.wall).agrees, "the other counts on its word"
@@ -282,7 +282,7 @@ def test_a_handover_loses_and_doubles_nothing_wherever_it_ends(until: str) -> No
         assert heir.machine.take(signature, world.now, heir.wall)
         heir.settle()
         world.run(2.0)
-        assert heir.leads and heir.machine.term is not None and heir.machine.term.kind is Kind.HANDOVER
+        assert heir.leads and heir.machine.term is not None and heir.machine.term.kind is TermKind.HANDOVER
     world.run(6 * LEASE)
     (now_leads,) = world.leaders
     assert now_leads.machine.epoch > epoch, "the old one never goes on in that epoch"
@@ -347,7 +347,7 @@ def test_strangers_change_nothing(noise: bytes, epoch: int, version: int) -> Non
     world = World(9, 2)
     leader = world.begin()
     stranger = identity(99)
-    term = sign_term(stranger, RUN, uid=UID, epoch=min(epoch, 2**62), boot=bytes(8), kind=Kind.GENESIS)
+    term = sign_term(stranger, RUN, uid=UID, epoch=min(epoch, 2**62), boot=bytes(8), kind=TermKind.GENESIS)
     seal = sign_seal(
         stranger,
         RUN,
@@ -522,7 +522,7 @@ def test_of_two_adopters_one_answers_and_all_who_return_stand_aside(seed: int) -
     world.run(2 * LEASE)
     assert world.agree()
     adopter = world.leaders[0]
-    assert adopter.machine.term is not None and adopter.machine.term.kind is Kind.ADOPTION
+    assert adopter.machine.term is not None and adopter.machine.term.kind is TermKind.ADOPTION
     everybody = list(world.servers)
     for one in everybody:
         one.kill()
@@ -557,6 +557,38 @@ def test_an_orphan_is_led_again_two_leases_after_its_primary_died(lease: float, 
     took = sorted(adoption(seed, lease, left=left) for seed in range(seeds))
     assert took[int(0.99 * seeds)] <= 2 * lease + 1e-6, took  # looked at twice a second
     assert took[0] >= 1.5 * lease, "its members come first, and whoever stood still for a moment"
+
+
+def seconds_until_led(world: World) -> float:
+    since = world.now
+    while not world.is_led():
+        assert world.now < since + 10 * world.authority.lease, world.describe()
+        world.run(0.05)
+    return world.now - since
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_members_elect_the_next_primary_as_soon_as_its_lease_is_over(seed: int) -> None:
+    """They ask whether it is there before that: a dead machine says nothing for a second and a half."""
+    world = World(seed, 6, lease=5.0, skew=0.0)
+    leader = world.begin()
+    world.slowness, world.patience = 0.2, 1.5
+    world.run(world.random.uniform(10, 20))
+    leader.kill()
+    assert seconds_until_led(world) <= 6.6
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_two_that_stand_at_once_one_gives_way_and_votes(seed: int) -> None:
+    world = World(seed, 3, lease=5.0, skew=0.0)
+    world.patience = 1.5
+    leader = world.begin()
+    world.run(10.0)
+    leader.kill()
+    for one in world.up:
+        world.stall(one, 10.0)
+    world.run(10.0)
+    assert seconds_until_led(world) <= 2.0, "one time-out for the dead one, and an election"
 
 
 @pytest.mark.parametrize("seed", range(3))

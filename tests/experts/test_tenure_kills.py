@@ -7,7 +7,7 @@ import pytest
 
 from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import Kind, Seal
+from tesseract_async.experts.terms import Seal, TermKind
 from tests.experts.tenure_world import CREATED, UID, Server, World
 
 LEASE = 30.0
@@ -84,7 +84,7 @@ class Deaths:
 
     def adopters(self) -> list[Server]:
         terms = [(one, one.machine.term) for one in self.world.up if one.machine.state is State.CANDIDATE]
-        return [one for one, term in terms if term is not None and term.kind is Kind.ADOPTION]
+        return [one for one, term in terms if term is not None and term.kind is TermKind.ADOPTION]
 
     def join(self) -> Server:
         one = Server(self.world, next(self.numbers))

@@ -3,19 +3,19 @@
 import pytest
 
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import Kind, Seal, Term, sign_seal, sign_term
+from tesseract_async.experts.terms import Seal, Term, TermKind, sign_seal, sign_term
 from tests.experts.tenure_world import RUN, UID, Server, World
 
 LEASE = 30.0
 
 
 def adoption(liar: Server, seal: Seal, epoch: int) -> Term:
-    return sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)
+    return sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=TermKind.ADOPTION, seal=seal)
 
 
 def beginning(liar: Server, epoch: int, *, number: int = 7, root: bytes = bytes(32)) -> list[bytes]:
     """Another beginning of the expert, and a Seal there."""
-    term = sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=Kind.GENESIS)
+    term = sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=TermKind.GENESIS)
     state = {"number": number, "version": 2**62, "root": root, "size": 1, "time": epoch, "successors": []}
     return [term.blob, sign_seal(liar.identity, RUN, term=term, **state).blob]
 
@@ -33,8 +33,8 @@ def test_one_host_that_is_no_member_cannot_seize_an_expert(seed: int) -> None:
     assert seal is not None
     now = int(world.now)
     world.strangers = [
-        sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=Kind.ADOPTION, seal=seal).blob,
-        (fresh := sign_term(liar.identity, RUN, uid=UID, epoch=now + 1, boot=bytes(8), kind=Kind.GENESIS)).blob,
+        sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=TermKind.ADOPTION, seal=seal).blob,
+        (fresh := sign_term(liar.identity, RUN, uid=UID, epoch=now + 1, boot=bytes(8), kind=TermKind.GENESIS)).blob,
         sign_seal(
             liar.identity,
             RUN,
@@ -58,17 +58,21 @@ def lie(world: World, liar: Server, leader: Server, how: str) -> None:
     now, seal = int(world.now), leader.last_seal
     assert seal is not None
     if how == "an adoption":
-        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)]
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=TermKind.ADOPTION, seal=seal)]
     elif how == "an adoption that is to come":
-        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)]
+        said = [
+            sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=TermKind.ADOPTION, seal=seal)
+        ]
     elif how == "a beginning":
-        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=Kind.GENESIS)]
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=TermKind.GENESIS)]
     else:  # with the epoch that honest hosts name in their manifests
         epoch, boot = seal.epoch, bytes(8)
-        said = [sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=boot, kind=Kind.GENESIS)]
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=boot, kind=TermKind.GENESIS)]
         own = {"number": 2**60, "version": 2**62, "root": bytes(32), "size": 1, "time": now, "successors": []}
         fresh = sign_seal(liar.identity, RUN, term=said[0], **own)
-        said.append(sign_term(liar.identity, RUN, uid=UID, epoch=epoch + 1, boot=boot, kind=Kind.TAKEOVER, seal=fresh))
+        said.append(
+            sign_term(liar.identity, RUN, uid=UID, epoch=epoch + 1, boot=boot, kind=TermKind.TAKEOVER, seal=fresh)
+        )
     world.ghosts[liar.peer] = said[-1].epoch
     blobs = [term.blob for term in said]
     world.strangers = [*world.strangers, *blobs][-20:]
@@ -119,7 +123,7 @@ def test_no_lie_of_one_granted_host_delays_a_takeover(how: str, num_servers: int
         world.run(3.0)
     (new,) = world.leaders
     assert new is not leader and new.machine.lineage.best is new.machine.term
-    assert new.machine.term is not None and new.machine.term.kind is Kind.TAKEOVER
+    assert new.machine.term is not None and new.machine.term.kind is TermKind.TAKEOVER
 
 
 def test_an_adoption_does_not_stop_the_only_member_that_is_left() -> None:

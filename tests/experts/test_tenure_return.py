@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tesseract_async.experts.grants import sign_appointment
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import Kind
+from tesseract_async.experts.terms import TermKind
 from tests.experts.tenure_world import RUN, UID, Server, World, identity
 
 DAY = 86400.0
@@ -110,7 +110,7 @@ def test_one_that_comes_after_ten_leases_is_put_aside_and_keeps_its_steps() -> N
     world, (first, *_), (newcomer, _) = stopped(7)
     newcomer.start()
     assert world.run_until(lambda: newcomer.leads, 12 * world.authority.lease)
-    assert newcomer.machine.term is not None and newcomer.machine.term.kind is Kind.GENESIS
+    assert newcomer.machine.term is not None and newcomer.machine.term.kind is TermKind.GENESIS
     world.run(12 * world.authority.lease)
     steps = first.steps
     first.start()
@@ -168,7 +168,7 @@ def test_the_owner_may_go_back_to_what_was_put_aside() -> None:
                 server.machine.authority_changed(world.now, server.wall)
                 server.settle()
         world.run(5.0)
-        assert other.machine.term is None or not other.leads or other.machine.term.kind is not Kind.APPOINTED
+        assert other.machine.term is None or not other.leads or other.machine.term.kind is not TermKind.APPOINTED
     assert first.machine.wanted_root == root and other.machine.wanted_root is None
     first.machine.restored(bytes(32), world.now, first.wall)
     assert not first.leads, "another state is not what the owner said"

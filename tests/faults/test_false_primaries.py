@@ -138,7 +138,7 @@ async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
 
 def newest_weight(directory: Path) -> float:
     path = sorted(directory.rglob("*.safetensors"))[-1]
-    return float(checkpoint.decode(path.read_bytes())["module"]["weight"].flatten()[0])
+    return float(checkpoint.decode_state(path.read_bytes())["module"]["weight"].flatten()[0])
 
 
 @pytest.mark.parametrize("version", [2**40, 2**63 - 1])

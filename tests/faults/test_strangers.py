@@ -322,12 +322,12 @@ async def test_a_revoked_peer_is_out_within_a_refresh() -> None:
 
 async def test_a_revocation_reaches_every_member_through_the_network() -> None:
     async with closed("run") as swarm:
-        first = swarm.node._keepers[0]
+        first = swarm.node.run_keepers[0]
         assert first.authority is not None
         (part,) = sign_revocations(OWNER, RUN_ID, number=0, since=int(time.time()) + 5, peers=[STRANGER.peer_id])
         first.authority.learn_revocations(part)
         await first.learn_once()  # spreads it
-        assert await swarm.trainer._keepers[0].learn_once()
+        assert await swarm.trainer.run_keepers[0].learn_once()
         view = swarm.trainer.trust.authority("ffn")
         assert view is not None and view.is_revoked(STRANGER.peer_id)
 
@@ -373,7 +373,7 @@ async def test_a_grant_that_comes_late_lets_its_peer_in_over_a_new_connection() 
         with pytest.raises(NotAllowed, match="no member"):
             await expert(X)
         await publish_grant(swarm.trainer.network, grant_of(NEWCOMER, "train"))
-        await node._keepers[0].learn_once()
+        await node.run_keepers[0].learn_once()
         await ta.backward((await expert(X)).sum())
         assert swarm.server.experts[UID].version == 1
 
@@ -384,4 +384,4 @@ async def test_a_node_takes_part_in_a_run_once_however_often_it_says_so() -> Non
         assert await node.join_run(RUN) is first and first.may(SERVER.peer_id, "host", UID, now=None)
         with pytest.raises(ValueError, match="are those of the run digits"):
             await node.join_run(sign_run(OWNER, RunManifest("letters", "ffn", SIZE, "ffn")))
-        assert len(node._keepers) == 1
+        assert len(node.run_keepers) == 1

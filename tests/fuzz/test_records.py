@@ -40,7 +40,7 @@ RUN = run.sign_run(ALICE, DIGITS).blob[96:]
 OFFER = offers.encode_offer(ALICE, BOB.peer_id, kind=offers.CHANNEL, body=DESCRIPTION.pack(), nonce=bytes(16), now=1.0)
 ANSWER = offers.encode_answer(BOB, offers.decode_offer(OFFER, BOB.peer_id), body=DESCRIPTION.pack(), now=1.0)
 CHECKPOINT = b"".join(
-    checkpoint.encode({"version": 3, "module": {"weight": torch.ones(3)}, "none": None, "pairs": {1: 2.0}})
+    checkpoint.encode_state({"version": 3, "module": {"weight": torch.ones(3)}, "none": None, "pairs": {1: 2.0}})
 )
 
 
@@ -155,7 +155,7 @@ def fuzz_codecs(pick: random.Random) -> None:
 
 
 def fuzz_checkpoint(pick: random.Random) -> None:
-    checkpoint.decode(mutate(pick, CHECKPOINT))
+    checkpoint.decode_state(mutate(pick, CHECKPOINT))
 
 
 TARGETS: dict[str, tuple[Callable[[random.Random], None], int, int]] = {

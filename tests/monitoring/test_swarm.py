@@ -18,7 +18,7 @@ import tesseract_async as ta
 from tesseract_async.cli import swarm_picture as picture
 from tesseract_async.errors import PeerUnreachable
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.placement import Part, Place, Role
+from tesseract_async.experts.placement import MemberPart, MemberRole, Place
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
@@ -226,7 +226,7 @@ async def test_one_look_misses_a_member_of_a_run_that_died_before_it(monkeypatch
     dead = PeerID(bytes(32))
 
     async def read(*_: object) -> tuple[dict[PeerID, Place], object]:
-        return {dead: Place(dead, 1, 1, parts={"ffn.0": Part(Role.LEADS, number=1)})}, None
+        return {dead: Place(dead, 1, 1, parts={"ffn.0": MemberPart(MemberRole.LEADS, number=1)})}, None
 
     monkeypatch.setattr("tesseract_async.monitoring.observer.fetch_places", read)
     run = make_run(1)

@@ -17,7 +17,7 @@ from tesseract_async.network.storage import (
     MAX_TTL,
     Storage,
     StoreOutcome,
-    summarize,
+    summary_of,
 )
 
 OWNERS = [Identity.from_seed(bytes([index] * 32)) for index in range(8)]
@@ -124,7 +124,7 @@ def check_against_recomputation(entries: list[tuple[int, str, int, int]], room: 
             best[owner, subkey] = made
     expected = list(best.values())
     assert sorted(item.body for item in storage.records(KEY)) == sorted(item.body for item in expected)
-    assert storage.summary(KEY) == (summarize(expected) if expected else None)
+    assert storage.summary(KEY) == (summary_of(expected) if expected else None)
     read: list[bytes] = []
     cursor: int | None = start
     while cursor is not None:
@@ -224,7 +224,7 @@ def test_sixteen_ranges_do_not_fill_a_key_for_others() -> None:
     for number in range(16, 30):
         assert storage.add(record(1, str(number), ttl=9.0), WALL, source(256 * number)) is StoreOutcome.STORED
     assert len(storage.records(KEY)) == 160
-    assert len(storage.records(KEY)) == storage.num_entries and storage.summary(KEY) == summarize(storage.records(KEY))
+    assert len(storage.records(KEY)) == storage.num_entries and storage.summary(KEY) == summary_of(storage.records(KEY))
     assert all(storage.get(KEY, str(number), OWNERS[1].peer_id) for number in range(16, 30))
     assert storage.add(record(0, "more"), WALL, source(0)) is StoreOutcome.FULL
 

@@ -196,10 +196,10 @@ def compare(spread: MeshBackend, one: ExpertBackend) -> dict[str, Any]:
         except ValueError:
             found["misfit"] = 0.0
     # the file tells of no spreading, and goes on elsewhere; one from elsewhere goes on here
-    files = [b"".join(checkpoint.encode(state)) for state in states]
-    encoded = checkpoint.encode(states[0])
+    files = [b"".join(checkpoint.encode_state(state)) for state in states]
+    encoded = checkpoint.encode_state(states[0])
     assert encoded.size == len(files[0]) and bytes(encoded.read(100, 5000)) == files[0][100:5100]
-    decoded = [checkpoint.decode(file) for file in files]
+    decoded = [checkpoint.decode_state(file) for file in files]
     assert str(_shapes(decoded[0])) == str(_shapes(decoded[1]))
     x, g = rows(one, 9, 99)
     spread.step(spread.gradients([x], [g])[1])
@@ -502,11 +502,11 @@ def memory(width: str, num_layers: str) -> None:
             if what == "copied":
                 state = backend.state()
             elif what == "written":
-                write_whole(folder / "state", checkpoint.encode(state))
+                write_whole(folder / "state", checkpoint.encode_state(state))
                 found["file"] = (folder / "state").stat().st_size
             elif what == "loaded":
                 del state
-                backend.load_state(checkpoint.decode(mapped(folder / "state")))
+                backend.load_state(checkpoint.decode_state(mapped(folder / "state")))
             x = torch.randn(8, features)
             backend.step(backend.gradients([x], [torch.randn_like(x)])[1])
             found[what] = link.command(number, "read")

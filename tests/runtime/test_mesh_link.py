@@ -49,8 +49,8 @@ def test_a_process_that_reads_nothing_is_noticed() -> None:
     with pytest.raises(Overloaded, match="comes back from its last checkpoint"):
         leader.command(leader.add(told), "work", ["x" * (32 << 20)])  # more than what is sent and not read may be
     assert time.monotonic() - started < 5.0
-    follower._close()
-    leader._close()
+    follower.close()
+    leader.close()
 
 
 def test_a_follower_obeys_nobody_who_has_not_read_the_token() -> None:
@@ -67,8 +67,8 @@ def test_a_follower_obeys_nobody_who_has_not_read_the_token() -> None:
         leader = MeshLink(store, 0, 2)
         follower = joined.result()
     assert follower.token == leader.token != "0" * 64
-    follower._close()
-    leader._close()
+    follower.close()
+    leader.close()
 
 
 def test_strangers_are_few_and_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +92,8 @@ def test_strangers_are_few_and_are_not_waited_for(monkeypatch: pytest.MonkeyPatc
         assert time.monotonic() - started >= late
         follower = MeshLink(store, 1, 2)
         leader = leading.result()
-    follower._close()
-    leader._close()
+    follower.close()
+    leader.close()
 
 
 class Failing(Told):
@@ -136,5 +136,5 @@ def test_only_a_fault_that_all_had_at_one_point_is_survived(
         assert (leader.lost is not None) == is_lost
         if not is_lost:
             assert mesh_meeting.receive(one) is None, "go on"
-    follower._close()
-    leader._close()
+    follower.close()
+    leader.close()

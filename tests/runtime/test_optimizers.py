@@ -48,7 +48,7 @@ def step(backend: ExpertBackend, times: int = 1) -> None:
 
 
 def through_a_file(backend: ExpertBackend) -> dict[str, Any]:
-    return checkpoint.decode(b"".join(bytes(piece) for piece in checkpoint.encode(backend.state())))
+    return checkpoint.decode_state(b"".join(bytes(piece) for piece in checkpoint.encode_state(backend.state())))
 
 
 def sgd(lr: float, **options: Any) -> Callable[[Any], Optimizer]:

@@ -20,18 +20,17 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, ExpertNotFound, Overloaded, TooStale
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.placement import Part, Place
-from tesseract_async.experts.placement import Role as PlaceRole
+from tesseract_async.experts.placement import MemberPart, MemberRole, Place
 from tesseract_async.experts.places import encode_place, places_key
 from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
-from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, sign_seal, sign_term
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, sign_seal, sign_term
 from tesseract_async.runtime.structure import describe_module
 from tesseract_async.saving import saver
 from tesseract_async.saving.folder import load_experts, open_folder_or_make
 from tesseract_async.saving.restorer import restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
-from tesseract_async.server.checkpoint import encode
+from tesseract_async.server.checkpoint import encode_state
 from tesseract_async.server.run_experts import build_run_backend, complete
 from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.server.state_transfer import SealedState, StateSource
@@ -263,8 +262,8 @@ class Held:
         return self.files.find(uid, root)
 
     def keep(self, uid: str, state: dict[str, Any], *, number: int = 1, signer: ta.Identity | None = None) -> None:
-        file, epoch = self.files.keep(uid, encode(state)), EPOCH
-        term = sign_term(self.primary, self.run_id, uid=uid, epoch=epoch, boot=bytes(8), kind=Kind.GENESIS)
+        file, epoch = self.files.keep(uid, encode_state(state)), EPOCH
+        term = sign_term(self.primary, self.run_id, uid=uid, epoch=epoch, boot=bytes(8), kind=TermKind.GENESIS)
         seal = sign_seal(
             signer or self.primary,
             self.run_id,
@@ -317,7 +316,7 @@ async def test_what_holders_give_is_the_newest_that_a_primary_signed_whatever_so
         old.keep("ffn.0.0", trained(run, "ffn.0.0").state(), number=1)
         honest.keep("ffn.0.0", newest.state(), number=2)
         swapped.keep("ffn.0.0", newest.state(), number=2)
-        swapped.source.find_sealed = lambda uid, root: swapped.files.keep(uid, encode(garbage.state()))
+        swapped.source.find_sealed = lambda uid, root: swapped.files.keep(uid, encode_state(garbage.state()))
         liar.keep("ffn.0.0", garbage.state(), number=2**31, signer=liar.node.identity)
         origins = [liar.origin(2**31), swapped.origin(2), old.origin(2**20), honest.origin(2)]
         report = await save(guest, run, {"ffn.0.0": origins}, tmp_path / "out", timeout=10.0)
@@ -342,8 +341,8 @@ async def test_without_a_server_that_leads_followers_and_holders_give_what_they_
         files.keep("ffn.0.1", held.state())
         publisher = ExpertPublisher(host.network, addresses=[host.address], trust=host.trust)
         await publisher.declare({"ffn.0.0": False, "ffn.1.1": True})
-        parts = {"ffn.0.0": Part(PlaceRole.FOLLOWS, 7, 2, 0), "ffn.0.1": Part(PlaceRole.HOLDS, 7, 3, 1)}
-        place = Place(host.peer_id, 4, 4, 1.0, frozenset(), 0.0, 0.0, parts | {"ffn.1.0": Part(PlaceRole.HOLDS)})
+        parts = {"ffn.0.0": MemberPart(MemberRole.FOLLOWS, 7, 2, 0), "ffn.0.1": MemberPart(MemberRole.HOLDS, 7, 3, 1)}
+        place = Place(host.peer_id, 4, 4, 1.0, frozenset(), 0.0, 0.0, parts | {"ffn.1.0": MemberPart(MemberRole.HOLDS)})
         assert run.tag is not None
         key, grant = places_key("ffn", run.tag), host.trust.own_grant("ffn")
         encoded = encode_place(place, prefix="ffn", tag=run.tag, grant=grant, addresses=[host.address])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
+from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
 from tesseract_async.experts.placement import Standing, Survey
 from tesseract_async.experts.publisher import PublisherSettings
@@ -46,8 +47,11 @@ def build(uid: str) -> ta.ExpertBackend:
 class Member:
     """A node that takes part in a run, as many of its experts as fall to it."""
 
-    def __init__(self, server: ta.TesseractServer, keeper: ReplicaKeeper, placing: Placing) -> None:
+    def __init__(
+        self, server: ta.TesseractServer, keeper: ReplicaKeeper, placing: Placing, authority: Authority
+    ) -> None:
         self.server, self.keeper, self.placing, self.node = server, keeper, placing, server.node
+        self.authority = authority
 
     def leads(self, uid: str) -> bool:
         hosted = self.server.hosted.get(uid)
@@ -114,7 +118,7 @@ async def member(
                 server, keeper, authority, Capacity(room, files, 1000.0), build=build, template=build("ffn.0")
             )
             async with placing:
-                yield Member(server, keeper, placing)
+                yield Member(server, keeper, placing, authority)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

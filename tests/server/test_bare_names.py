@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.identity import PeerID
-from tesseract_async.server.bare_names import Contender, Past, Role, decide
+from tesseract_async.server.bare_names import BareRole, Contender, Past, decide
 
-LEAD = (Role.TRAIN, None)
+LEAD = (BareRole.TRAIN, None)
 
 
 def standing(number: int, version: int | None = 0, *, primary: bool = False) -> Contender:
@@ -20,18 +20,18 @@ def test_a_single_server_leads() -> None:
 
 def test_a_primary_is_followed_and_its_follower_stays_with_it() -> None:
     primary, claimer = standing(2, None, primary=True), standing(3, 2**40, primary=True)
-    assert decide(standing(1, 9), [primary, standing(3, 99)], Past(), listed=False) == (Role.FOLLOW, primary)
+    assert decide(standing(1, 9), [primary, standing(3, 99)], Past(), listed=False) == (BareRole.FOLLOW, primary)
     follows = Past(primary=primary.owner)
-    assert decide(standing(1, 9), [primary, claimer], follows, listed=False) == (Role.FOLLOW, primary)
-    assert decide(standing(1, 9), [primary, claimer], follows, listed=True) == (Role.FOLLOW, claimer)
+    assert decide(standing(1, 9), [primary, claimer], follows, listed=False) == (BareRole.FOLLOW, primary)
+    assert decide(standing(1, 9), [primary, claimer], follows, listed=True) == (BareRole.FOLLOW, claimer)
 
 
 def test_a_running_primary_gives_way_to_no_version() -> None:
     me, claimer = standing(9, 5, primary=True), standing(1, 2**52, primary=True)
     assert decide(me, [claimer], Past(), listed=False) == LEAD
-    assert decide(me, [claimer], Past(), listed=True) == (Role.FOLLOW, claimer)
-    assert decide(me, [claimer], Past(is_new=True), listed=False) == (Role.FOLLOW, claimer)
-    assert decide(me, [claimer], Past(taken_from=claimer.owner), listed=False) == (Role.FOLLOW, claimer)
+    assert decide(me, [claimer], Past(), listed=True) == (BareRole.FOLLOW, claimer)
+    assert decide(me, [claimer], Past(is_new=True), listed=False) == (BareRole.FOLLOW, claimer)
+    assert decide(me, [claimer], Past(taken_from=claimer.owner), listed=False) == (BareRole.FOLLOW, claimer)
     silent = standing(1, None, primary=True)
     for listed in (False, True):
         assert decide(me, [silent], Past(is_new=True, taken_from=silent.owner), listed=listed) == LEAD
@@ -41,7 +41,7 @@ def test_without_a_primary_the_newest_takes_over_and_is_waited_for_once() -> Non
     old, new, silent = standing(1, 5), standing(2, 7), standing(3, None)
     for listed in (False, True):
         assert decide(new, [old, silent], Past(has_waited=False), listed=listed) == LEAD
-        assert decide(old, [new, silent], Past(has_waited=False), listed=listed) == (Role.WAIT, None)
+        assert decide(old, [new, silent], Past(has_waited=False), listed=listed) == (BareRole.WAIT, None)
         assert decide(old, [new, silent], Past(), listed=listed) == LEAD
 
 
@@ -60,6 +60,7 @@ def test_those_who_see_the_same_settle_on_one(known: list[tuple[int, int, bool]]
         past = Past(is_new=True, has_waited=False)
         roles = [decide(one, [other for other in servers if other is not one], past, listed=listed) for one in servers]
         servers = [
-            Contender(one.owner, role is Role.TRAIN, one.version) for one, (role, _) in zip(servers, roles, strict=True)
+            Contender(one.owner, role is BareRole.TRAIN, one.version)
+            for one, (role, _) in zip(servers, roles, strict=True)
         ]
     assert sum(one.primary for one in servers) == 1

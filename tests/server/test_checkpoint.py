@@ -45,22 +45,22 @@ def test_any_safetensors_reader_finds_the_weights(tmp_path: Path) -> None:
 @given(position=st.integers(0, 10_000), flip=st.integers(1, 255))
 @settings(max_examples=200, deadline=None)
 def test_no_flipped_byte_goes_unnoticed(position: int, flip: int) -> None:
-    data = bytearray(b"".join(checkpoint.encode(state())))
+    data = bytearray(b"".join(checkpoint.encode_state(state())))
     position %= len(data)
     data[position] ^= flip
     try:
-        loaded = checkpoint.decode(bytes(data))
+        loaded = checkpoint.decode_state(bytes(data))
     except CheckpointError:
         return
     assert same(loaded, state()), "a change that the header's JSON does not mean, such as of white space"
 
 
 def test_nothing_is_unpickled() -> None:
-    data = b"".join(checkpoint.encode(state()))
+    data = b"".join(checkpoint.encode_state(state()))
     length = int.from_bytes(data[:8], "little")
     json.loads(data[8 : 8 + length])
     with pytest.raises(CheckpointError):
-        checkpoint.decode(b"\x80\x04N.")
+        checkpoint.decode_state(b"\x80\x04N.")
 
 
 def test_parameters_lie_in_memory_as_they_like(tmp_path: Path) -> None:
@@ -78,13 +78,13 @@ def test_a_strangers_header_makes_no_more_than_a_journal_does() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match="too many values"):
-            checkpoint.decode(data, max_values=checkpoint.MAX_HEADER_VALUES)
+            checkpoint.decode_state(data, max_values=checkpoint.MAX_HEADER_VALUES)
         assert tracemalloc.get_traced_memory()[1] < 3 * len(data)
     finally:
         tracemalloc.stop()
     applied = {"versions": {f"{number:032x}": number for number in range(65536)}}
-    whole = b"".join(checkpoint.encode({"version": 1, "applied": applied}))
-    state = checkpoint.decode(whole, max_values=checkpoint.MAX_HEADER_VALUES)
+    whole = b"".join(checkpoint.encode_state({"version": 1, "applied": applied}))
+    state = checkpoint.decode_state(whole, max_values=checkpoint.MAX_HEADER_VALUES)
     assert len(state["applied"]["versions"]) == 65536
 
 
@@ -104,6 +104,6 @@ def test_a_sealed_journal_has_the_calls_of_the_last_minutes_and_else_a_small_par
     assert num >= least and list(backend.applied.items()) == list(zip(keys, range(1, 1001), strict=True))[-num:]
     assert backend.num_bare == max(0, num - 10) and len(whole["applied"]["versions"]) == 1000
     if not least:
-        rest = len(b"".join(checkpoint.encode({**sealed, "applied": {}})))
+        rest = len(b"".join(checkpoint.encode_state({**sealed, "applied": {}})))
         assert 0 < 24 * num <= 0.05 * (rest + 24 * num)
     assert checkpoint.with_recent_journal(sealed, since=since)["applied"] is sealed["applied"]

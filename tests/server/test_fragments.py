@@ -21,7 +21,7 @@ from tesseract_async.runtime import states
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server import fragments
 from tesseract_async.server.answering import journal_key
-from tesseract_async.server.checkpoint import check_state, encode, largest_state
+from tesseract_async.server.checkpoint import check_state, encode_state, largest_state
 from tesseract_async.server.fragments import (
     MAX_STATE_BYTES,
     FragmentBackend,
@@ -65,7 +65,7 @@ def ledger(seed: int) -> Ledger:
 
 
 def through_a_file(backend: FragmentBackend) -> StateDict:
-    return check_state("x.0", b"".join(encode(backend.state())))
+    return check_state("x.0", b"".join(encode_state(backend.state())))
 
 
 @pytest.mark.parametrize("num_rounds", [0, 3, 8, 9, 20])
@@ -73,7 +73,7 @@ def test_a_state_goes_through_a_file(num_rounds: int) -> None:
     backend, other = make_backend(), make_backend()
     call_ids = [pushed(backend, seed) for seed in range(num_rounds)]
     state = through_a_file(backend)
-    assert sum(map(len, encode(state))) <= largest_state(other)
+    assert sum(map(len, encode_state(state))) <= largest_state(other)
     other.load_state(state)
     for one in (other.fragment, read_fragment(MANIFEST.part(0), state["module"], num_rounds)[0]):
         assert one.root == backend.fragment.root and one.updates == backend.fragment.updates
@@ -97,7 +97,7 @@ def test_a_follower_that_replays_has_the_same_file() -> None:
         pushed(backend, seed, PEERS[seed % 3])
         updates = backend.fragment.since(version, root) or ()
         other.replay(updates, [backend.recent[one.version] for one in updates])
-        assert b"".join(encode(other.state())) == b"".join(encode(backend.state()))
+        assert b"".join(encode_state(other.state())) == b"".join(encode_state(backend.state()))
     assert len(backend.recent) <= 8
 
 
@@ -133,9 +133,9 @@ def test_a_server_hosts_what_a_file_says_by_itself() -> None:
         backend = make_backend(number)
         for seed in range(11):
             pushed(backend, seed)
-        file = b"".join(encode(backend.state()))
+        file = b"".join(encode_state(backend.state()))
         other = FragmentBackend.of_file(f"x.{number}", file)
-        assert b"".join(encode(other.state())) == file and other.part == MANIFEST.part(number)
+        assert b"".join(encode_state(other.state())) == file and other.part == MANIFEST.part(number)
         assert largest_state(other) <= MAX_STATE_BYTES
         for uid, data in ((f"x.{1 - number}", file), (f"x.{number}", file[:-9]), (f"x.{number}", b"")):
             with pytest.raises(ProtocolError):
@@ -158,7 +158,7 @@ def test_files_that_lie_are_refused(key: str, value: object) -> None:
     backend = make_backend()
     pushed(backend, 1)
     with contextlib.suppress(ProtocolError):
-        other = FragmentBackend.of_file("x.0", b"".join(encode({**backend.state(), key: value})))
+        other = FragmentBackend.of_file("x.0", b"".join(encode_state({**backend.state(), key: value})))
         assert key in ("applied", "accumulated") and other.fragment.root == backend.fragment.root
         pushed(other, 2)
 
@@ -168,7 +168,7 @@ def test_a_journal_from_elsewhere_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(module, "JOURNAL_LENGTH", 8)
     state = make_backend().state()
     state["applied"] |= {"ids": torch.arange(16 * 20, dtype=torch.uint8), "versions": torch.full((20,), 2**40)}
-    other = FragmentBackend.of_file("x.0", b"".join(encode(state)))
+    other = FragmentBackend.of_file("x.0", b"".join(encode_state(state)))
     assert len(other.applied) == 8 and list(other.applied)[-1] == bytes(range(48, 64))
     for seed in range(20):
         pushed(other, seed)
@@ -191,7 +191,7 @@ def test_a_primary_that_lies_to_a_trainer_changes_nothing(
     with pytest.raises(ProtocolError):
         copy.push(torch.ones(cut.numel))
         copy.merge(read_updates(3, reply, [memoryview(one) for one in buffers]), epoch=1)
-    assert copy.base == base and copy._sent is not None
+    assert copy.base == base and copy.sent is not None
 
 
 class World:
@@ -231,7 +231,7 @@ class World:
         """Another host goes on from what was sealed last: who waits is told nothing."""
         self.epoch += 1
         self.backend = make_backend()
-        self.backend.load_state(check_state("x.0", b"".join(encode(self.sealed))))
+        self.backend.load_state(check_state("x.0", b"".join(encode_state(self.sealed))))
         self.rounds, self.waiting = Rounds(self.backend.version, max_steps=100), {}
         self.see(self.epoch, self.backend.version, self.backend.fragment.root)
         self.after(self.random.uniform(10, 60), self.take_over)

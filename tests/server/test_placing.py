@@ -7,8 +7,8 @@ import torch
 
 import tesseract_async as ta
 from tesseract_async.errors import ExpertNotFound
-from tesseract_async.experts.membership import Leave
-from tesseract_async.experts.placement import Part, Place, Role, Survey, score
+from tesseract_async.experts.membership import Permissions
+from tesseract_async.experts.placement import MemberPart, MemberRole, Place, Survey, score
 from tesseract_async.experts.places import encode_place, places_key
 from tesseract_async.wire import messages
 from tests.server.run_members import Member, identity_of, joined, make_run, member, standings, until
@@ -101,7 +101,7 @@ async def test_who_only_says_that_it_leads_in_the_newest_epoch_makes_no_copy_loo
         leader, follower = (first, second) if first.leads("ffn.0") else (second, first)
         liar = await stack.enter_async_context(joined(run, 66, [first.node.address]))
         epoch = leader.keeper.tenures.tenure("ffn.0").epoch
-        await say(liar, Place(liar.peer_id, 4, 16, parts={"ffn.0": Part(Role.LEADS, epoch + 50, 2**31)}))
+        await say(liar, Place(liar.peer_id, 4, 16, parts={"ffn.0": MemberPart(MemberRole.LEADS, epoch + 50, 2**31)}))
 
         def is_right(one: Member) -> bool:
             standing = Survey(one.placing.places).standing("ffn.0")
@@ -134,7 +134,9 @@ async def test_nobody_gives_a_copy_up_for_those_who_only_say_that_they_have_one(
         liars = [await stack.enter_async_context(joined(run, number, seeds)) for number in numbers[:3]]
         epoch = leader.keeper.tenures.tenure(uid).epoch
         for liar in liars:
-            place = Place(liar.peer_id, 4, 16, parts={uid: Part(Role.FOLLOWS, epoch, 2**20)})  # never far behind
+            place = Place(
+                liar.peer_id, 4, 16, parts={uid: MemberPart(MemberRole.FOLLOWS, epoch, 2**20)}
+            )  # never far behind
             await say(liar, place)
         await until(lambda: f"does not show the state of {uid}" in caplog.text)
         rounds: list[str] = []
@@ -143,7 +145,7 @@ async def test_nobody_gives_a_copy_up_for_those_who_only_say_that_they_have_one(
         await until(lambda: len(rounds) == 2)  # it had them show it once more, and waits again
         assert uid in holder.keeper.tenures.uids()
         third = await stack.enter_async_context(member(run, 3, seeds, room=1))
-        await third.keeper.tenures.add(uid, third.node.trust.authority("ffn"), Leave())
+        await third.keeper.tenures.add(uid, third.node.trust.authority("ffn"), Permissions())
         await until(lambda: sum(uid in one.keeper.tenures.uids() for one in (leader, holder, third)) == 3)
         # one of the two is one too many, and that the other has it is shown
         await until(lambda: sum(uid in one.keeper.tenures.uids() for one in (leader, holder, third)) == 2)
@@ -159,7 +161,7 @@ async def test_a_copy_that_is_said_but_not_shown_is_made_up_for(monkeypatch: pyt
         await until(lambda: first.leads(uid) and first.keeper.tenures.tenure(uid).held is not None)
         liar = await stack.enter_async_context(joined(run, 60, [first.node.address]))
         age = first.keeper.tenures.tenure(uid).held.age
-        await say(liar, Place(liar.peer_id, 4, 16, parts={uid: Part(Role.FOLLOWS, *age)}))
+        await say(liar, Place(liar.peer_id, 4, 16, parts={uid: MemberPart(MemberRole.FOLLOWS, *age)}))
         await until(lambda: liar.peer_id in first.placing.places)
         second = await stack.enter_async_context(member(run, 2, [first.node.address], room=1))
         await until(lambda: liar.peer_id in second.placing.places and uid not in second.keeper.tenures.uids())

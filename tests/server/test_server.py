@@ -442,7 +442,7 @@ async def test_a_server_is_started_once_and_on_a_running_node(
     with pytest.raises(RuntimeError, match="this node is closed"):
         await TesseractServer(node, {"ffn.6": make_backend()}).start()  # type: ignore[arg-type]
     node.is_closed = False
-    with pytest.raises(TypeError, match="stands on a TesseractNode, not on a object; with a BackgroundNode"):
+    with pytest.raises(TypeError, match="needs a TesseractNode, not a object; with a BackgroundNode"):
         TesseractServer(object(), {})  # type: ignore[arg-type]
     for experts, period, error in (
         ([make_backend()], 60.0, "experts maps uids to ExpertBackends"),
@@ -624,7 +624,7 @@ async def test_a_follower_answers_forwards_and_names_the_primary(node: ServingNo
 async def test_a_state_can_be_taken_and_installed_while_it_serves(node: ServingNode, server: TesseractServer) -> None:
     await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
     state = await server.hosted["ffn.0"].snapshot()
-    await server.hosted["ffn.1"].install(checkpoint.decode(b"".join(checkpoint.encode(state))))
+    await server.hosted["ffn.1"].install(checkpoint.decode_state(b"".join(checkpoint.encode_state(state))))
     modules = [server.experts[uid].module.state_dict() for uid in ("ffn.0", "ffn.1")]
     torch.testing.assert_close(*modules)
     assert server.experts["ffn.1"].version == 1

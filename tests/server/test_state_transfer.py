@@ -126,7 +126,7 @@ async def test_a_sealed_file_that_is_dropped_while_it_is_asked_for_is_not_there(
 async def test_whoever_only_holds_a_sealed_state_gives_its_weights(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
     train(node.backend)
-    file = files.keep("ffn.0", checkpoint.encode(node.backend.state()))
+    file = files.keep("ffn.0", checkpoint.encode_state(node.backend.state()))
     owner = SealedState("ffn.0", 1, file, node.aside)
 
     async def answer(call: IncomingCall) -> Message:
@@ -402,7 +402,7 @@ async def test_pieces_of_the_wrong_length_are_refused(node: StateNode, part: byt
         await node.fetch()
 
 
-GOOD = b"".join(checkpoint.encode(make_backend(16).state()))
+GOOD = b"".join(checkpoint.encode_state(make_backend(16).state()))
 
 
 def test_what_a_state_must_hold() -> None:
@@ -416,7 +416,7 @@ def test_what_a_state_must_hold() -> None:
         {"optimizer": 3},
         {"applied": 3},
     ):
-        file = b"".join(checkpoint.encode({**state, **change}))
+        file = b"".join(checkpoint.encode_state({**state, **change}))
         with pytest.raises(ProtocolError, match="ffn.0"):
             check_state("ffn.0", file)
 
@@ -431,7 +431,7 @@ def test_a_damaged_state_raises_one_error_only(at: int, flip: int, cut: bool) ->
     except ProtocolError:
         return
     # a space of the header that became another kind of space
-    assert b"".join(checkpoint.encode(state)) == GOOD
+    assert b"".join(checkpoint.encode_state(state)) == GOOD
 
 
 @settings(max_examples=100, deadline=None)
@@ -486,7 +486,7 @@ async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: Sta
     for _ in range(3):
         train(node.backend)
     limit = largest_state(node.backend)
-    assert len(b"".join(checkpoint.encode(node.backend.state()))) < limit < 16 << 20
+    assert len(b"".join(checkpoint.encode_state(node.backend.state()))) < limit < 16 << 20
     node.after = lambda reply: changed(reply, size=limit + 1)
     with pytest.raises(ProtocolError, match="at most"):
         await node.fetch(max_bytes=limit)

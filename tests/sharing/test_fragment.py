@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment, Outer, Update, root_of
-from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment, Outer, Update, anchor_root
+from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.wire import compression
 
-STEPPED = Cut(Kind.STEPPED, 0, 300)
+STEPPED = Cut(MergeKind.STEPPED, 0, 300)
 
 
 def noise(seed: int, n: int = 300) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_alone_without_codec_and_momentum_it_equals_plain_training(steps: int) -
                 memoryview(bytearray(copy.push(local.clone()))), torch.float32, (300,), "none"
             )
             primary.step(difference)
-        if copy._sent is not None and step % 5 == steps:
+        if copy.sent is not None and step % 5 == steps:
             local += copy.merge(primary.since(*copy.base[1:]) or (), epoch=1)
     assert torch.allclose(local, plain, atol=2e-6)
 
@@ -132,7 +132,7 @@ def test_updates_that_lie_change_nothing() -> None:
     for updates in [*lies, []]:
         with pytest.raises(ProtocolError):
             copy.merge(updates, epoch=1)
-        assert copy._sent is not None and torch.equal(copy.anchor, noise(0))
+        assert copy.sent is not None and torch.equal(copy.anchor, noise(0))
 
 
 def test_a_base_of_another_branch_is_not_built_on() -> None:
@@ -141,7 +141,7 @@ def test_a_base_of_another_branch_is_not_built_on() -> None:
     other.step(noise(2))
     one.step(noise(3))
     assert one.since(1, other.root) is None and one.since(3, one.root) is None
-    assert [update.version for update in one.since(0, root_of(noise(0))) or ()] == [1, 2]
+    assert [update.version for update in one.since(0, anchor_root(noise(0))) or ()] == [1, 2]
     assert one.since(2, one.root) == ()
 
 
@@ -154,7 +154,7 @@ def test_a_base_of_another_branch_is_not_built_on() -> None:
         lambda: Fragment(STEPPED, Outer(), noise(0), version=-1),
         lambda: Fragment(STEPPED, Outer(), noise(0), momentum=noise(0, 2)),
         lambda: Fragment(STEPPED, Outer(), noise(0), version=1, updates=[Update(1, b"", bytes(16))]),
-        lambda: Fragment(STEPPED, Outer(), noise(0), version=3, updates=[Update(2, b"", root_of(noise(0)))]),
+        lambda: Fragment(STEPPED, Outer(), noise(0), version=3, updates=[Update(2, b"", anchor_root(noise(0)))]),
     ],
 )
 def test_states_that_do_not_fit_are_refused(make: object) -> None:
@@ -163,7 +163,7 @@ def test_states_that_do_not_fit_are_refused(make: object) -> None:
 
 
 def test_integers_take_the_newest_values_exactly() -> None:
-    cut = Cut(Kind.NEWEST, 0, 2)
+    cut = Cut(MergeKind.NEWEST, 0, 2)
     fragment = Fragment(cut, Outer(), torch.tensor([1, 2]))
     copy = Copy(cut, Outer(), torch.tensor([1, 2]), version=0)
     copy.push(torch.tensor([5, 2**60 + 1]))

@@ -12,7 +12,7 @@ from torch import nn
 from tesseract_async.errors import ProtocolError
 from tesseract_async.sharing import layout as layouts
 from tesseract_async.sharing.fragment import Outer
-from tesseract_async.sharing.layout import Cut, Entry, Kind, Layout, LayoutMismatch
+from tesseract_async.sharing.layout import Cut, Layout, LayoutMismatch, MergeKind, TensorEntry
 from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 
 
@@ -60,7 +60,7 @@ def test_reading_and_adding_are_exact_and_touch_nothing_else() -> None:
     for name, tensor in model.state_dict().items():
         factor = 1 if name in ("norm.num_batches_tracked", "scratch") else 2
         assert torch.equal(tensor, before[name] * factor), name
-    number = next(cut for cut in layout.cuts if cut.kind is Kind.NEWEST)
+    number = next(cut for cut in layout.cuts if cut.kind is MergeKind.NEWEST)
     layout.add(model, number, torch.tensor([2**53 + 1]))
     assert model.norm.num_batches_tracked == 2**53 + 1
 
@@ -74,22 +74,22 @@ def test_a_change_of_16_bits_is_rounded_once() -> None:
     assert torch.equal(model[0].float(), torch.full((4,), 1.015625))
 
 
-@given(st.lists(st.tuples(st.integers(0, 3 << 19), st.sampled_from(list(Kind))), max_size=12))
-def test_cuts_cover_each_kind_once(sizes: list[tuple[int, Kind]]) -> None:
-    entries = [Entry(f"t{at}", (size,), torch.float32, kind) for at, (size, kind) in enumerate(sizes)]
-    total = {kind: sum(size for size, one in sizes if one is kind) for kind in Kind}
-    if not total[Kind.STEPPED]:
+@given(st.lists(st.tuples(st.integers(0, 3 << 19), st.sampled_from(list(MergeKind))), max_size=12))
+def test_cuts_cover_each_kind_once(sizes: list[tuple[int, MergeKind]]) -> None:
+    entries = [TensorEntry(f"t{at}", (size,), torch.float32, kind) for at, (size, kind) in enumerate(sizes)]
+    total = {kind: sum(size for size, one in sizes if one is kind) for kind in MergeKind}
+    if not total[MergeKind.STEPPED]:
         with pytest.raises(ValueError, match="nothing to share"):
             Layout(entries)
         return
     layout = Layout(entries)
-    for kind in Kind:
+    for kind in MergeKind:
         cuts = [cut for cut in layout.cuts if cut.kind is kind]
         assert [cut.start for cut in cuts] == [0, *(cut.stop for cut in cuts)][: len(cuts)]
         assert (cuts[-1].stop if cuts else 0) == total[kind]
         assert all(0 < cut.numel <= layouts.MAX_ELEMENTS for cut in cuts)
-    stepped = [cut for cut in layout.cuts if cut.kind is Kind.STEPPED]
-    if total[Kind.STEPPED] >= 4 * 4 * 128:
+    stepped = [cut for cut in layout.cuts if cut.kind is MergeKind.STEPPED]
+    if total[MergeKind.STEPPED] >= 4 * 4 * 128:
         assert len(stepped) >= 4
     assert Layout.decode(layout.encode()).cuts == layout.cuts
 
@@ -138,7 +138,7 @@ def test_a_layout_of_endless_size_is_refused() -> None:
 
 
 def test_cut_of_integers_keeps_64_bits() -> None:
-    assert Cut(Kind.NEWEST, 0, 1).dtype == torch.int64
+    assert Cut(MergeKind.NEWEST, 0, 1).dtype == torch.int64
 
 
 def packed(value: object) -> bytes:

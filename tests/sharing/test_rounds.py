@@ -11,11 +11,11 @@ from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.sharing import rounds as module
 from tesseract_async.sharing.fragment import Fragment, Outer
-from tesseract_async.sharing.layout import Cut, Kind
+from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.sharing.rounds import MIN_WAIT, Push, Rounds, judge
 from tesseract_async.wire import compression
 
-CUT = Cut(Kind.STEPPED, 0, 40)
+CUT = Cut(MergeKind.STEPPED, 0, 40)
 OUTER = Outer(codec="none")
 PEERS = [PeerID(bytes([number]) * 32) for number in range(10)]
 
@@ -227,7 +227,7 @@ def test_a_flush_does_not_shorten_the_next_steps() -> None:
 
 
 def test_integers_are_those_of_the_most_advanced() -> None:
-    cut = Cut(Kind.NEWEST, 0, 1)
+    cut = Cut(MergeKind.NEWEST, 0, 1)
     pushes = [
         judge(PEERS[at], bytes(16), steps, bytes(compression.encode(torch.tensor([at]), "none")), cut, OUTER)
         for at, steps in enumerate((5, 30, 7))
@@ -243,7 +243,7 @@ def test_integers_are_those_of_the_most_advanced() -> None:
 def test_frozen_parameters_are_not_pushed() -> None:
     data = bytes(compression.encode(torch.ones(4), "none"))
     with pytest.raises(ValueError, match="frozen"):
-        judge(PEERS[0], bytes(16), 1, data, Cut(Kind.FIXED, 0, 4), OUTER)
+        judge(PEERS[0], bytes(16), 1, data, Cut(MergeKind.FIXED, 0, 4), OUTER)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38, 1e20])

@@ -19,19 +19,19 @@ from tesseract_async.sharing.samples import (
     LEASE_SECONDS,
     MAX_TRAINERS_OF_PEER,
     STATE_BYTES,
-    Grant,
+    Allotment,
     Ledger,
-    Name,
     Piece,
     Report,
     Share,
     Spans,
+    TrainerName,
     decode_pieces,
     encode_pieces,
 )
 
 PEERS = [Identity.from_seed(bytes([n]) * 32).peer_id for n in range(1, 7)]
-NAMES: list[Name] = [(peer, bytes(16)) for peer in PEERS]
+NAMES: list[TrainerName] = [(peer, bytes(16)) for peer in PEERS]
 
 
 @settings(max_examples=50, deadline=None)
@@ -57,9 +57,9 @@ class Reference:
     """One epoch, sample by sample."""
 
     def __init__(self, num: int) -> None:
-        self.state: dict[int, Name | str] = dict.fromkeys(range(num), "free")
+        self.state: dict[int, TrainerName | str] = dict.fromkeys(range(num), "free")
 
-    def report(self, name: Name, wanted: int, held: set[int], done: set[int]) -> set[int]:
+    def report(self, name: TrainerName, wanted: int, held: set[int], done: set[int]) -> set[int]:
         for n in held | done:
             if self.state.get(n) == "free":
                 self.state[n] = name
@@ -72,7 +72,7 @@ class Reference:
         self.state |= dict.fromkeys(granted, name)
         return granted
 
-    def forget(self, name: Name) -> None:
+    def forget(self, name: TrainerName) -> None:
         self.state |= {n: "free" for n, who in self.state.items() if who == name}
 
 
@@ -93,7 +93,7 @@ def numbers(some: object) -> set[int]:
 def test_the_ledger_does_as_sample_by_sample(steps: list[tuple[int, int, set[int], set[int], set[int], int]]) -> None:
     ledger, reference, now = Ledger(), Reference(NUM), 0.0
     ledger.report(NAMES[5], 1, Report(0, NUM, 0, (), (), ()), now)  # opens the epoch
-    heard: dict[Name, float] = {}
+    heard: dict[TrainerName, float] = {}
     for turn, (who, wanted, held, done, returned, seconds) in enumerate(steps):
         if all(one == "done" for one in reference.state.values()):
             break
@@ -121,7 +121,7 @@ def test_the_ledger_does_as_sample_by_sample(steps: list[tuple[int, int, set[int
 class Trainer:
     """A program that trains on what it is given, and dies, or leaves."""
 
-    def __init__(self, world: World, name: Name) -> None:
+    def __init__(self, world: World, name: TrainerName) -> None:
         self.world, self.name = world, name
         self.share = Share(world.num_samples, batch_size=3, ahead=2)
         self.share.begin(world.epoch_now, gives_back=True)
@@ -141,7 +141,7 @@ class Trainer:
             return
         turn, report = self.share.report()
 
-        def arrive(session: bytes, grant: Grant) -> None:
+        def arrive(session: bytes, grant: Allotment) -> None:
             if self.is_alive and self.turn == turn:
                 self.turn = 0
                 self.share.granted(session, report, grant)
@@ -167,9 +167,9 @@ class Trainer:
                     return
             if not (share.is_filling and (share.is_dry or share.is_over)):
                 return
-            share._end_batch()
+            share.end_batch()
         failed = world.random.random() < 0.05
-        for epoch, start, stop in next(iter(share._begun.values())):
+        for epoch, start, stop in next(iter(share.begun.values())):
             for n in range(start, stop):
                 if failed:
                     self.began.discard((epoch, n))
@@ -219,15 +219,15 @@ class World:
         one = self.random.choice([one for one in self.trainers if one.is_alive])
         one.is_alive = False
         known = self.state if self.has_takeovers else self.ledger.encode()
-        open_now = Ledger(known)._epochs
+        open_now = Ledger(known).epochs
         done = {at: Spans(open_now[at].done()) for at in open_now}
-        over = Ledger(known)._first
+        over = Ledger(known).first_epoch
         self.at_deaths |= {
             (at, n)
             for at, n in one.began
             if at >= over and not (at in done and any(start <= n < stop for start, stop in done[at]))
         }
-        self.at_deaths |= {(at, n) for at, start, stop in one.share._queue for n in range(start, stop)}
+        self.at_deaths |= {(at, n) for at, start, stop in one.share.queue for n in range(start, stop)}
 
     def close_round(self) -> None:
         self.state = self.ledger.encode()
@@ -238,7 +238,7 @@ class World:
         self.ledger = Ledger(self.state, free_at=self.now + GRACE_SECONDS)
         self.after(self.random.uniform(10, 40), self.take_over)
 
-    def answer(self, name: Name, turn: int, report: Report, arrive: Callable[[bytes, Grant], None]) -> None:
+    def answer(self, name: TrainerName, turn: int, report: Report, arrive: Callable[[bytes, Allotment], None]) -> None:
         report = report._replace(
             **{one: decode_pieces(encode_pieces(getattr(report, one))) for one in ("held", "done", "returned")}
         )
@@ -256,7 +256,7 @@ def test_trainers_that_come_and_go_see_every_sample_of_an_epoch_once(takeovers: 
     for seed in seeds:
         world = World(seed, num_samples=100, num_trainers=num, takeovers=takeovers)
         world.run(300.0)
-        over = world.ledger._first
+        over = world.ledger.first_epoch
         assert over >= 2
         for epoch in range(over):
             for n in range(100):
@@ -271,12 +271,12 @@ def test_strangers_cannot_fill_the_ledger() -> None:
     for turn in range(20):
         claimed = [(0, 4 * (256 * turn + n), 4 * (256 * turn + n) + 1) for n in range(256)]
         ledger.report(NAMES[0], turn, Report(0, 10**9, 0, (), claimed, ()), 0.0)
-    assert len(ledger._epochs[0].free) <= 512 + 256
+    assert len(ledger.epochs[0].free) <= 512 + 256
     assert len(ledger.encode()) <= STATE_BYTES
     for n in range(1, MAX_TRAINERS_OF_PEER + 1):
         name = PEERS[1], n.to_bytes(16, "big")
         ledger.report(name, 1, Report(0, 10**9, 2**40, (), (), ()), 10.0)
-    assert ledger._epochs[0].held[name].num == 1 << 20
+    assert ledger.epochs[0].held[name].num == 1 << 20
     with pytest.raises(Overloaded):
         ledger.report((PEERS[1], bytes(16)), 1, Report(0, 10**9, 1, (), (), ()), 10.0)
     with pytest.raises(ValueError, match="1000000000 samples here, not 5"):

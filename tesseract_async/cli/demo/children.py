@@ -14,7 +14,7 @@ LEAVE_TIMEOUT = 8.0
 """Seconds that a process gets to leave by itself before it is killed."""
 
 Facts = dict[str, Any]
-Listener = Callable[[str, Facts], None]
+FactListener = Callable[[str, Facts], None]
 
 
 class ChildFailed(Exception):
@@ -28,7 +28,7 @@ class Child:
     its own, so a Ctrl-C at the terminal reaches us only, and we tell it to leave.
     """
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, *, log: Path, on_event: Listener) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, *, log: Path, on_event: FactListener) -> None:
         """Use `start`."""
         self.name = name
         self.process = process
@@ -39,7 +39,7 @@ class Child:
         self._reader = asyncio.create_task(self._read(), name=f"demo: hear {name}")
 
     @classmethod
-    async def start(cls, name: str, arguments: list[str], *, log: Path, on_event: Listener) -> "Child":
+    async def start(cls, name: str, arguments: list[str], *, log: Path, on_event: FactListener) -> "Child":
         """Start Python with these arguments; `ready` tells when it works."""
         # one thread each: five processes share a few cores, and threads of one would wait for another's
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -113,9 +113,9 @@ class Child:
             self._ready.set_exception(ChildFailed(f"{self.name} ended before it was ready.\n{self._last_words()}"))
             self._ready.exception()  # retrieved, so that it is no warning where nobody waits
 
-    def _last_words(self, num_lines: int = 15) -> str:
+    def _last_words(self) -> str:
         text = self._log.read_text(errors="replace") if self._log.exists() else ""
-        return "\n".join(text.splitlines()[-num_lines:])
+        return "\n".join(text.splitlines()[-15:])
 
 
 @contextlib.asynccontextmanager

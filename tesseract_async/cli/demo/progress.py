@@ -58,7 +58,7 @@ class ServerProgress:
         return sum(self.versions.values())
 
 
-class Progress:
+class DemoProgress:
     """The whole demo. Times are seconds since the start of training."""
 
     def __init__(self, options: plan.DemoOptions) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from rich.table import Table
 
 from tesseract_async.cli.demo import plan
-from tesseract_async.cli.demo.progress import Progress
+from tesseract_async.cli.demo.progress import DemoProgress
 from tesseract_async.cli.types import counted
 
 
-def summary(progress: Progress) -> Table:
+def summary(progress: DemoProgress) -> Table:
     table = Table(title="What happened", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
@@ -40,7 +40,7 @@ def summary(progress: Progress) -> Table:
     return table
 
 
-def verdict(progress: Progress) -> str:
+def verdict(progress: DemoProgress) -> str:
     if progress.accuracy is None:
         return "No trainer validated: the demo shows nothing."
     reached = f"{progress.accuracy:.3f}"
@@ -53,7 +53,7 @@ def verdict(progress: Progress) -> str:
     return f"Validation accuracy {reached} is less than the goal of {plan.REQUIRED_ACCURACY}."
 
 
-def plot(progress: Progress, path: Path) -> None:
+def plot(progress: DemoProgress, path: Path) -> None:
     """Draw accuracy over time into a file, with the kill and the return marked. Raises: OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tesseract_async.cli.demo import plan
 from tesseract_async.cli.demo.children import Child, ChildFailed, children
-from tesseract_async.cli.demo.progress import Progress
+from tesseract_async.cli.demo.progress import DemoProgress
 from tesseract_async.cli.types import counted
 
 START_TIMEOUT = 180.0
@@ -21,7 +21,7 @@ class Script:
     def __init__(self, options: plan.DemoOptions, folder: Path) -> None:
         """Use `folder` for logs, identities and checkpoints."""
         self.options = options
-        self.progress = Progress(options)
+        self.progress = DemoProgress(options)
         self._folder = folder
         self._go_on = folder.absolute() / "go-on"
         self._changed = asyncio.Event()

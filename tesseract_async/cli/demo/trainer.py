@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import tesseract_async as ta
 from tesseract_async.cli.demo import plan
-from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
+from tesseract_async.cli.running import run_command, say, set_up_logging, until_told_to_leave
 from tesseract_async.client.progress import ProgressOf
 from tesseract_async.errors import TesseractError
 from tesseract_async.monitoring import publish_progress
@@ -155,4 +155,4 @@ if __name__ == "__main__":
     set_up_logging()
     given = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    run(lambda: train(**given), leave_with_parent=True)
+    run_command(lambda: train(**given), leave_with_parent=True)

@@ -16,14 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from tesseract_async.cli.demo import plan
-from tesseract_async.cli.demo.progress import Progress
+from tesseract_async.cli.demo.progress import DemoProgress
 
 SERVER_COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 FRAMES_PER_SECOND = 4
 PLAIN_PERIOD = 5.0
 
 
-async def show(progress: Progress, now: Callable[[], float], console: Console) -> None:
+async def show(progress: DemoProgress, now: Callable[[], float], console: Console) -> None:
     """Draw until cancelled: a live picture, or plain lines where there is no terminal."""
     shown, last, told = 0, 0.0, False
 
@@ -52,7 +52,7 @@ async def show(progress: Progress, now: Callable[[], float], console: Console) -
             await asyncio.sleep(1 / FRAMES_PER_SECOND)
 
 
-def _tell_how_to_join(progress: Progress, console: Console) -> bool:
+def _tell_how_to_join(progress: DemoProgress, console: Console) -> bool:
     """Print the commands for a second terminal once there is an address, outside the picture, so that they can be
     copied. Returns True if it did."""
     if progress.address is None:
@@ -74,7 +74,7 @@ def program_name() -> str:
     return os.path.relpath(path)
 
 
-def describe(progress: Progress) -> str:
+def describe(progress: DemoProgress) -> str:
     parts = [
         f"{name}: step {one.step}, loss {_number(one.loss)}, accuracy {_number(one.accuracy)}"
         for name, one in progress.trainers.items()
@@ -82,7 +82,7 @@ def describe(progress: Progress) -> str:
     return "; ".join([*parts, f"{len(progress.live)} of {len(plan.UIDS)} experts alive"])
 
 
-def draw(progress: Progress, now: float) -> RenderableType:
+def draw(progress: DemoProgress, now: float) -> RenderableType:
     share = progress.share
     bar = Table.grid(padding=(0, 1))
     bar.add_row("training", ProgressBar(total=1.0, completed=share, width=40), f"{share:4.0%}", f"{now:5.1f} s")
@@ -104,7 +104,7 @@ def draw(progress: Progress, now: float) -> RenderableType:
     return Panel(parts, title="tesseract demo", subtitle="Ctrl-C leaves cleanly", width=78)
 
 
-def draw_grid(progress: Progress) -> RenderableType:
+def draw_grid(progress: DemoProgress) -> RenderableType:
     """Draw each expert on its grid in its server's color, filled while the trainers see it."""
     color: dict[str, str] = {}
     for number, server in enumerate(progress.servers.values()):

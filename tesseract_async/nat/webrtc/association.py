@@ -23,7 +23,7 @@ if aiortc.__version__.split(".")[:2] != AIORTC.split("."):
     raise ImportError(f"aiortc {aiortc.__version__} is installed, data channels need {AIORTC}")
 
 CHANNEL: Final = 0
-"""The one data channel of an association."""
+"""The data channel of an association; it has no other."""
 MAX_GAPS: Final = 256
 MAX_DUPLICATES: Final = 32
 """Gaps and duplicates in one acknowledgement, so that it fits into a packet (RFC 9260, 3.3.4)."""

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from tesseract_async.cli.demo import plan, report, view
-from tesseract_async.cli.demo.progress import Progress
+from tesseract_async.cli.demo.progress import DemoProgress
 
 
 def step(number: int, *, accuracy: float | None = None, error: str | None = None) -> dict[str, Any]:
@@ -26,8 +26,8 @@ def step(number: int, *, accuracy: float | None = None, error: str | None = None
     return facts if accuracy is None else facts | {"accuracy": accuracy}
 
 
-def finished(*accuracies: float, models: str = "aa", **options: Any) -> Progress:
-    progress = Progress(plan.DemoOptions(steps=3, **options))
+def finished(*accuracies: float, models: str = "aa", **options: Any) -> DemoProgress:
+    progress = DemoProgress(plan.DemoOptions(steps=3, **options))
     for number in range(3):
         progress.servers[f"server {number + 1}"].alive = True
         progress.take(f"server {number + 1}", {"event": "report", "versions": {"digits.0.0": 10 * number}}, 0.0)
@@ -59,7 +59,7 @@ def test_every_expert_has_one_server() -> None:
 
 
 def test_progress_is_what_the_slower_trainer_did() -> None:
-    progress = Progress(plan.DemoOptions(steps=3))
+    progress = DemoProgress(plan.DemoOptions(steps=3))
     assert progress.accuracy is None and progress.share == 0
     progress.take("trainer 1", step(3, accuracy=0.99), 1.0)
     assert progress.share == 0 and progress.accuracy is None
@@ -76,11 +76,11 @@ def test_the_verdict_follows_the_lower_accuracy() -> None:
     assert not finished(0.99, 0.969).passed
     assert not finished(0.99, 0.98, models="ab").passed
     assert "different models" in report.verdict(finished(0.99, 0.98, models="ab"))
-    assert not Progress(plan.DemoOptions()).passed
+    assert not DemoProgress(plan.DemoOptions()).passed
     assert "the goal was 0.97" in report.verdict(finished(0.98, 0.971))
     assert "less than" in report.verdict(finished(0.98, 0.5))
     assert "frozen" in report.verdict(finished(0.3, 0.4, freeze_experts=True))
-    assert "nothing" in report.verdict(Progress(plan.DemoOptions()))
+    assert "nothing" in report.verdict(DemoProgress(plan.DemoOptions()))
 
 
 def test_the_summary_holds_the_figures() -> None:
@@ -104,7 +104,7 @@ def test_a_frame_shows_trainers_experts_and_the_log() -> None:
     shown = text(view.draw(progress, 4.0))
     for word in ("trainer 1", "0.980", "3/3", "server 2 was killed", "gone", "alive", "●", "·"):
         assert word in shown
-    text(view.draw(Progress(plan.DemoOptions()), 0.0))
+    text(view.draw(DemoProgress(plan.DemoOptions()), 0.0))
 
 
 @pytest.mark.parametrize("terminal", [False, True])
