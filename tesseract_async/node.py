@@ -511,15 +511,21 @@ class TesseractNode(Uncopied):
         expert counts as a call in the caller's quota.
         """
         quotas, now = self.endpoint.quotas, asyncio.get_running_loop().time()
+        counts_calls, has_runs = quotas.counts_calls(call.peer_id), self.trust.has_runs
+        is_checked, num_unchecked = False, 0
         found: list[CallHandler | RemoteError] = []
         for uid in uids:
             try:
-                handler = self._table.find_for(call, uid, APPLY)
-                if wait := quotas.add(call.peer_id, now):
+                handler = self._table.find_for(call, uid, APPLY, is_checked=is_checked)
+                num_unchecked += is_checked
+                is_checked = not has_runs  # then a caller may do the same with all experts
+                if counts_calls and (wait := quotas.add(call.peer_id, now)):
                     raise Overloaded("this peer has used up its quota here", retry_after=wait)
                 found.append(handler)
             except RemoteError as error:
                 found.append(error)
+        if num_unchecked:  # the check counts the others
+            self.metrics.count("expert_calls_answered", num_unchecked, method=call.method)
         return found
 
     def _apply(self, call: IncomingCall) -> Answer:
@@ -612,7 +618,7 @@ class TesseractNode(Uncopied):
         """Raises: PeerUnreachable for a peer that may not host one of these experts."""
         self._check_loop()
         self.metrics.count("expert_calls", method=method)
-        for uid in uids:
+        for uid in uids if self.trust.has_runs else uids[:1]:  # outside of runs, a peer may host all experts or none
             if not self.trust.may_host(peer.peer_id, uid):
                 self.metrics.count("expert_calls_held_back", method=method)
                 refusal = NotAllowed(f"it may not host {uid}: nothing is sent there")

@@ -13,7 +13,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -47,8 +47,8 @@ from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.shared_part import Arrived, SharedPart
 from tesseract_async.shared_pieces import PAUSE, FoundPieces, SharedPieces
 from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import Fragment, Outer, anchor_root
-from tesseract_async.sharing.layout import Layout, MergeKind
+from tesseract_async.sharing.fragment import UNKNOWN, Fragment, Outer, anchor_root
+from tesseract_async.sharing.layout import Layout, MergeKind, is_finite
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
@@ -59,6 +59,9 @@ M = TypeVar("M", bound=nn.Module)
 
 NUM_HOSTS: Final = 3
 """Trainers that host the fragments where nobody says who does."""
+OUTSIDE: Final = (
+    "this is done inside of SharedParameters: enter them by `async with`, or with a BackgroundNode by `with`"
+)
 FIND_TIMEOUT: Final = 60.0
 """Seconds that entering waits for others' fragments, where this trainer may not begin them itself."""
 FOUND_SECONDS: Final = 2.0
@@ -79,6 +82,9 @@ class SharingReport:
     """Fragments that hold a NaN or infinity here, and are not sent."""
     error: TesseractError | None = None
     """The reason for which a push was refused; what it held stays here, and is in the next one."""
+    without_primary: Mapping[str, float] = field(default_factory=dict)
+    """By uid, the pieces whose primary does not answer, nor a successor, and for how many seconds. What was learned of
+    them stays here, and is pushed as soon as there is one."""
 
 
 class StepListener(Protocol):
@@ -166,9 +172,10 @@ class SharedParameters(Uncopied, Generic[M]):
         return node
 
     @property
-    def _pieces(self) -> SharedPieces:
+    def pieces(self) -> SharedPieces:
+        """The pieces' hosts. Raises: RuntimeError before sharing is entered, and after it has ended."""
         if self._found is None:
-            raise RuntimeError("SharedParameters are entered first, by `async with` or `with`")
+            raise RuntimeError(OUTSIDE)
         return self._found
 
     async def __aenter__(self) -> Self:
@@ -222,6 +229,8 @@ class SharedParameters(Uncopied, Generic[M]):
         """Find the run's fragments, or begin them with these values; host them, if that is for this trainer to do."""
         node = self._node
         node.check_running()
+        if self._parts:
+            raise RuntimeError("SharedParameters are entered once: make new ones of the same model to go on")
         self._loop = asyncio.get_running_loop()
         run: SignedRun | None = None
         if isinstance(self._run, str) and self._is_bare:
@@ -246,10 +255,11 @@ class SharedParameters(Uncopied, Generic[M]):
                 await self._host(found, follows=not self._is_bare)
                 # another one may have begun at the same moment, or this one continues from its checkpoints
                 found = await self._look(False) or found
-            elif self._hosts or (self._hosts is None and self._is_bare and await self._pieces.num_hosts() < NUM_HOSTS):
+            elif self._hosts or (self._hosts is None and self._is_bare and await self.pieces.num_hosts() < NUM_HOSTS):
                 await self._host(found, follows=True)
             _check_genesis(run, found)
         except BaseException:  # cancelled, too: leave what was entered
+            self._found = None
             await self._stack.aclose()
             raise
         return found
@@ -273,7 +283,7 @@ class SharedParameters(Uncopied, Generic[M]):
         patience = FOUND_SECONDS * (1 + random.random()) if self._node.initial_peers else 0.0
         while True:
             try:
-                return await self._pieces.fetch_all(self._own.layout)
+                return await self.pieces.fetch_all(self._own.layout)
             except (ExpertNotFound, NotPrimary, Overloaded, PeerUnreachable, ConnectionLost, TimeoutError) as error:
                 waited, is_absent = loop.time() - began, isinstance(error, ExpertNotFound)
                 if founds and is_absent and waited >= patience:
@@ -286,7 +296,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
     async def _host(self, found: FoundPieces, *, follows: bool) -> None:
         backends = {
-            self._pieces.uid(number): FragmentBackend(found.manifest.part(number), _copied(fragment), steps=steps)
+            self.pieces.uid(number): FragmentBackend(found.manifest.part(number), _copied(fragment), steps=steps)
             for number, (fragment, steps) in enumerate(found.fragments)
         }
         followers = list(backends) if follows else ()
@@ -295,12 +305,12 @@ class SharedParameters(Uncopied, Generic[M]):
         )
         await self._stack.enter_async_context(server)
         keeper = await self._stack.enter_async_context(ReplicaKeeper(server, settings=self._replicas))
-        authority = self._node.trust.authority(self._pieces.prefix)
+        authority = self._node.trust.authority(self.pieces.prefix)
         if authority is not None:  # the run's servers see what is here, and take their part
             num = len(backends)
             await self._stack.enter_async_context(Placing.of_fragments(server, keeper, authority, num, num))
         self._stack.push_async_callback(_hand_over, keeper)
-        self._node.directory.forget(self._pieces.prefix)
+        self._node.directory.forget(self.pieces.prefix)
 
     def _begin(self, found: FoundPieces, *, writes: bool = True) -> None:
         """Take the swarm's values, and unless told otherwise write them into the model. On the caller's thread."""
@@ -308,10 +318,11 @@ class SharedParameters(Uncopied, Generic[M]):
         num = len(layout.cuts)
         for number, (cut, (fragment, steps)) in enumerate(zip(layout.cuts, found.fragments, strict=True)):
             lost = layout.write(self.model, cut, fragment.anchor) if writes else None
-            copied = Copy(cut, outer, fragment.anchor, version=fragment.version, epoch=found.epoch)
+            version, updates = fragment.version, fragment.updates
+            copied = Copy(cut, outer, fragment.anchor, version=version, updates=updates, epoch=found.epoch)
             # pieces take turns, so that a line is used evenly
             due_at = max(1, self.every * (number + 1) // num)
-            uid, form = self._pieces.uid(number), found.manifest.part(number)
+            uid, form = self.pieces.uid(number), found.manifest.part(number)
             self._parts.append(SharedPart(uid, form, copied, due_at, steps=steps, lost=lost))
 
     async def _leave(self) -> None:
@@ -321,6 +332,7 @@ class SharedParameters(Uncopied, Generic[M]):
         await asyncio.gather(*tasks, return_exceptions=True)
         for sampler in self._samplers:
             await sampler.leave()
+        self._found = None
         await self._stack.aclose()
 
     def attach(self, sampler: StepListener) -> None:
@@ -335,7 +347,7 @@ class SharedParameters(Uncopied, Generic[M]):
         loop = self._loop
         if loop is None:
             work.close()
-            raise RuntimeError("SharedParameters are entered first, by `async with` or `with`")
+            raise RuntimeError(OUTSIDE)
 
         def start() -> None:
             task = loop.create_task(work, name="shared parameters")
@@ -347,7 +359,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
     async def ask_first(self, method: str, request: messages.SamplesRequest) -> Message:
         """Ask the primary of the first piece. Raises: what the call raises."""
-        return await self._pieces.ask(request.uid, method, request, b"")
+        return await self.pieces.ask(request.uid, method, request, b"")
 
     # ------------------------------------------------------------------------------------------------ a trainer's calls
 
@@ -360,8 +372,11 @@ class SharedParameters(Uncopied, Generic[M]):
     def step(self) -> Any:
         """Call it after each optimizer step (not after each micro-batch): sends what is due, and adds what came.
 
-        Never waits for a peer. Returns what was done, a `SharingReport`, or None for nothing.
+        Never waits for a peer. Returns what was done, a `SharingReport`, or None for nothing. Raises: RuntimeError
+        before sharing is entered, and after it has ended.
         """
+        if self._found is None:
+            raise RuntimeError(OUTSIDE)
         self._own_steps += 1
         for sampler in self._samplers:
             sampler.stepped()
@@ -371,17 +386,25 @@ class SharedParameters(Uncopied, Generic[M]):
     def flush(self, *, timeout: float = FLUSH_TIMEOUT) -> Any:
         """Send all that was learned here, wait until it counts, and take all that others learned.
 
-        Raises: TimeoutError, or the reason for which a push was refused.
+        Raises: TimeoutError, or the reason for which a push was refused; RuntimeError as `step`.
         """
+        if self._found is None:
+            raise RuntimeError(OUTSIDE)
         if isinstance(self._given, PlainCalls):
             return self._flush_plainly(timeout)
         return self._flush(timeout)
 
     def merged(self) -> M:
-        """Return a copy of the model with the swarm's values as they are known here: to evaluate, and to export."""
+        """Return a copy of the model with the swarm's values as they are known here: to evaluate, and to export.
+
+        They are what all trainers had on average, from which the next round's differences are not taken: those begin a
+        little ahead, at the outer optimizer's momentum. Raises: RuntimeError before sharing is entered.
+        """
+        if not self._parts:
+            raise RuntimeError(OUTSIDE)
         model = copy.deepcopy(self.model)
         for part in self._parts:
-            self._own.layout.write(model, part.copy.cut, part.copy.anchor)
+            self._own.layout.write(model, part.copy.cut, part.copy.merged())
         return model
 
     def state_dict(self) -> dict[str, Any]:
@@ -398,7 +421,7 @@ class SharedParameters(Uncopied, Generic[M]):
             task.cancel()
         await asyncio.gather(*self._asking, return_exceptions=True)
         self._parts = []
-        self._begin(await self._pieces.fetch_all(self._own.layout), writes=False)
+        self._begin(await self.pieces.fetch_all(self._own.layout), writes=False)
         self._own_steps = state["steps"]
         for part, (due_at, steps_then) in zip(self._parts, state["parts"], strict=True):
             part.due_at, part.steps_then = due_at, steps_then
@@ -412,6 +435,10 @@ class SharedParameters(Uncopied, Generic[M]):
     def uids(self) -> list[str]:
         """The pieces that the parameters are cut into."""
         return [part.uid for part in self._parts]
+
+    def known(self) -> dict[str, tuple[int, torch.Tensor]]:
+        """Return version and `merged` values of each piece, as they are known here."""
+        return {part.uid: (part.copy.base[1], part.copy.merged()) for part in self._parts}
 
     def _turn(self, is_due: Callable[[SharedPart], bool]) -> SharingReport | None:
         """Add what came, and send what is due. On the caller's thread, in one go."""
@@ -429,7 +456,7 @@ class SharedParameters(Uncopied, Generic[M]):
             values = self._own.layout.read(self.model, part.copy.cut)
             if part.lost is not None:
                 values += part.lost
-            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            if values.is_floating_point() and not is_finite(values):
                 unsound += 1
                 continue
             _, version, root = part.copy.base
@@ -438,9 +465,10 @@ class SharedParameters(Uncopied, Generic[M]):
             request = messages.PushRequest(part.uid, secrets.token_bytes(16), version, root, steps)
             self._start(part, messages.PUSH, request, values)
             pushed += 1
-        if not (pushed or merged or unsound or error):
+        silent = {one.uid: time.monotonic() - one.failing_since for one in self._parts if one.failing_since is not None}
+        if not (pushed or merged or unsound or error or silent):
             return None
-        return SharingReport(pushed, merged, unsound, error)
+        return SharingReport(pushed, merged, unsound, error, silent)
 
     def _add(self, part: SharedPart, arrived: Arrived) -> int:
         """Add an answer to the model. Returns how many fragments that changed."""
@@ -505,7 +533,7 @@ class SharedParameters(Uncopied, Generic[M]):
         values: torch.Tensor | None = None,
     ) -> None:
         part.is_asking = True
-        self._spawn(part.ask(self._pieces, method, request, values))
+        self._spawn(part.ask(self.pieces, method, request, values))
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         """Run this beside the trainer, on the node's loop."""
@@ -544,7 +572,9 @@ def _check_genesis(run: SignedRun | None, found: FoundPieces) -> None:
     wanted = "" if run is None else run.manifest.genesis
     fragments = [fragment for fragment, _ in found.fragments]
     # later than that, nobody knows the first values any more
-    if run is None or not wanted.startswith("file:") or any(one.version > len(one.updates) for one in fragments):
+    if run is None or not wanted.startswith("file:") or any(one.before == UNKNOWN for one in fragments):
+        return
+    if any(one.version > len(one.updates) for one in fragments):
         return
     began = _genesis(found.manifest.layout, [one.before for one in fragments])
     if began != wanted:

@@ -6,6 +6,7 @@ done beside the trainer: its `step` only copies values and adds to them.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,8 @@ class SharedPart:
     lost: torch.Tensor | None = None
     """The rest of the values after rounding to the model's 16 bits: without it, small steps would have no effect."""
     is_asking: bool = False
+    failing_since: float | None = None
+    """The time (`time.monotonic`) since which its primary does not answer; None while it does."""
     arrived: Arrived | None = None
 
     async def ask(
@@ -80,6 +83,7 @@ class SharedPart:
             try:
                 sent, sends = data if sends else b"", False  # who has it answers without it
                 message = await pieces.ask(self.uid, method, request, sent)
+                self.failing_since = None
                 reply = messages.decode(messages.UpdatesReply, message.body)
                 if method == messages.PUSH and reply.known and not reply.counted:
                     if sent:
@@ -103,14 +107,28 @@ class SharedPart:
                     self.arrived = Arrived(error=error)
                     return
                 logger.info("%s: %s", self.uid, describe(error))
+                if not isinstance(error, Overloaded):
+                    self._fails()
             except (TesseractError, TimeoutError) as error:
                 logger.info("%s: %s", self.uid, describe(error))
+                if method != messages.PUSH or not isinstance(error, TimeoutError):
+                    self._fails()
             await asyncio.sleep(PAUSE)
+
+    def _fails(self) -> None:
+        if self.failing_since is None:
+            self.failing_since = time.monotonic()
 
     async def _take_whole(self, pieces: SharedPieces, reply: messages.UpdatesReply) -> None:
         def rebase(tensors: dict[str, torch.Tensor], version: int) -> Arrived:
             whole, steps = read_fragment(self.form, tensors, version)
-            change = self.copy.rebase(whole.anchor, version=whole.version, epoch=reply.epoch, counted=reply.counted)
+            change = self.copy.rebase(
+                whole.anchor,
+                version=whole.version,
+                epoch=reply.epoch,
+                updates=whole.updates,
+                counted=reply.counted,
+            )
             return Arrived(steps, change, reply.counted)
 
         while True:

@@ -1,6 +1,7 @@
 """SharedPieces: the pieces of the shared parameters in the network: who hosts them, their states, calls to them."""
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -28,6 +29,7 @@ from tesseract_async.server.other_replicas import may_follow
 from tesseract_async.sharing.fragment import Fragment
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
 CALL_TIMEOUT: Final = 20.0
@@ -35,7 +37,7 @@ PUSH_TIMEOUT: Final = 10.0
 """Seconds that a push waits for its round to close, before it is asked what became of it."""
 PAUSE: Final = 0.5
 """Seconds after a call that failed, before the next one."""
-NUM_AT_ONCE: Final = 4
+NUM_AT_ONCE: Final = 6
 """Pieces that are fetched at the same time."""
 
 
@@ -55,24 +57,29 @@ class SharedPieces:
         """`is_bare`: the prefix belongs to no run, so that only machines of one's own network are asked."""
         self._node, self.prefix, self._is_bare = node, prefix, is_bare
         self._primaries: dict[str, bytes | None] = {}
+        self._asked: Counter[PeerAddress] = Counter()
+        """Pieces that are being fetched, by host."""
 
     def uid(self, number: int) -> str:
         return join_uid(self.prefix, (number,))
 
-    async def fetch_all(self, layout: Layout | None = None) -> FoundPieces:
-        """Raises: LayoutMismatch, if the model is another one; ExpertNotFound; what the calls raise."""
-        first = await self.fetch_state(0)
-        manifest = read_manifest(first[0])
-        if layout is not None:
-            manifest.layout.check(layout)
-        found = FoundPieces(manifest)
-        gate = asyncio.Semaphore(NUM_AT_ONCE)
+    async def fetch_all(self, layout: Layout) -> FoundPieces:
+        """Return the pieces of a model of this layout.
+
+        Raises: LayoutMismatch, if the run's model is another one; ExpertNotFound; what the calls raise.
+        """
+        gate, known = asyncio.Semaphore(NUM_AT_ONCE), asyncio.get_running_loop().create_future()
 
         async def fetch(number: int) -> tuple[Fragment, int]:
             async with gate:
-                # from another host for each, so that newcomers burden all alike; the rest from the primary
+                # the first, with the manifest, from the primary; the others from all hosts, none of which waits for it
+                tensors, version = await self.fetch_state(number, spreads=number > 0)
+                if number == 0:
+                    manifest = read_manifest(tensors)
+                    manifest.layout.check(layout)
+                    known.set_result(manifest)
+                manifest = await known
                 uid, part = self.uid(number), manifest.part(number)
-                tensors, version = await self.fetch_state(number, turn=number) if number else first
                 fragment, _ = await apart(4 * part.cut.numel, partial(read_fragment, part, tensors, version))
                 request = messages.PullRequest(uid, fragment.version, fragment.root)
                 message = await self.ask(uid, messages.PULL, request, b"")
@@ -84,24 +91,27 @@ class SharedPieces:
                 tensors, version = await self.fetch_state(number)
                 return await apart(4 * part.cut.numel, partial(read_fragment, part, tensors, version))
 
-        tasks = [asyncio.ensure_future(fetch(number)) for number in range(len(manifest.layout.cuts))]
+        tasks = [asyncio.ensure_future(fetch(number)) for number in range(len(layout.cuts))]
         try:
-            found.fragments = await asyncio.gather(*tasks)
+            fragments = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return found
+        return FoundPieces(await known, fragments)
 
     async def fetch_state(
-        self, number: int, *, turn: int = 0, min_version: int = 0
+        self, number: int, *, spreads: bool = False, min_version: int = 0
     ) -> tuple[dict[str, torch.Tensor], int]:
-        """Return a fragment's state at one of its hosts: the primary first, or who comes `turn` places behind."""
+        """Return a fragment's state at one of its hosts: the primary first, or if it `spreads`, who is asked for the
+        fewest at present."""
         uid = self.uid(number)
         replicas = await self.find(uid)
-        replicas = replicas[turn % len(replicas) :] + replicas[: turn % len(replicas)]
+        if spreads:
+            replicas.sort(key=lambda one: self._asked[one.peer])
         last: BaseException = ExpertNotFound(f"nobody hosts {uid}")
         for replica in replicas:
+            self._asked[replica.peer] += 1
             try:
                 file = await fetch_state(
                     *(self._node, replica.peer, uid),
@@ -115,6 +125,8 @@ class SharedPieces:
             except (TesseractError, TimeoutError) as error:
                 last = error
                 self._failed(replica, error)
+            finally:
+                self._asked[replica.peer] -= 1
         raise last
 
     async def num_hosts(self) -> int:

@@ -16,6 +16,7 @@ from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import frames
+from tesseract_async.wire.apply import APPLY
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, TAKE_OVER
 
 pytestmark = pytest.mark.both_loops
@@ -130,6 +131,22 @@ async def test_calls_reach_the_expert_of_their_uid_here_and_from_afar() -> None:
         host.unhost_expert("e.1")
         with pytest.raises(errors.ExpertNotFound):
             await guest.call_expert(host.peer_address, FORWARD, ["e.1"], timeout=30)
+
+
+async def test_many_experts_are_found_and_counted_each() -> None:
+    async with ta.TesseractNode(policy=Policy(trainers=set())) as host:
+        for uid in ("e.0", "e.1"):
+            host.host_expert(uid, {APPLY: echo})
+        peer = PeerID(bytes([1]) * 32)
+
+        def find(method: str) -> list[object]:
+            call = IncomingCall(peer_id=peer, method=method, body=None, buffers=(), deadline=1e9, priority=0)
+            return [type(one) for one in host.find_experts(call, ["e.0", "e.2", "e.1"]) if one is not echo]
+
+        assert find(FORWARD) == [errors.ExpertNotFound]
+        assert host.metrics.total("expert_calls_answered") == 2
+        assert find(BACKWARD) == [errors.NotAllowed, errors.ExpertNotFound, errors.NotAllowed]
+        assert host.metrics.total("expert_calls_answered") == 2
 
 
 async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -> None:

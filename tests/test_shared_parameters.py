@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import math
 import textwrap
 import threading
@@ -16,8 +17,8 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async import shared_pieces
-from tesseract_async.errors import Overloaded
+from tesseract_async import shared_part, shared_pieces
+from tesseract_async.errors import ConnectionLost, Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest, RunMismatch, SignedRun, sign_run
@@ -30,7 +31,7 @@ from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.shared_parameters import SharedParameters, SharingReport
 from tesseract_async.shared_part import Arrived
 from tesseract_async.sharing import rounds
-from tesseract_async.sharing.fragment import NEWCOMERS
+from tesseract_async.sharing.fragment import LAST, NEWCOMERS
 from tesseract_async.sharing.layout import Layout, LayoutMismatch, MergeKind
 from tesseract_async.wire import messages
 
@@ -61,6 +62,14 @@ def close(one: nn.Module, other: nn.Module) -> bool:
     """Equal to rounding: local values are added to, not set."""
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def anchored(shared: SharedParameters[Any]) -> nn.Module:
+    """The model with the values from which differences are taken: the merged ones, and the momentum's start."""
+    model = copy.deepcopy(shared.model)
+    for part in shared._parts:
+        Layout.of(model).write(model, part.copy.cut, part.copy.anchor)
+    return model
 
 
 def weight(model: nn.Module) -> torch.Tensor:
@@ -99,7 +108,7 @@ async def test_two_trainers_end_with_one_model() -> None:
         assert same(first.merged(), second.merged())
         assert first.steps == second.steps == 16
         async with sharing(make_model(3), seed.address, host=False) as (_, third):  # a newcomer takes what is there
-            assert same(third.model, second.merged()) and third.steps == 16
+            assert same(third.model, anchored(second)) and same(third.merged(), second.merged()) and third.steps == 16
 
 
 async def test_the_first_round_waits_for_all_that_have_entered() -> None:
@@ -148,11 +157,37 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
         assert time.perf_counter() - started < 1.0
         await second.flush(timeout=60.0)
         assert second.steps == before + 4
-        assert close(second.merged(), other)
+        assert close(anchored(second), other)
         await dying.__aexit__(ConnectionError, ConnectionError(), None)
 
 
 @pytest.mark.slow
+async def test_the_report_says_which_pieces_have_no_primary(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ask, is_gone, answered = make_model(1), shared_pieces.SharedPieces.ask, True, 0
+
+    async def failing(pieces: Any, uid: str, *some: Any) -> Any:
+        nonlocal answered
+        if is_gone and uid.endswith(".1"):
+            raise ConnectionLost("its computer is off")
+        message = await ask(pieces, uid, *some)
+        answered += 1
+        return message
+
+    monkeypatch.setattr(shared_pieces.SharedPieces, "ask", failing)
+    monkeypatch.setattr(shared_part, "PAUSE", 0.01)
+    async with sharing(model, every=1) as (_, shared):
+        started = time.monotonic()
+        assert not (await shared.step()).without_primary
+        while answered < len(shared.uids) - 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        silent = (await shared.step()).without_primary
+        assert [*silent] == [shared.uids[1]] and 0.0 < silent[shared.uids[1]] <= time.monotonic() - started
+        is_gone = False
+        await shared.flush()
+        report = await shared.step()
+        assert report.num_pushed and not report.without_primary
+
+
 async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round waits two seconds for a trainer that is gone; who asks meanwhile does not send again."""
     monkeypatch.setattr(shared_pieces, "PUSH_TIMEOUT", 0.3)
@@ -186,6 +221,23 @@ async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytes
         part.steps_sent += 1  # a push of later steps, which is not counted
         second._add(part, Arrived(part.steps, torch.zeros(part.copy.cut.numel)))
         assert part.due_at == second._own_steps  # the next step pushes again
+
+
+async def test_outside_of_it_nothing_is_shared_in_silence() -> None:
+    model = make_model(1)
+    async with ta.TesseractNode() as node:
+        shared = SharedParameters(node, model, run="tiny")
+        for call in (shared.step, shared.flush, shared.merged):
+            with pytest.raises(RuntimeError, match="enter them by `async with`"):
+                call()
+        async with shared:
+            await steps(shared, 1, 1)
+        assert not same(shared.merged(), make_model(1)) and shared.steps == 1  # what came out is there
+        with pytest.raises(RuntimeError, match="enter them by `async with`"):
+            shared.step()
+        with pytest.raises(RuntimeError, match="entered once"):
+            async with shared:
+                pass
 
 
 async def test_another_model_is_refused_by_name() -> None:
@@ -239,7 +291,7 @@ async def test_an_async_trainer_shares_its_master() -> None:
             report = await shared.step()
             num_merged += 0 if report is None else report.num_merged
         await shared.flush()
-        assert num_merged and shared.steps == 30 and close(shared.merged(), model)
+        assert num_merged and shared.steps == 30 and close(anchored(shared), model)
 
 
 async def test_steps_smaller_than_the_last_bit_of_16_bits_add_up() -> None:
@@ -287,7 +339,7 @@ def test_with_a_background_node_calls_are_plain(monkeypatch: pytest.MonkeyPatch)
             report = shared.step()
             assert report is None or report.error is None
         shared.flush()
-        assert shared.steps == 6 and close(shared.merged(), model)
+        assert shared.steps == 6 and close(anchored(shared), model)
         pieces = len(shared.uids)
         assert repr(shared) == f"SharedParameters('plain', every=2, pieces={pieces}, steps=6)"
     assert threads == {threading.get_ident()}  # the model is touched by nobody else
@@ -310,7 +362,7 @@ def test_accelerates_loop_as_the_page_has_it() -> None:
         for _ in range(4):
             exec(loop, names | {"x": torch.randn(8, 6), "y": torch.randn(8, 3), "shared": shared})
         shared.flush()
-        assert shared.steps == 2 and close(shared.merged(), accelerator.unwrap_model(model))
+        assert shared.steps == 2 and close(anchored(shared), accelerator.unwrap_model(model))
 
 
 def test_lightnings_callback_steps_where_the_optimizer_did() -> None:
@@ -364,7 +416,7 @@ async def test_strange_pushes_are_refused_and_count_nothing() -> None:
         uid, (_, version, root) = shared._parts[0].uid, shared._parts[0].copy.base
         (replica,) = await liar.directory.find(uid)
         file = await fetch_state(liar, replica.peer, uid, weights_only=True)
-        assert file and check_state(uid, file, weights_only=True)["module"].keys() == NEWCOMERS
+        assert file and check_state(uid, file, weights_only=True)["module"].keys() == NEWCOMERS | {LAST}
         good = shared._parts[0].copy.push(torch.zeros(shared._parts[0].copy.cut.numel))
         shared._parts[0].copy.cancel()
         bodies: list[tuple[list[object], list[bytes]]] = [
@@ -612,12 +664,12 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
                 await asyncio.sleep(0.1)
             # a holder has the file, and follows by updates as others do
             assert holder._node.metrics.total("fragments_replayed") > 0
-            merged = first.merged()
+            merged, model = first.merged(), anchored(first)
             await leaving.aclose()
             node = await stack.enter_async_context(member(5, run, ("share",), bootstrap.address))
             second = SharedParameters(node, make_model(2), run=run, every=2)
             async with second:
-                assert same(second.model, merged) and second.steps == 6
+                assert same(second.model, model) and same(second.merged(), merged) and second.steps == 6
                 await steps(second, 4, 7)
                 await second.flush()
                 assert second.steps == 10

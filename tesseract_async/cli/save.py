@@ -58,7 +58,7 @@ async def save(
 
     Experts come from their primaries or, where there is none, from a server that follows it or holds its state.
 
-    The folder loads anywhere: `tesseract_async.saving.folder.load_experts(FOLDER)["ffn.3.7"]` is an ordinary module.
+    The folder loads anywhere: `tesseract_async.saving.folder.SavedExperts(FOLDER)["ffn.3.7"]` is an ordinary module.
     Run the command again to download only what has changed. The exit status is 1 if an expert could not be downloaded.
     """
     if not node.initial_peers:
@@ -67,7 +67,8 @@ async def save(
         raise click.UsageError("say what to save: --run, --experts or --shared")
 
     from tesseract_async.saving.folder import open_folder_or_make
-    from tesseract_async.saving.saver import Origin, SavePoint, find_origins
+    from tesseract_async.saving.saver import Origin, SavePoint, find_origins, find_pieces, take_trunk
+    from tesseract_async.server.fragments import read_manifest
     from tesseract_async.shared_pieces import SharedPieces
 
     store = open_folder_or_make(out)
@@ -84,28 +85,30 @@ async def save(
         for pattern in patterns:
             found = await find_origins(joined, pattern.prefix, pattern.grid_size)
             origins |= {uid: some for uid, some in found.items() if uid in pattern}
-        num_shared = 0
+        trunks: list[list[str]] = []
         for prefix, is_bare in shared.items():
             pieces = SharedPieces(joined, prefix, is_bare=is_bare)
             try:
-                fragments = await pieces.fetch_all()
+                manifest = read_manifest((await pieces.fetch_state(0))[0])
             except ExpertNotFound:
                 if is_bare:
                     raise
                 continue  # a run whose trainers share nothing
-            layout = fragments.manifest.layout
-            store.put_tensors(layout.tensors([fragment.anchor for fragment, _ in fragments.fragments]))
-            num_shared += sum(entry.numel for entry in layout.entries)
-            if optimizers:
-                for number in range(len(layout.cuts)):
-                    hosts = await pieces.find(pieces.uid(number))
-                    origins[pieces.uid(number)] = [
-                        Origin(one.peer, "primary" if one.primary else "follower") for one in hosts
-                    ]
+            found = await find_pieces(pieces, len(manifest.layout.cuts))
+            trunks.append([*found])
+            origins |= found
+        # all at one moment: the pieces belong to the experts that were trained with them
         point = SavePoint(joined, origins, is_whole=optimizers, timeout=timeout)
         await point.mark()
         with progress_bar("experts", total=len(origins)) as advance:
             report = await point.fetch(store, num_at_once=num_at_once, progress=lambda uid: advance(1))
+    parts = [take_trunk(store, uids, report, keeps=optimizers) for uids in trunks]
+    tensors = {name: one for part in parts for name, one in part.items()}
+    if len(tensors) < sum(map(len, parts)):
+        raise click.UsageError("two of the models that are shared have tensors of one name: save each by itself")
+    if tensors:
+        store.put_tensors(tensors)
+    num_shared = sum(one.numel() for one in tensors.values())
     store.write_index()
     for role in ("follower", "holder"):
         if some := sorted(uid for uid, one in report.origins.items() if one == role):

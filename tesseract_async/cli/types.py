@@ -72,10 +72,6 @@ def _amount(text: str, units: Mapping[str, float], what: str, *, least: float = 
     return amount
 
 
-def _size(text: str) -> int:
-    return round(_amount(text, _SIZES, "a size, such as 4 GiB or 500 MB"))
-
-
 def seconds(least: float = 0.0, most: float = 1e9) -> Parsed:
     """Return the type of a time of `least` to `most` seconds, such as ``90``, ``90 s`` or ``10 min``."""
     what = "a time, such as 90 s or 10 min"
@@ -85,10 +81,6 @@ def seconds(least: float = 0.0, most: float = 1e9) -> Parsed:
 def _address(text: str) -> str:
     split_host_port(text)
     return text
-
-
-def _peers(text: str) -> frozenset[PeerID]:
-    return frozenset(PeerID.parse(part.strip()) for part in text.split(","))
 
 
 def _peer_file(text: str) -> frozenset[PeerID]:
@@ -134,7 +126,7 @@ def _pair(text: str) -> tuple[str, Scalar]:
     return name, value
 
 
-SIZE: Final = Parsed("size", _size)
+SIZE: Final = Parsed("size", lambda text: round(_amount(text, _SIZES, "a size, such as 4 GiB or 500 MB")))
 """Bytes: ``4 GiB``, ``500 MB`` or a plain number."""
 RATE: Final = Parsed("rate", partial(_amount, units=_RATES, what="a rate, such as 20 Mbit/s or 2 MB/s"))
 """Bytes per second: ``20 Mbit/s``, ``2 MB/s`` or a plain number of bytes."""
@@ -147,7 +139,7 @@ ADDRESS: Final = Parsed("address", _address)
 METRICS_ADDRESS: Final = Parsed("address", lambda text: _address(text if ":" in text else f"127.0.0.1:{text}"))
 """``HOST:PORT``; a port alone is one of this computer's loopback."""
 PEER: Final = Parsed("peer", PeerID.parse)
-PEERS: Final = Parsed("peers", _peers)
+PEERS: Final = Parsed("peers", lambda text: frozenset(PeerID.parse(part.strip()) for part in text.split(",")))
 """A set of peer ids, written with commas between them."""
 PEER_FILE: Final = Parsed("file", _peer_file)
 """The set of peer ids that a file lists, one a line; ``#`` begins a comment."""

@@ -178,10 +178,10 @@ class ExpertPool(nn.Module):
 
     def _straight(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> straight.Straight | None:
         """The pass of such a call, if it may go that way."""
-        servers, schema, settings = self._servers, self._schemas.known, self._settings
-        if servers is None or schema is None or self.training or not 0 < index.numel() <= straight.MAX_PAIRS:
+        servers, settings = self._servers, self._settings
+        if servers is None or servers.schema is not self._schemas.known or self.training:
             return None
-        if not straight.fits(schema, settings.calls, x, index, weights):
+        if not 0 < index.numel() <= straight.MAX_PAIRS or not servers.take(x, index, weights):
             return None
         if time.monotonic() < self._rests_until:
             return None
@@ -192,7 +192,7 @@ class ExpertPool(nn.Module):
             self._experience,
             servers,
             asked,
-            num_rows=len(x),
+            num_rows=x.shape[0],
             options=settings.calls,
             timeout=settings.forward_timeout - straight.seconds_for_another(settings.forward_timeout),
             holds=functools.partial(self._holds, servers),
@@ -313,7 +313,8 @@ class ExpertPool(nn.Module):
             raise
         replicas, servers = candidates.replicas, self._servers
         holds = servers is not None and servers.replicas is replicas and servers.schema is schema
-        if not (holds or mode.differentiable) and schema is self._schemas.known:
+        may_go = schema is self._schemas.known and straight.may_go(schema, settings.calls)
+        if may_go and not (holds or mode.differentiable):
             # from now on, passes that are small may go there without looking
             self._servers = straight.Servers(self._experience, self.uid_prefix, replicas, schema)
         with torch.set_grad_enabled(mode.differentiable):

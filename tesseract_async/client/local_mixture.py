@@ -39,7 +39,7 @@ class LocalMixture(Gate):
         is_switch: bool = False,
         is_awaited: bool = False,
     ) -> None:
-        """`experts`: by uid, such as those of `load_experts`; of other grids than `uid_prefix` they are left out.
+        """`experts`: by uid, such as those of `SavedExperts`; of other grids than `uid_prefix` they are left out.
         `is_switch`: answer as a `SwitchGatingFunction`. `is_awaited`: calls are awaited, as those of a gate on a
         `TesseractNode` are, so that the same model works with both. The rest: see `GatingFunction`.
 

@@ -7,6 +7,7 @@ made anew by `mixture`, which knows what to do: a forward changes nothing, so it
 """
 
 import asyncio
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -21,6 +22,7 @@ from tesseract_async.client.settings import CallOptions
 from tesseract_async.endpoint.events import PartEvent, PartReceived, ReplyReceived
 from tesseract_async.errors import ProtocolError, TesseractError, TooStale
 from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.runtime.gradients import are_finite
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest, decode_part, encode_request
 from tesseract_async.wire.names import new_name
@@ -80,16 +82,34 @@ class Servers:
         self.seen: dict[int, tuple[int, int]] = {}
         """Epochs and versions of the latest answers."""
 
+    def take(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> bool:
+        """Return whether a call with these arguments may go this way."""
+        given, shape = self.schema.input_specs[0], index.shape
+        return (
+            x.dtype == given.dtype
+            and x.shape[1:] == given.shape
+            and index.dtype in (torch.int64, torch.int32)
+            and weights.is_floating_point()
+            and len(shape) == 2
+            and shape == weights.shape
+            and shape[0] == x.shape[0]
+        )
+
 
 class EncodedRequest:
-    """A request to one server, encoded, and the rows of the input that it covers."""
+    """A request to one server, encoded, and the rows of the input that it covers (None: all)."""
 
-    __slots__ = ("replicas", "request", "body", "buffers", "rows")
+    __slots__ = ("replicas", "request", "body", "buffers", "rows", "num_rows")
 
     def __init__(
-        self, replicas: list[ExpertReplica], request: ApplyRequest, buffers: list[memoryview], rows: list[int] | None
+        self,
+        replicas: list[ExpertReplica],
+        request: ApplyRequest,
+        buffers: list[memoryview],
+        rows: list[int] | None,
+        num_rows: int,
     ) -> None:
-        self.replicas, self.request, self.rows = replicas, request, rows
+        self.replicas, self.request, self.rows, self.num_rows = replicas, request, rows, num_rows
         self.body, numbers = encode_request(request)
         self.buffers = (*numbers, *buffers)
 
@@ -116,7 +136,7 @@ def questions(
                 known[1].append(weight)
     if not math.isfinite(total):
         return None
-    num_rows, made = len(x), []
+    num_rows, made = x.shape[0], []
     whole = pack_tensors((x,))
     for asked in shares.values():
         experts = sorted(asked)
@@ -131,7 +151,7 @@ def questions(
             experts=np.array(experts, dtype=np.uint32)[:, None],
             ids=[new_name() for _ in experts],
             versions=np.zeros(len(experts), dtype=np.int64),
-            offsets=np.cumsum([0, *[len(one) for one, _ in pairs]]),
+            offsets=np.array([0, *itertools.accumulate([len(one) for one, _ in pairs])]),
             rows=np.array(numbers, dtype=np.int32),
             weights=np.array([weight for _, by in pairs for weight in by], dtype=np.float32),
             tensors=metas,
@@ -142,7 +162,8 @@ def questions(
             seed=0,
             reply_codec="none",
         )
-        made.append(EncodedRequest([first[expert] for expert in experts], request, buffers, rows))
+        replicas = [first[expert] for expert in experts]
+        made.append(EncodedRequest(replicas, request, buffers, rows, num_rows if rows is None else len(rows)))
     return made
 
 
@@ -273,8 +294,8 @@ class Straight:
     def _learn(self, reply: "_Reply") -> None:
         """Learn from an answer that counts."""
         node, replicas = self._experience.node, reply.question.replicas
-        rows = reply.question.request.num_rows
-        node.thanks.add(self._servers.prefix.partition(".")[0], replicas[0].peer.peer_id, rows, 0)
+        prefix, num_rows = self._servers.prefix.partition(".")[0], reply.question.num_rows
+        node.thanks.add(prefix, replicas[0].peer.peer_id, num_rows, 0)
         if self._servers.has_others:
             self._observe(reply, reply.seconds)
         if node.directory.has_doubts:
@@ -284,7 +305,7 @@ class Straight:
     def _observe(self, reply: "_Reply", seconds: float, *, answered: bool = True) -> None:
         """Note how long a server took over experts that others host, too."""
         experience, others, question = self._experience, self._servers.has_others, reply.question
-        num_bytes = question.request.num_rows * self._servers.schema.row_bytes
+        num_bytes = question.num_rows * self._servers.schema.row_bytes
         path = experience.path_seconds(question.replicas[0], num_bytes)
         for expert, replica in zip(question.request.experts[:, 0].tolist(), question.replicas, strict=True):
             if expert in others:
@@ -303,7 +324,7 @@ class Straight:
                     total += own
                 else:
                     total[rows] += own
-        if total is not None and bool(torch.isfinite(total).all()):
+        if total is not None and are_finite((total,)):
             self.answer = total.to(self._servers.schema.output_specs[0].dtype)
             for reply in self._replies:
                 self._learn(reply)
@@ -356,10 +377,10 @@ class _Reply:
             raise ProtocolError("not an answer of all that are asked")
         self._places.update(places)
         numbers = None if len(places) == len(request.ids) else request.rows_of(part.experts).tolist()
-        rows = self.question.rows
-        if numbers is not None and len(numbers) < request.num_rows:
+        rows, num_rows = self.question.rows, self.question.num_rows
+        if numbers is not None and len(numbers) < num_rows:
             rows = numbers if rows is None else [rows[number] for number in numbers]
-        num_rows = request.num_rows if numbers is None else len(numbers)
+            num_rows = len(numbers)
         found = unpack_plain(part.tensors, buffers, (spec,), num_rows=num_rows)
         if found is None:
             raise ProtocolError("a server answered numbers that do not fit the schema")
@@ -367,10 +388,8 @@ class _Reply:
         self.sums.append((rows, found[0]))
 
 
-def fits(
-    schema: ExpertSchema, options: CallOptions, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-) -> bool:
-    """Return whether a call with this schema, these options and arguments may go this way."""
+def may_go(schema: ExpertSchema, options: CallOptions) -> bool:
+    """Return whether calls with this schema and these options may go this way."""
     if len(schema.input_specs) != 1 or len(schema.output_specs) != 1 or options.audit_share:
         return False
     if options.max_staleness is not None:
@@ -379,13 +398,6 @@ def fits(
     codecs = schema.settle(options.codecs)
     return (
         not (given.varies or given.optional or answered.varies)
-        and x.dtype == given.dtype
-        and x.shape[1:] == given.shape
-        and index.dtype in (torch.int64, torch.int32)
-        and weights.is_floating_point()
-        and index.dim() == 2
-        and index.shape == weights.shape
-        and len(index) == len(x)
         and answered.dtype.is_floating_point
         and codecs.inputs == codecs.outputs == "none"
     )

@@ -117,12 +117,14 @@ class CallTable:
             self.action_of(method)  # says so
         return self.find_for(call, uid_of(call.body), method)
 
-    def find_for(self, call: IncomingCall, uid: str | None, method: str) -> CallHandler:
-        """The handler that a uid has for `method`, if a call like this one may reach it. Raises: as `find`."""
+    def find_for(self, call: IncomingCall, uid: str | None, method: str, *, is_checked: bool = False) -> CallHandler:
+        """The handler that a uid has for `method`, if a call like this one may reach it, which `is_checked` says.
+        Raises: as `find`."""
         handlers = None if uid is None else self._by_uid.get(uid)
         if uid is None or handlers is None:
             raise ExpertNotFound(f"node {self._name} does not host the expert {str(uid)[:80]}")
-        self._check(call, uid)
+        if not is_checked:
+            self._check(call, uid)
         if (handler := handlers.get(method)) is None:
             raise UnknownMethod(f"the expert {uid} at {self._name} does not answer {method}")
         return handler

@@ -82,6 +82,11 @@ class Quotas:
         use.under_way += 1
         return 0.0
 
+    def counts_calls(self, peer_id: PeerID) -> bool:
+        """Return whether `add` could refuse something to this peer."""
+        use = self._uses.get(peer_id)
+        return use is not None and use.calls is not None
+
     def add(self, peer_id: PeerID, now: float) -> float:
         """A call under way asks for one more thing, which counts as another call. Seconds until that may come back, or
         0.0 if it may go on."""

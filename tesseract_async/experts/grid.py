@@ -167,7 +167,6 @@ class GridView:
         self.grid_size = table.grid_size
         self.version = version
         """Grows whenever the live experts may have changed: compare it to know whether anything cached holds."""
-        self.num_foreign = table.num_foreign
         self._table = table
         self._masks = masks
         live = table.expirations > now

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -139,11 +139,6 @@ def load_kept(path: Path, text: str) -> Authority | None:
         return None
     same = authority.tag.name == name and owner in (None, authority.owner)
     return authority if same else None
-
-
-def save_kept(path: Path, records: Iterable[bytes]) -> None:
-    """Write `Authority.kept`, whole or not at all. Raises: OSError."""
-    write_whole(path, [msgpack.packb(list(records))])
 
 
 async def enter_run(
@@ -337,7 +332,7 @@ class RunKeeper:
         if kept == self._kept:
             return
         try:
-            save_kept(self._keep_file, kept)
+            write_whole(self._keep_file, [msgpack.packb(list(kept))])
             self._kept = kept
         except OSError as error:
             logger.warning("%s cannot be written: %s", self._keep_file, describe(error))

@@ -141,6 +141,11 @@ class Trust:
         inside = (manifest.coords >= low) & (manifest.coords < high)
         return manifest.only(inside.all(axis=1))
 
+    @property
+    def has_runs(self) -> bool:
+        """True if what a peer may do depends on the expert."""
+        return bool(self._runs)
+
     def may_host(self, peer_id: PeerID | None, uid: str, *, anew: bool = False) -> bool:
         """Return whether this peer may host `uid`, so that calls for it may go there; `anew`: whether it may begin to.
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median_high
 from typing import Any
 
 from tesseract_async.errors import (
@@ -131,7 +132,8 @@ class SwarmObserver:
         self._num_met = 0
         self._grids: dict[str, tuple[int, ...]] = {}
         for pattern in patterns:
-            self._watch(pattern.prefix, pattern.grid_size)
+            if self._grids.setdefault(pattern.prefix, pattern.grid_size) == pattern.grid_size:
+                node.directory.watch(pattern.prefix, pattern.grid_size)
         self._discover = not patterns
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -182,7 +184,7 @@ class SwarmObserver:
                 "peer_id": str(self.node.peer_id),
                 "address": self.node.address,
                 "role": self.node.network.role,
-                "join": self._seed(),
+                "join": str(next(iter(self.node.initial_peers), self.node.peer_address)),
             },
             "run": self._run_state(),
             "totals": self.history.last,
@@ -204,11 +206,6 @@ class SwarmObserver:
             except* (TesseractError, TimeoutError, OSError) as errors:
                 log.warning("could not look at the swarm: %s", describe(errors.exceptions[0]))
             await asyncio.sleep(max(0.05, started + self.period - loop.time()))
-
-    def _watch(self, prefix: str, size: tuple[int, ...]) -> None:
-        if prefix not in self._grids:
-            self._grids[prefix] = size
-            self.node.directory.watch(prefix, size)
 
     async def _meet_contacts(self) -> None:
         limit = asyncio.Semaphore(NUM_ASKED_AT_ONCE)
@@ -439,7 +436,9 @@ class SwarmObserver:
             status = None if peer.status is None else peer.status.experts.get(uid)
             if uid in peer.uids or status is not None:
                 figures = {} if status is None else dataclasses.asdict(status)
-                servers.append({"peer_id": str(peer_id), **figures} | self._label(peer_id))
+                servers.append(
+                    {"peer_id": str(peer_id), **figures, "short": peer_id.short, "name": self._name(peer_id)}
+                )
         prefix, coords = split_uid(uid)
         standing = next((one for one in self._standings(prefix) if one[0] == list(coords)), None)
         return {
@@ -456,9 +455,6 @@ class SwarmObserver:
         uids = sorted({*peer.uids, *status}, key=split_uid)
         experts = [{"uid": uid, **(dataclasses.asdict(status[uid]) if uid in status else {})} for uid in uids]
         return {"peer_id": str(peer_id), "experts": experts}
-
-    def _label(self, peer_id: PeerID) -> Picture:
-        return {"short": peer_id.short, "name": self._name(peer_id)}
 
     def _called(self, peer_id: PeerID) -> str:
         """Return how people know it: by its name, if it has told one, and the beginning of its id."""
@@ -490,10 +486,6 @@ class SwarmObserver:
     def _parameters(self) -> int:
         """Return the parameters of the largest expert, by the words of servers."""
         return max((one.status.num_parameters for one in self.peers.values() if one.status is not None), default=0)
-
-    def _seed(self) -> str:
-        """Return the address by which others join: this node's seed, or this node if it has none."""
-        return str(self.node.initial_peers[0]) if self.node.initial_peers else str(self.node.peer_address)
 
     def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> Picture:
         view = self.node.directory.live(prefix, self._grids[prefix])
@@ -549,6 +541,7 @@ class SwarmObserver:
         connections = [one for one in self.node.endpoint.connections() if one.peer_id == peer_id]
         rtts = [one.rtt for one in connections if one.rtt is not None]
         status = peer.status
+        experts = [] if status is None else list(status.experts.values())
         return {
             "peer_id": str(peer_id),
             "short": peer_id.short,
@@ -566,17 +559,13 @@ class SwarmObserver:
             "name": "" if status is None else status.name,
             "hardware": "" if status is None else status.hardware,
             "memory": None if status is None else status.memory_bytes,
-            "failures": 0 if status is None else sum(one.num_failures for one in status.experts.values()),
-            "median": None if status is None else _middle([one.median_seconds for one in status.experts.values()]),
-            "slow": None if status is None else max((one.slow_seconds for one in status.experts.values()), default=0.0),
+            "failures": sum(one.num_failures for one in experts),
+            "median": None if status is None else median_high([one.median_seconds for one in experts] or [0.0]),
+            "slow": None if status is None else max((one.slow_seconds for one in experts), default=0.0),
             "left_ago": None if peer.left_at is None else round(asyncio.get_running_loop().time() - peer.left_at),
             "error": peer.error,
             "gone": peer.is_gone,
         }
-
-
-def _middle(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0
 
 
 def _reason(error: BaseException) -> str:

@@ -110,7 +110,7 @@ class NetworkDriver(asyncio.DatagramProtocol):
                         num_initial = len(seeds)
                         named = self._seed_at if peer.peer_id is None else {}
                         self._seed_at |= {address: peer for address in found if address not in named}
-            self.protocol.set_seeds(seeds[:num_initial], self.now(), remembered=seeds[num_initial:])
+            self.protocol.membership.set_seeds(seeds[:num_initial], self.now(), remembered=seeds[num_initial:])
             self.cycle()
             if not failed:
                 return

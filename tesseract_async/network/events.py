@@ -14,7 +14,6 @@ class ReadFinished:
     records: list[SignedRecord]
     num_rounds: int
     """The longest chain of answers that the lookup followed."""
-    num_holders: int
     num_answers: int
     """Contacts that answered at all: if none did, finding no records says nothing."""
     complete: bool

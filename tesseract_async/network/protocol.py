@@ -7,7 +7,7 @@ by its reason in ``network_datagrams_dropped``; it raises nothing and changes no
 
 import hashlib
 import random as random_module
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from tesseract_async.admission import Policy
 from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVersion
@@ -29,7 +29,7 @@ from tesseract_async.network.datagrams import AMPLIFICATION, MAX_DATAGRAM_BYTES,
 from tesseract_async.network.dial_back import DatagramDialBack, Probation, ThirdNodes
 from tesseract_async.network.events import NetworkEvent, ReadFinished, WriteFinished
 from tesseract_async.network.holding import Holder, RecordCheck
-from tesseract_async.network.joining import NetworkMembership, Seed
+from tesseract_async.network.joining import NetworkMembership
 from tesseract_async.network.operations import probe_density, refresh
 from tesseract_async.network.reading import Read
 from tesseract_async.network.replication import Replicator
@@ -116,10 +116,6 @@ class NetworkProtocol:
     def role(self) -> str:
         """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
         return self.core.outbox.role
-
-    def set_seeds(self, seeds: Iterable[Seed], now: float, *, remembered: Iterable[Seed] = ()) -> None:
-        """Set the seeds; see `NetworkMembership.set_seeds`."""
-        self.membership.set_seeds(seeds, now, remembered=remembered)
 
     def read(self, key: bytes, now: float) -> int:
         """Look up `key`; `ReadFinished` will carry the number returned."""

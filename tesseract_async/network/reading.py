@@ -247,7 +247,6 @@ class Read:
             self._number,
             list(self._merged.values()),
             lookup.num_rounds,
-            num_holders=len(self._holdings),
             num_answers=self._num_answers + lookup.num_answered,
             complete=self.complete,
         )

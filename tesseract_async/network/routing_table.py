@@ -44,10 +44,9 @@ class Bucket:
 
 
 class RoutingTable:
-    """Proven contacts of public nodes, by distance from `own_id`."""
+    """Proven contacts of public nodes, by distance from this node's id."""
 
     def __init__(self, own_id: bytes, *, now: float, k: int = K) -> None:
-        self.own_id = own_id
         self.own_number = int.from_bytes(own_id, "big")
         self.k = k
         self.buckets = [Bucket(now)]

@@ -230,10 +230,6 @@ class Storage:
         dictionary = self._keys.get(key)
         return list(dictionary.entries.values()) if dictionary else []
 
-    def get(self, key: bytes, subkey: str | None, owner: PeerID) -> SignedRecord | None:
-        dictionary = self._keys.get(key)
-        return dictionary.entries.get((subkey, owner)) if dictionary else None
-
     def summary(self, key: bytes) -> Summary | None:
         dictionary = self._keys.get(key)
         return dictionary.summary() if dictionary else None

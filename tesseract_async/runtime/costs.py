@@ -26,7 +26,7 @@ class BatchCost:
         self._each = self._per_row = 0.0
         self._is_known = False
 
-    def add(self, num_rows: int, seconds: float) -> None:
+    def add(self, num_rows: float, seconds: float) -> None:
         x, y = 1 / num_rows, seconds / num_rows
         expected = self._per_row + self._each * x
         if expected > 0.0:
@@ -47,6 +47,10 @@ class BatchCost:
         self._each = min(max(each, 0.0), mean_y / mean_x)
         self._per_row = mean_y - self._each * mean_x
         self._is_known = True
+
+    def seconds(self, num_rows: float) -> float:
+        """Return what a batch of so many rows is expected to take: more, while it is unknown what its rows share."""
+        return self._each + self._per_row * num_rows if self._is_known else self.seconds_per_row * num_rows
 
     def rows_until(self, share: float) -> float:
         """Return the rows at which a batch's fixed cost is no more than this share of its cost; infinity if unknown."""

@@ -17,7 +17,6 @@ first pass of each kind is computed both ways (`Executor`).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import enum
 import logging
@@ -33,7 +32,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
-from tesseract_async.runtime.costs import GroupChoice
+from tesseract_async.runtime.costs import BatchCost, GroupChoice
 from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
 from tesseract_async.runtime.module_runner import as_leaf
 from tesseract_async.runtime.watching import uses_batch_statistics
@@ -67,6 +66,8 @@ class Group:
         self.kind = kind
         self.training = training
         self.choice = GroupChoice()
+        self.cost = BatchCost()
+        """The cost of one expert's rows, learned from all of them: experts of one kind take equally long."""
         self.checked: Way | None = None
         """The way in which a pass was found to compute what each expert alone does."""
 
@@ -260,6 +261,8 @@ class ExpertKind:
         slots = zip(_slots_of(self._skeleton), _slots_of(example.module), strict=True)  # copies may share less
         self._slots = [(original.first, slot.of, slot.own, slot.of[slot.own]) for slot, original in slots]
         self._inputs_schema = example.inputs_schema
+        args, kwargs = self._inputs_schema
+        self._takes_one = not kwargs and len(args) == 1 and type(args[0]) is wire.TensorSpec
         self._outputs_schema = example.outputs_schema
         self._output_specs = example.output_specs
         self._autocast = example.settings.autocast
@@ -370,13 +373,15 @@ class ExpertKind:
         return outputs
 
     def _apply(self, tensors: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        args, kwargs = wire.unflatten(self._inputs_schema, inputs)
-        kind, dtype = inputs[0].device.type, self._autocast
+        args, kwargs = (inputs, {}) if self._takes_one else wire.unflatten(self._inputs_schema, inputs)
         try:
             for name, of, own, _ in self._slots:
                 of[own] = tensors[name]
-            with torch.autocast(kind, dtype=dtype) if dtype is not None else contextlib.nullcontext():
+            if self._autocast is None:
                 outputs = self._skeleton(*args, **kwargs)
+            else:
+                with torch.autocast(inputs[0].device.type, dtype=self._autocast):
+                    outputs = self._skeleton(*args, **kwargs)
         finally:
             for _, of, own, of_skeleton in self._slots:
                 of[own] = of_skeleton
@@ -507,6 +512,15 @@ def _each_linear(x: torch.Tensor, counts: list[int], num: int, *tensors: torch.T
     """``F.linear`` of each expert's rows with its own weight, which stays where it is: `num` weights, then biases."""
     weights, biases = tensors[:num], tensors[num:]
     y = x.new_empty(x.shape[0], weights[0].shape[0])
+    if len(counts) == len(x):  # a row for each: a vector takes a call of torch less, and no longer
+        columns = zip(x.unbind(), y.unbind(), weights, strict=True)
+        if biases:
+            for (own, out, weight), bias in zip(columns, biases, strict=True):
+                torch.addmv(bias, weight, own, out=out)
+        else:
+            for own, out, weight in columns:
+                torch.mv(weight, own, out=out)
+        return y
     rows, into = x.split_with_sizes(counts), y.split_with_sizes(counts)
     if biases:
         for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):

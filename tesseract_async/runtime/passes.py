@@ -7,6 +7,7 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import Batch
 from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.together import GroupExecutor, Together
+from tesseract_async.runtime.work import JointWork
 
 QueueKind = tuple[ExpertBackend, bool, bool, bool, bool, Hashable]
 """The name of a queue, whose requests may share a batch: one expert's backwards or forwards, in training or not, that
@@ -63,9 +64,17 @@ class DevicePass:
 
     def learn(self, executor: GroupExecutor, seconds: float) -> None:
         """Note what it took, for the choice of the ways of later ones."""
-        together, trial = self.together, self.trial
+        together, trial, batch = self.together, self.trial, self.batches[0]
+        if len(self.batches) == 1:
+            work = batch.slices[0].request
+            if type(work) is JointWork:
+                num_experts, group = len(work.counts), batch.queue.name[-1]  # type: ignore[index]
+            else:
+                num_experts, group = 1, batch.queue.group
+            if isinstance(group, Group):
+                group.cost.add(batch.num_rows / num_experts, seconds / num_experts)
         if trial is None:
-            if isinstance(group := self.batches[0].queue.group, Group):
+            if isinstance(group := batch.queue.group, Group):
                 group.choice.spent += seconds
             return
         trial.seconds += seconds

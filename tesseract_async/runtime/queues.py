@@ -34,14 +34,13 @@ class ExpertQueues:
         """
         first = backends[0]
         known = [self.known.get((one, False, False, False, False, None)) for one in backends]
-        group, expected = None if known[0] is None else known[0].group, 0.0
+        group = None if known[0] is None else known[0].group
         if not isinstance(group, Group) or not group.is_checked or not group.kind.is_ragged:
             return None
-        for queue, num_rows in zip(known, counts, strict=True):
+        for queue in known:
             if queue is None or queue.group is not group:
                 return None
-            expected += queue.cost.seconds_per_row * num_rows
-        if expected > seconds or sum(counts) > first.max_batch_size:
+        if sum(map(group.cost.seconds, counts)) > seconds or sum(counts) > first.max_batch_size:
             return None
         kind = (first, False, False, False, True, group)
         return self.known.get(kind) or self.add(kind, is_joint=True)

@@ -6,7 +6,7 @@ import torch
 
 from tesseract_async.runtime.batcher import RowSlice
 from tesseract_async.runtime.staging import Columns
-from tesseract_async.runtime.work import Work, WorkResult
+from tesseract_async.runtime.work import JointWork, Work, WorkResult
 
 
 def columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
@@ -19,6 +19,10 @@ def columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
         and slices[0].stop - slices[0].start == first.num_rows
     ):
         return [None if x is None else (x,) for x in (*first.inputs, *(first.output_gradients or ()))]
+    if type(first) is JointWork:  # a batch of its own, never divided
+        assert first.rows is not None and first.weights is not None
+        index = first.rows
+        return [*[None if x is None else (x.index_select(0, index),) for x in first.inputs], (first.weights,)]
     given = [[*by.inputs, *(by.output_gradients or ())] for by in works]
     columns: list[Sequence[torch.Tensor] | None] = []
     weights = [] if first.weights is None else [_cut(by.weights, one) for one, by in zip(slices, works, strict=True)]

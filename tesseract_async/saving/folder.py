@@ -210,7 +210,8 @@ def _inside(file: object) -> str:
 
 
 class SavedExperts(Mapping[str, nn.Module]):
-    """The experts of a folder by uid: ordinary modules, in eval mode, made when they are asked for first."""
+    """The experts of a saved model by uid, without the network: ordinary modules, in eval mode, each made when it is
+    asked for first."""
 
     def __init__(self, folder: str | Path | SavedModel, *, allowed_modules: Collection[str] = ()) -> None:
         """`allowed_modules`: those from which code may be imported that builds them. Raises: CheckpointError."""
@@ -248,11 +249,3 @@ class SavedExperts(Mapping[str, nn.Module]):
 
     def __len__(self) -> int:
         return len(self.index)
-
-
-def load_experts(folder: str | Path, *, allowed_modules: Collection[str] = ()) -> SavedExperts:
-    """Return the experts of a saved model, without the network. See `SavedExperts`.
-
-    Raises: CheckpointError if the folder holds none.
-    """
-    return SavedExperts(folder, allowed_modules=allowed_modules)

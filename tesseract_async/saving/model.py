@@ -22,7 +22,7 @@ from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.structure import Described, describe_module, rebuild_module
 from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
 from tesseract_async.saving.restorer import enter_owned, restore_experts
-from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
+from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins, find_pieces, take_trunk
 from tesseract_async.shared_parameters import SharedParameters
 
 M = TypeVar("M", bound=nn.Module)
@@ -91,16 +91,15 @@ async def _save(
         authority = node.trust.authority(prefix)
         if authority is not None:
             store.add_run(authority.run)
-    if shared is not None and optimizers:
-        for uid in shared.uids:
-            found = await node.directory.find(uid, even_failed=True)
-            origins[uid] = [Origin(one.peer, "primary" if one.primary else "follower") for one in found]
+    if shared is not None:
+        origins |= await find_pieces(shared.pieces, len(shared.uids))
     if shared is not None and not shared.is_plain:
         await shared.flush()
     async with SavePoint(node, origins, is_whole=optimizers, timeout=timeout) as point:
         async with contextlib.AsyncExitStack() as paused:
             if trainer is not None:
                 await paused.enter_async_context(trainer.paused())
+            known = {} if shared is None else shared.known()
             await point.mark(within=math.inf if trainer is None else MAX_PAUSE)
             model = own if shared is None else shared.merged()
             tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
@@ -109,6 +108,8 @@ async def _save(
                 local = {name: one.detach().cpu().clone() for name, one in _tensors_of(own).items()}
                 state |= {"local": local, "shared": shared.state_dict()}
         report = await point.fetch(store, num_at_once=num_at_once)
+    if shared is not None:  # of the moment at which the experts were taken
+        tensors |= take_trunk(store, shared.uids, report, keeps=optimizers, known=known)
     store.experts = {uid: one for uid, one in store.experts.items() if uid in origins}
     store.model = describe_module(model, replace=_describe_gate)
 
@@ -158,7 +159,7 @@ def load_model(folder: str | Path, model: M | None = None, *, allowed_modules: C
     In place of each gate it has a `LocalMixture`, whose calls are awaited if the gate's were.
 
     - `model`: the module to load into, where its code is not known here, or other gates are wanted: with
-      `LocalMixture`s of ``load_experts(folder)``, or live gates. By default it is built as it was saved.
+      `LocalMixture`s of ``SavedExperts(folder)``, or live gates. By default it is built as it was saved.
     - `allowed_modules`: modules that may be imported to build it, besides PyTorch's own, such as ``["my_model"]``.
 
     Raises: CheckpointError if the folder holds no model, a damaged one, or one that cannot be built here.

@@ -22,6 +22,7 @@ from tesseract_async.saving.saver import patiently
 from tesseract_async.wire import messages
 
 MAX_TOLD: Final = 3
+NUM_AT_ONCE: Final = 4
 
 
 async def enter_owned(node: TesseractNode, saved: SavedModel, identity: Identity) -> dict[str, RunOwner]:
@@ -39,7 +40,6 @@ async def restore_experts(
     saved: SavedModel,
     *,
     owners: Mapping[str, RunOwner] | None = None,
-    num_at_once: int = 4,
     timeout: float = 60.0,
 ) -> dict[str, int]:
     """Have every server go on from the states in a folder. Returns their versions by uid.
@@ -50,7 +50,7 @@ async def restore_experts(
     Raises: CheckpointError, after all others are sent, for experts that no server took or that were saved without
     optimizers.
     """
-    gate, failed = asyncio.Semaphore(num_at_once), dict[str, BaseException]()
+    gate, failed = asyncio.Semaphore(NUM_AT_ONCE), dict[str, BaseException]()
     versions: dict[str, int] = {}
 
     async def restore(uid: str) -> None:

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Final, NamedTuple, Self, TypeVar
 
+import torch
+
 from tesseract_async.client.experience import experience_of
-from tesseract_async.errors import Overloaded, ProtocolError, TesseractError, TooStale, describe
+from tesseract_async.errors import CheckpointError, Overloaded, ProtocolError, TesseractError, TooStale, describe
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.manifest import split_uid
@@ -32,7 +34,9 @@ from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.checkpoint import check_state, encode_state
 from tesseract_async.server.copies import ask_records
 from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
+from tesseract_async.server.fragments import read_fragment, read_manifest
 from tesseract_async.server.other_replicas import read_replicas
+from tesseract_async.shared_pieces import SharedPieces
 from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -108,6 +112,18 @@ async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, .
     return {uid: sorted(some.values(), key=rank, reverse=True) for uid, some in found.items() if some}
 
 
+async def find_pieces(pieces: SharedPieces, num: int) -> dict[str, list[Origin]]:
+    """Return who has each of the `num` pieces of shared parameters, primaries first.
+
+    Raises: ExpertNotFound if nobody has one; what the network raises.
+    """
+    found = dict[str, list[Origin]]()
+    for uid in map(pieces.uid, range(num)):
+        hosts = await pieces.find(uid)
+        found[uid] = [Origin(one.peer, "primary" if one.primary else "follower") for one in hosts]
+    return found
+
+
 async def find_seal(
     node: TesseractNode, uid: str, authority: Authority, origins: Sequence[Origin], *, timeout: float
 ) -> tuple[Seal, list[Origin]]:
@@ -151,6 +167,47 @@ async def patiently(ask: Callable[[], Awaitable[T]], *, timeout: float) -> T:
             if loop.time() + error.retry_after > end:
                 raise
             await asyncio.sleep(max(0.1, error.retry_after))
+
+
+def take_trunk(
+    store: SavedModel,
+    uids: Sequence[str],
+    report: SaveReport,
+    *,
+    keeps: bool,
+    known: Mapping[str, tuple[int, torch.Tensor]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return the shared parameters by name, from the pieces that a save point has just written.
+
+    - `uids`: all pieces, in their order. `keeps`: leave their files, from which their hosts can go on, in the folder.
+    - `known`: versions and values of pieces, as they were known before. A state that is older, a follower's say, does
+      not count.
+
+    Raises: CheckpointError for pieces that nobody gave, or that do not fit together.
+    """
+    if failed := [f"{uid} ({describe(report.failed[uid])})" for uid in uids if uid in report.failed]:
+        raise CheckpointError(f"the shared parameters could not be saved: {', '.join(failed[:3])}")
+    states = [store.state(uid) for uid in uids]
+    try:
+        manifest = read_manifest(states[0]["module"])
+        if len(manifest.layout.cuts) != len(uids):
+            raise ProtocolError("the shared parameters have another number of pieces now")
+        pieces = [
+            read_fragment(manifest.part(number), state["module"], state["version"])[0]
+            for number, state in enumerate(states)
+        ]
+    except ProtocolError as error:
+        raise CheckpointError(f"the shared parameters could not be saved: {describe(error)}") from error
+    values = list[torch.Tensor]()
+    for uid, piece in zip(uids, pieces, strict=True):
+        version, value = (known or {}).get(uid, (-1, piece.anchor))
+        values.append(value if version > piece.version else piece.merged())
+        if not keeps:
+            store.experts.pop(uid)
+            report.taken.pop(uid, None)
+            report.kept.pop(uid, None)
+            report.origins.pop(uid, None)
+    return manifest.layout.tensors(values)
 
 
 class SavePoint:

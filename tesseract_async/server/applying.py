@@ -73,11 +73,15 @@ class Applying:
         if at_once.is_small(request):
             uids = [join_uid(request.prefix, coords) for coords in request.experts.tolist()]
             found = self._find(_asked(call, request), uids)
-            doors = [one for one in found if type(one) is ExpertShares]
-            if len(doors) == len(found) and all([door.calls is doors[0].calls for door in doors]):
+            hosted, calls = [], None
+            for door in found:
+                if type(door) is not ExpertShares or door.calls is not (calls := calls or door.calls):
+                    break
+                hosted.append(door.hosted)
+            else:
+                assert calls is not None
                 again = partial(self._in_one, call, request, buffers, found)
-                hosted = [door.hosted for door in doors]
-                deferred = at_once.begin(call, request, buffers, hosted, doors[0].calls, again)
+                deferred = at_once.begin(call, request, buffers, hosted, calls, again)
                 if deferred is not None:
                     return deferred
         return self._in_parts(call, request, buffers, found)

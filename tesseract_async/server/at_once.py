@@ -5,6 +5,7 @@ Where that cannot be, or fails, `applying` answers.
 """
 
 import asyncio
+import operator
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Final
 
@@ -34,7 +35,7 @@ def is_small(request: ApplyRequest) -> bool:
         and len(request.rows) <= MAX_PAIRS
         and len(request.ids) <= MAX_EXPERTS
         and request.reply_codec == "none"
-        and not request.versions.any()
+        and not any(request.versions.tolist())
     )
 
 
@@ -116,27 +117,33 @@ def begin(
     codecs = backend.settings.codecs
     if calls.refuse_forwards is not None or "none" not in codecs.inputs or "none" not in codecs.outputs:
         return None
-    if any([one.runtime is not first.runtime for one in hosted]):
-        return None
-    if not all([spec.dtype.is_floating_point or spec.dtype.is_complex for spec in backend.output_specs]):
-        return None
+    backends = []
+    for one in hosted:
+        if one.runtime is not first.runtime:
+            return None
+        backends.append(one.backend)
+    num_bytes = 0  # the block, each expert's rows of it, and their outputs; no more rows are answered than were asked
+    for spec in backend.output_specs:
+        if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+            return None
+        num_bytes += len(request.rows) * spec.row_bytes
     inputs = unpack_plain(request.tensors, buffers, backend.input_specs)
-    num_pairs = len(request.rows)
-    if inputs is None or len({*request.rows.tolist()}) < len(inputs[0]):  # rows that no expert sees: none is answered
+    if inputs is None or len({*request.rows.tolist()}) < inputs[0].shape[0]:  # an unseen row is not answered
         return None
+    for x, spec in zip(inputs, backend.input_specs, strict=True):
+        num_bytes += x.nbytes + len(request.rows) * spec.row_bytes
+    offsets = request.offsets.tolist()
     try:
         work = first.runtime.submit_joint(
-            [one.backend for one in hosted],
+            backends,
             inputs,
             rows=torch.from_numpy(request.rows).long(),
-            counts=np.diff(request.offsets).tolist(),
+            counts=[*map(operator.sub, offsets[1:], offsets)],
             weights=torch.from_numpy(request.weights),
             deadline=call.deadline,
             priority=call.priority and priority_of(call),
             peer=calls.owner(call),
-            # the block, each expert's rows of it, and their outputs; no more rows are answered than were asked
-            num_bytes=sum([x.nbytes for x in inputs])
-            + num_pairs * sum([spec.row_bytes for spec in (*backend.input_specs, *backend.output_specs)]),
+            num_bytes=num_bytes,
         )
     except Overloaded:
         return None

@@ -6,6 +6,7 @@ rounds.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,12 +22,13 @@ from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.encoding import apart
 from tesseract_async.runtime.states import JOURNAL_LENGTH, StateDict
 from tesseract_async.server.answering import ExpertCalls, journal_key, told_of
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.hosted import UNFIT, HostedState
-from tesseract_async.sharing.fragment import KEPT_UPDATES, NEWCOMERS, ROOT_BYTES, Fragment, Update
-from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES
+from tesseract_async.sharing.fragment import KEPT_UPDATES, LAST, NEWCOMERS, ROOT_BYTES, Fragment, Update
+from tesseract_async.sharing.layout import MAX_ELEMENTS, MAX_LAYOUT_BYTES, MergeKind, is_finite
 from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 from tesseract_async.sharing.rounds import Push, Rounds, judge
 from tesseract_async.sharing.samples import (
@@ -133,11 +135,14 @@ def read_fragment(part: FragmentPart, tensors: NamedTensors, version: int) -> tu
     num_bytes = encoded_bytes(cut.numel, cut.dtype, outer.codec_of(cut))
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     shapes = {"anchor": (cut.dtype, (cut.numel,)), "counts": (torch.int64, (2,))}
-    if is_whole := tensors.keys() != NEWCOMERS:
+    has_momentum = cut.kind is MergeKind.STEPPED and outer.momentum > 0
+    if is_whole := not NEWCOMERS <= tensors.keys() <= NEWCOMERS | {LAST}:
         shapes["updates"] = torch.uint8, (KEPT_UPDATES, num_bytes)
         shapes["roots"] = torch.uint8, (KEPT_UPDATES + 1, ROOT_BYTES)
         if part.number == 0:
             shapes["samples"] = torch.uint8, (_SAMPLES_BYTES,)
+    elif has_momentum:
+        shapes[LAST] = torch.uint8, (num_bytes,)
     for name, wanted in shapes.items():
         found = tensors.get(name)
         if found is None or (found.dtype, tuple(found.shape)) != wanted:
@@ -150,7 +155,13 @@ def read_fragment(part: FragmentPart, tensors: NamedTensors, version: int) -> tu
     if not 0 <= num_updates <= min(KEPT_UPDATES, version) or not 0 <= steps < 2**62:
         raise ProtocolError("the state of a fragment has other counts")
     if not is_whole:
-        return Fragment(cut, outer, tensors["anchor"], version=version), steps
+        fragment = Fragment(cut, outer, tensors["anchor"], version=version)
+        if has_momentum and num_updates:
+            last = Update(version, tensors[LAST].numpy().tobytes(), fragment.root)
+            fragment = Fragment(cut, outer, tensors["anchor"], version=version, updates=[last])
+            if not is_finite(fragment.merged()):  # no root proves it
+                raise ProtocolError("the last update of a fragment is not finite")
+        return fragment, steps
 
     def root(at: int) -> bytes:
         return tensors["roots"][at % (KEPT_UPDATES + 1)].numpy().tobytes()
@@ -313,7 +324,7 @@ class FragmentCalls:
         backend, known = _backend(hosted), self._samples.get(hosted.uid)
         if known is None or known.num_followed != backend.num_followed:
             # where there were rounds before, trainers may hold samples that another primary handed out
-            free_at = now + GRACE_SECONDS if backend.version else now
+            free_at = now + GRACE_SECONDS if backend.version else -math.inf
             ledger = Ledger(backend.samples, free_at=free_at)
             known = self._samples[hosted.uid] = _Samples(ledger, backend.num_followed, new_name())
         return known
@@ -385,7 +396,7 @@ class FragmentCalls:
         fragment, data = _backend(hosted).fragment, bytes(call.buffers[0])
         measure = partial(judge, call.peer_id, request.call_id, request.steps, data, fragment.cut, fragment.outer)
         try:
-            push = await hosted.runtime.call(measure)
+            push = await apart(4 * fragment.cut.numel, measure)
         except ValueError as error:
             raise RemoteError(str(error)) from None
         self._gathering_of(hosted).rounds.add(push, request.version, asyncio.get_running_loop().time())

@@ -26,7 +26,7 @@ from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import EncodedState, check_state, encode_state
 from tesseract_async.server.fetching import Aside
 from tesseract_async.server.state_files import SealedFile
-from tesseract_async.sharing.fragment import NEWCOMERS
+from tesseract_async.sharing.fragment import KEPT_UPDATES, LAST, NEWCOMERS
 from tesseract_async.transport.throttle import Leftover, Throttle
 from tesseract_async.wire import messages
 
@@ -220,7 +220,7 @@ class StateSource:
     async def _write_point(self, owner: StateOwner, request: messages.StateRequest, now: float) -> _Copy:
         state, structure = await owner.snapshot(), owner.structure()
         if request.weights_only:
-            state = {"module": state["module"], "version": state["version"]}
+            state = _weights_of(state)
         if self._folder is None:
             for left in [] if self._points_dir is None else self._points_dir.glob(".points-*"):
                 shutil.rmtree(left, ignore_errors=True)  # of a server that was killed
@@ -273,10 +273,7 @@ class StateSource:
             raise Overloaded("too many experts' states are being sent already", retry_after=KEEP_SECONDS / 4)
         state = await owner.snapshot()
         if weights_only:
-            module = state["module"]
-            if NEWCOMERS <= module.keys():  # two thirds of a fragment are for its hosts alone
-                module = {name: module[name] for name in NEWCOMERS}
-            state = {"module": module, "version": state["version"]}
+            state = _weights_of(state)
 
         def write() -> tuple[EncodedState, list[bytes]]:
             file = encode_state(state)
@@ -304,6 +301,14 @@ class StateSource:
             self._unlinking = loop.create_task(self._unlink(left), name="server: old save points")
         if self._copies or any(self._points.values()):
             self._sweep_later()
+
+
+def _weights_of(state: StateDict) -> StateDict:
+    module, version = state["module"], state["version"]
+    if NEWCOMERS <= module.keys():  # two thirds of a fragment are for its hosts alone
+        last = {LAST: module["updates"][version % KEPT_UPDATES]} if "momentum" in module else {}
+        module = {name: module[name] for name in NEWCOMERS} | last
+    return {"module": module, "version": version}
 
 
 def _piece(version: int, file: SealedFile | _Copy, piece: int) -> Message:

@@ -17,14 +17,21 @@ from tesseract_async.wire import compression
 class Copy:
     """One fragment at a trainer: the anchor that it knows, and the push that is under way."""
 
-    def __init__(self, cut: Cut, outer: Outer, anchor: torch.Tensor, *, version: int, epoch: int = 0) -> None:
-        """`anchor`: as fetched from the fragment's hosts. Raises: ProtocolError if it does not fit."""
-        # a trainer needs no momentum: updates hold it already
-        plain = Outer(learning_rate=outer.learning_rate, momentum=0.0, codec=outer.codec)
+    def __init__(
+        self,
+        cut: Cut,
+        outer: Outer,
+        anchor: torch.Tensor,
+        *,
+        version: int,
+        updates: Sequence[Update] = (),
+        epoch: int = 0,
+    ) -> None:
+        """`anchor`, and the `updates` that led there: as fetched from the fragment's hosts. Raises: ProtocolError if
+        they do not fit."""
         self.cut, self.outer, self.epoch = cut, outer, epoch
-        self._fragment = Fragment(cut, plain, anchor, version=version)
+        self._fragment = self._made(anchor, version, updates)
         self.sent: torch.Tensor | None = None
-        """The values of the push under way."""
 
     @property
     def base(self) -> tuple[int, int, bytes]:
@@ -35,6 +42,14 @@ class Copy:
     def anchor(self) -> torch.Tensor:
         """The swarm's values, as far as this trainer knows."""
         return self._fragment.anchor
+
+    def merged(self) -> torch.Tensor:
+        """The swarm's values to evaluate; see `Fragment.merged`."""
+        return self._fragment.merged()
+
+    def _made(self, anchor: torch.Tensor, version: int, updates: Sequence[Update]) -> Fragment:
+        # a trainer needs no momentum: updates hold it already
+        return Fragment(self.cut, self.outer, anchor, version=version, updates=updates[-1:], keeps_momentum=False)
 
     def push(self, local: torch.Tensor) -> bytes:
         """Return the encoded difference of this trainer's values, which are kept until `merge`."""
@@ -61,13 +76,21 @@ class Copy:
         self.epoch, self.sent = epoch, None
         return self.anchor if self.cut.kind is MergeKind.NEWEST else self.anchor - sent
 
-    def rebase(self, anchor: torch.Tensor, *, version: int, epoch: int, counted: bool = False) -> torch.Tensor:
+    def rebase(
+        self,
+        anchor: torch.Tensor,
+        *,
+        version: int,
+        epoch: int,
+        updates: Sequence[Update] = (),
+        counted: bool = False,
+    ) -> torch.Tensor:
         """Go on from another state. Returns what to add to the local values, whose difference stays to be pushed;
         `counted`: the push under way is in that state.
 
         Raises: ProtocolError if it does not fit.
         """
         before = self.sent if counted and self.sent is not None else self.anchor
-        fragment = Fragment(self.cut, self._fragment.outer, anchor, version=version)
-        self._fragment, self.epoch, self.sent = fragment, epoch, None
+        self._fragment = self._made(anchor, version, updates)
+        self.epoch, self.sent = epoch, None
         return anchor if self.cut.kind is MergeKind.NEWEST else anchor - before

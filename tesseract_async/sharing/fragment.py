@@ -6,6 +6,9 @@ Momentum follows from the updates as well, so hosts need nothing else to replay 
 
 With m the momentum, g the members' mean difference and u the update: Nesterov's rule is m' = mu m + g, u = g + mu m'.
 Solved for what everybody knows, m' = (mu m + u) / (1 + mu): what quantizing u lost is not carried on.
+
+The anchor is ahead of what the members had on average, by mu m': it is where the next differences are taken from. What
+is evaluated is `Fragment.merged`.
 """
 
 import hashlib
@@ -16,14 +19,18 @@ from typing import Final
 import torch
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.sharing.layout import Cut, MergeKind
+from tesseract_async.sharing.layout import Cut, MergeKind, is_finite
 from tesseract_async.wire import compression
 
 KEPT_UPDATES: Final = 8
 """Updates that a fragment keeps: a trainer whose base is older fetches the whole state."""
 ROOT_BYTES: Final = 16
+UNKNOWN: Final = bytes(ROOT_BYTES)
+"""A root that nobody said."""
 NEWCOMERS: Final = frozenset({"anchor", "counts", "manifest"})
-"""The tensors of a fragment's state that a trainer needs. Its hosts have more: momentum and the last updates."""
+"""The tensors of a fragment's state that a trainer needs, and of stepped ones the last update (`LAST`). Its hosts have
+more: momentum and all of the last updates."""
+LAST: Final = "last"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,20 +82,21 @@ class Fragment:
         version: int = 0,
         momentum: torch.Tensor | None = None,
         updates: Sequence[Update] = (),
-        before: bytes = b"",
+        before: bytes = UNKNOWN,
+        keeps_momentum: bool = True,
     ) -> None:
-        """`updates`: those that led here, and `before`, the root that they began at.
+        """`updates`: those that led here, and `before`, the root that they began at. `keeps_momentum`: it may `step`.
 
         Raises: ProtocolError if these do not fit one another.
         """
         self.cut, self.outer, self.version = cut, outer, version
-        self.has_momentum = cut.kind is MergeKind.STEPPED and outer.momentum > 0
+        self.has_momentum = keeps_momentum and cut.kind is MergeKind.STEPPED and outer.momentum > 0
         if momentum is None and self.has_momentum:
             momentum = torch.zeros_like(anchor)
         for tensor in (anchor, momentum):
             if tensor is not None and (tensor.shape != (cut.numel,) or tensor.dtype != cut.dtype):
                 raise ProtocolError("a fragment's state has another shape or dtype")
-            if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor is not None and tensor.is_floating_point() and not is_finite(tensor):
                 raise ProtocolError("a fragment's state is not finite")
         if not 0 <= version < 2**62 or len(updates) > KEPT_UPDATES:
             raise ProtocolError("malformed version or updates of a fragment")
@@ -112,6 +120,18 @@ class Fragment:
     def before(self) -> bytes:
         """The root of the state that the first of `updates` began at."""
         return self._line[0].root
+
+    def merged(self) -> torch.Tensor:
+        """Return the values to evaluate: what the members had on average at the last update, as far as that tells.
+
+        Of mu m', by which the anchor is ahead, mu u / (1 + mu) is taken back: the part of the last update, which all
+        have who have the anchor. What is left of it is a third with the usual momentum, and of older rounds.
+        """
+        mu = self.outer.momentum
+        if self.cut.kind is not MergeKind.STEPPED or not mu or not self.updates:
+            return self.anchor
+        last = self._decoded(self.updates[-1].data)
+        return self.anchor + last.mul_(self.outer.learning_rate * mu / (1 + mu))
 
     def step(self, mean: torch.Tensor) -> Update:
         """Take one step on the members' mean difference (of integers: on their new values). Returns the update."""
@@ -181,7 +201,7 @@ class Fragment:
             rate = self.outer.learning_rate if self.cut.kind is MergeKind.STEPPED else 1.0
             anchor = self.anchor - (step if rate == 1.0 else step.mul_(rate))
             for one in (anchor, momentum):
-                if one is not None and not bool(torch.isfinite(one).all()):
+                if one is not None and not is_finite(one):
                     raise ProtocolError("an update leads to what is not finite")
             self.anchor, self.momentum = anchor, momentum
         self.version += 1

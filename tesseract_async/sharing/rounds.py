@@ -1,18 +1,22 @@
 """Rounds: gathers the members' pushes of one fragment, and says when a round closes and what it comes to. Pure.
 
 A round opens with the first push. It closes when every peer that pushed or came in the last two rounds has pushed, or
-`deadline` after it opened: the median arrival plus four median deviations, at least `MIN_WAIT`, at most one interval
-between rounds. A push that comes later counts in the next round. Each member counts as one of all that are known, also
-where it comes alone: differences of rounds that split would add up otherwise, where their mean is meant. From three
-members on none gains by coming often: those who came within two usual periods are known, and what a member sends within
-one period is capped as a whole.
+`deadline` after it opened: the members' median arrival plus four median deviations, at least `MIN_WAIT`, at most one
+interval between rounds. A push that comes later counts in the next round. Each member counts as one of all that are
+known, also where it comes alone: differences of rounds that split would add up otherwise, where their mean is meant.
+
+From three members on none gains by coming often. It does not shorten the others' rounds: those who came within two
+usual periods are known and waited for, an interval is no less than one, and arrivals count alike by member. What a
+member sends within one period is capped as a whole.
 """
 
 import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Final
 
 import torch
@@ -28,7 +32,7 @@ from tesseract_async.wire import compression
 MIN_WAIT: Final = 2.0
 """Seconds that a round waits at least for members who pushed lately."""
 FIRST_INTERVAL: Final = 30.0
-"""Seconds that count as one interval before two rounds have opened."""
+"""Seconds that count as one interval before two rounds have opened, and as the usual period before that is known."""
 TRIMMED_FROM: Final = 4
 """Members from which the trimmed mean decides. Fewer cannot outvote a liar."""
 TRIMMED_SHARE: Final = 0.25
@@ -39,7 +43,8 @@ MAX_NORM_RATIO: Final = 3.0
 takeover, the largest of the last updates stands for it."""
 MAX_MEMBERS: Final = 1024
 """Members that one round counts."""
-_OFFSETS: Final = 32
+MAX_TIMED: Final = 32
+"""Members whose last arrivals say how long a round waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,8 @@ class _Member:
     period: float = 0.0
     """... and the seconds since the one before (0: there was none); at least half of what they were then, since a flush
     comes early, and with little."""
+    offsets: deque[float] = field(default_factory=partial(deque, maxlen=8))
+    """Its last arrivals: seconds after the round opened that leads on from the base."""
     spent: float = 0.0
     """The part of what may count of it in one usual period that has counted already."""
 
@@ -106,7 +113,6 @@ class Rounds:
         """... how large their differences may be (0: not known), ..."""
         self._rooms: dict[PeerID, float] = {}
         """... and the part of that which is left to each that pushed."""
-        self._offsets: deque[float] = deque(maxlen=_OFFSETS)
         self._opened: dict[int, float] = {}
         """The time at which the round after each of the last versions opened."""
         self._interval = FIRST_INTERVAL
@@ -138,12 +144,14 @@ class Rounds:
             while len(self._opened) > KEPT_UPDATES + 1:
                 del self._opened[next(iter(self._opened))]
         self._pushes[push.peer] = push
-        self._offsets.append(now - self._opened.get(base_version, now))
-        one, before, usual = _Member(now, push.norm), self._members.get(push.peer), self._period
+        one, before, usual = _Member(now, push.norm), self._members.get(push.peer), self._period or FIRST_INTERVAL
         if before is not None:
             gap = now - before.at
             one.norm, one.period = max(push.norm, before.norm / 2), max(gap, before.period / 2)
-            one.spent = max(0.0, before.spent - gap / usual) if usual else 0.0
+            one.spent = max(0.0, before.spent - gap / usual)
+            one.offsets = before.offsets
+        known = max(base_version, next(iter(self._opened)))
+        one.offsets.append(now - self._opened.get(known, now))
         self._members[push.peer] = one
 
     def expect(self, peer: PeerID) -> None:
@@ -156,7 +164,7 @@ class Rounds:
         if not self._pushes:
             return None
         came = {peer for peer, until in self._came.items() if until > self._version}
-        if came.union(*self._last_two) <= self._pushes.keys() and (came or not self._waits_first):
+        if came.union(*self._last_two, self._lately(now)) <= self._pushes.keys() and (came or not self._waits_first):
             return now
         return self._opened[self._version] + self.deadline
 
@@ -166,17 +174,23 @@ class Rounds:
         periods = [one.period for one in self._members.values() if one.period]
         return statistics.median_low(periods) if len(periods) >= JUDGED_FROM else 0.0
 
+    def _lately(self, now: float) -> dict[PeerID, _Member]:
+        """Those who came within two usual periods; none before these are known."""
+        window = 2 * self._period
+        return {peer: one for peer, one in self._members.items() if now - one.at < window}
+
     @property
     def deadline(self) -> float:
-        median = statistics.median(self._offsets) if self._offsets else 0.0
-        deviation = statistics.median(abs(one - median) for one in self._offsets) if self._offsets else 0.0
-        return min(max(MIN_WAIT, median + 4 * deviation), max(MIN_WAIT, self._interval))
+        offsets = [at for one in islice(reversed(self._members.values()), MAX_TIMED) for at in one.offsets]
+        median = statistics.median(offsets) if offsets else 0.0
+        deviation = statistics.median(abs(one - median) for one in offsets) if offsets else 0.0
+        return min(max(MIN_WAIT, median + 4 * deviation), max(MIN_WAIT, self._interval, self._period))
 
     def close(self) -> list[Push]:
         """End the round. Returns its pushes, in the order of their peers: what they come to must not depend on luck."""
         pushes = sorted(self._pushes.values(), key=lambda push: push.peer)
-        now, window = max(self._members[peer].at for peer in self._pushes), 2 * self._period
-        lately = {peer: one for peer, one in self._members.items() if peer in self._pushes or now - one.at < window}
+        lately = self._lately(max(self._members[peer].at for peer in self._pushes))
+        lately |= {peer: self._members[peer] for peer in self._pushes}
         self._num_known = len(lately.keys() | frozenset[PeerID]().union(*self._last_two))
         self._share = len(pushes) / self._num_known
         norms = [one.norm for one in lately.values() if one.norm]

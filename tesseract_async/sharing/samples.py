@@ -3,6 +3,8 @@
 Samples are places in the epoch's order, and travel as spans of an epoch. The `Ledger` hands them out. Each message of a
 trainer says all that it holds; so a reply that was lost costs nothing, and after a takeover the next primary, which
 knows what was done when the last round closed, learns the rest from the trainers before it hands out more.
+
+At other times a trainer ends only what it held before: that it has ended others counts for nothing.
 """
 
 import math
@@ -21,7 +23,12 @@ from tesseract_async.identity import PeerID
 LEASE_SECONDS: Final = 30.0
 """Seconds of silence after which a trainer's samples are handed out again."""
 GRACE_SECONDS: Final = 8.0
-"""A new primary waits so long for what trainers hold; each of them reports every second."""
+"""A new primary waits so long for what trainers hold; each of them reports every second. For `LEASE_SECONDS` it takes
+their word for what nobody else has."""
+STALL_SECONDS: Final = 600.0
+"""A trainer that reports, but has ended nothing for so long, loses what it holds: its loop hangs, say."""
+REST_SECONDS: Final = 2.0
+"""... and gets nothing for so long: others come first."""
 MAX_HELD: Final = 1 << 20
 """Samples that a trainer holds at a time, ..."""
 MAX_SPANS: Final = 512
@@ -114,7 +121,8 @@ def decode_pieces(flat: object) -> list[Piece]:
 
 
 class Report(NamedTuple):
-    """A trainer's message. Pieces that were neither done nor held by others count as held by it."""
+    """A trainer's message. Pieces that it says it holds, and that are neither done nor held by others, it holds then.
+    To a new primary so are those that it says it has done."""
 
     epoch: int
     """The epoch that it goes through."""
@@ -165,13 +173,15 @@ class Ledger:
     """The ledger that the primary of the first fragment keeps. Times are seconds of any clock that does not jump."""
 
     def __init__(self, state: bytes = b"", *, free_at: float = -math.inf) -> None:
-        """`state`: as `encode` gave it. `free_at`: nothing is handed out before. Raises: ProtocolError."""
+        """`state`: as `encode` gave it. `free_at`: nothing is handed out before, and trainers may hold what another
+        ledger handed out. Raises: ProtocolError."""
         self._free_at = free_at
         self.first_epoch = 0
-        """All epochs before this one are over."""
         self.epochs: dict[int, _Epoch] = {}
         self._answered: dict[TrainerName, tuple[int, Allotment]] = {}
         self._heard: dict[TrainerName, float] = {}
+        self._moved: dict[TrainerName, float] = {}
+        """The time at which a trainer ended something last, or held nothing. If that is to come, it gets nothing."""
         if state:
             self.first_epoch, self.epochs = _decode(state)
 
@@ -204,8 +214,12 @@ class Ledger:
                 self._open(number, report.num_samples)
             elif number in claimed:
                 self._reopen(number, report.num_samples)
-        gone = self._take(name, report)
+        believes = now < self._free_at - GRACE_SECONDS + LEASE_SECONDS
+        self._let_go_of_stalled(name, report, now)
+        rests = self._moved[name] > now
+        gone = self._take(name, report, rests=rests, believes=believes)
         self._close()
+        is_waiting |= rests
         pieces, again = ([], 0) if is_waiting else self._hand_out(name, report)
         waits = is_waiting or (report.epoch >= self.first_epoch and report.epoch not in self.epochs)
         grant = Allotment(pieces, again, gone, self.first_epoch, waits)
@@ -216,7 +230,18 @@ class Ledger:
         for epoch in self.epochs.values():
             epoch.let_go(name)
         del self._heard[name]
+        self._moved.pop(name, None)
         self._answered.pop(name, None)
+
+    def _let_go_of_stalled(self, name: TrainerName, report: Report, now: float) -> None:
+        moved = self._moved.get(name, now)
+        if report.done or report.returned or not any(name in epoch.held for epoch in self.epochs.values()):
+            moved = max(now, moved)
+        elif now - moved >= STALL_SECONDS:
+            moved = now + REST_SECONDS
+            for epoch in self.epochs.values():
+                epoch.let_go(name)
+        self._moved[name] = moved
 
     def _open(self, number: int, num_samples: int) -> None:
         """Begin an epoch, if it is its time."""
@@ -248,8 +273,9 @@ class Ledger:
                 del self.epochs[old]
             self.first_epoch = min(self.epochs)
 
-    def _take(self, name: TrainerName, report: Report) -> list[Piece]:
-        """Bring up to date what this trainer holds. Returns what it does not hold, though it says so."""
+    def _take(self, name: TrainerName, report: Report, *, rests: bool, believes: bool) -> list[Piece]:
+        """Bring up to date what this trainer holds: nothing new if it `rests`; if the ledger `believes` it, also what
+        it has done that another one handed out. Returns what it does not hold, though it says so."""
         said = {number: (Spans(), Spans(), Spans()) for number in self.epochs}
         gone = list[Piece]()
         for place, pieces in enumerate((report.held, report.done, report.returned)):
@@ -261,7 +287,7 @@ class Ledger:
         for number, (held, done, returned) in said.items():
             epoch = self.epochs[number]
             own = epoch.held.setdefault(name, Spans())
-            for start, stop in (*held, *done):
+            for start, stop in (*(() if rests else held), *(done if believes else ())):
                 fits = own.num + stop - start <= MAX_HELD and len(own) < MAX_SPANS
                 for span in epoch.free.cut(start, stop) if fits and len(epoch.free) < MAX_SPANS else ():
                     own.add(*span)
@@ -362,7 +388,7 @@ class Share:
         self._filling: list[Piece] = []
         self._done: list[Piece] = []
         self._returned: list[Piece] = []
-        self._sent = (0, 0)
+        self.sent = (0, 0)
         self._all_done: dict[int, Spans] = {}
         self._is_iterating = False
         self._is_over = self._is_dry = False
@@ -462,12 +488,12 @@ class Share:
         begun = [piece for pieces in self.begun.values() for piece in pieces]
         held = _joined([*self.queue, *begun, *self._filling])[:MAX_SPANS]
         done, returned = self._done[:MAX_SPANS], self._returned[:MAX_SPANS]
-        self._sent = len(done), len(returned)
+        self.sent = len(done), len(returned)
         return self._turn, Report(self.epoch, self.num_samples, max(0, wanted), held, done, returned)
 
     def granted(self, session: bytes, report: Report, grant: Allotment) -> None:
         """Take the answer to the last message. `session` names the ledger: a new one is told all that was done."""
-        num_done, num_returned = self._sent
+        num_done, num_returned = self.sent
         del self._done[:num_done], self._returned[:num_returned]
         if session != self._session:
             if self._session:

@@ -231,7 +231,7 @@ class SimulatedNetwork:
         self.nodes[address] = node
         addresses = [item.address if isinstance(item, SimulatedNode) else item for item in seeds]
         if addresses:
-            machine.set_seeds([(item, None) for item in addresses], self.clock.now)
+            machine.membership.set_seeds([(item, None) for item in addresses], self.clock.now)
         node.cycle()
         return node
 

@@ -8,6 +8,7 @@ became of an expert is said once, in one of the parts. See `docs/design/wire.md`
 Everything that decodes takes untrusted input and raises only `ProtocolError`. No torch: tensors are metas and buffers.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -35,6 +36,7 @@ Rows = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
 
 _U4, _I4, _I8, _F4 = (np.dtype(name) for name in ("<u4", "<i4", "<i8", "<f4"))
+_all: Final = np.logical_and.reduce  # an array's own `all` takes a Python call more, as do `min` and `max`
 
 
 class ApplyRequest(NamedTuple):
@@ -172,14 +174,14 @@ def decode_request(body: Value, buffers: Sequence[memoryview]) -> tuple[ApplyReq
     offsets = _numbers(told_offsets, num_experts + 1, _U4)
     num_rows = _num_rows(tensors)
     rows, weights = _array(buffers[0], _I4), _array(buffers[1], _F4)
-    if offsets[0] != 0 or offsets[-1] != len(rows) or not (offsets[1:] > offsets[:-1]).all():
+    if offsets[0] != 0 or offsets[-1] != len(rows) or not _ascend(offsets.tolist()):
         raise ProtocolError("ApplyRequest: the offsets do not divide the pairs among the experts")
-    if len(weights) != len(rows) or not np.isfinite(weights).all():
+    if len(weights) != len(rows) or not _all(np.isfinite(weights)):
         raise ProtocolError("ApplyRequest: each pair has a finite weight")
     rising = np.empty(len(rows), dtype=np.bool_)
     np.greater(rows[1:], rows[:-1], out=rising[1:])
     rising[offsets[:-1]] = True
-    if not rising.all() or rows.min() < 0 or rows.max() >= num_rows:
+    if not _all(rising) or np.minimum.reduce(rows) < 0 or np.maximum.reduce(rows) >= num_rows:
         raise ProtocolError("ApplyRequest: the rows of an expert ascend within the block")
     request = ApplyRequest(
         prefix,
@@ -223,12 +225,12 @@ def decode_part(
     packed, versions, epochs, told, tensors, kept = _fields(body, (bytes, bytes, bytes, list, list))
     num_experts = len(request.ids)
     experts = _numbers(packed, len(packed) // _U4.itemsize, _U4)
-    if len(experts) and (experts[-1] >= num_experts or not (experts[1:] > experts[:-1]).all()):
+    if len(experts) and (experts[-1] >= num_experts or not _ascend(experts.tolist())):
         raise ProtocolError("ApplyPart: the experts are not some of those that were asked, in order")
     if len(told) + len(experts) > num_experts or (tensors and not len(experts)):
         raise ProtocolError("ApplyPart: more experts than were asked, or sums of none")
-    failures = [_failure(entry, num_experts) for entry in told]
-    if len({*experts.tolist(), *(expert for expert, _ in failures)}) < len(told) + len(experts):
+    failures = [_failure(entry, num_experts) for entry in told] if told else []
+    if told and len({*experts.tolist(), *(expert for expert, _ in failures)}) < len(told) + len(experts):
         raise ProtocolError("ApplyPart: an expert is named twice")
     part = ApplyPart(
         experts,
@@ -289,7 +291,7 @@ def _numbers(packed: bytes, count: int, dtype: np.dtype[Any]) -> Numbers:
     if len(packed) != count * dtype.itemsize:
         raise ProtocolError("expert.apply: a list of numbers has another length than its message says")
     numbers = np.frombuffer(packed, dtype=dtype).astype(np.int64)
-    if len(numbers) and numbers.min() < 0:
+    if dtype is _I8 and count and np.minimum.reduce(numbers) < 0:
         raise ProtocolError("expert.apply: a number is negative")
     return numbers
 
@@ -299,13 +301,14 @@ def _coordinates(packed: bytes, num_experts: int) -> PackedCoordinates:
     if excess or not 0 < num_dims <= MAX_DIMS:
         raise ProtocolError(f"ApplyRequest: an expert has from 1 to {MAX_DIMS} coordinates")
     experts = np.frombuffer(packed, dtype=_U4).reshape(num_experts, num_dims)
-    # of two that follow one another, the second is greater where they first differ
-    differ = experts[1:] != experts[:-1]
-    first = differ.argmax(axis=1)
-    at = np.arange(num_experts - 1)
-    if not (experts[1:][at, first] > experts[:-1][at, first]).all():
+    if not _ascend(experts.tolist()):
         raise ProtocolError("ApplyRequest: the experts are not in ascending order, or one is there twice")
     return experts
+
+
+def _ascend(values: list[Any]) -> bool:
+    """Return whether each of these is greater than the one before."""
+    return not any(map(operator.ge, values, values[1:]))
 
 
 def _num_rows(tensors: Sequence[Value]) -> int:

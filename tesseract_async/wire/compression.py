@@ -200,24 +200,32 @@ def _dequantize_blocks(codes_bk: torch.Tensor, scales_2b: torch.Tensor, out_bk: 
 # stands for (c - 8) * step; encoders use 1 to 15.
 
 
+_BYTES: Final = torch.arange(256, device="cpu", dtype=torch.int64)
+_PAIRS: Final = torch.stack((_BYTES & 15, _BYTES >> 4), 1).sub(8).float().view(torch.int64).view(-1)
+"""By byte, what its two codes stand for in steps: two numbers of float32, taken as one of 8 bytes."""
+
+
 def _quantize_nibbles(flat_n: torch.Tensor) -> torch.Tensor:
     n, k = flat_n.numel(), SMALL_BLOCK
     b = -(-n // k)
     out = torch.empty(2 * b + -(-n // 2), dtype=torch.uint8, device="cpu")
     with torch.no_grad():
-        work = torch.zeros(b * k, dtype=torch.float32, device="cpu")
-        work[:n] = flat_n
-        work_bk = work.view(b, k)
+        flat = flat_n
+        if flat.dtype != torch.float32 or n < b * k:
+            flat = torch.zeros(b * k, dtype=torch.float32, device="cpu")
+            flat[:n] = flat_n
+        flat_bk = flat.view(b, k)
         step_b = out[: 2 * b].view(torch.bfloat16)
-        step_b.copy_(work_bk.abs().amax(1).div_(7))
+        step_b.copy_(flat_bk.abs().amax(1).div_(7))
         exact_b = step_b.float()
         usable = torch.isfinite(exact_b) & (exact_b > 0)
-        # a step that is a denormal number has no reciprocal
-        work_bk.mul_(exact_b.clamp_min(_TINY).reciprocal_().unsqueeze(1)).round_().clamp_(-7, 7)
+        # a step that is a denormal number has no reciprocal; others are rounded by too little for a code beyond 7
+        work_bk = (flat_bk * exact_b.clamp_min(_TINY).reciprocal_().unsqueeze(1)).round_()
         if not usable.all():
             work_bk[~usable] = 0  # what float-to-integer conversion makes of NaN differs by machine
-        codes = work.add_(8).to(torch.uint8).view(-1, 2)
-        out[2 * b :] = (codes[:, 0] | codes[:, 1] << 4)[: -(-n // 2)]
+        # pairs of bytes in one number each: the second code moves down beside the first
+        pairs = work_bk.add_(8).to(torch.uint8).view(-1).view(torch.int16)
+        out[2 * b :] = (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)[: -(-n // 2)]
     return out
 
 
@@ -225,11 +233,8 @@ def _dequantize_nibbles(encoded: torch.Tensor, n: int) -> torch.Tensor:
     k = SMALL_BLOCK
     b = -(-n // k)
     packed = encoded[2 * b :]
-    out = torch.zeros(b * k, dtype=torch.float32, device="cpu")
-    pairs = out.view(-1, 2)[: len(packed)]
-    pairs[:, 0] = packed & 15
-    pairs[:, 1] = packed >> 4
+    out = torch.empty(b * k // 2, dtype=torch.int64, device="cpu")
+    torch.index_select(_PAIRS, 0, packed.int(), out=out[: len(packed)])
     step_b = encoded[: 2 * b].view(torch.bfloat16).float()
-    # infinities become NaN, also where a code of 0 would hide them
-    step_b = torch.where(torch.isfinite(step_b), step_b, math.nan)
-    return out.sub_(8).view(b, k).mul_(step_b.unsqueeze(1)).view(-1)[:n]
+    step_b.sub_(step_b - step_b)  # infinities become NaN, also where a code of 0 would hide them
+    return out.view(torch.float32).view(b, k).mul_(step_b.unsqueeze(1)).view(-1)[:n]

@@ -150,7 +150,7 @@ class Trainer:
             found["numel"] = sum(one.numel() for one in model.parameters())
             await self.together()
             if plan.variant == "share 1":
-                found["pairs"] = [[await self.processor_time(shares) for shares in (False, True)] for _ in range(PAIRS)]
+                found["pairs"] = [await self.pair(shares_first=number % 2 == 1) for number in range(PAIRS)]
             await self.together()
         return found
 
@@ -189,10 +189,15 @@ class Trainer:
         for parameter, part in zip(self.model.parameters(), parts, strict=True):
             parameter.grad = part.view_as(parameter).clone()
 
+    async def pair(self, *, shares_first: bool) -> list[float]:
+        """Return the processor time of equally many steps without sharing and with it."""
+        times = {shares: await self.processor_time(shares) for shares in (shares_first, not shares_first)}
+        return [times[False], times[True]]
+
     async def processor_time(self, shares: bool) -> float:
         await self.together()
         began = time.process_time()
-        await self.train(max(4, self.plan.every // 4), shares=shares)
+        await self.train(2 * self.plan.every, shares=shares)  # each piece is pushed twice
         await self.together()  # others' pushes cost their host's time
         return time.process_time() - began
 

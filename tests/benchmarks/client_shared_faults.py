@@ -254,7 +254,7 @@ class World:
         if not self.given.shares:
             return statistics.mean(self.loss_of(trainer.model) for trainer in self.trainers)
         for host, cut in zip(self.hosts, self.manifest.layout.cuts, strict=True):
-            self.manifest.layout.write(self.first, cut, host.backend.fragment.anchor)
+            self.manifest.layout.write(self.first, cut, host.backend.fragment.merged())
         return self.loss_of(self.first)
 
     def loss_of(self, model: nn.Module) -> float:

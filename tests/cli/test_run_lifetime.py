@@ -22,7 +22,7 @@ from tesseract_async.cli.serve import command
 from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.run import RunMismatch
-from tesseract_async.saving.folder import load_experts
+from tesseract_async.saving.folder import SavedExperts
 from tesseract_async.server.contract import VolunteerSettings
 from tests.cli.processes import event, finish, tesseract
 from tests.stem import Stem
@@ -158,7 +158,7 @@ async def test_a_run_from_its_signature_to_its_saved_weights(stem: Stem, tmp_pat
                 out = tmp_path / "weights"
                 status, _, told = await finish(stem, "save", "--run", "digits", "-p", seed, "--out", str(out))
                 assert status == 0 and "4 experts written" in told
-                experts = load_experts(out)
+                experts = SavedExperts(out)
                 assert experts.index[taught].version == 3
                 assert experts.saved.runs["ffn"].full_name == full_name
                 with torch.no_grad():

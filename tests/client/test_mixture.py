@@ -11,6 +11,8 @@ from torch import nn
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction, SwitchGatingFunction
+from tesseract_async.client.local_mixture import LocalMixture
+from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
@@ -401,6 +403,39 @@ async def test_a_liar_about_the_schema_is_outvoted(node: FakeNode) -> None:
     hosted.args_schema = (TensorSpec((9,)),)
     assert (await gate(x)).shape == (1, 2)
     assert node.count(INFO) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+async def test_what_half_and_double_change(node: FakeNode, dtype: torch.dtype) -> None:
+    """The page on mixed precision says it: a gate's own weights, and what it gives; experts keep theirs."""
+    modules: dict[str, nn.Module] = {f"g.{i}": nn.Linear(3, 3) for i in range(2)}
+    for uid, module in modules.items():
+        node.host(uid, module, TensorSpec((3,)))
+    gate = gate_with(node, "g", grid_size=(2,), in_features=3, k_best=2)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        expected = await gate(x)
+    gate.to(dtype)
+    assert {one.dtype for one in gate.parameters()} == {dtype}
+    own = x.to(dtype).requires_grad_()
+    y = await gate(own)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=3e-2)
+    await backward(y.sum())
+    assert own.grad is not None and own.grad.dtype == dtype
+    with torch.no_grad():
+        assert (await gate(x)).dtype == torch.float32  # as it came
+    assert {one.dtype for module in modules.values() for one in module.parameters()} == {torch.float32}
+
+    expert = RemoteExpert(node, "g.0").to(dtype)
+    assert (await expert(x)).dtype == torch.float32
+    with pytest.raises(SchemaMismatch):
+        await expert(x.to(dtype))
+
+    local = LocalMixture(copy.deepcopy(modules), uid_prefix="g", grid_size=(2,), in_features=3, k_best=2).to(dtype)
+    assert {one.dtype for one in local.parameters()} == {dtype} and local(x.to(dtype)).dtype == dtype
+    with pytest.raises(RuntimeError, match="dtype"):
+        local(x)
 
 
 async def test_float64_gradcheck(node: FakeNode) -> None:

@@ -39,10 +39,10 @@ LIMITS: Final[dict[str, float]] = {
     "server: Python calls per expert of a pass, both ways": 148,
     "device: Python calls per expert of a pass, both ways": 92,
     # one row through eight of 32 experts, four on each of two servers; of the servers and their devices: both together
-    "caller: Python calls per layer and token": 60,
-    "caller's loop: Python calls per layer and token": 230,
-    "servers: Python calls per layer and token": 540,
-    "devices: Python calls per layer and token": 350,
+    "caller: Python calls per layer and token": 47,
+    "caller's loop: Python calls per layer and token": 195,
+    "servers: Python calls per layer and token": 427,
+    "devices: Python calls per layer and token": 280,
     # a hash table of 200 nodes
     "datagrams per look-up": 12.25,
     "datagrams per renewal": 86,

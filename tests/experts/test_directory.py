@@ -264,7 +264,6 @@ async def test_what_strangers_store_is_dropped_and_counted() -> None:
     await subject.wait_warm("ffn")
     view = subject.live("ffn")
     assert view is not None and view.coords.tolist() == [[1, 1], [3, 7]]
-    assert view.num_foreign == 2
     assert subject.metrics.total("manifests_dropped") == 18
     assert subject.metrics.total("experts_off_grid") == 2
     await server.aclose()

@@ -34,7 +34,7 @@ class Town:
         self.gateway = gateway
         self.num_lost = 0
         for address in (B, C):
-            self.machines[address].set_seeds([(A, None)], 0.0)
+            self.machines[address].membership.set_seeds([(A, None)], 0.0)
         self.run(20.0)
         assert all(len(self.machines[address].core.table) == 2 for address in (A, B, C))
         x = self.machines[X]

@@ -73,7 +73,7 @@ class Pair:
                 return sent
 
     def join(self) -> None:
-        self.a.set_seeds([(B, None)], self.now)
+        self.a.membership.set_seeds([(B, None)], self.now)
         self.a.handle_timer(self.now)
         self.exchange()
         self.a.events()
@@ -110,7 +110,7 @@ def reply_of(protocol: NetworkProtocol) -> wire.RpcReply:
 
 def test_two_machines_find_each_other_and_share_values() -> None:
     pair = Pair()
-    pair.a.set_seeds([(B, None)], 0.0)
+    pair.a.membership.set_seeds([(B, None)], 0.0)
     pair.a.handle_timer(0.0)
     pair.exchange()
     assert Joined(1) in pair.a.events() and Joined(1) in pair.b.events()
@@ -126,7 +126,7 @@ def test_two_machines_find_each_other_and_share_values() -> None:
 
 def test_a_seed_with_another_id_than_expected_is_not_joined_through() -> None:
     pair = Pair()
-    pair.a.set_seeds([(B, pair.a.core.identity.peer_id)], 0.0)
+    pair.a.membership.set_seeds([(B, pair.a.core.identity.peer_id)], 0.0)
     pair.a.handle_timer(0.0)
     pair.exchange()
     assert dropped(pair.a, "wrong_id") == 1
@@ -274,7 +274,7 @@ def test_wrong_signatures_forged_replies_and_replies_nobody_asked_for_are_counte
 def test_a_node_that_answers_in_another_s_name_never_enters_the_table() -> None:
     a, liar = machine(1), machine(2)
     liar.core.own_id = bytes([9] * 32)  # it has no key for this id
-    a.set_seeds([(B, None)], 0.0)
+    a.membership.set_seeds([(B, None)], 0.0)
     a.handle_timer(0.0)
     for data, _ in a.datagrams_to_send():
         liar.receive_datagram(data, A, 0.0)
@@ -396,9 +396,9 @@ class Trio:
             STRANGER: machine(3),
         }
         self.now = 0.0
-        self.machines[STRANGER].set_seeds([(B, None)], 0.0)
+        self.machines[STRANGER].membership.set_seeds([(B, None)], 0.0)
         self.run(1.0)
-        self.machines[A].set_seeds([(B, None)], 0.0)
+        self.machines[A].membership.set_seeds([(B, None)], 0.0)
 
     def run(self, seconds: float, *, filtered: bool = False) -> None:
         end = self.now + seconds
@@ -600,7 +600,7 @@ def test_a_dead_holder_is_not_waited_for_until_its_request_is_repeated() -> None
                     nodes[to].receive_datagram(data, at, now)
 
     for address in addresses[1:]:
-        nodes[address].set_seeds([(addresses[0], None)], now)
+        nodes[address].membership.set_seeds([(addresses[0], None)], now)
         nodes[address].handle_timer(now)
         exchange(None)
     writer, dead = nodes[addresses[1]], addresses[5]
@@ -628,7 +628,7 @@ def test_a_write_whose_own_loop_stood_still_reads_the_socket_before_it_ends() ->
                     nodes[to].receive_datagram(data, at, now)
 
     for address in addresses[1:]:
-        nodes[address].set_seeds([(addresses[0], None)], 0.0)
+        nodes[address].membership.set_seeds([(addresses[0], None)], 0.0)
         nodes[address].handle_timer(0.0)
         exchange(0.0, None)
     writer = nodes[addresses[1]]
@@ -699,7 +699,7 @@ def test_a_seed_that_names_nobody_new_costs_one_rpc() -> None:
                         node.receive_datagram(answer, to, 0.0)
         return kinds
 
-    node.set_seeds([(seed_address, None)], 0.0)
+    node.membership.set_seeds([(seed_address, None)], 0.0)
     node.handle_timer(0.0)
     exchange()
     assert len(node.core.table) == 8

@@ -2,10 +2,15 @@
 
 import math
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tesseract_async.runtime.batcher import Batcher
 from tesseract_async.runtime.costs import BatchCost
+from tesseract_async.runtime.grouped import Group
+from tesseract_async.runtime.queues import ExpertQueues
 
 
 def fed(sizes: list[int], *, each: float, per_row: float, noise: float = 0.0) -> BatchCost:
@@ -40,6 +45,11 @@ def test_nothing_is_claimed_of_few_batches_or_of_equal_ones() -> None:
     assert fed([16] * 100, each=3.0, per_row=0.5).rows_until(0.5) == math.inf
 
 
+def test_what_a_batch_will_take_counts_what_its_rows_share() -> None:
+    assert fed(MIXED, each=3.0, per_row=0.5).seconds(10) == pytest.approx(8.0)
+    assert fed([1] * 100, each=3.0, per_row=0.5).seconds(10) == pytest.approx(35.0), "nothing is known of it"
+
+
 def test_equal_batches_leave_what_was_known() -> None:
     cost = fed(MIXED, each=3.0, per_row=0.5)
     for _ in range(500):
@@ -61,3 +71,23 @@ def test_a_lasting_change_is_learned() -> None:
     for size in MIXED * 5:
         cost.add(size, 30.0 + 0.5 * size)
     assert cost.rows_until(0.5) == pytest.approx(60.0, rel=0.1)
+
+
+class Alike:
+    """An expert, as far as its queues look at it."""
+
+    varies, max_batch_size, settings = False, 64, SimpleNamespace(preferred_sizes=())
+
+
+def test_a_joint_forward_is_expected_to_take_what_each_expert_takes_for_its_rows() -> None:
+    queues, experts = ExpertQueues(Batcher(), groups_experts=True), [Alike() for _ in range(4)]
+    kind: Any = SimpleNamespace(way="ragged", is_ragged=True)
+    group = Group(kind, training=False)
+    group.checked = kind.way
+    for one in experts:
+        queues.add((one, False, False, False, False, None)).group = group  # type: ignore[arg-type]
+    for size in MIXED:
+        group.cost.add(size, 1e-3 + 1e-5 * size)
+    counts = [8] * len(experts)  # 1.08 ms for each, and seen one by one each row took 0.3 ms on average
+    assert queues.of_joint(experts, counts, 4.4e-3) is not None  # type: ignore[arg-type]
+    assert queues.of_joint(experts, counts, 4.2e-3) is None  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import tesseract_async as ta
 from tesseract_async.client.gating_function import SwitchGatingFunction
 from tesseract_async.errors import CheckpointError
 from tesseract_async.runtime.runtime import RuntimeSettings
-from tesseract_async.saving.folder import load_experts, open_folder
+from tesseract_async.saving.folder import SavedExperts, open_folder
 from tesseract_async.saving.model import restore_model
 from tesseract_async.server.server import ServerSettings
 
@@ -136,7 +136,7 @@ async def test_a_saved_model_answers_without_the_swarm_as_the_swarm_did(swarm: S
     )
     # ... and in a model of the caller's own
     mixture = ta.LocalMixture(
-        load_experts(folder), uid_prefix="ffn", grid_size=GRID, in_features=WIDTH, k_best=2, is_awaited=True
+        SavedExperts(folder), uid_prefix="ffn", grid_size=GRID, in_features=WIDTH, k_best=2, is_awaited=True
     )
     with torch.no_grad():
         torch.testing.assert_close(
@@ -243,7 +243,7 @@ async def test_what_nobody_gives_is_told(swarm: Swarm, tmp_path: Path) -> None:
     swarm.host.unhost_expert("ffn.0.1")
     with pytest.raises(CheckpointError, match=r"could not be saved: ffn.0.1 \("):
         await ta.save_model(swarm.node, gate, tmp_path / "saved")
-    assert sorted(load_experts(tmp_path / "saved")) == ["ffn.0.0", "ffn.1.1"]
+    assert sorted(SavedExperts(tmp_path / "saved")) == ["ffn.0.0", "ffn.1.1"]
     swarm.host.host_expert("ffn.0.1", {})
     with pytest.raises(ValueError, match="no GatingFunction"):
         await ta.save_model(swarm.node, nn.Linear(2, 2), tmp_path / "saved")

@@ -27,7 +27,7 @@ from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, sign_seal, sign_term
 from tesseract_async.runtime.structure import describe_module
 from tesseract_async.saving import saver
-from tesseract_async.saving.folder import load_experts, open_folder_or_make
+from tesseract_async.saving.folder import SavedExperts, open_folder_or_make
 from tesseract_async.saving.restorer import restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
 from tesseract_async.server.checkpoint import encode_state
@@ -114,7 +114,7 @@ async def test_what_is_saved_loads_without_the_swarm_and_gives_equal_outputs(
     report = await save(swarm.guest, run, swarm.origins(*UIDS), tmp_path)
     assert report.taken == {"ffn.0.0": 0, "ffn.1.1": 1} and not report.failed and not report.kept
     x = torch.randn(5, 8)
-    experts = load_experts(tmp_path)
+    experts = SavedExperts(tmp_path)
     assert sorted(experts) == sorted(UIDS) and len(experts) == 2
     assert experts.saved.runs["ffn"].blob == run.blob
     for uid in UIDS:
@@ -134,7 +134,7 @@ async def test_a_second_time_only_what_is_newer_is_taken(swarm: Swarm, run: Sign
     report = await save(swarm.guest, run, swarm.origins(*UIDS), tmp_path, progress=done.append)
     assert (report.taken, report.kept) == ({"ffn.0.0": 1}, {"ffn.1.1": 0})
     assert sorted(done) == sorted(UIDS)
-    assert {uid: one.version for uid, one in load_experts(tmp_path).index.items()} == {"ffn.0.0": 1, "ffn.1.1": 0}
+    assert {uid: one.version for uid, one in SavedExperts(tmp_path).index.items()} == {"ffn.0.0": 1, "ffn.1.1": 0}
 
 
 async def test_a_dead_server_is_passed_over_and_what_nobody_gives_is_told(
@@ -145,7 +145,7 @@ async def test_a_dead_server_is_passed_over_and_what_nobody_gives_is_told(
     report = await save(swarm.guest, run, origins, tmp_path, timeout=30.0)
     assert report.taken == {"ffn.0.0": 0}
     assert isinstance(report.failed["ffn.0.1"], ExpertNotFound)
-    assert list(load_experts(tmp_path)) == ["ffn.0.0"]
+    assert list(SavedExperts(tmp_path)) == ["ffn.0.0"]
 
 
 async def test_a_busy_server_is_asked_again(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ async def test_what_holders_give_is_the_newest_that_a_primary_signed_whatever_so
         report = await save(guest, run, {"ffn.0.0": origins}, tmp_path / "out", timeout=10.0)
         assert report.taken == {"ffn.0.0": 3} and not report.failed
         with torch.no_grad():
-            found = load_experts(tmp_path / "out")["ffn.0.0"](torch.ones(1, 8))
+            found = SavedExperts(tmp_path / "out")["ffn.0.0"](torch.ones(1, 8))
             assert torch.equal(found, newest.forward([torch.ones(1, 8)])[0])
         report = await save(guest, run, {"ffn.0.0": origins[:1]}, tmp_path / "alone", timeout=10.0)
         assert "nobody shows a state" in str(report.failed["ffn.0.0"])
@@ -358,7 +358,7 @@ async def test_without_a_server_that_leads_followers_and_holders_give_what_they_
         report = await save(guest, run, origins, tmp_path / "out")
         assert report.origins == {"ffn.0.0": "follower", "ffn.0.1": "holder", "ffn.1.1": "primary"}
         assert not report.failed and report.taken["ffn.0.1"] == 1
-        saved = load_experts(tmp_path / "out")
+        saved = SavedExperts(tmp_path / "out")
         assert {uid: (one.version, one.origin) for uid, one in saved.index.items()} == {
             "ffn.0.0": (0, "follower"),
             "ffn.0.1": (1, "holder"),
@@ -390,11 +390,11 @@ def saved(run: SignedRun, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_damage_is_noticed(saved: Path) -> None:
-    file = saved / load_experts(saved).index["ffn.0.0"].file
+    file = saved / SavedExperts(saved).index["ffn.0.0"].file
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    experts = load_experts(saved)
+    experts = SavedExperts(saved)
     with pytest.raises(CheckpointError, match="checksum is wrong|damaged"):
         experts["ffn.0.0"]
     assert experts["ffn.1.1"] is not None
@@ -431,12 +431,12 @@ def test_a_strange_index_is_refused(saved: Path, path: str, value: Any) -> None:
     _set(index, path, value)
     (saved / "model.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="no saved model|is not"):
-        load_experts(saved)
+        SavedExperts(saved)
 
 
 def test_what_is_no_saved_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no saved model"):
-        load_experts(tmp_path)
+        SavedExperts(tmp_path)
     (tmp_path / "model.json").write_bytes(b"\xff[")
     with pytest.raises(CheckpointError, match="no saved model"):
-        load_experts(tmp_path)
+        SavedExperts(tmp_path)

@@ -30,7 +30,7 @@ from tesseract_async.server.fragments import (
     read_updates,
 )
 from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import NEWCOMERS, Fragment, Outer, Update
+from tesseract_async.sharing.fragment import LAST, NEWCOMERS, Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.sharing.rounds import Rounds, judge
@@ -79,8 +79,9 @@ def test_a_state_goes_through_a_file(num_rounds: int) -> None:
         assert one.root == backend.fragment.root and one.updates == backend.fragment.updates
         assert one.before == backend.fragment.before
     assert other.samples == backend.samples == (ledger(num_rounds - 1).encode() if num_rounds else b"")
-    few = {name: state["module"][name] for name in NEWCOMERS}
-    assert read_fragment(MANIFEST.part(0), few, num_rounds)[0].root == backend.fragment.root
+    few = {name: state["module"][name] for name in NEWCOMERS} | {LAST: state["module"]["updates"][num_rounds % 8]}
+    newcomer = read_fragment(MANIFEST.part(0), few, num_rounds)[0]
+    assert newcomer.root == backend.fragment.root and torch.equal(newcomer.merged(), backend.fragment.merged())
     assert read_manifest(state["module"]).data == MANIFEST.data
     assert other.version == num_rounds and other.steps == 3 * num_rounds
     assert all(other.led_to(journal_key(PEERS[0], one), one) for one in call_ids)
@@ -122,6 +123,14 @@ def test_states_that_lie_are_refused() -> None:
     lie(lambda tensors: tensors.update(samples=torch.full_like(tensors["samples"], 7)))
     lie(lambda tensors: tensors.__delitem__("samples"))
     lie(lambda tensors: tensors.update(manifest=tensors["manifest"][:-1]))
+    few = {
+        **{name: through_a_file(backend)["module"][name] for name in NEWCOMERS},
+        LAST: backend.state()["module"]["updates"][3],
+    }
+    assert read_fragment(MANIFEST.part(0), few, 3)[0].version == 3
+    for lies in (few[LAST][:-1], torch.full_like(few[LAST], 0xFF)):
+        with pytest.raises(ProtocolError):
+            read_fragment(MANIFEST.part(0), {**few, LAST: lies}, 3)
     lie(lambda tensors: None, version=2)
     lie(lambda tensors: None, number=1)
     with pytest.raises(ValueError):

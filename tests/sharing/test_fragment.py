@@ -33,6 +33,24 @@ def test_the_rule_is_sgd_with_nesterovs_momentum() -> None:
     assert torch.allclose(fragment.anchor.double(), parameter.detach(), atol=1e-5)
 
 
+def test_what_is_evaluated_is_where_the_members_were() -> None:
+    """The anchor is ahead of that, by the momentum."""
+    outer, begun = Outer(codec="none"), noise(0)
+    fragment, copy = Fragment(STEPPED, outer, begun), Copy(STEPPED, outer, begun.clone(), version=0)
+    assert torch.equal(fragment.merged(), begun)
+    fragment.step(noise(1))
+    assert torch.allclose(fragment.merged(), begun - noise(1), atol=1e-6)
+    assert torch.allclose(fragment.anchor, begun - 1.5 * noise(1), atol=1e-6)
+    for seed in range(2, 12):
+        fragment.step(noise(1))  # steady progress, of which the older part is left
+        copy.merge(fragment.updates[-1:] if seed > 2 else fragment.updates, epoch=0)
+        assert torch.equal(copy.merged(), fragment.merged())
+    assert torch.allclose(fragment.merged() - fragment.anchor, noise(1) * 2 / 3, atol=0.01)
+    plain = Fragment(STEPPED, Outer(momentum=0.0, codec="none"), begun)
+    plain.step(noise(1))
+    assert torch.equal(plain.merged(), plain.anchor)
+
+
 @settings(max_examples=30)
 @given(st.data())
 def test_equal_versions_have_equal_bits_whatever_way_they_came(data: st.DataObject) -> None:
@@ -68,10 +86,11 @@ def test_equal_versions_have_equal_bits_whatever_way_they_came(data: st.DataObje
     since = primary.since(*trainer.base[1:])
     if since is None:
         assert primary.version > KEPT_UPDATES
-        local += trainer.rebase(primary.anchor.clone(), version=primary.version, epoch=2)
+        local += trainer.rebase(primary.anchor.clone(), version=primary.version, epoch=2, updates=primary.updates)
     else:
         local += trainer.merge(since, epoch=2)
     assert trainer.base == (2, primary.version, primary.root)
+    assert torch.equal(trainer.merged(), primary.merged())
     assert torch.allclose(local, primary.anchor, atol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """Rounds: when they close, who counts, and what a liar can do."""
 
 import statistics
+from collections import defaultdict
 
 import pytest
 import torch
@@ -133,7 +134,8 @@ def test_late_pushes_count_in_the_next_round_and_lengthen_the_wait() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.floats(0, 20)), min_size=1, max_size=60))
 def test_the_deadline_is_that_of_the_offsets_seen(arrivals: list[tuple[int, float]]) -> None:
-    rounds, seen, now, version = Rounds(0, max_steps=64), [], 0.0, 0
+    rounds, now, version = Rounds(0, max_steps=64), 0.0, 0
+    seen, last, periods = defaultdict[int, list[float]](list), dict[int, float](), dict[int, float]()
     opened, interval, members = 0.0, module.FIRST_INTERVAL, [frozenset[PeerID](), frozenset[PeerID]()]
     present: set[PeerID] = set()
     for peer, wait in arrivals:
@@ -147,12 +149,18 @@ def test_the_deadline_is_that_of_the_offsets_seen(arrivals: list[tuple[int, floa
             opened = now
         rounds.add(push(peer), version, now)
         present.add(PEERS[peer])
-        seen.append(now - opened)
-        recent = seen[-32:]
+        seen[peer].append(now - opened)
+        if peer in last:
+            periods[peer] = max(now - last[peer], periods.get(peer, 0.0) / 2)
+        last[peer] = now
+        recent = [at for some in seen.values() for at in some[-8:]]
+        known = [one for one in periods.values() if one]
+        period = statistics.median_low(known) if len(known) >= 3 else 0.0
         median = statistics.median(recent)
         spread = statistics.median([abs(one - median) for one in recent])
-        expected = opened + min(max(2.0, median + 4 * spread), max(2.0, interval))
-        if members[0] | members[1] <= present:
+        expected = opened + min(max(2.0, median + 4 * spread), max(2.0, interval, period))
+        lately = {PEERS[one] for one, at in last.items() if now - at < 2 * period}
+        if members[0] | members[1] | lately <= present:
             expected = now
         closes_at = rounds.closes_at(now)
         assert closes_at == pytest.approx(expected)
@@ -215,6 +223,29 @@ def test_a_liar_that_comes_often_counts_no_more_than_one_that_comes_with_the_oth
     # of an honest eighth in each period it may be three times as much
     assert liars == pytest.approx(30 * -3 / 8, rel=0.05)
     assert moved[0] == pytest.approx(30 * 7 / 8 + liars, rel=0.05)
+
+
+def test_a_liar_that_comes_often_does_not_shorten_the_rounds() -> None:
+    """Seven push every ten seconds, the eighth as soon as it may, negated, and times ten: all rounds hold all."""
+    rounds, known, moved, num = Rounds(0, max_steps=64), fragment(), torch.zeros(40), 0
+    at, present = {peer: 10.0 + peer / 4 for peer in range(7)} | {9: 0.5}, set[int]()
+    bases = dict.fromkeys(at, 0)
+    for tick in range(1600):
+        now = tick / 4
+        for peer in [peer for peer, due in at.items() if due <= now and peer not in present]:
+            rounds.add(push(peer, -10.0 if peer == 9 else 1.0), bases[peer], now)
+            present.add(peer)
+        closes_at = rounds.closes_at(now)
+        if closes_at is not None and closes_at <= now:
+            pushes = rounds.close()
+            step = rounds.merge(pushes, known)
+            bases |= dict.fromkeys(present, rounds.version)
+            at |= {peer: now + (1.0 if peer == 9 else at[peer] + 10.0 - now) for peer in present}
+            if now >= 100.0:
+                assert len(pushes) == 8
+                moved, num = moved + step, num + 1
+            present = set()
+    assert torch.allclose(moved, torch.full((40,), float(num))) and num >= 29
 
 
 def test_a_flush_does_not_shorten_the_next_steps() -> None:

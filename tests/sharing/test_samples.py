@@ -18,6 +18,7 @@ from tesseract_async.sharing.samples import (
     GRACE_SECONDS,
     LEASE_SECONDS,
     MAX_TRAINERS_OF_PEER,
+    STALL_SECONDS,
     STATE_BYTES,
     Allotment,
     Ledger,
@@ -59,8 +60,8 @@ class Reference:
     def __init__(self, num: int) -> None:
         self.state: dict[int, TrainerName | str] = dict.fromkeys(range(num), "free")
 
-    def report(self, name: TrainerName, wanted: int, held: set[int], done: set[int]) -> set[int]:
-        for n in held | done:
+    def report(self, name: TrainerName, wanted: int, held: set[int], done: set[int], *, believes: bool) -> set[int]:
+        for n in held | (done if believes else set()):
             if self.state.get(n) == "free":
                 self.state[n] = name
         for n, who in self.state.items():
@@ -91,7 +92,7 @@ def numbers(some: object) -> set[int]:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), SETS, SETS, SETS, st.integers(0, 25))))
 def test_the_ledger_does_as_sample_by_sample(steps: list[tuple[int, int, set[int], set[int], set[int], int]]) -> None:
-    ledger, reference, now = Ledger(), Reference(NUM), 0.0
+    ledger, reference, now = Ledger(free_at=0.0), Reference(NUM), 0.0  # others may have handed out some before
     ledger.report(NAMES[5], 1, Report(0, NUM, 0, (), (), ()), now)  # opens the epoch
     heard: dict[TrainerName, float] = {}
     for turn, (who, wanted, held, done, returned, seconds) in enumerate(steps):
@@ -106,7 +107,9 @@ def test_the_ledger_does_as_sample_by_sample(steps: list[tuple[int, int, set[int
         grant = ledger.report(name, turn, Report(0, NUM, wanted, pieces(held), pieces(done), pieces(returned)), now)
         inside = set(range(NUM))
         is_over = all(one in ("done",) for one in reference.state.values())
-        assert numbers(grant.pieces) == reference.report(name, wanted, held & inside, done & inside) or is_over
+        believes = now < LEASE_SECONDS - GRACE_SECONDS
+        expected = reference.report(name, wanted, held & inside, done & inside, believes=believes)
+        assert numbers(grant.pieces) == expected or is_over
         mine = {n for n, one in reference.state.items() if one == name}
         assert numbers(grant.gone) & inside == (held & inside) - mine
         is_over = all(one == "done" for one in reference.state.values())
@@ -283,6 +286,40 @@ def test_strangers_cannot_fill_the_ledger() -> None:
         ledger.report(NAMES[2], 1, Report(0, 5, 1, (), (), ()), 10.0)
     with pytest.raises(ValueError, match="epoch 7 does not follow epoch 0"):
         ledger.report(NAMES[2], 2, Report(7, 5, 1, (), (), ()), 10.0)
+
+
+def test_a_trainer_ends_only_what_was_handed_out_to_it() -> None:
+    ledger, (honest, liar) = Ledger(), NAMES[:2]
+    (given,) = ledger.report(honest, 1, Report(0, 100, 10, (), (), ()), 0.0).pieces
+    for turn, kind in enumerate(("done", "returned")):
+        claims = Report(0, 100, 5, (), (), ())._replace(**{kind: [(0, 0, 100)]})
+        grant = ledger.report(liar, turn, claims, 1.0)
+        assert grant.pieces == [(0, 10, 15)]  # its own, again and again
+    ledger.report(liar, 2, Report(0, 100, 0, (), (), ()), 1.0)
+    grant = ledger.report(honest, 2, Report(0, 100, 100, [given], (), ()), 2.0)
+    assert [given, *grant.pieces] == [(0, 0, 10), (0, 10, 100)] and not grant.gone
+    ledger.report(honest, 3, Report(0, 100, 0, (), [(0, 0, 100)], ()), 3.0)
+    assert ledger.report(honest, 4, Report(1, 100, 0, (), (), ()), 4.0).first == 1
+
+
+def test_a_trainer_whose_loop_hangs_does_not_hold_up_the_others() -> None:
+    ledger, (stuck, other), turn = Ledger(), NAMES[:2], itertools.count()
+    held = list(ledger.report(stuck, next(turn), Report(0, 10, 10, (), (), ()), 0.0).pieces)
+    assert not ledger.report(other, next(turn), Report(0, 10, 10, (), (), ()), 0.0).pieces
+    gone: list[Piece] = []
+    for second in range(1, int(STALL_SECONDS) + 1):
+        wanted = 10 if gone else 0
+        grant = ledger.report(stuck, next(turn), Report(0, 10, wanted, held, (), ()), float(second))
+        gone += grant.gone
+        assert not grant.pieces
+    assert gone == held
+    grant = ledger.report(stuck, next(turn), Report(0, 10, 10, (), (), ()), STALL_SECONDS + 1.0)
+    assert not grant.pieces and grant.waits
+    grant = ledger.report(other, next(turn), Report(0, 10, 10, (), (), ()), STALL_SECONDS + 1.0)
+    assert grant.pieces == [(0, 0, 10)] and grant.again == 10
+    # after that it is a trainer like any other
+    ledger.report(other, next(turn), Report(0, 10, 0, (), (), [(0, 0, 10)]), STALL_SECONDS + 2.0)
+    assert ledger.report(stuck, next(turn), Report(0, 10, 10, (), (), ()), STALL_SECONDS + 3.0).pieces == [(0, 0, 10)]
 
 
 @pytest.mark.parametrize(("epoch", "num"), [(2**62, 5), (2**48 - 1, 5), (0, 0), (0, 2**62)])

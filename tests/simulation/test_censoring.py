@@ -75,7 +75,8 @@ class Siege:
 
     def honest_holders(self, subkey: str, *, owner: SimulatedNode) -> int:
         peer_id, key = owner.protocol.core.identity.peer_id, hashlib.sha256(KEY.encode()).digest()
-        return sum(node.protocol.core.storage.get(key, subkey, peer_id) is not None for node in self.honest)
+        held = [node.protocol.core.storage.records(key) for node in self.honest]
+        return sum(any((one.subkey, one.owner) == (subkey, peer_id) for one in records) for records in held)
 
 
 def besiege(num_honest: int, num_ranges: int, *, copying: bool) -> None:
