@@ -236,7 +236,7 @@ class Membership:
         return max(self.lease, 2 * self.lease - ASKING - self._settle)
 
     def settled_at(self, now: float) -> float:
-        """When a Term that adopts the expert, and goes out now, is looked at again. By then a primary that this server
+        """Return the time at which a Term that adopts the expert, and goes out now, is read back. By then a primary that this server
         alone does not reach has read it, and answered."""
         if self.held is None or self.held.primary != self.me:
             return now + self._settle
