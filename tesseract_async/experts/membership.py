@@ -236,8 +236,10 @@ class Membership:
         return max(self.lease, 2 * self.lease - ASKING - self._settle)
 
     def settled_at(self, now: float) -> float:
-        """Return the time at which a Term that adopts the expert, and goes out now, is read back. By then a primary that this server
-        alone does not reach has read it, and answered."""
+        """Return the time at which a Term that adopts the expert, and goes out now, is read back.
+
+        By then a primary that this server alone does not reach has read it, and answered.
+        """
         if self.held is None or self.held.primary != self.me:
             return now + self._settle
         # it was the primary itself, and fenced until now: who was elected meanwhile has shown that
