@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.autograd.graph import _engine_run_backward
 from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
@@ -29,6 +28,7 @@ from tesseract_async.runtime.gradients import (
     add_gradients,
     are_finite,
     norm_of,
+    run_engine,
     weight_gradients,
     weighted,
 )
@@ -570,12 +570,3 @@ def backpropagate(
         return [None] * len(sources)
     found = iter(run(roots, seeds, wanted))
     return [next(found) if one.requires_grad else None for one in sources]
-
-
-def run_engine(
-    outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
-    return _engine_run_backward(
-        tuple(outputs), tuple(gradients), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
-    )

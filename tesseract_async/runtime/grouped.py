@@ -31,9 +31,9 @@ from torch import nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
+from tesseract_async.runtime.backend import ExpertBackend, backpropagate
 from tesseract_async.runtime.costs import BatchCost, GroupChoice
-from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
+from tesseract_async.runtime.gradients import Gradients, run_engine, weight_gradients, weighted
 from tesseract_async.runtime.module_runner import as_leaf
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
