@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import IO
 
 
-def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+def write_whole(path: Path, pieces: Iterable[bytes | memoryview], *, durable: bool = True) -> None:
     """Write a file that is complete and on the disk when this returns, even if the machine loses power afterwards.
 
-    Makes the folder if needed. Raises: OSError; then the file is as it was before, and nothing else is left behind.
+    `durable`: False in a folder that goes with the process, where the disk is not waited for. Makes the folder if
+    needed. Raises: OSError; then the file is as it was before, and nothing else is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
@@ -19,13 +20,15 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         with open(unfinished, "wb") as file:
             file.writelines(pieces)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def mapped(path: Path) -> memoryview:

@@ -263,7 +263,7 @@ class SealFetcher:
                     fetch = _plan(self._node, sources, seal.root, seal.size, self._timeout)
                     transfer = _Transfer(self._node, uid, fetch, part, has_some=has_some, aside=self._aside)
                     await transfer.run(self._timeout + seal.size / MIN_RATE)
-                    await self._aside(partial(_sync, part))
+                    await self._aside(partial(_finish, part, durable=self._files.is_durable))
             except OSError as error:
                 if isinstance(error, TimeoutError):
                     raise
@@ -296,6 +296,7 @@ def _take_room(file: BinaryIO, size: int) -> bool:
     return False
 
 
-def _sync(file: BinaryIO) -> None:
+def _finish(file: BinaryIO, *, durable: bool) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    if durable:
+        os.fsync(file.fileno())

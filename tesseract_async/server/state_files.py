@@ -223,7 +223,7 @@ class SealedFiles:
         leaves = leaves_of(counted())
         root = root_from(leaves, size)
         file = SealedFile(root, size, leaves, self._path(uid, root))
-        write_whole(file.path, pieces)
+        write_whole(file.path, pieces, durable=self.is_durable)
         return self._list(uid, file)
 
     def take_in(self, uid: str, file: SealedFile) -> SealedFile:
@@ -231,7 +231,8 @@ class SealedFiles:
         path = self._path(uid, file.root)
         if file.path != path:
             os.replace(file.path, path)
-            sync_folder(path.parent)
+            if self.is_durable:
+                sync_folder(path.parent)
         return self._list(uid, replace(file, path=path))
 
     def _path(self, uid: str, root: bytes) -> Path:
@@ -303,6 +304,11 @@ class SealedFiles:
 
     def newest(self, uid: str) -> SealedFile | None:
         return next(reversed(self._files.get(uid, [])), None)
+
+    @property
+    def is_durable(self) -> bool:
+        """False where files go with the process: nothing waits for the disk then."""
+        return self._directory is not None
 
     @property
     def is_temporary(self) -> bool:

@@ -163,3 +163,15 @@ def test_stored_experts_are_those_with_a_folder(tmp_path: Path) -> None:
     (tmp_path / "ffn.0.0").write_text("a file")
     assert stored_uids(tmp_path) == ["ffn.0.1", "ffn.1.1", "other"]
     assert stored_uids(tmp_path / "none") == stored_uids(None) == []
+
+
+@pytest.mark.parametrize("is_temporary", [True, False])
+def test_files_that_go_with_the_process_do_not_wait_for_the_disk(
+    is_temporary: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(os, "fsync", waits.append)
+    files = SealedFiles(None if is_temporary else tmp_path)
+    files.keep("ffn.0", [b"a state"])
+    assert bool(waits) != is_temporary
+    files.close()
