@@ -231,7 +231,9 @@ async def test_who_waited_for_the_others_pushes_later_the_next_time(monkeypatch:
         return await ask(*some)
 
     monkeypatch.setattr(shared_pieces.SharedPieces, "ask", waiting)
+    others_push.set()
     async with sharing(model, every=16) as (_, shared):
+        others_push.clear()
         part = shared._parts[0]
         first = part.due_at
         await steps(shared, first + 8, 1)
