@@ -3,7 +3,7 @@ import gc
 
 import pytest
 
-from tesseract_async.tasks import end
+from tesseract_async.tasks import PromptFuture, end
 
 
 async def test_tasks_are_over_and_their_errors_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
@@ -29,3 +29,29 @@ async def test_tasks_are_over_and_their_errors_are_dropped(caplog: pytest.LogCap
     gc.collect()
     assert not caplog.records
     await end()
+
+
+async def test_listeners_hear_at_once_in_order_and_a_fault_stays_its_own() -> None:
+    loop, heard, logged = asyncio.get_running_loop(), list[object](), list[dict[str, object]]()
+    loop.set_exception_handler(lambda _, context: logged.append(context))
+    future = PromptFuture[int](loop=loop)
+
+    def faulty(_: object) -> None:
+        raise ZeroDivisionError
+
+    for listener in (faulty, lambda done: heard.append(done.result()), lambda _: heard.append("second")):
+        future.add_listener(listener)
+    future.set_result(3)
+    assert heard == [3, "second"] and isinstance(logged[0]["exception"], ZeroDivisionError)
+    assert await future == 3
+    future.add_listener(lambda _: heard.append("late"))
+    assert heard == [3, "second"]
+    await asyncio.sleep(0)
+    assert heard == [3, "second", "late"]
+    for finish in (lambda one: one.cancel(), lambda one: one.set_exception(OSError())):
+        future = PromptFuture[int](loop=loop)
+        future.add_listener(heard.append)
+        finish(future)
+        assert heard[-1] is future and (future.cancelled() or future.exception())
+        assert not future.cancel()
+    loop.set_exception_handler(None)

@@ -15,12 +15,11 @@ import contextlib
 import contextvars
 import functools
 import os
-import queue
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from types import FrameType
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -30,7 +29,7 @@ from tesseract_async.client.isolated import DEFAULT, NO_GRAD, isolated
 from tesseract_async.client.leaves import Leaves
 from tesseract_async.client.scaling import Scaler, Scaling, noted_scale
 from tesseract_async.errors import ExpertFailed
-from tesseract_async.runtime.gradients import are_finite
+from tesseract_async.runtime.gradients import are_finite, run_engine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -97,16 +96,29 @@ async def remote_call(
         return outputs
     detached = [tensor.detach() for tensor in inputs]
     call = _RemoteCall(remote)
-    with torch.inference_mode(False), torch.enable_grad():
-        token = _Await.apply(call, _always_needed, *inputs)  # type: ignore[no-untyped-call]
+    (token,) = _recorded(_Await, call, _always_needed, *inputs)
     call.outputs = await remote.forward(detached)
     versions.check()
-    with torch.inference_mode(False), torch.enable_grad():
-        results: tuple[torch.Tensor, ...] = _Issue.apply(call, token, *detached)  # type: ignore[no-untyped-call]
+    results = _recorded(_Issue, call, token, *detached)
     node = next((result.grad_fn for result in results if result.grad_fn is not None), None)
     if node is not None and hasattr(node, "_set_sequence_nr"):  # private: a test notices if it goes away
         node._set_sequence_nr(_ISSUE_FIRST)
     return list(results)
+
+
+def _recorded(function: type[torch.autograd.Function], *args: object) -> tuple[torch.Tensor, ...]:
+    """Return what `function` gives, as autograd records it, whatever modes the thread is in."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return _recorded(function, *args)
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(True)  # as in `isolated`: a context takes a dozen Python calls
+    try:
+        # past `Function.apply`, which sees to transforms (refused here) and to default arguments (there are none)
+        result: torch.Tensor | tuple[torch.Tensor, ...] = super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    finally:
+        torch._C._set_grad_enabled(before)
+    return result if isinstance(result, tuple) else (result,)
 
 
 def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
@@ -154,7 +166,10 @@ class _GradientRequest:
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
         self._versions = Versions()
         self._is_cancelled = False
-        self._done = threading.Event()
+        self.is_done = False
+        """True once there is an answer or an error, or it was cancelled."""
+        self._waiting = threading.Lock()  # held until it is done: an Event takes some twenty Python calls
+        self._waiting.acquire()
         self._result: list[torch.Tensor | None] | None = None
         self._error: BaseException | None = None
 
@@ -169,12 +184,19 @@ class _GradientRequest:
         """Instead of `start`, where scaled gradients overflowed: gives NaN, at which the scaler skips its step."""
         numbers = (tensor if tensor.is_floating_point() or tensor.is_complex() else None for tensor in inputs)
         self._result = [None if tensor is None else torch.full_like(tensor, torch.nan) for tensor in numbers]
-        self._done.set()
+        self._end()
+
+    def _end(self) -> None:
+        self.is_done = True
+        with contextlib.suppress(RuntimeError):  # cancelled in this very moment: the other one let go
+            if self._waiting.locked():
+                self._waiting.release()
 
     def _begin(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-        if self._done.is_set():  # cancelled before it began
+        if self.is_done:  # cancelled before it began
             return
-        self.task = self.call.loop.create_task(isolated(self.call.remote.backward(inputs, gradients), modes=NO_GRAD))
+        remote = self.call.remote
+        self.task = self.call.loop.create_task(isolated(remote.backward(inputs, gradients), modes=NO_GRAD, steady=True))
         self.task.add_done_callback(self._finish)
 
     def _finish(self, task: asyncio.Task[list[torch.Tensor | None]]) -> None:
@@ -184,13 +206,13 @@ class _GradientRequest:
             self._error = self._error or error
         else:
             self._result = task.result()
-        self._done.set()
+        self._end()
 
     def cancel(self) -> None:
         """On the loop's thread or another one: frees the waiting thread at once, and cancels the call."""
-        if not self._done.is_set():
+        if not self.is_done:
             self._error = _Cancelled("the step was cancelled")
-            self._done.set()
+            self._end()
         try:
             self.call.loop.call_soon_threadsafe(self._cancel_task)
         except RuntimeError:  # the loop is closed: so is the task
@@ -203,7 +225,7 @@ class _GradientRequest:
 
     def wait(self) -> list[torch.Tensor | None]:
         """Block an engine's thread. Raises: what the remote backward raised; RuntimeError if the loop has ended."""
-        while not self._done.wait(_POLL_SECONDS):
+        while not self._waiting.acquire(timeout=_POLL_SECONDS):
             if not self.call.is_loop_running():
                 raise RuntimeError(_LOOP_GONE)
         if self._error is not None:
@@ -330,13 +352,12 @@ class _Step:
         """In an engine thread: return the leaves under `loss` and what is left to add to each, in separate memory."""
         _engine_thread.step = self
         try:
-            with torch.cuda.stream(self._stream):  # of None: does nothing
+            stream: Any = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+            with stream:
                 leaves = Leaves(loss)
                 self.scaling = Scaling(self._scaler, could_be_noted=gradient is None)
-                root = _Root.apply(loss, self)  # type: ignore[no-untyped-call]
-                gradients = torch.autograd.grad(
-                    root, leaves.tensors, gradient, retain_graph=retain_graph, allow_unused=True
-                )
+                (root,) = _recorded(_Root, loss, self)
+                gradients = gradients_of(root, leaves.tensors, gradient, retain_graph=retain_graph)
                 if leaves.have_hooks:
                     self._refuse_if_cancelled()
                     leaves.accumulate(gradients)
@@ -377,6 +398,16 @@ class _Step:
 _steps: dict[int, _Step] = {}
 """By graph task: how a node learns which `backward` it runs in."""
 _engine_thread = threading.local()
+
+
+def gradients_of(
+    root: torch.Tensor, leaves: Sequence[torch.Tensor], gradient: torch.Tensor | None, *, retain_graph: bool
+) -> Sequence[torch.Tensor | None]:
+    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does; without its checks where one is implied."""
+    if gradient is None and root.is_floating_point() and leaves:
+        seed = torch.ones_like(root, memory_format=torch.preserve_format)
+        return run_engine((root,), (seed,), leaves, retain_graph=retain_graph)
+    return torch.autograd.grad(root, leaves, gradient, retain_graph=retain_graph, allow_unused=True)
 
 
 class _Root(torch.autograd.Function):
@@ -449,7 +480,7 @@ async def _backward(
     cancelled: asyncio.CancelledError | None = None
     while not outcome.done():
         try:
-            await asyncio.wait([outcome])
+            await _ended(outcome)
         except asyncio.CancelledError as caught:
             cancelled = caught
             step.cancel()
@@ -462,6 +493,42 @@ async def _backward(
     leaves.add(gradients)
 
 
+async def _ended(future: asyncio.Future[R]) -> None:
+    """Wait until it is done. A cancellation of this leaves it as it is."""
+    told = future.get_loop().create_future()
+
+    def tell(_: object) -> None:
+        if not told.done():
+            told.set_result(None)
+
+    future.add_done_callback(tell)
+    try:
+        await told
+    finally:
+        future.remove_done_callback(tell)
+
+
+class _Inbox:
+    """Holds the next job of one thread."""
+
+    def __init__(self) -> None:
+        self._job: Callable[[], None] | None = None
+        self._filled = threading.Lock()  # no SimpleQueue: see `TesseractRuntime`
+        self._filled.acquire()
+
+    def put(self, job: Callable[[], None]) -> None:
+        """Give it one; it must be empty."""
+        self._job = job
+        self._filled.release()
+
+    def get(self, timeout: float = -1) -> Callable[[], None] | None:
+        """Wait for it, at most so many seconds (-1: for as long as it takes). None where none came."""
+        if not self._filled.acquire(timeout=timeout):
+            return None
+        job, self._job = self._job, None
+        return job
+
+
 class _EngineThreads:
     """Threads that grow with the work in flight: a backward that waits for its experts never keeps another waiting."""
 
@@ -471,8 +538,7 @@ class _EngineThreads:
     def forget(self) -> None:
         """Forget all threads: in a fork's child there are none."""
         self._lock = threading.Lock()
-        # no SimpleQueue: see `TesseractRuntime`
-        self._idle: list[queue.Queue[Callable[[], None]]] = []
+        self._idle: list[_Inbox] = []
         self._num_busy = 0
         self._all_idle = threading.Condition(self._lock)
 
@@ -492,7 +558,7 @@ class _EngineThreads:
             threading.Thread(target=self._run, args=(job,), name="tesseract-backward", daemon=True).start()
 
     def _run(self, job: Callable[[], None] | None) -> None:
-        inbox: queue.Queue[Callable[[], None]] = queue.Queue()
+        inbox = _Inbox()
         while job is not None:
             job()
             job = None  # an idle thread must not keep a graph alive
@@ -500,9 +566,7 @@ class _EngineThreads:
                 self._idle.append(inbox)
                 self._num_busy -= 1
                 self._all_idle.notify_all()
-            try:
-                job = inbox.get(timeout=IDLE_SECONDS)
-            except queue.Empty:
+            if (job := inbox.get(timeout=IDLE_SECONDS)) is None:
                 with self._lock:
                     if inbox in self._idle:
                         self._idle.remove(inbox)

@@ -118,12 +118,16 @@ async def ask_primary(
     redirected: set[object] = set()
     for _ in range(_MAX_HANDOVERS):
         time_left = deadline - loop.time()
-        replicas = [replica for replica in replicas if replica.peer not in strange]
+        if strange:
+            replicas = [replica for replica in replicas if replica.peer not in strange]
         if time_left <= 0 or not replicas:
             break
         try:
+            asking = _ask(experience, replicas[0], exchange, time_left)
+            if len(replicas) == 1:
+                return await asking
             rivals = [replicas[0], *(replica for replica in replicas[1:] if replica.primary)]
-            return await watched(experience, _ask(experience, replicas[0], exchange, time_left), rivals)
+            return await watched(experience, asking, rivals)
         except SchemaMismatch as error:
             first_error = first_error or error
             strange.add(replicas[0].peer)

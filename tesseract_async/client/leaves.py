@@ -76,7 +76,9 @@ class Leaves:
                 leaf.grad = grad + leaf.grad if leaf.grad.is_sparse else leaf.grad + grad
             else:
                 leaf.grad.add_(grad)
-        fire_post_accumulate_hooks(leaf for leaf, grad in zip(self.tensors, gradients, strict=True) if grad is not None)
+        filled = [leaf for leaf, grad in zip(self.tensors, gradients, strict=True) if grad is not None]
+        if any([leaf._post_accumulate_grad_hooks for leaf in filled]):
+            fire_post_accumulate_hooks(filled)
 
 
 @torch.no_grad()

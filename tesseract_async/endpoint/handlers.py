@@ -12,6 +12,7 @@ from tesseract_async.endpoint.events import CallReceived
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.errors import RemoteError, describe
 from tesseract_async.identity import PeerID
+from tesseract_async.tasks import PromptFuture
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,11 @@ class Handlers:
             return
         if type(answer) is Deferred:
             self._running[stream] = answer
-            answer.future.add_done_callback(partial(self._finish, stream, call.method, answer))
+            future, ended = answer.future, partial(self._finish, stream, call.method, answer)
+            if isinstance(future, PromptFuture):
+                future.add_listener(ended)
+            else:
+                future.add_done_callback(ended)
             return
         task = self._running[stream] = self._loop.create_task(self._run(stream, call.method, call.in_parts, answer))
         self.tasks.add(task)

@@ -1,12 +1,11 @@
 """`Duty`: the part that one server has in an expert, what that makes it say, and how it gives way. No I/O."""
 
-from collections.abc import Sequence
 from random import Random
 
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Membership, Poll
 from tesseract_async.experts.own_term import NEVER, PUBLISH_EVERY, OwnTerm
-from tesseract_async.experts.tenure_words import Command, Fetch, Look, Persist, Publish, RoleChanged, State
+from tesseract_async.experts.tenure_words import MAX_PAST, Command, Fetch, Look, Persist, Publish, RoleChanged, State
 from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind
 from tesseract_async.identity import Identity, PeerID
 
@@ -105,12 +104,13 @@ class Duty:
     # -- as primary ----------------------------------------------------------------------------------------------------
 
     def seal(self, root: bytes, size: int, version: int, now: float, wall: float) -> Seal | None:
-        """Sign the state that was just written to a file, for the members; None while this server is not the primary.
+        """Sign the state that was just written to a file, for the members; None while this server is not the primary,
+        or its disk does not take what it says.
 
         The file stays as it is until the next Seal: others fetch it by its root.
         """
         own = self._own
-        if own is None or not (self.is_primary(now) or self.state is State.YIELDING):
+        if own is None or not self.may.write or not (self.is_primary(now) or self.state is State.YIELDING):
             return None
         before = members = own.named
         if self.state is State.PRIMARY:
@@ -164,6 +164,8 @@ class Duty:
             self._member.take_back_own_vote()
             self._member.retry_at = now + self._lease * self._random.uniform(0.1, 0.4)
             self.state = State.ASIDE if not was_candidate else State.ABSENT if self.held is None else State.HOLDING
+            if best.digest == self._followed:
+                self._member.heard = now  # whom it took for dead has said the contrary
         if best.digest != self._followed:
             self._followed, self._poll = best.digest, None
             if best.kind is not TermKind.ADOPTION or self._member.voted_for(best):
@@ -250,9 +252,12 @@ class Duty:
             self._role = role
             self._commands.append(role)
 
-    def _publish(self, own: OwnTerm, now: float, past: Sequence[bytes] = ()) -> None:
-        own.published_at = now
+    def _publish(self, own: OwnTerm, now: float) -> None:
+        """Show its Term and newest Seal, with what led there: those who did not see that take it for another tree."""
+        own.published_at, own.published = now, own.number
         records = (own.term, self.lineage.own_seal_of(own.term))
+        line = self.lineage.line(own.term)
+        past = line[: line.index(own.term.blob)][-MAX_PAST:]
         self._commands.append(Publish(tuple(record.blob for record in records if record is not None), tuple(past)))
 
     def _persist(self) -> None:

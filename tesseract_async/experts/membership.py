@@ -183,7 +183,7 @@ class Membership:
         """Return the time at which the primary has been silent for so long that this server would stand."""
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
-        step = min(2.0, self.lease / 6)
+        step = self._step
         if state is State.HOLDING:  # the members come first
             wait = max(self.lease + NUM_SUCCESSORS * step, self._adopt_after)
         else:
@@ -221,14 +221,29 @@ class Membership:
         return max(self.lease / 3, POLL_SECONDS + 1.0)
 
     @property
-    def settle(self) -> float:
-        """Seconds for which a Term that adopts the expert lies in the network before it is looked at again."""
-        return min(5.0, self.lease / 6)
+    def _step(self) -> float:
+        """Seconds by which each member lets the one before it stand first."""
+        return min(2.0, self.lease / 6)
+
+    @property
+    def _settle(self) -> float:
+        # the members have their turn first; for the rest of two leases the Term lies in the network, and all are asked
+        left = self.lease - NUM_SUCCESSORS * self._step - ASKING
+        return max(self.lease / 6, min(0.6 * self.lease, left))
 
     @property
     def _adopt_after(self) -> float:
-        # it leads once that has settled, and all members are silent still: two leases after they were heard
-        return max(self.lease, 2 * self.lease - self.settle - ASKING)
+        return max(self.lease, 2 * self.lease - ASKING - self._settle)
+
+    def settled_at(self, now: float) -> float:
+        """Return the time at which a Term that adopts the expert, and goes out now, is read back.
+
+        By then a primary that this server alone does not reach has read it, and answered.
+        """
+        if self.held is None or self.held.primary != self.me:
+            return now + self._settle
+        # it was the primary itself, and fenced until now: who was elected meanwhile has shown that
+        return max(now + min(5.0, self.lease / 6), min(now + self._settle, self.heard + 2 * self.lease - ASKING))
 
     @property
     def adopt_at(self) -> float:
@@ -306,11 +321,15 @@ class Membership:
     def num_needed(self) -> int:
         """The number of members, the candidate included, whose votes a takeover from the held Seal needs.
 
-        The primary's own vote does not suffice while its newest Seal, which names a pair, is known to no majority of
-        the earlier members: two of those may have elected another primary."""
+        Its own does not suffice for a half of a pair that was made while no majority of the members before knew of it:
+        those may have elected another primary. Nor where a later Seal, whose file is not here, names other members."""
         assert self.held is not None
-        num = majority(len(self.held.members))
-        return max(2, num) if self.held.digest == self.unsettled else num
+        members, term = set(self.held.members), self.lineage.term_of(self.held)
+        newest = None if term is None or self.lineage.is_exposed(term) else self.lineage.own_seal_of(term)
+        is_past = newest is not None and len(members) == 2 and members != set(newest.members)
+        return (
+            max(2, majority(len(members))) if is_past or self.held.digest == self.unsettled else majority(len(members))
+        )
 
     def sign_vote(self, peer: PeerID, epoch: int) -> Vote:
         assert self.held is not None

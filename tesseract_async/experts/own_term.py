@@ -37,6 +37,8 @@ class OwnTerm:
         self.beat_at = now
         self.fenced_at = 0.0
         self.published_at = NEVER
+        self.published = 0
+        """The number of its newest Seal that the network was given."""
         self.seen = 0
         """An epoch after which its next Seal was signed."""
         self._age: Age = (0, 0)

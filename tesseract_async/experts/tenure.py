@@ -22,7 +22,7 @@ from tesseract_async.experts.tenure_words import (
     Response,
     State,
 )
-from tesseract_async.experts.terms import Seal, TermKind
+from tesseract_async.experts.terms import Seal, Term, TermKind
 from tesseract_async.identity import PeerID
 
 BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
@@ -72,7 +72,18 @@ class Tenure(Duty):
         if isinstance(record, Seal) and record.primary == self.primary != self.me and self.state is State.HOLDING:
             self._member.heard = max(self._member.heard, now)
         self._review(now, wall)
+        if isinstance(record, Term):
+            self._show_to(record, now)
         return True
+
+    def _show_to(self, other: Term, now: float) -> None:
+        """Show the line of this primary, which holds, to the signer of another Term: it may not have seen that line, or
+        not the newest Seal, of which only the members know."""
+        own = self._own
+        if own is None or other is own.term or self.lineage.best is not own.term or not self.is_primary(now):
+            return
+        if own.published < own.number or now >= own.published_at + self._lease / 6:
+            self._publish(own, now)
 
     def set_hosts(self, hosts: Mapping[PeerID, int], now: float, wall: float) -> None:
         """Take whose manifests name the expert now, and the epoch in each."""
@@ -88,7 +99,9 @@ class Tenure(Duty):
 
     def looked(self, now: float, wall: float) -> None:
         """Everything that the network holds of the expert was sighted, and it takes what this server publishes."""
-        self._member.looked_at = self._renewed = now
+        self._member.looked_at = now
+        if self.may.write:  # else what it publishes goes nowhere: a pair's other half may have taken over
+            self._renewed = now
         self._member.first_look = min(now, self._member.first_look)
         self._review(now, wall)
         if self._is_unheard and (best := self.lineage.best) is not None and self.held is not None:
@@ -408,11 +421,10 @@ class Tenure(Duty):
         if kind is TermKind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
             self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
         self._persist()
-        # with what led there: those who did not see that would take it for another tree
-        self._publish(self._own, now, self.lineage.line(term)[:-1][-MAX_PAST:])
+        self._publish(self._own, now)
         if kind is TermKind.ADOPTION:
             # two may adopt at once: both wait, and see each other
-            self._settle_at = now + self._member.settle
+            self._settle_at = self._member.settled_at(now)
         elif self._is_elected:
             self._patient_until = now + self._member.patience
             self._beat(self._own, now)  # the network may take long: the members that it needs say it sooner
@@ -432,7 +444,8 @@ class Tenure(Duty):
         term = self.term
         if term is None or self.lineage.best is not term or self.is_twin or self._is_elected:
             return
-        if not self.may.write:
+        is_half = term.kind is TermKind.TAKEOVER and self.held is not None
+        if not self.may.write or (is_half and 1 + len(term.voters) < self._member.num_needed):
             self._give_up(now)
             return
         others = set() if self.held is None else set(self.held.members) - {self.me}

@@ -19,12 +19,14 @@ from tesseract_async.errors import ExpertFailed, Overloaded, describe
 from tesseract_async.runtime.attempts import NOT_FINITE, Attempt, Download, Outcomes, damp, limit_norm, undamped
 from tesseract_async.runtime.batcher import RowSlice
 from tesseract_async.runtime.gradients import Gradients, are_finite
-from tesseract_async.runtime.rows import columns, divided, joined
+from tesseract_async.runtime.rows import columns, divided, encoded, joined
 from tesseract_async.runtime.staging import HostStaging, Staging
 from tesseract_async.runtime.steps import Steps
 from tesseract_async.runtime.work import JointWork, Work, WorkResult
 
 logger = logging.getLogger(__name__)
+
+_NOT_ENCODED: Sequence[Sequence[memoryview] | None] = (None,)
 
 
 class Executor:
@@ -115,11 +117,16 @@ class Executor:
         try:
             outcomes = dict(attempt.outcomes)
             for slices, works, wait, version in attempt.downloads:
-                shares = [wait()]
+                shares, raw = [wait()], _NOT_ENCODED
                 if len(slices) > 1:
-                    shares = divided(shares[0], [stop - start for _, start, stop in slices])
-                for one, work, share in zip(slices, works, shares, strict=True):
-                    result = WorkResult(share, version)
+                    counts = [stop - start for _, start, stop in slices]
+                    if works[0].output_gradients is None and works[0].rows is None:  # most likely each is a reply
+                        raw = encoded(shares[0], counts)
+                    else:
+                        raw = [None] * len(counts)
+                    shares = divided(shares[0], counts)
+                for one, work, share, buffers in zip(slices, works, shares, raw, strict=True):
+                    result = WorkResult(share, version, buffers)
                     if one.stop - one.start == work.num_rows:
                         outcomes[work] = result
                     elif (whole := joined(one, work, result)) is not None:

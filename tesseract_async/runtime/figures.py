@@ -31,8 +31,8 @@ class Figures(defaultdict[ExpertBackend, ExpertFigures]):
         super().__init__(ExpertFigures)
         self._metrics = metrics
 
-    def count(self, batches: Sequence[Batch], outcomes: Outcomes, seconds: float) -> None:
-        """Count batches of one direction that took so many seconds together, before anybody hears how they went."""
+    def count(self, batches: Sequence[Batch], outcomes: Outcomes, seconds: float, failed: Sequence[Work]) -> None:
+        """Count batches of one direction that took so many seconds together. `failed`: what was told an error."""
         now, metrics = time.monotonic(), self._metrics
         direction = "backward" if batches[0].queue.name[1] else "forward"  # type: ignore[index]
         for batch in batches:
@@ -44,12 +44,10 @@ class Figures(defaultdict[ExpertBackend, ExpertFigures]):
             figures.num_calls += len(batch.slices)
             figures.num_rows += batch.num_rows
             figures.latencies.observe(now - first.arrival)
-            for request, _, _ in batch.slices:
-                work: Work = request  # type: ignore[assignment]
-                outcome = outcomes.get(work)
-                if outcome is not None and type(outcome) is not WorkResult and not work.answer.done():
-                    figures.num_failures += 1
-                    metrics.count("runtime_failures", direction=direction)
+        for work in failed:
+            if type(work) is not JointWork:
+                self[work.backend].num_failures += 1
+                metrics.count("runtime_failures", direction=direction)
         rows = metrics.histogram("runtime_batch_rows", ROWS_BUCKETS, direction=direction)
         times = metrics.histogram("runtime_batch_seconds", SECONDS_BUCKETS, direction=direction)
         for batch in batches:

@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import Final
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 
 Gradients = Sequence[torch.Tensor | None]
 """One per input, or one per trained parameter; None where nothing flows."""
@@ -194,3 +195,22 @@ def _numbers(x: torch.Tensor) -> torch.Tensor:
     if x.layout is not torch.strided:
         x = x._values() if x.layout is torch.sparse_coo else x.values()
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def run_engine(
+    outputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+    *,
+    retain_graph: bool = False,
+) -> Sequence[torch.Tensor | None]:
+    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
+    return _engine_run_backward(
+        tuple(outputs),
+        tuple(gradients),
+        retain_graph,
+        False,
+        tuple(sources),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )

@@ -7,6 +7,7 @@ import torch
 from tesseract_async.runtime.batcher import RowSlice
 from tesseract_async.runtime.staging import Columns
 from tesseract_async.runtime.work import JointWork, Work, WorkResult
+from tesseract_async.wire.compression import small_bytes
 
 
 def columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
@@ -61,6 +62,22 @@ def divided(tensors: Sequence[torch.Tensor | None], counts: Sequence[int]) -> li
     """Return each of them in parts of so many rows."""
     columns = [None if x is None else x.split_with_sizes(counts) for x in tensors]
     return [[None if parts is None else parts[i] for parts in columns] for i in range(len(counts))]
+
+
+def encoded(tensors: Sequence[torch.Tensor | None], counts: Sequence[int]) -> Sequence[Sequence[memoryview] | None]:
+    """Return the bytes of what `divided` returns, of each tensor from one copy. None for all, if one of the tensors is
+    large or not plain."""
+    wholes = []
+    for x in tensors:
+        whole = None if x is None else small_bytes(x)
+        if whole is None:
+            return [None] * len(counts)
+        wholes.append((whole, len(whole) // sum(counts)))
+    parts, start = [], 0
+    for count in counts:
+        parts.append([whole[start * size : (start + count) * size] for whole, size in wholes])
+        start += count
+    return parts
 
 
 def joined(part: RowSlice, work: Work, result: WorkResult) -> WorkResult | None:

@@ -33,6 +33,7 @@ from tesseract_async.runtime.staging import Staging, staging_for
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.together import GroupExecutor
 from tesseract_async.runtime.work import JointWork, Work, WorkResult
+from tesseract_async.tasks import PromptFuture
 from tesseract_async.uncopied import Uncopied
 
 logger = logging.getLogger(__name__)
@@ -259,7 +260,7 @@ class TesseractRuntime(Uncopied):
             seed=seed,
             call_id=call_id,
             forward_version=forward_version,
-            answer=loop.create_future(),
+            answer=PromptFuture(loop=loop),
         )
         self._enqueue(work, now)
         return work
@@ -304,7 +305,7 @@ class TesseractRuntime(Uncopied):
             seed=0,
             call_id=None,
             forward_version=None,
-            answer=loop.create_future(),
+            answer=PromptFuture(loop=loop),
             backends=backends,
             counts=counts,
         )
@@ -431,7 +432,7 @@ class TesseractRuntime(Uncopied):
         self.figures.pop(backend, None)
 
     def _deliver(self, batches: Sequence[Batch], outcomes: Outcomes, seconds: float) -> None:
-        self.figures.count(batches, outcomes, seconds)
+        failed: list[Work] = []
         for batch in batches:
             for request, _, _ in batch.slices:
                 work: Work = request  # type: ignore[assignment]
@@ -441,12 +442,14 @@ class TesseractRuntime(Uncopied):
                 elif type(outcome) is WorkResult:
                     answer.set_result(outcome)
                 else:
+                    failed.append(work)
                     _set_error(answer, outcome)  # type: ignore[arg-type]
                 if not work.alive and not work.num_running:  # as `_forget`
                     work.inputs, work.output_gradients, work.summed = (), None, None
                     work.rows = work.weights = None
                     if work.results:
                         work.results.clear()
+        self.figures.count(batches, outcomes, seconds, failed)  # not before: those who asked would wait for it
 
     # -- On the thread ---------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """The runtime's unit of work, one forward or backward of one expert, and its result."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ import torch
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import QueuedRequest
 from tesseract_async.runtime.gradients import Gradients
+from tesseract_async.tasks import PromptFuture
 
 
 @dataclass(slots=True, eq=False)  # a frozen one takes four times as long to make
@@ -18,6 +18,8 @@ class WorkResult:
     tensors: Sequence[torch.Tensor | None]
     version: int
     """Steps that the expert had taken: before a forward, after a backward."""
+    encoded: Sequence[memoryview] | None = None
+    """The tensors in codec ``none``, where they are parts of one array of a whole batch."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -40,7 +42,7 @@ class Work(QueuedRequest):
     """Journalled together with the step; None: compute the gradients, take no step."""
     forward_version: int | None
     """The version that the forward belonging to a backward saw; None counts as no staleness."""
-    answer: asyncio.Future[WorkResult]
+    answer: PromptFuture[WorkResult]
     """Belongs to the runtime's loop."""
     results: list[WorkResult] = field(default_factory=list)
     """Results of the slices so far, if the request was split."""

@@ -41,7 +41,7 @@ from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CODECS
 from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import pack_tensors, unpack_plain
+from tesseract_async.wire.tensors import pack_tensors, plain_metas, unpack_plain
 
 _LOOK_PERIOD = 0.1
 """Seconds: connections end without telling us."""
@@ -152,11 +152,15 @@ class ExpertCalls:
         work: Work,
     ) -> Message:
         self.left()
+        packed: tuple[list[wire.Meta], Sequence[memoryview]]
         try:
             answer = work.answer.result()
         except TimeoutError as error:
             raise told_of(error, call.method) from None
-        packed = pack_tensors([_apart(x) for x in answer.tensors])
+        if answer.encoded is not None:
+            packed = plain_metas(answer.tensors), answer.encoded  # type: ignore[arg-type]  # of a forward: none is absent
+        else:
+            packed = pack_tensors([_apart(x) for x in answer.tensors])
         return self._forward_reply(hosted, call, request, inputs, versions, answer.version, packed)
 
     async def _forward(self, hosted: HostedState, call: IncomingCall, request: messages.ForwardRequest) -> Message:
@@ -207,7 +211,7 @@ class ExpertCalls:
         inputs: Sequence[torch.Tensor | None],
         versions: list[int],
         version: int,
-        packed: tuple[list[wire.Meta], list[memoryview]],
+        packed: tuple[list[wire.Meta], Sequence[memoryview]],
     ) -> Message:
         # where a module wrote them, the backward brings them again
         keeps = request.keep_inputs and versions == versions_of(inputs)
@@ -432,7 +436,7 @@ class ExpertCalls:
             num_bytes=num_bytes,
         )
         backward = self._backwards[key] = BackwardUnderWay(work, hosted.runtime, version, owner)
-        work.answer.add_done_callback(partial(self._end_backward, key))
+        work.answer.add_listener(partial(self._end_backward, key))
         return backward
 
     def backward_ended(

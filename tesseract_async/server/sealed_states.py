@@ -61,22 +61,21 @@ class SealedStates:
         except (TesseractError, OSError) as error:
             logger.error("the sealed state of %s cannot be used: %s", hosted.uid, describe(error))
 
-    async def write(self, expert: Tenured) -> tuple[bytes, int, int]:
-        """Write the state down for a Seal, where it has moved; return its root, size and version.
+    async def write(self, expert: Tenured) -> tuple[bytes, int, int, tuple[int, int] | None]:
+        """Write the state down for a Seal, where it has moved; return its root, size, version and progress.
 
         Raises: CheckpointError, OSError.
         """
         uid, hosted, held = expert.uid, expert.hosted, expert.tenure.held
         if hosted is None or (held is not None and not expert.has_moved and self.files.find(uid, held.root)):
             assert held is not None
-            return held.root, held.size, held.version
+            return held.root, held.size, held.version, expert.progress
         state = await hosted.snapshot()
         state = with_recent_journal(state, since=self._version_before(expert, int(state["version"])))
 
         file = await self._server.call_aside(lambda: self.files.keep(uid, encode_state(state)))
         version = hosted.shared_version = int(state["version"])
-        expert.progress = version, state["num_accumulated"]
-        return file.root, file.size, version
+        return file.root, file.size, version, (version, state["num_accumulated"])
 
     @staticmethod
     def _version_before(expert: Tenured, version: int) -> int:

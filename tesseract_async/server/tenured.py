@@ -37,6 +37,10 @@ class Tenured:
     """The state that the run's owner named last."""
     unwritten: bytes | None = None
     """Data that the disk did not take, and must take before this server says anything."""
+    is_unsealed: bool = False
+    """Its state could not be sealed when that was due."""
+    silent_until: float = -math.inf
+    """Until then this primary leaves such an expert to its successors, which hold the last sealed state."""
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""

@@ -23,7 +23,7 @@ from tesseract_async.experts.membership import Permissions
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import MAX_MEMBERS
 from tesseract_async.experts.placement import Place
-from tesseract_async.experts.tenure import Tenure
+from tesseract_async.experts.tenure import BEATING, Tenure
 from tesseract_async.experts.tenure_words import (
     Command,
     Fetch,
@@ -304,7 +304,7 @@ class Tenures:
         question = Question(request.kind, request.epoch, boot, term, seal)
         answer = expert.tenure.ask(call.peer_id, question, *self._now())
         await self._carry_out(expert)
-        if expert.unwritten is not None:
+        if not expert.tenure.may.write:
             raise NotAllowed(f"nothing is said about {uid} here: the disk does not take what must be remembered")
         return Message(
             messages.encode(messages.TenureReply(answer.agrees, list(answer.held), [answer.term, answer.vote]))
@@ -363,10 +363,15 @@ class Tenures:
                     return False  # nobody was in touch for long
                 signed = True
                 await self._carry_out(expert)
+                if not tenure.may.write:
+                    return False  # its disk does not know that it gave the expert away: its successors elect one
                 reply = await self._call(uid, heir, "take_over", [signature, b""], timeout=self._call_timeout)
                 logger.info("%s was handed over to %s", uid, heir.short)
                 await self._see_term_of(expert, heir)
                 return reply is not None and reply.agrees
+            return False
+        except (CheckpointError, OSError) as error:
+            logger.error("%s could not be handed over: %s", uid, describe(error))
             return False
         finally:
             if not signed:
@@ -416,8 +421,8 @@ class Tenures:
         match command:
             case Persist(stored):
                 await self._remember(expert, stored)
-            case Publish() | Send() if expert.unwritten is not None:
-                pass  # it is as if it were cut off: what it promised is not on its disk
+            case Publish() | Send() if not expert.tenure.may.write:
+                pass  # it is as if it were cut off: what it promised, or its state, is not on its disk
             case Publish(records, past):
                 self._spawn(self.records.publish(expert.uid, dict(enumerate(records)) | dict(enumerate(past, 2))))
             case Send(peer, question):
@@ -455,7 +460,12 @@ class Tenures:
             expert.unwritten = stored
             if before is None:
                 logger.error("%s: this server says nothing until its disk takes it: %s", expert.uid, describe(error))
-        expert.tenure.may.write = expert.unwritten is None
+        self._let_write(expert)
+
+    def _let_write(self, expert: Tenured) -> None:
+        """Say whether the disk takes what must be there before this server says anything of the expert."""
+        is_silent = self._elapsed() < expert.silent_until and expert.tenure.state in BEATING
+        expert.tenure.may.write = expert.unwritten is None and not is_silent
 
     async def _send(self, expert: Tenured, peer: PeerID, asked: Question) -> None:
         sent, answer = self._elapsed(), None
@@ -568,6 +578,11 @@ class Tenures:
             await asyncio.sleep(0.1)
             for expert in list(self._experts.values()):
                 tenure, now = expert.tenure, self._elapsed()
+                if expert.is_unsealed:
+                    self._let_write(expert)
+                    if now - expert.sealed_at >= expert.authority.lease / 6:
+                        await self._try_to_seal(expert)
+                    continue
                 if not tenure.is_primary(now) or (expert.hosted is None and tenure.held is None):
                     continue
                 is_new = tenure.held is None or tenure.term is None or tenure.held.term != tenure.term.digest
@@ -577,11 +592,29 @@ class Tenures:
                     if not is_new and tenure.is_content and not expert.has_moved:
                         expert.sealed_at = now  # a Seal would say nothing
                         continue
-                    try:
-                        await self._seal(expert)
-                    except (CheckpointError, OSError) as error:
-                        logger.error("%s could not be sealed: %s", expert.uid, describe(error))
-                        expert.sealed_at = now
+                    await self._try_to_seal(expert)
+            num_unsealed = sum(one.is_unsealed for one in self._experts.values())
+            self._node.metrics.set("experts_unsealed", num_unsealed)
+
+    async def _try_to_seal(self, expert: Tenured) -> None:
+        """Seal the state. If the disk does not take it, the steps from now on are in nobody's file: a primary with
+        successors falls silent, and they elect another, which goes on from the last Seal. Where nobody does within
+        three leases, or there are none, it trains on, and tries again."""
+        try:
+            if expert.tenure.state in BEATING:
+                await self._seal(expert)
+            expert.is_unsealed, expert.silent_until = False, -math.inf
+        except (CheckpointError, OSError) as error:
+            now = expert.sealed_at = self._elapsed()
+            if not expert.is_unsealed:
+                expert.is_unsealed = True
+                others = expert.tenure.members
+                if others:  # later, what they have would be too old
+                    expert.silent_until = now + 3 * expert.authority.lease
+                what = "leaves it to its successors" if others else "trains on: what it trains now is lost if it dies"
+                logger.error("%s could not be sealed, and this server %s: %s", expert.uid, what, describe(error))
+        self._let_write(expert)
+        await self._carry_out(expert)
 
     def sync_every(self, authority: Authority) -> float:
         """Return the seconds between two Seals: the run's, or longer, where the upload rate does not suffice for all
@@ -596,8 +629,12 @@ class Tenures:
     async def _seal(self, expert: Tenured) -> Seal | None:
         """Write the state down, and sign for it. Raises: CheckpointError, OSError."""
         expert.sealed_at = self._elapsed()
-        root, size, version = await self.states.write(expert)
+        root, size, version, progress = await self.states.write(expert)
+        expert.silent_until = -math.inf  # the disk takes it
+        self._let_write(expert)
         seal = expert.tenure.seal(root, size, version, *self._now())
+        if seal is not None:
+            expert.progress = progress
         await self._carry_out(expert)
         return seal
 

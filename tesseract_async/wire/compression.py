@@ -46,9 +46,8 @@ def encode(tensor: torch.Tensor, codec: str) -> memoryview:
 
     Raises: ValueError for an unknown codec or a tensor that it does not take.
     """
-    is_plain = codec == "none" and tensor.dtype in CASTABLE and tensor.is_cpu and not tensor.is_neg()
-    if is_plain and tensor.nbytes < _LARGE and tensor.is_contiguous():
-        return _copied(tensor)  # as below, with half the dispatches
+    if codec == "none" and (found := small_bytes(tensor)) is not None:
+        return found  # as below, with half the dispatches
     if codec not in CODECS:
         raise ValueError(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
     if codec != "none" and not tensor.is_floating_point():
@@ -67,6 +66,12 @@ def encode(tensor: torch.Tensor, codec: str) -> memoryview:
         flat = _quantize(flat, BLOCK if codec == "uint8_blockwise" else flat.numel())
     # torch marks for good what `numpy()` has seen as shared with NumPy, and callers copy such inputs
     return _copied(flat) if flat.nbytes < _LARGE else memoryview(np.from_dlpack(flat.view(torch.uint8)))  # type: ignore[arg-type, unused-ignore]
+
+
+def small_bytes(tensor: torch.Tensor) -> memoryview | None:
+    """A copy of what codec ``none`` gives for it, if it is small, plain and lies in one piece on the CPU; else None."""
+    is_plain = tensor.dtype in CASTABLE and tensor.is_cpu and not tensor.is_neg()
+    return _copied(tensor) if is_plain and tensor.nbytes < _LARGE and tensor.is_contiguous() else None
 
 
 def _copied(tensor: torch.Tensor) -> memoryview:

@@ -334,6 +334,11 @@ def pack_tensors(
     return metas, buffers
 
 
+def plain_metas(tensors: Sequence[torch.Tensor]) -> list[Meta]:
+    """The metas that `pack_tensors` gives in codec ``none``."""
+    return [[DTYPE_NAMES[tensor.dtype], list(tensor.shape), "none"] for tensor in tensors]
+
+
 def may_unpack(metas: Value, specs: Sequence[TensorSpec]) -> bool:
     """Return whether unpacking these untrusted metas takes no more memory than tensors of `specs` would.
 

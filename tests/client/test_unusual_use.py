@@ -107,13 +107,14 @@ async def test_another_default_device_changes_nothing(node: FakeNode, monkeypatc
     expert = RemoteExpert(node, "ffn.0.0")
     gate = gate_with(node, "ffn", grid_size=(4, 4), in_features=8, k_best=2, latency_weight=0.1, rescale_backward=True)
     tokens: list[torch.device] = []
-    issue = autograd._Issue.apply
+    recorded = autograd._recorded
 
-    def watched(call: Any, token: torch.Tensor, *inputs: torch.Tensor) -> Any:
-        tokens.append(token.device)
-        return issue(call, token, *inputs)  # type: ignore[no-untyped-call]
+    def watched(function: type[torch.autograd.Function], *args: Any) -> tuple[torch.Tensor, ...]:
+        if function is autograd._Issue:
+            tokens.append(args[1].device)
+        return recorded(function, *args)
 
-    monkeypatch.setattr(autograd._Issue, "apply", watched)
+    monkeypatch.setattr(autograd, "_recorded", watched)
     x = torch.randn(2, 8, requires_grad=True)
     full = np.stack(np.divmod(np.arange(64 * 64), 64), 1)  # so many that they are chosen by prefix
     scores = torch.randn(3, 128)

@@ -48,7 +48,7 @@ class Engine:
         self.num_jobs -= 1
 
     def computes(self) -> bool:
-        return self.num_jobs > sum(not request._done.is_set() for request in list(self._waiting))
+        return self.num_jobs > sum(not request.is_done for request in list(self._waiting))
 
 
 class _Selector(selectors.DefaultSelector):  # type: ignore[valid-type, misc]

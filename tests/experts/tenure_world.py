@@ -174,6 +174,8 @@ class Server:
         world, life = self.world, self.life
         if isinstance(command, Persist):
             self.disk = command.stored
+        elif isinstance(command, Publish | Send) and not self.machine.may.write:
+            pass
         elif isinstance(command, Publish) and world.reaches_directory(self):
             for record in command.records:
                 world.publish(self.peer, record)
@@ -342,6 +344,8 @@ class World:
         def arrive() -> None:
             answer = target.machine.ask(sender.peer, question, self.now, target.wall)
             target.settle()
+            if not target.machine.may.write:
+                return
 
             def come_back() -> None:
                 if not answered:
@@ -374,6 +378,10 @@ class World:
                 numbers = [server.number for server in self.servers]
                 some = set(self.random.sample(numbers, self.random.randint(1, len(numbers) - 1)))
                 self.partition(some, set(numbers) - some, directory=numbers)
+            elif kind == "split, and the network with one part":
+                numbers = [server.number for server in self.servers]
+                some = set(self.random.sample(numbers, self.random.randint(1, len(numbers) - 1)))
+                self.partition(some, set(numbers) - some, directory=some)
             elif kind == "heal":
                 self.heal()
             self.run(self.random.uniform(0.0, 3 * self.authority.lease))

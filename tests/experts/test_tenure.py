@@ -2,6 +2,7 @@
 
 import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -71,11 +72,21 @@ def check_nothing_is_gone(world: World) -> None:
 @example(20653, 6)
 @example(6579, 7)
 def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
-    world = World(seed, num_servers)
+    agree_after(World(seed, num_servers), "split", 2 * LEASE)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.integers(5, 7))
+@example(48, 5)
+def test_all_agree_soon_after_faults_in_which_only_one_part_has_the_network(seed: int, num_servers: int) -> None:
+    agree_after(World(seed, num_servers), "split, and the network with one part", 5 * LEASE)
+
+
+def agree_after(world: World, split: str, seconds: float) -> None:
     world.begin()
-    world.fault(8, ("split", "heal", "kill", "restart", "stall"))
+    world.fault(8, (split, "heal", "kill", "restart", "stall"))
     world.end_faults()
-    assert world.run_until(lambda: len(world.views()) == 1, 2 * LEASE), world.describe()
+    assert world.run_until(lambda: len(world.views()) == 1, seconds), world.describe()
     assert world.run_until(world.agree, 10 * LEASE), world.describe()
     world.run(4 * LEASE)
     assert world.agree(), world.describe()
@@ -96,21 +107,44 @@ def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
 @example(5548, 3)
 @example(7895, 6)
 def test_of_three_members_no_two_answer_at_once_while_one_is_at_fault(seed: int, num_servers: int) -> None:
-    world = World(seed, num_servers)
+    answer_one_at_a_time(World(seed, num_servers), ("kill", "stall", "cut off"))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.integers(3, 6))
+@example(3, 6)
+@example(6, 5)
+@example(20, 3)
+@example(21, 4)
+@example(10504, 3)
+def test_no_two_answer_at_once_while_one_reaches_the_network_but_not_all_others(seed: int, num_servers: int) -> None:
+    answer_one_at_a_time(World(seed, num_servers), ("cut off, but for the network", "cut off from one", "disk full"))
+
+
+def answer_one_at_a_time(world: World, faults: Sequence[str]) -> None:
     world.begin()
     for _ in range(4):
         (leader,) = world.leaders
         members = [one for one in world.servers if one.peer in (leader.peer, *leader.machine.members)]
         one = world.random.choice(members)
-        match world.random.choice(("kill", "stall", "cut off")):
+        everybody = {server.number for server in world.servers}
+        match world.random.choice(faults):
             case "kill":
                 one.kill()
             case "stall":
                 world.stall(one, world.random.choice((0.1, 0.7, 1.0, 1.5, 10.0)) * LEASE)
+            case "cut off":
+                world.partition({one.number}, everybody - {one.number})
+            case "cut off, but for the network":
+                world.partition({one.number}, everybody - {one.number}, directory=everybody)
+            case "cut off from one":
+                other = world.random.choice([server for server in world.servers if server is not one])
+                world.partition(everybody - {one.number}, everybody - {other.number}, directory=everybody)
             case _:
-                world.partition({one.number}, {s.number for s in world.servers} - {one.number})
+                one.machine.may.write = False
         world.run(world.random.uniform(0.0, 4 * LEASE))
         world.end_faults()
+        one.machine.may.write = True
         assert world.run_until(lambda: world.agree() and world.has_members(3), 20 * LEASE), world.describe()
     assert not overlaps(world), overlaps(world)
 
@@ -195,6 +229,20 @@ def test_deaths_cost_what_was_not_sealed_and_no_more(num_kills: int) -> None:
         (heir,) = world.leaders
         lost = [at for at, server, step in world.acknowledged if server is leader and step not in heir.steps]
         assert not lost or died - min(lost) <= world.sync_every + LEASE / 3
+
+
+@pytest.mark.parametrize("num_servers", [2, 3])
+def test_a_primary_whose_disk_takes_nothing_is_followed_by_another_and_does_not_lead_beside_it(
+    num_servers: int,
+) -> None:
+    world = World(5, num_servers, skew=0.0)
+    leader = world.begin()
+    leader.machine.may.write = False
+    assert world.run_until(lambda: world.leaders not in ([], [leader]), 3 * LEASE), world.describe()
+    world.run(4 * LEASE)
+    assert len(world.leaders) == 1 and leader not in world.leaders and not overlaps(world)
+    leader.machine.may.write = True
+    assert world.run_until(world.agree, 2 * LEASE) and leader.aside, "its own steps are kept"
 
 
 # -- 4. handing over --------------------------------------------------------------------------------------------------

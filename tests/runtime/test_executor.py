@@ -103,6 +103,28 @@ class Fragile(nn.Module):
         return result
 
 
+def test_outputs_of_a_batch_are_encoded_as_one_array_for_all_who_asked() -> None:
+    backend = make_backend()
+    works = [work_of(backend, torch.randn(count, 4), None) for count in (1, 3, 2)]
+    outcomes = compute(Executor(), [whole(work) for work in works])
+    arrays = []
+    for work in works:
+        answer = answer_of(outcomes, work)
+        (x,) = answer.tensors
+        assert x is not None and answer.encoded is not None
+        (buffer,) = answer.encoded
+        arrays.append(buffer.obj)
+        assert bytes(buffer) == x.numpy().tobytes() and len(x) == work.num_rows
+    assert arrays[0] is arrays[1] is arrays[2]
+    for slices in (
+        [whole(works[0])],
+        [whole(work_of(backend, torch.randn(1, 4), torch.randn(1, 3), call_id=bytes([one]) * 16)) for one in (1, 2)],
+        [whole(work_of(backend, torch.randn(count, 4), None)) for count in (6000, 1)],
+    ):
+        for outcome in compute(Executor(), slices).values():
+            assert isinstance(outcome, WorkResult) and outcome.encoded is None, "alone, a backward, or large"
+
+
 @pytest.mark.parametrize("damping", [0.0, 1.0])
 def test_rows_of_a_block_and_their_weights_equal_requests_of_their_own(damping: float) -> None:
     backend, plain = (make_backend(staleness_damping=damping) for _ in range(2))

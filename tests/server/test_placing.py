@@ -132,9 +132,11 @@ async def test_nobody_gives_a_copy_up_for_those_who_only_say_that_they_have_one(
         leader, holder = (first, second) if first.leads(uid) else (second, first)
         numbers = [n for n in range(60, 90) if score(identity_of(n).peer_id, uid) < score(holder.node.peer_id, uid)]
         liars = [await stack.enter_async_context(joined(run, number, seeds)) for number in numbers[:3]]
-        age = leader.keeper.tenures.tenure(uid).held.age
+        epoch = leader.keeper.tenures.tenure(uid).epoch
         for liar in liars:
-            place = Place(liar.peer_id, 4, 16, parts={uid: MemberPart(MemberRole.FOLLOWS, *age)})
+            place = Place(
+                liar.peer_id, 4, 16, parts={uid: MemberPart(MemberRole.FOLLOWS, epoch, 2**20)}
+            )  # never far behind
             await say(liar, place)
         await until(lambda: f"does not show the state of {uid}" in caplog.text)
         rounds: list[str] = []

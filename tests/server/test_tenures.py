@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import itertools
 import shutil
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -205,6 +206,78 @@ async def test_a_member_whose_disk_is_full_does_not_lead_until_there_is_room(
         await until(lambda: second.leads)
         with contextlib.suppress(Exception):
             await killed.aclose()
+
+
+@contextlib.contextmanager
+def full(one: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Its disk takes no sealed file."""
+
+    def refuse(uid: str, pieces: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.keeper.tenures.files, "keep", refuse)
+        yield
+
+
+def is_unsealed(one: Host) -> bool:
+    return one.node.metrics.snapshot().get("experts_unsealed") == 1
+
+
+@pytest.mark.slow
+async def test_a_primary_that_cannot_seal_leaves_the_expert_to_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        seed = await stack.enter_async_context(ta.TesseractNode())
+        first = await stack.enter_async_context(host(HOSTS[0], [seed.address]))
+        second = await stack.enter_async_context(host(HOSTS[1], [seed.address]))
+        trainer = await stack.enter_async_context(member(HOSTS[2], [seed.address]))
+        await train(trainer, 3)
+        await until(lambda: bool(first.tenure.members) and second.version == 3)
+        with full(first, monkeypatch):
+            await train(trainer, 1)
+            await until(lambda: is_unsealed(first))
+            await until(lambda: not first.leads)
+            assert not second.leads
+            await until(lambda: second.leads)
+            assert second.version == 3, "nobody else had the fourth step"
+            await until(lambda: first.tenure.primary == second.node.peer_id)
+            await train(trainer, 2)
+        await until(lambda: first.version == second.version == 5)
+        await until(lambda: not is_unsealed(first))
+
+
+async def test_one_alone_that_cannot_seal_trains_on_and_seals_as_soon_as_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with host(HOSTS[0], []) as first:
+        with full(first, monkeypatch):
+            await train(first.node, 1)
+            await until(lambda: is_unsealed(first))
+            assert "trains on: what it trains now is lost if it dies" in caplog.text
+            await train(first.node, 1)
+            assert first.leads and await first.keeper.hand_over() == 0
+        await until(lambda: first.tenure.held is not None and first.tenure.held.version == 2)
+        await until(lambda: not is_unsealed(first))
+
+
+async def test_a_state_that_was_written_as_the_lease_ended_is_sealed_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with host(HOSTS[0], []) as first:
+        keep, written = first.keeper.tenures.files.keep, threading.Event()
+
+        def fenced_meanwhile(uid: str, pieces: Any) -> Any:
+            first.tenure.state = State.FENCED
+            written.set()
+            return keep(uid, pieces)
+
+        with full(first, monkeypatch):
+            await train(first.node, 1)
+            await until(lambda: "could not be sealed" in caplog.text)
+        with monkeypatch.context() as patch:
+            patch.setattr(first.keeper.tenures.files, "keep", fenced_meanwhile)
+            await until(written.is_set)
+        await until(lambda: first.tenure.held is not None and first.tenure.held.version == 1)
 
 
 async def test_a_handover_loses_and_doubles_no_step() -> None:
