@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Literal, Self
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
-from tesseract_async.endpoint.events import PartEvent
 from tesseract_async.errors import (
     ExpertNotFound,
     NotAllowed,
@@ -552,12 +551,10 @@ class TesseractNode(Uncopied):
         Raises: RuntimeError on another event loop than the node's.
         """
         uid = uid_of(body)
-        self._check_callee(peer, method, () if uid is None else (uid,))
-        if peer.peer_id == self.identity.peer_id:
+        endpoint = self.endpoint_towards(peer, method, () if uid is None else (uid,))
+        if endpoint is None:
             return self._call_own(method, body, buffers, timeout, priority)
-        return self._running.endpoint.call(
-            peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
-        )
+        return endpoint.call(peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority)
 
     async def _call_own(
         self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int
@@ -579,29 +576,10 @@ class TesseractNode(Uncopied):
     ) -> AsyncGenerator[Message, None]:
         """Send an ``expert.apply`` about the experts `uids`, and yield the parts of the reply; see `call_expert` and
         `Endpoint.call_parts`."""
-        self._check_callee(peer, APPLY, uids)
-        if peer.peer_id == self.identity.peer_id:
+        endpoint = self.endpoint_towards(peer, APPLY, uids)
+        if endpoint is None:
             return self._apply_own(self._own_call(APPLY, body, buffers, timeout, priority))
-        return self._running.endpoint.call_parts(
-            peer, APPLY, body, buffers, timeout=timeout, idempotent=True, priority=priority
-        )
-
-    def apply_into(
-        self,
-        peer: PeerAddress,
-        uids: Sequence[str],
-        body: object,
-        buffers: Sequence[Buffer],
-        sink: Callable[[PartEvent], None],
-        *,
-        timeout: float,
-        priority: int = 0,
-    ) -> Callable[[], None] | None:
-        """As `apply_experts`, without a task: see `Endpoint.call_into`. None also for this node itself."""
-        self._check_callee(peer, APPLY, uids)
-        if peer.peer_id == self.identity.peer_id:
-            return None
-        return self._running.endpoint.call_into(peer, APPLY, body, buffers, sink, timeout=timeout, priority=priority)
+        return endpoint.call_parts(peer, APPLY, body, buffers, timeout=timeout, idempotent=True, priority=priority)
 
     async def _apply_own(self, call: IncomingCall) -> AsyncGenerator[Message, None]:
         call.in_parts = True
@@ -614,8 +592,11 @@ class TesseractNode(Uncopied):
                 async for part in parts:
                     yield _copy(part)
 
-    def _check_callee(self, peer: PeerAddress, method: str, uids: Sequence[str]) -> None:
-        """Raises: PeerUnreachable for a peer that may not host one of these experts."""
+    def endpoint_towards(self, peer: PeerAddress, method: str, uids: Sequence[str]) -> Endpoint | None:
+        """Return the endpoint for a call about these experts to `peer`; None for this node itself.
+
+        Raises: PeerUnreachable for a peer that may not host one of them; RuntimeError on another event loop.
+        """
         self._check_loop()
         self.metrics.count("expert_calls", method=method)
         for uid in uids if self.trust.has_runs else uids[:1]:  # outside of runs, a peer may host all experts or none
@@ -623,6 +604,7 @@ class TesseractNode(Uncopied):
                 self.metrics.count("expert_calls_held_back", method=method)
                 refusal = NotAllowed(f"it may not host {uid}: nothing is sent there")
                 raise PeerUnreachable(peer.short, {"policy": refusal})
+        return None if peer.peer_id == self.identity.peer_id else self._running.endpoint
 
     def _own_call(
         self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int

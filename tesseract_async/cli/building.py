@@ -16,7 +16,7 @@ from tesseract_async.experts.run import RUNS, SignedRun
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.server.footprint import process_bytes
-from tesseract_async.server.registry import backend_of, build_all, make_backend
+from tesseract_async.server.registry import Built, backend_of, build_all, make_backend
 from tesseract_async.server.run_experts import backend_settings, build_run_backend, make_scheduler
 from tesseract_async.wire.packed import Value
 
@@ -134,17 +134,19 @@ class CheckpointBuilder(ExpertBuilder):
             rule = None if serving.optimizer is None else (serving.optimizer, rates)
             scheduler = make_scheduler(serving.schedule, dict(serving.schedule_option))
             settings = backend_settings(dict(serving.training), self._computing)
-            return {
-                uid: backend_of(
-                    lambda one=one: one,  # type: ignore[misc]
+
+            def make(_: str, build: Callable[[], Built], like: ExpertBackend | None) -> ExpertBackend:
+                return backend_of(
+                    build,
                     optimizer=rule,
                     scheduler=scheduler,
                     max_batch_size=serving.max_batch_size,
                     settings=settings,
                     spread=None,
+                    like=like,
                 )
-                for uid, one in experts.build(uids, trains=rule is not None).items()
-            }
+
+            return experts.build(uids, make, trains=rule is not None)
         manifest = run.manifest
         numbers = {name: manifest.sizes.get(name) for name in ("dtype", "master")}
         fields = manifest_fields(checkpoint, **numbers)  # type: ignore[arg-type]
@@ -152,10 +154,11 @@ class CheckpointBuilder(ExpertBuilder):
         manifest.check(fields | {f"sizes.{name}": value for name, value in sizes.items()}, run=run.full_name)
         checkpoint.shards = frozenset(manifest.shards)
         experts = CheckpointExperts(checkpoint, **numbers)  # type: ignore[arg-type]
-        return {
-            uid: build_run_backend(manifest, uid, computing=self._computing, build=lambda one=one: one)  # type: ignore[misc]
-            for uid, one in experts.build(uids, trains=manifest.optimizer is not None).items()
-        }
+
+        def make_of_run(uid: str, build: Callable[[], Built], like: ExpertBackend | None) -> ExpertBackend:
+            return build_run_backend(manifest, uid, computing=self._computing, build=build, like=like)
+
+        return experts.build(uids, make_of_run, trains=manifest.optimizer is not None)
 
 
 class SpreadBuilder(ExpertBuilder):

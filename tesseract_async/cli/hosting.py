@@ -335,7 +335,9 @@ class Hosting:
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
         with progress_bar("building experts", total=len(uids)) as advance:
-            return await self._builder.build_all(uids, self._run, on_built=lambda: advance(1))
+            built = await self._builder.build_all(uids, self._run, on_built=lambda: advance(1))
+        spare_the_collector()  # else it looks through them again and again while thousands are made known
+        return built
 
     @contextlib.asynccontextmanager
     async def _leading(self, link: MeshLink) -> AsyncIterator[None]:

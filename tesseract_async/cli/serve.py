@@ -59,6 +59,8 @@ async def command(
     def is_given(name: str) -> bool:
         return click.get_current_context().get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
+    if serving.hf_checkpoint is not None and is_given("expert_class"):
+        raise click.UsageError("--hf-checkpoint goes without --expert-class: its experts are the checkpoint's")
     if serving.hf_checkpoint is not None and not is_given("optimizer"):
         serving = dataclasses.replace(serving, optimizer="adamw")  # as Transformers trains
     if ":" in f"{serving.expert_class}{serving.shard}" or serving.allowed_modules:
@@ -73,7 +75,8 @@ async def command(
         from tesseract_async.cli.hosting import Hosting
 
     torch.set_num_threads(serving.threads)
-    with importing():  # a checkpoint's model is Transformers' own code
+    # a checkpoint's model is Transformers' own code, which has SciPy for a few losses: a tenth of the imports' time
+    with importing(without=() if serving.hf_checkpoint is None else ("scipy",)):
         builder = make_builder(serving, limits, keeps_learning_rate=is_given("learning_rate"))
     if isinstance(builder, SpreadBuilder) and not builder.leads:
         builder.follow()

@@ -332,6 +332,5 @@ class ExpertPool(nn.Module):
                     await directory.wait_warm(self._prefix)
             view = directory.live(self._prefix, self._size)
         if view is not None and (self._view is None or self._view[0] is not view):
-            found = ((expert, view.replicas.get((*self._layer, expert))) for expert in range(self.num_experts))
-            self._view = view, {(expert,): replicas for expert, replicas in found if replicas}
+            self._view = view, {(expert,): found for expert, found in view.replicas_under(self._layer).items()}
         return Candidates(self.uid_prefix, self._grid, {} if self._view is None else self._view[1])

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Protocol, TypeVar
 
 from tesseract_async.endpoint.call_table import Message
-from tesseract_async.endpoint.events import PartEvent
+from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.experts.directory import ExpertDirectory
 from tesseract_async.experts.thanks import Thanks
 from tesseract_async.identity import PeerID
@@ -65,18 +65,8 @@ class Node(Protocol):
     ) -> AsyncGenerator[Message, None]:
         """The parts of the reply to an `expert.apply` that names these experts."""
 
-    def apply_into(
-        self,
-        peer: PeerAddress,
-        uids: Sequence[str],
-        body: object,
-        buffers: Sequence[memoryview],
-        sink: Callable[[PartEvent], None],
-        *,
-        timeout: float,
-        priority: int = 0,
-    ) -> Callable[[], None] | None:
-        """As `apply_experts`, where a connection is there already: the parts go to `sink`. Returns what cancels it."""
+    def endpoint_towards(self, peer: PeerAddress, method: str, uids: Sequence[str]) -> Endpoint | None:
+        """The endpoint for a call about these experts to `peer`; None for this node itself. Raises: PeerUnreachable."""
 
 
 class PlainCalls(Uncopied):

@@ -24,7 +24,7 @@ from tesseract_async.errors import ProtocolError, TesseractError, TooStale
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.gradients import are_finite
 from tesseract_async.transport.base import PeerAddress
-from tesseract_async.wire.apply import ApplyPart, ApplyRequest, decode_part, encode_request
+from tesseract_async.wire.apply import APPLY, ApplyPart, ApplyRequest, decode_part, encode_request
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec, pack_tensors, unpack_plain
 
@@ -210,9 +210,14 @@ class Straight:
             self.is_sent = True
             for question in self._asked:
                 reply = _Reply(self, question)
-                cancel = node.apply_into(
-                    question.replicas[0].peer,
-                    [replica.uid for replica in question.replicas],
+                peer, uids = question.replicas[0].peer, [replica.uid for replica in question.replicas]
+                endpoint = node.endpoint_towards(peer, APPLY, uids)
+                if endpoint is None:  # this node itself
+                    self.end()
+                    return
+                cancel = endpoint.call_into(
+                    peer,
+                    APPLY,
                     question.body,
                     question.buffers,
                     reply.heard,

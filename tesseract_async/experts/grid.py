@@ -44,6 +44,12 @@ class Claim:
     owner: PeerID
     expiration: float
     manifest: Manifest
+    peer: PeerAddress = field(init=False)
+    """The owner, where the manifest says."""
+
+    def __post_init__(self) -> None:
+        peer = PeerAddress(self.owner, self.manifest.addresses, self.manifest.rendezvous)
+        object.__setattr__(self, "peer", peer)
 
     def rows_of(self, coords: tuple[int, ...]) -> list[int]:
         """The row of the manifest that holds these coordinates, in a list; empty if none does."""
@@ -53,11 +59,10 @@ class Claim:
 
     def replica(self, prefix: str, row: int, *, masks: Masks | None = None) -> ExpertReplica:
         uid = join_uid(prefix, self.manifest.coords[row].tolist())
-        peer = PeerAddress(self.owner, self.manifest.addresses, self.manifest.rendezvous)
         doubt = masks.doubt(self.owner, uid) if masks else 0
         epoch = 0 if self.manifest.epochs is None else int(self.manifest.epochs[row])
         return ExpertReplica(
-            uid, peer, self.manifest.sequence, self.expiration, bool(self.manifest.primary[row]), doubt, epoch
+            uid, self.peer, self.manifest.sequence, self.expiration, bool(self.manifest.primary[row]), doubt, epoch
         )
 
 
@@ -206,11 +211,23 @@ class GridView:
 
     def replicas_at(self, row: int) -> list[ExpertReplica]:
         """The replicas of the expert in this row of `coords`, best first (`rank_replicas`); never empty."""
-        start = self._starts[row]
-        stop = self._starts[row + 1] if row + 1 < len(self._starts) else len(self._rows)
-        rows = self._rows[start:stop].tolist()
-        claims = self._table.claims
-        return rank_replicas(claims[claim].replica(self.prefix, at, masks=self._masks) for claim, at in rows)
+        return self._replicas_in(range(row, row + 1))[0]
+
+    def replicas_under(self, first: Sequence[int]) -> dict[int, list[ExpertReplica]]:
+        """Return `replicas_at` of all experts whose coordinates are `first` and one more, by that one: a layer's."""
+        if len(first) != len(self.grid_size) - 1:
+            return {}
+        rows = _rows_at(self.coords, first)
+        numbers = self.coords[rows.start : rows.stop, -1].tolist()
+        return dict(zip(numbers, self._replicas_in(rows), strict=True))
+
+    def _replicas_in(self, rows: range) -> list[list[ExpertReplica]]:
+        """Return the replicas of the experts in these rows of `coords`, which are not empty."""
+        bounds = [*self._starts[rows.start : rows.stop + 1].tolist(), len(self._rows)]
+        found, claims = self._rows[bounds[0] : bounds[len(rows)]].tolist(), self._table.claims
+        each = [claims[claim].replica(self.prefix, at, masks=self._masks) for claim, at in found]
+        parts = [each[bounds[i] - bounds[0] : bounds[i + 1] - bounds[0]] for i in range(len(rows))]
+        return [part if len(part) == 1 else rank_replicas(part) for part in parts]
 
 
 class _Replicas(Mapping[tuple[int, ...], list[ExpertReplica]]):

@@ -103,7 +103,8 @@ class ExpertPublisher:
         """
         if self._closed:
             raise RuntimeError("this publisher is closed")
-        await self._plan(uids)  # raises before anything is sent
+        for prefix, experts in experts_by_grid(uids):
+            self._encode(prefix, experts)  # raises before anything is sent
         deadline = asyncio.get_running_loop().time() + self.settings.declare_timeout
         self._uids = dict(uids)
         if epochs is not None:
@@ -185,7 +186,7 @@ class ExpertPublisher:
             rendezvous=self._rendezvous,
             tag=self._trust.tag(prefix),
             grant=self._trust.own_grant(prefix),
-            epochs={split_uid(uid)[1]: epoch for uid, epoch in self._epochs.items() if split_uid(uid)[0] == prefix},
+            epochs={at[1]: epoch for uid, epoch in self._epochs.items() if (at := split_uid(uid))[0] == prefix},
         )
 
     async def _publish(self) -> int:

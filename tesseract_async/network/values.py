@@ -50,7 +50,7 @@ def _check(value: object, depth: int) -> None:
         return
     if isinstance(value, int):
         if not -(2**63) <= value < 2**64:
-            raise ValueError(f"an integer of {value.bit_length()} bits cannot be stored: 64 is most")
+            raise ValueError(f"an integer of {value.bit_length()} bits cannot be stored: at most 64 can be")
     elif isinstance(value, list | dict):
         if not depth:
             raise ValueError(f"a value may be nested {MAX_DEPTH} deep, and not in itself")

@@ -8,13 +8,14 @@ one step, and `step` hands the sum to the optimizer. So a batch that fails leave
 split over batches equals one that is not.
 """
 
+import copy
 import itertools
 import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -162,22 +163,8 @@ class ExpertBackend:
             )
         if scheduler is not None and isinstance(optimizer, torch.optim.Optimizer) != isinstance(scheduler, LRScheduler):
             raise ValueError("an optimizer and its scheduler are both given, or both made by functions")
-        self.module = module
-        self.host: object | None = None
-        """The server that hosts it at present."""
-        self.optimizer: torch.optim.Optimizer | None = None
-        """None for a frozen expert, and before it is made (`prepare`)."""
-        self.scheduler: LRScheduler | None = None
-        self._make_optimizer: MakesOptimizer | None = None
-        self._make_scheduler: MakesScheduler | None = None
-        self._said: Sequence[str] = []
-        self._schedule_ended = False
-        if optimizer is None or isinstance(optimizer, torch.optim.Optimizer):
-            self._take_optimizer(optimizer, scheduler if isinstance(scheduler, LRScheduler) else None)
-        else:
-            self._make_optimizer = optimizer
-            self._make_scheduler = None if isinstance(scheduler, LRScheduler) else scheduler
         self.settings = settings
+        self._begin(module, optimizer, scheduler)
         if isinstance(args_schema, TensorSpec):
             raise TypeError("args_schema has one schema per positional argument: for a single one, (spec,)")
         self.args_schema = tuple(args_schema)
@@ -192,22 +179,12 @@ class ExpertBackend:
         if self.input_specs[0].optional or first.optional:
             raise ValueError("an expert's first tensor, and the first of those whose sizes vary, is not optional")
         if len({spec.max_size for spec in self.input_specs if spec.varies}) > 1:
-            raise ValueError("all sizes that vary are one in a call, and have one max_size")
+            raise ValueError("all sizes that vary are equal in one call, and have the same max_size")
         if self.varies and (self.num_processes > 1 or settings.cuda_graphs):
             raise ValueError("sizes that vary, and optional tensors, go with neither CUDA graphs nor a mesh")
         wire.check_schema(self.args_schema, what="args_schema")
         wire.check_schema(self.kwargs_schema, what="kwargs_schema")
         self.max_batch_size = max_batch_size
-        self.version = 0
-        """Optimizer steps taken."""
-        self.applied: OrderedDict[bytes, int] = OrderedDict()
-        """The journal: the key of each applied backward (`server.answering.journal_key`), and the version after it."""
-        self.num_bare = 0
-        """The first keys, so many, are bare call ids of any trainer, from a checkpoint of version 0.1."""
-        self._bare: set[bytes] = set()
-        self.norms = UsualNorms()
-        """The usual norms of its gradients."""
-        self._gathered = GatheredGradients(settings.step_every, settings.trim_peers)
         self._runner = self._runner_type(
             module,
             inputs_schema=(self.args_schema, self.kwargs_schema),
@@ -225,11 +202,60 @@ class ExpertBackend:
         wire.check_schema(self.outputs_schema, what="the module's output")
         self.signature = repr((self.input_specs, self.output_specs, settings.codecs))
         """The same for experts that take and give the same, in the same codecs."""
+        self.terms = repr((self.inputs_schema, self.outputs_schema, settings))
+        """The same for experts that take and give the same, and are trained and computed in the same way."""
         if len(self.input_specs) + len(self.output_specs) > wire.MAX_TENSORS:
             raise ValueError(
                 f"an expert takes and returns at most {wire.MAX_TENSORS} tensors together; this one takes "
                 f"{len(self.input_specs)} and returns {len(self.output_specs)}: stack them"
             )
+
+    def another(
+        self,
+        module: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer | MakesOptimizer | None = None,
+        scheduler: LRScheduler | MakesScheduler | None = None,
+    ) -> Self:
+        """Return a new backend of a module that differs from this one's in numbers only: schemas, settings and what the
+        module was seen to do hold for both, and are not checked again. For thousands of experts of a checkpoint."""
+        made = copy.copy(self)
+        made._runner = self._runner.another(module)
+        made._begin(module, optimizer, scheduler)
+        return made
+
+    def _begin(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | MakesOptimizer | None,
+        scheduler: LRScheduler | MakesScheduler | None,
+    ) -> None:
+        """Begin all that is this expert's own."""
+        self.module = module
+        self.host: object | None = None
+        """The server that hosts it at present."""
+        self.optimizer: torch.optim.Optimizer | None = None
+        """None for a frozen expert, and before it is made (`prepare`)."""
+        self.scheduler: LRScheduler | None = None
+        self._make_optimizer: MakesOptimizer | None = None
+        self._make_scheduler: MakesScheduler | None = None
+        self._said: Sequence[str] = []
+        self._schedule_ended = False
+        self.version = 0
+        """Optimizer steps taken."""
+        self.applied: OrderedDict[bytes, int] = OrderedDict()
+        """The journal: the key of each applied backward (`server.answering.journal_key`), and the version after it."""
+        self.num_bare = 0
+        """The first keys, so many, are bare call ids of any trainer, from a checkpoint of version 0.1."""
+        self._bare: set[bytes] = set()
+        self.norms = UsualNorms()
+        """The usual norms of its gradients."""
+        self._gathered = GatheredGradients(self.settings.step_every, self.settings.trim_peers)
+        if optimizer is None or isinstance(optimizer, torch.optim.Optimizer):
+            self._take_optimizer(optimizer, scheduler if isinstance(scheduler, LRScheduler) else None)
+        else:
+            self._make_optimizer = optimizer
+            self._make_scheduler = None if isinstance(scheduler, LRScheduler) else scheduler
 
     def specs(self, size: int | None) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:
         """Return the specs of inputs and outputs in a call in which what varies has this size."""
@@ -460,7 +486,8 @@ class ExpertBackend:
 
     def to(self, device: torch.device) -> None:
         """Move the module and the optimizer's state."""
-        self.module.to(device)
+        if any([x.device != device for x in (*self.module.parameters(), *self.module.buffers())]):
+            self.module.to(device)
         if self.optimizer is not None:
             # load_state_dict puts every state tensor on its parameter's device
             self.optimizer.load_state_dict(self.optimizer.state_dict())

@@ -6,6 +6,7 @@ Copies get no gradient.
 """
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,13 +50,8 @@ class ModuleRunner:
         keeps_buffers: bool,
     ) -> None:
         self.name = type(module).__name__
-        self._module = module
-        self._callable: Callable[..., object] = module
-        if compile_mode is not None:
-            try:
-                self._callable = torch.compile(module, mode=compile_mode)
-            except RuntimeError as error:  # its sentence names the modes that there are
-                raise ValueError(f"torch.compile: {error}") from error
+        self._module, self._compile_mode = module, compile_mode
+        self._callable: Callable[..., object] = self._compiled(module)
         self._inputs_schema = inputs_schema
         self._sizes = tuple(sorted(sizes))
         self._pads = bool(sizes) and (compile_mode is not None or cuda_graphs)
@@ -77,6 +73,23 @@ class ModuleRunner:
         """False for a module that refuses inputs that require gradients."""
         self.outputs_schema: Schema = self._dry_run() if outputs_schema is None else outputs_schema
         self.output_specs: list[TensorSpec] = wire.flatten(self.outputs_schema)
+
+    def another(self, module: nn.Module) -> "ModuleRunner":
+        """Return a runner of a module that differs from this one's in numbers only: their habits are the same, and one
+        of them is watched for all."""
+        made = copy.copy(self)
+        made.name, made._module, made._callable = type(module).__name__, module, self._compiled(module)
+        made._absent, made._graphs = (), {}
+        return made
+
+    def _compiled(self, module: nn.Module) -> Callable[..., object]:
+        if self._compile_mode is None:
+            return module
+        try:
+            compiled: Callable[..., object] = torch.compile(module, mode=self._compile_mode)
+            return compiled
+        except RuntimeError as error:  # its sentence names the modes that there are
+            raise ValueError(f"torch.compile: {error}") from error
 
     def is_stochastic(self, training: bool) -> bool:
         return self._habits[training].draws if self._stochastic is None else self._stochastic

@@ -186,7 +186,8 @@ def _checked(built: object, name: str) -> Built:
     return built
 
 
-def _signature(builder: Builder) -> inspect.Signature:
+@functools.lru_cache(maxsize=64)
+def _signature(builder: Callable[..., object]) -> inspect.Signature:
     try:
         return inspect.signature(builder)
     except (TypeError, ValueError):  # some of C have none
@@ -325,10 +326,12 @@ def backend_of(
     max_batch_size: int,
     settings: BackendSettings,
     spread: Spread | None,
+    like: ExpertBackend | None = None,
 ) -> ExpertBackend:
     """Return the backend of what `build` returns, in this process or spread over several.
 
-    `optimizer`: its name and options. Raises: as `optimizer_maker`, `ExpertBackend`, `MeshBackend`, `build`.
+    `optimizer`: its name and options. `like`: one with the same settings whose module differs in numbers only, which
+    spares looking at this one. Raises: as `optimizer_maker`, `ExpertBackend`, `MeshBackend`, `build`.
     """
     if spread is not None:
         from tesseract_async.runtime.mesh import MeshBackend  # torch.distributed takes its time
@@ -349,6 +352,8 @@ def backend_of(
         )
     module, args_schema = build()
     maker = None if optimizer is None else optimizer_maker(optimizer[0], module, optimizer[1])
+    if like is not None:
+        return like.another(module, optimizer=maker, scheduler=None if maker is None else scheduler)
     return ExpertBackend(
         module,
         optimizer=maker,
@@ -383,7 +388,7 @@ def optimizer_maker(name: str | None, module: nn.Module, options: Mapping[str, S
     given.setdefault("fused", True)  # one kernel for all parameters: a third of the time on a CPU
     kind = OPTIMIZERS[name]
     try:
-        inspect.signature(kind).bind(parameters, **given)
+        _signature(kind).bind(parameters, **given)
     except TypeError as error:
         raise ValueError(f"{name} does not take its options: {error}") from None
     return functools.partial(kind, parameters, **given)

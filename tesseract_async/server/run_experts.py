@@ -74,12 +74,14 @@ def build_run_backend(
     max_bytes: int | None = None,
     spread: Spread | None = None,
     build: Callable[[], Built] | None = None,
+    like: ExpertBackend | None = None,
 ) -> ExpertBackend:
     """Return the expert, ready to be hosted, checked against the manifest's schemas.
 
     `computing`: the `BackendSettings` that are each volunteer's own business, such as ``compile_mode``. `max_bytes`: of
     the expert with gradients and optimizer, by default this computer's memory. `spread`: over which processes. `build`
-    makes the module in place of the manifest's builder, which knows no checkpoint: its weights are zeros then.
+    makes the module in place of the manifest's builder, which knows no checkpoint: its weights are zeros then. `like`:
+    another one of this manifest, whose module differs in numbers only.
 
     Raises: ValueError if it is not allowed, is too large, or asks for what this version does not have; RunMismatch if
     its schemas are others.
@@ -95,8 +97,10 @@ def build_run_backend(
             max_batch_size=max_batch_size,  # type: ignore[arg-type]
             settings=backend_settings(options, computing),
             spread=spread,
+            like=like,
         )
-    manifest.check(schemas_of(backend))
+    if like is None:
+        manifest.check(schemas_of(backend))
     return backend
 
 

@@ -4,10 +4,11 @@ A run's manifest says what an expert is by the name of its class in Transformers
 model's configuration; where the first weights come from, by the SHA-256 of each file that holds some.
 """
 
+import copy
 import importlib
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
@@ -15,10 +16,14 @@ from torch.nn import functional as F
 
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.run import Scalar
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.registry import Built, expert_builder
 from tesseract_async.transformers.families import gate_of, is_experts, library, num_experts_of
 from tesseract_async.transformers.shards import Checkpoint
 from tesseract_async.wire.tensors import DTYPE_NAMES, DTYPES, TensorSpec
+
+MakesBackend = Callable[[str, Callable[[], Built], ExpertBackend | None], ExpertBackend]
+"""Makes the backend of a uid of what a function builds, perhaps like another one (`registry.backend_of`)."""
 
 _FAMILY: Final = re.compile(r"([a-z0-9_]+)\.([A-Za-z0-9_]+)")
 
@@ -39,11 +44,20 @@ class CheckpointExpert(nn.Module):
             if not name.startswith("_") and isinstance(value, bool | int | float):
                 setattr(self, name, value)
         if isinstance(act := getattr(family, "act_fn", None), nn.Module):
-            self.act_fn = act
+            self.act_fn = copy.copy(act)  # its own: one that is shared would take its mode from another expert
         self.apply_gate = gate_of(family)
         self.row_dtype = dtype
         for name, x in tensors.items():
             self.register_parameter(name, nn.Parameter(x, requires_grad=trains))
+
+    def another(self, tensors: Mapping[str, torch.Tensor], *, trains: bool) -> Self:
+        """Return one that differs in its `tensors` only, in an eighth of the time."""
+        made = type(self).__new__(type(self))
+        own = vars(self).items()
+        vars(made).update({name: value.copy() if isinstance(value, dict | set) else value for name, value in own})
+        made._modules = {name: copy.copy(part) for name, part in self._modules.items()}
+        made._parameters = {name: nn.Parameter(x, requires_grad=trains) for name, x in tensors.items()}
+        return made
 
     @property
     def outputs_schema(self) -> TensorSpec:
@@ -170,11 +184,12 @@ class CheckpointExperts:
         self._dtype = checkpoint.dtype if dtype is None else DTYPES[dtype]
         self._master = self._dtype if not master else DTYPES[master]
 
-    def build(self, uids: Iterable[str], *, trains: bool) -> dict[str, Built]:
-        """Read these experts, ``PREFIX.LAYER.EXPERT``, whose parameters are views of one tensor per layer and name.
+    def build(self, uids: Iterable[str], make: MakesBackend, *, trains: bool) -> dict[str, ExpertBackend]:
+        """Read these experts, ``PREFIX.LAYER.EXPERT``, whose parameters are views of one tensor per layer and name, and
+        have `make` make a backend of each.
 
         Blocking. Raises: ValueError for uids that are no expert of the model, or files that do not hold them, or are
-        not the run's.
+        not the run's; what `make` raises.
         """
         wanted: dict[int, dict[int, str]] = {}
         for uid in uids:
@@ -184,11 +199,34 @@ class CheckpointExperts:
             wanted.setdefault(coords[0], {})[coords[1]] = uid
         numbers = {layer: sorted(found) for layer, found in sorted(wanted.items())}
         read = self.checkpoint.read(numbers, self._master)
-        built: dict[str, Built] = {}
+        made: dict[str, ExpertBackend] = {}
+        first: dict[Hashable, tuple[CheckpointExpert, ExpertBackend]] = {}
         for layer, experts in numbers.items():
-            family = self.checkpoint.layers[layer].module
-            for row, expert in enumerate(experts):
-                own = {name: x[row] for name, x in read[layer].items()}
-                module = CheckpointExpert(family, own, self._dtype, trains=trains)
-                built[wanted[layer][expert]] = module, (module.outputs_schema,)
-        return built
+            family, tensors = self.checkpoint.layers[layer].module, read.pop(layer)
+            kind = _kind_of(family), *((name, x.shape[1:]) for name, x in tensors.items())
+            columns = [x.unbind() for x in tensors.values()]
+            for expert, *own in zip(experts, *columns, strict=True):
+                named, uid = dict(zip(tensors, own, strict=True)), wanted[layer][expert]
+                module, like = first.get(kind, (None, None))
+                if module is None:
+                    module = CheckpointExpert(family, named, self._dtype, trains=trains)
+                else:
+                    module = module.another(named, trains=trains)
+                built = module, (module.outputs_schema,) if like is None else like.args_schema
+                backend = made[uid] = make(uid, lambda built=built: built, like)  # type: ignore[misc]
+                if like is None:
+                    first[kind] = module, backend
+        return made
+
+
+def _kind_of(experts: nn.Module) -> Hashable:
+    """Return what an expert of such a module has besides its tensors: equal where experts differ in numbers only."""
+    act = getattr(experts, "act_fn", None)
+    parts = [experts, *(act.modules() if isinstance(act, nn.Module) else ())]
+    usual = vars(nn.Module())
+    own = [(type(part), [(name, x) for name, x in vars(part).items() if name not in usual]) for part in parts]
+    plain = bool | int | float | str
+    return tuple(
+        (kind, tuple((name, (type(x), x) if isinstance(x, plain) else id(x)) for name, x in attributes))
+        for kind, attributes in own
+    )

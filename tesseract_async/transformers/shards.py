@@ -208,6 +208,23 @@ class _Rows:
         return str(self._part.get_dtype())
 
 
+class _Renames:
+    """Gives the tensors of experts their parameters' names: a conversion turns those of all of a layer into one."""
+
+    def __init__(self, rename: Callable[..., tuple[str, str | None]]) -> None:
+        self._rename = rename
+        self._known: dict[str, tuple[str, str | None]] = {}
+
+    def __call__(self, key: str, renamings: Any, converters: Any, *args: Any, **kwargs: Any) -> tuple[str, str | None]:
+        alike = _OF_EXPERT.sub(".experts.*.", key) if converters else key
+        found = self._known.get(alike)
+        if found is None:
+            found = self._rename(key, renamings, converters, *args, **kwargs)
+            if alike != key and found[1] is not None and not _OF_EXPERT.search(found[0]):
+                self._known[alike] = found
+        return found
+
+
 class _Copies:
     """Copies conversions.
 
@@ -238,19 +255,22 @@ def _copied(one: Any) -> Any:
 def _quietly() -> Iterator[None]:
     """Have Transformers read one tensor after the other, when it is needed, and say nothing meanwhile.
 
-    It copies a conversion for every name in the files, to the depth: half of the time for thousands of experts.
+    It copies a conversion for every name in the files, to the depth, and matches each name with patterns: most of the
+    time for thousands of experts.
     """
     from transformers import core_model_loading
     from transformers.utils import logging
 
     before, shown = os.environ.get(_SEQUENTIAL), logging.is_progress_bar_enabled()
     copies, core_model_loading.deepcopy = core_model_loading.deepcopy, _Copies()
+    rename = core_model_loading.rename_source_key
+    core_model_loading.rename_source_key = _Renames(rename)
     os.environ[_SEQUENTIAL] = "1"
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        core_model_loading.deepcopy = copies
+        core_model_loading.deepcopy, core_model_loading.rename_source_key = copies, rename
         if before is None:
             del os.environ[_SEQUENTIAL]
         else:

@@ -1,6 +1,7 @@
 """A mixture model of Transformers whose experts two servers on this computer host, against the same model whole.
 
-All processes have one thread each. The second part lets every call of a layer wait for a made-up round trip.
+All processes have one thread each. The second part lets every call of a layer wait for a made-up round trip; the third
+starts one server with 6,144 small experts.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,13 +24,14 @@ NUM_LAYERS, NUM_EXPERTS, TOP_K, WIDTH = 4, 32, 8, 1024
 PROMPT, NUM_PAIRS = 256, 5
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, *, width: int = WIDTH, num_layers: int = NUM_LAYERS, num_experts: int = NUM_EXPERTS) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=1024, hidden_size=WIDTH, num_hidden_layers=NUM_LAYERS, num_attention_heads=16,
-        num_key_value_heads=4, head_dim=64, intermediate_size=WIDTH, moe_intermediate_size=512,
-        num_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=True, max_position_embeddings=1024,
+        "qwen3_moe", vocab_size=1024, hidden_size=width, num_hidden_layers=num_layers, num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 256), head_dim=64, intermediate_size=width,
+        moe_intermediate_size=width // 2, num_experts=num_experts,
+        num_experts_per_tok=TOP_K, norm_topk_prob=True, max_position_embeddings=1024,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -37,35 +40,50 @@ def make(folder: Path) -> None:
 @contextlib.contextmanager
 def servers(folder: Path) -> Iterator[list[str]]:
     """Two, with half of each layer's experts; their addresses."""
-    half, addresses, started = NUM_EXPERTS // 2, [], []
-    try:
+    half, training = NUM_EXPERTS // 2, ["--optimizer", "adamw", "--step", "lockstep"]
+    with contextlib.ExitStack() as stack:
+        addresses: list[str] = []
         for first in (0, half):
             pattern = f"m.[0:{NUM_LAYERS}].[{first}:{first + half}]"
             peers = ["--initial-peers", addresses[0]] if addresses else []
-            command = [
-                sys.executable,
-                "-m",
-                "tesseract_async",
-                "serve",
-                "--hf-checkpoint",
-                str(folder),
-                "--threads",
-                "1",
-            ]
-            command += ["--experts", pattern, "--optimizer", "adamw", "--step", "lockstep", "--port", "0", *peers]
-            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-            assert started[-1].stdout is not None
-            found = None
-            while found is None:
-                line = started[-1].stdout.readline()
-                assert line, "a server did not start"
-                found = re.search(r"served at ([\d.]+:\d+)", line)
-            addresses.append(found[1])
+            addresses.append(stack.enter_context(server(folder, pattern, *training, *peers)))
         yield addresses
+
+
+@contextlib.contextmanager
+def server(folder: Path, pattern: str, *more: str) -> Iterator[str]:
+    """Its address."""
+    command = [sys.executable, "-m", "tesseract_async", "serve", "--hf-checkpoint", str(folder), "--threads", "1"]
+    command += ["--experts", pattern, "--port", "0", *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        found = None
+        while found is None:
+            line = process.stdout.readline()
+            assert line, "a server did not start"
+            found = re.search(r"served at ([\d.]+:\d+)", line)
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop it
+        yield found[1]
     finally:
-        for process in started:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
+
+
+def many(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    make(folder, width=64, num_layers=48, num_experts=128)
+    began, ids = time.perf_counter(), torch.arange(1, 9)[None]
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(server(folder, "m.[0:48].[0:128]", "--optimizer", "none"))
+        emit("6,144 experts, server up", time.perf_counter() - began, "s", "<= 5")
+        node = stack.enter_context(ta.BackgroundNode(initial_peers=[address]))
+        with ta.transformers.remote_experts(node, "m"):
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            emit("6,144 experts, first forward", seconds(lambda: model(ids)), "s", "<= 0.5")
+            emit("6,144 experts, second forward", seconds(lambda: model(ids)), "s", "")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -134,6 +152,7 @@ def main() -> None:
                 took = min(seconds(ours["decode"]) for _ in range(2)) / 16
                 share = (alone + NUM_LAYERS * round_trip) / took
                 emit(f"decode at {round_trip * 1e3:g} ms, share of what waiting allows", share, "", ">= 0.8")
+        many(Path(folder) / "many")
 
 
 if __name__ == "__main__":

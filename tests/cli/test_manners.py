@@ -43,6 +43,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         (("top",), 2, "Missing option '--initial-peers'"),
         (("top", "-p", NOBODY, "--json"), 2, "--json goes with --once"),
         (("serve", "--experts", "ffn.0", "--shard", "fsdp", "--step", "lockstep"), 2, "--shard goes with one --device"),
+        (
+            ("serve", "--experts", "m.0.0", "--hf-checkpoint", str(ROOT), "--expert-class", "ffn"),
+            2,
+            "--hf-checkpoint goes without --expert-class",
+        ),
         (("serv",), 2, "did you mean 'serve'?"),
         (("swarm-status",), 2, "there are bench, call, dashboard"),
         (("serve", "--experts", "ffn.0", "--hots", "x"), 2, "Did you mean"),

@@ -95,6 +95,9 @@ class FakeView:
     def __len__(self) -> int:
         return len(self.coords)
 
+    def replicas_under(self, first: Sequence[int]) -> dict[int, list[FakeReplica]]:
+        return {at[-1]: found for at, found in self.replicas.items() if at[:-1] == tuple(first)}
+
 
 class FakeDirectory:
     """Warm at once unless `cold`; failed replicas are masked."""

@@ -228,7 +228,10 @@ class Wire:
     def path(self, peer: object) -> None:
         return None
 
-    def apply_into(self, peer: Any, uids: Any, body: Any, buffers: Any, sink: Any, **_: Any) -> Callable[[], None]:
+    def endpoint_towards(self, *_: object) -> "Wire":
+        return self
+
+    def call_into(self, peer: Any, method: str, body: Any, buffers: Any, sink: Any, **_: Any) -> Callable[[], None]:
         self.sent.append((body, [memoryview(bytes(one)) for one in buffers], sink))
 
         def cancel() -> None:

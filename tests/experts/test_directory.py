@@ -194,6 +194,10 @@ async def test_a_watched_grid_follows_the_swarm() -> None:
     later = subject.live("ffn")
     assert later is not None and later.version > view.version
     assert len(later.replicas[(3, 7)]) == 2
+    for number in range(9):
+        under = {coords[1]: found for coords, found in later.replicas.items() if coords[0] == number}
+        assert later.replicas_under((number,)) == under
+    assert later.replicas_under(()) == {} and later.replicas_under((3, 7)) == {}
     await first.aclose()
     await swarm.until(lambda: coords() == [[3, 7], [7, 7]])
     await second.aclose()

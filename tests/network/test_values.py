@@ -70,7 +70,7 @@ def test_signs_and_not_a_number_stay() -> None:
         (msgpack.Timestamp(1), TypeError, "of type Timestamp"),
         ([memoryview(b"abcd")[::2]], TypeError, "side by side"),
         (2**64, ValueError, "65 bits"),
-        ({"a": [-(2**63) - 1]}, ValueError, "64 bits|64 is most"),
+        ({"a": [-(2**63) - 1]}, ValueError, "bits cannot be stored: at most 64"),
         ("\ud800", ValueError, "lone surrogates"),
         ({"\ud800": 1}, ValueError, "lone surrogates"),
         ({math.nan: 1}, ValueError, "come back equal"),

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import SchemaMismatch
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.gradients import add_gradients
+from tesseract_async.runtime.watching import call_watched
 from tesseract_async.wire.tensors import TensorSpec
 
 
@@ -318,3 +319,39 @@ def test_dense_and_sparse_gradients_add_up_in_any_order() -> None:
         summed = add_gradients([left], [right])
         assert summed is not None and summed[0] is not None
         torch.testing.assert_close(summed[0].to_dense(), dense + torch.eye(3, 2))
+
+
+def test_another_expert_of_its_kind_is_its_own_and_is_not_watched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_watched = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_watched
+        num_watched += 1
+        return call_watched(*args, **kwargs)
+
+    def make(module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(module.parameters(), lr=0.1)
+
+    monkeypatch.setattr("tesseract_async.runtime.module_runner.call_watched", counted)
+    modules = [nn.Linear(4, 4) for _ in range(3)]
+    spec = TensorSpec((4,))
+    settings = BackendSettings(step_every=2)
+    first = ExpertBackend(
+        modules[0], optimizer=make(modules[0]), args_schema=(spec,), outputs_schema=spec, settings=settings
+    )
+    second = first.another(modules[1], optimizer=lambda: make(modules[1]))
+    frozen = first.another(modules[2])
+    x = torch.randn(3, 4)
+    for backend, module in zip((first, second, frozen), modules, strict=True):
+        assert torch.equal(backend.forward([x])[0], module(x)) and backend.may_be_grouped(training=False)
+    assert num_watched == 1 and (first.trains, second.trains, frozen.trains) == (True, True, False)
+    for call_id in (b"a" * 16, b"b" * 16):
+        _, gradients = second.gradients([x], [torch.ones(3, 4)])
+        second.step(gradients, [call_id])
+    assert second.progress == (1, 0) and first.progress == frozen.progress == (0, 0)
+    assert len(second.applied) == 2 and not first.applied and not frozen.applied
+    second.name = "second"
+    assert first.name == "Linear"
+    assert second.state()["module"].keys() == first.state()["module"].keys()
+    with pytest.raises(ValueError, match="not parameters of the expert.s module"):
+        first.another(modules[2], optimizer=make(modules[1]))

@@ -1,7 +1,7 @@
 """Servers with the experts of a tiny checkpoint, and a node beside them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.server.registry import backend_of
+from tesseract_async.server.registry import Built, backend_of
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.transformers.serving import CheckpointExperts
 from tesseract_async.transformers.shards import Checkpoint
@@ -44,17 +44,19 @@ def build(
     master: str | None = None,
 ) -> dict[str, ExpertBackend]:
     """Experts as `tesseract serve` makes them."""
-    experts = CheckpointExperts(checkpoint, dtype=dtype, master=master).build(uids, trains=optimizer is not None)
-    return {
-        uid: backend_of(
-            lambda one=one: one,  # type: ignore[misc]
+    experts = CheckpointExperts(checkpoint, dtype=dtype, master=master)
+
+    def make(_: str, build: Callable[[], Built], like: ExpertBackend | None) -> ExpertBackend:
+        return backend_of(
+            build,
             optimizer=None if optimizer is None else (optimizer, {"learning_rate": 1e-3}),
             max_batch_size=4096,
             settings=BackendSettings(stochastic=False, lockstep=lockstep),
             spread=None,
+            like=like,
         )
-        for uid, one in experts.items()
-    }
+
+    return experts.build(uids, make, trains=optimizer is not None)
 
 
 @contextlib.contextmanager
