@@ -32,7 +32,7 @@ Outputs = Sequence[torch.Tensor]
 
 MAX_PENDING_BYTES: Final = 64 << 20
 MAX_FINDINGS: Final = 256
-_TOLERANCES: Final = {
+TOLERANCES: Final = {
     "none": 0.03,
     "fp16": 0.03,
     "bf16": 0.04,
@@ -257,7 +257,7 @@ def tolerance(forward: Forward, outputs: Outputs) -> float:
     """The deviation below which two answers count as equal, by how the outputs travel and by their dtype."""
     codec = settle(forward.schema.codecs, forward.options.codecs).outputs
     halves = any(x.dtype in (torch.float16, torch.bfloat16) for x in outputs)
-    return max(_TOLERANCES[codec], _HALF_TOLERANCE if halves else 0.0)
+    return max(TOLERANCES[codec], _HALF_TOLERANCE if halves else 0.0)
 
 
 def _differ(sample: _Sample, answer: Outputs) -> bool:

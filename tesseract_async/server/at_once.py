@@ -19,6 +19,7 @@ from tesseract_async.runtime.gradients import are_finite
 from tesseract_async.runtime.work import JointWork, WorkResult
 from tesseract_async.server.answering import ExpertCalls, priority_of, told_of
 from tesseract_async.server.hosted import HostedState
+from tesseract_async.tasks import PromptFuture
 from tesseract_async.wire.apply import APPLY, ApplyPart, ApplyRequest, encode_part
 from tesseract_async.wire.tensors import pack_tensors, unpack_plain
 
@@ -53,10 +54,10 @@ class AtOnce:
         self._loop = asyncio.get_running_loop()
         self._hosted, self._calls, self._work, self._again = hosted, calls, work, again
         self._task: asyncio.Task[Message] | None = None
-        self._message: asyncio.Future[Message] = self._loop.create_future()
+        self._message: PromptFuture[Message] = PromptFuture(loop=self._loop)
         self._is_open = True
         calls.entered()
-        work.answer.add_done_callback(self._computed)
+        work.answer.add_listener(self._computed)
 
     def deferred(self) -> Deferred[Message]:
         return Deferred(self._message, finish=self._message.result, cancel=self._withdraw)
@@ -94,7 +95,6 @@ class AtOnce:
         """Nobody waits for it any more."""
         if self._is_open:
             self._end()
-            self._work.answer.remove_done_callback(self._computed)
             self._hosted[0].runtime.withdraw(self._work)
             if self._task is not None:
                 self._task.cancel()

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.client.audits import MAX_PENDING_BYTES, Verdict, deviation
+from tesseract_async.client.audits import MAX_PENDING_BYTES, TOLERANCES, Verdict, deviation
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY
+from tesseract_async.wire.codecs import CODECS
 from tests.client.fake_node import FakeNode, FakeReplica, gate_with
 from tests.client.virtual_time import in_made_up_time
 
@@ -286,3 +287,7 @@ async def test_of_a_gate_that_audits_little_most_experts_are_asked_together() ->
     with torch.no_grad():
         await gate(torch.randn(4, 8))
     assert [len(asked.ids) for _, asked in node.messages] == [2]
+
+
+def test_answers_in_every_codec_can_be_compared() -> None:
+    assert TOLERANCES.keys() == {*CODECS}
