@@ -478,6 +478,9 @@ class SharedParameters(Uncopied, Generic[M]):
             return 0
         if arrived.counted:
             part.steps_then = part.steps_sent
+            waited = self._own_steps - part.steps_sent
+            if waited < self.every:  # the others push later: a little later next time, the answer is that much fresher
+                part.due_at += waited // 2
         elif part.steps_sent > part.steps_then:  # its base was too old: again, from the new one, before that is, too
             part.due_at = self._own_steps
         part.steps = arrived.steps

@@ -223,6 +223,26 @@ async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytes
         assert part.due_at == second._own_steps  # the next step pushes again
 
 
+async def test_who_waited_for_the_others_pushes_later_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ask, others_push = make_model(1), shared_pieces.SharedPieces.ask, asyncio.Event()
+
+    async def waiting(*some: Any) -> Any:
+        await others_push.wait()
+        return await ask(*some)
+
+    monkeypatch.setattr(shared_pieces.SharedPieces, "ask", waiting)
+    others_push.set()
+    async with sharing(model, every=16) as (_, shared):
+        others_push.clear()
+        part = shared._parts[0]
+        first = part.due_at
+        await steps(shared, first + 8, 1)
+        others_push.set()
+        await shared._wait_answers()
+        await steps(shared, 1, 2)
+        assert part.due_at == first + 16 + 4  # nine steps after its push the answer was added
+
+
 async def test_outside_of_it_nothing_is_shared_in_silence() -> None:
     model = make_model(1)
     async with ta.TesseractNode() as node:

@@ -183,7 +183,9 @@ class Duty:
         held = self.held
         in_line = held is not None and self.lineage.is_in_line(held, best)
         if held is not None and (self.state is not State.ASIDE or (in_line and not self._has_own_steps)):
-            member = State.FOLLOWING if self.me in seal.members else State.HOLDING
+            # an adopter may have gone on from an older Seal, and given up: who holds a later one elects by that
+            members = max(held, seal, key=lambda one: one.age).members
+            member = State.FOLLOWING if self.me in members else State.HOLDING
             self.state = member if in_line else State.ASIDE
         is_newer = held is None or not in_line or held.age < seal.age
         if held is not None and in_line and is_newer and not self._has_own_steps and held.root == seal.root:

@@ -392,6 +392,9 @@ class Tenure(Duty):
                 return
             if poll.is_led:  # only this server was cut off: by the next time, its own vote binds it no more
                 self._member.heard = now
+            if not all_gone and (best := self.lineage.best) is not None:  # they may go by a Term that this Seal refutes
+                seal = self.lineage.own_seal_of(best) or held
+                self._commands.append(Publish((best.blob, seal.blob), past=tuple(self.lineage.line(best)[-MAX_PAST:])))
             self._give_up(now)
             if all_gone:
                 self._retry_adopting(now)

@@ -175,8 +175,8 @@ class Rounds:
         return statistics.median_low(periods) if len(periods) >= JUDGED_FROM else 0.0
 
     def _lately(self, now: float) -> dict[PeerID, _Member]:
-        """Those who came within two usual periods; none before these are known."""
-        window = 2 * self._period
+        """Those who came within two usual periods; none while there are few members, of which none is usual."""
+        window = 2 * (self._period or FIRST_INTERVAL) if len(self._members) >= JUDGED_FROM else 0.0
         return {peer: one for peer, one in self._members.items() if now - one.at < window}
 
     @property

@@ -71,6 +71,7 @@ def check_nothing_is_gone(world: World) -> None:
 @example(188, 6)
 @example(20653, 6)
 @example(6579, 7)
+@example(50611, 4)
 def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
     agree_after(World(seed, num_servers), "split", 2 * LEASE)
 
@@ -78,6 +79,7 @@ def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(5, 7))
 @example(48, 5)
+@example(50141, 7)
 def test_all_agree_soon_after_faults_in_which_only_one_part_has_the_network(seed: int, num_servers: int) -> None:
     agree_after(World(seed, num_servers), "split, and the network with one part", 5 * LEASE)
 
