@@ -39,9 +39,9 @@ LIMITS: Final[dict[str, float]] = {
     "server: Python calls per expert of a pass, both ways": 148,
     "device: Python calls per expert of a pass, both ways": 85,
     # one row through eight of 32 experts, four on each of two servers; of the servers and their devices: both together
-    "caller: Python calls per layer and token": 47,
-    "caller's loop: Python calls per layer and token": 195,
-    "servers: Python calls per layer and token": 427,
+    "caller: Python calls per layer and token": 48,
+    "caller's loop: Python calls per layer and token": 193,
+    "servers: Python calls per layer and token": 398,
     "devices: Python calls per layer and token": 280,
     # experts of a checkpoint, of which others of their kind are here: made, and asked for the first time
     "checkpoint: Python calls per expert that is made": 115,
