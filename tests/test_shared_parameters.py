@@ -161,14 +161,13 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
         await dying.__aexit__(ConnectionError, ConnectionError(), None)
 
 
-@pytest.mark.slow
 async def test_the_report_says_which_pieces_have_no_primary(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ask, is_gone, answered = make_model(1), shared_pieces.SharedPieces.ask, True, 0
+    model, ask, is_gone, answered = make_model(1), shared_pieces.SharedPieces.ask, False, 0
 
     async def failing(pieces: Any, uid: str, *some: Any) -> Any:
         nonlocal answered
         if is_gone and uid.endswith(".1"):
-            raise ConnectionLost("its computer is off")
+            raise ConnectionLost("peer", "its computer is off")
         message = await ask(pieces, uid, *some)
         answered += 1
         return message
@@ -176,7 +175,7 @@ async def test_the_report_says_which_pieces_have_no_primary(monkeypatch: pytest.
     monkeypatch.setattr(shared_pieces.SharedPieces, "ask", failing)
     monkeypatch.setattr(shared_part, "PAUSE", 0.01)
     async with sharing(model, every=1) as (_, shared):
-        started = time.monotonic()
+        is_gone, answered, started = True, 0, time.monotonic()
         assert not (await shared.step()).without_primary
         while answered < len(shared.uids) - 1:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -188,6 +187,7 @@ async def test_the_report_says_which_pieces_have_no_primary(monkeypatch: pytest.
         assert report.num_pushed and not report.without_primary
 
 
+@pytest.mark.slow
 async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round waits two seconds for a trainer that is gone; who asks meanwhile does not send again."""
     monkeypatch.setattr(shared_pieces, "PUSH_TIMEOUT", 0.3)
