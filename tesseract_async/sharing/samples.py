@@ -209,6 +209,8 @@ class Ledger:
         if claimed and not self.epochs and not self.first_epoch:  # there was a primary before, which left no state
             self._free_at = now + GRACE_SECONDS
         is_waiting = now < self._free_at
+        if not is_waiting:  # an epoch of which nobody said anything until now is over
+            self.first_epoch = min(self.epochs, default=self.first_epoch)
         for number in sorted(claimed | {report.epoch}):
             if not is_waiting:
                 self._open(number, report.num_samples)
@@ -261,17 +263,14 @@ class Ledger:
         self.epochs[number] = _Epoch(num_samples, Spans([(0, num_samples)]))
 
     def _reopen(self, number: int, num_samples: int) -> None:
-        """Go on with an epoch that the last primary began after it left its state."""
-        newest = max(self.epochs, default=self.first_epoch - 1)
-        if (
-            number >= self.first_epoch
-            and number not in self.epochs
-            and (number <= newest + MAX_OPEN or not self.first_epoch)
-        ):
-            self.epochs[number] = _Epoch(num_samples, Spans([(0, num_samples)]))
-            for old in sorted(self.epochs)[:-MAX_OPEN]:
-                del self.epochs[old]
-            self.first_epoch = min(self.epochs)
+        """Go on with an epoch that the last primary began after it left its state: any number may have passed since.
+        The one before it may be under way, too; whoever holds or has done some of it says so."""
+        if number < self.first_epoch or number in self.epochs:
+            return
+        self.epochs[number] = _Epoch(num_samples, Spans([(0, num_samples)]))
+        self.first_epoch = max(self.first_epoch, max(self.epochs) - MAX_OPEN + 1)
+        for old in [one for one in self.epochs if one < self.first_epoch]:
+            del self.epochs[old]
 
     def _take(self, name: TrainerName, report: Report, *, rests: bool, believes: bool) -> list[Piece]:
         """Bring up to date what this trainer holds: nothing new if it `rests`; if the ledger `believes` it, also what

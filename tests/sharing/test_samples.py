@@ -269,6 +269,36 @@ def test_trainers_that_come_and_go_see_every_sample_of_an_epoch_once(takeovers: 
                     assert times == 1, (seed, epoch, n, times)
 
 
+def test_a_new_primary_goes_on_where_the_trainers_are_however_many_epochs_that_is() -> None:
+    """A small dataset is gone through several times between two rounds, of which the last leaves the state."""
+    shares = {name: Share(10, batch_size=2, ahead=1) for name in NAMES[:3]}
+    trained: Counter[tuple[int, int]] = Counter()
+    ledger, session, state, now = Ledger(), b"first", b"", 0.0
+    for epoch in range(7):
+        for share in shares.values():
+            share.begin(epoch, gives_back=True)
+        for turn in itertools.count():
+            assert turn < 100
+            if epoch == 5 and turn == 1:  # two trainers have gone on to an epoch, and one has not yet
+                ledger, session = Ledger(state, free_at=now + GRACE_SECONDS), b"second"
+            for number, (name, share) in enumerate(shares.items()):
+                if epoch == 5 and turn == 0 and number == 2:
+                    continue
+                message, report = share.report()
+                share.granted(session, report, ledger.report(name, message, report, now))
+                while (sample := share.take()) is not None:
+                    trained[sample] += 1
+                share.end_batch()
+                while share.begun and turn % 2:
+                    share.ended()
+            now += 1.0
+            if (epoch, turn) == (1, 1):
+                state = ledger.encode()
+            if all(share.is_over and not share.begun for share in shares.values()):
+                break
+    assert trained == {(epoch, n): 1 for epoch in range(7) for n in range(10)}
+
+
 def test_strangers_cannot_fill_the_ledger() -> None:
     ledger = Ledger()
     for turn in range(20):
