@@ -68,7 +68,6 @@ async def save(
 
     from tesseract_async.saving.folder import open_folder_or_make
     from tesseract_async.saving.saver import Origin, SavePoint, find_origins, find_pieces, take_trunk
-    from tesseract_async.server.fragments import read_manifest
     from tesseract_async.shared_pieces import SharedPieces
 
     store = open_folder_or_make(out)
@@ -87,14 +86,12 @@ async def save(
             origins |= {uid: some for uid, some in found.items() if uid in pattern}
         trunks: list[list[str]] = []
         for prefix, is_bare in shared.items():
-            pieces = SharedPieces(joined, prefix, is_bare=is_bare)
             try:
-                manifest = read_manifest((await pieces.fetch_state(0))[0])
+                found = await find_pieces(joined, SharedPieces(joined, prefix, is_bare=is_bare), timeout=timeout)
             except ExpertNotFound:
                 if is_bare:
                     raise
                 continue  # a run whose trainers share nothing
-            found = await find_pieces(pieces, len(manifest.layout.cuts))
             trunks.append([*found])
             origins |= found
         # all at one moment: the pieces belong to the experts that were trained with them
@@ -102,6 +99,10 @@ async def save(
         await point.mark()
         with progress_bar("experts", total=len(origins)) as advance:
             report = await point.fetch(store, num_at_once=num_at_once, progress=lambda uid: advance(1))
+    told = {
+        role: [f"{uid} (version {report.taken[uid]})" for uid in sorted(report.origins) if report.origins[uid] == role]
+        for role in ("follower", "holder")
+    }
     parts = [take_trunk(store, uids, report, keeps=optimizers) for uids in trunks]
     tensors = {name: one for part in parts for name, one in part.items()}
     if len(tensors) < sum(map(len, parts)):
@@ -110,10 +111,9 @@ async def save(
         store.put_tensors(tensors)
     num_shared = sum(one.numel() for one in tensors.values())
     store.write_index()
-    for role in ("follower", "holder"):
-        if some := sorted(uid for uid, one in report.origins.items() if one == role):
-            told = ", ".join(f"{uid} (version {report.taken[uid]})" for uid in some)
-            click.echo(f"from a {role}, for want of a primary: {told}", err=True)
+    for role, some in told.items():
+        if some:
+            click.echo(f"from a {role}, for want of a primary: {', '.join(some)}", err=True)
     for uid, error in sorted(report.failed.items()):
         click.echo(f"{uid}: {sentence_of(error)}", err=True)
     click.echo(

@@ -20,11 +20,21 @@ from typing import Final, NamedTuple, Self, TypeVar
 import torch
 
 from tesseract_async.client.experience import experience_of
-from tesseract_async.errors import CheckpointError, Overloaded, ProtocolError, TesseractError, TooStale, describe
+from tesseract_async.errors import (
+    CheckpointError,
+    ExpertNotFound,
+    Overloaded,
+    ProtocolError,
+    TesseractError,
+    TooStale,
+    describe,
+)
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.merkle import root_of
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.pieces import LIST
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import MemberRole
@@ -37,6 +47,7 @@ from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
 from tesseract_async.server.fragments import read_fragment, read_manifest
 from tesseract_async.server.other_replicas import read_replicas
 from tesseract_async.shared_pieces import SharedPieces
+from tesseract_async.sharing.layout import MAX_FRAGMENTS
 from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -91,16 +102,24 @@ async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, .
 
     Raises: what the network raises.
     """
+    pattern = ExpertPattern(prefix, tuple(map(range, grid_size)))
+    return await _origins(node, pattern, await node.directory.read_grid(prefix, grid_size))
+
+
+async def _origins(
+    node: TesseractNode, pattern: ExpertPattern, hosting: Mapping[str, Sequence[ExpertReplica]]
+) -> dict[str, list[Origin]]:
+    """Return these servers, and in a run those that follow or hold what is in the pattern."""
     found = defaultdict[str, dict[PeerAddress, Origin]](dict)
-    authority = node.trust.authority(prefix)
-    for uid, replicas in (await node.directory.read_grid(prefix, grid_size)).items():
+    authority = node.trust.authority(pattern.prefix)
+    for uid, replicas in hosting.items():
         for one in replicas:
             found[uid][one.peer] = Origin(one.peer, "primary" if one.primary else "follower", (one.epoch, 0))
     if authority is not None:
-        places, addresses = await fetch_places(node.network, node.trust, authority, node.scope)
+        places, addresses = await fetch_places(node.network, node.trust, authority, node.scope, pattern=pattern)
         for peer_id, place in places.items():
             for uid, part in place.parts.items():
-                if part.has_file and split_uid(uid)[0] == prefix:
+                if part.has_file:
                     peer = next((one for one in found[uid] if one.peer_id == peer_id), addresses[peer_id])
                     known = found[uid].get(peer)
                     role = ROLES[part.role] if known is None else known.role
@@ -112,16 +131,38 @@ async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, .
     return {uid: sorted(some.values(), key=rank, reverse=True) for uid, some in found.items() if some}
 
 
-async def find_pieces(pieces: SharedPieces, num: int) -> dict[str, list[Origin]]:
-    """Return who has each of the `num` pieces of shared parameters, primaries first.
+async def find_pieces(
+    node: TesseractNode, pieces: SharedPieces, num: int | None = None, *, timeout: float = 60.0
+) -> dict[str, list[Origin]]:
+    """Return who has each of the `num` pieces of shared parameters, in their order, and each as `find_origins` does.
 
-    Raises: ExpertNotFound if nobody has one; what the network raises.
+    `num`: by default as the first piece says. `timeout`: seconds for each part of its state. Raises: ExpertNotFound if
+    nobody has one, outside of runs; of the first piece also in a run; what the network and the calls raise.
     """
-    found = dict[str, list[Origin]]()
+    authority = node.trust.authority(pieces.prefix)
+    pattern = ExpertPattern(pieces.prefix, (range(MAX_FRAGMENTS),))
+    hosting = dict[str, Sequence[ExpertReplica]]()
+    if num is None:
+        try:
+            tensors, _ = await pieces.fetch_state(0)
+        except (TesseractError, TimeoutError):
+            first = pieces.uid(0)
+            holders = (await _origins(node, pattern, {})).get(first, [])
+            if authority is None or not holders:
+                raise
+            seal, some = await find_seal(node, first, authority, holders, timeout=timeout)
+            data = await fetch_sealed(node, first, seal, [one.peer for one in some], timeout=timeout)
+            tensors = check_state(first, data)["module"]
+        num = len(read_manifest(tensors).layout.cuts)
     for uid in map(pieces.uid, range(num)):
-        hosts = await pieces.find(uid)
-        found[uid] = [Origin(one.peer, "primary" if one.primary else "follower") for one in hosts]
-    return found
+        try:
+            hosting[uid] = await pieces.find(uid)
+        except ExpertNotFound:
+            if authority is None:
+                raise
+            hosting[uid] = ()
+    found = await _origins(node, pattern, hosting)
+    return {uid: found.get(uid, []) for uid in hosting}
 
 
 async def find_seal(

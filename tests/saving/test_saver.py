@@ -25,15 +25,21 @@ from tesseract_async.experts.places import encode_place, places_key
 from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, sign_seal, sign_term
+from tesseract_async.experts.trust import SHARED
 from tesseract_async.runtime.structure import describe_module
 from tesseract_async.saving import saver
 from tesseract_async.saving.folder import SavedExperts, open_folder_or_make
 from tesseract_async.saving.restorer import restore_experts
-from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins
+from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins, find_pieces, take_trunk
 from tesseract_async.server.checkpoint import encode_state
+from tesseract_async.server.fragments import FragmentBackend
 from tesseract_async.server.run_experts import build_run_backend, complete
 from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.server.state_transfer import SealedState, StateSource
+from tesseract_async.shared_pieces import SharedPieces
+from tesseract_async.sharing.fragment import Fragment, Outer
+from tesseract_async.sharing.layout import Layout
+from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import RESTORE, STATE, TENURE
@@ -368,6 +374,38 @@ async def test_without_a_server_that_leads_followers_and_holders_give_what_they_
             assert torch.equal(saved["ffn.0.1"](torch.ones(1, 8)), held.forward([torch.ones(1, 8)])[0])
         await publisher.aclose()
         swarm.source.close()
+
+
+async def test_what_trainers_share_comes_from_holders_where_no_server_is_left(run: SignedRun, tmp_path: Path) -> None:
+    model, prefix = torch.nn.Linear(4, 40), "ffn" + SHARED
+    manifest = SharedManifest(Layout.of(model), Outer())
+    async with ta.TesseractNode() as host, ta.TesseractNode(initial_peers=[host.address]) as guest:
+        for node in (host, guest):
+            await join(node, run)
+        await guest.network.wait_joined(30.0)
+        pieces = SharedPieces(guest, prefix, is_bare=False)
+        with pytest.raises(ExpertNotFound):
+            await find_pieces(guest, pieces)
+        files, parts = Held(run, host.identity, host, tmp_path / "files"), dict[str, MemberPart]()
+        for number, cut in enumerate(manifest.layout.cuts):
+            fragment = Fragment(cut, manifest.outer, manifest.layout.read(model, cut))
+            files.keep(pieces.uid(number), FragmentBackend(manifest.part(number), fragment).state())
+            parts[pieces.uid(number)] = MemberPart(MemberRole.HOLDS, 7, 1)
+        place = Place(host.peer_id, 4, 4, 1.0, frozenset(), 0.0, 0.0, parts)
+        assert run.tag is not None
+        grant = host.trust.own_grant("ffn")
+        encoded = encode_place(place, prefix=prefix, tag=run.tag, grant=grant, addresses=[host.address])
+        for number, part in enumerate(encoded):
+            await host.network.store(places_key(prefix, run.tag), part, ttl=60.0, subkey=str(number))
+        origins = await find_pieces(guest, pieces)
+        assert {uid: [one.role for one in some] for uid, some in origins.items()} == dict.fromkeys(parts, ["holder"])
+        store = open_folder_or_make(tmp_path / "out")
+        async with SavePoint(guest, origins) as point:
+            await point.mark()
+            report = await point.fetch(store)
+        assert set(report.origins.values()) == {"holder"}
+        for name, tensor in take_trunk(store, [*origins], report, keeps=False).items():
+            assert torch.equal(tensor, model.state_dict()[name])
 
 
 async def test_another_runs_folder_is_not_overwritten(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
