@@ -12,7 +12,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,13 +38,15 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.manifest import is_prefix, join_uid
 from tesseract_async.experts.run import RunMismatch, SignedRun
 from tesseract_async.experts.trust import SHARED
+from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
-from tesseract_async.server.fragments import MAX_STEPS, FragmentBackend
+from tesseract_async.runtime.states import StateDict
+from tesseract_async.server.fragments import MAX_STEPS, FragmentBackend, holds_push, read_fragment, read_manifest
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.placing import Placing
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
-from tesseract_async.shared_part import Arrived, SharedPart
+from tesseract_async.shared_part import Arrived, Asked, SharedPart
 from tesseract_async.shared_pieces import PAUSE, FoundPieces, SharedPieces
 from tesseract_async.sharing.copy import Copy
 from tesseract_async.sharing.fragment import UNKNOWN, Fragment, Outer, anchor_root
@@ -85,6 +87,31 @@ class SharingReport:
     without_primary: Mapping[str, float] = field(default_factory=dict)
     """By uid, the pieces whose primary does not answer, nor a successor, and for how many seconds. What was learned of
     them stays here, and is pushed as soon as there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerMoment:
+    """A trainer at one moment, from which it can go on with its pieces as they were saved."""
+
+    model: nn.Module
+    """A copy of the trainer's own, ..."""
+    state: dict[str, Any]
+    """... its `SharedParameters.state_dict`, ..."""
+    calls: list[Asked]
+    """... and for each piece the call that was under way, or one that would have begun then."""
+
+    def go_on(self, states: Sequence[StateDict], peer: PeerID) -> None:
+        """Take the pieces of these whole states for the answers to the calls: `model` gets what others added since,
+        and what this trainer (`peer`) pushed is learned once. Raises: ProtocolError."""
+        manifest = read_manifest(states[0]["module"])
+        for number, (call, state) in enumerate(zip(self.calls, states, strict=True)):
+            form, before = manifest.part(number), call.anchor
+            anchor = read_fragment(form, state["module"], state["version"])[0].anchor
+            if call.sent is not None and holds_push(state, peer, call.call_id):
+                before, self.state["parts"][number][1] = call.sent, call.steps
+            if not torch.equal(anchor, before):
+                change = anchor if form.cut.kind is MergeKind.NEWEST else anchor - before
+                manifest.layout.add(self.model, form.cut, change)
 
 
 class StepListener(Protocol):
@@ -329,11 +356,13 @@ class SharedParameters(Uncopied, Generic[M]):
         tasks = [*self._asking, *self._beside]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for sampler in self._samplers:
-            await sampler.leave()
-        self._found = None
-        await self._stack.aclose()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for sampler in self._samplers:
+                await sampler.leave()
+        finally:  # cancelled, too: a host must not go on alone
+            self._found = None
+            await self._stack.aclose()
 
     def attach(self, sampler: StepListener) -> None:
         """Tell this sampler of each step, and when sharing ends."""
@@ -412,6 +441,11 @@ class SharedParameters(Uncopied, Generic[M]):
         pieces' are their hosts' (`save_model`)."""
         return {"steps": self._own_steps, "parts": [[one.due_at, one.steps_then] for one in self._parts]}
 
+    def moment(self) -> TrainerMoment:
+        """Return where this trainer stands, with a copy of the model. No step may be under way."""
+        calls = [part.asked or Asked(part.copy.anchor) for part in self._parts]
+        return TrainerMoment(copy.deepcopy(self.model), self.state_dict(), calls)
+
     async def rejoin(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, with the pieces as their hosts have them now; the model stays as it
         is. Raises: ValueError for another model's state; as entering does."""
@@ -450,7 +484,7 @@ class SharedParameters(Uncopied, Generic[M]):
                 error = error or arrived.error
                 merged += self._add(part, arrived)
         for part in self._parts:
-            if part.is_asking or part.copy.cut.kind is MergeKind.FIXED or not is_due(part):
+            if part.asked is not None or part.copy.cut.kind is MergeKind.FIXED or not is_due(part):
                 continue
             part.due_at = self._own_steps + self.every
             values = self._own.layout.read(self.model, part.copy.cut)
@@ -472,7 +506,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
     def _add(self, part: SharedPart, arrived: Arrived) -> int:
         """Add an answer to the model. Returns how many fragments that changed."""
-        part.is_asking = False
+        part.asked = None
         change = arrived.change
         if change is None:
             return 0
@@ -480,7 +514,7 @@ class SharedParameters(Uncopied, Generic[M]):
             part.steps_then = part.steps_sent
             waited = self._own_steps - part.steps_sent
             if waited < self.every:  # the others push later: a little later next time, the answer is that much fresher
-                part.due_at += waited // 2
+                part.due_at += min(waited // 2, MAX_STEPS - self.every)  # what one push may count as
         elif part.steps_sent > part.steps_then:  # its base was too old: again, from the new one, before that is, too
             part.due_at = self._own_steps
         part.steps = arrived.steps
@@ -491,14 +525,14 @@ class SharedParameters(Uncopied, Generic[M]):
         async with asyncio.timeout(timeout):
             for turn in self._flushing():
                 turn()
-                await self._wait_answers()
+                await self.wait_answers()
 
     def _flush_plainly(self, timeout: float) -> None:
         assert isinstance(self._given, PlainCalls)
         ends = time.monotonic() + timeout
         for turn in self._flushing():
             turn()
-            self._given.run(asyncio.wait_for(self._wait_answers(), max(0.0, ends - time.monotonic())))
+            self._given.run(asyncio.wait_for(self.wait_answers(), max(0.0, ends - time.monotonic())))
 
     def _flushing(self) -> list[Callable[[], None]]:
         """The turns of a flush: what is under way ends, all is pushed (again where its base was too old), the newest is
@@ -520,11 +554,12 @@ class SharedParameters(Uncopied, Generic[M]):
     def _pull_all(self) -> None:
         self._checked_turn(lambda part: False)
         for part in self._parts:
-            if not part.is_asking and part.copy.cut.kind is not MergeKind.FIXED:
+            if part.asked is None and part.copy.cut.kind is not MergeKind.FIXED:
                 _, version, root = part.copy.base
                 self._start(part, messages.PULL, messages.PullRequest(part.uid, version, root))
 
-    async def _wait_answers(self) -> None:
+    async def wait_answers(self) -> None:
+        """Return when nothing that was sent is under way; the next `step` adds what came. On the node's loop."""
         while self._asking:
             await asyncio.wait(self._asking)
 
@@ -535,7 +570,8 @@ class SharedParameters(Uncopied, Generic[M]):
         request: messages.PushRequest | messages.PullRequest,
         values: torch.Tensor | None = None,
     ) -> None:
-        part.is_asking = True
+        call_id = request.call_id if isinstance(request, messages.PushRequest) else b""
+        part.asked = Asked(part.copy.anchor, values, call_id, part.steps_sent)
         self._spawn(part.ask(self.pieces, method, request, values))
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:

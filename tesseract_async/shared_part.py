@@ -24,9 +24,10 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.runtime.encoding import apart
-from tesseract_async.server.fragments import read_fragment, read_updates
+from tesseract_async.server.fragments import read_updates
 from tesseract_async.shared_pieces import PAUSE, SharedPieces
 from tesseract_async.sharing.copy import Copy
+from tesseract_async.sharing.fragment import Fragment
 from tesseract_async.sharing.manifest import FragmentPart
 from tesseract_async.wire import messages
 
@@ -47,6 +48,19 @@ class Arrived:
     error: TesseractError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A call, from its start until its answer is added."""
+
+    anchor: torch.Tensor
+    """The anchor that the trainer's values build on meanwhile."""
+    sent: torch.Tensor | None = None
+    """Its values at a push."""
+    call_id: bytes = b""
+    steps: int = 0
+    """Own steps then."""
+
+
 @dataclass(slots=True)
 class SharedPart:
     """One piece at this trainer. Between the start of a call and `arrived`, its `copy` is the call's."""
@@ -64,7 +78,8 @@ class SharedPart:
     """Everybody's steps, as pushed so far."""
     lost: torch.Tensor | None = None
     """The rest of the values after rounding to the model's 16 bits: without it, small steps would have no effect."""
-    is_asking: bool = False
+    asked: Asked | None = None
+    """The call under way."""
     failing_since: float | None = None
     """The time (`time.monotonic`) since which its primary does not answer; None while it does."""
     arrived: Arrived | None = None
@@ -120,8 +135,7 @@ class SharedPart:
             self.failing_since = time.monotonic()
 
     async def _take_whole(self, pieces: SharedPieces, reply: messages.UpdatesReply) -> None:
-        def rebase(tensors: dict[str, torch.Tensor], version: int) -> Arrived:
-            whole, steps = read_fragment(self.form, tensors, version)
+        def rebase(whole: Fragment, steps: int) -> Arrived:
             change = self.copy.rebase(
                 whole.anchor,
                 version=whole.version,
@@ -133,7 +147,7 @@ class SharedPart:
 
         while True:
             try:
-                found = await pieces.fetch_state(self.form.number, min_version=reply.version)
+                found = await pieces.fetch_fragment(self.form, min_version=reply.version)
                 self.arrived = await self._apart(partial(rebase, *found))
                 return
             except (TesseractError, TimeoutError) as error:

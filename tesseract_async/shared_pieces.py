@@ -28,7 +28,7 @@ from tesseract_async.server.fragments import MAX_STATE_BYTES, read_fragment, rea
 from tesseract_async.server.other_replicas import may_follow
 from tesseract_async.sharing.fragment import Fragment
 from tesseract_async.sharing.layout import Layout
-from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.sharing.manifest import FragmentPart, SharedManifest
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -37,6 +37,8 @@ PUSH_TIMEOUT: Final = 10.0
 """Seconds that a push waits for its round to close, before it is asked what became of it."""
 PAUSE: Final = 0.5
 """Seconds after a call that failed, before the next one."""
+NUM_TRIES: Final = 3
+"""States of a piece that are fetched until one is its primary's: the first may be a follower's that lies."""
 NUM_AT_ONCE: Final = 6
 """Pieces that are fetched at the same time."""
 
@@ -73,23 +75,12 @@ class SharedPieces:
         async def fetch(number: int) -> tuple[Fragment, int]:
             async with gate:
                 # the first, with the manifest, from the primary; the others from all hosts, none of which waits for it
-                tensors, version = await self.fetch_state(number, spreads=number > 0)
+                found = await self.fetch_state(number, spreads=number > 0)
                 if number == 0:
-                    manifest = read_manifest(tensors)
+                    manifest = read_manifest(found[0])
                     manifest.layout.check(layout)
                     known.set_result(manifest)
-                manifest = await known
-                uid, part = self.uid(number), manifest.part(number)
-                fragment, _ = await apart(4 * part.cut.numel, partial(read_fragment, part, tensors, version))
-                request = messages.PullRequest(uid, fragment.version, fragment.root)
-                message = await self.ask(uid, messages.PULL, request, b"")
-                reply = messages.decode(messages.UpdatesReply, message.body)
-                if reply.known:
-                    updates = read_updates(fragment.version, reply, message.buffers)
-                    await apart(4 * part.cut.numel, partial(fragment.replay, updates))
-                    return fragment, reply.steps
-                tensors, version = await self.fetch_state(number)
-                return await apart(4 * part.cut.numel, partial(read_fragment, part, tensors, version))
+                return await self.fetch_fragment((await known).part(number), found)
 
         tasks = [asyncio.ensure_future(fetch(number)) for number in range(len(layout.cuts))]
         try:
@@ -99,6 +90,28 @@ class SharedPieces:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return FoundPieces(await known, fragments)
+
+    async def fetch_fragment(
+        self, form: FragmentPart, found: tuple[dict[str, torch.Tensor], int] | None = None, *, min_version: int = 0
+    ) -> tuple[Fragment, int]:
+        """Return a fragment as its primary has it, whichever host gave its state, and the steps that were pushed to it.
+
+        `found`: a state that came already. Raises: NotPrimary if no host shows the primary's state; as `fetch_state`
+        and `ask`.
+        """
+        uid, num_bytes = self.uid(form.number), 4 * form.cut.numel
+        for _ in range(NUM_TRIES):
+            tensors, version = found or await self.fetch_state(form.number, min_version=min_version)
+            fragment, _ = await apart(num_bytes, partial(read_fragment, form, tensors, version))
+            request = messages.PullRequest(uid, fragment.version, fragment.root)
+            message = await self.ask(uid, messages.PULL, request, b"")
+            reply = messages.decode(messages.UpdatesReply, message.body)
+            if reply.known:
+                updates = read_updates(fragment.version, reply, message.buffers)
+                await apart(num_bytes, partial(fragment.replay, updates))
+                return fragment, reply.steps
+            found = None
+        raise NotPrimary(f"the hosts of {uid} have other states than its primary")
 
     async def fetch_state(
         self, number: int, *, spreads: bool = False, min_version: int = 0

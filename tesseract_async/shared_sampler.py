@@ -45,8 +45,8 @@ class SharedSampler(Uncopied, Sampler[int]):
                 shared.step()
 
     Batches end one after the other, with each ``shared.step()``. An `AsyncTrainer` that is given the sampler says of
-    each batch that it has ended, and a batch that failed is handed out again. So are those of trainers that die:
-    `num_again` counts the ones that came here.
+    each batch that it has ended, and a batch that failed is handed out again. So are those of trainers that die, or end
+    nothing for ten minutes: `num_again` counts the ones that came here.
     """
 
     def __init__(

@@ -223,6 +223,28 @@ async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytes
         assert part.due_at == second._own_steps  # the next step pushes again
 
 
+async def test_a_state_that_the_primary_does_not_have_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower may give any, and one that is large enough would leave nothing of a trainer's own values."""
+    fetch, lies = shared_pieces.SharedPieces.fetch_state, list[int]()
+
+    async def lying(pieces: Any, number: int, **options: Any) -> Any:
+        tensors, version = await fetch(pieces, number, **options)
+        if not lies and tensors["anchor"].is_floating_point():
+            lies.append(number)
+            tensors["anchor"] += 1e30
+        return tensors, version
+
+    monkeypatch.setattr(rounds, "MIN_WAIT", 0.01)
+    async with sharing(make_model(1), every=1) as (seed, first), sharing(make_model(2), seed.address) as (_, second):
+        for number in range(9):
+            await steps(first, 1, number)
+            await first.flush()
+        monkeypatch.setattr(shared_pieces.SharedPieces, "fetch_state", lying)
+        await steps(second, 1, 20)  # its base is too old: the state is fetched whole
+        await second.flush()
+        assert lies and close(anchored(second), second.model)
+
+
 async def test_who_waited_for_the_others_pushes_later_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ask, others_push = make_model(1), shared_pieces.SharedPieces.ask, asyncio.Event()
 
@@ -238,9 +260,13 @@ async def test_who_waited_for_the_others_pushes_later_the_next_time(monkeypatch:
         first = part.due_at
         await steps(shared, first + 8, 1)
         others_push.set()
-        await shared._wait_answers()
+        await shared.wait_answers()
         await steps(shared, 1, 2)
         assert part.due_at == first + 16 + 4  # nine steps after its push the answer was added
+        # never later than one push may count as
+        shared.every, part.steps_sent = fragments.MAX_STEPS, shared._own_steps - 8
+        shared._add(part, Arrived(part.steps, torch.zeros(part.copy.cut.numel), counted=True))
+        assert part.due_at == first + 16 + 4
 
 
 async def test_outside_of_it_nothing_is_shared_in_silence() -> None:
@@ -258,6 +284,22 @@ async def test_outside_of_it_nothing_is_shared_in_silence() -> None:
         with pytest.raises(RuntimeError, match="entered once"):
             async with shared:
                 pass
+
+
+async def test_whatever_fails_at_the_end_no_host_stays_behind() -> None:
+    class Failing:
+        def stepped(self) -> None: ...
+
+        async def leave(self) -> None:
+            raise ZeroDivisionError
+
+    async with ta.TesseractNode() as node:
+        shared = SharedParameters(node, make_model(1), run="tiny")
+        with pytest.raises(ZeroDivisionError):
+            async with shared:
+                shared.attach(Failing())
+        with pytest.raises(RuntimeError, match="enter them by `async with`"):
+            shared.step()
 
 
 async def test_another_model_is_refused_by_name() -> None:

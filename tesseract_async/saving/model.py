@@ -92,7 +92,7 @@ async def _save(
         if authority is not None:
             store.add_run(authority.run)
     if shared is not None:
-        origins |= await find_pieces(shared.pieces, len(shared.uids))
+        origins |= await find_pieces(node, shared.pieces, len(shared.uids))
     if shared is not None and not shared.is_plain:
         await shared.flush()
     async with SavePoint(node, origins, is_whole=optimizers, timeout=timeout) as point:
@@ -104,12 +104,14 @@ async def _save(
             model = own if shared is None else shared.merged()
             tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
             state: dict[str, Any] = {} if trainer is None else {"trainer": trainer.state_dict()}
-            if optimizers and shared is not None:
-                local = {name: one.detach().cpu().clone() for name, one in _tensors_of(own).items()}
-                state |= {"local": local, "shared": shared.state_dict()}
+            moment = shared.moment() if optimizers and shared is not None else None
         report = await point.fetch(store, num_at_once=num_at_once)
     if shared is not None:  # of the moment at which the experts were taken
         tensors |= take_trunk(store, shared.uids, report, keeps=optimizers, known=known)
+    if shared is not None and moment is not None:
+        moment.go_on([store.state(uid) for uid in shared.uids], node.peer_id)
+        local = {name: one.detach().cpu() for name, one in _tensors_of(moment.model).items()}
+        state |= {"local": local, "shared": moment.state}
     store.experts = {uid: one for uid, one in store.experts.items() if uid in origins}
     store.model = describe_module(model, replace=_describe_gate)
 
@@ -232,14 +234,16 @@ def restore_model(
     """Take the model, the trainer and the servers of its experts back to a save point; await it.
 
     The folder was written by `save_model` with ``optimizers=True``. No other trainer may be training meanwhile. What
-    servers have learned since is written down as a file of its own, if they keep checkpoints.
+    servers have learned since is written down as a file of its own, if they keep checkpoints. Shared parameters' pushes
+    that are under way are waited for.
 
     - `model`, `trainer`: as given to `save_model`.
     - `identity`: the key of the owner of the experts' run, who decides that.
 
     Returns (or gives, when awaited) the experts' versions by uid. With a `BackgroundNode` the call is plain.
 
-    Raises: CheckpointError if the folder holds no such save point, or a server did not take its experts' states.
+    Raises: CheckpointError if the folder holds no such save point, or a server did not take its experts' states;
+    TimeoutError if a push is not answered.
     """
     return deliver(node, _restore(_node_of(node), model, open_folder(folder), trainer, identity, timeout))
 
@@ -260,6 +264,9 @@ async def _restore(
     values = (state.get("local") if shared is not None else None) or saved.tensors()
     _filled(model, values)  # another model's folder is refused before servers go back to it
     owners = {} if identity is None else await enter_owned(node, saved, identity)
+    if shared is not None:
+        async with asyncio.timeout(timeout):
+            await shared.wait_answers()  # a push that is under way would count in the state that is gone back to
     versions = await restore_experts(node, saved, owners=owners, timeout=timeout)
     _fill(model, values)
     if shared is not None and "shared" in state:

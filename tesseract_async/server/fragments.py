@@ -180,6 +180,15 @@ def read_fragment(part: FragmentPart, tensors: NamedTensors, version: int) -> tu
     return fragment, steps
 
 
+def holds_push(state: StateDict, peer: PeerID, call_id: bytes) -> bool:
+    """Return whether a push of this peer has counted in the whole state of a fragment. Untrusted."""
+    ids, key = state["applied"].get("ids"), journal_key(peer, call_id)
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.uint8:
+        return False
+    keys = ids.numpy().tobytes()
+    return any(keys[at : at + len(key)] == key for at in range(0, len(keys), len(key)))
+
+
 class FragmentBackend(ExpertBackend):
     """A fragment that a server hosts. It stays on the CPU, and takes its steps on the runtime's thread."""
 
@@ -275,6 +284,8 @@ class _Waiting:
 @dataclass(slots=True)
 class _Gathering:
     rounds: Rounds
+    num_followed: int = 0
+    """The backend's when the round opened: if it goes on from another state since, this round's pushes do not count."""
     waiting: dict[bytes, _Waiting] = field(default_factory=dict)
     """By journal key."""
     timer: asyncio.TimerHandle | None = None
@@ -370,8 +381,10 @@ class FragmentCalls:
 
     def _gathering_of(self, hosted: HostedState) -> _Gathering:
         one = self._gathering.setdefault(hosted.uid, _Gathering(Rounds(hosted.version, max_steps=MAX_STEPS)))
-        if one.closing is None and not one.rounds.is_open and one.rounds.version != hosted.version:
-            one.rounds = Rounds(hosted.version, max_steps=MAX_STEPS)  # it goes on from a state from elsewhere
+        if one.closing is None and not one.rounds.is_open:
+            one.num_followed = _backend(hosted).num_followed
+            if one.rounds.version != hosted.version:
+                one.rounds = Rounds(hosted.version, max_steps=MAX_STEPS)  # it goes on from a state from elsewhere
         return one
 
     def _wait(self, one: _Gathering, key: bytes, call: IncomingCall) -> _Waiting:
@@ -425,7 +438,13 @@ class FragmentCalls:
             found = self._samples.get(hosted.uid)
             is_mine = found is not None and found.num_followed == backend.num_followed
             samples = found.ledger.encode() if found is not None and is_mine else backend.samples
-            await hosted.runtime.call(partial(backend.close_round, one.rounds, pushes, samples))
+
+            def close() -> None:
+                if backend.num_followed != one.num_followed:
+                    raise Overloaded("this piece goes on from another state: push again", retry_after=0.0)
+                backend.close_round(one.rounds, pushes, samples)
+
+            await hosted.runtime.call(close)
         except BaseException as error:  # all who wait must hear of it, however it ended
             for future in waiting:
                 future.set_exception(told_of(error, messages.PUSH))

@@ -19,7 +19,9 @@ from tesseract_async.errors import CheckpointError
 from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.saving.folder import SavedExperts, open_folder
 from tesseract_async.saving.model import restore_model
+from tesseract_async.saving.saver import SavePoint
 from tesseract_async.server.server import ServerSettings
+from tesseract_async.sharing import rounds
 
 WIDTH, GRID = 6, (2, 2)
 HERE = __name__
@@ -214,7 +216,7 @@ async def test_going_on_with_shared_parameters_equals_never_having_stopped(swarm
             for batch in batches(start, num):
                 losses.append(float((await trainer.step(loss_of, batch)).loss))
                 await shared.step()
-                await shared._wait_answers()  # alone, a round closes when its push has come
+                await shared.wait_answers()  # alone, a round closes when its push has come
             return losses
 
         await steps(0, 5)
@@ -262,7 +264,7 @@ async def test_shared_parameters_are_saved_and_restored_with_their_pieces(tmp_pa
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             await shared.step()
-            await shared._wait_answers()  # alone, a round closes when its push has come
+            await shared.wait_answers()  # alone, a round closes when its push has come
             losses.append(float(loss.detach()))
         return losses
 
@@ -282,6 +284,95 @@ async def test_shared_parameters_are_saved_and_restored_with_their_pieces(tmp_pa
         loaded = ta.load_model(folder)
         for name, tensor in merged.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@contextlib.asynccontextmanager
+async def two_trainers() -> AsyncIterator[list[ta.SharedParameters[nn.Module]]]:
+    async with ta.TesseractNode() as node, ta.TesseractNode(initial_peers=[node.address]) as other:
+        async with contextlib.AsyncExitStack() as stack:
+            trainers: list[ta.SharedParameters[nn.Module]] = []
+            for one in (node, other):
+                model: nn.Module = nn.Linear(WIDTH, 40)
+                shared = ta.SharedParameters(one, model, run="two", every=1, host=one is node)
+                trainers.append(await stack.enter_async_context(shared))
+            yield trainers
+
+
+async def learn(shared: ta.SharedParameters[nn.Module]) -> None:
+    with torch.no_grad():
+        for parameter in shared.model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    await shared.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pushes", [False, True])
+async def test_a_trainer_is_saved_as_it_belongs_to_its_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pushes: bool
+) -> None:
+    """Others' rounds close between its last answer and the save point, with a push of its own or without one."""
+    monkeypatch.setattr(rounds, "MIN_WAIT", 0.05)
+    mark = SavePoint.mark
+
+    async def later(point: SavePoint, **options: Any) -> None:
+        if pushes:
+            await learn(first)
+        await learn(second)
+        await asyncio.gather(second.wait_answers(), first.wait_answers())
+        await mark(point, **options)
+
+    async with two_trainers() as (first, second):
+        for one in (first, second):
+            await learn(one)
+        await asyncio.gather(first.flush(), second.flush())
+        monkeypatch.setattr(SavePoint, "mark", later)
+        await ta.save_model(first._node, first, tmp_path / "saved", optimizers=True)
+        before = copy.deepcopy(first.model.state_dict())
+        await first.flush()  # adds what has come
+        saved = open_folder(tmp_path / "saved").trainer()
+        for name, tensor in first.model.state_dict().items():
+            torch.testing.assert_close(saved["local"][name], tensor, rtol=0, atol=1e-5)
+            assert not torch.equal(tensor, before[name])
+        assert [then for _, then in saved["shared"]["parts"]] == [one.steps_then for one in first._parts]
+
+
+@pytest.mark.slow
+async def test_a_push_from_before_does_not_count_in_a_state_that_was_gone_back_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "MIN_WAIT", 0.5)
+    added, closed = list[Any](), list[int]()
+    add, close = rounds.Rounds.add, rounds.Rounds.close
+
+    def counted(self: rounds.Rounds, push: rounds.Push, *some: Any) -> None:
+        add(self, push, *some)
+        added.append(push.peer)
+
+    def closing(self: rounds.Rounds) -> list[rounds.Push]:
+        closed.append(self.version)
+        return close(self)
+
+    monkeypatch.setattr(rounds.Rounds, "add", counted)
+    monkeypatch.setattr(rounds.Rounds, "close", closing)
+    async with two_trainers() as (first, second):
+        for one in (first, second):
+            await learn(one)
+        await asyncio.gather(first.flush(), second.flush())
+        await ta.save_model(first._node, first, tmp_path / "saved", optimizers=True)
+        saved, num = [part.copy.base[1:] for part in first._parts], len(first.uids)
+        for one in (first, second):
+            added.clear()
+            closed.clear()
+            await learn(one)
+            while len(added) < num:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            for task in second._asking:  # it is gone; its push is there
+                task.cancel()
+            await ta.restore_model(first._node, first, tmp_path / "saved")
+            while len(closed) < num:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await first.flush()
+            assert [part.copy.base[1:] for part in first._parts] == saved
 
 
 @pytest.mark.slow
