@@ -274,15 +274,15 @@ def test_a_new_primary_goes_on_where_the_trainers_are_however_many_epochs_that_i
     shares = {name: Share(10, batch_size=2, ahead=1) for name in NAMES[:3]}
     trained: Counter[tuple[int, int]] = Counter()
     ledger, session, state, now = Ledger(), b"first", b"", 0.0
-    for epoch in range(7):
+    for epoch in range(10):
         for share in shares.values():
             share.begin(epoch, gives_back=True)
         for turn in itertools.count():
             assert turn < 100
-            if epoch == 5 and turn == 1:  # two trainers have gone on to an epoch, and one has not yet
+            if epoch == 8 and turn == 1:  # two trainers have gone on to an epoch, and one has not yet
                 ledger, session = Ledger(state, free_at=now + GRACE_SECONDS), b"second"
             for number, (name, share) in enumerate(shares.items()):
-                if epoch == 5 and turn == 0 and number == 2:
+                if epoch == 8 and turn == 0 and number == 2:
                     continue
                 message, report = share.report()
                 share.granted(session, report, ledger.report(name, message, report, now))
@@ -296,7 +296,7 @@ def test_a_new_primary_goes_on_where_the_trainers_are_however_many_epochs_that_i
                 state = ledger.encode()
             if all(share.is_over and not share.begun for share in shares.values()):
                 break
-    assert trained == {(epoch, n): 1 for epoch in range(7) for n in range(10)}
+    assert trained == {(epoch, n): 1 for epoch in range(10) for n in range(10)}
 
 
 def test_strangers_cannot_fill_the_ledger() -> None:
