@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import importlib.util
 import logging
 import socket
@@ -168,7 +169,7 @@ class TesseractNode(Uncopied):
         if not 0 <= port < 65536:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         self.initial_peers = _parse_peers(initial_peers)
-        self._identity_file = Path(identity) if isinstance(identity, str | Path) else None
+        self._identity_file = Path(identity).expanduser() if isinstance(identity, str | Path) else None
         is_lasting = identity is not None
         if identity is None:
             identity = Identity.generate()
@@ -187,6 +188,7 @@ class TesseractNode(Uncopied):
             identity=identity,
             policy=self.policy,
             metrics=self.metrics,
+            peers_file=self._peers_file(),
             checks=[belongs_under_its_key],
             scope=self.scope,
             on_role_change=self._role_changed,
@@ -224,6 +226,13 @@ class TesseractNode(Uncopied):
         self._closed = False
         self.client_state: object = None
         """State that the client modules of this node keep in it (`client.experience`)."""
+
+    def _peers_file(self) -> Path | None:
+        """Return where contacts are remembered: next to the identity, one file for each swarm, told by its seeds."""
+        if self._identity_file is None or not self.initial_peers:
+            return None
+        seeds = hashlib.sha256(" ".join(sorted(map(str, self.initial_peers))).encode()).hexdigest()[:8]
+        return self._identity_file.with_name(f"{self._identity_file.name}.{seeds}.peers")
 
     async def start(self) -> None:
         """Bind the port, and start the DHT and the endpoint. Cancelled or failed, it leaves nothing behind.

@@ -176,7 +176,7 @@ class Connection:
             channel.write(self.protocol.data_to_send(MAIN, 0))
         except ProtocolError as error:
             self._loop.call_soon(self.abort, describe(error))
-        if self.protocol.has_data():
+        if self._budgets.changed or self.protocol.core.events or self.protocol.has_data():  # a flush sees to them
             self._schedule_flush()
 
     def call(
