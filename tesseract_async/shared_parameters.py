@@ -50,6 +50,7 @@ from tesseract_async.sharing.copy import Copy
 from tesseract_async.sharing.fragment import UNKNOWN, Fragment, Outer, anchor_root
 from tesseract_async.sharing.layout import Layout, MergeKind, is_finite
 from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.tasks import end
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 
@@ -326,10 +327,7 @@ class SharedParameters(Uncopied, Generic[M]):
             self._parts.append(SharedPart(uid, form, copied, due_at, steps=steps, lost=lost))
 
     async def _leave(self) -> None:
-        tasks = [*self._asking, *self._beside]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._asking, *self._beside)
         for sampler in self._samplers:
             await sampler.leave()
         self._found = None
@@ -417,9 +415,7 @@ class SharedParameters(Uncopied, Generic[M]):
         is. Raises: ValueError for another model's state; as entering does."""
         if len(state["parts"]) != len(self._parts):
             raise ValueError("a state of parameters that are cut otherwise")
-        for task in self._asking:
-            task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await end(*self._asking)
         self._parts = []
         self._begin(await self.pieces.fetch_all(self._own.layout), writes=False)
         self._own_steps = state["steps"]

@@ -54,6 +54,9 @@ class CallFailed(NamedTuple):
     """True if the memory of parts that the caller has not taken is wanted for others: it does not get them any more."""
 
 
+ReplyEvent = PartReceived | ReplyReceived | CallFailed
+
+
 class BulkWanted(NamedTuple):
     """One side has a large message: open the bulk lane. Comes to the side that dialed only."""
 
