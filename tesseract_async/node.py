@@ -125,7 +125,8 @@ class TesseractNode(Uncopied):
       computer can reach the node. ``"::"`` is every interface by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
     - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked: no other
       peer is accepted there), or several separated by commas, as ``str(node.peer_address)`` gives them.
-    - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
+    - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time. Next to
+      the file, a node with seeds remembers its contacts, which are asked besides the seeds when it starts again.
     - `announce`: the ``"host:port"`` that others should dial, if it differs from what this node listens on.
     - `public`: this is the first node of a swarm, and all others can reach it. Later nodes find out by themselves.
     - `upnp`: asks the router to let others in, as most home routers do when asked (``pip install -e '.[upnp]'``).

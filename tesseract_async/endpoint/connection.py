@@ -13,7 +13,6 @@ from tesseract_async.endpoint.events import (
     CallCancelled,
     CallFailed,
     CallReceived,
-    PartEvent,
     PartReceived,
     PartWanted,
     PeerClosed,
@@ -232,9 +231,9 @@ class Connection:
                 self.cancel_call(stream)
 
     def call_into(
-        self, head: RequestHead, buffers: tuple[memoryview, ...], sink: Callable[[PartEvent], None], *, deadline: float
+        self, head: RequestHead, buffers: tuple[memoryview, ...], sink: Callable[[ReplyEvent], None], *, deadline: float
     ) -> Callable[[], None]:
-        """As `call_parts`, without a task: `sink` is given each part, and last the reply's end or the error. Returns a
+        """As `call_parts`, without a task: `sink` is given each part, and last the end or the failure. Returns a
         function that cancels it, which does nothing once it is over."""
         stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=False, in_parts=True)
 
@@ -242,10 +241,9 @@ class Connection:
             if isinstance(event, PartReceived):
                 self.protocol.outgoing.part_taken(stream)
                 self._schedule_flush()
-                sink(event)
             else:
                 self._sinks.pop(stream, None)
-                sink(event.error if isinstance(event, CallFailed) else event)
+            sink(event)
 
         def cancel() -> None:
             if self._sinks.pop(stream, None) is not None:

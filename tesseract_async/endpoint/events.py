@@ -41,10 +41,6 @@ class ReplyReceived(NamedTuple):
     buffers: tuple[memoryview, ...]
 
 
-PartEvent = PartReceived | ReplyReceived | Exception
-"""A part of a reply, its last one, or the error that it ends in."""
-
-
 class CallFailed(NamedTuple):
     """An outgoing call ended with an error: a RemoteError, ProtocolError, TimeoutError or ConnectionLost."""
 
@@ -55,6 +51,7 @@ class CallFailed(NamedTuple):
 
 
 ReplyEvent = PartReceived | ReplyReceived | CallFailed
+"""A part of a reply, its last one, or the failure that it ends in."""
 
 
 class BulkWanted(NamedTuple):
