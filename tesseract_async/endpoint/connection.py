@@ -102,7 +102,7 @@ class Connection:
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._sinks: dict[int, Callable[[ReplyEvent], None]] = {}
-        """Of calls whose replies come in parts: each takes the parts, then the end or the failure."""
+        """Functions that take a call's reply in parts: the parts, then the end or the failure."""
         self._handlers = Handlers(
             self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._handler_done
         )
