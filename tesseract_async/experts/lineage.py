@@ -160,6 +160,16 @@ class Lineage:
             self._unshown.add(term.primary)
             self._is_stale = True
 
+    def has_passed(self, seal: Seal, term: Term) -> bool:
+        """Return whether the Term, or one that leads to it, has this Seal, or goes on from it or a later one of its
+        primary: not where the line went on from an earlier one."""
+        for step in self._walk(term):
+            if step.digest == seal.term:
+                return True
+            if step.seal is not None and step.seal.term == seal.term:
+                return step.seal.number >= seal.number
+        return False
+
     def is_unshown(self, term: Term) -> bool:
         """Return whether its signer's newest file was missed for two leases."""
         return term.primary in self._unshown
