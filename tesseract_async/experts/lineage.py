@@ -235,7 +235,7 @@ class Lineage:
         """Return whether a primary in the line of the Term that holds signed this, and no other of that number."""
         term, best = self._terms.get(seal.term), self.best
         if term is None or best is None or self.is_exposed(term):
-            return best is not None and best.seal == seal
+            return best is not None and best.seal is not None and best.seal.digest == seal.digest
         is_its = (seal.uid, seal.primary, seal.epoch) == (self.uid, term.primary, term.epoch)
         return is_its and self.is_in_line(seal, best)
 

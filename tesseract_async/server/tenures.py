@@ -262,8 +262,8 @@ class Tenures:
         expert = self._experts.get(uid)
         if expert is None:
             return True
-        now = self._elapsed()  # steps of one that leaves the expert to others would be in nobody's file
-        return not self._closed and now >= expert.silent_until and expert.tenure.is_primary(now)
+        tenure = expert.tenure  # what one trains whose disk takes nothing would be in nobody's file
+        return not self._closed and tenure.may.write and tenure.is_primary(self._elapsed())
 
     def primary(self, uid: str) -> PeerID | None:
         """Return the primary, if that is another server."""
