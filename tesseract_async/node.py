@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import importlib.util
 import logging
 import socket
@@ -124,7 +125,8 @@ class TesseractNode(Uncopied):
       computer can reach the node. ``"::"`` is every interface by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
     - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked: no other
       peer is accepted there), or several separated by commas, as ``str(node.peer_address)`` gives them.
-    - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
+    - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time. Next to
+      the file, a node with seeds remembers its contacts, which are asked besides the seeds when it starts again.
     - `announce`: the ``"host:port"`` that others should dial, if it differs from what this node listens on.
     - `public`: this is the first node of a swarm, and all others can reach it. Later nodes find out by themselves.
     - `upnp`: asks the router to let others in, as most home routers do when asked (``pip install -e '.[upnp]'``).
@@ -168,7 +170,7 @@ class TesseractNode(Uncopied):
         if not 0 <= port < 65536:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         self.initial_peers = _parse_peers(initial_peers)
-        self._identity_file = Path(identity) if isinstance(identity, str | Path) else None
+        self._identity_file = Path(identity).expanduser() if isinstance(identity, str | Path) else None
         is_lasting = identity is not None
         if identity is None:
             identity = Identity.generate()
@@ -187,6 +189,7 @@ class TesseractNode(Uncopied):
             identity=identity,
             policy=self.policy,
             metrics=self.metrics,
+            peers_file=self._peers_file(),
             checks=[belongs_under_its_key],
             scope=self.scope,
             on_role_change=self._role_changed,
@@ -224,6 +227,13 @@ class TesseractNode(Uncopied):
         self._closed = False
         self.client_state: object = None
         """State that the client modules of this node keep in it (`client.experience`)."""
+
+    def _peers_file(self) -> Path | None:
+        """Return where contacts are remembered: next to the identity, one file for each swarm, told by its seeds."""
+        if self._identity_file is None or not self.initial_peers:
+            return None
+        seeds = hashlib.sha256(" ".join(sorted(map(str, self.initial_peers))).encode()).hexdigest()[:8]
+        return self._identity_file.with_name(f"{self._identity_file.name}.{seeds}.peers")
 
     async def start(self) -> None:
         """Bind the port, and start the DHT and the endpoint. Cancelled or failed, it leaves nothing behind.

@@ -50,6 +50,7 @@ from tesseract_async.sharing.copy import Copy
 from tesseract_async.sharing.fragment import UNKNOWN, Fragment, Outer, anchor_root
 from tesseract_async.sharing.layout import Layout, MergeKind, is_finite
 from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.tasks import TaskSet, end
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 
@@ -144,8 +145,7 @@ class SharedParameters(Uncopied, Generic[M]):
         self._checkpoint_dir, self._replicas = checkpoint_dir, replicas
         self._parts: list[SharedPart] = []
         self._own_steps = 0
-        self._asking: set[asyncio.Task[None]] = set()
-        self._beside: set[asyncio.Task[None]] = set()
+        self._asking, self._beside = TaskSet("shared parameters"), TaskSet("shared parameters")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._samplers: list[StepListener] = []
         self._stack = contextlib.AsyncExitStack()
@@ -326,10 +326,7 @@ class SharedParameters(Uncopied, Generic[M]):
             self._parts.append(SharedPart(uid, form, copied, due_at, steps=steps, lost=lost))
 
     async def _leave(self) -> None:
-        tasks = [*self._asking, *self._beside]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._asking, *self._beside)
         for sampler in self._samplers:
             await sampler.leave()
         self._found = None
@@ -349,12 +346,7 @@ class SharedParameters(Uncopied, Generic[M]):
             work.close()
             raise RuntimeError(OUTSIDE)
 
-        def start() -> None:
-            task = loop.create_task(work, name="shared parameters")
-            self._beside.add(task)
-            task.add_done_callback(self._beside.discard)
-
-        loop.call_soon_threadsafe(start)
+        loop.call_soon_threadsafe(self._beside.spawn, work)
         return loop
 
     async def ask_first(self, method: str, request: messages.SamplesRequest) -> Message:
@@ -417,9 +409,7 @@ class SharedParameters(Uncopied, Generic[M]):
         is. Raises: ValueError for another model's state; as entering does."""
         if len(state["parts"]) != len(self._parts):
             raise ValueError("a state of parameters that are cut otherwise")
-        for task in self._asking:
-            task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await end(*self._asking)
         self._parts = []
         self._begin(await self.pieces.fetch_all(self._own.layout), writes=False)
         self._own_steps = state["steps"]
@@ -525,8 +515,7 @@ class SharedParameters(Uncopied, Generic[M]):
                 self._start(part, messages.PULL, messages.PullRequest(part.uid, version, root))
 
     async def _wait_answers(self) -> None:
-        while self._asking:
-            await asyncio.wait(self._asking)
+        await self._asking.wait_done()
 
     def _start(
         self,
@@ -542,17 +531,12 @@ class SharedParameters(Uncopied, Generic[M]):
         """Run this beside the trainer, on the node's loop."""
 
         async def start() -> None:
-            self._track(work)
+            self._asking.spawn(work)
 
         if isinstance(self._given, PlainCalls):
             self._given.begin(start())
         else:
-            self._track(work)
-
-    def _track(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work, name="shared parameters")
-        self._asking.add(task)
-        task.add_done_callback(self._asking.discard)
+            self._asking.spawn(work)
 
 
 async def _at_once(report: SharingReport | None) -> SharingReport | None:

@@ -29,6 +29,7 @@ from tesseract_async.server.other_replicas import may_follow
 from tesseract_async.sharing.fragment import Fragment
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -95,9 +96,7 @@ class SharedPieces:
         try:
             fragments = await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*tasks)
         return FoundPieces(await known, fragments)
 
     async def fetch_state(

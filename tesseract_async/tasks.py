@@ -1,7 +1,7 @@
-"""Ends tasks that nobody waits for any more, and futures that tell at once."""
+"""Tasks that nobody waits for, their end, and futures that tell at once."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -41,6 +41,39 @@ class PromptFuture(asyncio.Future[T]):
             except Exception as error:  # of the others, and of who ends it, it is no business
                 context = {"message": f"a listener of {type(self).__name__} failed", "exception": error}
                 self.get_loop().call_exception_handler(context)
+
+
+class TaskSet(set[asyncio.Task[None]]):
+    """Tasks that nobody waits for, until they are over."""
+
+    def __init__(self, name: str, *, on_error: Callable[[BaseException], None] | None = None) -> None:
+        """`name`: the tasks'. `on_error` is told what one of them raises; otherwise the loop logs it."""
+        super().__init__()
+        self._name, self._on_error = name, on_error
+        self.is_closed = False
+
+    def spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Run `work` in a task; not at all after `aclose`."""
+        if self.is_closed:
+            work.close()
+            return
+        task = asyncio.get_running_loop().create_task(work, name=self._name)
+        self.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.discard(task)
+        if self._on_error is not None and not task.cancelled() and (error := task.exception()) is not None:
+            self._on_error(error)
+
+    async def wait_done(self) -> None:
+        while self:
+            await asyncio.wait(self)
+
+    async def aclose(self) -> None:
+        """End them."""
+        self.is_closed = True
+        await end(*self)
 
 
 async def end(*tasks: asyncio.Task[object] | None) -> None:

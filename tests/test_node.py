@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,3 +278,29 @@ async def test_where_no_seed_answers_that_an_expert_is_absent_is_not_said() -> N
             node.network.settings = NetworkSettings(join_timeout=0.05)
             with pytest.raises(TimeoutError, match=f"no answer from {seed}"):
                 await node.get_expert("ffn.0.0")
+
+
+async def test_a_node_with_an_identity_file_finds_the_network_again_without_its_seed(tmp_path: Path) -> None:
+    async with ta.TesseractNode() as other:
+
+        async def visit(seed: str, known: int) -> None:
+            async with ta.TesseractNode(identity=tmp_path / "node.pem", initial_peers=[seed]) as node:
+                async with asyncio.timeout(30):
+                    while node.network.num_contacts < known:  # noqa: ASYNC110 (nothing announces it)
+                        await asyncio.sleep(0)
+                assert known or not await node.network.wait_joined(0.1)
+
+        async with ta.TesseractNode(initial_peers=[other.address]) as first:
+            seed = first.address
+            await visit(seed, 2)
+            (peers,) = tmp_path.glob("*.peers")  # noqa: ASYNC240  (once)
+            peers.write_bytes(b"\xff nonsense")
+            await visit(seed, 2)
+            assert str(other.peer_id) in peers.read_text()
+            peers.unlink()
+            peers.mkdir()  # so it can be neither read nor written
+            await visit(seed, 2)
+            peers.rmdir()
+            await visit(seed, 2)
+        await visit(seed, 1)
+        await visit("127.0.0.1:9", 0)  # another swarm, with which this one has nothing to do

@@ -3,7 +3,7 @@ import gc
 
 import pytest
 
-from tesseract_async.tasks import PromptFuture, end
+from tesseract_async.tasks import PromptFuture, TaskSet, end
 
 
 async def test_tasks_are_over_and_their_errors_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
@@ -55,3 +55,27 @@ async def test_listeners_hear_at_once_in_order_and_a_fault_stays_its_own() -> No
         assert heard[-1] is future and (future.cancelled() or future.exception())
         assert not future.cancel()
     loop.set_exception_handler(None)
+
+
+async def test_tasks_that_nobody_waits_for_are_known_until_they_are_over() -> None:
+    heard, going_on = list[BaseException](), asyncio.Event()
+    tasks = TaskSet("test", on_error=heard.append)
+
+    async def fail() -> None:
+        raise OSError
+
+    async def last() -> None:
+        await going_on.wait()
+
+    tasks.spawn(fail())
+    tasks.spawn(last())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert len(tasks) == 1 and [type(error) for error in heard] == [OSError]
+    going_on.set()
+    await tasks.wait_done()
+    going_on.clear()
+    tasks.spawn(last())
+    await tasks.aclose()
+    tasks.spawn(last())
+    assert not tasks and len(heard) == 1

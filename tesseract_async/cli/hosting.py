@@ -49,6 +49,7 @@ from tesseract_async.server.server import FAREWELL_TIMEOUT, ServerSettings, Tess
 from tesseract_async.server.state_files import CheckpointStore, FolderLock, stored_uids
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import split_host_port
 from tesseract_async.transport.throttle import Throttle
 
@@ -192,9 +193,7 @@ class Hosting:
             await asyncio.wait({leaving, twin}, return_when=asyncio.FIRST_COMPLETED)
             return leaving.result() if leaving.done() else "another node has this identity"
         finally:
-            for task in (*tasks, leaving, twin):
-                task.cancel()
-            await asyncio.gather(*tasks, leaving, twin, return_exceptions=True)
+            await end(*tasks, leaving, twin)
 
     @property
     def _drain_timeout(self) -> float:
@@ -346,8 +345,7 @@ class Hosting:
             yield
         finally:
             await asyncio.to_thread(link.leave)
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
+            await end(watcher)
 
     async def _watch_mesh(self, link: MeshLink) -> None:
         """End the process once the mesh is lost: its thread may hang, and what started it starts it again."""

@@ -258,10 +258,10 @@ class RemoteExpert(nn.Module):
             while not found and not (await asyncio.wait([asking], timeout=LOOK_AGAIN_SECONDS))[0]:
                 with contextlib.suppress(TesseractError, TimeoutError):
                     found = await self._experience.node.directory.find(self.uid)
+            return () if asking.done() else found  # it may have been answered while others were looked for
         finally:
-            if found or not asking.done():
+            if not asking.done():
                 await end(asking)
-        return found
 
     async def find(self) -> Sequence[ExpertReplica]:
         """The live replicas, the primary first; if there are none, those that failed lately: a server that stood still

@@ -19,7 +19,7 @@ from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import ExpertSchema
 from tesseract_async.client.failover import HEDGE_SECONDS
 from tesseract_async.client.settings import CallOptions
-from tesseract_async.endpoint.events import PartEvent, PartReceived, ReplyReceived
+from tesseract_async.endpoint.events import CallFailed, PartReceived, ReplyEvent, ReplyReceived
 from tesseract_async.errors import ProtocolError, TesseractError, TooStale
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.gradients import are_finite
@@ -351,11 +351,11 @@ class _Reply:
         """It took so long, once it is there."""
         self._places: set[int] = set()
 
-    def heard(self, event: PartEvent) -> None:
+    def heard(self, event: ReplyEvent) -> None:
         """Take in what comes of the call."""
         if not self.is_open:
             return
-        if isinstance(event, Exception):
+        if isinstance(event, CallFailed):
             self.is_open = False
             self._straight.end()
             return

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Final, Protocol
+from typing import Final
 
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
@@ -13,10 +13,10 @@ from tesseract_async.endpoint.events import (
     CallCancelled,
     CallFailed,
     CallReceived,
-    PartEvent,
     PartReceived,
     PartWanted,
     PeerClosed,
+    ReplyEvent,
     ReplyReceived,
 )
 from tesseract_async.endpoint.handlers import Handlers
@@ -101,7 +101,8 @@ class Connection:
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
-        self._parts: dict[int, PartSink] = {}
+        self._sinks: dict[int, Callable[[ReplyEvent], None]] = {}
+        """Functions that take a call's reply in parts: the parts, then the end or the failure."""
         self._handlers = Handlers(
             self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._handler_done
         )
@@ -159,7 +160,7 @@ class Connection:
     def _send_call(self) -> None:
         """Send a call that was just started: at once where it is alone here, as the one before it was, else together
         with those that this turn of the loop still brings."""
-        is_alone, before = len(self._futures) + len(self._parts) == 1, self._was_alone
+        is_alone, before = len(self._futures) + len(self._sinks) == 1, self._was_alone
         self._was_alone = is_alone
         if is_alone and before:
             self._send_at_once()
@@ -176,7 +177,7 @@ class Connection:
             channel.write(self.protocol.data_to_send(MAIN, 0))
         except ProtocolError as error:
             self._loop.call_soon(self.abort, describe(error))
-        if self.protocol.has_data():
+        if self._budgets.changed or self.protocol.core.events or self.protocol.has_data():  # a flush sees to them
             self._schedule_flush()
 
     def call(
@@ -200,15 +201,21 @@ class Connection:
     ) -> AsyncGenerator[Message, None]:
         """As `call`, for a reply that may come in parts: yields each as it comes. Closing it cancels the call."""
         stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply, in_parts=True)
-        parts: asyncio.Queue[PartEvent] = asyncio.Queue()
-        self._parts[stream] = parts
+        parts: asyncio.Queue[ReplyEvent] = asyncio.Queue()
+
+        def take(event: ReplyEvent) -> None:
+            while isinstance(event, CallFailed) and event.drops_parts and not parts.empty():
+                parts.get_nowait()
+            parts.put_nowait(event)
+
+        self._sinks[stream] = take
         self._send_call()
         is_first = more = True
         try:
             while more:
                 part = await parts.get()
-                if isinstance(part, Exception):
-                    raise part
+                if isinstance(part, CallFailed):
+                    raise part.error
                 message, more = Message(part.body, part.buffers), isinstance(part, PartReceived)
                 del part  # while the next one is awaited, its memory is the caller's alone
                 if more:
@@ -219,23 +226,31 @@ class Connection:
                 del message
                 is_first = False
         finally:
-            del self._parts[stream]
+            del self._sinks[stream]
             if more:
                 self.cancel_call(stream)
 
     def call_into(
-        self, head: RequestHead, buffers: tuple[memoryview, ...], sink: Callable[[PartEvent], None], *, deadline: float
+        self, head: RequestHead, buffers: tuple[memoryview, ...], sink: Callable[[ReplyEvent], None], *, deadline: float
     ) -> Callable[[], None]:
-        """As `call_parts`, without a task: `sink` is given each part, and last the reply's end or the error. Returns a
+        """As `call_parts`, without a task: `sink` is given each part, and last the end or the failure. Returns a
         function that cancels it, which does nothing once it is over."""
         stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=False, in_parts=True)
-        self._parts[stream] = _Into(self, stream, sink)
-        self._send_call()
+
+        def take(event: ReplyEvent) -> None:
+            if isinstance(event, PartReceived):
+                self.protocol.outgoing.part_taken(stream)
+                self._schedule_flush()
+            else:
+                self._sinks.pop(stream, None)
+            sink(event)
 
         def cancel() -> None:
-            if self._parts.pop(stream, None) is not None:
+            if self._sinks.pop(stream, None) is not None:
                 self.cancel_call(stream)
 
+        self._sinks[stream] = take
+        self._send_call()
         return cancel
 
     def cancel_call(self, stream: int) -> None:
@@ -307,8 +322,8 @@ class Connection:
                     future = self._futures.get(event.stream)
                     if future is not None and not future.done():
                         future.set_result(Message(event.body, event.buffers))
-                    elif (parts := self._parts.get(event.stream)) is not None:
-                        parts.put_nowait(event)
+                    elif (sink := self._sinks.get(event.stream)) is not None:
+                        sink(event)
                 case CallReceived():
                     self.last_used = self._loop.time()
                     if not self._handlers.received(event):
@@ -318,10 +333,8 @@ class Connection:
                 case PartWanted():
                     self._handlers.part_wanted(event.stream)
                 case CallFailed():
-                    if (parts := self._parts.get(event.stream)) is not None:
-                        while event.drops_parts and not parts.empty():
-                            parts.get_nowait()
-                        parts.put_nowait(event.error)
+                    if (sink := self._sinks.get(event.stream)) is not None:
+                        sink(event)
                     future = self._futures.get(event.stream)
                     if future is not None and not future.done():
                         future.set_exception(event.error)
@@ -428,39 +441,6 @@ class Connection:
             if channel is not None:
                 channel.abort()
         await self.closed
-
-
-class PartSink(Protocol):
-    """Takes the parts of a reply as they come, then its end or an error: an `asyncio.Queue` is one."""
-
-    def put_nowait(self, part: PartEvent, /) -> None: ...
-
-    def empty(self) -> bool:
-        """Return whether all parts are taken."""
-
-    def get_nowait(self) -> object: ...
-
-
-class _Into:
-    """Passes the parts of a reply on, and says that each was taken."""
-
-    def __init__(self, connection: Connection, stream: int, sink: Callable[[PartEvent], None]) -> None:
-        self._connection, self._stream, self._sink = connection, stream, sink
-
-    def put_nowait(self, part: PartEvent) -> None:
-        connection = self._connection
-        if type(part) is PartReceived:
-            connection.protocol.outgoing.part_taken(self._stream)
-            connection._schedule_flush()
-        else:
-            connection._parts.pop(self._stream, None)
-        self._sink(part)
-
-    def empty(self) -> bool:
-        return True
-
-    def get_nowait(self) -> object:
-        raise asyncio.QueueEmpty
 
 
 class _LanePort:

@@ -15,7 +15,7 @@ from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, 
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.dialing import Dialer
-from tesseract_async.endpoint.events import PartEvent, RequestUnseen
+from tesseract_async.endpoint.events import ReplyEvent, RequestUnseen
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
@@ -267,14 +267,14 @@ class Endpoint(Uncopied):
         method: str,
         body: object,
         buffers: Sequence[Buffer],
-        sink: Callable[[PartEvent], None],
+        sink: Callable[[ReplyEvent], None],
         *,
         timeout: float,
         priority: int = 0,
     ) -> Callable[[], None] | None:
         """As `call_parts`, without a task, over a connection that is there; None where there is none.
 
-        `sink` is given each part as it comes, and last the reply's end or the error: nothing is repeated. Returns a
+        `sink` is given each part as it comes, and last the reply's end or its failure: nothing is repeated. Returns a
         function that cancels the call, which does nothing once it is over. Raises: what starting a call raises.
         """
         if (connection := self._find(peer)) is None:

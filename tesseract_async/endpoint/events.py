@@ -41,10 +41,6 @@ class ReplyReceived(NamedTuple):
     buffers: tuple[memoryview, ...]
 
 
-PartEvent = PartReceived | ReplyReceived | Exception
-"""A part of a reply, its last one, or the error that it ends in."""
-
-
 class CallFailed(NamedTuple):
     """An outgoing call ended with an error: a RemoteError, ProtocolError, TimeoutError or ConnectionLost."""
 
@@ -52,6 +48,10 @@ class CallFailed(NamedTuple):
     error: Exception
     drops_parts: bool = False
     """True if the memory of parts that the caller has not taken is wanted for others: it does not get them any more."""
+
+
+ReplyEvent = PartReceived | ReplyReceived | CallFailed
+"""A part of a reply, its last one, or the failure that it ends in."""
 
 
 class BulkWanted(NamedTuple):

@@ -6,7 +6,6 @@ from tesseract_async.experts.thanks import Thanks, publish_thanks
 from tesseract_async.experts.trust import Trust
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.wire.packed import Value
 
 PROGRESS_TTL: Final = 60.0
 """Seconds that a trainer is shown after it was last heard of."""
@@ -23,11 +22,11 @@ class Progress(NamedTuple):
 
     step: int
     loss: float
-    left_out: int = 0
+    left_out: int
     """Answers and gradients that its gates went on without."""
-    seen: int = 0
-    """Samples or tokens; 0 where it does not say."""
-    unit: str = UNITS[0]
+    seen: int
+    """Samples or tokens."""
+    unit: str
 
 
 class OnNetwork(Protocol):
@@ -57,10 +56,9 @@ def read_progress(value: object) -> Progress | None:
 
     Untrusted. Later versions may append to the list.
     """
-    if not isinstance(value, list | tuple) or len(value) < 3:
+    if not isinstance(value, list | tuple) or len(value) < 5:
         return None
-    fields: list[Value] = [*list(value[:5]), *(0, UNITS[0])[len(value) - 3 :]]
-    step, loss, left_out, seen, unit = fields
+    step, loss, left_out, seen, unit = value[:5]
     if not all(type(number) is int and 0 <= number < 2**53 for number in (step, left_out, seen)):
         return None
     if not isinstance(loss, int | float) or not abs(loss) <= MAX_LOSS or unit not in UNITS:

@@ -213,18 +213,18 @@ def _experts(value: object) -> dict[str, ExpertStatus]:
     experts = {}
     for uid, fields in value.items():
         try:
-            version, primary, *figures = fields  # which a version 0.1 does not tell
+            version, primary, num_calls, num_failures, median, slow, num_rows = fields[:7]
             split_uid(uid)
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, LookupError, AttributeError):
             raise ProtocolError("status: a malformed expert") from None
-        if type(version) is not int or not 0 <= version < MAX_FIGURE or type(primary) is not bool:
-            raise ProtocolError("status: a malformed expert")
-        counts, seconds, rows = figures[:2], figures[2:4], figures[4:5]
-        if not all(type(one) is int and 0 <= one < MAX_FIGURE for one in (*counts, *rows)) or not all(
-            type(one) is float and 0 <= one < MAX_FIGURE for one in seconds
+        counts, seconds = (version, num_calls, num_failures, num_rows), (median, slow)
+        if (
+            type(primary) is not bool
+            or not all(type(one) is int and 0 <= one < MAX_FIGURE for one in counts)
+            or not all(type(one) is float and 0 <= one < MAX_FIGURE for one in seconds)
         ):
             raise ProtocolError("status: a malformed expert")
-        experts[uid] = ExpertStatus(version, primary, *counts, *seconds, *rows)
+        experts[uid] = ExpertStatus(version, primary, num_calls, num_failures, median, slow, num_rows)
     return experts
 
 

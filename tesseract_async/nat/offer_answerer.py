@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.errors import NotAllowed, Overloaded, ProtocolError
 from tesseract_async.nat import offers, preamble
-from tesseract_async.nat.background_tasks import BackgroundTasks
+from tesseract_async.nat.background_tasks import offer_tasks
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
 from tesseract_async.nat.offers import Description, Offer, OfferGuard, RelayBody, ReverseBody
 from tesseract_async.nat.relay import meet_at_relay
@@ -49,7 +49,7 @@ class OfferAnswerer:
         self._guard = OfferGuard()
         self.num_negotiations = 0
         """Data channels under negotiation."""
-        self.tasks = BackgroundTasks(endpoint.metrics)
+        self.tasks = offer_tasks(endpoint.metrics)
         """The negotiations that accepted offers have begun."""
 
     async def answer(self, data: bytes, *, origin: str, relays: Sequence[PeerAddress]) -> bytes:

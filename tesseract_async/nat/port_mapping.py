@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 from tesseract_async.metrics import Metrics
+from tesseract_async.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +92,7 @@ class PortMapper:
 
     async def aclose(self) -> None:
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
+        await end(task)
         with contextlib.suppress(TimeoutError):  # the lease ends by itself
             async with asyncio.timeout(self._farewell_timeout):
                 await self._remove()

@@ -39,6 +39,7 @@ from tesseract_async.nat.stun_client import StunClient
 from tesseract_async.nat.traversal import HEAD_START, OFFER_TIMEOUT, NatTransport
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress, Transport, ip_version, split_host_port
 from tesseract_async.transport.tcp import TcpTransport
 
@@ -213,10 +214,7 @@ class Reach:
         self._is_running = False
         if self._timer is not None:
             self._timer.cancel()
-        for task in (self._beginning, self._check):
-            if task is not None:
-                task.cancel()
-                await asyncio.wait([task])
+        await end(self._beginning, self._check)
         if self._mapper is not None:
             await self._mapper.aclose()
         await self._client.stop()

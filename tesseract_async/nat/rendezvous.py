@@ -35,6 +35,7 @@ from tesseract_async.lru import LRU
 from tesseract_async.nat.offers import field
 from tesseract_async.nat.relay import Relay
 from tesseract_async.network.address_scope import AddressScope
+from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress, ip_version, range_of
 
 logger = logging.getLogger(__name__)
@@ -303,9 +304,7 @@ class RendezvousClient:
     async def stop(self) -> None:
         """End `start`; registrations end by themselves."""
         keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            keeper.cancel()
-            await asyncio.wait([keeper])
+        await end(keeper)
         self._registered.clear()
 
     async def _keep(self) -> None:

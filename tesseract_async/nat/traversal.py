@@ -19,7 +19,7 @@ from tesseract_async.errors import NotAllowed, PeerUnreachable, TesseractError
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.nat import offers
-from tesseract_async.nat.background_tasks import BackgroundTasks
+from tesseract_async.nat.background_tasks import offer_tasks
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
 from tesseract_async.nat.offers import Description, OfferAnswer, RelayBody, ReverseBody
 from tesseract_async.nat.relay import meet_at_relay
@@ -226,7 +226,7 @@ class PathUpgrader:
         self._better_paths = better_paths
         self._upgrade_after = upgrade_after
         self._watched: dict[PeerID, _Watched] = {}
-        self.tasks = BackgroundTasks(endpoint.metrics)
+        self.tasks = offer_tasks(endpoint.metrics)
 
     def watch(self, peer: PeerAddress, peer_id: PeerID) -> None:
         if peer_id not in self._watched:

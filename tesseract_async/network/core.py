@@ -31,7 +31,7 @@ from tesseract_async.network.outbox import Outbox
 from tesseract_async.network.routing_table import Density, K, RoutingTable
 from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
-from tesseract_async.network.storage import CLOCK_SKEW, Storage
+from tesseract_async.network.storage import CLOCK_SKEW, MAX_STORAGE_BYTES, Storage
 from tesseract_async.network.timers import Timers
 from tesseract_async.transport.token_bucket import RateLimiter
 
@@ -96,7 +96,7 @@ class Core:
         """The ids that may be contacts at a seed's address."""
         self.table = RoutingTable(self.own_id, now=now)
         self.density = Density(self.table)
-        self.storage = Storage(self.settings.max_storage_bytes, own_number=self.table.own_number)
+        self.storage = Storage(MAX_STORAGE_BYTES, own_number=self.table.own_number)
         self.timers = Timers()
         self.limiter = RateLimiter(rate=MAX_REQUEST_RATE, burst=2 * MAX_REQUEST_RATE)
         role = "public" if is_declared_public else "unknown"

@@ -349,10 +349,12 @@ class TesseractNetwork(Uncopied):
         return event.num_holders[0]
 
     def _remembered_peers(self) -> list[PeerAddress]:
-        if self._peers_file is None or not self._peers_file.exists():
+        if self._peers_file is None:
             return []
         try:
             return [PeerAddress.parse(line) for line in self._peers_file.read_text().split()]
+        except FileNotFoundError:
+            return []
         except (OSError, ValueError) as error:
             logger.warning("the remembered peers in %s cannot be read: %s", self._peers_file, describe(error))
             return []

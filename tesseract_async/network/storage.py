@@ -19,6 +19,8 @@ CLOCK_SKEW = 30.0
 """Seconds by which the clocks of two nodes may differ without harm."""
 MAX_TTL = 86400.0
 """Seconds; records that live longer are refused."""
+MAX_STORAGE_BYTES = 256 * 2**20
+"""Bytes of records held for others; beyond them new entries are refused."""
 MAX_ENTRIES_PER_KEY = 16384
 MAX_ENTRIES_PER_OWNER = 1024
 """Entries of one dictionary by the same owner."""

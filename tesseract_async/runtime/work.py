@@ -31,16 +31,16 @@ class Work(QueuedRequest):
     rows: torch.Tensor | None
     """The rows of `inputs` and `output_gradients` that are this request's: [num_rows], int64. They are then a block
     that several requests share. None: all of them, in order."""
-    output_gradients: Gradients | None
+    output_gradients: Gradients | None = None
     """None for a forward."""
     weights: torch.Tensor | None
     """The factor of each row's output gradients: [num_rows], float32. The results then end with the weights'
     own gradients."""
-    training: bool
-    seed: int
-    call_id: bytes | None
+    training: bool = False
+    seed: int = 0
+    call_id: bytes | None = None
     """Journalled together with the step; None: compute the gradients, take no step."""
-    forward_version: int | None
+    forward_version: int | None = None
     """The version that the forward belonging to a backward saw; None counts as no staleness."""
     answer: PromptFuture[WorkResult]
     """Belongs to the runtime's loop."""

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -38,7 +38,7 @@ from tesseract_async.server.other_replicas import wall_clock
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.sharing.layout import MAX_FRAGMENTS
-from tesseract_async.tasks import end
+from tesseract_async.tasks import TaskSet
 from tesseract_async.transport.base import PeerAddress
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Placing:
         self._published: list[bytes] = []
         self._published_at = -NEVER
         self._said: object = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet("server: placing", on_error=_tell)
         self._building = asyncio.Lock()
         self._looked = asyncio.Event()
         self._is_settled = self._is_short = False
@@ -130,12 +130,11 @@ class Placing:
         self._tenures.on_leading[self._prefix] = self._lead
         for uid in self._tenures.stored(self._pattern):
             await self._hold(uid)  # what was held before, also where others hold it now
-        self._spawn(self._run())
+        self._tasks.spawn(self._run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks, self._tasks = self._tasks, set()
-        await end(*tasks)
+        await self._tasks.aclose()
         if self._node.is_running:
             with contextlib.suppress(TesseractError, TimeoutError, OSError):
                 async with asyncio.timeout(2.0):
@@ -201,7 +200,7 @@ class Placing:
         self._is_settled = idle and not steps and not self.placement.wishes and not self._wanted
         self._tell_of_shortage()
         if (found := self.placement.to_check(self.places, self._now())) is not None:
-            self._spawn(self._check(*found))
+            self._tasks.spawn(self._check(*found))
         me = self.place()
         self.places[self._node.peer_id] = me
         self._tell(me)
@@ -316,14 +315,14 @@ class Placing:
             if step.kind == "move" and peer is not None:
                 self._moved_at = self._now()
                 logger.info("%s moves to %s, which has more room for its rows", uid, peer.short)
-                self._spawn(self._move(uid, peer))
+                self._tasks.spawn(self._move(uid, peer))
             elif step.kind == "drop":
                 me = self.places[self._node.peer_id]
                 if len(me.parts) > me.files:  # it has no room for it any more
                     await self._drop(uid)
                 else:
                     self.placement.keeps(uid, self._now())  # until the others have shown theirs, or for as long again
-                    self._spawn(self._drop_if_shown(uid))
+                    self._tasks.spawn(self._drop_if_shown(uid))
             elif self._chooses or step.kind in ("hold", "follow", "help"):
                 if step.kind == "restart":
                     logger.error("%s is lost: nobody has a state of it any more; it begins anew, from genesis", uid)
@@ -384,7 +383,7 @@ class Placing:
             logger.warning("%s stays here: %s did not take it", uid, peer.short)
 
     def _lead(self, uid: str) -> None:
-        self._spawn(self._compute(uid))
+        self._tasks.spawn(self._compute(uid))
 
     async def _compute_wanted(self) -> bool:
         """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile."""
@@ -396,7 +395,7 @@ class Placing:
             if uid in self._server.experts or not (leads or (uid in self._wanted and tenure.held is not None)):
                 continue
             if leads or len(self._computed()) < self.capacity.room:
-                self._spawn(self._compute(uid))
+                self._tasks.spawn(self._compute(uid))
         return is_busy
 
     async def _compute(self, uid: str) -> None:
@@ -446,15 +445,9 @@ class Placing:
         for number in gone:
             await network.withdraw(key, subkey=str(number))
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work, name="server: placing")
-        self._tasks.add(task)
-        task.add_done_callback(self._end)
 
-    def _end(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("an expert's place: %s", describe(error), exc_info=error)
+def _tell(error: BaseException) -> None:
+    logger.error("an expert's place: %s", describe(error), exc_info=error)
 
 
 def _news(place: Place) -> object:

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from tesseract_async.server.restoring import Restoring
 from tesseract_async.server.rhythm import Rhythm
 from tesseract_async.server.state_files import CheckpointStore, FolderLock
 from tesseract_async.server.state_transfer import StateSource
-from tesseract_async.tasks import end
+from tesseract_async.tasks import TaskSet
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY
@@ -155,7 +155,7 @@ class TesseractServer(Uncopied):
         self._lock = None if directory is None else FolderLock(directory)
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] = lambda: None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet("server")
         self._publisher_settings = publisher_settings or PublisherSettings()
         self._publisher: ExpertPublisher | None = None
         self.is_paused = False
@@ -199,7 +199,7 @@ class TesseractServer(Uncopied):
             self._end_applying = self.node.host_together(Applying(self.calls, self.node.find_experts).answer)
             await self.node.wait_reachable()
             peer = self.node.peer_address
-            self._unwatch = self.node.watch_address(lambda: self._spawn(self._update_addresses()))
+            self._unwatch = self.node.watch_address(lambda: self._tasks.spawn(self._update_addresses()))
             self._publisher = ExpertPublisher(
                 self.node.network,
                 addresses=peer.addresses,
@@ -221,8 +221,8 @@ class TesseractServer(Uncopied):
             await self._stop_runtimes()
             raise
         if self._lock is not None:
-            self._spawn(self._save_periodically())
-        self._spawn(self._make_optimizers())
+            self._tasks.spawn(self._save_periodically())
+        self._tasks.spawn(self._make_optimizers())
 
     async def _restore(self) -> None:
         """Load the newest checkpoints, and move all experts to their devices. Raises: CheckpointError."""
@@ -236,14 +236,9 @@ class TesseractServer(Uncopied):
             for start in range(0, len(backends), _MOVED_AT_ONCE):
                 await runtime.call(partial(_move, backends[start : start + _MOVED_AT_ONCE], runtime.device))
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work, name="server")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _stop_tasks(self) -> None:
         self._unwatch()
-        await end(*self._tasks)
+        await self._tasks.aclose()
 
     async def _stop_runtimes(self) -> None:
         try:

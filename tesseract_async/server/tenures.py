@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from random import Random
 from typing import Final
@@ -48,7 +48,7 @@ from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_files import stored_uids
 from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.server.tenured import Tenured
-from tesseract_async.tasks import end
+from tesseract_async.tasks import TaskSet
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -104,17 +104,17 @@ class Tenures:
             self._node, self._experts, call_timeout=call_timeout, elapsed=elapsed, take_in=self._take_in
         )
         self._wants_announcement, self._wake = asyncio.Event(), asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet("server: tenures", on_error=_tell)
         self._closed = False
 
     async def start(self) -> None:
         """Take up what was left, and return once each expert has a role here, or a while has passed."""
         for uid, authority in self._authorities.items():
             self._experts[uid] = await self._load(uid, authority, self._server.hosted[uid])
-        self._spawn(self._turn())
-        self._spawn(self._whenever(self.records.wants, self._read_wanted))
-        self._spawn(self._whenever(self._wants_announcement, self._server.announce))
-        self._spawn(self._seal_often())
+        self._tasks.spawn(self._turn())
+        self._tasks.spawn(self._whenever(self.records.wants, self._read_wanted))
+        self._tasks.spawn(self._whenever(self._wants_announcement, self._server.announce))
+        self._tasks.spawn(self._seal_often())
         for expert in self._experts.values():
             await self._carry_out(expert)
 
@@ -235,7 +235,7 @@ class Tenures:
 
     async def _read_wanted(self) -> None:
         if uids := self.records.take_wanted():
-            self._spawn(self.records.read_wanted(uids))
+            self._tasks.spawn(self.records.read_wanted(uids))
 
     async def aclose(self) -> None:
         """Stop. Nothing is answered or trained any more."""
@@ -243,7 +243,7 @@ class Tenures:
         async with contextlib.AsyncExitStack() as stack:
             for expert in self._experts.values():  # no command is cut off
                 await stack.enter_async_context(expert.carrying)
-            await end(*self._tasks)
+            await self._tasks.aclose()
             for uid, expert in self._experts.items():
                 if expert.hosted is None:  # the others answer until the server closes
                     self._node.unhost_expert(uid)
@@ -404,7 +404,7 @@ class Tenures:
             question = Question("probe", expert.tenure.epoch, self._boot, b"" if best is None else best.blob, blob)
             # any, not the newest: who only says so must not keep it from the others
             for peer in self._random.sample(newer, min(MAX_ASKED, len(newer))):
-                self._spawn(self._send(expert, peer, question))
+                self._tasks.spawn(self._send(expert, peer, question))
 
     async def _see_term_of(self, expert: Tenured, heir: PeerID) -> None:
         """Ask for the successor's Term, so that this server names it to trainers."""
@@ -434,13 +434,13 @@ class Tenures:
             case Publish() | Send() if not expert.tenure.may.write:
                 pass  # it is as if it were cut off: what it promised, or its state, is not on its disk
             case Publish(records, past):
-                self._spawn(self.records.publish(expert.uid, dict(enumerate(records)) | dict(enumerate(past, 2))))
+                self._tasks.spawn(self.records.publish(expert.uid, dict(enumerate(records)) | dict(enumerate(past, 2))))
             case Send(peer, question):
-                self._spawn(self._send(expert, peer, question))
+                self._tasks.spawn(self._send(expert, peer, question))
             case Look():
                 self.records.want(expert.uid)
             case Fetch():
-                self._spawn(self._fetch(expert, command))
+                self._tasks.spawn(self._fetch(expert, command))
             case RoleChanged(is_primary, _) if expert.hosted is None:
                 if is_primary:
                     self._node.metrics.count("experts_taken_over")
@@ -541,7 +541,7 @@ class Tenures:
                     if hosted is not None and root != expert.wanted_root:
                         expert.wanted_root = root
                         if root is not None:
-                            self._spawn(self._restore(expert, hosted, root))
+                            self._tasks.spawn(self._restore(expert, hosted, root))
                 self._node.metrics.set(
                     "lineage_forks", sum(one.tenure.lineage.num_forks for one in self._experts.values())
                 )
@@ -654,15 +654,9 @@ class Tenures:
         await self._carry_out(expert)
         return seal
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work, name="server: tenures")
-        self._tasks.add(task)
-        task.add_done_callback(self._end)
 
-    def _end(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("an expert's tenure: %s", describe(error), exc_info=error)
+def _tell(error: BaseException) -> None:
+    logger.error("an expert's tenure: %s", describe(error), exc_info=error)
 
 
 def _check_records(records: list[bytes], num: int) -> list[bytes]:

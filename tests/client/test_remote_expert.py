@@ -13,7 +13,7 @@ from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound,
 from tesseract_async.wire import compression
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode, seeded, until
+from tests.client.fake_node import FakeNode, FakeReplica, seeded, until
 from tests.client.virtual_time import in_made_up_time
 
 
@@ -237,6 +237,28 @@ async def test_while_a_server_that_failed_lately_is_dialed_others_are_looked_for
     began = loop.time()
     await expert(torch.zeros(1, 8))
     assert loop.time() - began <= 4.1 and node.calls[-1].peer == "next" and node.num_open == 0
+
+
+@in_made_up_time
+async def test_an_answer_that_comes_while_others_are_looked_for_is_not_asked_for_again(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8), peers=("slow",))
+    expert, find = RemoteExpert(node, "ffn.0.0"), node.directory.find
+    await expert(torch.zeros(1, 8))
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        await asyncio.sleep(1.5)
+
+    async def late(uid: str, *, even_failed: bool = False) -> list[FakeReplica]:
+        await asyncio.sleep(1.0)
+        return await find(uid, even_failed=even_failed)
+
+    node.fault = fault
+    node.directory.find = late  # type: ignore[method-assign]
+    node.directory.report_failure(node.directory.replicas["ffn.0.0"][0])
+    asyncio.get_running_loop().call_later(3.2, node.directory.add, "ffn.0.0", "next")  # asked from 2.0 to 3.5
+    num_calls = len(node.calls)
+    await expert(torch.zeros(1, 8))
+    assert len(node.calls) == num_calls + 1 and node.num_open == 0
 
 
 async def test_another_replica_answers_for_a_dead_one(node: FakeNode) -> None:

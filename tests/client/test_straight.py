@@ -22,7 +22,7 @@ from tesseract_async.client.expert_rpc import ExpertSchema
 from tesseract_async.client.failover import HEDGE_SECONDS
 from tesseract_async.client.settings import DEFAULT_OPTIONS
 from tesseract_async.client.straight import Servers, Straight, questions
-from tesseract_async.endpoint.events import PartReceived, ReplyReceived
+from tesseract_async.endpoint.events import CallFailed, PartReceived, ReplyReceived
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts
 from tesseract_async.metrics import Metrics
 from tesseract_async.wire.apply import ApplyPart, decode_request, encode_part
@@ -293,7 +293,7 @@ async def test_answers_in_one_and_in_parts_add_up() -> None:
 @pytest.mark.parametrize(
     "event",
     [
-        lambda sent: ConnectionLost("a", "gone"),
+        lambda sent: CallFailed(1, ConnectionLost("a", "gone")),
         lambda sent: ReplyReceived(1, None, ()),
         lambda sent: ReplyReceived(1, ["no", b"part"], ()),
         lambda sent: answered(sent, places=[0]),

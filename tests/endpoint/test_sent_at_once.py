@@ -1,11 +1,13 @@
 """A call, or a reply, that is alone leaves without another turn of the loop; several leave together."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.connection import Connection
-from tesseract_async.endpoint.endpoint import Message
+from tesseract_async.endpoint.endpoint import EndpointSettings, Message
 from tests.endpoint.test_deferred import PLAIN, Answers, call, client_of
 from tests.faults.serving import serving, until
 
@@ -78,3 +80,23 @@ async def test_large_ones_and_those_of_a_full_channel_wait_for_their_turn(monkey
         ours._channels[0].pipe.paused = False  # type: ignore[misc]
         ours._channels[0].pipe_drained()
         assert (await task).body == 2
+
+
+async def test_a_large_call_that_a_lone_reply_makes_room_for_begins_at_once() -> None:
+    """Nothing else happens there that would: no ping, no frame, and no timer before the calls are over."""
+    bounds = Bounds(ping_after=1000.0, dead_after=3000.0)
+    calm = EndpointSettings(security="plain", bounds=bounds)
+    small = replace(calm, max_receive_bytes=32 << 20)  # of which one peer may have 4 MiB
+    async with serving(small) as (server, address), client_of(calm) as client:
+        answers, block = Answers(server), memoryview(bytearray(3 << 20))
+        tasks = [asyncio.create_task(client.call(address, "later", None, [block], timeout=20.0)) for _ in range(2)]
+        await until(lambda: len(answers.futures) == 1)
+        (ours,), (theirs,) = client.pool.connections(), server.pool.connections()
+        await until(lambda: ours.has_bulk and theirs.has_bulk)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(answers.futures) == 1, "the second has no room"
+        answers.futures[0].set_result(Message(1))
+        await until(lambda: len(answers.futures) == 2)
+        answers.futures[1].set_result(Message(2))
+        assert [reply.body for reply in await asyncio.gather(*tasks)] == [1, 2]

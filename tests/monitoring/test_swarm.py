@@ -306,12 +306,12 @@ async def test_what_strangers_publish_is_bounded() -> None:
     async with volunteer("wide.99999.99999", "ffn.0") as host:
         for number, value in enumerate(
             (
-                [1, math.nan, 0],
-                [1, math.inf, 0],
-                [2**60, 1.0, 0],
-                ["x", 1.0, 0],
-                [3, 0.5, -1],
-                [3, 0.5],
+                [1, math.nan, 0, 0, "samples"],
+                [1, math.inf, 0, 0, "samples"],
+                [2**60, 1.0, 0, 0, "samples"],
+                ["x", 1.0, 0, 0, "samples"],
+                [3, 0.5, -1, 0, "samples"],
+                [3, 0.5, 0, 0],
                 7,
                 None,
                 [3, 0.5, 2, -1, "samples"],
