@@ -38,7 +38,9 @@ class PromptFuture(asyncio.Future[T]):
         for listener in listeners:
             try:
                 listener(self)
-            except Exception as error:  # of the others, and of who ends it, it is no business
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # of the others, and of who ends it, it is no business: a cancellation, too
                 context = {"message": f"a listener of {type(self).__name__} failed", "exception": error}
                 self.get_loop().call_exception_handler(context)
 

@@ -39,7 +39,10 @@ async def test_listeners_hear_at_once_in_order_and_a_fault_stays_its_own() -> No
     def faulty(_: object) -> None:
         raise ZeroDivisionError
 
-    for listener in (faulty, lambda done: heard.append(done.result()), lambda _: heard.append("second")):
+    def cancelled(_: object) -> None:
+        raise asyncio.CancelledError
+
+    for listener in (faulty, cancelled, lambda done: heard.append(done.result()), lambda _: heard.append("second")):
         future.add_listener(listener)
     future.set_result(3)
     assert heard == [3, "second"] and isinstance(logged[0]["exception"], ZeroDivisionError)

@@ -58,6 +58,8 @@ logger = logging.getLogger(__name__)
 FIND_ATTEMPTS: Final = 5
 REFUSING_SECONDS: Final = 0.3
 """In which a server whose mesh is lost still says so to its callers."""
+MAX_NAMED: Final = 256
+"""Experts that a line for programs names, the first ones: there may be thousands, and pipes are small."""
 SETTLE_TIMEOUT: Final = 20.0
 """Seconds that a server waits until it has taken what its run lacks, before it says that it is ready."""
 
@@ -176,14 +178,15 @@ class Hosting:
         uids = sorted(server.experts)
         followed = [uid for uid in uids if not server.is_primary(uid)]
         facts: dict[str, object] = {} if self._run is None else {"run": self._run.full_name}
-        facts |= {"followed": followed} if followed else {}
+        facts |= {"followed": followed[:MAX_NAMED]} if followed else {}
         facts |= {} if volunteer.verdict.serve else {"resting": volunteer.verdict.reason}
         click.echo(f"{what_is_served(len(uids), room)} at {address}; Ctrl-C leaves cleanly", err=True)
         spare_the_collector()
 
         def tell_ready() -> None:
             self.ready.set()
-            say("ready", address=address, peer_id=peer_id, uids=uids, versions=_versions(server), **facts)
+            named = {"num_experts": len(uids), "uids": uids[:MAX_NAMED], "versions": _versions(server)}
+            say("ready", address=address, peer_id=peer_id, **named, **facts)
 
         work = [_save_on_demand(server), _report(server, self.serving.report_period)]
         tasks = [asyncio.create_task(one) for one in work]
@@ -411,7 +414,8 @@ async def _hand_over(replicas: ReplicaKeeper, *, timeout: float | None = None) -
 
 
 def _versions(server: TesseractServer) -> dict[str, int]:
-    return {uid: backend.version for uid, backend in server.experts.items()}
+    experts = server.experts
+    return {uid: experts[uid].version for uid in sorted(experts)[:MAX_NAMED]}
 
 
 async def _report(server: TesseractServer, period: float | None) -> None:

@@ -6,10 +6,16 @@ import functools
 import gc
 import json
 import logging
+import math
+import os
+import select
 import signal
+import stat
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Final
 
 import click
 
@@ -20,6 +26,13 @@ from tesseract_async.leaving import new_event_loop, told_to_leave
 logger = logging.getLogger(__name__)
 
 Main = Callable[[], Coroutine[None, None, int]]
+
+MAX_UNREAD_BYTES: Final = 1 << 20
+"""Bytes of lines for a program (`say`) that it has not read yet; beyond them, further lines are dropped."""
+_LOOK_SECONDS: Final = 0.1
+"""Until it is looked again whether it reads."""
+_LAST_SECONDS: Final = 1.0
+"""So long, after this was told to leave, it may take to read what is left."""
 
 
 def run_command(main: Main, *, leave_with_parent: bool = False) -> None:
@@ -55,6 +68,8 @@ def run_command(main: Main, *, leave_with_parent: bool = False) -> None:
         logger.info("what happened", exc_info=error)  # --verbose shows where
         click.echo(f"Error: {sentence_of(error)}", err=True)
         status = 1
+    with contextlib.suppress(OSError):
+        _lines.write(timeout=_LAST_SECONDS if told else math.inf)  # a pager takes its time
     sys.exit(status)
 
 
@@ -163,9 +178,64 @@ def spare_the_collector() -> None:
 
 
 def say(event: str, /, on_terminal: object = False, **facts: object) -> None:
-    """Print one line of JSON on standard output, for programs: on a terminal only with `on_terminal`."""
+    """Print one line of JSON on standard output, for programs: on a terminal only with `on_terminal`.
+
+    The event loop does not wait for a program that is slow to read (see `_Lines`).
+    """
     if on_terminal or not sys.stdout.isatty():
-        print(json.dumps({"event": event, **facts}), flush=True)
+        _lines.put(json.dumps({"event": event, **facts}) + "\n")
+
+
+class _Lines:
+    """Lines on their way to a pipe, written as far as it takes them at once; the loop looks again for the rest. Of a
+    program that does not read, those that no longer fit in `MAX_UNREAD_BYTES` are dropped."""
+
+    def __init__(self) -> None:
+        self._left = bytearray()
+        self._descriptor = -1
+
+    def put(self, line: str) -> None:
+        """Write a line now or later. Raises: OSError."""
+        try:
+            self._descriptor = sys.stdout.fileno()
+            kind, loop = os.fstat(self._descriptor).st_mode, asyncio.get_running_loop()
+        except (OSError, ValueError, RuntimeError):  # it goes nowhere else, or nothing else waits
+            print(line, end="", flush=True)
+            return
+        if sys.platform == "win32" or not (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
+            print(line, end="", flush=True)
+        elif not self._left:
+            sys.stdout.flush()
+            self._left += line.encode()
+            self._write(loop)
+        elif len(self._left) + len(line) <= MAX_UNREAD_BYTES:
+            self._left += line.encode()
+
+    def _write(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.write()
+        if self._left:
+            loop.call_later(_LOOK_SECONDS, self._write_again, loop)
+
+    def _write_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(OSError):
+            self._write(loop)
+
+    def write(self, timeout: float = 0.0) -> None:
+        """Write what is left, as far as it is read until then. Raises: OSError."""
+        until = time.monotonic() + timeout
+        try:
+            while self._left:
+                patience = None if until == math.inf else max(0.0, until - time.monotonic())
+                if not select.select((), (self._descriptor,), (), patience)[1]:
+                    return
+                # so much at a time never waits once a pipe takes anything
+                del self._left[: os.write(self._descriptor, self._left[: select.PIPE_BUF])]
+        except OSError:  # the reader is gone
+            self._left.clear()
+            raise
+
+
+_lines = _Lines()
 
 
 class TextLines(logging.Formatter):

@@ -1,6 +1,7 @@
 """`tesseract save` and `tesseract restore`: a model's states as a folder that loads without the swarm, and back."""
 
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -13,6 +14,9 @@ from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run_directory import find_run
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import Identity, PeerID
+
+MAX_TOLD: Final = 8
+"""Experts that are named to people, of those that went otherwise than they should; the line for programs names all."""
 
 
 @click.command("save")
@@ -112,9 +116,10 @@ async def save(
     store.write_index()
     for role in ("follower", "holder"):
         if some := sorted(uid for uid, one in report.origins.items() if one == role):
-            told = ", ".join(f"{uid} (version {report.taken[uid]})" for uid in some)
+            told = ", ".join(f"{uid} (version {report.taken[uid]})" for uid in some[:MAX_TOLD])
+            told += f" and {len(some) - MAX_TOLD} more" if len(some) > MAX_TOLD else ""
             click.echo(f"from a {role}, for want of a primary: {told}", err=True)
-    for uid, error in sorted(report.failed.items()):
+    for uid, error in sorted(report.failed.items())[:MAX_TOLD]:
         click.echo(f"{uid}: {sentence_of(error)}", err=True)
     click.echo(
         f"{counted(len(report.taken), 'expert')} written, {len(report.kept)} were up to date, "

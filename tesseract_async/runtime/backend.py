@@ -204,6 +204,8 @@ class ExpertBackend:
         """The same for experts that take and give the same, in the same codecs."""
         self.terms = repr((self.inputs_schema, self.outputs_schema, settings))
         """The same for experts that take and give the same, and are trained and computed in the same way."""
+        self.alike: object = object()
+        """The same for experts that differ in numbers only (`another`)."""
         if len(self.input_specs) + len(self.output_specs) > wire.MAX_TENSORS:
             raise ValueError(
                 f"an expert takes and returns at most {wire.MAX_TENSORS} tensors together; this one takes "
@@ -222,6 +224,8 @@ class ExpertBackend:
         made = copy.copy(self)
         made._runner = self._runner.another(module)
         made._begin(module, optimizer, scheduler)
+        if made.trains != self.trains:
+            made.alike = object()
         return made
 
     def _begin(

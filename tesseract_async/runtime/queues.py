@@ -1,6 +1,7 @@
 """The queues of a device's experts: one for whatever may share a batch, made when it is needed."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
 from typing import Final
 
 from tesseract_async.runtime.backend import ExpertBackend
@@ -12,6 +13,8 @@ MAX_SIZES: Final = 256
 """Queues of experts whose sizes vary that are kept while nothing waits in them."""
 FORWARD_HEAD_START: Final = 0.2
 """Seconds by which a forward counts as older than it is, compared with backwards of its priority. See `batcher`."""
+_FORWARD: Final = (False, False, False, False, None)
+"""The rest of the name of a queue of forwards that are not in training."""
 
 
 class ExpertQueues:
@@ -25,25 +28,32 @@ class ExpertQueues:
         self.known: dict[QueueKind, BatchQueue] = {}
         """Those that there are."""
         self._of_sizes: set[QueueKind] = set()  # kinds of experts whose sizes vary
+        self._expected: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
+        """The latest group that an expert was found to be of, by its `alike` and the rest of the queue's name. Experts
+        alike are expected to be of it, too; each pass looks whether they are."""
 
     def of_joint(self, backends: Sequence[ExpertBackend], counts: Sequence[int], seconds: float) -> BatchQueue | None:
         """Return the queue of forwards that all of these experts compute in one pass, each `counts` of the rows.
 
-        None unless they were seen to be of one kind that can be computed so without copies of large weights, and are
-        expected to take no longer than that many `seconds`, for which everybody else would wait.
+        None unless they, or experts alike, were seen to be of one kind that can be computed so without copies of large
+        weights, and are expected to take no longer than that many `seconds`, for which everybody else would wait.
         """
-        first = backends[0]
-        known = [self.known.get((one, False, False, False, False, None)) for one in backends]
-        group = None if known[0] is None else known[0].group
+        first, known = backends[0], self.known
+        queue = known.get((first, *_FORWARD))
+        group = self._expected.get((first.alike, *_FORWARD)) if queue is None else queue.group
         if not isinstance(group, Group) or not group.is_checked or not group.kind.is_ragged:
             return None
-        for queue in known:
-            if queue is None or queue.group is not group:
+        for one in backends:
+            queue = known.get((one, *_FORWARD))
+            if queue is None:  # it was not asked alone yet
+                if one.alike is not first.alike:
+                    return None
+            elif queue.group is not group:
                 return None
         if sum(map(group.cost.seconds, counts)) > seconds or sum(counts) > first.max_batch_size:
             return None
         kind = (first, False, False, False, True, group)
-        return self.known.get(kind) or self.add(kind, is_joint=True)
+        return known.get(kind) or self.add(kind, is_joint=True)
 
     def add(self, kind: QueueKind, *, is_joint: bool = False) -> BatchQueue:
         """Make one. `is_joint`: its batches are of several experts already."""
@@ -60,7 +70,17 @@ class ExpertQueues:
         )
         if self._groups_experts and not (is_joint or backend.varies):
             self.ungrouped.add(queue)
+            queue.group = group = self._expected.get((backend.alike, *kind[1:]))
+            if group is not None:  # experts of one kind take equally long
+                queue.cost.seconds_per_row = group.cost.seconds_per_row
         return queue
+
+    def found(self, queue: BatchQueue) -> None:
+        """Note the group that a queue's first batch was found to be of. On the device's thread."""
+        kind: QueueKind = queue.name  # type: ignore[assignment]
+        self.ungrouped.discard(queue)
+        if isinstance(queue.group, Group):
+            self._expected[(kind[0].alike, *kind[1:])] = queue.group
 
     def num_waiting_rows(self, backend: ExpertBackend) -> int:
         """Return how many rows of an expert wait."""

@@ -532,8 +532,8 @@ class TesseractRuntime(Uncopied):
         computed.learn(executor, seconds)
         for batch in batches:
             if batch.queue in self._queues.ungrouped:
-                self._queues.ungrouped.discard(batch.queue)
                 find_group(executor, batch)
+                self._queues.found(batch.queue)
 
     def _post(self, function: Callable[..., None], *args: object) -> None:
         """Let the loop call this. Waking it is a system call: what is posted until it looks shares one."""

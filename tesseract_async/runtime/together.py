@@ -76,8 +76,8 @@ class GroupExecutor(Executor):
         self, work: JointWork, inputs: Sequence[torch.Tensor], weights: torch.Tensor | None
     ) -> list[torch.Tensor]:
         members = self._members(work.backends, work.training)
-        kind = members[0].kind
-        if not kind.is_ragged:  # not any more
+        kind, group = members[0].kind, work.queue.name[-1]  # type: ignore[index]
+        if kind is not group.kind or not kind.is_ragged:  # it never was, or is not any more
             raise _NotNow
         assert weights is not None and work.rows is not None
         outputs = kind.forward(members, inputs, work.counts, training=work.training)

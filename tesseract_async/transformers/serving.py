@@ -4,11 +4,10 @@ A run's manifest says what an expert is by the name of its class in Transformers
 model's configuration; where the first weights come from, by the SHA-256 of each file that holds some.
 """
 
-import copy
 import importlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +23,8 @@ from tesseract_async.wire.tensors import DTYPE_NAMES, DTYPES, TensorSpec
 
 MakesBackend = Callable[[str, Callable[[], Built], ExpertBackend | None], ExpertBackend]
 """Makes the backend of a uid of what a function builds, perhaps like another one (`registry.backend_of`)."""
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _FAMILY: Final = re.compile(r"([a-z0-9_]+)\.([A-Za-z0-9_]+)")
 
@@ -44,7 +45,7 @@ class CheckpointExpert(nn.Module):
             if not name.startswith("_") and isinstance(value, bool | int | float):
                 setattr(self, name, value)
         if isinstance(act := getattr(family, "act_fn", None), nn.Module):
-            self.act_fn = copy.copy(act)  # its own: one that is shared would take its mode from another expert
+            self.act_fn = _copied(act)  # its own: one that is shared would take its mode from another expert
         self.apply_gate = gate_of(family)
         self.row_dtype = dtype
         for name, x in tensors.items():
@@ -52,10 +53,8 @@ class CheckpointExpert(nn.Module):
 
     def another(self, tensors: Mapping[str, torch.Tensor], *, trains: bool) -> Self:
         """Return one that differs in its `tensors` only, in an eighth of the time."""
-        made = type(self).__new__(type(self))
-        own = vars(self).items()
-        vars(made).update({name: value.copy() if isinstance(value, dict | set) else value for name, value in own})
-        made._modules = {name: copy.copy(part) for name, part in self._modules.items()}
+        made = _copied(self)
+        made._modules = {name: _copied(part) for name, part in self._modules.items() if part is not None}
         made._parameters = {name: nn.Parameter(x, requires_grad=trains) for name, x in tensors.items()}
         return made
 
@@ -217,6 +216,14 @@ class CheckpointExperts:
                 if like is None:
                     first[kind] = module, backend
         return made
+
+
+def _copied(module: Module) -> Module:
+    """Return a copy with the same parts and tensors, which shares no dictionary, such as that of hooks."""
+    made = type(module).__new__(type(module))
+    own = vars(module).items()
+    vars(made).update({name: value.copy() if isinstance(value, dict | set) else value for name, value in own})
+    return made
 
 
 def _kind_of(experts: nn.Module) -> Hashable:

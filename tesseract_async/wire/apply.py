@@ -225,10 +225,10 @@ def decode_part(
     packed, versions, epochs, told, tensors, kept = _fields(body, (bytes, bytes, bytes, list, list))
     num_experts = len(request.ids)
     experts = _numbers(packed, len(packed) // _U4.itemsize, _U4)
+    if len(told) + len(experts) > num_experts or (tensors and not len(experts)):  # first: the next look is for few
+        raise ProtocolError("ApplyPart: more experts than were asked, or sums of none")
     if len(experts) and (experts[-1] >= num_experts or not _ascend(experts.tolist())):
         raise ProtocolError("ApplyPart: the experts are not some of those that were asked, in order")
-    if len(told) + len(experts) > num_experts or (tensors and not len(experts)):
-        raise ProtocolError("ApplyPart: more experts than were asked, or sums of none")
     failures = [_failure(entry, num_experts) for entry in told] if told else []
     if told and len({*experts.tolist(), *(expert for expert, _ in failures)}) < len(told) + len(experts):
         raise ProtocolError("ApplyPart: an expert is named twice")

@@ -3,19 +3,23 @@ nothing drawn where there is no terminal, and Ctrl-C."""
 
 import asyncio
 import contextlib
+import json
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
 
 import tesseract_async as ta
-from tesseract_async.cli import options, running
+from tesseract_async.cli import hosting, options, running
 from tesseract_async.cli.main import COMMANDS, main
-from tesseract_async.cli.running import progress_bar, spinner
+from tesseract_async.cli.running import progress_bar, say, spinner
 from tests.cli.processes import ENVIRONMENT, ROOT
 
 NOBODY = "127.0.0.1:1"
@@ -221,3 +225,26 @@ def test_what_goes_wrong_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> No
         running.run_command(fail)
     err = capsys.readouterr().err
     assert ended.value.code == 1 and err.startswith("Error: xxx") and len(err) < 450
+
+
+def test_a_program_that_does_not_read_yet_holds_up_nobody() -> None:
+    ours, theirs = os.pipe()
+    num_lines = 300  # of a thousand bytes: several times what a pipe takes
+
+    async def talk() -> bytes:
+        for number in range(num_lines):
+            say("report", number=number, text="x" * 1000)
+        text = b""
+        while text.count(b"\n") < num_lines:
+            text += await asyncio.to_thread(os.read, ours, 1 << 20)
+        return text
+
+    with open(theirs, "w") as out, contextlib.redirect_stdout(out):
+        text = asyncio.run(talk())
+    os.close(ours)
+    assert [json.loads(line)["number"] for line in text.splitlines()] == [*range(num_lines)]
+
+
+def test_a_line_names_so_many_experts_and_no_more() -> None:
+    server: Any = SimpleNamespace(experts={f"ffn.{number}": SimpleNamespace(version=number) for number in range(6144)})
+    assert len(versions := hosting._versions(server)) == hosting.MAX_NAMED and versions["ffn.1"] == 1

@@ -46,7 +46,7 @@ LIMITS: Final[dict[str, float]] = {
     # experts of a checkpoint, of which others of their kind are here: made, and asked for the first time
     "checkpoint: Python calls per expert that is made": 115,
     "caller's loop: Python calls per expert of a layer, first pass": 30,
-    "device: Python calls per expert, first pass": 268,
+    "device: Python calls per expert, first pass": 137,
     # a hash table of 200 nodes
     "datagrams per look-up": 12.25,
     "datagrams per renewal": 86,

@@ -76,7 +76,7 @@ def test_a_lasting_change_is_learned() -> None:
 class Alike:
     """An expert, as far as its queues look at it."""
 
-    varies, max_batch_size, settings = False, 64, SimpleNamespace(preferred_sizes=())
+    alike, varies, max_batch_size, settings = None, False, 64, SimpleNamespace(preferred_sizes=())
 
 
 def test_a_joint_forward_is_expected_to_take_what_each_expert_takes_for_its_rows() -> None:

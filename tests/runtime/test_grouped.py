@@ -1,7 +1,9 @@
 """Experts that are computed in one pass come out as if each was computed alone: numbers, versions and errors."""
 
+import asyncio
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -555,3 +557,59 @@ async def test_a_runtime_with_groups_answers_as_one_without() -> None:
     for left, right in zip(*answers, strict=True):
         same(left, right)
     assert grouped[0] > 0 == grouped[1]
+
+
+async def test_experts_alike_share_passes_before_each_was_asked_alone() -> None:
+    """What one was found to be holds for those that differ in numbers only, until a pass finds that it does not."""
+
+    def module() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+    runtime = TesseractRuntime()
+    await runtime.start()
+    first = ExpertBackend(module(), args_schema=(TensorSpec((WIDTH,)),))
+    deadline, x = asyncio.get_running_loop().time() + 60, torch.randn(4, WIDTH)
+
+    async def ask(experts: Sequence[ExpertBackend]) -> None:
+        with runtime.gathering():
+            works = [runtime.submit(one, [x]) for one in experts]
+        for work, one in zip(works, experts, strict=True):
+            torch.testing.assert_close((await work.answer).tensors[0], one.module(x).detach())
+
+    def joint(*experts: ExpertBackend) -> Work | None:
+        size = len(experts)
+        shape: dict[str, Any] = {"rows": torch.arange(size), "counts": [1] * size, "weights": torch.ones(size)}
+        return runtime.submit_joint(experts, [x[:size]], **shape, deadline=deadline, priority=0, peer=None, num_bytes=1)
+
+    try:
+        known = [first, *(first.another(module()) for _ in range(3))]
+        for _ in range(100):  # until a pass of this kind was compared with each alone
+            await ask(known)
+            if joint(*known) is not None:
+                break
+        *others, hooked = (first.another(module()) for _ in range(4))
+        marked = [first.another(module()) for _ in range(2)]
+        assert (work := joint(*others)) is not None, "nobody has asked for them yet"
+        answers = (await work.answer).tensors[0]
+        for number, one in enumerate(others):
+            torch.testing.assert_close(answers[number], one.module(x[number]).detach())
+        before = runtime.metrics.total("runtime_grouped_batches")
+        for _ in range(4):
+            await ask([first.another(module()) for _ in range(4)])
+        assert runtime.metrics.total("runtime_grouped_batches") > before
+
+        trained = first.another(module(), optimizer=lambda: torch.optim.SGD(trained.module.parameters(), lr=0.1))
+        stranger = ExpertBackend(module(), args_schema=(TensorSpec((WIDTH,)),))
+        assert joint(others[0], trained) is None and joint(others[0], stranger) is None
+
+        hooked.module.register_forward_hook(lambda _module, _args, y: y + 1)
+        for one in marked:  # of one kind, which was compared with nothing
+            one.module.mark = 1.0
+        for experts in ([others[0], hooked], marked):
+            assert (work := joint(*experts)) is not None
+            await asyncio.wait([work.answer])
+            assert work.answer.exception() is not None, "its caller asks each"
+            await ask(experts)
+        assert joint(others[0], hooked) is None
+    finally:
+        await runtime.aclose()

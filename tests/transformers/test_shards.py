@@ -44,6 +44,17 @@ def test_experts_are_those_of_the_family(family: str, checkpoint: Makes) -> None
     assert len(slabs) == len(list(module.parameters()))
 
 
+def test_what_happens_to_an_experts_module_is_its_own(checkpoint: Makes) -> None:
+    made = build(Checkpoint(checkpoint("qwen3_moe")), ["m.1.1", "m.1.6", "m.1.2"])
+    one, other, third = (backend.module for backend in made.values())
+    mode = third.act_fn.training
+    for module in (one, other):
+        module.act_fn.register_forward_hook(lambda *_: None)
+        module.register_forward_hook(lambda *_: None)
+        module.train(not mode)
+    assert not third._forward_hooks and not third.act_fn._forward_hooks and third.act_fn.training == mode
+
+
 def test_only_files_of_those_experts_are_opened(checkpoint: Makes) -> None:
     source = Checkpoint(checkpoint("qwen3_moe"))
     build(source, ["m.1.6", "m.1.7"])
