@@ -34,6 +34,8 @@ REFRESH_PERIOD = 10.0
 """Seconds between two reads of a watched grid, unless the caller says otherwise."""
 RETRY_PERIOD = 1.0
 """Seconds until the next attempt, where reading a grid failed or the network was not joined yet."""
+LEAST_AGE = 0.25
+"""Seconds for which an answer of `ExpertDirectory.find` is kept at least, though a server says that it is outdated."""
 MAX_CACHED_UIDS = 4096
 """Answers of `ExpertDirectory.find` that are kept at most."""
 _MAX_PARTS_OF_OWNER = 64
@@ -143,8 +145,8 @@ class ExpertDirectory(Uncopied):
         self._clock = clock
         self._grids: dict[str, _Grid] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        # uid -> what was found, and until when that is believed without asking again
-        self._found: LRU[str, tuple[float, list[ExpertReplica]]] = LRU(MAX_CACHED_UIDS)
+        # uid -> when it was read, until when that is believed without asking again, and what was found
+        self._found: LRU[str, tuple[float, float, list[ExpertReplica]]] = LRU(MAX_CACHED_UIDS)
         self._masks = Masks()
         self._closed = False
 
@@ -173,7 +175,7 @@ class ExpertDirectory(Uncopied):
             return rank_replicas(hosting)
         if found:
             until = min(now + self.refresh_period, *(replica.expiration for replica in found))
-            self._found[uid] = (until, found)
+            self._found[uid] = (now, until, found)
         return list(found)
 
     def known(self, uid: str) -> list[ExpertReplica]:
@@ -184,7 +186,7 @@ class ExpertDirectory(Uncopied):
             view = self.live(prefix, size)
             if view is not None and (found := view.replicas.get(coords)) is not None:
                 return found
-        until, remembered = self._found.get(uid, (0.0, []))
+        _, until, remembered = self._found.get(uid, (0.0, 0.0, []))
         return list(remembered) if until > self._clock() else []
 
     def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None:
@@ -286,10 +288,13 @@ class ExpertDirectory(Uncopied):
         return bool(self._masks)
 
     def report_outdated(self, uid: str) -> None:
-        """Note that the uid's lineage is further than its manifests say: they are read again soon."""
+        """Note that the uid's lineage is further than its manifests say: they are read again soon. Not at every call: a
+        server that lies may say so each time."""
         if (grid := self._grids.get(split_uid(uid)[0])) is not None:
             grid.hurry.set()
-        self._found.pop(uid, None)
+        if (known := self._found.get(uid)) is not None:
+            read_at, until, found = known
+            self._found[uid] = read_at, min(until, read_at + LEAST_AGE), found
 
     def _forget(self, uid: str) -> None:
         self._found.pop(uid, None)

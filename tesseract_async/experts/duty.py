@@ -40,6 +40,7 @@ class Duty:
         self._member = Membership(identity, uid, authority, boot=boot, now=now, wall=wall)
         self.lineage, self.may = self._member.lineage, self._member.leave
         self._own: OwnTerm | None = None
+        self._shown_by: tuple[bytes, PeerID] | None = None  # the digest of the last Seal that a peer said it has
         self._poll: Poll | None = None
         self._settle_at: float | None = None
         self._patient_until = NEVER
@@ -50,10 +51,12 @@ class Duty:
         self._is_unheard = stored is not None  # nothing as new as the file here was seen
         self._fetching: set[bool] = set()  # `Fetch.check` of those under way: one to follow, one to look
         self._has_own_steps = stored is not None  # that may be in no other server's file
+        self._came_with: Seal | None = None  # what was here when the process began
         self._followed: bytes | None = None  # the Term's digest
         self._role: RoleChanged | None = None
         if stored is not None:
             self._member.restore(stored, has_file=has_file, now=now, wall=wall)
+            self._came_with = self.held
             if (held := self.held) is not None:
                 self.state = State.FOLLOWING if self.me in held.members else State.HOLDING
                 self._has_own_steps = held.primary == self.me
@@ -199,7 +202,14 @@ class Duty:
         if check not in self._fetching:
             self._fetching.add(check)
             sources = self._member.sources(term, seal, self._random)
-            self._commands.append(Fetch(term, seal, sources, aside=self._has_own_steps, check=check))
+            if self._shown_by is not None and self._shown_by[0] == seal.digest:
+                sources = tuple(dict.fromkeys((self._shown_by[1], *sources)))
+            # on a branch that ended while this server was away, it may have steps that nobody else has: kept, too, but
+            # only what it came with, so that nobody fills the disk with branches
+            held, line = self.held, self.lineage
+            is_more = held is not None and held is self._came_with and held.version > seal.version
+            aside = self._has_own_steps or (is_more and held is not None and not line.has_passed(held, term))
+            self._commands.append(Fetch(term, seal, sources, aside=aside, check=check))
 
     def _withstands(self, best: Term, now: float, wall: float) -> bool:
         """Return whether a weak Term thinks this primary dead, which is not: it says so with a Seal, and goes on."""

@@ -160,6 +160,16 @@ class Lineage:
             self._unshown.add(term.primary)
             self._is_stale = True
 
+    def has_passed(self, seal: Seal, term: Term) -> bool:
+        """Return whether the Term, or one that leads to it, has this Seal, or goes on from it or a later one of its
+        primary: not where the line went on from an earlier one."""
+        for step in self._walk(term):
+            if step.digest == seal.term:
+                return True
+            if step.seal is not None and step.seal.term == seal.term:
+                return step.seal.number >= seal.number
+        return False
+
     def is_unshown(self, term: Term) -> bool:
         """Return whether its signer's newest file was missed for two leases."""
         return term.primary in self._unshown
@@ -225,7 +235,7 @@ class Lineage:
         """Return whether a primary in the line of the Term that holds signed this, and no other of that number."""
         term, best = self._terms.get(seal.term), self.best
         if term is None or best is None or self.is_exposed(term):
-            return best is not None and best.seal == seal
+            return best is not None and best.seal is not None and best.seal.digest == seal.digest
         is_its = (seal.uid, seal.primary, seal.epoch) == (self.uid, term.primary, term.epoch)
         return is_its and self.is_in_line(seal, best)
 

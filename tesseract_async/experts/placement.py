@@ -200,7 +200,7 @@ class Survey:
         parts = self.parts.get(uid, {})
         computing = {peer for peer, part in parts.items() if part.role is not MemberRole.HOLDS}
         able = [peer for peer in parts if peer in computing or peer not in self.full]
-        num_able = sum(parts[peer].role is not MemberRole.LEADS for peer in able)
+        num_able = sum(parts[peer].has_file and parts[peer].role is not MemberRole.LEADS for peer in able)
         return frozenset(self.full - computing if num_able >= NUM_SUCCESSORS else self.holders)
 
     def standing(self, uid: str) -> Standing:

@@ -161,8 +161,7 @@ class Tenure(Duty):
         if answer is not None and answer.term:
             self.sight(answer.term, now, wall)
         if answer is not None and question.kind == "probe":
-            self.sight(answer.vote, now, wall)
-            self._take_older(peer, answer.vote)
+            self._take_from(peer, answer.vote, now, wall)
         own, poll = self._own, self._poll
         if question.kind in ("beat", "rise"):
             if own is None or answer is None:
@@ -188,14 +187,22 @@ class Tenure(Duty):
                 poll.newest = max(poll.newest, answer.held)
             self._count(now, wall)
 
-    def _take_older(self, peer: PeerID, blob: bytes) -> None:
-        """Fetch a state that `peer` holds, be it not the newest, where nobody has shown that one for two leases."""
-        best, seal = self.lineage.best, self.lineage.read(blob)
-        if self.state is not State.ABSENT or best is None or not isinstance(seal, Seal) or self._fetching:
+    def _take_from(self, peer: PeerID, blob: bytes, now: float, wall: float) -> None:
+        """See a Seal whose file `peer` says it has. That file is fetched, too, where it is newer than what is here, but
+        not the newest: if nobody has shown that one for two leases, or the primary is silent, which may be gone."""
+        seal = self.lineage.read(blob)
+        if isinstance(seal, Seal):
+            self._shown_by = seal.digest, peer
+        self.sight(blob, now, wall)
+        best, held = self.lineage.best, self.held
+        if best is None or not isinstance(seal, Seal) or False in self._fetching:
             return
-        if self.lineage.is_unshown(best) and self.lineage.is_in_line(seal, best):
-            self._fetching.add(False)
-            self._commands.append(Fetch(best, seal, (peer,), aside=False, check=False))
+        if held is None:
+            is_wanted = self.state is State.ABSENT and self.lineage.is_unshown(best)
+        else:
+            is_wanted = self.state is State.HOLDING and held.age < seal.age and self.misses_primary(now)
+        if is_wanted and self.lineage.is_sealed(seal):
+            self._fetch(best, seal, check=False)
 
     def _vote(self, peer: PeerID, question: Question, now: float, wall: float) -> bytes:
         seal, member, epoch, best = self.lineage.read(question.seal), self._member, question.epoch, self.lineage.best
@@ -276,7 +283,7 @@ class Tenure(Duty):
             self.lineage.missed(fetch.term, now)
         if found and not fetch.check:
             self._has_own_steps, member.held = False, fetch.seal
-            if is_waiting or self.state is State.HOLDING:
+            if is_waiting:
                 self.state, member.heard = State.HOLDING, max(member.heard, now)
             self._persist()
         if found or self.lineage.best is not fetch.term:

@@ -559,6 +559,7 @@ class SwarmObserver:
             "name": "" if status is None else status.name,
             "hardware": "" if status is None else status.hardware,
             "memory": None if status is None else status.memory_bytes,
+            "sync": None if status is None else status.sync_seconds or None,
             "failures": sum(one.num_failures for one in experts),
             "median": None if status is None else median_high([one.median_seconds for one in experts] or [0.0]),
             "slow": None if status is None else max((one.slow_seconds for one in experts), default=0.0),

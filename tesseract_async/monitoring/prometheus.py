@@ -70,6 +70,7 @@ class _Swarm:
                 ("busy_seconds", status.busy_seconds),
                 ("waiting_rows", status.num_waiting_rows),
                 ("memory_bytes", status.memory_bytes),
+                ("sync_seconds", status.sync_seconds),
             ):
                 found[f"swarm_server_{name}"].append((server, value))
             for uid, one in status.experts.items():

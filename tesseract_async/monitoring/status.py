@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import math
 import os
 import sys
 import time
@@ -84,6 +85,8 @@ class NodeStatus:
     """Memory of the process."""
     num_parameters: int = 0
     """The parameters of its largest expert."""
+    sync_seconds: int = 0
+    """Seconds between two Seals of what it leads in runs, at most: so much is lost if it dies. 0: it leads nothing."""
 
 
 class StatusService:
@@ -131,6 +134,7 @@ class StatusService:
             hardware=hardware({str(runtime.device) for runtime in runtimes}),
             memory_bytes=psutil.Process().memory_info().rss,
             num_parameters=max(self._sizes(), default=0),
+            sync_seconds=max((math.ceil(server.succession.sync_seconds) for server in self._servers), default=0),
         )
 
     def _sizes(self) -> Iterator[int]:

@@ -24,6 +24,11 @@ class Succession:
     This one leaves the roles as the server began with them. `ReplicaKeeper` is the one that changes them.
     """
 
+    @property
+    def sync_seconds(self) -> float:
+        """Seconds between two Seals of the experts of runs that this server leads, at most; 0 for none."""
+        return 0.0
+
     def may_step(self, uid: str) -> bool:
         """Return whether a primary may take a step at this moment, or answer one: it is asked before each."""
         return True

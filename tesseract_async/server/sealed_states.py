@@ -128,7 +128,10 @@ class SealedStates:
             await self.take(hosted, expert.authority, state, aside=command.aside)
             expert.progress = hosted.backend.progress
         elif command.aside:
-            await aside(partial(self.files.put_aside, uid, seal.root))
+            root = await aside(partial(self.files.put_aside, uid, seal.root))
+            if root is not None and self._server.checkpoint_dir is not None:
+                logger.warning("a state of %s that is not in the line that goes on is kept here", uid)
+                _tell_way_back(uid, expert.authority, self._node.peer_id, root)
         await aside(partial(self.files.take_in, uid, file))
         self._node.metrics.count("states_pulled")
         return True
@@ -174,11 +177,7 @@ class SealedStates:
         uid, path = hosted.uid, await hosted.take(state, aside=aside)
         if path is not None:
             root = (await self._server.call_aside(partial(read_sealed, path))).root
-            name = authority.run.full_name
-            logger.warning(
-                "the owner of %s can go back to that state of %s: tesseract run appoint %s %s %s --state %s",
-                *(name, uid, name, uid, self._node.peer_id, root.hex()),
-            )
+            _tell_way_back(uid, authority, self._node.peer_id, root)
 
     async def restore(self, expert: Tenured, hosted: HostedState, root: bytes) -> bool:
         """Go on from the state that the run's owner named, if this server has it. Returns whether it does."""
@@ -195,6 +194,14 @@ class SealedStates:
             return False
         expert.progress = None  # nobody has a Seal of that
         return True
+
+
+def _tell_way_back(uid: str, authority: Authority, me: PeerID, root: bytes) -> None:
+    name = authority.run.full_name
+    logger.warning(
+        "the owner of %s can go back to that state of %s: tesseract run appoint %s %s %s --state %s",
+        *(name, uid, name, uid, me, root.hex()),
+    )
 
 
 def check_file(uid: str, backend: ExpertBackend, file: SealedFile) -> StateDict:

@@ -283,11 +283,14 @@ class SealedFiles:
     def find(self, uid: str, root: bytes) -> SealedFile | None:
         return next((file for file in self._files.get(uid, []) if file.root == root), None)
 
-    def put_aside(self, uid: str, root: bytes) -> None:
-        """Keep the newest file where nothing drops it, unless it has this root: another line is followed."""
-        if (file := self.newest(uid)) is not None and file.root != root:
-            os.replace(file.path, file.path.with_suffix(".aside"))
-            self._files[uid].remove(file)
+    def put_aside(self, uid: str, root: bytes) -> bytes | None:
+        """Keep the newest file where nothing drops it, unless it has this root: another line is followed. Returns its
+        root, if it was kept. Raises: OSError."""
+        if (file := self.newest(uid)) is None or file.root == root:
+            return None
+        os.replace(file.path, file.path.with_suffix(".aside"))
+        self._files[uid].remove(file)
+        return file.root
 
     def lay_aside(self, uid: str, data: memoryview) -> Path | None:
         """Write a state where `find_aside` finds it; None without a directory. Raises: OSError."""

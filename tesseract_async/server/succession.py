@@ -90,6 +90,10 @@ class ReplicaKeeper(Succession):
         """Return the other server that trains the expert, as far as it is known."""
         return self._of(uid).primary(uid)
 
+    @property
+    def sync_seconds(self) -> float:
+        return self.tenures.sync_seconds
+
     async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
         """Return `primary`, once a handover that is under way has ended, and the seconds until to ask again."""
         if uid in self._moving:

@@ -29,6 +29,8 @@ class Tenured:
     sealed_at: float = -math.inf
     versions: deque[tuple[float, int]] = field(default_factory=deque)
     """The times at which the last states were sealed, and their versions."""
+    num_waiting: int = 0
+    """Trainers that wait here for its next primary."""
     stands: bool = False
     """It stood for being the primary when its commands were carried out last."""
     waited_for: bool = False

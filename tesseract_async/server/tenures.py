@@ -62,6 +62,8 @@ ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 RETRY_SECONDS: Final = 1.0
 """Seconds after which a trainer whose backward came to a server that is not the primary asks again."""
+MAX_WAITING: Final = 256
+"""Such trainers that wait for an expert's next primary instead: their gradients take memory meanwhile."""
 MAX_RECORD_BYTES: Final = 1024
 UPLOAD_SHARE: Final = 0.5
 """The share of the upload rate that copies of states may take."""
@@ -258,7 +260,10 @@ class Tenures:
     def may_step(self, uid: str) -> bool:
         """Return whether a step of this expert may be taken, or answered, at this moment."""
         expert = self._experts.get(uid)
-        return expert is None or (not self._closed and expert.tenure.is_primary(self._elapsed()))
+        if expert is None:
+            return True
+        tenure = expert.tenure  # what one trains whose disk takes nothing would be in nobody's file
+        return not self._closed and tenure.may.write and tenure.is_primary(self._elapsed())
 
     def primary(self, uid: str) -> PeerID | None:
         """Return the primary, if that is another server."""
@@ -267,10 +272,10 @@ class Tenures:
         return None if primary == self._node.peer_id else primary
 
     async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
-        """Return `primary`, and the seconds until to ask again. Where it fell silent, wait a moment for the next one:
-        whoever asks hears of that at once."""
+        """Return `primary`, and the seconds until to ask again. Where it fell silent, wait a moment for the next one
+        (unless many do): whoever asks hears of that at once."""
         expert = self._experts[uid]
-        if not expert.tenure.misses_primary(self._elapsed()):
+        if not expert.tenure.misses_primary(self._elapsed()) or expert.num_waiting >= MAX_WAITING:
             return self.primary(uid), RETRY_SECONDS
         before = expert.tenure.primary
 
@@ -278,7 +283,11 @@ class Tenures:
             leads = expert.hosted is not None and expert.hosted.is_primary
             return leads or (tenure.state is not State.CANDIDATE and tenure.primary != before)
 
-        await expert.until(is_settled, RETRY_SECONDS)
+        expert.num_waiting += 1
+        try:
+            await expert.until(is_settled, RETRY_SECONDS)
+        finally:
+            expert.num_waiting -= 1
         return self.primary(uid), 0.0
 
     def tenure(self, uid: str) -> Tenure:
@@ -354,7 +363,8 @@ class Tenures:
                 reply = await self._call(uid, heir, "prepare", [nonce, seal.blob], timeout=self._call_timeout)
                 proof = await self.states.possession(uid, seal, nonce)
                 if reply is None or not reply.agrees or reply.records[1] != proof:
-                    logger.warning("%s could not be handed over to %s: it has not fetched the state", uid, heir.short)
+                    why = "it does not answer" if reply is None else "it has not fetched the state"
+                    logger.warning("%s could not be handed over to %s: %s", uid, heir.short, why)
                     continue
                 if tenure.state is not State.YIELDING:
                     return False  # another has it meanwhile
@@ -625,6 +635,12 @@ class Tenures:
         led = (one.tenure.held for one in self._experts.values() if one.tenure.state is State.PRIMARY)
         num_bytes = sum(seal.size for seal in led if seal is not None)
         return max(period, num_bytes * authority.run.manifest.num_replicas / (UPLOAD_SHARE * rate))
+
+    @property
+    def sync_seconds(self) -> float:
+        """Seconds between two Seals of what this server leads, at most; 0 where it leads nothing."""
+        led = {one.authority for one in self._experts.values() if one.tenure.state is State.PRIMARY}
+        return max(map(self.sync_every, led), default=0.0)
 
     async def _seal(self, expert: Tenured) -> Seal | None:
         """Write the state down, and sign for it. Raises: CheckpointError, OSError."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tesseract_async.errors import ConnectionLost
-from tesseract_async.experts.directory import ExpertDirectory
+from tesseract_async.experts.directory import LEAST_AGE, ExpertDirectory
 from tesseract_async.experts.grid import MAX_REPLICAS
 from tesseract_async.experts.manifest import encode_manifest, grid_key, join_uid, shard_key, split_uid
 from tesseract_async.experts.publisher import ExpertPublisher
@@ -65,6 +65,20 @@ async def test_an_answer_is_not_kept_beyond_its_expiration() -> None:
     assert await subject.find("ffn.3.7")
     swarm.clock.now += server.settings.ttl + 1
     assert await subject.find("ffn.3.7") == []
+    await server.aclose()
+
+
+async def test_a_server_that_calls_an_answer_outdated_each_time_does_not_have_it_read_each_time() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm)
+    server = await declare(swarm, 1, "ffn.3.7")
+    for _ in range(10):
+        assert await subject.find("ffn.3.7")
+        subject.report_outdated("ffn.3.7")
+    assert swarm.reads[shard_key("ffn.3.7")] == 1
+    swarm.clock.now += LEAST_AGE
+    assert await subject.find("ffn.3.7")
+    assert swarm.reads[shard_key("ffn.3.7")] == 2, "but soon"
     await server.aclose()
 
 

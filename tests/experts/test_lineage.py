@@ -281,3 +281,22 @@ def test_a_primary_whose_file_nobody_shows_counts_for_nothing_until_one_does() -
     found.missed(first, 70.0)
     found.missed(first, 200.0)
     assert found.best is again, "of those that nobody shows, as if there were no doubt"
+
+
+def test_the_seal_from_which_the_line_goes_on_counts_where_its_term_is_forgotten() -> None:
+    seal = sealed(A, genesis(), B)
+    found = lineage(follows(B, seal, 200))
+    shown = found.read(seal.blob)
+    assert isinstance(shown, Seal) and found.is_sealed(shown)
+    other = sealed(A, genesis(), B, root=bytes(31) + b"\1")
+    assert not found.is_sealed(other)
+
+
+def test_a_line_has_passed_what_it_went_on_from_and_not_what_came_after() -> None:
+    first = genesis()
+    seals = [sealed(A, first, B, number=number) for number in (1, 2, 3)]
+    second = follows(B, seals[1], 200)
+    third = follows(B, sealed(B, second, A), 300)
+    found = lineage(first, second, third)
+    assert [found.has_passed(seal, third) for seal in seals] == [True, True, False]
+    assert found.has_passed(seals[2], first) and not found.has_passed(seals[0], genesis(C))

@@ -201,6 +201,9 @@ def test_a_member_without_room_is_no_successor_where_enough_others_are() -> None
     ]
     assert Survey({one.peer: one for one in places}).unfit("ffn.7") == {peer(1), peer(2)}
     assert Survey({one.peer: one for one in places[:4]}).unfit("ffn.7") == {peer(1)}, "the full one votes, at least"
+    coming = place(4, parts={"ffn.7": MemberPart(MemberRole.HOLDS)})
+    some = {one.peer: one for one in (*places[:4], coming)}
+    assert Survey(some).unfit("ffn.7") == {peer(1)}, "one without a state is no successor yet"
 
 
 def test_a_copy_too_many_is_given_up_after_a_while_and_its_loss_is_not_noticed() -> None:

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.tenure_words import Question, Send, State
+from tesseract_async.experts.tenure_words import Fetch, Question, Response, Send, State
 from tesseract_async.experts.terms import Seal, TermKind, read_seal, sign_seal, sign_term
 from tests.experts.tenure_world import CREATED, RUN, UID, Server, World, appoint, identity
 
@@ -820,31 +820,97 @@ def test_a_newcomer_is_told_of_the_newest_seal_by_whoever_has_its_file() -> None
     assert not follower.machine.ask(identity(50).peer_id, question, world.now, follower.wall).vote
 
 
-def test_where_nobody_shows_the_newest_state_a_newcomer_goes_on_from_the_one_that_a_holder_has() -> None:
-    world = World(1, 2, lease=5.0, skew=0.0)
+def left_behind(*ages: float) -> tuple[World, list[Server], Server]:
+    """A run whose last server left with the newest state, holders that went so many seconds before it and came back,
+    and a newcomer."""
+    world = World(1, 1 + len(ages), lease=5.0, skew=0.0)
     world.sync_every = 2.0
     leader = world.begin()
-    (holder,) = [one for one in world.servers if one is not leader]
-    world.run(20.0)
-    holder.kill()
-    world.run(30.0)
+    holders = [one for one in world.servers if one is not leader]
+    for holder, age in zip(holders, ages, strict=True):
+        world.after(max(ages) - age + 20.0, holder.kill)
+    world.run(max(ages) + 20.0)
     leader.kill()
     world.run(60.0)
-    world.servers.remove(leader)
-    holder.start()
-    holder.machine.may.lead = False
+    for holder in holders:
+        holder.start()
+        holder.machine.may.lead = False
     newcomer = Server(world, 9)
     world.authority.granted.add(newcomer.peer)
     world.servers.append(newcomer)
     newcomer.start()
     newcomer.machine.may.begin = False
+    return world, [leader, *holders], newcomer
 
-    def ask() -> bool:  # as its driver does, where somebody says that it has a state
-        world.send(newcomer, holder.peer, Question("probe", newcomer.machine.epoch, bytes(8), b"", b""))
-        return world.leaders == [newcomer]
 
-    assert world.run_until(ask, 40.0), world.describe()
+def ask_for_states(world: World, one: Server, others: list[Server]) -> bool:
+    """Ask as its driver does, where somebody says that it has a newer state. Whether `one` leads."""
+    held = one.machine.held
+    for other in others:
+        question = Question("probe", one.machine.epoch, bytes(8), b"", b"" if held is None else held.blob)
+        world.send(one, other.peer, question)
+    return world.leaders == [one]
+
+
+def test_where_nobody_shows_the_newest_state_a_newcomer_goes_on_from_the_one_that_a_holder_has() -> None:
+    world, (leader, holder), newcomer = left_behind(30.0)
+    assert world.run_until(lambda: ask_for_states(world, newcomer, [holder]), 40.0), world.describe()
     assert newcomer.machine.term is not None and newcomer.machine.term.kind is TermKind.ADOPTION
+    mine = leader.steps
+    leader.start()
+    world.run(40.0)
+    assert world.leaders == [newcomer] and world.agree(), world.describe()
+    assert mine in leader.aside, "what the first one had is kept, and wins nothing"
+    assert not overlaps(world)
+
+
+def test_a_newcomer_takes_the_newer_one_of_two_older_states() -> None:
+    world, (_, older, newer), newcomer = left_behind(60.0, 30.0)
+    assert older.machine.held is not None and newer.machine.held is not None
+    assert older.machine.held.age < newer.machine.held.age
+    assert world.run_until(
+        lambda: ask_for_states(world, newcomer, [older]) or newcomer.machine.held is not None, 40.0
+    ), "at first one of them answers"
+    assert world.run_until(lambda: ask_for_states(world, newcomer, [older, newer]), 40.0), world.describe()
+    assert set(newer.steps) <= set(newcomer.steps)
+
+
+def test_a_state_that_its_primary_did_not_sign_is_not_taken() -> None:
+    world, (_, holder), newcomer = left_behind(30.0)
+    machine, taken = newcomer.machine, []
+    carry_out = newcomer.carry_out
+
+    def note(command: object) -> None:
+        taken.append(command)
+        carry_out(command)
+
+    newcomer.carry_out = note  # type: ignore[method-assign]
+    question = Question("probe", 0, bytes(8), b"", b"")
+    more = {"version": 1, "root": bytes(32), "size": 1, "time": 1, "successors": ()}
+    for _ in range(100):
+        world.run(0.2)
+        if (best := machine.lineage.best) is not None:
+            forged = sign_seal(holder.identity, RUN, term=best, number=9, **more)  # type: ignore[arg-type]
+            answer = Response(False, forged.age, b"", forged.blob)
+            machine.answered(holder.peer, question, answer, world.now, world.now, newcomer.wall)
+            newcomer.settle()
+    assert machine.lineage.best is not None and machine.lineage.is_unshown(machine.lineage.best)
+    roots = {command.seal.root for command in taken if isinstance(command, Fetch)}
+    assert roots and bytes(32) not in roots
+
+
+def test_a_copy_that_has_more_than_the_line_is_kept_by_whom_it_comes_back_with() -> None:
+    world, (leader, older, newer), newcomer = left_behind(60.0, 4.0)
+    newer.kill()
+    more = newer.steps
+    assert world.run_until(lambda: ask_for_states(world, newcomer, [older]), 60.0), world.describe()
+    assert not set(more) <= set(newcomer.steps)
+    newer.start()
+    newer.machine.may.lead = False
+    assert world.run_until(lambda: set(newer.steps) <= set(newcomer.steps), 10.0), world.describe()
+    assert newer.aside == [more] and not older.aside, "nobody else has those steps: the first primary may never return"
+    world.run(20.0)
+    assert newer.aside == [more] and world.leaders == [newcomer]
 
 
 def test_a_successor_counts_while_a_state_is_long_on_its_way_and_is_replaced_where_none_comes() -> None:

@@ -34,6 +34,7 @@ STATUS = NodeStatus(
     hardware="2 cores, 4 GiB",
     memory_bytes=2**30,
     num_parameters=12,
+    sync_seconds=30,
 )
 TOLD = [1, True, 7, 1, 0.5, 1.5, 9]
 

@@ -27,10 +27,11 @@ from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import EPOCH_ZERO, TermKind, sign_term
+from tesseract_async.monitoring.status import StatusService
 from tesseract_async.server.other_replicas import ReplicaSettings, record_subkey
 from tesseract_async.server.state_files import read_sealed
 from tesseract_async.server.succession import ReplicaKeeper, boottime
-from tesseract_async.server.tenures import AUTHORITY_PERIOD
+from tesseract_async.server.tenures import AUTHORITY_PERIOD, MAX_WAITING, RETRY_SECONDS
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -236,7 +237,7 @@ async def test_a_primary_that_cannot_seal_leaves_the_expert_to_its_successor(mon
         with full(first, monkeypatch):
             await train(trainer, 1)
             await until(lambda: is_unsealed(first))
-            await until(lambda: not first.leads)
+            assert not first.leads, "what it trained now would be in nobody's file"
             assert not second.leads
             await until(lambda: second.leads)
             assert second.version == 3, "nobody else had the fourth step"
@@ -307,6 +308,37 @@ async def test_a_handover_loses_and_doubles_no_step() -> None:
         assert second.leads and not first.leads and second.version == num_steps
         assert second.tenure.term is not None and second.tenure.term.kind is TermKind.HANDOVER
         assert len(second.server.experts[UID].applied) == num_steps
+
+
+async def test_an_heir_that_is_dead_is_not_said_to_lack_the_state(caplog: pytest.LogCaptureFixture) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(host(HOSTS[0], []))
+        second = await stack.enter_async_context(host(HOSTS[1], [first.node.address]))
+        await until(lambda: bool(first.tenure.members) and second.tenure.state is State.FOLLOWING)
+        await second.keeper.tenures.aclose()
+        await second.node.endpoint.aclose()
+        assert not await first.keeper.hand_over_one(UID, to=second.node.peer_id)
+        assert f"could not be handed over to {second.node.peer_id.short}: it does not answer" in caplog.text
+
+
+async def test_not_all_backwards_wait_for_the_next_primary(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with host(HOSTS[0], []) as first:
+        monkeypatch.setattr(first.tenure, "misses_primary", lambda now: True)
+        monkeypatch.setattr(first.server.hosted[UID], "is_primary", False)
+        asked = [asyncio.create_task(first.keeper.find_primary(UID)) for _ in range(MAX_WAITING + 10)]
+        done, pending = await asyncio.wait(asked, timeout=0.5)
+        assert {one.result()[1] for one in done} == {RETRY_SECONDS} and len(pending) == MAX_WAITING
+        assert {after for _, after in await asyncio.gather(*pending)} == {0.0}
+        assert (await first.keeper.find_primary(UID))[1] == 0.0, "the others have ended"
+
+
+async def test_a_server_says_how_often_it_seals_where_its_upload_is_short() -> None:
+    async with host(HOSTS[0], []) as first, StatusService(first.node, first.server) as service:
+        await until(lambda: first.tenure.held is not None)
+        assert first.tenure.held is not None
+        assert service.status().sync_seconds == 1, "the run's half a second"
+        first.keeper.tenures.upload_rate = first.tenure.held.size / 10
+        assert service.status().sync_seconds >= 20
 
 
 async def test_an_expert_that_another_has_meanwhile_is_not_handed_over() -> None:

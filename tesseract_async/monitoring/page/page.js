@@ -665,6 +665,7 @@ function drawOne() {
         ["answers", peer.error ? `no: ${peer.error}` : `${duration(peer.answered_ago)} ago`],
         ["hardware", peer.hardware || "not told"], ["memory", peer.memory ? `${number(peer.memory / 2 ** 30, 1)} GiB` : "–"],
         ["load", `${number(100 * peer.busy)} %`], ["rows per second", number(peer.rows_per_second)], ["rows that wait", number(peer.waiting_rows)],
+        ["states sealed", peer.sync ? `every ${duration(peer.sync)}` : "–"],
         ["up", duration(peer.uptime)], ["path", peer.path ?? "–"], ["software", peer.software ?? "–"],
         ["address", peer.addresses.join(", ") || "–"], ["peer id", peer.peer_id],
       ]));
