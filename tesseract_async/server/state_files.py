@@ -10,9 +10,11 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import socket
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -181,17 +183,17 @@ class SealedFiles:
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: Path | None = None
         self._files: dict[str, list[SealedFile]] = {}  # the newest last
         self._open: set[Path] = set()  # parts being written
 
     def _folder(self, uid: str) -> Path:
         if self._directory is not None:
             return expert_folder(self._directory, uid)
-        self._temporary = self._temporary or tempfile.TemporaryDirectory(
-            prefix="tesseract-", ignore_cleanup_errors=True
-        )
-        return expert_folder(Path(self._temporary.name), uid)
+        if self._temporary is None:  # a transfer that was cut off may ask for it after `close`: it goes with this, too
+            self._temporary = Path(tempfile.mkdtemp(prefix="tesseract-"))
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        return expert_folder(self._temporary, uid)
 
     def load(self, uid: str) -> bytes | None:
         """Find an expert's sealed files, and return what was remembered of it, if anything."""
@@ -320,7 +322,7 @@ class SealedFiles:
 
     def close(self) -> None:
         if self._temporary is not None:
-            self._temporary.cleanup()
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def read_sealed(path: Path) -> SealedFile:

@@ -1,5 +1,6 @@
 """Files of experts: checkpoints whole or not at all, damaged ones passed over; sealed states found by their root."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -175,3 +176,13 @@ def test_files_that_go_with_the_process_do_not_wait_for_the_disk(
     files.keep("ffn.0", [b"a state"])
     assert bool(waits) != is_temporary
     files.close()
+
+
+def test_a_folder_that_is_asked_for_after_the_end_goes_with_its_owner_and_warns_of_nothing() -> None:
+    files = SealedFiles(None)
+    files.close()
+    path = files.keep("ffn.0", [b"state"]).path
+    assert path.exists()
+    del files
+    gc.collect()
+    assert not path.exists()
