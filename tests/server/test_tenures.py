@@ -394,13 +394,13 @@ async def test_the_owner_goes_back_to_an_older_state_and_to_what_was_put_aside(t
         await until(lambda: first.tenure.held is not None and first.tenure.held.version == 3)
         assert first.tenure.held is not None
         old, weight_then = first.tenure.held.root, first.weight()
-        await train(trainer, 2)
+        await train(trainer, 1)  # two might be sealed one by one, and only the last two files are kept
         newest = first.weight()
         assert await go_back(first, old) == 3 and torch.equal(first.weight(), weight_then)
         (aside,) = tmp_path.rglob("*.aside")  # noqa: ASYNC240  (once)
-        assert await go_back(first, read_sealed(aside).root) == 5 and torch.equal(first.weight(), newest)
+        assert await go_back(first, read_sealed(aside).root) == 4 and torch.equal(first.weight(), newest)
         await train(trainer, 1)
-        assert first.version == 6
+        assert first.version == 5
 
 
 async def test_put_aside_by_a_silent_adopter_it_goes_on_from_its_own_sealed_file(tmp_path: Path) -> None:
