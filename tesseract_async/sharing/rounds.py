@@ -7,7 +7,7 @@ known, also where it comes alone: differences of rounds that split would add up 
 
 From three members on none gains by coming often. It does not shorten the others' rounds: those who came within two
 usual periods are known and waited for, an interval is no less than one, and arrivals count alike by member. What a
-member sends within one period is capped as a whole.
+member sends is capped as a whole until all others have come once more, by count and not by time.
 """
 
 import math
@@ -88,7 +88,7 @@ class _Member:
     offsets: deque[float] = field(default_factory=partial(deque, maxlen=8))
     """Its last arrivals: seconds after the round opened that leads on from the base."""
     spent: float = 0.0
-    """The part of what may count of it in one usual period that has counted already."""
+    """The part of what may count of it, until all others have pushed once more, that has counted already."""
 
 
 class Rounds:
@@ -144,12 +144,10 @@ class Rounds:
             while len(self._opened) > KEPT_UPDATES + 1:
                 del self._opened[next(iter(self._opened))]
         self._pushes[push.peer] = push
-        one, before, usual = _Member(now, push.norm), self._members.get(push.peer), self._period or FIRST_INTERVAL
+        one, before = _Member(now, push.norm), self._members.get(push.peer)
         if before is not None:
-            gap = now - before.at
-            one.norm, one.period = max(push.norm, before.norm / 2), max(gap, before.period / 2)
-            one.spent = max(0.0, before.spent - gap / usual)
-            one.offsets = before.offsets
+            one.norm, one.period = max(push.norm, before.norm / 2), max(now - before.at, before.period / 2)
+            one.spent, one.offsets = before.spent, before.offsets
         known = max(base_version, next(iter(self._opened)))
         one.offsets.append(now - self._opened.get(known, now))
         self._members[push.peer] = one
@@ -195,6 +193,9 @@ class Rounds:
         self._share = len(pushes) / self._num_known
         norms = [one.norm for one in lately.values() if one.norm]
         self._most = MAX_NORM_RATIO * statistics.median_low(norms) if len(norms) >= JUDGED_FROM else 0.0
+        for peer, one in self._members.items():  # by what others did: nobody earns room by coming often
+            num_others = len(pushes) - (peer in self._pushes)
+            one.spent = max(0.0, one.spent - num_others / max(1, self._num_known - 1))
         self._rooms = {peer: 1.0 - lately[peer].spent for peer in self._pushes}
         for push in pushes if self._most else ():
             lately[push.peer].spent += min(self._rooms[push.peer], push.norm / self._most)
