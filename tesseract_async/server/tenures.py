@@ -273,7 +273,7 @@ class Tenures:
 
     async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
         """Return `primary`, and the seconds until to ask again. Where it fell silent, wait a moment for the next one
-        (unless many do): whoever asks hears of that at once."""
+        (unless many do); the caller hears of that one at once."""
         expert = self._experts[uid]
         if not expert.tenure.misses_primary(self._elapsed()) or expert.num_waiting >= MAX_WAITING:
             return self.primary(uid), RETRY_SECONDS

@@ -264,7 +264,7 @@ class Ledger:
 
     def _reopen(self, number: int, num_samples: int) -> None:
         """Go on with an epoch that the last primary began after it left its state: any number may have passed since.
-        The one before it may be under way, too; whoever holds or has done some of it says so."""
+        The one before it may be under way, too; a trainer that holds or has done some of it says so."""
         if number < self.first_epoch or number in self.epochs:
             return
         self.epochs[number] = _Epoch(num_samples, Spans([(0, num_samples)]))
