@@ -254,7 +254,7 @@ async def test_layers_that_are_alike_share_what_was_asked_until_one_turns_out_to
     like, other = (ta.ExpertPool(node, f"m.{layer}", num_experts=NUM_EXPERTS) for layer in (1, 2))
     for i, module in enumerate(modules):
         node.host(f"m.1.{i}", copy.deepcopy(module), peers=["0"])
-        node.host(f"m.2.{i}", nn.Linear(8, 7), peers=["0"])
+        node.host(f"m.2.{i}", nn.Linear(8, 7), outputs_schema=ta.TensorSpec((7,)), peers=["0"])
     for one in (like, other):
         one.take_for_like(pool)
 
