@@ -1,7 +1,6 @@
 """SwarmObserver: servers and their experts, what they compute, and who joined, left and failed."""
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import math
@@ -32,7 +31,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.history import History
 from tesseract_async.monitoring.status import NodeStatus, ask_status
 from tesseract_async.node import TesseractNode
-from tesseract_async.tasks import end
+from tesseract_async.tasks import end, in_time
 from tesseract_async.transport.base import PeerAddress
 
 log = logging.getLogger(__name__)
@@ -156,9 +155,7 @@ class SwarmObserver:
         for prefix, size in self._grids.items():
             if self.node.directory.live(prefix, size) is None:
                 self.node.directory.watch(prefix, size)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(self.period, FIRST_READ_TIMEOUT)):
-                        await self.node.directory.wait_warm(prefix)
+                await in_time(self.node.directory.wait_warm(prefix), max(self.period, FIRST_READ_TIMEOUT))
             else:
                 await self.node.directory.refresh(prefix)
         self._note_members()
@@ -356,9 +353,7 @@ class SwarmObserver:
 
     async def _read_some_thanks(self) -> None:
         """Read what a period has time for: the rest follows at later looks, where dead nodes make reads slow."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.period):
-                await self.read_thanks()
+        await in_time(self.read_thanks(), self.period)
 
     async def read_thanks(self) -> None:
         """Read this hour's and the last one's now and then, and some of the hours before until all are known."""

@@ -26,6 +26,7 @@ from tesseract_async.nat.relay import meet_at_relay
 from tesseract_async.nat.rendezvous import RendezvousClient
 from tesseract_async.nat.role import RoleMachine
 from tesseract_async.network.address_scope import AddressScope
+from tesseract_async.tasks import in_time
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 
 logger = logging.getLogger(__name__)
@@ -249,12 +250,8 @@ class PathUpgrader:
         attempt = 0
         try:
             while True:
-                was_told = True
-                try:
-                    async with asyncio.timeout(self._upgrade_after[min(attempt, len(self._upgrade_after) - 1)]):
-                        await one.again.wait()
-                except TimeoutError:
-                    was_told = False
+                after = self._upgrade_after[min(attempt, len(self._upgrade_after) - 1)]
+                was_told = await in_time(one.again.wait(), after)
                 one.again.clear()
                 attempt += 1
                 kind = self._endpoint.path_kind(peer_id)

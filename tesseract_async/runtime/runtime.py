@@ -477,14 +477,14 @@ class TesseractRuntime(Uncopied):
             if staged is not None:
                 staged.stage(executor)
             if running is not None:
-                running.complete(executor)
+                running.complete()
             if staged is not None:
-                staged.launch(executor)
+                staged.launch()
             if running is not None:
                 self._finish(executor, running)
             running = staged
             if running is not None and not executor.staging.overlaps:
-                running.complete(executor)
+                running.complete()
                 self._finish(executor, running)
                 running = None
             if job is not None:  # between batches, never during one
@@ -518,7 +518,7 @@ class TesseractRuntime(Uncopied):
             self._bell.acquire(timeout=-1 if timer_at is None else min(max(timer_at - now, 0), threading.TIMEOUT_MAX))
 
     def _finish(self, executor: GroupExecutor, computed: DevicePass) -> None:
-        batches, outcomes = computed.batches, computed.outcomes(executor)
+        batches, outcomes = computed.batches, computed.outcomes()
         now = time.monotonic()
         with self._lock:
             for work, outcome in outcomes.items():
