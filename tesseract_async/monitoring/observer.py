@@ -21,7 +21,7 @@ from tesseract_async.errors import (
     shortened,
 )
 from tesseract_async.experts.grid import GridView
-from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.manifest import join_uid, split_uid
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Survey
@@ -340,6 +340,8 @@ class SwarmObserver:
             if (authority := node.trust.authority(prefix)) is not None:
                 places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
                 self.surveys[prefix] = survey = Survey(places)
+                # nor does any member name those that are lost for good
+                survey.named |= {join_uid(prefix, coords) for coords in self.lost.get(prefix, ())}
                 leaders = Counter(survey.standing(uid).leader for uid in survey.named)
                 for peer_id, number in leaders.items():
                     if peer_id is not None and peer_id not in self.peers and peer_id not in self._missed:
