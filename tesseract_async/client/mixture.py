@@ -326,7 +326,7 @@ class _BackwardPass(Pass):
         self._ids: dict[ExpertCall, bytes] = {}
         self._totals: list[torch.Tensor | None] = [None] * len(self._inputs)
         self._pairs: list[tuple[Indices, Indices, Values, Values]] = []
-        """Of each part: rows, experts, weights, and the gradients of the experts' values but for `_of_weights_R`."""
+        """Rows, experts, weights, and gradients of the values without `_of_weights_R`: of each part."""
         self._arrived_R: Values = np.zeros(len(self._matrix))
 
     def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
