@@ -1,7 +1,6 @@
 """`ExpertPool`: many experts as one layer, where a router of your own says which of them each row goes to."""
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import math
@@ -29,6 +28,7 @@ from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, Mixtur
 from tesseract_async.errors import ExpertNotFound, NotEnoughExperts, ProtocolError, SchemaMismatch
 from tesseract_async.experts.grid import ExpertReplica, GridView
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.tasks import in_time
 from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import Structure, describe_schema, unflatten
 
@@ -338,9 +338,7 @@ class ExpertPool(nn.Module):
         view = directory.live(self._prefix, self._size)
         if view is None:
             await self.watch()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.forward_timeout):
-                    await directory.wait_warm(self._prefix)
+            await in_time(directory.wait_warm(self._prefix), self._settings.forward_timeout)
             view = directory.live(self._prefix, self._size)
         if view is not None and (self._view is None or self._view[0] is not view):
             self._view = view, {(expert,): found for expert, found in view.replicas_under(self._layer).items()}

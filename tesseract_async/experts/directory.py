@@ -1,7 +1,6 @@
 """Finds experts for a node: one uid when asked, whole grids kept fresh in the background."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.entries import Entry
 from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.tasks import end
+from tesseract_async.tasks import end, in_time
 from tesseract_async.uncopied import Uncopied
 
 log = logging.getLogger(__name__)
@@ -342,9 +341,7 @@ class ExpertDirectory(Uncopied):
             if grid.warm.is_set():
                 self.metrics.set("directory_age_seconds", self._clock() - grid.read_at, prefix=grid.prefix)
             await asyncio.sleep(max(0.0, started + min(period, RETRY_PERIOD) - asyncio.get_running_loop().time()))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(started + period):
-                    await grid.hurry.wait()
+            await in_time(grid.hurry.wait(), started + period - loop.time())
             grid.hurry.clear()
 
     async def _refresh(self, grid: _Grid) -> None:
