@@ -5,6 +5,7 @@ starts one server with 6,144 small experts.
 """
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -70,14 +71,21 @@ def server(folder: Path, pattern: str, *more: str) -> Iterator[str]:
         process.wait()
 
 
+def stolen() -> float:
+    """Seconds in which the host of this virtual machine ran something else, so far; 0 where that is not told."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path("/proc/stat").read_text().split("\n")[0].split()[8]) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 def many(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     make(folder, width=64, num_layers=48, num_experts=128)
-    began, ids = time.perf_counter(), torch.arange(1, 9)[None]
+    began, before, ids = time.perf_counter(), stolen(), torch.arange(1, 9)[None]
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(server(folder, "m.[0:48].[0:128]", "--optimizer", "none"))
-        emit("6,144 experts, server up", time.perf_counter() - began, "s", "<= 5")
+        emit("6,144 experts, server up", time.perf_counter() - began, "s", "<= 5", stolen_s=stolen() - before)
         node = stack.enter_context(ta.BackgroundNode(initial_peers=[address]))
         with ta.transformers.remote_experts(node, "m"):
             model = AutoModelForCausalLM.from_pretrained(folder)
@@ -149,9 +157,11 @@ def main() -> None:
             alone = min(seconds(local["decode"]) for _ in range(3)) / 16
             for round_trip in (0.005, 0.05):
                 delay(remote, round_trip)
+                before = stolen()
                 took = min(seconds(ours["decode"]) for _ in range(2)) / 16
                 share = (alone + NUM_LAYERS * round_trip) / took
-                emit(f"decode at {round_trip * 1e3:g} ms, share of what waiting allows", share, "", ">= 0.8")
+                name = f"decode at {round_trip * 1e3:g} ms, share of what waiting allows"
+                emit(name, share, "", ">= 0.8", stolen_s=stolen() - before)
         many(Path(folder) / "many")
 
 
