@@ -138,7 +138,7 @@ def questions(
         return None
     num_rows, made = x.shape[0], []
     whole = pack_tensors((x,))
-    for asked in sorted(shares.values(), key=len, reverse=True):  # those that take longest begin first
+    for asked in shares.values():
         experts = sorted(asked)
         pairs = [asked[expert] for expert in experts]
         rows, numbers, (metas, buffers) = None, [row for one, _ in pairs for row in one], whole
@@ -201,44 +201,38 @@ class Straight:
 
     def begin(self, done: Callable[[], object]) -> None:
         """Send it; `done` is called when it is over."""
-        self._done, self._began = done, asyncio.get_running_loop().time()
+        self._done, loop = done, asyncio.get_running_loop()
+        node, self._began = self._experience.node, loop.time()
         try:
-            self.is_sent = self._holds()
-        except Exception:  # it is met again, and told, where the pass is made anew
-            self.is_sent = False
-        self._send()
-
-    def _send(self) -> None:
-        """Send a question, and in the loop's next turn the next one: what is written in a turn leaves at its end."""
-        if self._done is None:
-            return
-        cancel, loop = None, asyncio.get_running_loop()
-        try:
-            if self.is_sent:
-                question = self._asked[len(self._replies)]
+            if not self._holds():
+                self.end()
+                return
+            self.is_sent = True
+            for question in self._asked:
                 reply = _Reply(self, question)
                 peer, uids = question.replicas[0].peer, [replica.uid for replica in question.replicas]
-                endpoint = self._experience.node.endpoint_towards(peer, APPLY, uids)
-                if endpoint is not None:  # it is another node
-                    cancel = endpoint.call_into(
-                        peer,
-                        APPLY,
-                        question.body,
-                        question.buffers,
-                        reply.heard,
-                        timeout=self._timeout,
-                        priority=self._options.priority,
-                    )
-        except Exception:  # as above
-            cancel = None
-        if cancel is None:
+                endpoint = node.endpoint_towards(peer, APPLY, uids)
+                if endpoint is None:  # this node itself
+                    self.end()
+                    return
+                cancel = endpoint.call_into(
+                    peer,
+                    APPLY,
+                    question.body,
+                    question.buffers,
+                    reply.heard,
+                    timeout=self._timeout,
+                    priority=self._options.priority,
+                )
+                if cancel is None:  # not connected
+                    self.end()
+                    return
+                reply.cancel = cancel
+                self._replies.append(reply)
+        except Exception:  # it is met again, and told, where the pass is made anew
             self.end()
             return
-        reply.cancel = cancel
-        self._replies.append(reply)
-        if len(self._replies) < len(self._asked):
-            loop.call_soon(self._send)
-        elif self._servers.has_others and (wait := self._hedge_after()) is not None:
+        if self._servers.has_others and (wait := self._hedge_after()) is not None:
             self._timer = loop.call_later(wait, self._hedge)
 
     def _hedge_after(self) -> float | None:

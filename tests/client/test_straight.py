@@ -247,7 +247,7 @@ class Wire:
         return cancel
 
 
-async def begun(copies: str = "") -> tuple[Straight, Wire, list[int], torch.Tensor]:
+def begun(copies: str = "") -> tuple[Straight, Wire, list[int], torch.Tensor]:
     """A pass of three rows over the servers "a" and "b", which is sent. `copies`: servers that host all, too."""
     wire = Wire()
     schema = ExpertSchema((TensorSpec((WIDTH,)),), {}, TensorSpec((WIDTH,)), 64, CodecPolicy())
@@ -264,8 +264,6 @@ async def begun(copies: str = "") -> tuple[Straight, Wire, list[int], torch.Tens
     )
     over: list[int] = []
     straight.begin(lambda: over.append(1))
-    assert len(wire.sent) == 1, "the second one leaves later"
-    await asyncio.sleep(0)
     assert len(wire.sent) == 2 and not over
     return straight, wire, over, x
 
@@ -288,7 +286,7 @@ def answered(sent: Any, *, places: list[int] | None = None, end: bool = True, **
 
 
 async def test_answers_in_one_and_in_parts_add_up() -> None:
-    straight, wire, over, x = await begun()
+    straight, wire, over, x = begun()
     wire.sent[0][2](answered(wire.sent[0]))
     num_experts = len(decode_request(*wire.sent[1][:2])[0].ids)
     for place in range(num_experts):
@@ -315,7 +313,7 @@ async def test_answers_in_one_and_in_parts_add_up() -> None:
     ],
 )
 async def test_an_answer_that_does_not_fit_ends_it_without_one(event: Callable[[Any], Any]) -> None:
-    straight, wire, over, _ = await begun()
+    straight, wire, over, _ = begun()
     wire.sent[0][2](event(wire.sent[0]))
     assert over == [1] and straight.answer is None and wire.num_cancelled >= 1
     wire.sent[1][2](answered(wire.sent[1]))  # comes too late
@@ -323,7 +321,7 @@ async def test_an_answer_that_does_not_fit_ends_it_without_one(event: Callable[[
 
 
 async def test_thanks_are_for_answers_that_count() -> None:
-    straight, wire, over, _ = await begun()
+    straight, wire, over, _ = begun()
     for sent in wire.sent:
         sent[2](answered(sent))
     assert straight.answer is not None and wire.thanked == [("m", "a", 3, 0), ("m", "b", 3, 0)]
@@ -331,7 +329,7 @@ async def test_thanks_are_for_answers_that_count() -> None:
 
 @in_made_up_time
 async def test_a_server_that_keeps_silent_is_remembered_as_slow() -> None:
-    straight, wire, over, _ = await begun(copies="c")
+    straight, wire, over, _ = begun(copies="c")
     wire.sent[0][2](answered(wire.sent[0]))
     await asyncio.sleep(HEDGE_SECONDS + 1)
     assert over == [1] and straight.answer is None and wire.num_cancelled == 1
@@ -343,7 +341,7 @@ async def test_a_server_that_keeps_silent_is_remembered_as_slow() -> None:
 
 
 async def test_numbers_that_are_not_finite_are_no_answer() -> None:
-    straight, wire, over, _ = await begun()
+    straight, wire, over, _ = begun()
     bad = answered(wire.sent[0])
     torch.frombuffer(bad.buffers[0], dtype=torch.float32)[3] = torch.nan
     wire.sent[0][2](bad)
