@@ -22,7 +22,7 @@ from tesseract_async.experts.tenure_words import (
     Response,
     State,
 )
-from tesseract_async.experts.terms import Seal, Term, TermKind
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind
 from tesseract_async.identity import PeerID
 
 BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
@@ -440,7 +440,8 @@ class Tenure(Duty):
         votes = evidence.given if isinstance(evidence, Poll) else {}
         self._own = OwnTerm(term, tuple(peer for peer in others if peer != self.me), votes, now=now)
         self._member.promise(epoch, self.me, now)
-        self.lineage.add(term, now=wall, has_term=True)
+        # with nobody else to ask, its own word counts, be its own line in the future by the clock of now
+        self.lineage.add(term, now=wall if set(others) - {self.me} else max(wall, EPOCH_ZERO + epoch), has_term=True)
         if kind is TermKind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
             self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
         self._persist()

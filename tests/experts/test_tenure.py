@@ -952,6 +952,25 @@ def test_a_clock_that_jumps_by_a_day_stops_nothing(whose: str, seconds: float) -
     assert all(one.machine.epoch == heir.machine.epoch for one in right if one is not leader)
 
 
+@pytest.mark.parametrize("seconds", [30000.0, -30000.0])
+def test_one_alone_whose_clock_is_wrong_for_a_while_goes_on_after_a_restart(seconds: float) -> None:
+    """It was ahead, and is set right; or it is behind after a start, until the time is asked for."""
+    world = World(3, 1, skew=0.0)
+    (server,) = world.servers
+    world.now += 40000.0
+    server.skew = max(0.0, seconds)
+    server.start()
+    world.run(4 * LEASE)
+    steps = server.steps
+    server.kill()
+    server.skew = min(0.0, seconds)
+    server.start()
+    assert world.run_until(lambda: server.leads, 4 * LEASE), world.describe()
+    server.skew = 0.0
+    world.run(4 * LEASE)
+    assert world.leaders == [server] and server.steps[: len(steps)] == steps
+
+
 def test_a_member_that_was_killed_while_its_clock_was_years_ahead_votes_again() -> None:
     world = World(4, 3)
     leader = world.begin()
