@@ -1,7 +1,7 @@
 """Tasks that nobody waits for, their end, and futures that tell at once."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -76,6 +76,16 @@ class TaskSet(set[asyncio.Task[None]]):
         """End them."""
         self.is_closed = True
         await end(*self)
+
+
+async def in_time(work: Awaitable[object], seconds: float | None) -> bool:
+    """Await `work` for so many seconds at most (None: however long); return whether it ended by then."""
+    try:
+        async with asyncio.timeout(seconds):
+            await work
+    except TimeoutError:
+        return False
+    return True
 
 
 async def end(*tasks: asyncio.Task[object] | None) -> None:

@@ -28,7 +28,7 @@ from tesseract_async.experts.grants import Grant, Invite, Role, grant_text
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.ownership import MEMBER, RunOwner
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.placement import Standing
+from tesseract_async.experts.placement import Standing, Survey
 from tesseract_async.experts.run import split_run_name
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.experts.thanks import NUM_HOURS
@@ -263,7 +263,7 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
         return 0
     size = len(manifest.pattern)
     click.echo(f"{authority.run.full_name}, {authority.mode}: {num_live} of {counted(size, 'expert')} live")
-    for line in _safety(standings, len(survey.places), num_copies):
+    for line in _safety(standings, survey, num_copies):
         click.echo(line)
     for line in thanks(contributors):
         click.echo(line)
@@ -318,14 +318,14 @@ def _standing(one: Standing) -> dict[str, object]:
     }
 
 
-def _safety(standings: Mapping[str, Standing], num_members: int, num_copies: int) -> list[str]:
+def _safety(standings: Mapping[str, Standing], survey: Survey, num_copies: int) -> list[str]:
     """Return sentences: how many more losses the run survives, and each expert that is in danger."""
     if not standings:
         return []
     losses = min(one.losses for one in standings.values())
     lines = [f"the run {safety(losses)}"]
-    if num_members <= num_copies:
-        lines.append(f"{counted(num_members, 'member')} cannot hold {num_copies} copies besides each primary")
+    if why := survey.shortage(num_copies):
+        lines.append(why)
     for uid, one in standings.items():
         if one.word != "safe":
             leader = "nobody" if one.leader is None else one.leader.short

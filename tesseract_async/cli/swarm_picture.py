@@ -61,6 +61,7 @@ class _Room:
 
     grids: int
     grid_lines: int
+    standings: int
     peers: int
     trainers: int
     events: int
@@ -68,8 +69,9 @@ class _Room:
     @classmethod
     def divide(cls, state: SwarmState, height: int | None) -> "_Room":
         num_grids, num_peers, num_trainers = len(state["grids"]), len(state["peers"]), len(state["losses"])
+        num_standings = sum(len(grid.get("standings", [])) for grid in state["grids"])
         if height is None:
-            return cls(num_grids, MAX_ROWS, num_peers, min(8, num_trainers), MAX_EVENTS)
+            return cls(num_grids, MAX_ROWS, min(MAX_ROWS, num_standings), num_peers, min(8, num_trainers), MAX_EVENTS)
         # the head, and a blank line, a head and a word about the rest of each part
         # and in a run its line, and who contributed
         left = height - 5 - (num_trainers > 0) - (height > 20 and state.get("run") is not None)
@@ -78,9 +80,11 @@ class _Room:
         events = max(1, min(MAX_EVENTS, left // 5))
         peers = max(1, min(num_peers, left // 5))
         left -= trainers + events + peers + (peers < num_peers)
+        standings = min(num_standings, left // 3) if height > 20 else 0
+        left -= standings and standings + 2 + (standings < num_standings)
         grids = max(1, min(num_grids, left // 5))
         left -= grids < num_grids
-        return cls(grids, max(1, left // grids - 3), peers, trainers, events)
+        return cls(grids, max(1, left // grids - 3), standings, peers, trainers, events)
 
 
 def draw(
@@ -125,6 +129,7 @@ def draw(
             Text(f"tesseract serve --experts 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
         ]
         return Group(*parts, *([Text(), Text(ONCE, style="dim")] if is_once else []))
+    parts += _draw_standings(state["grids"], room.standings, first, is_cut=height is not None)
     table = Table(box=None, padding=(0, 2, 0, 0))
     longest = max((cell_len(peer.get("name", "")) for peer in state["peers"]), default=0)
     widths, left_out = COLUMNS | {"name": min(longest, COLUMNS["name"])}, set() if longest else {"name"}
@@ -217,7 +222,9 @@ def safety(losses: int | None) -> str:
     """Return what a run survives, in words: so many more members may be lost."""
     if losses is None:
         return "how safe it is, is not known yet"
-    if losses <= 0:
+    if losses < 0:
+        return "has lost experts"
+    if losses == 0:
         return "may lose experts with the next member that goes"
     return f"survives the loss of any {'member' if losses == 1 else f'{losses:,} members'}"
 
@@ -257,6 +264,29 @@ def _describe_standings(standings: list[list[Any]]) -> list[str]:
     losses = min(losses for *_, losses, _ in standings)
     facts = [f"{counts[word]} {word}" for word in ("lost", "at risk", "not led") if counts[word]]
     return [*facts, f"each {safety(losses)}"] if losses > 0 else facts
+
+
+def _draw_standings(grids: list[SwarmState], number: int, first: int, *, is_cut: bool) -> list[RenderableType]:
+    """Return a table of so many of a run's experts, those in danger first: who has each, and how safe it is."""
+    experts = [(grid["prefix"], *one) for grid in grids for one in grid.get("standings", [])]
+    experts.sort(key=lambda one: (one[6], one[2] is not None))
+    if not number:
+        return []
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("expert", "led by", "followed by", "held by", "certified", "state"):
+        table.add_column(column, no_wrap=is_cut, overflow="ellipsis" if is_cut else "fold")
+    begin = max(0, min(first, len(experts) - number))
+    for prefix, coords, leader, followers, holders, version, losses, word in experts[begin : begin + number]:
+        table.add_row(
+            Text(".".join((prefix, *map(str, coords)))),
+            leader or "nobody",
+            ", ".join(followers) or "nobody",
+            ", ".join(holders) or "nobody",
+            f"version {version:,}",
+            f"{word}, survives {losses}" if losses > 0 else word,
+            style="red" if losses < 0 else None if word == "safe" else "yellow",
+        )
+    return [Text(), table, *_and_more(len(experts) - number, "expert")]
 
 
 def _draw_grid(

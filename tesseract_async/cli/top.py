@@ -101,7 +101,9 @@ async def command(
                 if key == "q":
                     leaving.cancel()
                 elif key in SCROLLS:
-                    first = max(0, min(first + SCROLLS[key], len(observer.peers) + len(observer.log)))
+                    num_lines = len(observer.peers) + len(observer.log)
+                    num_lines = max(num_lines, *(len(one.named) for one in observer.surveys.values()), 0)
+                    first = max(0, min(first + SCROLLS[key], num_lines))
                     scrolled.set()
 
             leaving = asyncio.create_task(until_told_to_leave())

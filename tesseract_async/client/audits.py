@@ -21,7 +21,7 @@ from tesseract_async.client.expert_rpc import Forward, Receipt, call_forward
 from tesseract_async.client.ports import Node
 from tesseract_async.errors import TesseractError
 from tesseract_async.identity import PeerID
-from tesseract_async.tasks import end
+from tesseract_async.tasks import TaskSet
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.codecs import settle
 
@@ -96,7 +96,7 @@ class Audits:
         """The latest differences, the newest last."""
         self.random = random or Random()
         """Decides which answers are audited: a seeded one makes an experiment repeatable."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet("client: audit")
         self._num_pending_bytes = 0
         self._unrepeatable: set[tuple[str, bool]] = set()
         self._closes = False
@@ -125,27 +125,25 @@ class Audits:
         forward = forward._replace(mode=forward.mode._replace(differentiable=False))
         sample = _Sample(forward, receipt, given, answered, timeout)
         self._num_pending_bytes += num_bytes
-
-        def ended(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            self._num_pending_bytes -= num_bytes
-
-        task = asyncio.get_running_loop().create_task(self._audit(sample), name=f"client: audit of {forward.uid}")
-        self._tasks.add(task)
-        task.add_done_callback(ended)
+        self._tasks.spawn(self._audit(sample, num_bytes))
 
     async def wait(self) -> None:
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._tasks.wait_done()
 
     async def aclose(self) -> None:
-        await end(*self._tasks)
+        await self._tasks.aclose()
 
     def _count(self, verdict: Verdict) -> None:
         self.outcomes[verdict] += 1
         self._node.metrics.count("audits", verdict=verdict.value)
 
-    async def _audit(self, sample: _Sample) -> None:
+    async def _audit(self, sample: _Sample, num_bytes: int) -> None:
+        try:
+            self._count(await self._verdict(sample))
+        finally:
+            self._num_pending_bytes -= num_bytes
+
+    async def _verdict(self, sample: _Sample) -> Verdict:
         others = [replica.peer for replica in self._node.directory.known(sample.forward.uid)]
         others = [peer for peer in others if peer.peer_id != sample.receipt.peer.peer_id]
         self.random.shuffle(others)
@@ -153,12 +151,8 @@ class Audits:
             other = others.pop()
             theirs = await self._ask(sample, other)
             if theirs is not None:
-                verdict = Verdict.AGREED
-                if _differ(sample, theirs):
-                    verdict = await self._decide(sample, other, theirs, others)
-                self._count(verdict)
-                return
-        self._count(Verdict.UNCHECKED)
+                return await self._decide(sample, other, theirs, others) if _differ(sample, theirs) else Verdict.AGREED
+        return Verdict.UNCHECKED
 
     async def _decide(
         self, sample: _Sample, other: PeerAddress, theirs: Outputs, others: Sequence[PeerAddress]

@@ -174,23 +174,21 @@ async def call_forward(
 
 
 async def unpack_fitting(
-    uid: str, metas: list[Value], buffers: Sequence[memoryview], specs: Sequence[TensorSpec], num_rows: int
+    who: str, metas: Value, buffers: Sequence[memoryview], specs: Sequence[TensorSpec | None], num_rows: int
 ) -> list[torch.Tensor | None]:
-    """The tensors of an answer, each of its spec or absent. Raises: ProtocolError."""
-    check_answer_growth(uid, metas, specs)
-    tensors = await unpack(metas, buffers)
-    if len(tensors) != len(specs):
-        raise ProtocolError(f"{uid} answered {len(tensors)} tensors instead of {len(specs)}")
-    for tensor, spec in zip(tensors, specs, strict=True):
-        if tensor is not None and (tensor.dtype != spec.dtype or tensor.shape != (num_rows, *spec.shape)):
-            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise ProtocolError(f"{uid} answered {got} where its schema says {spec} with {num_rows} rows")
-    return tensors
-
-
-def check_answer_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:
-    """Refuse an answer that would take more memory, unpacked, than what fits. Raises: ProtocolError."""
+    """The tensors of an answer, each of its spec or absent, as those without a spec are. What would take more memory,
+    unpacked, than what fits is refused before. Raises: ProtocolError."""
     if not may_unpack(metas, specs):
         got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
         takes = shortened(", ".join(map(str, specs)))
-        raise ProtocolError(f"{uid} answered {got} where its schema says {takes}")
+        raise ProtocolError(f"{who} answered {got} where its schema says {takes}")
+    tensors = await unpack(metas, buffers)
+    if len(tensors) != len(specs):
+        raise ProtocolError(f"{who} answered {len(tensors)} tensors instead of {len(specs)}")
+    for tensor, spec in zip(tensors, specs, strict=True):
+        if tensor is None:
+            continue
+        if spec is None or tensor.dtype != spec.dtype or tensor.shape != (num_rows, *spec.shape):
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ProtocolError(f"{who} answered {got} where its schema says {spec} with {num_rows} rows")
+    return tensors

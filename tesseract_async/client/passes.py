@@ -16,17 +16,16 @@ import torch
 
 from tesseract_async.client.dispatch import CallsUnderWay, ExpertCall
 from tesseract_async.client.experience import Experience, replica_key
-from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, check_answer_growth
+from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, unpack_fitting
 from tesseract_async.client.failover import HEDGE_SECONDS, report, watched
 from tesseract_async.client.grouping import Grouping, Request
 from tesseract_async.client.latency import ABANDON_SECONDS
 from tesseract_async.client.routing import Candidates, Indices
 from tesseract_async.client.settings import CallOptions
 from tesseract_async.endpoint.call_table import Message
-from tesseract_async.errors import ExpertFailed, ProtocolError, TesseractError, TooStale
+from tesseract_async.errors import ExpertFailed, TesseractError, TooStale
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import Coordinates, split_uid
-from tesseract_async.runtime.encoding import unpack
 from tesseract_async.runtime.gradients import are_finite, per_row
 from tesseract_async.tasks import end
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Weights, decode_part, encode_request
@@ -241,7 +240,9 @@ class Pass:
         experience, loop = self.experience, asyncio.get_running_loop()
         part, buffers = decode_part(message.body, message.buffers, asked)
         rows = asked.rows_of(part.experts)
-        sums = await self._sums(part, buffers, len(rows))
+        sums: OptionalTensors = []
+        if len(part.experts):
+            sums = await unpack_fitting("a server", part.tensors, buffers, self.reply_specs, len(rows))
         if (scales := asked.scales_of(part.experts)) is not None:
             sums = [None if x is None else x * per_row(torch.from_numpy(scales), x) for x in sums]
         if self.calls.is_over:
@@ -274,23 +275,6 @@ class Pass:
             self.settled(call, replica, now - request.sent, path)
             experience.node.directory.report_answer(replica)
         self.add(block, request, part, asked.pairs(part.experts), block.rows[rows], sums)
-
-    async def _sums(self, part: ApplyPart, buffers: Sequence[memoryview], num_rows: int) -> OptionalTensors:
-        """Unpack and check the tensors of a part. Raises: ProtocolError."""
-        if not len(part.experts):
-            return []
-        specs = self.reply_specs
-        check_answer_growth("a server's reply", part.tensors, [spec for spec in specs if spec is not None])
-        sums = await unpack(part.tensors, buffers)
-        fit = len(sums) == len(specs) and all(
-            total is None
-            if spec is None
-            else total is None or (total.dtype == spec.dtype and total.shape == (num_rows, *spec.shape))
-            for total, spec in zip(sums, specs, strict=False)
-        )
-        if not fit:
-            raise ProtocolError(f"a server answered {self.what} that do not fit the schema")
-        return sums
 
     def _num_bytes(self, block: RowBlock) -> int:
         return len(block.rows) * self.schema.row_bytes

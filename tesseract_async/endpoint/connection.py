@@ -100,9 +100,8 @@ class Connection:
         self._drained = [0, 0]  # bytes that had left each channel when it last moved ...
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
-        self._futures: dict[int, asyncio.Future[Message]] = {}
         self._sinks: dict[int, Callable[[ReplyEvent], None]] = {}
-        """Functions that take a call's reply in parts: the parts, then the end or the failure."""
+        """Functions that take a call's reply: its parts, if it has some, then the end or the failure."""
         self._handlers = Handlers(
             self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._handler_done
         )
@@ -160,7 +159,7 @@ class Connection:
     def _send_call(self) -> None:
         """Send a call that was just started: at once where it is alone here, as the one before it was, else together
         with those that this turn of the loop still brings."""
-        is_alone, before = len(self._futures) + len(self._sinks) == 1, self._was_alone
+        is_alone, before = len(self._sinks) == 1, self._was_alone
         self._was_alone = is_alone
         if is_alone and before:
             self._send_at_once()
@@ -184,17 +183,25 @@ class Connection:
         self, head: RequestHead, buffers: tuple[memoryview, ...], deadline: float, *, reserve_reply: bool
     ) -> tuple[int, asyncio.Future[Message]]:
         """Start a call: its number, and the reply to come. Its caller sees to `cancel_call` after an error or a
-        cancellation, and to `call_ended`.
+        cancellation.
 
         Raises: ConnectionLost, MessageTooLarge; TypeError and ValueError for a bad body.
         """
         stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply)
-        future = self._futures[stream] = self._loop.create_future()
+        future: asyncio.Future[Message] = self._loop.create_future()
+
+        def take(event: ReplyEvent) -> None:
+            del self._sinks[stream]
+            if future.done():
+                return
+            if isinstance(event, CallFailed):
+                future.set_exception(event.error)
+            else:
+                future.set_result(Message(event.body, event.buffers))
+
+        self._sinks[stream] = take
         self._send_call()
         return stream, future
-
-    def call_ended(self, stream: int) -> None:
-        del self._futures[stream]
 
     async def call_parts(
         self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
@@ -206,6 +213,8 @@ class Connection:
         def take(event: ReplyEvent) -> None:
             while isinstance(event, CallFailed) and event.drops_parts and not parts.empty():
                 parts.get_nowait()
+            if not isinstance(event, PartReceived):
+                del self._sinks[stream]
             parts.put_nowait(event)
 
         self._sinks[stream] = take
@@ -226,7 +235,6 @@ class Connection:
                 del message
                 is_first = False
         finally:
-            del self._sinks[stream]
             if more:
                 self.cancel_call(stream)
 
@@ -242,11 +250,11 @@ class Connection:
                 self.protocol.outgoing.part_taken(stream)
                 self._schedule_flush()
             else:
-                self._sinks.pop(stream, None)
+                del self._sinks[stream]
             sink(event)
 
         def cancel() -> None:
-            if self._sinks.pop(stream, None) is not None:
+            if stream in self._sinks:
                 self.cancel_call(stream)
 
         self._sinks[stream] = take
@@ -254,6 +262,7 @@ class Connection:
         return cancel
 
     def cancel_call(self, stream: int) -> None:
+        self._sinks.pop(stream, None)
         self.protocol.cancel_call(stream)
         self._wake()
 
@@ -318,11 +327,8 @@ class Connection:
     def _handle_events(self) -> None:
         for event in self.protocol.events():
             match event:
-                case ReplyReceived() | PartReceived():
-                    future = self._futures.get(event.stream)
-                    if future is not None and not future.done():
-                        future.set_result(Message(event.body, event.buffers))
-                    elif (sink := self._sinks.get(event.stream)) is not None:
+                case ReplyReceived() | PartReceived() | CallFailed():
+                    if (sink := self._sinks.get(event.stream)) is not None:
                         sink(event)
                 case CallReceived():
                     self.last_used = self._loop.time()
@@ -332,12 +338,6 @@ class Connection:
                         self._arm_timer()
                 case PartWanted():
                     self._handlers.part_wanted(event.stream)
-                case CallFailed():
-                    if (sink := self._sinks.get(event.stream)) is not None:
-                        sink(event)
-                    future = self._futures.get(event.stream)
-                    if future is not None and not future.done():
-                        future.set_exception(event.error)
                 case CallCancelled():
                     self._handlers.cancel(event.stream)
                 case BulkWanted():

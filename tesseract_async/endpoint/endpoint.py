@@ -20,6 +20,7 @@ from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.tasks import TaskSet
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
@@ -111,7 +112,7 @@ class Endpoint(Uncopied):
         )
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing = TaskSet("endpoint: close")
         self._closed = False
         self._on_grants = on_grants
         self._admits = admits
@@ -209,8 +210,6 @@ class Endpoint(Uncopied):
                 except BaseException:  # cancelled or failed: the other end is told
                     connection.cancel_call(stream)
                     raise
-                finally:
-                    connection.call_ended(stream)
             except ConnectionLost as error:
                 await self._before_repeating(error, idempotent, attempt, deadline)
             attempt += 1
@@ -405,9 +404,7 @@ class Endpoint(Uncopied):
                 continue
             idle = now - connection.last_used > IDLE_TIMEOUT
             if idle or connection.retired:
-                task = loop.create_task(connection.aclose("idle"))
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                self._closing.spawn(connection.aclose("idle"))
         if connections:
             self._arm_timer()
         else:

@@ -26,11 +26,16 @@ whether the peer reads them."""
 class Deferred(Awaitable[Result], Generic[Result]):
     """A result that follows from a future. As the answer of a handler, a message, it takes no task.
 
-    `finish` makes it once the future is done, or raises. `cancel` is called instead where nobody waits any more.
+    `finish` makes it once the future is done, or raises, or gives another `Deferred` to wait for. `cancel` is called
+    instead where nobody waits any more.
     """
 
     def __init__(
-        self, future: asyncio.Future[Any], *, finish: Callable[[], Result], cancel: Callable[[], object]
+        self,
+        future: asyncio.Future[Any],
+        *,
+        finish: "Callable[[], Result | Deferred[Result]]",
+        cancel: Callable[[], object],
     ) -> None:
         self.future = future
         self.finish = finish
@@ -44,7 +49,8 @@ class Deferred(Awaitable[Result], Generic[Result]):
             raise
         except Exception:  # the work's own
             pass  # `finish` meets it, too
-        return self.finish()
+        result = self.finish()
+        return (yield from result.__await__()) if isinstance(result, Deferred) else result
 
 
 class Handlers:
@@ -130,16 +136,19 @@ class Handlers:
             self._done(False)
             return
         if type(answer) is Deferred:
-            self._running[stream] = answer
-            future, ended = answer.future, partial(self._finish, stream, call.method, answer)
-            if isinstance(future, PromptFuture):
-                future.add_listener(ended)
-            else:
-                future.add_done_callback(ended)
+            self._defer(stream, call.method, answer)
             return
         task = self._running[stream] = self._loop.create_task(self._run(stream, call.method, call.in_parts, answer))
         self.tasks.add(task)
         task.add_done_callback(partial(self._ended, answer))
+
+    def _defer(self, stream: int, method: str, deferred: Deferred[Message]) -> None:
+        self._running[stream] = deferred
+        future, ended = deferred.future, partial(self._finish, stream, method, deferred)
+        if isinstance(future, PromptFuture):
+            future.add_listener(ended)
+        else:
+            future.add_done_callback(ended)
 
     def _ended(self, answer: Answer, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
@@ -151,7 +160,11 @@ class Handlers:
             return
         del self._running[stream]
         try:
-            body, buffers = deferred.finish()
+            answer = deferred.finish()
+            if isinstance(answer, Deferred):
+                self._defer(stream, method, answer)
+                return
+            body, buffers = answer
             self._protocol.reply(stream, body, buffers, now=self._loop.time())
         except (Exception, asyncio.CancelledError) as error:
             self._fail(stream, method, error)

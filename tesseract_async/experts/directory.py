@@ -1,7 +1,6 @@
 """Finds experts for a node: one uid when asked, whole grids kept fresh in the background."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.entries import Entry
 from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.tasks import end
+from tesseract_async.tasks import end, in_time
 from tesseract_async.uncopied import Uncopied
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 REFRESH_PERIOD = 10.0
 """Seconds between two reads of a watched grid, unless the caller says otherwise."""
 RETRY_PERIOD = 1.0
-"""Seconds until the next attempt, where reading a grid failed or the network was not joined yet."""
+"""Seconds until the next attempt, where reading a grid failed, or it was never read completely."""
 LEAST_AGE = 0.25
 """Seconds for which an answer of `ExpertDirectory.find` is kept at least, though a server says that it is outdated."""
 MAX_CACHED_UIDS = 4096
@@ -335,16 +334,14 @@ class ExpertDirectory(Uncopied):
                 # before anybody else is known, an empty answer says nothing
                 if await self._network.wait_joined(self.refresh_period):
                     await self._refresh(grid)
-                    period = self.refresh_period
+                    period = self.refresh_period if grid.warm.is_set() else RETRY_PERIOD
             except (TesseractError, TimeoutError, OSError) as error:
                 self.metrics.count("directory_reads_failed")
                 log.warning("could not read the grid %s: %s", grid.prefix, describe(error))
             if grid.warm.is_set():
                 self.metrics.set("directory_age_seconds", self._clock() - grid.read_at, prefix=grid.prefix)
             await asyncio.sleep(max(0.0, started + min(period, RETRY_PERIOD) - asyncio.get_running_loop().time()))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(started + period):
-                    await grid.hurry.wait()
+            await in_time(grid.hurry.wait(), started + period - loop.time())
             grid.hurry.clear()
 
     async def _refresh(self, grid: _Grid) -> None:

@@ -258,7 +258,11 @@ class Membership:
         best = self.lineage.best
         seal = None if best is None else self.lineage.seal_of(best)
         past = seal is None or wall - EPOCH_ZERO > seal.time + 1
-        return now - self.looked_at < max(self.lease / 2, 5.0) and past
+        return past and self.has_looked(now)
+
+    def has_looked(self, now: float) -> bool:
+        """Return whether all that the network holds of the expert was read lately."""
+        return now - self.looked_at < max(self.lease / 2, 5.0)
 
     def ask(self, kind: str, others: set[PeerID], epoch: int, now: float) -> tuple[Poll, list[Send]]:
         best, held = self.lineage.best, self.held

@@ -173,6 +173,16 @@ class Survey:
         self.full = {peer for peer, place in places.items() if not place.can_lead}
         """... or lead as much as they have room for."""
 
+    def shortage(self, num_copies: int) -> str:
+        """Return why these members cannot keep so many copies besides each primary, in words; empty if they can."""
+        num_members, num_experts = len(self.places), len(self.alive)
+        if num_members <= num_copies:
+            return f"members: {num_members}, too few for {num_copies} copies besides each primary"
+        room = sum(min(place.files, num_experts) for place in self.places.values())
+        if room >= (wanted := num_experts * (num_copies + 1)):
+            return ""
+        return f"the members have room for {room} states on disk, and all copies are {wanted}: more of them, or --hold"
+
     def leader(self, uid: str) -> PeerID | None:
         """Return the member that leads it, by the highest epoch."""
         leaders = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is MemberRole.LEADS]

@@ -349,8 +349,8 @@ class Tenure(Duty):
             others = self._member.primaries(best, held.members if self.state is State.HOLDING else ())
         is_exposed = self.state is State.FOLLOWING and best is not None and self.lineage.is_exposed(best)
         if best is not None and others and not is_exposed:
-            if self.state is State.HOLDING:
-                self._look(now)  # before it adopts the expert, it must know what the network has
+            if self.state is State.HOLDING or self._member.num_needed == 1:
+                self._look(now)  # before it takes the expert by its own word, it must know what the network has
             self._ask_all("probe", others, best.epoch, now)
         elif now < self._member.silence_at(self.state):
             self._silent_at = now  # there is nobody to ask
@@ -360,13 +360,16 @@ class Tenure(Duty):
             self._succeed(held, now, wall)
 
     def _succeed(self, held: Seal, now: float, wall: float) -> None:
-        if self.state is State.FOLLOWING:
-            self._stand(TermKind.TAKEOVER, held, now, wall)
-        elif self._member.may_adopt(now, wall):
-            self._stand(TermKind.ADOPTION, held, now, wall)
-        else:
+        member = self._member
+        if self.state is State.HOLDING and not member.may_adopt(now, wall):
             self._look(now)
             self._retry_adopting(now)
+        elif self.state is State.FOLLOWING and member.num_needed == 1 and not member.has_looked(now):
+            self._look(now)  # it may have slept: who adopted the expert meanwhile has trained it on
+            member.retry_at = now + 1.0
+        else:
+            kind = TermKind.TAKEOVER if self.state is State.FOLLOWING else TermKind.ADOPTION
+            self._stand(kind, held, now, wall)
 
     def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float) -> None:
         self._poll, sends = self._member.ask(kind, others, epoch, now)

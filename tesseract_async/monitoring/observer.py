@@ -1,7 +1,6 @@
 """SwarmObserver: servers and their experts, what they compute, and who joined, left and failed."""
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import math
@@ -22,7 +21,7 @@ from tesseract_async.errors import (
     shortened,
 )
 from tesseract_async.experts.grid import GridView
-from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.manifest import join_uid, split_uid
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import fetch_places
 from tesseract_async.experts.placement import Survey
@@ -32,7 +31,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.history import History
 from tesseract_async.monitoring.status import NodeStatus, ask_status
 from tesseract_async.node import TesseractNode
-from tesseract_async.tasks import end
+from tesseract_async.tasks import end, in_time
 from tesseract_async.transport.base import PeerAddress
 
 log = logging.getLogger(__name__)
@@ -156,9 +155,7 @@ class SwarmObserver:
         for prefix, size in self._grids.items():
             if self.node.directory.live(prefix, size) is None:
                 self.node.directory.watch(prefix, size)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(self.period, FIRST_READ_TIMEOUT)):
-                        await self.node.directory.wait_warm(prefix)
+                await in_time(self.node.directory.wait_warm(prefix), max(self.period, FIRST_READ_TIMEOUT))
             else:
                 await self.node.directory.refresh(prefix)
         self._note_members()
@@ -169,7 +166,8 @@ class SwarmObserver:
                     group.create_task(self._ask(peer, limit))
             group.create_task(self._read_losses())
             group.create_task(self._read_places())
-            group.create_task(self._read_some_thanks())
+            # what a period has time for: the rest follows at later looks, where dead nodes make reads slow
+            group.create_task(in_time(self.read_thanks(), self.period))
         self._remember()
         self.num_looks += 1
         self._changed.set()
@@ -342,6 +340,8 @@ class SwarmObserver:
             if (authority := node.trust.authority(prefix)) is not None:
                 places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
                 self.surveys[prefix] = survey = Survey(places)
+                # nor does any member name those that are lost for good
+                survey.named |= {join_uid(prefix, coords) for coords in self.lost.get(prefix, ())}
                 leaders = Counter(survey.standing(uid).leader for uid in survey.named)
                 for peer_id, number in leaders.items():
                     if peer_id is not None and peer_id not in self.peers and peer_id not in self._missed:
@@ -351,12 +351,6 @@ class SwarmObserver:
                             f"{peer_id.short} should lead {count}, and is not found: it died, or begins", "failed"
                         )
                 self._missed &= leaders.keys()
-
-    async def _read_some_thanks(self) -> None:
-        """Read what a period has time for: the rest follows at later looks, where dead nodes make reads slow."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.period):
-                await self.read_thanks()
 
     async def read_thanks(self) -> None:
         """Read this hour's and the last one's now and then, and some of the hours before until all are known."""

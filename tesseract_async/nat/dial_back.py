@@ -19,6 +19,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.nat import preamble
 from tesseract_async.network.address_scope import AddressScope
+from tesseract_async.tasks import in_time
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress, Pipe, ip_version, join_host_port
 from tesseract_async.transport.token_bucket import TokenBucket
@@ -181,12 +182,7 @@ class DialBack:
             if type(host) is not str or len(host) > 64:
                 return None
             self._learn(helper, reply.body.get("addresses"))
-            try:
-                async with asyncio.timeout(self._proof_timeout):
-                    await arrived.wait()
-            except TimeoutError:
-                return False, host
-            return True, host
+            return await in_time(arrived.wait(), self._proof_timeout), host
         except (TesseractError, TimeoutError) as error:
             logger.debug("%s does not dial back: %s", helper.short, describe(error))
             return None

@@ -5,14 +5,13 @@ there may be a second NAT behind it. Whether others get through, dial-back finds
 """
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.tasks import end
+from tesseract_async.tasks import end, in_time
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +92,7 @@ class PortMapper:
     async def aclose(self) -> None:
         task, self._task = self._task, None
         await end(task)
-        with contextlib.suppress(TimeoutError):  # the lease ends by itself
-            async with asyncio.timeout(self._farewell_timeout):
-                await self._remove()
+        await in_time(self._remove(), self._farewell_timeout)  # the lease ends by itself
 
     def sentence(self) -> str:
         mapped = f"The router maps its port {self.outside_port} to this node."
@@ -117,9 +114,7 @@ class PortMapper:
             if self.outside_port != before:
                 self._changed(self.outside_port)
             wait = self._lease / 2 if self.outside_port is not None else self._retry_after
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._again.wait()
+            await in_time(self._again.wait(), wait)
 
     async def _map(self) -> None:
         """Raises: GatewayRefused."""

@@ -39,7 +39,7 @@ from tesseract_async.nat.stun_client import StunClient
 from tesseract_async.nat.traversal import HEAD_START, OFFER_TIMEOUT, NatTransport
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.tasks import end
+from tesseract_async.tasks import end, in_time
 from tesseract_async.transport.base import PeerAddress, Transport, ip_version, split_host_port
 from tesseract_async.transport.tcp import TcpTransport
 
@@ -248,12 +248,7 @@ class Reach:
 
     async def wait_known(self, timeout: float) -> bool:
         """Wait until the role is known, and a client node has a rendezvous. Returns whether that came in time."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self._known.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await in_time(self._known.wait(), timeout)
 
     def report(self) -> list[str]:
         """Say what was found about this node's reachability, and what the user can do about it."""

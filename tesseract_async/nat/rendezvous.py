@@ -35,7 +35,7 @@ from tesseract_async.lru import LRU
 from tesseract_async.nat.offers import field
 from tesseract_async.nat.relay import Relay
 from tesseract_async.network.address_scope import AddressScope
-from tesseract_async.tasks import end
+from tesseract_async.tasks import end, in_time
 from tesseract_async.transport.base import PeerAddress, ip_version, range_of
 
 logger = logging.getLogger(__name__)
@@ -317,11 +317,7 @@ class RendezvousClient:
                 logger.info("offers for this node travel through %s", names)
                 self._endpoint.metrics.set("rendezvous_nodes", len(self._registered))
                 self._changed()
-            try:
-                async with asyncio.timeout(self._check_period):
-                    await self._look_now.wait()
-            except TimeoutError:
-                pass
+            await in_time(self._look_now.wait(), self._check_period)
 
     async def _renew(self) -> None:
         loop = asyncio.get_running_loop()

@@ -19,13 +19,14 @@ from tesseract_async.errors import NotAllowed, PeerUnreachable, TesseractError
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.nat import offers
-from tesseract_async.nat.background_tasks import offer_tasks
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
+from tesseract_async.nat.offer_answerer import offer_tasks
 from tesseract_async.nat.offers import Description, OfferAnswer, RelayBody, ReverseBody
 from tesseract_async.nat.relay import meet_at_relay
 from tesseract_async.nat.rendezvous import RendezvousClient
 from tesseract_async.nat.role import RoleMachine
 from tesseract_async.network.address_scope import AddressScope
+from tesseract_async.tasks import in_time
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 
 logger = logging.getLogger(__name__)
@@ -249,12 +250,8 @@ class PathUpgrader:
         attempt = 0
         try:
             while True:
-                was_told = True
-                try:
-                    async with asyncio.timeout(self._upgrade_after[min(attempt, len(self._upgrade_after) - 1)]):
-                        await one.again.wait()
-                except TimeoutError:
-                    was_told = False
+                after = self._upgrade_after[min(attempt, len(self._upgrade_after) - 1)]
+                was_told = await in_time(one.again.wait(), after)
                 one.again.clear()
                 attempt += 1
                 kind = self._endpoint.path_kind(peer_id)

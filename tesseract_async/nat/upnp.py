@@ -5,7 +5,6 @@ else, may say so many bytes and take so many seconds, and its XML is read by a p
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -23,6 +22,7 @@ from async_upnp_client.search import SsdpSearchListener
 
 from tesseract_async.errors import describe
 from tesseract_async.nat.port_mapping import Gateway, GatewayRefused, PortTaken
+from tesseract_async.tasks import in_time
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,8 @@ async def search_network(own_host: str) -> list[tuple[str, str]]:
     except OSError as error:
         raise GatewayRefused(f"The local network cannot be asked for a router: {describe(error)}") from None
     try:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SEARCH_TIMEOUT):
-                listener.async_search()
-                await first.wait()
+        listener.async_search()
+        await in_time(first.wait(), SEARCH_TIMEOUT)
     finally:
         listener.async_stop()
         await asyncio.sleep(0)  # the socket closes in the loop's next turn

@@ -25,7 +25,7 @@ from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, MAX_TTL
 from tesseract_async.network.values import decode_value, encode_value
-from tesseract_async.tasks import end
+from tesseract_async.tasks import end, in_time
 from tesseract_async.transport.base import PeerAddress, join_host_port
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.packed import Value
@@ -205,14 +205,7 @@ class TesseractNetwork(Uncopied):
         True at once where no seeds were given: then others come to us.
         """
         driver = self._running()
-        if not self._has_seeds:
-            return True
-        try:
-            async with asyncio.timeout(timeout):
-                await driver.joined.wait()
-        except TimeoutError:
-            return False
-        return True
+        return not self._has_seeds or await in_time(driver.joined.wait(), timeout)
 
     @property
     def wrong_seeds(self) -> list[str]:

@@ -1,8 +1,8 @@
 """Takes batches that came together through the executor: in one pass, or each in its own. Belongs to its thread."""
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
-from tesseract_async.runtime.attempts import Attempt, Outcomes
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import Batch
 from tesseract_async.runtime.grouped import Group
@@ -30,37 +30,24 @@ class Trial:
 class DevicePass:
     """Batches that the device computes at once: one as an attempt, several together."""
 
-    __slots__ = ("batches", "trial", "attempt", "together")
+    __slots__ = ("batches", "trial", "together", "launch", "complete", "outcomes")
 
     def __init__(self, batches: list[Batch], trial: Trial | None = None) -> None:
         self.batches = batches
         self.trial = trial
-        self.attempt: Attempt | None = None
         self.together: Together | None = None
 
     def stage(self, executor: GroupExecutor) -> None:
+        """Bring the batches to the device, which then takes them through `launch`, `complete` and `outcomes`."""
         if self.trial is not None and len(self.batches) > 1:
-            slices = [batch.slices for batch in self.batches]
-            self.together = executor.stage_together(self.trial.group, slices)
+            self.together = together = executor.stage_together(self.trial.group, [each.slices for each in self.batches])
+            self.launch = partial(executor.launch_together, together)
+            self.complete = partial(executor.complete_together, together)
+            self.outcomes = partial(executor.outcomes_together, together)
         else:
-            self.attempt = executor.stage(self.batches[0].slices)
-
-    def launch(self, executor: GroupExecutor) -> None:
-        if self.attempt is not None:
-            executor.launch(self.attempt)
-        elif self.together is not None:
-            executor.launch_together(self.together)
-
-    def complete(self, executor: GroupExecutor) -> None:
-        if self.attempt is not None:
-            executor.complete(self.attempt)
-        elif self.together is not None:
-            executor.complete_together(self.together)
-
-    def outcomes(self, executor: GroupExecutor) -> Outcomes:
-        if self.attempt is not None:
-            return executor.outcomes(self.attempt)
-        return executor.outcomes_together(self.together) if self.together is not None else {}
+            attempt = executor.stage(self.batches[0].slices)
+            self.launch, self.complete = partial(executor.launch, attempt), partial(executor.complete, attempt)
+            self.outcomes = partial(executor.outcomes, attempt)
 
     def learn(self, executor: GroupExecutor, seconds: float) -> None:
         """Note what it took, for the choice of the ways of later ones."""

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -472,19 +473,19 @@ class TesseractRuntime(Uncopied):
                 job, batches, expired, closed = self._next(wait=running is None)
                 left.extend(passes(batches))
             if expired:
-                self._post(_fail, expired, _expired)
+                self._post(_fail, expired, partial(TimeoutError, "the deadline passed before the expert was free"))
             staged = left.popleft() if left else None
             if staged is not None:
                 staged.stage(executor)
             if running is not None:
-                running.complete(executor)
+                running.complete()
             if staged is not None:
-                staged.launch(executor)
+                staged.launch()
             if running is not None:
                 self._finish(executor, running)
             running = staged
             if running is not None and not executor.staging.overlaps:
-                running.complete(executor)
+                running.complete()
                 self._finish(executor, running)
                 running = None
             if job is not None:  # between batches, never during one
@@ -518,7 +519,7 @@ class TesseractRuntime(Uncopied):
             self._bell.acquire(timeout=-1 if timer_at is None else min(max(timer_at - now, 0), threading.TIMEOUT_MAX))
 
     def _finish(self, executor: GroupExecutor, computed: DevicePass) -> None:
-        batches, outcomes = computed.batches, computed.outcomes(executor)
+        batches, outcomes = computed.batches, computed.outcomes()
         now = time.monotonic()
         with self._lock:
             for work, outcome in outcomes.items():
@@ -560,10 +561,6 @@ class TesseractRuntime(Uncopied):
 
 def _leaving() -> Overloaded:
     return Overloaded("this server is leaving; ask another replica", retry_after=1.0)
-
-
-def _expired() -> TimeoutError:
-    return TimeoutError("the deadline passed before the expert was free")
 
 
 def _fail(works: Sequence[Work], error: Callable[[], BaseException]) -> None:

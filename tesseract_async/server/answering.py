@@ -8,9 +8,10 @@ computed again without a step. What was applied is journalled by the backend, to
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -30,18 +31,21 @@ from tesseract_async.errors import (
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import ExpertBackend
-from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.runtime.encoding import AT_ONCE_BYTES, pack, unpack
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.memory import CallerMemory, CallKey, ExpectedBackwards
+from tesseract_async.tasks import in_time
 from tesseract_async.transport.base import range_of
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CODECS
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import pack_tensors, plain_metas, unpack_plain
+
+Result = TypeVar("Result")
 
 _LOOK_PERIOD = 0.1
 """Seconds: connections end without telling us."""
@@ -114,7 +118,7 @@ class ExpertCalls:
             return Message(messages.encode(info))
 
     def forward(self, hosted: HostedState, call: IncomingCall) -> Awaitable[Message]:
-        """Answer ``expert.forward``: by a `Deferred` where all tensors come and go in codec ``none``. Raises only
+        """Answer ``expert.forward``: by a `Deferred` where all tensors come in codec ``none``. Raises only
         RemoteErrors, for the caller to see, now or when awaited."""
         backend = hosted.backend
         try:
@@ -130,40 +134,13 @@ class ExpertCalls:
         if backend.varies:
             specs, _ = backend.specs(wire.meta_size(specs, request.tensors))
         inputs = unpack_plain(request.tensors, call.buffers, specs)
-        if inputs is None or request.reply_codec != "none" or "none" not in codecs.inputs:
+        if inputs is None or "none" not in codecs.inputs:
             return self._forward(hosted, call, request)
         hosted.runtime.gather_turn()
-        work = self._submit(hosted, call, request, inputs)
-        versions = versions_of(inputs) if request.keep_inputs else []
-        self.entered()
-        return Deferred(
-            work.answer,
-            finish=partial(self._forwarded, hosted, call, request, inputs, versions, work),
-            cancel=partial(self._withdraw, hosted, work),
-        )
-
-    def _forwarded(
-        self,
-        hosted: HostedState,
-        call: IncomingCall,
-        request: messages.ForwardRequest,
-        inputs: Sequence[torch.Tensor | None],
-        versions: list[int],
-        work: Work,
-    ) -> Message:
-        self.left()
-        packed: tuple[list[wire.Meta], Sequence[memoryview]]
-        try:
-            answer = work.answer.result()
-        except TimeoutError as error:
-            raise told_of(error, call.method) from None
-        if answer.encoded is not None:
-            packed = plain_metas(answer.tensors), answer.encoded  # type: ignore[arg-type]  # of a forward: none is absent
-        else:
-            packed = pack_tensors([_apart(x) for x in answer.tensors])
-        return self._forward_reply(hosted, call, request, inputs, versions, answer.version, packed)
+        return self._submit(hosted, call, request, inputs)
 
     async def _forward(self, hosted: HostedState, call: IncomingCall, request: messages.ForwardRequest) -> Message:
+        """The same with other codecs, or no rows."""
         uid, backend = hosted.uid, hosted.backend
         with self.answering(call):
             specs, _ = backend.specs(wire.meta_size(backend.input_specs, request.tensors))
@@ -171,16 +148,12 @@ class ExpertCalls:
             tensors = await unpack(request.tensors, call.buffers)
             check_codecs(uid, backend, "inputs", request.tensors, tensors)
             inputs, output_specs = check_inputs(uid, backend, tensors)
-            versions = versions_of(inputs)
-            if num_rows_of(inputs) == 0:
-                empty = [torch.empty(0, *spec.least_shape, dtype=spec.dtype) for spec in output_specs]
-                answer = WorkResult(empty, backend.version)
-            else:
-                work = self._submit(hosted, call, request, inputs)
-                withdraw = partial(hosted.runtime.withdraw, work)
-                answer = await Deferred(work.answer, finish=work.answer.result, cancel=withdraw)
-            packed = await pack([_apart(x) for x in answer.tensors], request.reply_codec)
-            return self._forward_reply(hosted, call, request, inputs, versions, answer.version, packed)
+            if num_rows_of(inputs):
+                return await self._submit(hosted, call, request, inputs)
+            empty = [torch.empty(0, *spec.least_shape, dtype=spec.dtype) for spec in output_specs]
+            inputs_cached = self._keep(hosted, inputs, call) if request.keep_inputs else None
+            reply = messages.ForwardReply([], backend.version, inputs_cached, hosted.epoch)
+            return _message(reply, *pack_tensors(empty, request.reply_codec))
 
     def _submit(
         self,
@@ -188,8 +161,8 @@ class ExpertCalls:
         call: IncomingCall,
         request: messages.ForwardRequest,
         inputs: Sequence[torch.Tensor | None],
-    ) -> Work:
-        return hosted.runtime.submit(
+    ) -> Deferred[Message]:
+        work = hosted.runtime.submit(
             hosted.backend,
             inputs,
             training=request.training,
@@ -198,27 +171,27 @@ class ExpertCalls:
             priority=call.priority and priority_of(call),
             peer=self.owner(call),
         )
+        versions = versions_of(inputs) if request.keep_inputs else []
+        self.entered()
 
-    def _withdraw(self, hosted: HostedState, work: Work) -> None:
+        def computed() -> Message | Deferred[Message]:
+            self.left()
+            try:
+                answer = work.answer.result()
+            except TimeoutError as error:
+                raise told_of(error, call.method) from None
+            # where a module wrote them, the backward brings them again
+            keeps = request.keep_inputs and versions == versions_of(inputs)
+            inputs_cached = self._keep(hosted, inputs, call) if keeps else None
+            reply = messages.ForwardReply([], answer.version, inputs_cached, hosted.epoch)
+            return self._reply(reply, answer, request.reply_codec)
+
+        return Deferred(work.answer, finish=computed, cancel=partial(self.withdraw, hosted, work))
+
+    def withdraw(self, hosted: HostedState, work: Work) -> None:
+        """Nobody waits for this work any more, and its call has ended."""
         hosted.runtime.withdraw(work)
         self.left()
-
-    def _forward_reply(
-        self,
-        hosted: HostedState,
-        call: IncomingCall,
-        request: messages.ForwardRequest,
-        inputs: Sequence[torch.Tensor | None],
-        versions: list[int],
-        version: int,
-        packed: tuple[list[wire.Meta], Sequence[memoryview]],
-    ) -> Message:
-        # where a module wrote them, the backward brings them again
-        keeps = request.keep_inputs and versions == versions_of(inputs)
-        inputs_cached = self._keep(hosted, inputs, call) if keeps else None
-        metas, buffers = packed
-        reply = messages.ForwardReply(metas, version, inputs_cached, hosted.epoch)
-        return Message(messages.encode(reply), tuple(buffers))
 
     def backward(self, hosted: HostedState, call: IncomingCall) -> Awaitable[Message]:
         """Answer ``expert.backward``: by a `Deferred` as `forward` does. Raises only RemoteErrors, for the caller to
@@ -231,23 +204,16 @@ class ExpertCalls:
             raise told_of(error, call.method) from None
         uid, backend = hosted.uid, hosted.backend
         backend.settings.codecs.check("gradients", request.reply_codec, expert=uid)
-        if request.reply_codec == "none":
-            begun = self.begun_backward((uid, journal_key(call.peer_id, request.call_id)))
-            if begun is None:
-                specs = specs_of_backward(backend, request.tensors, request.num_inputs)
-                plain = unpack_plain(request.tensors, call.buffers, specs)
-                if plain is not None:
-                    hosted.runtime.gather_turn()
-                    begun = self._begin_backward(hosted, call, request, plain)
-            if isinstance(begun, BackwardUnderWay):
-                begun.num_waiting += 1
-                self.entered()
-                return Deferred(
-                    begun.work.answer,
-                    finish=partial(self._backwarded, hosted, call, request, begun),
-                    cancel=partial(self._leave, begun),
-                )
-        return self._backward(hosted, call, request)
+        begun = self.begun_backward((uid, journal_key(call.peer_id, request.call_id)))
+        if begun is None:
+            specs = specs_of_backward(backend, request.tensors, request.num_inputs)
+            plain = unpack_plain(request.tensors, call.buffers, specs)
+            if plain is not None:
+                hosted.runtime.gather_turn()
+                begun = self._begin_backward(hosted, call, request, plain)
+        if isinstance(begun, BackwardUnderWay):
+            return self._share(hosted, call, request, begun)
+        return self._backward(hosted, call, request, begun)
 
     async def _backward_once_it_leads(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer a backward of an expert that somebody else trains, should that have changed; else say who does."""
@@ -255,33 +221,80 @@ class ExpertCalls:
             await self.check_leads(hosted)
             return await self.backward(hosted, call)
 
-    def _backwarded(
-        self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, begun: BackwardUnderWay
+    async def _backward(
+        self,
+        hosted: HostedState,
+        call: IncomingCall,
+        request: messages.BackwardRequest,
+        begun: WorkResult | BackwardUnderWay | None,
     ) -> Message:
-        self._leave(begun)
-        try:
-            answer = begun.result()
-        except TimeoutError as error:
-            raise told_of(error, call.method) from None
-        self._note_backward(hosted, call, request, answer)
-        return _backward_reply(hosted, answer, pack_tensors([_apart(x) for x in answer.tensors]))
-
-    async def _backward(self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest) -> Message:
         """The same with other codecs, an answer that is there, or no rows."""
         uid, backend = hosted.uid, hosted.backend
         with self.answering(call):
-            key = (uid, journal_key(call.peer_id, request.call_id))
-            begun = self.begun_backward(key)
             if begun is None:
                 specs = specs_of_backward(backend, request.tensors, request.num_inputs)
                 check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
                 tensors = await unpack(request.tensors, call.buffers)
                 # the same call may have come meanwhile
-                begun = self.begun_backward(key) or self._begin_backward(hosted, call, request, tensors)
-            answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
-            self._note_backward(hosted, call, request, answer)
-            packed = await pack([_apart(x) for x in answer.tensors], request.reply_codec)
-            return _backward_reply(hosted, answer, packed)
+                begun = self.begun_backward((uid, journal_key(call.peer_id, request.call_id)))
+                begun = begun or self._begin_backward(hosted, call, request, tensors)
+            if isinstance(begun, BackwardUnderWay):
+                return await self._share(hosted, call, request, begun)
+            reply = self._backward_reply(hosted, call, request, begun)
+            return await reply if isinstance(reply, Deferred) else reply
+
+    def _share(
+        self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, begun: BackwardUnderWay
+    ) -> Deferred[Message]:
+        """Wait for a backward together with all callers that asked for it."""
+        begun.num_waiting += 1
+        self.entered()
+
+        def leave() -> None:
+            begun.leave()
+            self.left()
+
+        def computed() -> Message | Deferred[Message]:
+            leave()
+            try:
+                answer = begun.result()
+            except TimeoutError as error:
+                raise told_of(error, call.method) from None
+            return self._backward_reply(hosted, call, request, answer)
+
+        return Deferred(begun.work.answer, finish=computed, cancel=leave)
+
+    def _backward_reply(
+        self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, answer: WorkResult
+    ) -> Message | Deferred[Message]:
+        """Take note of an answer, and tell it. Raises: NotPrimary."""
+        self.check_led(hosted)
+        if request.inputs_cached is not None:
+            self.memory.inputs.pop(request.inputs_cached)
+        self.backward_ended(hosted, call, request.inputs_cached, answer, request.version)
+        return self._reply(messages.BackwardReply([], answer.version, hosted.epoch), answer, request.reply_codec)
+
+    def _reply(
+        self, reply: messages.ForwardReply | messages.BackwardReply, answer: WorkResult, codec: str
+    ) -> Message | Deferred[Message]:
+        """Return a reply with the answer's tensors, or what it will be once they are compressed."""
+        if codec == "none" and answer.encoded is not None:
+            return _message(reply, plain_metas(answer.tensors), answer.encoded)  # type: ignore[arg-type]  # none is absent
+        tensors = [*map(_apart, answer.tensors)]
+        if codec != "none" and sum([x.nbytes for x in tensors if x is not None]) > AT_ONCE_BYTES:
+            return self.later(_compressed(reply, tensors, codec))
+        return _message(reply, *pack_tensors(tensors, codec))
+
+    def later(self, rest: Coroutine[object, object, Message]) -> Deferred[Message]:
+        """Let the rest of a call go on in a task, until its caller does not wait any more."""
+        task = asyncio.get_running_loop().create_task(rest)
+        self.entered()
+
+        def ended(end: Callable[[], Result]) -> Result:
+            self.left()
+            return end()
+
+        return Deferred(task, finish=partial(ended, task.result), cancel=partial(ended, task.cancel))
 
     def _begin_backward(
         self,
@@ -311,20 +324,6 @@ class ExpertCalls:
             seed=request.seed,
             forward_version=request.version,
         )
-
-    def _note_backward(
-        self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, answer: WorkResult
-    ) -> None:
-        """Take note of an answer that is about to be told. Raises: NotPrimary."""
-        self.check_led(hosted)
-        if request.inputs_cached is not None:
-            self.memory.inputs.pop(request.inputs_cached)
-        self.backward_ended(hosted, call, request.inputs_cached, answer, request.version)
-
-    def _leave(self, backward: BackwardUnderWay) -> None:
-        """A caller that waited for it without a task does not wait any more."""
-        backward.leave()
-        self.left()
 
     @contextlib.contextmanager
     def answering(self, call: IncomingCall) -> Iterator[None]:
@@ -363,9 +362,7 @@ class ExpertCalls:
             if not self._num_active and due is None:
                 return
             self._quiet.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if due is None else min(due - now, _LOOK_PERIOD)):
-                    await self._quiet.wait()
+            await in_time(self._quiet.wait(), None if due is None else min(due - now, _LOOK_PERIOD))
 
     def leads(self, hosted: HostedState) -> bool:
         """Return whether this server may step the expert at this moment."""
@@ -447,15 +444,6 @@ class ExpertCalls:
             "expert_staleness_steps", max(0, answer.version - 1 - forward_version), bounds=_STALENESS_BUCKETS
         )
 
-    async def _share(self, backward: BackwardUnderWay) -> WorkResult:
-        """Wait for a backward together with all callers that asked for it."""
-        backward.num_waiting += 1
-        try:
-            await asyncio.shield(backward.work.answer)
-        finally:
-            backward.leave()
-        return backward.result()
-
     def _end_backward(self, key: CallKey, _: object) -> None:
         backward = self._backwards.pop(key)
         answer = backward.work.answer
@@ -478,11 +466,17 @@ class ExpertCalls:
         return name if self.memory.keep_inputs(name, inputs, self.owner(call)) else None
 
 
-def _backward_reply(
-    hosted: HostedState, answer: WorkResult, packed: tuple[list[wire.Meta], list[memoryview]]
+async def _compressed(
+    reply: messages.ForwardReply | messages.BackwardReply, tensors: Sequence[torch.Tensor | None], codec: str
 ) -> Message:
-    metas, buffers = packed
-    return Message(messages.encode(messages.BackwardReply(metas, answer.version, hosted.epoch)), tuple(buffers))
+    return _message(reply, *await pack(tensors, codec))
+
+
+def _message(
+    reply: messages.ForwardReply | messages.BackwardReply, metas: list[wire.Meta], buffers: Sequence[memoryview]
+) -> Message:
+    reply.tensors.extend(metas)
+    return Message(messages.encode(reply), tuple(buffers))
 
 
 def told_of(error: BaseException, method: str) -> RemoteError:

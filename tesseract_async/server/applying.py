@@ -38,6 +38,7 @@ from tesseract_async.server.answering import (
 )
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.parts import MAX_PARTS, Parts
+from tesseract_async.tasks import TaskSet
 from tesseract_async.wire import messages
 from tesseract_async.wire.apply import APPLY, ApplyRequest, decode_request, encode_part
 from tesseract_async.wire.names import new_name
@@ -168,7 +169,7 @@ class Wave:
         self._owner = calls.owner(call)
         self._held: dict[TesseractRuntime, int] = {}
         self._entered: list[ExpertCalls] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet("server: apply")
         self._timer: asyncio.TimerHandle | None = None
         self._due: asyncio.Future[None] | None = None
 
@@ -260,9 +261,7 @@ class Wave:
             elif calls.leads(hosted):
                 self._begin_backward(share)
             else:
-                task = self._loop.create_task(self._begin_elsewhere(share))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._tasks.spawn(self._begin_elsewhere(share))
         except RemoteError as error:
             self._end(share, error)
 

@@ -4,9 +4,9 @@ kind, all of them here, which are computed in one pass. Everything that arrives 
 Where that cannot be, or fails, `applying` answers.
 """
 
-import asyncio
 import operator
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -16,11 +16,10 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.endpoint.handlers import Deferred
 from tesseract_async.errors import Overloaded
 from tesseract_async.runtime.gradients import are_finite
-from tesseract_async.runtime.work import JointWork, WorkResult
-from tesseract_async.server.answering import ExpertCalls, priority_of, told_of
+from tesseract_async.runtime.work import JointWork
+from tesseract_async.server.answering import ExpertCalls, priority_of
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.tasks import PromptFuture
-from tesseract_async.wire.apply import APPLY, ApplyPart, ApplyRequest, encode_part
+from tesseract_async.wire.apply import ApplyPart, ApplyRequest, encode_part
 from tesseract_async.wire.tensors import pack_tensors, unpack_plain
 
 MAX_PAIRS: Final = 256
@@ -38,70 +37,6 @@ def is_small(request: ApplyRequest) -> bool:
         and request.reply_codec == "none"
         and not any(request.versions.tolist())
     )
-
-
-class AtOnce:
-    """One such call under way."""
-
-    def __init__(
-        self,
-        hosted: Sequence[HostedState],
-        calls: ExpertCalls,
-        work: JointWork,
-        again: Callable[[], Coroutine[object, object, Message]],
-    ) -> None:
-        """`again` answers in the other way."""
-        self._loop = asyncio.get_running_loop()
-        self._hosted, self._calls, self._work, self._again = hosted, calls, work, again
-        self._task: asyncio.Task[Message] | None = None
-        self._message: PromptFuture[Message] = PromptFuture(loop=self._loop)
-        self._is_open = True
-        calls.entered()
-        work.answer.add_listener(self._computed)
-
-    def deferred(self) -> Deferred[Message]:
-        return Deferred(self._message, finish=self._message.result, cancel=self._withdraw)
-
-    def _computed(self, answer: asyncio.Future[WorkResult]) -> None:
-        if not self._is_open or answer.cancelled():
-            return
-        if answer.exception() is None and are_finite(sums := answer.result().tensors):
-            metas, buffers = pack_tensors(sums)
-            part = ApplyPart(
-                np.arange(len(self._hosted)),
-                np.array(self._work.versions, dtype=np.int64),
-                np.array([one.epoch for one in self._hosted], dtype=np.int64),
-                (),
-                metas,
-                _NO_WEIGHTS,
-            )
-            body, _ = encode_part(part, backward=False)
-            self._end()
-            self._message.set_result(Message(body, tuple(buffers)))
-            return
-        self._task = self._loop.create_task(self._again())
-        self._task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[Message]) -> None:
-        if not self._is_open or task.cancelled():
-            return
-        self._end()
-        if (error := task.exception()) is not None:
-            self._message.set_exception(told_of(error, APPLY))
-        else:
-            self._message.set_result(task.result())
-
-    def _withdraw(self) -> None:
-        """Nobody waits for it any more."""
-        if self._is_open:
-            self._end()
-            self._hosted[0].runtime.withdraw(self._work)
-            if self._task is not None:
-                self._task.cancel()
-
-    def _end(self) -> None:
-        self._is_open = False
-        self._calls.left()
 
 
 def begin(
@@ -147,4 +82,33 @@ def begin(
         )
     except Overloaded:
         return None
-    return None if work is None else AtOnce(hosted, calls, work, again).deferred()
+    if work is None:
+        return None
+    calls.entered()
+    return Deferred(
+        work.answer,
+        finish=partial(_computed, hosted, calls, work, again),
+        cancel=partial(calls.withdraw, first, work),
+    )
+
+
+def _computed(
+    hosted: Sequence[HostedState],
+    calls: ExpertCalls,
+    work: JointWork,
+    again: Callable[[], Coroutine[object, object, Message]],
+) -> Message | Deferred[Message]:
+    calls.left()
+    answer = work.answer
+    if answer.exception() is not None or not are_finite(sums := answer.result().tensors):
+        return calls.later(again())
+    metas, buffers = pack_tensors(sums)
+    part = ApplyPart(
+        np.arange(len(hosted)),
+        np.array(work.versions, dtype=np.int64),
+        np.array([one.epoch for one in hosted], dtype=np.int64),
+        (),
+        metas,
+        _NO_WEIGHTS,
+    )
+    return Message(encode_part(part, backward=False)[0], tuple(buffers))

@@ -68,16 +68,25 @@ def measure_capacity(
     memory = psutil.virtual_memory().available
     if room is None:
         room = max(1, min(MAX_ROOM, int(MEMORY_SHARE * memory) // footprint.resident))
+    where = Path(tempfile.gettempdir()) if folder is None else folder
+    free = shutil.disk_usage(where).free
     if hold_bytes is None:
-        free = shutil.disk_usage(tempfile.gettempdir() if folder is None else folder).free
         hold_bytes = min(MAX_HOLD_BYTES, int(DISK_SHARE * free))
     num_files = NUM_SEALED + 1  # and one on its way
-    num_held = int((1 - FRAGMENTS_DISK) * hold_bytes) // (num_files * footprint.state)
+    on_disk = num_files * footprint.state
+    num_held = int((1 - FRAGMENTS_DISK) * hold_bytes) // on_disk
     memory = memory if max_bytes is None else min(memory, max_bytes)
     num_fragments = int(FRAGMENTS_MEMORY * memory) // FRAGMENT_BYTES if room else 0
     fragments = num_fragments, num_fragments + int(FRAGMENTS_DISK * hold_bytes) // (num_files * FRAGMENT_BYTES)
     computes = f"computes up to {room} of the run's experts, about {speed:,.0f} rows/s, and " if room else ""
     sentence = f"this computer {computes}holds up to {num_held} on disk ({size_text(hold_bytes)})"
+    if free < on_disk:
+        sentence += (
+            f". The disk is full: {where} has {size_text(free)} free, and the files of one expert take "
+            f"{size_text(on_disk)}. Free some of it, or choose another folder: until then no state is kept here"
+        )
+    elif hold_bytes and not num_held:
+        sentence += f", too little for the files of one expert, which take {size_text(on_disk)}"
     return Capacity(room, room + num_held, speed, sentence, fragments), template_of(backend)
 
 

@@ -127,7 +127,7 @@ class Placing:
         return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
 
     async def __aenter__(self) -> "Placing":
-        self._tenures.on_leading[self._prefix] = self._lead
+        self._tenures.on_leading[self._prefix] = lambda uid: self._tasks.spawn(self._compute(uid))
         for uid in self._tenures.stored(self._pattern):
             await self._hold(uid)  # what was held before, also where others hold it now
         self._tasks.spawn(self._run())
@@ -293,19 +293,16 @@ class Placing:
         metrics.set("run_experts_lost", len(self.placement.lost))
 
     def _tell_of_shortage(self) -> None:
-        """Say once when the run has too few members for all copies, and when it has enough."""
-        num_copies, num_members = self._authority.run.manifest.num_replicas, len(self.places)
-        is_short = num_members <= num_copies
-        if is_short == self._is_short or not (self._is_settled and self._begins):
+        """Say once when the members are too few for all copies, or have too little room, and when that is over."""
+        num_copies, name = self._authority.run.manifest.num_replicas, self._authority.run.full_name
+        if not (self._is_settled and self._begins):
             return
-        self._is_short = is_short
-        name = self._authority.run.full_name
-        if is_short:
-            logger.warning(
-                "members of %s: %d, too few for %d copies besides each primary", name, num_members, num_copies
-            )
-        else:
-            logger.info("members of %s: %d, enough for %d copies besides each primary", name, num_members, num_copies)
+        why = Survey(self.places).shortage(num_copies)
+        if why and not self._is_short:
+            logger.warning("%s: %s", name, why)
+        elif self._is_short and not why:
+            logger.info("%s: its members keep %d copies besides each primary again", name, num_copies)
+        self._is_short = bool(why)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -381,9 +378,6 @@ class Placing:
     async def _move(self, uid: str, peer: PeerID) -> None:
         if not await self._keeper.hand_over_one(uid, to=peer):
             logger.warning("%s stays here: %s did not take it", uid, peer.short)
-
-    def _lead(self, uid: str) -> None:
-        self._tasks.spawn(self._compute(uid))
 
     async def _compute_wanted(self) -> bool:
         """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile."""

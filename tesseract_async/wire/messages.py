@@ -310,30 +310,7 @@ class LockstepReply(NamedTuple):
     """The square of the norm of what was gathered, if the ``status`` was asked for."""
 
 
-Body = TypeVar(
-    "Body",
-    LockstepRequest,
-    LockstepReply,
-    PushRequest,
-    PullRequest,
-    UpdatesReply,
-    SamplesRequest,
-    SamplesReply,
-    InfoRequest,
-    ExpertInfo,
-    ForwardRequest,
-    ForwardReply,
-    BackwardRequest,
-    BackwardReply,
-    TakeOverRequest,
-    TakeOverReply,
-    TenureRequest,
-    TenureReply,
-    StateRequest,
-    StateReply,
-    RestoreRequest,
-    RestoreReply,
-)
+Body = TypeVar("Body", bound=tuple[Value, ...])
 
 _CHECKS: dict[str, Callable[[Value], bool]] = {
     "str": lambda value: len(value) <= MAX_UID_LENGTH,
@@ -358,7 +335,8 @@ _FIELDS: dict[type, list[_Field]] = {
         (name, kind._field_defaults.get(name, _MISSING), _TYPES.get(of), _CHECKS.get(of))
         for name, of in ((name, annotation.__forward_arg__) for name, annotation in kind.__annotations__.items())
     ]
-    for kind in Body.__constraints__
+    for kind in [*globals().values()]
+    if hasattr(kind, "_field_defaults")
 }
 
 

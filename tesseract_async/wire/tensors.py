@@ -339,8 +339,9 @@ def plain_metas(tensors: Sequence[torch.Tensor]) -> list[Meta]:
     return [[DTYPE_NAMES[tensor.dtype], list(tensor.shape), "none"] for tensor in tensors]
 
 
-def may_unpack(metas: Value, specs: Sequence[TensorSpec]) -> bool:
-    """Return whether unpacking these untrusted metas takes no more memory than tensors of `specs` would.
+def may_unpack(metas: Value, specs: Sequence[TensorSpec | None]) -> bool:
+    """Return whether unpacking these untrusted metas takes no more memory than tensors of `specs` (None: no tensor)
+    would.
 
     A byte of a lossy codec becomes up to 12 while it is decoded, in a dtype that its sender names. So a tensor in such
     a codec may be unpacked only where its dtype and shape (but for the rows) are those of its spec.

@@ -132,6 +132,27 @@ def test_an_expert_of_a_run_is_not_lost_while_members_have_its_state() -> None:
     assert "8 alive, 1 lost, 1 waiting for another server" in "\n".join(shown(swarm, 100, 40))
 
 
+def test_of_each_expert_of_a_run_it_shows_who_has_it_those_in_danger_first() -> None:
+    swarm = state((4, 4))
+    swarm["grids"][0]["standings"] = [
+        [[0, 0], "0000000a", ["0000000b"], ["0000000c", "0000000d"], 1234, 3, "safe"],
+        [[0, 1], "0000000a", [], [], 7, 0, "at risk"],
+        [[0, 2], None, [], [], 0, -1, "lost"],
+    ]
+    lines = [" ".join(line.split()) for line in shown(swarm, 132, 50)]
+    at = lines.index("expert led by followed by held by certified state")
+    assert lines[at + 1 : at + 4] == [
+        "ffn.0.2 nobody nobody nobody version 0 lost",
+        "ffn.0.1 0000000a nobody nobody version 7 at risk",
+        "ffn.0.0 0000000a 0000000b 0000000c, 0000000d version 1,234 safe, survives 3",
+    ]
+    swarm["grids"][0]["standings"] *= 100
+    for width, height in ((80, 24), (132, 50)):
+        lines = shown(swarm, width, height)
+        assert len(lines) <= height and any("experts more" in line for line in lines), lines
+    assert picture.safety(-1) == "has lost experts"
+
+
 def test_keys_are_told_apart() -> None:
     assert top._KEY.findall("q\x1b[Bj\x1b[6~") == ["q", "\x1b[B", "j", "\x1b[6~"]
 

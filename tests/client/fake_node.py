@@ -419,7 +419,7 @@ class FakeNode(Uncopied):
                 outputs_schema=encode_schema(hosted.outputs_schema),
                 max_batch_size=1024,
                 version=self.version_of(asked, hosted),
-                codecs=CodecPolicy(inputs=("none",), outputs=("none",), gradients=("none",)).encode(),
+                codecs=CodecPolicy(inputs=("none",), outputs=("none",)).encode(),
             )
             return info, []
         if isinstance(request, messages.ForwardRequest):
@@ -438,7 +438,7 @@ class FakeNode(Uncopied):
         num_inputs = len(flatten((hosted.args_schema, hosted.kwargs_schema)))
         inputs, given = tensors[:num_inputs], tensors[num_inputs:]
         gradients, _ = self._backward(hosted, inputs, given, request.training, request.seed)
-        metas, answers = pack_tensors(gradients)
+        metas, answers = pack_tensors(gradients, request.reply_codec)
         return messages.BackwardReply(metas, self.version_of(asked, hosted)), answers
 
     def _forward(self, hosted: Hosted, inputs: list[Any], training: bool, seed: int) -> list[torch.Tensor]:

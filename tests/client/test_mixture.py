@@ -348,6 +348,21 @@ async def test_further_arguments_go_along(node: FakeNode) -> None:
     torch.testing.assert_close(plus.grad, torch.ones(4, 2))
 
 
+async def test_a_codec_and_whole_numbers_between_the_arguments(node: FakeNode) -> None:
+    """These have no gradient, and those behind them have theirs, however that travels."""
+
+    class Repeated(nn.Module):
+        def forward(self, x: torch.Tensor, times: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+            return x * times[:, None] * by
+
+    vector = TensorSpec((2,))
+    node.host("r.0", Repeated(), vector, TensorSpec((), torch.int64), vector, outputs_schema=vector)
+    gate = gate_with(node, "r", grid_size=(1,), in_features=2, k_best=1, codec={"gradients": "bf16"})
+    x, by, times = torch.ones(3, 2), torch.ones(3, 2, requires_grad=True), torch.arange(3)
+    await backward((await gate(x, times, by)).sum())
+    torch.testing.assert_close(by.grad, x * times[:, None])
+
+
 async def test_switch_multiplies_by_the_probability(node: FakeNode) -> None:
     for i, j in itertools.product(range(2), range(2)):
         node.host(f"sw.{i}.{j}", Slope(float(1 + i + 2 * j)), TensorSpec((2,)))

@@ -56,6 +56,34 @@ async def test_many_are_answered_in_any_order_without_a_task() -> None:
         assert not answers.num_cancelled and not connection.protocol.num_calls
 
 
+async def test_what_follows_may_be_another_future() -> None:
+    async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
+        then: list[asyncio.Future[Message]] = []
+        cancelled: list[int] = []
+
+        def finish() -> Deferred[Message]:
+            future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+            then.append(future)
+            return Deferred(future, finish=future.result, cancel=lambda: cancelled.append(1))
+
+        def answer(call: IncomingCall) -> Deferred[Message]:
+            first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            first.set_result(None)
+            return Deferred(first, finish=finish, cancel=lambda: cancelled.append(0))
+
+        server.handle("twice", answer)
+        task = asyncio.create_task(client.call(address, "twice", timeout=30))
+        await until(lambda: len(then) == 1)
+        (connection,) = server.pool.connections()
+        assert not connection._handlers.tasks
+        then[0].set_result(Message("then"))
+        assert (await task).body == "then"
+        task = asyncio.create_task(client.call(address, "twice", timeout=30))
+        await until(lambda: len(then) == 2)
+        task.cancel()
+        await until(lambda: cancelled == [1])
+
+
 async def test_what_it_raises_reaches_the_caller(caplog: pytest.LogCaptureFixture) -> None:
     async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
         answers = Answers(server)
@@ -109,6 +137,8 @@ async def test_it_can_be_awaited() -> None:
     waiting = asyncio.ensure_future(Deferred(future, finish=lambda: future.result() + 1, cancel=lambda: None))
     future.set_result(1)
     assert await waiting == 2
+    later = Deferred(future, finish=lambda: Deferred(future, finish=lambda: 3, cancel=int), cancel=int)
+    assert await later == 3
     future = loop.create_future()
     task = loop.create_task(wait(Deferred(future, finish=future.result, cancel=lambda: cancelled.append(1))))
     await asyncio.sleep(0)

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.grants import Appointment, sign_appointment
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import Fetch, Look, Persist, Publish, Question, RoleChanged, Send, State
-from tesseract_async.experts.terms import EPOCH_ZERO, Seal, TermKind, read_seal, sign_seal, sign_term
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, TermKind, sign_seal, sign_term
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.server.state_files import NUM_SEALED
 
@@ -177,10 +176,9 @@ class Server:
         elif isinstance(command, Publish | Send) and not self.machine.may.write:
             pass
         elif isinstance(command, Publish) and world.reaches_directory(self):
-            for record in command.records:
-                world.publish(self.peer, record)
-            for number, record in enumerate(command.past):
-                world.published[(self.peer, f"past {number}")] = record
+            for number, record in (*enumerate(command.records), *enumerate(command.past, 2)):
+                world.published[(self.peer, number)] = record
+            world.history += command.records
         elif isinstance(command, Send):
             world.send(self, command.peer, command.question)
         elif isinstance(command, Look):
@@ -246,7 +244,7 @@ class World:
         self.groups: list[set[int]] | None = None
         self.has_directory: set[int] | None = None
         self.strangers: list[bytes] = []
-        self.published: dict[tuple[PeerID, str], bytes] = {}
+        self.published: dict[tuple[PeerID, int], bytes] = {}
         self.history: list[bytes] = []
         self.ghosts: dict[PeerID, int] = {}
         """Whose manifests say that they host the expert, and who never answer."""
@@ -296,19 +294,6 @@ class World:
 
     def of(self, peer: PeerID) -> list[Server]:
         return [server for server in self.servers if server.peer == peer]
-
-    def publish(self, owner: PeerID, record: bytes) -> None:
-        kind = "seal" if len(record) < 420 and record not in self.history and self._is_seal(record) else "term"
-        self.published[(owner, kind)] = record
-        self.history.append(record)
-
-    @staticmethod
-    def _is_seal(record: bytes) -> bool:
-        try:
-            read_seal(record, RUN)
-        except ProtocolError:
-            return False
-        return True
 
     def records(self) -> list[bytes]:
         found = [*self.published.values(), *self.strangers]

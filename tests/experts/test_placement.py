@@ -163,6 +163,15 @@ def test_what_is_lost_is_replaced_at_the_next_look_whoever_is_primary() -> None:
         assert all(len(world.survey.copies(uid)) >= 3 for uid in GRID)
 
 
+def test_members_that_are_too_few_or_have_too_little_room_are_said_to() -> None:
+    led = {uid: MemberPart(MemberRole.LEADS, 1, 1) for uid in ("ffn.0.0", "ffn.0.1")}
+    some = [place(n, files=2, parts=led if n == 0 else {}) for n in range(5)]
+    assert Survey({one.peer: one for one in some[:3]}).shortage(3).startswith("members: 3, too few for 3 copies")
+    assert not Survey({one.peer: one for one in some}).shortage(3)
+    full = [*some[:2], *(replace(one, files=0) for one in some[2:])]
+    assert "room for 4 states on disk, and all copies are 8" in Survey({one.peer: one for one in full}).shortage(3)
+
+
 def test_one_copy_per_address_range_where_there_are_ranges_enough() -> None:
     home = frozenset({"192.0.2.0/24"})
     members = [place(n, ranges=home if n < 20 else frozenset({str(n)})) for n in range(24)]

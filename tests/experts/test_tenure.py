@@ -72,6 +72,7 @@ def check_nothing_is_gone(world: World) -> None:
 @example(20653, 6)
 @example(6579, 7)
 @example(50611, 4)
+@example(900503, 6)  # half of a pair that slept takes over without a look, from somebody that trained on for long
 def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
     agree_after(World(seed, num_servers), "split", 2 * LEASE)
 

@@ -239,6 +239,24 @@ async def test_one_look_misses_a_member_of_a_run_that_died_before_it(monkeypatch
         assert line[1].startswith(f"{dead.short} should lead an expert, and is not found") and line[2] == "failed"
 
 
+async def test_an_expert_that_no_member_has_any_more_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def read(*_: object) -> tuple[dict[PeerID, Place], object]:
+        peer = PeerID(bytes(32))
+        return {peer: Place(peer, 1, 1, parts={"ffn.0": MemberPart(MemberRole.LEADS, number=1)})}, None
+
+    monkeypatch.setattr("tesseract_async.monitoring.observer.fetch_places", read)
+    run = make_run(2)
+    async with ta.TesseractNode() as node:
+        await node.join_run(run)
+        observer = SwarmObserver(node, patterns=[run.manifest.pattern], period=30.0)
+        await observer.look()
+        observer._seen["ffn"] = {(1,)}
+        await observer.look()
+        state = observer.state()
+        assert (state["run"]["losses"], state["run"]["at_risk"]) == (-1, 2)
+        assert [[1], None, [], [], 0, -1, "lost"] in only(state["grids"])["standings"]
+
+
 async def test_the_dashboard_serves_the_page_the_state_and_the_metrics() -> None:
     async with ta.TesseractNode() as node:
         node.metrics.count("expert_calls", method="expert.forward")

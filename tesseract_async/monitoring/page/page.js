@@ -92,7 +92,7 @@ function drawRun() {
   }
   const safety = run.losses === null ? "how safe they are is not known yet"
     : run.losses > 0 ? `survives the loss of any ${run.losses === 1 ? "member" : `${number(run.losses)} members`}`
-    : "may lose experts with the next member that goes";
+    : run.losses < 0 ? "has lost experts" : "may lose experts with the next member that goes";
   const risky = run.at_risk ? `; ${number(run.at_risk)} expert${run.at_risk === 1 ? " is" : "s are"} at risk, led by nobody or lost` : "";
   $("run").title = run.name;
   $("run").textContent = `Run ${run.name.replace(/@(.{8}).*/, "@$1…")}, ${run.mode}: ${number(run.num_experts)} experts (${run.expert})`

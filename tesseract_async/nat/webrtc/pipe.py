@@ -19,6 +19,7 @@ import aioice
 from tesseract_async.errors import ConnectionLost, ProtocolError, describe
 from tesseract_async.nat.offers import MAX_CANDIDATES, Candidate, Description
 from tesseract_async.nat.webrtc.message_stream import MessageStream
+from tesseract_async.tasks import in_time
 from tesseract_async.transport.base import PipeReceiver, join_host_port
 
 if TYPE_CHECKING:
@@ -321,10 +322,7 @@ class DataChannelPipe:
         if flush:
             self._stream.finish()
             self._pump()  # the peer hangs up when it has read everything
-            try:
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await self._gone.wait()
-            except TimeoutError:
+            if not await in_time(self._gone.wait(), CLOSE_TIMEOUT):
                 logger.debug("%s: closed before everything was sent", self.description)
         try:
             await self._negotiation.aclose()
