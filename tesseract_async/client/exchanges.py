@@ -37,11 +37,6 @@ def eligible(uid: str, replicas: Sequence[ExpertReplica], max_staleness: int | N
     return replicas if max_staleness else primaries
 
 
-def _num_rows(inputs: Sequence[torch.Tensor | None]) -> int:
-    assert inputs[0] is not None
-    return inputs[0].shape[0]
-
-
 class Exchange(Generic[T]):
     """A question to one expert, which any of some replicas may answer."""
 
@@ -87,7 +82,8 @@ class ForwardExchange(Exchange[Forwarded]):
     """The primaries, where the age of others' answers is to be checked."""
 
     def __post_init__(self) -> None:
-        num_rows = _num_rows(self.inputs)
+        assert self.inputs[0] is not None
+        num_rows = self.inputs[0].shape[0]
         self.num_bytes, self.gives = num_rows * self.forward.schema.row_bytes, (num_rows, 0)
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
@@ -186,7 +182,8 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
         decoded = messages.decode(messages.BackwardReply, reply.body)
         self.experience.lineages.take(replica, decoded.epoch, decoded.version)
         specs = forward.schema.input_specs
-        num_rows = _num_rows(self.inputs)
+        assert self.inputs[0] is not None
+        num_rows = self.inputs[0].shape[0]
         plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=num_rows)
         if plain is not None:
             return [*plain]

@@ -25,7 +25,7 @@ from tesseract_async.client.ports import Node, PlainCalls, check_running, delive
 from tesseract_async.client.routing import Candidates, Indices, LiveGrid, cut
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, MixtureSettings
-from tesseract_async.errors import ExpertNotFound, NotEnoughExperts, SchemaMismatch
+from tesseract_async.errors import ExpertNotFound, NotEnoughExperts, ProtocolError, SchemaMismatch
 from tesseract_async.experts.grid import ExpertReplica, GridView
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.tasks import in_time
@@ -104,6 +104,7 @@ class ExpertPool(nn.Module):
         self._experience = experience_of(node)
         self._grid = LiveGrid(np.arange(num_experts, dtype=np.int64)[:, None], (num_experts,))
         self._schemas = SchemaVote(self._experience, timeout=timeout)
+        """Shared with pools whose experts are taken to be like these."""
         self._view: tuple[GridView, dict[tuple[int, ...], Sequence[ExpertReplica]]] | None = None
         """The latest one of the directory, and of it the replicas of these experts."""
         self._servers: straight.Servers | None = None
@@ -121,6 +122,15 @@ class ExpertPool(nn.Module):
     def audits(self) -> Audits:
         """The audits of this node's calls and their findings."""
         return self._experience.audits
+
+    def take_for_like(self, other: "ExpertPool") -> None:
+        """Believe what the experts of `other` say they take and answer for these, too, such as those of another layer
+        of one model, for as long as these do not prove to be others."""
+        self._schemas = other._schemas
+
+    async def watch(self) -> None:
+        """Begin to look who hosts these experts, with which the first call would begin. On the node's loop."""
+        self._experience.node.directory.watch(self._prefix, self._size)
 
     @uncompiled
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Structure:
@@ -308,8 +318,9 @@ class ExpertPool(nn.Module):
         try:
             *sums, _ = await through(call, [*tensors, values])
         except NotEnoughExperts as error:
-            if any(isinstance(one, SchemaMismatch) for one in error.errors.values()):
-                self._schemas.known = None  # they may be other experts now
+            if any(isinstance(one, SchemaMismatch | ProtocolError) for one in error.errors.values()):
+                # they may be other experts now; what those of another pool say is theirs
+                self._schemas = SchemaVote(self._experience, timeout=self._settings.forward_timeout)
             raise
         replicas, servers = candidates.replicas, self._servers
         holds = servers is not None and servers.replicas is replicas and servers.schema is schema
@@ -326,7 +337,7 @@ class ExpertPool(nn.Module):
         directory = self._experience.node.directory
         view = directory.live(self._prefix, self._size)
         if view is None:
-            directory.watch(self._prefix, self._size)
+            await self.watch()
             await in_time(directory.wait_warm(self._prefix), self._settings.forward_timeout)
             view = directory.live(self._prefix, self._size)
         if view is not None and (self._view is None or self._view[0] is not view):

@@ -37,6 +37,8 @@ from tesseract_async.wire.tensors import TensorSpec
 
 Values = npt.NDArray[np.floating[Any]]
 
+_ALL: Final = 0.999
+"""The share of a row's weight from which all its experts have answered, but for rounding."""
 _MAX_GAP: Final = 30.0
 """Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
 
@@ -310,6 +312,7 @@ class _BackwardPass(Pass):
         self._matrix: Values = np.nan_to_num(values.numpy(), posinf=1e30, neginf=-1e30)
         self._gradients, of_weights = gradients[:-1], gradients[-1]
         self._of_weights_R: Values = np.zeros(len(self._matrix)) if of_weights is None else of_weights.numpy()
+        self._is_average, self._values_dtype = call.is_normalized and of_weights is not None, values.dtype
         if call.is_normalized:
             # weights travel as shares of what answered, gradients as those of the average: a row whose best experts
             # all failed has tiny weights and huge gradients, which a codec or float32 may not hold
@@ -322,7 +325,8 @@ class _BackwardPass(Pass):
         ]
         self._ids: dict[ExpertCall, bytes] = {}
         self._totals: list[torch.Tensor | None] = [None] * len(self._inputs)
-        self._of_values = torch.zeros_like(values)
+        self._pairs: list[tuple[Indices, Indices, Values, Values]] = []
+        """Rows, experts, weights, and gradients of the values without `_of_weights_R`: of each part."""
         self._arrived_R: Values = np.zeros(len(self._matrix))
 
     def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
@@ -405,15 +409,8 @@ class _BackwardPass(Pass):
                 total.index_add_(0, at, partial)
         rows_P, weights_P = block.rows_P[pairs], block.weights_P[pairs]
         np.add.at(self._arrived_R, rows_P, weights_P)
-        gradients_P = part.weight_gradients + self._of_weights_R[rows_P]
-        if self._call.is_normalized:
-            gradients_P = gradients_P * weights_P
-        columns_PD = self.calls.candidates.grid.columns_ND[torch.from_numpy(block.experts_P()[pairs])]
-        self._of_values.index_put_(
-            (torch.from_numpy(rows_P)[:, None], columns_PD),
-            torch.from_numpy(gradients_P).to(self._of_values.dtype)[:, None].expand(columns_PD.shape),
-            accumulate=True,
-        )
+        factors_P = weights_P if self._call.is_normalized else np.ones_like(weights_P)
+        self._pairs.append((rows_P, block.experts_P()[pairs], factors_P, part.weight_gradients * factors_P))
 
     def input_gradients(self) -> OptionalTensors:
         sums = self._totals
@@ -423,7 +420,27 @@ class _BackwardPass(Pass):
             sums = [None if total is None else total * _factor(scale_R, total) for total in sums]
         pairs = zip(sums, self._inputs, strict=True)
         found = [None if total is None else total.to(x.dtype) for total, x in pairs if x is not None]
-        return [*found, self._of_values]
+        return [*found, self._value_gradients()]
+
+    def _value_gradients(self) -> torch.Tensor:
+        found = torch.zeros(self._matrix.shape, dtype=self._values_dtype, device="cpu")
+        if not self._pairs:
+            return found
+        rows_P, experts_P, factors_P, gradients_P = (np.concatenate(parts) for parts in zip(*self._pairs, strict=True))
+        of_weights_R = self._of_weights_R
+        if self._is_average:
+            # what experts answer by now is compared with their average by now: beside that of the forward, experts that
+            # have learned meanwhile would all look better than those not chosen, and the gate would choose ever fewer
+            average_R = np.bincount(rows_P, gradients_P, minlength=len(of_weights_R))
+            of_weights_R = np.where(self._arrived_R > _ALL, -average_R, of_weights_R)
+        columns_PD = self.calls.candidates.grid.columns_ND[torch.from_numpy(experts_P)]
+        gradients_P = gradients_P + factors_P * of_weights_R[rows_P]
+        found.index_put_(
+            (torch.from_numpy(rows_P)[:, None], columns_PD),
+            torch.from_numpy(gradients_P).to(found.dtype)[:, None].expand(columns_PD.shape),
+            accumulate=True,
+        )
+        return found
 
 
 def _rows_of(tensors: OptionalTensors, rows: Indices) -> OptionalTensors:

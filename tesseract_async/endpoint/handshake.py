@@ -46,17 +46,14 @@ class Handshake:
         self._peer_id: PeerID | None = None
         self._reader = frames.FrameReader(self)
         self._channel = Channel(pipe, tls, self, throttle=throttle)
-        self._timer = loop.call_later(timeout, self._timed_out, timeout)
+        late = HandshakeFailed("timeout", f"the peer did not finish the handshake within {timeout:g} s")
+        self._timer = loop.call_later(timeout, self._channel.abort, late)
 
     def start(self) -> None:
         self._channel.start()
 
     def abort(self) -> None:
         self._channel.abort(HandshakeFailed("aborted", "this node is closing"))
-
-    def _timed_out(self, timeout: float) -> None:
-        sentence = f"the peer did not finish the handshake within {timeout:g} s"
-        self._channel.abort(HandshakeFailed("timeout", sentence))
 
     def channel_opened(self, peer_id: PeerID | None) -> None:
         self._peer_id = peer_id

@@ -1,6 +1,6 @@
 """The calls that a peer makes on a connection: requests in, replies out. No I/O."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from tesseract_async.endpoint.budget import Budget, Owner, Reservation
@@ -127,24 +127,19 @@ class IncomingCalls:
         if self._small_bytes > 2 * core.bounds.max_small + frames.MAX_SMALL:
             raise ProtocolError(f"more than {core.bounds.max_small} bytes of small requests at once")
         value, buffers = frames.decode_small(payload, core.arena)
-        if not self._has_room(call, len(payload), buffers):
-            core.count_idle()
-            self.fail(stream, Overloaded("too many calls are under way here", retry_after=0.5))
-        elif self._quotas is None or self._within_quota(self._quotas, call, len(payload)):
-            self._deliver(call, value, buffers)
-
-    def _has_room(self, call: ReceivedCall, num_bytes: int, buffers: Sequence[memoryview]) -> bool:
-        """Count a small request; False if it is more than may be under way here."""
-        call.cost = CALL_BYTES + num_bytes
-        if num_bytes > packed.UNCOUNTED_BYTES:
-            call.cost += packed.BYTES_PER_ITEM * min(num_bytes - sum(map(len, buffers)), packed.MAX_ITEMS)
+        call.cost = CALL_BYTES + call.small
+        if call.small > packed.UNCOUNTED_BYTES:
+            call.cost += packed.BYTES_PER_ITEM * min(call.small - sum(map(len, buffers)), packed.MAX_ITEMS)
         self._small_cost += call.cost
         if self._small_cost > self._counted:
             more = -(-(self._small_cost - self._counted) // STEP) * STEP
-            if not self._core.budgets.small_calls.take(self._core.owner, more):
-                return False
+            if not core.budgets.small_calls.take(core.owner, more):
+                core.count_idle()
+                self.fail(stream, Overloaded("too many calls are under way here", retry_after=0.5))
+                return
             self._counted += more
-        return True
+        if self._quotas is None or self._within_quota(self._quotas, call, call.small):
+            self._deliver(call, value, buffers)
 
     def _settle(self) -> None:
         less = (self._counted - max(self._small_cost, STEP)) // STEP * STEP

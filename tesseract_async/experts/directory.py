@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 REFRESH_PERIOD = 10.0
 """Seconds between two reads of a watched grid, unless the caller says otherwise."""
 RETRY_PERIOD = 1.0
-"""Seconds until the next attempt, where reading a grid failed or the network was not joined yet."""
+"""Seconds until the next attempt, where reading a grid failed, or it was never read completely."""
 LEAST_AGE = 0.25
 """Seconds for which an answer of `ExpertDirectory.find` is kept at least, though a server says that it is outdated."""
 MAX_CACHED_UIDS = 4096
@@ -334,7 +334,7 @@ class ExpertDirectory(Uncopied):
                 # before anybody else is known, an empty answer says nothing
                 if await self._network.wait_joined(self.refresh_period):
                     await self._refresh(grid)
-                    period = self.refresh_period
+                    period = self.refresh_period if grid.warm.is_set() else RETRY_PERIOD
             except (TesseractError, TimeoutError, OSError) as error:
                 self.metrics.count("directory_reads_failed")
                 log.warning("could not read the grid %s: %s", grid.prefix, describe(error))

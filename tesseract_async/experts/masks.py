@@ -23,18 +23,17 @@ class _Mask:
     num_late: int = 0
 
 
-class Masks:
-    def __init__(self) -> None:
-        self._masks: dict[tuple[PeerID, str], _Mask] = {}
-        self._silent: dict[PeerID, None] = {}
+class Masks(dict[tuple[PeerID, str], _Mask]):
+    """By server and uid; the one that failed longest ago comes first."""
 
-    def __len__(self) -> int:
-        return len(self._masks)
+    def __init__(self) -> None:
+        super().__init__()
+        self._silent: dict[PeerID, None] = {}
 
     def failed(self, owner: PeerID, uid: str, sequence: int, now: float) -> None:
         """The replica failed, known by a manifest of this sequence. Failures while it is hidden anyway (of calls that
         ran at once, or had nobody else to ask) count as one."""
-        mask = self._masks.pop((owner, uid), None)
+        mask = self.pop((owner, uid), None)
         if mask is None:
             mask = _Mask(sequence, now, 1)
         elif not self._hides(mask, sequence, now):
@@ -46,36 +45,36 @@ class Masks:
         self._keep(owner, uid, mask)
 
     def _keep(self, owner: PeerID, uid: str, mask: _Mask) -> None:
-        self._masks.pop((owner, uid), None)
-        self._masks[(owner, uid)] = mask  # to the end: the one that failed longest ago goes first
-        for kept in (self._masks, self._silent):
+        self.pop((owner, uid), None)
+        self[owner, uid] = mask
+        for kept in (self, self._silent):
             if len(kept) > _MAX_MASKS:
                 del kept[next(iter(kept))]  # type: ignore[arg-type]
 
     def late(self, owner: PeerID, uid: str) -> None:
         """The replica was given up as late. That hides it from nobody."""
-        mask = self._masks.get((owner, uid)) or _Mask(-1, 0.0, 0)
+        mask = self.get((owner, uid)) or _Mask(-1, 0.0, 0)
         mask.num_late += 1
         self._keep(owner, uid, mask)
 
     def answered(self, owner: PeerID, uid: str) -> bool:
         """The replica answered a call: nothing is held against it any more. Returns whether anything was."""
         self._silent.pop(owner, None)
-        return self._masks.pop((owner, uid), None) is not None
+        return self.pop((owner, uid), None) is not None
 
     def hides(self, owner: PeerID, uid: str, sequence: int, now: float) -> bool:
         """Return whether this replica, as a manifest of this sequence names it, is not to be asked now."""
-        mask = self._masks.get((owner, uid))
+        mask = self.get((owner, uid))
         return mask is not None and self._hides(mask, sequence, now)
 
     def doubt(self, owner: PeerID, uid: str) -> int:
         """Failures of the replica since its last answer; 1 for another replica of a server that failed since its own
         last answer. The doubtful are asked last."""
-        mask = self._masks.get((owner, uid))
+        mask = self.get((owner, uid))
         return mask.num_failures + mask.num_late if mask is not None else int(owner in self._silent)
 
     def hidden(self) -> list[tuple[PeerID, str, int, float]]:
-        return [(owner, uid, mask.sequence, mask.until) for (owner, uid), mask in self._masks.items()]
+        return [(owner, uid, mask.sequence, mask.until) for (owner, uid), mask in self.items()]
 
     @staticmethod
     def _hides(mask: _Mask, sequence: int, now: float) -> bool:

@@ -166,7 +166,8 @@ class SwarmObserver:
                     group.create_task(self._ask(peer, limit))
             group.create_task(self._read_losses())
             group.create_task(self._read_places())
-            group.create_task(self._read_some_thanks())
+            # what a period has time for: the rest follows at later looks, where dead nodes make reads slow
+            group.create_task(in_time(self.read_thanks(), self.period))
         self._remember()
         self.num_looks += 1
         self._changed.set()
@@ -350,10 +351,6 @@ class SwarmObserver:
                             f"{peer_id.short} should lead {count}, and is not found: it died, or begins", "failed"
                         )
                 self._missed &= leaders.keys()
-
-    async def _read_some_thanks(self) -> None:
-        """Read what a period has time for: the rest follows at later looks, where dead nodes make reads slow."""
-        await in_time(self.read_thanks(), self.period)
 
     async def read_thanks(self) -> None:
         """Read this hour's and the last one's now and then, and some of the hours before until all are known."""

@@ -8,26 +8,45 @@ TLS, and the ordinary handshake decides who is at the other end.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from tesseract_async.endpoint.endpoint import Endpoint
-from tesseract_async.errors import NotAllowed, Overloaded, ProtocolError
+from tesseract_async.errors import ConnectionLost, NotAllowed, Overloaded, ProtocolError, TesseractError, describe
+from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers, preamble
-from tesseract_async.nat.background_tasks import offer_tasks
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
 from tesseract_async.nat.offers import Description, Offer, OfferGuard, RelayBody, ReverseBody
 from tesseract_async.nat.relay import meet_at_relay
 from tesseract_async.network.address_scope import AddressScope
+from tesseract_async.tasks import TaskSet
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress, split_host_port
 
 if TYPE_CHECKING:
     from tesseract_async.nat.webrtc.pipe import Negotiation
 
+logger = logging.getLogger(__name__)
+
 MAX_NEGOTIATIONS: Final = 16
 """Data channels that may be under negotiation because others asked for them."""
+
+REASONS: Final = {TimeoutError: "timeout", ConnectionLost: "lost", OSError: "io", TesseractError: "protocol"}
+
+
+def offer_tasks(metrics: Metrics) -> TaskSet:
+    """Return a set of tasks that may raise TesseractError or OSError, counted as ``nat_offers_failed``."""
+
+    def failed(error: BaseException) -> None:
+        reason = next((name for kind, name in REASONS.items() if isinstance(error, kind)), None)
+        if reason is None:
+            raise error
+        logger.debug("a peer's offer came to nothing: %s", describe(error))
+        metrics.count("nat_offers_failed", reason=reason)
+
+    return TaskSet("nat: offer", on_error=failed)
 
 
 class OfferAnswerer:

@@ -19,8 +19,8 @@ from tesseract_async.errors import NotAllowed, PeerUnreachable, TesseractError
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.nat import offers
-from tesseract_async.nat.background_tasks import offer_tasks
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
+from tesseract_async.nat.offer_answerer import offer_tasks
 from tesseract_async.nat.offers import Description, OfferAnswer, RelayBody, ReverseBody
 from tesseract_async.nat.relay import meet_at_relay
 from tesseract_async.nat.rendezvous import RendezvousClient

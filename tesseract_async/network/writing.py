@@ -46,8 +46,9 @@ class Write:
         core = self.core
         for key in self._indices:
             start = core.table.closest(int.from_bytes(key, "big"), K)
-            if core.joined and len(start) < K and all(_at_hand(item, now) for item in start):
-                # fewer nodes than a record has holders: everybody is one, and nobody needs to be searched
+            if core.joined and len(start) < K and all(one.token_until > now and one.range is None for one in start):
+                # fewer nodes than a record has holders, of which each takes it at once: nobody needs to be searched;
+                # beyond this place newcomers wait to be dialed by a third node (`dial_back`), and these may not be all
                 self._found(key, start, now)
             else:
                 Search(core, key, start, now, on_end=partial(self._searched, key)).advance(now)
@@ -115,14 +116,6 @@ class Write:
             self.core.timers.start(now + SHORTEST_WAIT, self._end_if_done)
         else:
             self._end_if_done(now)
-
-
-def _at_hand(contact: Contact, now: float) -> bool:
-    """Return True if it takes a record at once, and lives where a node that writes is listed at once.
-
-    Elsewhere newcomers wait to be dialed by a third node (`dial_back`), and a short table may not be everybody.
-    """
-    return contact.token_until > now and contact.range is None
 
 
 class _Store(Caller):

@@ -26,6 +26,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.func import vmap
@@ -46,6 +47,8 @@ _STACKED_BYTES: Final = 256 << 10
 """Up to this size of one weight, ``grouped_mm`` over a stack of them pays where gradients are computed."""
 _STACKED_BYTES_FORWARD: Final = 64 << 10
 """Without gradients, there is less to gain from a copy."""
+_LONG_ROWS: Final = range(256, 10_001)
+"""Numbers of a weight's row beside which a call for it costs little, and for which OpenBLAS wakes no other threads."""
 _MAX_CHANGES: Final = 3
 """An expert may so often change what makes it one of a kind. After that it is computed alone: it keeps state there."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -511,19 +514,26 @@ def _fits_grouped_mm(weight: torch.Tensor) -> bool:
     return hasattr(F, "grouped_mm") and aligned and weight.dtype == torch.float32
 
 
+def _reads_fast(weight: torch.Tensor) -> bool:
+    """Return whether NumPy multiplies this weight by a vector in the time that reading it takes: half of that of
+    PyTorch's library where the weight is not in the processor's cache, and no more where it is (measured on AMD)."""
+    is_plain = weight.dtype in (torch.float32, torch.float64) and weight.is_contiguous()
+    return is_plain and weight.shape[1] in _LONG_ROWS and hasattr(np, "vecdot")
+
+
 def _each_linear(x: torch.Tensor, counts: list[int], num: int, *tensors: torch.Tensor) -> torch.Tensor:
     """``F.linear`` of each expert's rows with its own weight, which stays where it is: `num` weights, then biases."""
     weights, biases = tensors[:num], tensors[num:]
     y = x.new_empty(x.shape[0], weights[0].shape[0])
-    if len(counts) == len(x):  # a row for each: a vector takes a call of torch less, and no longer
-        columns = zip(x.unbind(), y.unbind(), weights, strict=True)
-        if biases:
-            for (own, out, weight), bias in zip(columns, biases, strict=True):
-                torch.addmv(bias, weight, own, out=out)
-        else:
-            for own, out, weight in columns:
+    if len(counts) == len(x):  # a row for each
+        if _reads_fast(weights[0]):
+            with np.errstate(all="ignore"):  # what is not finite is looked for in answers
+                for row, sums, weight in zip(x.detach().numpy(), y.numpy(), weights, strict=True):
+                    np.vecdot(weight.detach().numpy(), row, out=sums)
+        else:  # a vector takes a call of torch less than a matrix, and no longer
+            for own, out, weight in zip(x.unbind(), y.unbind(), weights, strict=True):
                 torch.mv(weight, own, out=out)
-        return y
+        return y.add_(torch.stack(biases)) if biases else y
     rows, into = x.split_with_sizes(counts), y.split_with_sizes(counts)
     if biases:
         for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):

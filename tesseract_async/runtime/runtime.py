@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -472,7 +473,7 @@ class TesseractRuntime(Uncopied):
                 job, batches, expired, closed = self._next(wait=running is None)
                 left.extend(passes(batches))
             if expired:
-                self._post(_fail, expired, _expired)
+                self._post(_fail, expired, partial(TimeoutError, "the deadline passed before the expert was free"))
             staged = left.popleft() if left else None
             if staged is not None:
                 staged.stage(executor)
@@ -560,10 +561,6 @@ class TesseractRuntime(Uncopied):
 
 def _leaving() -> Overloaded:
     return Overloaded("this server is leaving; ask another replica", retry_after=1.0)
-
-
-def _expired() -> TimeoutError:
-    return TimeoutError("the deadline passed before the expert was free")
 
 
 def _fail(works: Sequence[Work], error: Callable[[], BaseException]) -> None:

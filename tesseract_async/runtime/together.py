@@ -208,7 +208,7 @@ class GroupExecutor(Executor):
             return
         left = [one for one in together.attempts if one.error is None]
         try:
-            self._step_together([one for one in left if one.works[0].output_gradients is not None])
+            self.steps.take_together([one for one in left if one.works[0].output_gradients is not None])
             together.download = self.staging.download(undamped(together.results, together.scales))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             for one in left:
@@ -263,10 +263,6 @@ class GroupExecutor(Executor):
                     limit_norm(one, one.summed, math.hypot(*own))
             except BaseException as error:  # it fails its own batch
                 one.error = error
-
-    def _step_together(self, attempts: Sequence[Attempt]) -> None:
-        """Take each expert's step; errors are for its requests."""
-        self.steps.take_together(attempts)
 
 
 class _NotNow(Exception):

@@ -280,7 +280,7 @@ class ExpertCalls:
         """Return a reply with the answer's tensors, or what it will be once they are compressed."""
         if codec == "none" and answer.encoded is not None:
             return _message(reply, plain_metas(answer.tensors), answer.encoded)  # type: ignore[arg-type]  # none is absent
-        tensors = [_apart(x) for x in answer.tensors]
+        tensors = [*map(_apart, answer.tensors)]
         if codec != "none" and sum([x.nbytes for x in tensors if x is not None]) > AT_ONCE_BYTES:
             return self.later(_compressed(reply, tensors, codec))
         return _message(reply, *pack_tensors(tensors, codec))

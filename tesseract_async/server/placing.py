@@ -127,7 +127,7 @@ class Placing:
         return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
 
     async def __aenter__(self) -> "Placing":
-        self._tenures.on_leading[self._prefix] = self._lead
+        self._tenures.on_leading[self._prefix] = lambda uid: self._tasks.spawn(self._compute(uid))
         for uid in self._tenures.stored(self._pattern):
             await self._hold(uid)  # what was held before, also where others hold it now
         self._tasks.spawn(self._run())
@@ -378,9 +378,6 @@ class Placing:
     async def _move(self, uid: str, peer: PeerID) -> None:
         if not await self._keeper.hand_over_one(uid, to=peer):
             logger.warning("%s stays here: %s did not take it", uid, peer.short)
-
-    def _lead(self, uid: str) -> None:
-        self._tasks.spawn(self._compute(uid))
 
     async def _compute_wanted(self) -> bool:
         """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile."""

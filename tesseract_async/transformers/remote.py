@@ -155,8 +155,11 @@ def _place(
         first.remote = StandIn()
         lockstep.belongs_to(first.remote)
         vars(layers).update(_IGNORED)
+        node.begin(pool.watch())  # which takes a while, as does loading the rest of the model
     else:
         lockstep = vars(first)["tesseract_layer"].lockstep
+        if vars(first)["tesseract_shapes"] == vars(experts)["tesseract_shapes"]:
+            pool.take_for_like(vars(first)["tesseract_layer"].pool)
     lockstep.add(pool, has_biases=any(name.endswith("_bias") for name in vars(experts)["tesseract_shapes"]))
     # in the module's dictionary alone: neither is a submodule
     vars(experts).update(tesseract_first=first, tesseract_layer=operator.RemoteLayer(node, pool, lockstep))

@@ -65,17 +65,17 @@ def encode(tensor: torch.Tensor, codec: str) -> memoryview:
     elif codec != "none":
         flat = _quantize(flat, BLOCK if codec == "uint8_blockwise" else flat.numel())
     # torch marks for good what `numpy()` has seen as shared with NumPy, and callers copy such inputs
-    return _copied(flat) if flat.nbytes < _LARGE else memoryview(np.from_dlpack(flat.view(torch.uint8)))  # type: ignore[arg-type, unused-ignore]
+    if flat.nbytes < _LARGE:
+        return memoryview(ctypes.string_at(flat.data_ptr(), flat.nbytes))
+    return memoryview(np.from_dlpack(flat.view(torch.uint8)))  # type: ignore[arg-type, unused-ignore]
 
 
 def small_bytes(tensor: torch.Tensor) -> memoryview | None:
     """A copy of what codec ``none`` gives for it, if it is small, plain and lies in one piece on the CPU; else None."""
     is_plain = tensor.dtype in CASTABLE and tensor.is_cpu and not tensor.is_neg()
-    return _copied(tensor) if is_plain and tensor.nbytes < _LARGE and tensor.is_contiguous() else None
-
-
-def _copied(tensor: torch.Tensor) -> memoryview:
-    return memoryview(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+    if is_plain and (size := tensor.nbytes) < _LARGE and tensor.is_contiguous():
+        return memoryview(ctypes.string_at(tensor.data_ptr(), size))
+    return None
 
 
 def flat_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from tesseract_async.errors import (
     Overloaded,
     SchemaMismatch,
 )
-from tesseract_async.wire.messages import BACKWARD, FORWARD
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tests.client.fake_node import FakeNode
 from tests.client.virtual_time import in_made_up_time
 
@@ -247,6 +247,32 @@ async def test_what_does_not_fit_the_experts_is_refused_before_it_is_sent(node: 
     for wrong in ({"num_experts": 0}, {"num_experts": 2, "timeout": 0.0}):
         with pytest.raises(ValueError, match="num_experts|timeout"):
             ta.ExpertPool(node, "m.0", **wrong)  # type: ignore[arg-type]
+
+
+async def test_layers_that_are_alike_share_what_was_asked_until_one_turns_out_to_be_another(node: FakeNode) -> None:
+    pool, modules = make_pool(node)
+    like, other = (ta.ExpertPool(node, f"m.{layer}", num_experts=NUM_EXPERTS) for layer in (1, 2))
+    for i, module in enumerate(modules):
+        node.host(f"m.1.{i}", copy.deepcopy(module), peers=["0"])
+        node.host(f"m.2.{i}", nn.Linear(8, 7), outputs_schema=ta.TensorSpec((7,)), peers=["0"])
+    for one in (like, other):
+        one.take_for_like(pool)
+
+    def num_questions() -> int:
+        return sum(asked.method == INFO for asked in node.calls)
+
+    await check_equal(pool, modules)
+    asked = num_questions()
+    await check_equal(like, modules)
+    assert num_questions() == asked > 0
+    with pytest.raises(NotEnoughExperts):
+        await other(*routed())
+    node.directory.forgive()
+    y = await other(*routed())
+    assert y.shape == (ROWS, 7) and num_questions() == 2 * asked, "its own word, from now on"
+    await check_equal(pool, modules)
+    await check_equal(like, modules)
+    assert num_questions() == 2 * asked
 
 
 def test_plain_calls_from_several_threads() -> None:

@@ -329,6 +329,26 @@ async def test_training_moves_gate_and_experts(node: FakeNode) -> None:
 
 
 @in_made_up_time
+async def test_experts_that_learned_meanwhile_do_not_look_better_than_all_others(node: FakeNode) -> None:
+    """Scores would rise of all that are chosen, with each step of other trainers, until they are always the same."""
+    make_grid(node)
+    gate = make_gate(node)
+    x, direction = torch.randn(32, 8), torch.randn(32, 8)
+    y = await gate(x)
+    with torch.no_grad():
+        for hosted in node.hosted.values():
+            for parameter in hosted.module.parameters():
+                parameter += torch.randn_like(parameter)
+    await backward((y * direction).sum())
+    assert gate.proj.bias.grad is not None
+    for part in gate.proj.bias.grad.split(GRID):
+        assert part.abs().max() > 0.1 and part.sum().abs() < 1e-4
+    found = gate.proj.weight.grad
+    (asked,) = torch.autograd.grad((reference(node, gate, x) * direction).sum(), gate.proj.weight)
+    torch.testing.assert_close(found, asked, msg="that of the experts as they are now")
+
+
+@in_made_up_time
 async def test_no_grad_and_copies(node: FakeNode) -> None:
     make_grid(node)
     gate = make_gate(node)

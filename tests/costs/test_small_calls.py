@@ -195,6 +195,7 @@ async def test_wake_ups(monkeypatch: pytest.MonkeyPatch) -> None:
             calls = [asyncio.ensure_future(found.call()) for _ in range(8)]
             while runtime.statistics().num_waiting < 8:  # noqa: ASYNC110 (nobody tells what waits)
                 await asyncio.sleep(0)
+            await found.thread.run(asyncio.sleep(0))  # the turn in which they came is over
             free.set()
             await asyncio.gather(holding, *calls)
             num_ended = runtime.statistics().num_batches - num_before + 1  # with the one that held the device

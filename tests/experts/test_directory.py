@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tesseract_async.errors import ConnectionLost
-from tesseract_async.experts.directory import LEAST_AGE, ExpertDirectory
+from tesseract_async.experts.directory import LEAST_AGE, RETRY_PERIOD, ExpertDirectory
 from tesseract_async.experts.grid import MAX_REPLICAS
 from tesseract_async.experts.manifest import encode_manifest, grid_key, join_uid, shard_key, split_uid
 from tesseract_async.experts.publisher import ExpertPublisher
@@ -149,6 +149,25 @@ async def test_a_read_that_nobody_answered_empties_no_grid() -> None:
     view = subject.live("ffn")
     assert view is not None and len(view) == 0
     network.failure = None
+    await server.aclose()
+    await subject.aclose()
+
+
+@in_made_up_time
+async def test_a_grid_that_was_never_read_completely_is_read_again_soon() -> None:
+    swarm = FakeSwarm()
+    server = await declare(swarm, 1, "ffn.1.1")
+    network = FakeNetwork(swarm, peer(0))
+    network.unreadable = {peer(1)}
+    subject = ExpertDirectory(network, refresh_period=SLOW, clock=swarm.clock)
+    subject.watch("ffn", (8, 8))
+    await swarm.until(lambda: swarm.reads[grid_key("ffn")] > 0)
+    network.unreadable = set()
+    async with asyncio.timeout(2 * RETRY_PERIOD):
+        await subject.wait_warm("ffn")
+    before = swarm.reads[grid_key("ffn")]
+    await asyncio.sleep(SLOW / 2)
+    assert swarm.reads[grid_key("ffn")] == before, "from now on as usual"
     await server.aclose()
     await subject.aclose()
 

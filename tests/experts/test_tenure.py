@@ -621,6 +621,32 @@ def test_where_the_network_answers_late_members_elect_the_next_primary_in_time(s
     assert max(longest, world.now - led_at) <= 2 * lease
 
 
+@pytest.mark.parametrize("seed", range(4, 8))
+def test_a_second_death_soon_after_a_takeover_does_not_end_the_lease(seed: int) -> None:
+    """States take as long to arrive as the primary takes to make the next one."""
+    lease = 5.0
+    world = World(seed, 6, lease=lease)
+    world.sync_every, world.step_period, world.slowness = 2.0, 0.5, 0.2
+    first = world.begin()
+    world.run(4 * lease)
+    first.kill()
+    world.servers.remove(first)
+    assert world.run_until(world.is_led, 2 * lease)
+    (second,) = world.leaders
+    world.run(2.0)
+    other = next(one for one in world.up if one.peer in second.machine.members)
+    other.kill()
+    world.servers.remove(other)
+    for _ in range(80):
+        world.run(0.1)
+        assert world.leaders == [second], "the members that it named since go on with it"
+    second.kill()
+    world.servers.remove(second)
+    assert world.run_until(world.is_led, 2 * lease)
+    term = world.leaders[0].machine.term
+    assert term is not None and term.kind is TermKind.TAKEOVER, "by vote: nobody had to wait for two leases"
+
+
 def test_a_primary_whose_members_all_died_leads_again_two_leases_after_they_fell_silent() -> None:
     world = World(3, 6)
     leader = world.begin()

@@ -261,6 +261,31 @@ def check_a_pass(data: st.DataObject) -> None:
         assert all(x.grad is None for x in one.module.parameters())
 
 
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_row_each_through_wide_experts(biases: bool, transposed: bool) -> None:
+    """Such weights are read row by row where they lie so."""
+    wide, executor, experts = 384, GroupExecutor(clock=lambda: 0.0), []
+    for number in range(3):
+        torch.manual_seed(number)
+        module = nn.Sequential(nn.Linear(wide, wide, bias=biases), nn.Tanh(), nn.Linear(wide, wide, bias=biases))
+        if transposed:
+            module[2].weight = nn.Parameter(torch.randn(wide, wide).t() / 20)
+        experts.append(ExpertBackend(module, args_schema=(TensorSpec((wide,)),)))
+        experts[-1].forward([torch.zeros(1, wide)])
+    group = executor.groups.group_of(experts[0], training=False, mode=0)
+    assert group is not None
+    for turn in range(4):
+        x = torch.randn(3, 1, wide)
+        if turn == 3:
+            x[1, 0, 5] = torch.inf
+        works = [work_of(one, row, None, 0) for one, row in zip(experts, x, strict=True)]
+        found, was_together = in_one_pass(executor, group, [[work] for work in works])
+        assert was_together == (turn > 0) and group.kind.is_ragged
+        for work, one, row in zip(works, experts, x, strict=True):
+            same(found[work], WorkResult(list(one.forward([row])), 0))
+
+
 def test_a_check_holds_for_the_way_that_was_checked_alone() -> None:
     """A pass in another direction may find that way unfit for all of the kind."""
     executor, experts = GroupExecutor(clock=lambda: 0.0), backends(2)

@@ -63,6 +63,7 @@ def test_it_is_the_model_and_asks_each_server_once_per_layer(frozen: tuple[Path,
     held = sum(x.numel() for x in remote.parameters())
     assert held - 2 == sum(x.numel() for name, x in whole.named_parameters() if ".experts." not in name)
     check_same(remote, whole, num_tokens=10)
+    assert swarm.node.metrics.snapshot()["expert_calls{method=expert.info}"] == 3, "one vote for all layers"
     expected = {name: x.grad for name, x in whole.named_parameters()}
     for copied in (remote, copy.deepcopy(remote)):
         copied.train().activation_checkpointing_enable()
