@@ -381,7 +381,8 @@ class Membership:
     def next_epoch(self, parent: Seal | None, wall: float) -> int:
         """The epoch of a Term that begins now, above all that is known here."""
         known = (one.epoch for one in (self.lineage.best, parent) if one is not None)
-        return next_epoch(max(self.promised, *known, 0), wall - EPOCH_ZERO)
+        own = 0 if parent is None or parent.primary != self.me else parent.time  # its clock may have been set back
+        return next_epoch(max(self.promised, own, *known, 0), wall - EPOCH_ZERO)
 
     def sign_term(self, kind: TermKind, seal: Seal | None, epoch: int, evidence: Poll | bytes) -> Term | None:
         """Sign a Term; None if the evidence, votes or the signature of a handover, does not carry it."""
@@ -456,7 +457,9 @@ class Membership:
             return  # as if nothing had been stored: it may not vote or be primary before it has read the network
         for record in records:
             if record is not None:
-                self.lineage.add(record, now=wall)
+                # it counted then; by the clock of now it may lie in the future
+                last = record.time if isinstance(record, Seal) else record.epoch
+                self.lineage.add(record, now=max(wall, EPOCH_ZERO + last))
                 if isinstance(record, Term) and record.primary == self.me:
                     self._boots.add(record.boot)
         self.vote_from = self.heard = now + self.lease

@@ -33,7 +33,7 @@ class OwnTerm:
         self.settled = others
         """The other members that decide."""
         self.named = others
-        """Those in the newest Seal, which decide as well until a majority of `settled` holds that."""
+        """Those in the newest Seal, which decide as well until a majority of `settled` holds a Seal that names them."""
         self.beat_at = now
         self.fenced_at = 0.0
         self.published_at = NEVER
@@ -41,7 +41,7 @@ class OwnTerm:
         """The number of its newest Seal that the network was given."""
         self.seen = 0
         """An epoch after which its next Seal was signed."""
-        self._age: Age = (0, 0)
+        self._named_at: Age = (0, 0)  # of the first Seal that names them
         self._root = b""
         self._states: deque[Age] = deque(maxlen=MAX_BEHIND + 1)  # the last states: not Seals that only name others
         self._began = now
@@ -89,7 +89,8 @@ class OwnTerm:
         self._follow.discard(peer)
 
     def sealed(self, seal: Seal) -> None:
-        self.named, self._age = seal.successors, seal.age
+        if seal.successors != self.named or self._named_at == (0, 0):
+            self.named, self._named_at = seal.successors, seal.age
         if seal.root != self._root:
             self._root = seal.root
             self._states.append(seal.age)
@@ -133,14 +134,16 @@ class OwnTerm:
         num_good = len(self.named) - len(gone)
         if new and num_good < NUM_SUCCESSORS and len(self.named) < MAX_SUCCESSORS:
             return (*self.named, min(new))
-        if gone and (num_good >= NUM_SUCCESSORS or not new or len(self.named) == MAX_SUCCESSORS):
+        # a pair leads by the network's word, which may come late: another may be here before long
+        is_late = now - self._began > 2 * lease and not new
+        if gone and (num_good >= NUM_SUCCESSORS or is_late or len(self.named) == MAX_SUCCESSORS):
             return tuple(peer for peer in self.named if peer != gone[-1])
         return self.named
 
     def _is_behind(self, peer: PeerID) -> bool:
         """Return whether it answers, but takes no new states: its disk is full, or its clock is wrong."""
         is_full = len(self._states) == self._states.maxlen
-        return is_full and self._holds.get(peer, self._age) < self._states[0]
+        return is_full and self._holds.get(peer, self._states[0]) < self._states[0]
 
     def beats(self, kind: str, boot: bytes, seal: Seal | None, hosts: list[PeerID], random: Random) -> list[Send]:
         """Return questions to the members, and to some of the other `hosts`, each with what it does not know yet."""
@@ -163,6 +166,6 @@ class OwnTerm:
         return agreed[majority(len(others) + 1) - 2] + lease * 2 / 3
 
     def _settle(self) -> None:
-        have = sum(self._holds.get(peer, (0, 0)) >= self._age for peer in self.settled)
+        have = sum(self._holds.get(peer, (0, 0)) >= self._named_at for peer in self.settled)
         if have >= (0 if len(self.settled) < 2 else majority(len(self.settled) + 1) - 1):
             self.settled = self.named

@@ -22,7 +22,7 @@ from tesseract_async.experts.tenure_words import (
     Response,
     State,
 )
-from tesseract_async.experts.terms import Seal, Term, TermKind
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind
 from tesseract_async.identity import PeerID
 
 BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
@@ -110,7 +110,7 @@ class Tenure(Duty):
         self._is_unheard = False
         self._was_alone &= self.state is State.FOLLOWING
         if self.state is State.CANDIDATE and self._poll is None and self._settle_at is None:
-            self._read_back(now)
+            self._read_back(now, wall)
         elif self.state is State.FENCED:
             self._recover(now)
         elif self._was_alone and self.state is State.FOLLOWING and self.primary == self.me:
@@ -175,7 +175,7 @@ class Tenure(Duty):
                 if self.state is State.FENCED:
                     self._recover(now)
                 elif self._is_elected and own.is_followed and self.lineage.best is own.term and not self.is_twin:
-                    self._become_primary(now)
+                    self._become_primary(now, wall)
         elif poll is not None and not (answer is None and poll.is_late(now)) and poll.settles(peer, question):
             if answer is None:
                 poll.silent.add(peer)
@@ -389,7 +389,7 @@ class Tenure(Duty):
                 self._poll, self._silent_at = None, now
                 self._member.note_silence(poll, now)
                 if self.state is State.CANDIDATE:
-                    self._become_primary(now)
+                    self._become_primary(now, wall)
                 elif now >= self._member.silence_at(self.state):  # nor did it vote for another meanwhile
                     self._succeed(held, now, wall)
         elif 1 + len(poll.votes) >= self._member.num_needed and now <= poll.deadline:
@@ -440,7 +440,8 @@ class Tenure(Duty):
         votes = evidence.given if isinstance(evidence, Poll) else {}
         self._own = OwnTerm(term, tuple(peer for peer in others if peer != self.me), votes, now=now)
         self._member.promise(epoch, self.me, now)
-        self.lineage.add(term, now=wall, has_term=True)
+        # with nobody else to ask, its own word counts, be its own line in the future by the clock of now
+        self.lineage.add(term, now=wall if set(others) - {self.me} else max(wall, EPOCH_ZERO + epoch), has_term=True)
         if kind is TermKind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
             self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
         self._persist()
@@ -462,7 +463,7 @@ class Tenure(Duty):
         own = self._own
         return self.state is State.CANDIDATE and own is not None and own.is_by_members and not own.term.is_weak
 
-    def _read_back(self, now: float) -> None:
+    def _read_back(self, now: float, wall: float) -> None:
         """The network holds its Term, and nothing above it."""
         term = self.term
         if term is None or self.lineage.best is not term or self.is_twin or self._is_elected:
@@ -475,14 +476,18 @@ class Tenure(Duty):
         if term.is_weak and others:  # it may have been cut off itself until now: are they silent still?
             self._ask_all("probe", others, term.epoch, now)
             return
-        self._become_primary(now)
+        self._become_primary(now, wall)
 
-    def _become_primary(self, now: float) -> None:
-        assert self._own is not None
+    def _become_primary(self, now: float, wall: float) -> None:
+        own, held = self._own, self.held
+        assert own is not None
         self.state, self._has_own_steps = State.PRIMARY, True
-        self._own.beat_at = now
+        own.beat_at = now
         if now >= self._lease_until():
             self._fence(now)
+        elif held is not None and own.term.seal is not None and held.digest == own.term.seal.digest:
+            # names successors before there is a new state for them to fetch: another may die soon
+            self.seal(held.root, held.size, held.version, now, wall)
         self._say_role()
 
     @property

@@ -57,7 +57,9 @@ def test_python_calls_per_expert_until_its_first_answer(tmp_path: Path) -> None:
     with thread.running():
         try:
             server = thread.run_plainly(start([*uids[0], *uids[1]]))
-            with ta.BackgroundNode(initial_peers=[str(server.node.peer_address)]) as node, torch.no_grad():
+            peers = [str(server.node.peer_address)]
+            # the grid is not read again meanwhile
+            with ta.BackgroundNode(initial_peers=peers, refresh_period=600.0) as node, torch.no_grad():
                 first, second = (ta.ExpertPool(node, f"m.{layer}", num_experts=NUM_EXPERTS).eval() for layer in (0, 1))
                 for _ in range(3):  # until the kind was checked, and the grid is known
                     first.answer(x, index, weights)

@@ -621,6 +621,32 @@ def test_where_the_network_answers_late_members_elect_the_next_primary_in_time(s
     assert max(longest, world.now - led_at) <= 2 * lease
 
 
+@pytest.mark.parametrize("seed", range(4, 8))
+def test_a_second_death_soon_after_a_takeover_does_not_end_the_lease(seed: int) -> None:
+    """States take as long to arrive as the primary takes to make the next one."""
+    lease = 5.0
+    world = World(seed, 6, lease=lease)
+    world.sync_every, world.step_period, world.slowness = 2.0, 0.5, 0.2
+    first = world.begin()
+    world.run(4 * lease)
+    first.kill()
+    world.servers.remove(first)
+    assert world.run_until(world.is_led, 2 * lease)
+    (second,) = world.leaders
+    world.run(2.0)
+    other = next(one for one in world.up if one.peer in second.machine.members)
+    other.kill()
+    world.servers.remove(other)
+    for _ in range(80):
+        world.run(0.1)
+        assert world.leaders == [second], "the members that it named since go on with it"
+    second.kill()
+    world.servers.remove(second)
+    assert world.run_until(world.is_led, 2 * lease)
+    term = world.leaders[0].machine.term
+    assert term is not None and term.kind is TermKind.TAKEOVER, "by vote: nobody had to wait for two leases"
+
+
 def test_a_primary_whose_members_all_died_leads_again_two_leases_after_they_fell_silent() -> None:
     world = World(3, 6)
     leader = world.begin()
@@ -950,6 +976,25 @@ def test_a_clock_that_jumps_by_a_day_stops_nothing(whose: str, seconds: float) -
     assert heir in right and died - newest <= world.sync_every + LEASE, "its state was followed all the time"
     world.run(LEASE)
     assert all(one.machine.epoch == heir.machine.epoch for one in right if one is not leader)
+
+
+@pytest.mark.parametrize("seconds", [30000.0, -30000.0])
+def test_one_alone_whose_clock_is_wrong_for_a_while_goes_on_after_a_restart(seconds: float) -> None:
+    """It was ahead, and is set right; or it is behind after a start, until the time is asked for."""
+    world = World(3, 1, skew=0.0)
+    (server,) = world.servers
+    world.now += 40000.0
+    server.skew = max(0.0, seconds)
+    server.start()
+    world.run(4 * LEASE)
+    steps = server.steps
+    server.kill()
+    server.skew = min(0.0, seconds)
+    server.start()
+    assert world.run_until(lambda: server.leads, 4 * LEASE), world.describe()
+    server.skew = 0.0
+    world.run(4 * LEASE)
+    assert world.leaders == [server] and server.steps[: len(steps)] == steps
 
 
 def test_a_member_that_was_killed_while_its_clock_was_years_ahead_votes_again() -> None:
