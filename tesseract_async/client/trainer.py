@@ -84,7 +84,7 @@ class AsyncTrainer(Generic[M]):
     ``in_flight - 1`` steps stale, and more where steps differ in length. `max_staleness` bounds that: at most
     ``max_staleness + 1`` steps are under way, and those that get far ahead wait for those that began early. Stale
     gradients bear shorter steps: with a small model, dividing the learning rate by the square root of `in_flight` is a
-    good start (with 8 in flight, Adam's usual rate can keep a transformer from learning anything but frequencies).
+    good start.
 
     ::
 

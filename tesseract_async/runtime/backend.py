@@ -81,7 +81,7 @@ class BackendSettings:
     """Steps since its forward after which a backward is refused; None: it never is."""
     staleness_damping: float = 0.0
     """Gradients count ``(1 + staleness) ** -staleness_damping``; 1 is the rule of Zhang et al., "Staleness-aware
-    Async-SGD" (2016)."""
+    Async-SGD" (2016), for optimizers that go by the gradient's scale. Adam's steps are as long on weaker gradients."""
     preferred_sizes: tuple[int, ...] = ()
     """Rows at which batches are best cut; with `compile_mode` or `cuda_graphs`, they are padded up to one of them."""
     codecs: CodecPolicy = CodecPolicy()
