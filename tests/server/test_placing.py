@@ -104,7 +104,12 @@ async def test_who_leaves_gives_its_last_state_to_a_holder_and_not_the_expert(
         holder = await stack.enter_async_context(member(run, 2, seeds, room=0))
         trainer = await stack.enter_async_context(joined(run, 50, seeds))
         await until(lambda: first.leads("ffn.0"))
-        await until(lambda: "ffn.0" in holder.keeper.tenures.uids() and holder.version("ffn.0") == 0)
+
+        def is_seen() -> bool:
+            place = first.placing.places.get(holder.node.peer_id)
+            return place is not None and "ffn.0" in place.parts and place.parts["ffn.0"].has_file
+
+        await until(is_seen)
         for _ in range(3):
             await ta.backward((await (await trainer.get_expert("ffn.0"))(X)).sum())
         epoch = first.keeper.tenures.tenure("ffn.0").epoch
