@@ -426,8 +426,8 @@ class _BackwardPass(Pass):
             # what experts answer by now is compared with the average of those that answered by now: beside that of the
             # forward, experts that have learned meanwhile would all look better than those not chosen, and the gate
             # would choose ever fewer
-            average_R = np.bincount(rows_P, weights_P * gradients_P, minlength=len(self._matrix))
-            average_R /= np.maximum(self._arrived_R, np.finfo(np.float32).tiny)
+            sum_R = np.bincount(rows_P, weights_P * gradients_P, minlength=len(self._matrix))
+            average_R = sum_R / np.maximum(self._arrived_R, np.finfo(np.float32).tiny)
             gradients_P = weights_P * (gradients_P - average_R[rows_P])
         columns_PD = self.calls.candidates.grid.columns_ND[torch.from_numpy(experts_P)]
         found.index_put_(
