@@ -1,7 +1,7 @@
 """One exchange with an expert that several servers host: which of them is asked, and which next if that one fails."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Final, TypeVar
 
 import torch
@@ -127,7 +127,7 @@ async def ask_primary(
             if len(replicas) == 1:
                 return await asking
             rivals = [replicas[0], *(replica for replica in replicas[1:] if replica.primary)]
-            return await watched(experience, asking, rivals)
+            return await watched(experience, asking, rivals, rivals[:1])
         except SchemaMismatch as error:
             first_error = first_error or error
             strange.add(replicas[0].peer)
@@ -157,10 +157,16 @@ async def ask_primary(
     raise first_error or TimeoutError(f"no answer within {timeout} s")
 
 
-async def watched(experience: Experience, asking: Coroutine[object, object, T], rivals: Sequence[ExpertReplica]) -> T:
+async def watched(
+    experience: Experience,
+    asking: Coroutine[object, object, T],
+    rivals: Sequence[ExpertReplica],
+    unanswered: Iterable[ExpertReplica],
+) -> T:
     """Await `asking`, which asks the server of the first of `rivals`. If it takes long, and other servers say that they
     are the primary, too, all of these are asked a small question at once: those that are silent then, where another one
-    speaks, are reported, and if the first is one of them, it is not waited for any more."""
+    speaks, are reported, and if the first is one of them, it is not waited for any more. Those that are still
+    `unanswered` when this is cancelled count as late."""
     if len(rivals) < 2 or all(replica.peer == rivals[0].peer for replica in rivals):
         return await asking
     call = asyncio.ensure_future(asking)
@@ -182,9 +188,8 @@ async def watched(experience: Experience, asking: Coroutine[object, object, T], 
                     raise TimeoutError(f"{rivals[0].uid} is silent at the server that claims to be its primary")
         return await call
     except asyncio.CancelledError:
-        for replica in rivals:
-            if replica.peer == rivals[0].peer:
-                experience.node.directory.report_late(replica)
+        for replica in unanswered:
+            experience.node.directory.report_late(replica)
         raise
     finally:
         await end(call, *probes)

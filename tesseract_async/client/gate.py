@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -131,7 +132,6 @@ class Gate(nn.Module):
         structure: Structure,
         dispatch: ForwardDispatch,
         scores_RS: torch.Tensor,
-        top_R: torch.Tensor,
         weights_R: torch.Tensor,
         leading_shape: torch.Size | None,
         *,
@@ -142,7 +142,7 @@ class Gate(nn.Module):
         device = scores_RS.device
         num_answers_R = torch.from_numpy(dispatch.num_answers_R).to(device)
         has_enough_R = num_answers_R >= max(1, self.k_min)
-        factor_R = torch.where(has_enough_R, self._factor(scores_RS, top_R, weights_R), 0.0)
+        factor_R = torch.where(has_enough_R, self._factor(scores_RS, weights_R, dispatch), 0.0)
         outputs = [scaled(total, factor_R).to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
         if leading_shape is not None:
             outputs = [output.reshape(*leading_shape, *output.shape[1:]) for output in outputs]
@@ -153,14 +153,21 @@ class Gate(nn.Module):
         self.load_balancing_loss = loss
         return Mixed(unflatten(structure, outputs), num_answers_R, dispatch.errors, versions, loss)
 
-    def _factor(self, scores_RS: torch.Tensor, top_R: torch.Tensor, weights_R: torch.Tensor) -> torch.Tensor:
-        """By what each row's sum is multiplied, where experts were weighted by the exponential of their score less
-        `top_R`, and `weights_R` is the sum of these weights: a softmax over the experts that answered. Or (Switch) the
-        expert's probability, the product of its coordinates' softmaxes."""
+    def _factor(self, scores_RS: torch.Tensor, weights_R: torch.Tensor, dispatch: ForwardDispatch) -> torch.Tensor:
+        """By what each row's sum is multiplied, where experts were weighted by the exponential of their score, and
+        `weights_R` is the sum of these weights: a softmax over the experts that answered. For a Switch layer also their
+        probability, the product of their coordinates' softmaxes."""
+        factor_R = 1 / weights_R.where(weights_R > 0, 1.0)
         if not self.is_switch:
-            return 1 / weights_R.where(weights_R > 0, 1.0)
+            return factor_R
         normalizers = [part.logsumexp(1) for part in torch.split(scores_RS, list(self.grid_size), dim=1)]
-        return (top_R - torch.stack(normalizers).sum(0)).exp()
+        normalizer_R, answers = torch.stack(normalizers).sum(0), dispatch.answers
+        each = [np.empty(0, dtype=np.int64), *[call.rows for call in answers]]
+        rows_L = torch.from_numpy(np.concatenate(each)).to(scores_RS.device)
+        experts_L = torch.tensor([call.expert for call in answers for _ in call.rows], dtype=torch.int64, device="cpu")
+        columns_LD = dispatch.candidates.grid.columns_ND[experts_L].to(scores_RS.device)
+        log_L = scores_RS[rows_L[:, None], columns_LD].sum(1) - normalizer_R[rows_L]
+        return factor_R * torch.zeros_like(normalizer_R).index_add(0, rows_L, log_L.exp())
 
     def _load_balancing_loss(self, scores_RS: torch.Tensor, chosen_RKD: torch.Tensor) -> torch.Tensor:
         """Fedus et al. 2021, equation 4, for each grid dimension, averaged: with product keys an expert's probability

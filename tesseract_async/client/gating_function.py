@@ -243,7 +243,6 @@ class GatingFunction(Gate):
                 schema.outputs,
                 dispatch,
                 scores_RS,
-                torch.from_numpy(call.top_R).to(scores_RS),
                 weights_R,
                 leading_shape,
                 versions=call.versions,

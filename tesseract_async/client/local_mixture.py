@@ -127,7 +127,7 @@ class LocalMixture(Gate):
             raise error
         structure, dtypes = answer, [leaf.dtype for leaf in flatten(answer)]
         return self._mixed(
-            *(sums, dtypes, structure, dispatch, scores_RS, top_R, weights_R, leading_shape),
+            *(sums, dtypes, structure, dispatch, scores_RS, weights_R, leading_shape),
             versions={},
             settings=self.settings,
         )

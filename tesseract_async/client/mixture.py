@@ -37,8 +37,6 @@ from tesseract_async.wire.tensors import TensorSpec
 
 Values = npt.NDArray[np.floating[Any]]
 
-_ALL: Final = 0.999
-"""The share of a row's weight from which all its experts have answered, but for rounding."""
 _MAX_GAP: Final = 30.0
 """Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
 
@@ -54,7 +52,8 @@ class MixtureCall:
     """See `autograd.Remote`. The inputs are those of the experts, and last the matrix of the values, ``[rows, ...]``.
 
     The outputs are the sums, one for each output of the experts, at least float32, and last the sum of the weights of
-    those that answered each row, ``[rows]``; of weights relative to the row's greatest value if it is normalized.
+    those that answered each row, ``[rows]``; of weights relative to the row's greatest value if it is normalized: then
+    the sums count as divided by it, and in no other way may a loss depend on it.
     """
 
     def __init__(
@@ -310,13 +309,10 @@ class _BackwardPass(Pass):
         )
         self._call, self._inputs = call, inputs
         self._matrix: Values = np.nan_to_num(values.numpy(), posinf=1e30, neginf=-1e30)
-        self._gradients, of_weights = gradients[:-1], gradients[-1]
-        self._of_weights_R: Values = np.zeros(len(self._matrix)) if of_weights is None else of_weights.numpy()
-        self._is_average, self._values_dtype = call.is_normalized and of_weights is not None, values.dtype
+        self._gradients, self._values_dtype = gradients[:-1], values.dtype
         if call.is_normalized:
             # weights travel as shares of what answered, gradients as those of the average: a row whose best experts
             # all failed has tiny weights and huge gradients, which a codec or float32 may not hold
-            self._of_weights_R = self._of_weights_R * call.weights_R
             self._gradients = [None if x is None else x * _factor(call.weights_R, x) for x in self._gradients]
         self._forward_calls = dispatch.forward_calls
         self.reply_specs = [
@@ -326,7 +322,7 @@ class _BackwardPass(Pass):
         self._ids: dict[ExpertCall, bytes] = {}
         self._totals: list[torch.Tensor | None] = [None] * len(self._inputs)
         self._pairs: list[tuple[Indices, Indices, Values, Values]] = []
-        """Rows, experts, weights, and gradients of the values without `_of_weights_R`: of each part."""
+        """Rows, experts, weights, and the weights' gradients: of each part."""
         self._arrived_R: Values = np.zeros(len(self._matrix))
 
     def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
@@ -409,8 +405,7 @@ class _BackwardPass(Pass):
                 total.index_add_(0, at, partial)
         rows_P, weights_P = block.rows_P[pairs], block.weights_P[pairs]
         np.add.at(self._arrived_R, rows_P, weights_P)
-        factors_P = weights_P if self._call.is_normalized else np.ones_like(weights_P)
-        self._pairs.append((rows_P, block.experts_P()[pairs], factors_P, part.weight_gradients * factors_P))
+        self._pairs.append((rows_P, block.experts_P()[pairs], weights_P, part.weight_gradients))
 
     def input_gradients(self) -> OptionalTensors:
         sums = self._totals
@@ -426,15 +421,15 @@ class _BackwardPass(Pass):
         found = torch.zeros(self._matrix.shape, dtype=self._values_dtype, device="cpu")
         if not self._pairs:
             return found
-        rows_P, experts_P, factors_P, gradients_P = (np.concatenate(parts) for parts in zip(*self._pairs, strict=True))
-        of_weights_R = self._of_weights_R
-        if self._is_average:
-            # what experts answer by now is compared with their average by now: beside that of the forward, experts that
-            # have learned meanwhile would all look better than those not chosen, and the gate would choose ever fewer
-            average_R = np.bincount(rows_P, gradients_P, minlength=len(of_weights_R))
-            of_weights_R = np.where(self._arrived_R > _ALL, -average_R, of_weights_R)
+        rows_P, experts_P, weights_P, gradients_P = (np.concatenate(parts) for parts in zip(*self._pairs, strict=True))
+        if self._call.is_normalized:
+            # what experts answer by now is compared with the average of those that answered by now: beside that of the
+            # forward, experts that have learned meanwhile would all look better than those not chosen, and the gate
+            # would choose ever fewer
+            sum_R = np.bincount(rows_P, weights_P * gradients_P, minlength=len(self._matrix))
+            average_R = sum_R / np.maximum(self._arrived_R, np.finfo(np.float32).tiny)
+            gradients_P = weights_P * (gradients_P - average_R[rows_P])
         columns_PD = self.calls.candidates.grid.columns_ND[torch.from_numpy(experts_P)]
-        gradients_P = gradients_P + factors_P * of_weights_R[rows_P]
         found.index_put_(
             (torch.from_numpy(rows_P)[:, None], columns_PD),
             torch.from_numpy(gradients_P).to(found.dtype)[:, None].expand(columns_PD.shape),

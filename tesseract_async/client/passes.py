@@ -205,7 +205,8 @@ class Pass:
         try:
             async with asyncio.timeout(timeout + ABANDON_SECONDS):  # a call to this node itself keeps no time
                 rivals = self._grouping.rivals(request)
-                await watched(experience, self._exchange(request, timeout), rivals)
+                # a pass may be over before the stream of its last answer is
+                await watched(experience, self._exchange(request, timeout), rivals, request.open.values())
         except (TesseractError, TimeoutError) as caught:
             error = without_frames(caught)
             for call, replica in request.open.items():

@@ -212,15 +212,15 @@ class Duty:
             self._commands.append(Fetch(term, seal, sources, aside=aside, check=check))
 
     def _withstands(self, best: Term, now: float, wall: float) -> bool:
-        """Return whether a weak Term thinks this primary dead, which is not: it says so with a Seal, and goes on."""
-        own = self.term
-        if own is None or best.seal is None or not (best.is_weak and self.is_primary(now)):
+        """Return whether that Term, or one that it goes on from, is weak and thinks this primary dead, which is not: it
+        says so with a Seal, and goes on."""
+        own = self._own
+        if own is None or not self.is_primary(now):
             return False
-        if not self.lineage.goes_on(own, best):
+        if not (epoch := self.lineage.doubts(best, own.term)):
             return False  # its Seals would only outnumber the other's, and the other's those
-        assert self._own is not None
-        self._own.seen = best.epoch + 1
-        return self._seal_again(now, wall) and self.lineage.best is own
+        own.seen = epoch + 1
+        return self._seal_again(now, wall) and self.lineage.best is own.term
 
     def _give_up(self, now: float) -> None:
         self._poll, self._settle_at = None, None

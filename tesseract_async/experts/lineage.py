@@ -79,7 +79,8 @@ class Lineage:
         may count.
 
         A weak Term from the future counts once its time has come: until then the primary that it thinks dead, which
-        sees it at once (`has_term`: of its own), could not show the contrary.
+        sees it at once (`has_term`: of its own), could not show the contrary. The time of that primary's Seals is then
+        up to `SKEW` later than its clock.
         """
         if record.blob not in self._known:
             self._known[record.blob] = record
@@ -89,16 +90,24 @@ class Lineage:
         if record.serial > (0 if appointment is None else appointment.serial):
             return False
         horizon = now - EPOCH_ZERO + SKEW
+        seal = record if isinstance(record, Seal) else record.seal
+        if seal is not None and (max(seal.epoch, seal.time - SKEW) > horizon or self.is_forged(seal)):
+            known = self._seals.get(seal.term)
+            if known is None or known.digest != seal.digest:  # unless it counts already
+                return False
         if isinstance(record, Seal):
-            return max(record.time, record.epoch) <= horizon and self._add_seal(record)
-        if record.is_weak and record.seal is not None and not has_term:
-            horizon = max(horizon - SKEW, record.seal.epoch + 1)
+            return self._add_seal(record)
+        if record.is_weak and seal is not None and not has_term:
+            horizon = max(horizon - SKEW, min(horizon, seal.epoch + 1))
         if record.epoch > horizon or record.digest in self._terms or not self._is_founded(record):
             return False
         self._terms[record.digest] = record
+        for one in list(self._terms.values()):  # those that came before what they say they go on from
+            if one.seal is not None and one.seal.term == record.digest and not _is_of(one.seal, record):
+                self._forget(one)
         self._is_stale = True
-        if record.seal is not None and self._may(record.seal):
-            self._add_seal(record.seal)
+        if seal is not None and self._may(seal):
+            self._add_seal(seal)
         if (early := self._early.pop(record.digest, None)) is not None:
             self._add_seal(early)
         self._prune()
@@ -123,7 +132,7 @@ class Lineage:
                 if known is None or known.number < seal.number:
                     self._early[seal.term] = seal
             return False
-        if (seal.primary, seal.epoch, seal.serial) != (term.primary, term.epoch, term.serial):
+        if not _is_of(seal, term):
             return False
         known = self._seals.get(seal.term)
         if known is not None and known.number == seal.number and known.digest != seal.digest:
@@ -222,7 +231,12 @@ class Lineage:
 
     def is_in_line(self, seal: Seal, term: Term) -> bool:
         """Return whether the Term goes on from this Seal, or has it."""
-        return seal.term in self._ancestors(term)
+        return seal.term in self._ancestors(term) and not self.is_forged(seal)
+
+    def is_forged(self, seal: Seal) -> bool:
+        """Return whether another signed it than the primary of the Term that it names, as far as that is known."""
+        term = self._terms.get(seal.term)
+        return term is not None and not _is_of(seal, term)
 
     def is_handed_over(self, before: Term, term: Term) -> bool:
         """Return whether each primary signed the expert over to the next, from that of `before` to that of `term`."""
@@ -236,8 +250,7 @@ class Lineage:
         term, best = self._terms.get(seal.term), self.best
         if term is None or best is None or self.is_exposed(term):
             return best is not None and best.seal is not None and best.seal.digest == seal.digest
-        is_its = (seal.uid, seal.primary, seal.epoch) == (self.uid, term.primary, term.epoch)
-        return is_its and self.is_in_line(seal, best)
+        return seal.uid == self.uid and self.is_in_line(seal, best)
 
     def line(self, term: Term) -> list[bytes]:
         """The records that show where a Term comes from, as far as they are known, the oldest first; with its Seal."""
@@ -324,6 +337,12 @@ class Lineage:
                 return False
         return self.is_in_line(term.seal, one)
 
+    def doubts(self, term: Term, own: Term) -> int:
+        """Return the highest epoch of the weak Terms that think the line of `own` dead, if that of `term` stands on
+        one; otherwise 0. A later Seal of `own` refutes them all."""
+        weak = {one.digest: one.epoch for one in self._terms.values() if one.is_weak and self.goes_on(own, one)}
+        return max(weak.values()) if any(step.digest in weak for step in self._walk(term)) else 0
+
     def _walk(self, term: Term) -> Iterator[Term]:
         """The Term and those that it descends from, as far as they are known, the newest first."""
         step: Term | None = term
@@ -359,6 +378,11 @@ class Lineage:
         del self._terms[term.digest]
         self._seals.pop(term.digest, None)
         self._exposed.pop(term.digest, None)
+
+
+def _is_of(seal: Seal, term: Term) -> bool:
+    """Return whether the primary of this Term signed the Seal in it: anybody may name a Term in a Seal."""
+    return (seal.primary, seal.epoch, seal.serial) == (term.primary, term.epoch, term.serial)
 
 
 def _parent(term: Term) -> tuple[bytes, ...]:

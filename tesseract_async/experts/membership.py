@@ -319,6 +319,8 @@ class Membership:
             return False
         if self.me not in seal.members or peer not in seal.members or peer == self.me:
             return False
+        if self.lineage.is_forged(seal) or (self.lineage.term_of(seal) is None and seal.primary not in held.members):
+            return False  # anybody may sign that they are members of something
         return epoch > self.promised or (epoch == self.promised and self._voted_for == peer)
 
     @property
@@ -458,7 +460,8 @@ class Membership:
         for record in records:
             if record is not None:
                 # it counted then; by the clock of now it may lie in the future
-                last = record.time if isinstance(record, Seal) else record.epoch
+                seal = record if isinstance(record, Seal) else record.seal
+                last = max(record.epoch, 0 if seal is None else seal.time)
                 self.lineage.add(record, now=max(wall, EPOCH_ZERO + last))
                 if isinstance(record, Term) and record.primary == self.me:
                     self._boots.add(record.boot)

@@ -10,7 +10,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.lineage import SKEW
 from tesseract_async.experts.manifest import addresses_within
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.placement import Place
+from tesseract_async.experts.placement import MemberPart, MemberRole, Place
 from tesseract_async.experts.places import decode_place, places_key, ranges_of
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
@@ -79,10 +79,11 @@ async def read_places(
             continue
         num_parts[owner] = num_parts.get(owner, 0) + 1
         known = places[owner].parts if owner in places else {}
+        # from the future: of a liar, or by a clock that was wrong; that ranks last, but nobody begins the expert anew
         mine = {
-            uid: one
+            uid: one if one.epoch <= latest else MemberPart(MemberRole.HOLDS, 0, min(1, one.number))
             for uid, one in part.parts.items()
-            if uid in pattern and one.epoch <= latest and authority.may(owner, "host", uid, now=None)
+            if uid in pattern and authority.may(owner, "host", uid, now=None)
         }
         room, files, speed, moved_ago, uptime = part.numbers
         addresses[owner] = PeerAddress(owner, direct, passing)

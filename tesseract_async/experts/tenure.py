@@ -12,7 +12,7 @@ from typing import Final
 
 from tesseract_async.experts.duty import Duty
 from tesseract_async.experts.membership import Poll
-from tesseract_async.experts.own_term import OwnTerm
+from tesseract_async.experts.own_term import NEVER, OwnTerm
 from tesseract_async.experts.tenure_words import (
     MAX_PAST,
     Fetch,
@@ -283,6 +283,7 @@ class Tenure(Duty):
             self.lineage.missed(fetch.term, now)
         if found and not fetch.check:
             self._has_own_steps, member.held = False, fetch.seal
+            self._silent_at = NEVER  # its members are others, perhaps: they were not asked
             if is_waiting:
                 self.state, member.heard = State.HOLDING, max(member.heard, now)
             self._persist()

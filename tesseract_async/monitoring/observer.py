@@ -341,7 +341,8 @@ class SwarmObserver:
                 places, _ = await fetch_places(node.network, node.trust, authority, node.scope)
                 self.surveys[prefix] = survey = Survey(places)
                 # nor does any member name those that are lost for good
-                survey.named |= {join_uid(prefix, coords) for coords in self.lost.get(prefix, ())}
+                lost = {join_uid(prefix, coords) for coords in self.lost.get(prefix, ())}
+                survey.named |= {uid for uid in lost if uid in authority.run.manifest.pattern}
                 leaders = Counter(survey.standing(uid).leader for uid in survey.named)
                 for peer_id, number in leaders.items():
                     if peer_id is not None and peer_id not in self.peers and peer_id not in self._missed:

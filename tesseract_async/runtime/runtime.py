@@ -371,7 +371,12 @@ class TesseractRuntime(Uncopied):
         return await self._run_job(lambda executor: executor.steps.keep_good_state(backend))
 
     async def call_aside(self, function: Callable[[], Result]) -> Result:
-        """Run `function`, which touches files and no module, on a helper thread: one at a time, in order."""
+        """Run `function`, which touches files and no module, on a helper thread: one at a time, in order.
+
+        Raises: Overloaded once it closes, as `call` and `snapshot` do.
+        """
+        if self._closing:
+            raise _leaving()
         if self._aside is None:
             self._aside = ThreadPoolExecutor(1, thread_name_prefix="tesseract-files")
         return await asyncio.get_running_loop().run_in_executor(self._aside, function)
@@ -404,8 +409,10 @@ class TesseractRuntime(Uncopied):
                 self._post(_set_result, future, result)
 
         with self._lock:
-            if self._closing or self._thread is None:
-                raise RuntimeError("this runtime is closed, or was not started")
+            if self._closing:
+                raise _leaving()
+            if self._thread is None:
+                raise RuntimeError("this runtime was not started")
             self._jobs.append(job)
             self._wake_thread()
         return await future

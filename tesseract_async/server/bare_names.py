@@ -439,6 +439,8 @@ class BareNames:
         primary = None if one is None else one.primary
         if one is None or hosted.is_primary or primary is None or owner_of(primary) != call.peer_id:
             raise NotAllowed(f"{call.peer_id.short} is not the primary of {uid} here")
+        if self._server.calls.refuse_forwards is not None:  # it leaves, or rests
+            raise self._server.calls.refuse_forwards
         try:
             file = await self._pull(one, primary, min_version=0)
         except (CheckpointError, ConnectionLost, PeerUnreachable, TimeoutError) as error:

@@ -52,8 +52,8 @@ async def find_shown(
     async def shows(address: PeerAddress) -> bool:
         try:
             seal = await ask_seal(node, run, uid, address, timeout=timeout)
-            if seal.term != newest.term or seal.number < newest.number - MAX_BEHIND:
-                raise ProtocolError(f"{address.short} has an old state of {uid}")
+            if (seal.primary, seal.term) != (newest.primary, newest.term) or seal.number < newest.number - MAX_BEHIND:
+                raise ProtocolError(f"{address.short} has an old state of {uid}, or one that its primary did not seal")
             plan: PieceFetch[PeerAddress] = PieceFetch(seal.root, seal.size, silence=timeout)
             hashes = await ask(address, plan, LIST)
             if num_leaves(seal.size) > 1:

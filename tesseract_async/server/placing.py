@@ -49,6 +49,8 @@ HURRIED_PERIOD: Final = 0.8
 """Seconds between two looks while there is something to take, or ..."""
 NEW_SECONDS: Final = 30.0
 """... for so long after entering the run."""
+MISSED_SECONDS: Final = 60.0
+"""Seconds for which a member whose place cannot be read is no other's successor, if it was not before."""
 SHOW_SECONDS: Final = 10.0
 """Seconds for a piece of a copy that is to be shown."""
 RATE_SECONDS: Final = 30.0
@@ -100,6 +102,7 @@ class Placing:
         self.places: Places = {}
         """The latest word of each member, this one included."""
         self._addresses: dict[PeerID, PeerAddress] = {}
+        self._seen_at: dict[PeerID, float] = {}  # when the place of each member was read last
         self._random = Random()
         self._now = asyncio.get_running_loop().time
         self._began, self._moved_at = self._now(), -NEVER
@@ -186,13 +189,17 @@ class Placing:
         self._tenures.places[self._prefix] = by_uid
         self._tenures.look_for_newer(places)
         self._unable = {uid: until for uid, until in self._unable.items() if until > self._now()}
-        survey = Survey(places)
+        survey, now = Survey(places), self._now()
+        self._seen_at = {peer: at for peer, at in self._seen_at.items() if now - at < MISSED_SECONDS}
+        missed = self._seen_at.keys() - places.keys()
+        self._seen_at |= dict.fromkeys(places, now)
         for uid in self._uids():
             may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
             if held is not None:
                 may.begin = may.anew = False
             may.lead = uid in self._server.experts or (me.can_lead and uid not in self._unable)
-            may.passive = survey.unfit(uid)
+            # one that this look missed still answers: it is what it was
+            may.passive = survey.unfit(uid) | (may.passive & missed)
         steps = self.placement.decide(self.places, self._now(), wall_clock())
         for step in steps:
             await self._take(step)

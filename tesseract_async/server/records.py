@@ -75,6 +75,7 @@ class Records:
 
         Raises: TimeoutError if the network does not answer.
         """
+        began = self._elapsed()
         async with asyncio.timeout(self._call_timeout):
             if self._node.initial_peers and not await self._node.network.wait_joined(self._call_timeout):
                 return  # alone for the moment: that nobody is seen says nothing
@@ -83,16 +84,20 @@ class Records:
                 for uid, others in (await read_replicas(self._node, wanted)).items():
                     if not self._has_changed(uid, others):
                         wanted.discard(uid)
-                        await self._take_in(uid, others, [])
+                        await self._take(uid, others, [], began)
                         was_read(uid)
             # each by itself: where one is late, the others are taken in
-            await asyncio.gather(*(self._read_one(uid, was_read) for uid in wanted))
+            await asyncio.gather(*(self._read_one(uid, was_read, began) for uid in wanted))
 
-    async def _read_one(self, uid: str, was_read: Callable[[str], None]) -> None:
+    async def _read_one(self, uid: str, was_read: Callable[[str], None], began: float) -> None:
         records: dict[str, list[bytes]] = {uid: []}
         others = (await read_replicas(self._node, [uid], by_shard=True, records=records))[uid]
-        await self._take_in(uid, others, records[uid])
+        await self._take(uid, others, records[uid], began)
         was_read(uid)
+
+    async def _take(self, uid: str, others: Sequence[ExpertReplica], records: Sequence[bytes], began: float) -> None:
+        if self._elapsed() - began <= self._call_timeout:  # otherwise this computer slept, and others took over
+            await self._take_in(uid, others, records)
 
     def _has_changed(self, uid: str, others: Iterable[ExpertReplica]) -> bool:
         if uid not in self._experts:

@@ -331,7 +331,8 @@ class Tenures:
             held = tenure.held
             if held is None or held.blob != blob:
                 return False, b""
-            return True, await self.states.possession(expert.uid, held, nonce_or_signature)
+            can_lead = tenure.may.lead and tenure.may.write
+            return can_lead, await self.states.possession(expert.uid, held, nonce_or_signature)
         took = tenure.take(nonce_or_signature, *self._now())
         await self._carry_out(expert)
         if took:
@@ -362,8 +363,14 @@ class Tenures:
                 nonce = os.urandom(16)
                 reply = await self._call(uid, heir, "prepare", [nonce, seal.blob], timeout=self._call_timeout)
                 proof = await self.states.possession(uid, seal, nonce)
-                if reply is None or not reply.agrees or reply.records[1] != proof:
-                    why = "it does not answer" if reply is None else "it has not fetched the state"
+                has_state = reply is not None and reply.records[1] == proof
+                if heir in tenure.may.passive:
+                    if has_state:
+                        return False  # nobody can lead it now, but who can next gets the last state from there
+                    continue
+                if reply is None or not (reply.agrees and has_state):
+                    why = "it cannot lead it now" if has_state else "it has not fetched the state"
+                    why = "it does not answer" if reply is None else why
                     logger.warning("%s could not be handed over to %s: %s", uid, heir.short, why)
                     continue
                 if tenure.state is not State.YIELDING:

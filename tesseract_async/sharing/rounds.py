@@ -43,6 +43,8 @@ MAX_NORM_RATIO: Final = 3.0
 takeover, the largest of the last updates stands for it."""
 MAX_MEMBERS: Final = 1024
 """Members that one round counts."""
+GONE_AFTER: Final = 4.0
+"""Periods of its own after which a member that stays away no longer says how often members come."""
 MAX_TIMED: Final = 32
 """Members whose last arrivals say how long a round waits."""
 
@@ -168,9 +170,14 @@ class Rounds:
 
     @property
     def _period(self) -> float:
-        """Seconds between two pushes of most members; 0 while few are known."""
-        periods = [one.period for one in self._members.values() if one.period]
-        return statistics.median_low(periods) if len(periods) >= JUDGED_FROM else 0.0
+        """Seconds between two pushes of most members that come still; 0 while few are known. Of those that came last,
+        `JUDGED_FROM` count in any case."""
+        known = [one for one in reversed(self._members.values()) if one.period]
+        if len(known) < JUDGED_FROM:
+            return 0.0
+        latest = known[0].at
+        come = [one for one in known[JUDGED_FROM:] if latest - one.at < GONE_AFTER * one.period]
+        return statistics.median_low([one.period for one in (*known[:JUDGED_FROM], *come)])
 
     def _lately(self, now: float) -> dict[PeerID, _Member]:
         """Those who came within two usual periods; none while there are few members, of which none is usual."""

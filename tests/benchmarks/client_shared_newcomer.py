@@ -1,7 +1,7 @@
 """How much faster a newcomer has the shared parameters where three trainers host them than where one does.
 
 Real nodes on loopback; each host uploads 25 Mbit/s at most. By default the parameters are an eighth of 100 MB, in as
-many pieces as 100 MB have; ``--megabytes 100`` takes four minutes.
+many pieces as 100 MB have; ``--megabytes 100`` takes eight minutes.
 """
 
 import argparse

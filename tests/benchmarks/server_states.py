@@ -1,7 +1,8 @@
 """A state from one source, from four, and from four of which one freezes half-way; and what sending costs training.
 
-The full size (400 MB, 25 Mbit/s each) in virtual time, and a smaller file between real nodes whose uploads are
-throttled. Then a trainer's steps each second at a server, with and without another process that fetches a state.
+The full size (400 MB, 25 Mbit/s each) in virtual time, and a smaller file between real nodes that upload as slowly;
+``--megabytes 400`` takes four minutes. Then a trainer's steps each second at a server, with and without another process
+that fetches a state.
 """
 
 import argparse
@@ -33,8 +34,7 @@ from tests.benchmarks.swarm import make_backend
 from tests.experts.piece_world import throttled
 
 UID = "ffn.0"
-RATE = 1e6
-SIZE = 12_000_000
+RATE = 25e6 / 8
 TRAINED = Load("trained", "ffn", 16, 512, 1, backward=True)
 
 
@@ -70,11 +70,11 @@ async def source(file: SealedFile, files: SealedFiles, freeze_after: float) -> A
         states.close()
 
 
-async def fetch(num: int, *, freeze_after: float = float("inf")) -> float:
-    """Seconds for the file from so many sources, of which the first freezes."""
+async def fetch(num: int, size: int, *, freeze_after: float = float("inf")) -> float:
+    """Seconds for a file of this size from so many sources, of which the first freezes."""
     with tempfile.TemporaryDirectory() as folder:
         files = SealedFiles(Path(folder, "theirs"))
-        file = files.keep(UID, [os.urandom(SIZE)])
+        file = files.keep(UID, [os.urandom(size)])
         seal: Any = SimpleNamespace(root=file.root, size=file.size)
         async with contextlib.AsyncExitStack() as stack:
             guest = await stack.enter_async_context(ta.TesseractNode())
@@ -84,7 +84,7 @@ async def fetch(num: int, *, freeze_after: float = float("inf")) -> float:
             ]
             fetcher = SealFetcher(guest, SealedFiles(Path(folder, "own")), timeout=30.0, aside=aside)
             begin = time.perf_counter()
-            await fetcher.fetch(UID, seal, peers, max_bytes=SIZE)
+            await fetcher.fetch(UID, seal, peers, max_bytes=size)
             return time.perf_counter() - begin
 
 
@@ -154,11 +154,12 @@ async def beside_training(taker: Child, seconds: float) -> None:
     )
 
 
-async def measure(taker: Child, seconds: float) -> None:
-    one, four = await fetch(1), await fetch(4)
-    name = f"{SIZE // 10**6} MB from 4 nodes throttled to 1 MB/s"
+async def measure(taker: Child, seconds: float, megabytes: float) -> None:
+    size = int(megabytes * 1e6)
+    one, four = await fetch(1, size), await fetch(4, size)
+    name = f"{megabytes:g} MB from 4 nodes throttled to 25 Mbit/s"
     emit(f"{name}: times as fast as from one", one / four, "", asked=">= 3.2", one=one, four=four)
-    frozen = await fetch(4, freeze_after=four / 2)
+    frozen = await fetch(4, size, freeze_after=four / 2)
     emit(f"{name}, one frozen half-way: more", frozen - four, "s", asked="<= 10")
     await beside_training(taker, seconds)
 
@@ -166,10 +167,12 @@ async def measure(taker: Child, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--megabytes", type=float, default=25.0)
+    asked = parser.parse_args()
     torch.set_num_threads(1)
     full_size()
     with child(take) as taker:
-        asyncio.run(measure(taker, parser.parse_args().seconds))
+        asyncio.run(measure(taker, asked.seconds, asked.megabytes))
 
 
 if __name__ == "__main__":

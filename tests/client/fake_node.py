@@ -114,6 +114,7 @@ class FakeDirectory:
         self._views: dict[tuple[str, tuple[int, ...]], FakeView] = {}
         self.masked: list[tuple[str, FakeReplica]] = []
         """Every report of a failure: its reason, and whose."""
+        self.late: list[FakeReplica] = []
         self.warm = asyncio.Event()
         self.came = asyncio.Event()
 
@@ -165,7 +166,7 @@ class FakeDirectory:
         return self._views[(prefix, size)]
 
     def report_late(self, replica: FakeReplica) -> None:
-        pass
+        self.late.append(replica)
 
     def report_answer(self, replica: FakeReplica) -> None:
         pass

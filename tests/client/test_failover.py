@@ -256,6 +256,37 @@ async def test_a_silent_primary_is_left_only_for_one_that_claims_the_same(node: 
     assert hosted.version == 1 and [replica.peer for replica in node.directory.failed] == ["first"] * rival
 
 
+@pytest.mark.parametrize("kind", ["expert", "gate"])
+@in_made_up_time
+async def test_a_primary_that_answers_is_not_late_where_others_claim_its_expert(node: FakeNode, kind: str) -> None:
+    """It would be as doubtful as those that never answer, and they would be asked before it."""
+    node.host("ffn.0", nn.Linear(8, 8), peers=("first",), lr=0.1)
+    node.directory.add("ffn.0", "second")
+    module: nn.Module = RemoteExpert(node, "ffn.0")
+    if kind == "gate":
+        module = gate_with(node, "ffn", grid_size=(1,), in_features=8, k_best=1)
+    for _ in range(3):
+        await backward((await module(torch.ones(2, 8, requires_grad=True))).sum())
+    assert peers_asked(node, BACKWARD) == ["first"] * 3 and not node.directory.late
+
+
+@in_made_up_time
+async def test_a_primary_that_is_given_up_is_late(node: FakeNode) -> None:
+    node.host("ffn.0", nn.Linear(8, 8), peers=("first",), lr=0.1)
+    node.directory.add("ffn.0", "second")
+    gate = gate_with(node, "ffn", grid_size=(1,), in_features=8, k_best=1, backward_timeout=6.0)
+    x = torch.ones(2, 8, requires_grad=True)
+    await backward((await gate(x)).sum())
+    y = await gate(x)
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        await asyncio.sleep(60.0)
+
+    node.fault = fault
+    await backward(y.sum())
+    assert [replica.peer for replica in node.directory.late] == ["first"]
+
+
 async def test_a_message_whose_experts_have_answered_elsewhere_is_not_made() -> None:
     """A rival's answer may come between the decision to ask and the first turn of the task that asks."""
 

@@ -328,6 +328,13 @@ async def test_training_moves_gate_and_experts(node: FakeNode) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+def move_experts(node: FakeNode) -> None:
+    with torch.no_grad():
+        for hosted in node.hosted.values():
+            for parameter in hosted.module.parameters():
+                parameter += torch.randn_like(parameter)
+
+
 @in_made_up_time
 async def test_experts_that_learned_meanwhile_do_not_look_better_than_all_others(node: FakeNode) -> None:
     """Scores would rise of all that are chosen, with each step of other trainers, until they are always the same."""
@@ -335,10 +342,7 @@ async def test_experts_that_learned_meanwhile_do_not_look_better_than_all_others
     gate = make_gate(node)
     x, direction = torch.randn(32, 8), torch.randn(32, 8)
     y = await gate(x)
-    with torch.no_grad():
-        for hosted in node.hosted.values():
-            for parameter in hosted.module.parameters():
-                parameter += torch.randn_like(parameter)
+    move_experts(node)
     await backward((y * direction).sum())
     assert gate.proj.bias.grad is not None
     for part in gate.proj.bias.grad.split(GRID):
@@ -346,6 +350,23 @@ async def test_experts_that_learned_meanwhile_do_not_look_better_than_all_others
     found = gate.proj.weight.grad
     (asked,) = torch.autograd.grad((reference(node, gate, x) * direction).sum(), gate.proj.weight)
     torch.testing.assert_close(found, asked, msg="that of the experts as they are now")
+
+
+@in_made_up_time
+async def test_nor_does_a_switch_layers_one_expert(node: FakeNode) -> None:
+    """Its probability's derivative is a softmax's, which sums up to zero, however far its expert has moved."""
+    make_grid(node)
+    gate = gate_with(node, "ffn", grid_size=GRID, in_features=8, kind=SwitchGatingFunction, jitter=0.0)
+    x, direction = torch.randn(32, 8), torch.randn(32, 8)
+    y = await gate(x)
+    first, second = (part.softmax(1) for part in gate.proj(x).split(GRID, dim=1))
+    probability = (first[:, :, None] * second[:, None, :]).flatten(1).amax(1)
+    of_probability = (y.detach() / probability.detach()[:, None] * direction).sum(1)
+    (asked,) = torch.autograd.grad((probability * of_probability).sum(), gate.proj.bias)
+    move_experts(node)
+    await backward((y * direction).sum())
+    assert asked.abs().max() > 0.1
+    torch.testing.assert_close(gate.proj.bias.grad, asked, msg="that of the probabilities, and of what was answered")
 
 
 @in_made_up_time

@@ -138,6 +138,35 @@ def test_rank_is_by_epoch_never_by_version_and_strangers_do_not_count() -> None:
     assert found.best is second and found.num_forks == 0
 
 
+@pytest.mark.parametrize("comes_first", [True, False])
+@pytest.mark.parametrize("kind", [TermKind.ADOPTION, TermKind.HANDOVER, TermKind.TAKEOVER])
+def test_no_term_counts_that_goes_on_from_a_seal_which_another_made_up(kind: TermKind, comes_first: bool) -> None:
+    first = genesis()
+    forged = sealed(D, first, STRANGER, number=2**40, time=3990)
+    assert (forged.term, forged.epoch, forged.primary) == (first.digest, first.epoch, D.peer_id)
+    more = {"handover": sign_handover(D, RUN, forged, D.peer_id)} if kind is TermKind.HANDOVER else {}
+    voters = [STRANGER] if kind is TermKind.TAKEOVER else []
+    lie = follows(D, forged, 4000, kind, voters=voters, **more)
+    child = follows(D, sealed(D, lie), 4500)
+    mine = [first, seal := sealed(A, first, B, C)]
+    found = lineage(*((lie, child, *mine) if comes_first else (*mine, lie, child)))
+    found.set_hosts({A.peer_id: 100, B.peer_id: 100, D.peer_id: 4500})
+    assert found.best is first and found.seal_of(first) is seal and found.line(first) == [first.blob, seal.blob]
+
+
+def test_what_a_term_goes_on_from_is_no_more_from_the_future_than_what_is_shown_alone() -> None:
+    first = genesis()
+    seal, late = sealed(A, first, B), sealed(A, first, number=2, time=5001 + 2 * SKEW)
+    found = lineage(first, seal)
+    assert not found.add(late, now=NOW) and not found.add(follows(A, late, 300), now=NOW)
+    assert found.seal_of(first) is seal, "else nobody could adopt the expert before that time"
+    far = sealed(D, genesis(D, 10**9))
+    for kind, epoch in itertools.product((TermKind.ADOPTION, TermKind.TAKEOVER), (10**9 + 1, 10**9 + 2)):
+        assert not found.add(follows(D, far, epoch, kind), now=NOW)
+    # by that Seal it withstands a Term that may be a minute ahead, and whose clock is behind takes it
+    assert found.add(sealed(A, first, B, number=2, time=5000 + 2 * SKEW), now=NOW)
+
+
 def test_any_order_of_the_same_records_ends_in_the_same_branch() -> None:
     first = genesis()
     seals = [sealed(A, first, B, number=1), sealed(A, first, B, C, number=2, root=b"2" * 32, time=110)]

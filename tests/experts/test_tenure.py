@@ -109,6 +109,7 @@ def agree_after(world: World, split: str, seconds: float) -> None:
 @example(5188, 3)
 @example(5548, 3)
 @example(7895, 6)
+@example(2000503, 6)  # one that was cut off gets the newest file, and adopts from members that it never asked
 def test_of_three_members_no_two_answer_at_once_while_one_is_at_fault(seed: int, num_servers: int) -> None:
     answer_one_at_a_time(World(seed, num_servers), ("kill", "stall", "cut off"))
 

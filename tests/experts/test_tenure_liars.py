@@ -2,9 +2,9 @@
 
 import pytest
 
-from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import Seal, Term, TermKind, sign_seal, sign_term
-from tests.experts.tenure_world import RUN, UID, Server, World
+from tesseract_async.experts.tenure_words import Question, State
+from tesseract_async.experts.terms import Seal, Term, TermKind, sign_handover, sign_seal, sign_term, sign_vote
+from tests.experts.tenure_world import RUN, UID, Server, World, identity
 
 LEASE = 30.0
 
@@ -124,6 +124,109 @@ def test_no_lie_of_one_granted_host_delays_a_takeover(how: str, num_servers: int
     (new,) = world.leaders
     assert new is not leader and new.machine.lineage.best is new.machine.term
     assert new.machine.term is not None and new.machine.term.kind is TermKind.TAKEOVER
+
+
+@pytest.mark.parametrize("kind", [TermKind.ADOPTION, TermKind.HANDOVER, TermKind.TAKEOVER])
+def test_nobody_goes_on_from_a_seal_that_the_primary_did_not_sign(kind: TermKind) -> None:
+    world, leader, liar = settled(4, skew=0.0)
+    friends = [identity(90), identity(91)]
+    liar.start()
+    liar.machine.may.begin = False
+    world.servers.append(liar)
+    for _ in range(10):
+        term, epoch = leader.machine.term, int(world.now) + 1
+        assert term is not None
+        state = {"number": 2**40, "version": 9, "root": bytes(32), "size": 1, "time": int(world.now)}
+        forged = sign_seal(liar.identity, RUN, term=term, successors=[one.peer_id for one in friends], **state)
+        vote = {"uid": UID, "epoch": epoch, "candidate": liar.peer, "seal": forged.age}
+        votes = [sign_vote(friend, RUN, **vote) for friend in friends] if kind is TermKind.TAKEOVER else []
+        handover = sign_handover(liar.identity, RUN, forged, liar.peer) if kind is TermKind.HANDOVER else b""
+        more = {"seal": forged, "votes": votes, "handover": handover}
+        lie = sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=kind, **more)
+        world.strangers, world.ghosts[liar.peer], liar.files[bytes(32)] = [lie.blob], epoch, (-1,)
+        for one in world.up:
+            one.machine.sight(lie.blob, world.now, one.wall)
+            one.settle()
+        world.run(3.0)
+        assert world.leaders == [leader] and all(one.machine.primary == leader.peer for one in world.up)
+        assert not any(-1 in one.steps for one in world.up), "nor installs what is shown for it"
+
+
+@pytest.mark.parametrize("knows_term", [True, False])
+def test_votes_asked_for_with_a_made_up_seal_are_not_given_and_delay_no_takeover(knows_term: bool) -> None:
+    world, leader, liar = settled(4, skew=0.0)
+    led = leader.machine.term
+    assert led is not None
+    leader.kill()
+    for _ in range(60):
+        epoch = int(world.now) + 59
+        made_up = sign_term(liar.identity, RUN, uid=UID, epoch=int(world.now), boot=bytes(8), kind=TermKind.GENESIS)
+        peers = [one.peer for one in world.up]
+        state = {"number": 2**40, "version": 9, "root": bytes(32), "size": 1, "time": int(world.now)}
+        seal = sign_seal(liar.identity, RUN, term=led if knows_term else made_up, successors=peers, **state)
+        for one in world.up:
+            question = Question("vote", epoch, bytes(8), b"", seal.blob)
+            assert not one.machine.ask(liar.peer, question, world.now, one.wall).vote
+            one.settle()
+        world.run(1.0)
+    (new,) = world.leaders
+    assert new.machine.term is not None and new.machine.term.kind is TermKind.TAKEOVER
+
+
+def test_a_newcomer_that_was_shown_a_lie_first_comes_to_the_primarys_state() -> None:
+    world, leader, liar = settled(4, skew=0.0)
+    term, now = leader.machine.term, int(world.now)
+    assert term is not None
+    state = {"number": 2**40, "version": 9, "root": bytes(32), "size": 1, "time": now, "successors": []}
+    lie = adoption(liar, sign_seal(liar.identity, RUN, term=term, **state), now)
+    newcomer = Server(world, 60)
+    world.authority.granted.add(newcomer.peer)
+    world.servers += [liar, newcomer]
+    liar.start()
+    world.look_seconds = 5.0, 6.0
+    newcomer.start()
+    liar.machine.may.begin = newcomer.machine.may.begin = False
+    liar.files[bytes(32)] = (-1,)
+    newcomer.machine.ask(liar.peer, Question("probe", 0, bytes(8), lie.blob, b""), world.now, newcomer.wall)
+    newcomer.settle()
+    assert world.run_until(lambda: newcomer.steps == (-1,), 4.0), "it knows nothing else"
+    world.look_seconds = 0.005, 0.1
+    world.run(3 * LEASE)
+    assert newcomer.machine.primary == leader.peer and newcomer.steps[:1] == leader.steps[:1], world.describe()
+
+
+@pytest.mark.parametrize("num_servers", [1, 2, 4])
+def test_a_primary_withstands_what_goes_on_from_an_adoption_of_its_expert(num_servers: int) -> None:
+    """The adoption comes after what stands on it: a handover, which has the word of whom it is from."""
+    world, leader, liar = settled(num_servers, skew=0.0)
+    for _ in range(10):
+        now, held = int(world.now), leader.machine.held
+        assert held is not None
+        took = adoption(liar, held, now)
+        state = {"number": 1, "version": 9, "root": held.root, "size": 1, "time": now, "successors": []}
+        seal = sign_seal(liar.identity, RUN, term=took, **state)
+        signature = sign_handover(liar.identity, RUN, seal, liar.peer)
+        more = {"seal": seal, "handover": signature}
+        after = sign_term(liar.identity, RUN, uid=UID, epoch=now + 1, boot=bytes(8), kind=TermKind.HANDOVER, **more)
+        for one in (*world.up, *world.up):
+            one.machine.ask(liar.peer, Question("probe", 0, bytes(8), after.blob, took.blob), world.now, one.wall)
+            one.settle()
+        world.run(5.0)
+        assert world.leaders == [leader] and leader.machine.primary == leader.peer, world.describe()
+
+
+def test_members_whose_clocks_are_behind_keep_up_with_a_primary_that_withstands_adoptions() -> None:
+    world, leader, liar = settled(4, skew=0.0)
+    world.sync_every = 5.0
+    others = [one for one in world.up if one is not leader]
+    for one in others:
+        one.skew = -28.0
+    for _ in range(40):
+        lie(world, liar, leader, "an adoption that is to come")
+        world.run(3.0)
+        leader.last_seal = leader.machine.held
+    assert world.leaders == [leader] and world.has_members(3)
+    assert all(len(one.steps) >= len(leader.steps) - 12.0 / world.step_period for one in others), world.describe()
 
 
 def test_an_adoption_does_not_stop_the_only_member_that_is_left() -> None:

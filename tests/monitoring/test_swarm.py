@@ -250,7 +250,7 @@ async def test_an_expert_that_no_member_has_any_more_is_lost(monkeypatch: pytest
         await node.join_run(run)
         observer = SwarmObserver(node, patterns=[run.manifest.pattern], period=30.0)
         await observer.look()
-        observer._seen["ffn"] = {(1,)}
+        observer._seen["ffn"] = {(1,), (7,)}  # one that the run has, and one that a member only names
         await observer.look()
         state = observer.state()
         assert (state["run"]["losses"], state["run"]["at_risk"]) == (-1, 2)

@@ -283,6 +283,19 @@ async def test_closing_ends_every_call() -> None:
     await runtime.aclose()
 
 
+@pytest.mark.parametrize("ask", ["call", "call_aside"])
+async def test_what_still_asks_a_closed_runtime_hears_that_it_leaves(ask: str) -> None:
+    """A peer's request may be under way when its server closes: it hears what others hear then, and tries elsewhere."""
+    runtime = TesseractRuntime()
+    await runtime.start()
+    await runtime.call_aside(lambda: None)
+    await runtime.aclose()
+    with pytest.raises(Overloaded, match="is leaving"):
+        await getattr(runtime, ask)(lambda: None)
+    with pytest.raises(Overloaded, match="is leaving"):
+        await runtime.snapshot(make_mlp()[1])
+
+
 async def test_functions_run_on_the_thread_between_batches(any_runtime: TesseractRuntime) -> None:
     assert (await any_runtime.call(threading.current_thread)).name == "tesseract-runtime-cpu"
     assert (await any_runtime.call_aside(threading.current_thread)).name.startswith("tesseract-files")

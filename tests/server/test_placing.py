@@ -62,7 +62,7 @@ async def test_a_member_goes_on_after_a_moment_without_an_address(monkeypatch: p
 
 
 @pytest.mark.slow
-async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor() -> None:
+async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor(monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(1, num_replicas=2)
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(member(run, 1, [], room=1))
@@ -76,10 +76,49 @@ async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor()
         assert not holder.server.experts and not first.keeper.tenures.tenure("ffn.0").members
         (standing,) = standings([first, holder], 1)
         assert (standing.losses, standing.word, standing.holders) == (1, "safe", (holder.node.peer_id,))
+
+        async def nobody(*_: object, **more: object) -> tuple[dict[object, object], dict[object, object]]:
+            return {}, {}
+
+        with monkeypatch.context() as patch:  # nor does it become one by a look that misses its place
+            patch.setattr("tesseract_async.server.placing.fetch_places", nobody)
+            await first.placing.look()
+            assert holder.node.peer_id in first.keeper.tenures.tenure("ffn.0").may.passive
         # who comes next gets the state, be it from the holder alone
         await first.kill()
         heir = await stack.enter_async_context(member(run, 3, [holder.node.address], room=1))
         await until(lambda: heir.leads("ffn.0") and heir.version("ffn.0") == 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_who_leaves_gives_its_last_state_to_a_holder_and_not_the_expert(
+    is_known: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not is_known:
+        monkeypatch.setattr(Survey, "unfit", lambda self, uid: frozenset())
+    run = make_run(1, num_replicas=1, sync_every=60.0)
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(member(run, 1, [], room=1))
+        seeds = [first.node.address]
+        holder = await stack.enter_async_context(member(run, 2, seeds, room=0))
+        trainer = await stack.enter_async_context(joined(run, 50, seeds))
+        await until(lambda: first.leads("ffn.0"))
+
+        def is_seen() -> bool:
+            place = first.placing.places.get(holder.node.peer_id)
+            return place is not None and "ffn.0" in place.parts and place.parts["ffn.0"].has_file
+
+        await until(is_seen)
+        for _ in range(3):
+            await ta.backward((await (await trainer.get_expert("ffn.0"))(X)).sum())
+        epoch = first.keeper.tenures.tenure("ffn.0").epoch
+        assert holder.version("ffn.0") == 0 and await first.keeper.hand_over() == 0
+        assert holder.version("ffn.0") == 3
+        said = f"ffn.0 could not be handed over to {holder.node.peer_id.short}: it cannot lead it now" in caplog.text
+        assert said is not is_known
+        await until(lambda: first.leads("ffn.0"), 10.0)
+        assert first.keeper.tenures.tenure("ffn.0").epoch == epoch, "it signed nothing away"
 
 
 async def test_who_leaves_answers_nothing_about_files_any_more() -> None:

@@ -51,3 +51,27 @@ async def test_an_expert_is_read_once_at_a_time_however_long_others_of_its_batch
     network["ffn.0"].put_nowait(None)
     await second
     assert records.wants.is_set() and records.take_wanted() == {"ffn.0"}
+
+
+async def test_what_was_read_before_this_computer_slept_is_not_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept, taken = 0.0, 0.0, list[str]()
+
+    async def read_replicas(node: Any, uids: list[str], **_: Any) -> dict[str, list[Any]]:
+        nonlocal now
+        now += slept
+        return {uid: [] for uid in uids}
+
+    async def take_in(uid: str, others: Any, records: Any) -> None:
+        taken.append(uid)
+
+    monkeypatch.setattr("tesseract_async.server.records.read_replicas", read_replicas)
+    node: Any = SimpleNamespace(initial_peers=[], trust=SimpleNamespace(shard_key=lambda uid: uid))
+    records = Records(node, {}, call_timeout=5.0, elapsed=lambda: now, take_in=take_in)
+    many = [f"ffn.{number}" for number in range(40)]  # read by the grid, where they are in many shards
+    await records.read([*many, "ffn.0"])
+    await records.read(["ffn.0"])
+    assert sorted(taken) == sorted([*many, "ffn.0"])
+    slept = 600.0
+    await records.read(many)
+    await records.read(["ffn.0"])
+    assert len(taken) == len(many) + 1

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.errors import NotAllowed, NotPrimary
+from tesseract_async.errors import NotAllowed, NotPrimary, Overloaded
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.server.other_replicas import ReplicaMismatch, ReplicaSettings, adopt_states, read_replicas
@@ -425,6 +425,15 @@ async def test_only_the_primary_may_hand_over() -> None:
             for victim in (first, second):
                 with pytest.raises(NotAllowed, match="is not the primary"):
                     await stranger.call_expert(victim.node.peer_address, messages.TAKE_OVER, body, timeout=30.0)
+        assert first.leads and not second.leads
+
+
+async def test_a_server_that_leaves_takes_nothing_over() -> None:
+    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+        await second.server.drain(timeout=30.0)
+        body = messages.encode(messages.TakeOverRequest(UID))
+        with pytest.raises(Overloaded, match="this server is leaving"):
+            await first.node.call_expert(second.node.peer_address, messages.TAKE_OVER, body, timeout=30.0)
         assert first.leads and not second.leads
 
 

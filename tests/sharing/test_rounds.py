@@ -151,11 +151,12 @@ def test_the_deadline_is_that_of_the_offsets_seen(arrivals: list[tuple[int, floa
         present.add(PEERS[peer])
         seen[peer].append(now - opened)
         if peer in last:
-            periods[peer] = max(now - last[peer], periods.get(peer, 0.0) / 2)
-        last[peer] = now
+            periods[peer] = max(now - last.pop(peer), periods.get(peer, 0.0) / 2)
+        last[peer] = now  # the latest comes last
         recent = [at for some in seen.values() for at in some[-8:]]
-        known = [one for one in periods.values() if one]
-        period = statistics.median_low(known) if len(known) >= 3 else 0.0
+        known = [(at, periods[one]) for one, at in reversed(last.items()) if periods.get(one)]
+        come = [one for at, one in known[3:] if known[0][0] - at < 4 * one]
+        period = statistics.median_low([one for _, one in known[:3]] + come) if len(known) >= 3 else 0.0
         median = statistics.median(recent)
         spread = statistics.median([abs(one - median) for one in recent])
         expected = opened + min(max(2.0, median + 4 * spread), max(2.0, interval, period))
@@ -247,6 +248,26 @@ def test_a_liar_that_comes_often_does_not_shorten_the_rounds() -> None:
                 moved, num = moved + step, num + 1
             present = set()
     assert torch.allclose(moved, torch.full((40,), float(num))) and num >= 29
+
+
+def test_members_that_are_long_gone_do_not_say_how_often_the_others_come() -> None:
+    """Seven came every ten minutes, and come no more; of three that push every ten seconds one leaves, too."""
+    rounds, known, now = Rounds(0, max_steps=64), fragment(), 0.0
+    for _ in range(3):
+        now += 600.0
+        merged(rounds, *map(push, range(3, 10)), now=now, into=known)
+    now += 3600.0
+    for _ in range(8):
+        now += 10.0
+        merged(rounds, *map(push, range(3)), now=now, into=known)
+    closing = []
+    for _ in range(10):
+        now += 10.0
+        for peer in range(2):
+            rounds.add(push(peer), rounds.version, now)
+        closing.append(rounds.closes_at(now) == now)
+        rounds.close()
+    assert closing == [False] * 2 + [True] * 8, "it is waited for in two rounds, not for twenty minutes"
 
 
 def test_a_flush_does_not_shorten_the_next_steps() -> None:
