@@ -104,7 +104,8 @@ class ExpertPool(nn.Module):
         self._experience = experience_of(node)
         self._grid = LiveGrid(np.arange(num_experts, dtype=np.int64)[:, None], (num_experts,))
         self._schemas = SchemaVote(self._experience, timeout=timeout)
-        """Shared with pools whose experts are taken to be like these."""
+        self._borrowed: SchemaVote | None = None
+        """That of another pool, whose experts are taken to be like these."""
         self._view: tuple[GridView, dict[tuple[int, ...], Sequence[ExpertReplica]]] | None = None
         """The latest one of the directory, and of it the replicas of these experts."""
         self._servers: straight.Servers | None = None
@@ -125,8 +126,8 @@ class ExpertPool(nn.Module):
 
     def take_for_like(self, other: "ExpertPool") -> None:
         """Believe what the experts of `other` say they take and answer for these, too, such as those of another layer
-        of one model, for as long as these do not prove to be others."""
-        self._schemas = other._schemas
+        of one model. Should a call fail for that, these are asked themselves, and it is made again."""
+        self._schemas = self._borrowed = other._schemas
 
     async def watch(self) -> None:
         """Begin to look who hosts these experts, with which the first call would begin. On the node's loop."""
@@ -226,7 +227,7 @@ class ExpertPool(nn.Module):
         dtype: torch.dtype,
         timeout: float | None,
     ) -> PoolAnswer:
-        made: list[tuple[MixtureCall, Sequence[torch.Tensor]]] = []
+        made: list[tuple[MixtureCall, Sequence[torch.Tensor]]] = []  # the last one holds
 
         async def through(call: MixtureCall, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             made.append((call, inputs))
@@ -236,7 +237,7 @@ class ExpertPool(nn.Module):
         arguments.versions.check()
         (x,) = arguments.args
         assert isinstance(answer, torch.Tensor) and isinstance(x, torch.Tensor)
-        return PoolAnswer(answer.to(x.dtype), *made[0], index, dtype)
+        return PoolAnswer(answer.to(x.dtype), *made[-1], index, dtype)
 
     async def replicas(self) -> Mapping[int, Sequence[ExpertReplica]]:
         """Return the known replicas of each expert; await it on the node's loop."""
@@ -289,20 +290,22 @@ class ExpertPool(nn.Module):
         pairs: list[tuple[int, Indices]],
         through: Callable[[MixtureCall, Sequence[torch.Tensor]], Awaitable[list[torch.Tensor]]],
         timeout: float | None = None,
+        candidates: Candidates | None = None,
     ) -> Structure:
         mode, settings = arguments.mode, self._settings
         if timeout is not None and timeout != settings.forward_timeout:
             settings = dataclasses.replace(settings, forward_timeout=timeout)
-        candidates = await self._candidates()
+        candidates = candidates or await self._candidates()
         if pairs and not any(candidates.replicas_of(expert) for expert, _ in pairs):
             uids = [candidates.uid(expert) for expert, _ in pairs]
             errors = {uid: ExpertNotFound(f"no live server hosts the expert {uid}") for uid in uids}
             raise NotEnoughExperts(None, len(values), errors)
-        schema = self._schemas.known
+        schemas = self._schemas
+        schema = schemas.known
         if schema is None:
             is_hosted = torch.zeros(1, self.num_experts, device="cpu")
             is_hosted[0, [expert for expert, _ in pairs if candidates.replicas_of(expert)]] = 1.0
-            schema = await self._schemas.schema(candidates, is_hosted, arguments)
+            schema = await schemas.schema(candidates, is_hosted, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
                 f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: whole numbers can't be "
@@ -318,13 +321,18 @@ class ExpertPool(nn.Module):
         try:
             *sums, _ = await through(call, [*tensors, values])
         except NotEnoughExperts as error:
-            if any(isinstance(one, SchemaMismatch | ProtocolError) for one in error.errors.values()):
+            if not any(isinstance(one, SchemaMismatch | ProtocolError) for one in error.errors.values()):
+                raise
+            if self._schemas is schemas:
                 # they may be other experts now; what those of another pool say is theirs
                 self._schemas = SchemaVote(self._experience, timeout=self._settings.forward_timeout)
-            raise
+            if schemas is not self._borrowed:
+                raise
+            # of the servers found before: some may be hidden now, for an answer that was measured by another's word
+            return await self._call(arguments, values, pairs, through, timeout, candidates)
         replicas, servers = candidates.replicas, self._servers
         holds = servers is not None and servers.replicas is replicas and servers.schema is schema
-        may_go = schema is self._schemas.known and straight.may_go(schema, settings.calls)
+        may_go = schema is schemas.known and straight.may_go(schema, settings.calls)
         if may_go and not (holds or mode.differentiable):
             # from now on, passes that are small may go there without looking
             self._servers = straight.Servers(self._experience, self.uid_prefix, replicas, schema)
@@ -336,10 +344,15 @@ class ExpertPool(nn.Module):
         """All experts; those that nobody is known to host have no replicas, and are looked up when they are asked."""
         directory = self._experience.node.directory
         view = directory.live(self._prefix, self._size)
-        if view is None:
-            await self.watch()
-            await in_time(directory.wait_warm(self._prefix), self._settings.forward_timeout)
-            view = directory.live(self._prefix, self._size)
-        if view is not None and (self._view is None or self._view[0] is not view):
-            self._view = view, {(expert,): found for expert, found in view.replicas_under(self._layer).items()}
+        if self._view is None or view is not self._view[0]:
+            found = {} if view is None else view.replicas_under(self._layer)
+            if view is None or (self._view is None and not found):
+                await self.watch()
+                # what was read while the model was loaded lacks experts that have come since
+                read = directory.wait_warm(self._prefix) if view is None else directory.wait_read(self._prefix)
+                await in_time(read, self._settings.forward_timeout)
+                view = directory.live(self._prefix, self._size)
+                found = {} if view is None else view.replicas_under(self._layer)
+            if view is not None:
+                self._view = view, {(expert,): replicas for expert, replicas in found.items()}
         return Candidates(self.uid_prefix, self._grid, {} if self._view is None else self._view[1])

@@ -109,6 +109,7 @@ class SchemaVote(Uncopied):
 
 
 def _most(schemas: Sequence[ExpertSchema]) -> ExpertSchema:
-    """Return the most frequent one; of equals the first."""
-    votes = Counter(repr((schema.inputs, schema.outputs)) for schema in schemas)
-    return max(schemas, key=lambda schema: votes[repr((schema.inputs, schema.outputs))])
+    """Return the most frequent one, in the codecs that most of these accept; of equals the first."""
+    keys = [(repr((schema.inputs, schema.outputs)), schema.codecs) for schema in schemas]
+    votes: Counter[object] = Counter([*keys, *(shapes for shapes, _ in keys)])
+    return max(zip(keys, schemas, strict=True), key=lambda one: (votes[one[0][0]], votes[one[0]]))[1]

@@ -33,6 +33,9 @@ REFRESH_PERIOD = 10.0
 """Seconds between two reads of a watched grid, unless the caller says otherwise."""
 RETRY_PERIOD = 1.0
 """Seconds until the next attempt, where reading a grid failed, or it was never read completely."""
+_NUM_PARTIAL = 5
+"""So many reads of which something was missing count as a complete one: a stranger may claim to hold records that it
+gives to nobody, and would else keep a grid from ever being used."""
 LEAST_AGE = 0.25
 """Seconds for which an answer of `ExpertDirectory.find` is kept at least, though a server says that it is outdated."""
 MAX_CACHED_UIDS = 4096
@@ -83,8 +86,10 @@ class _Grid:
         self.prefix = prefix
         self.sizes: list[tuple[int, ...]] = []
         self.warm = asyncio.Event()
+        self.num_partial = 0
+        """Reads, while it is not warm, of which something was missing."""
         self.read_at = 0.0
-        """Wall-clock time at which the latest complete read began."""
+        """Wall-clock time at which the latest read began that counts as complete."""
         self.read = asyncio.Event()
         """Set at the end of the next read, by which another event takes its place."""
         self.hurry = asyncio.Event()
@@ -207,7 +212,7 @@ class ExpertDirectory(Uncopied):
             grid.sizes.append(grid_size)
 
     async def wait_warm(self, prefix: str) -> None:
-        """Return once the watched grid was read completely; waits for the network to be joined, however long.
+        """Return once the watched grid was read completely, or some times in part; waits for the network to be joined.
 
         Raises: ValueError if the grid is not watched.
         """
@@ -352,6 +357,7 @@ class ExpertDirectory(Uncopied):
         if not entries.complete:
             # owners that this read lacks may well live: what was read of them before holds until it expires
             self.metrics.count("directory_reads_incomplete")
+            grid.num_partial += not grid.warm.is_set()
             read = {claim.owner for claim in claims}
             claims += [claim for claim in grid.claims if claim.owner not in read]
         claims = in_order_of_trust(claims, self._owners(grid.prefix))
@@ -366,8 +372,8 @@ class ExpertDirectory(Uncopied):
         await asyncio.sleep(0)
         grid.take(claims, tables)
         self.metrics.set("experts_live", len(grid.view(grid.sizes[0], self._clock())), prefix=grid.prefix)
-        if entries.complete:
-            grid.read_at = began
+        if entries.complete or grid.num_partial >= _NUM_PARTIAL:
+            grid.num_partial, grid.read_at = 0, began
             grid.warm.set()
         grid.read.set()
         grid.read = asyncio.Event()

@@ -282,7 +282,11 @@ class ExpertCalls:
             return _message(reply, plain_metas(answer.tensors), answer.encoded)  # type: ignore[arg-type]  # none is absent
         tensors = [*map(_apart, answer.tensors)]
         if codec != "none" and sum([x.nbytes for x in tensors if x is not None]) > AT_ONCE_BYTES:
-            return self.later(_compressed(reply, tensors, codec))
+
+            async def compressed() -> Message:
+                return _message(reply, *await pack(tensors, codec))
+
+            return self.later(compressed())
         return _message(reply, *pack_tensors(tensors, codec))
 
     def later(self, rest: Coroutine[object, object, Message]) -> Deferred[Message]:
@@ -464,12 +468,6 @@ class ExpertCalls:
         name = new_name()
         self.expect_backward(name, hosted, call)
         return name if self.memory.keep_inputs(name, inputs, self.owner(call)) else None
-
-
-async def _compressed(
-    reply: messages.ForwardReply | messages.BackwardReply, tensors: Sequence[torch.Tensor | None], codec: str
-) -> Message:
-    return _message(reply, *await pack(tensors, codec))
 
 
 def _message(

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import gc
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tesseract_async.client.gating_function import GatingFunction, SwitchGatingF
 from tesseract_async.client.local_mixture import LocalMixture
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, SchemaMismatch
+from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, FakeReplica, Slope, gate_with
@@ -415,6 +417,17 @@ async def test_a_liar_about_the_schema_is_outvoted(node: FakeNode) -> None:
     hosted.args_schema = (TensorSpec((9,)),)
     assert (await gate(x)).shape == (1, 2)
     assert node.count(INFO) == 3
+
+    def lie(method: str, reply: Any, buffers: list[memoryview]) -> tuple[Any, list[memoryview]]:
+        if method == INFO and reply.uid == liar:
+            reply = reply._replace(codecs=CodecPolicy(inputs=("int4_blockwise",)).encode())
+        return reply, buffers
+
+    hosted.args_schema, node.tamper = (TensorSpec((2,)),), lie
+    copied = gate_with(node, "ffn", grid_size=(4,), in_features=2, k_best=4)
+    copied.load_state_dict(gate.state_dict())
+    assert (await copied(x)).shape == (1, 2) and node.count(INFO) == 6
+    assert {codec for _, asked in node.messages for _, _, codec in asked.tensors} == {"none"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

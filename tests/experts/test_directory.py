@@ -173,6 +173,27 @@ async def test_a_grid_that_was_never_read_completely_is_read_again_soon() -> Non
 
 
 @in_made_up_time
+async def test_a_stranger_that_gives_nobody_what_it_claims_to_hold_does_not_keep_a_grid_from_being_used() -> None:
+    swarm = FakeSwarm()
+    server = await declare(swarm, 1, "ffn.1.1")
+    network = FakeNetwork(swarm, peer(0))
+    network.unreadable = {peer(9)}
+    subject = ExpertDirectory(network, refresh_period=SLOW, clock=swarm.clock)
+    subject.watch("ffn", (8, 8))
+    for _ in range(2):
+        async with asyncio.timeout(10 * RETRY_PERIOD):
+            await subject.wait_warm("ffn")
+        view, before = subject.live("ffn"), swarm.reads[grid_key("ffn")]
+        assert view is not None and view.coords.tolist() == [[1, 1]]
+        await asyncio.sleep(SLOW / 2)
+        assert swarm.reads[grid_key("ffn")] == before, "nor have it read every second"
+        subject.forget("ffn")
+        assert subject.live("ffn") is None
+    await server.aclose()
+    await subject.aclose()
+
+
+@in_made_up_time
 async def test_a_read_that_is_not_complete_forgets_nobody_and_warms_no_grid() -> None:
     swarm = FakeSwarm()
     servers = [await declare(swarm, 1, "ffn.1.1"), await declare(swarm, 2, "ffn.2.2")]
