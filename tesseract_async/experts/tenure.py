@@ -151,7 +151,9 @@ class Tenure(Duty):
             agrees = self.state is State.FOLLOWING and now < member.heard + self._lease / 2
             vote = self._vote(peer, question, now, wall)
         known = b"" if best is None or agrees or best.blob == question.term else best.blob
-        is_of_use = question.kind != "probe" or agrees or (self.may.lead and self.may.write)
+        # one that is no member would be waited for in vain, and wait itself, unless it has more
+        may_lead = self.may.lead and self.may.write and (self.state is not State.HOLDING or bool(vote))
+        is_of_use = question.kind != "probe" or agrees or may_lead
         return Response(agrees, self.held.age if self.held is not None and is_of_use else (0, 0), known, vote)
 
     def answered(

@@ -660,6 +660,23 @@ def test_a_primary_whose_members_all_died_leads_again_two_leases_after_they_fell
     assert world.now - died <= 2 * LEASE + 1.0 and world.leaders == [leader]
 
 
+def test_members_whose_expert_was_adopted_by_somebody_who_is_gone_do_not_wait_for_each_other() -> None:
+    world = World(3, 4)
+    leader = world.begin()
+    members = [one for one in world.up if one.peer in leader.machine.members]
+    adopter = next(one for one in world.up if one is not leader and one not in members)
+    for one in (leader, *members):
+        one.kill()
+    assert world.run_until(world.is_led, 3 * LEASE)
+    world.run(700.0)  # until its own state is sealed in the network; nobody else has that
+    for one in (leader, adopter):
+        one.kill()
+        world.servers.remove(one)
+    for one in members:
+        one.start()
+    assert world.run_until(world.agree, 6 * LEASE), world.describe()
+
+
 @pytest.mark.parametrize("lacks", ["lead", "write"])
 def test_a_member_that_could_not_lead_keeps_nobody_from_adopting_the_expert(lacks: str) -> None:
     world = World(3, 6)
