@@ -164,7 +164,8 @@ class Gate(nn.Module):
         normalizer_R, answers = torch.stack(normalizers).sum(0), dispatch.answers
         each = [np.empty(0, dtype=np.int64), *[call.rows for call in answers]]
         rows_L = torch.from_numpy(np.concatenate(each)).to(scores_RS.device)
-        experts_L = torch.tensor([call.expert for call in answers for _ in call.rows], dtype=torch.int64, device="cpu")
+        sizes = np.array([len(call.rows) for call in answers], dtype=np.int64)
+        experts_L = torch.from_numpy(np.repeat(np.array([call.expert for call in answers], dtype=np.int64), sizes))
         columns_LD = dispatch.candidates.grid.columns_ND[experts_L].to(scores_RS.device)
         log_L = scores_RS[rows_L[:, None], columns_LD].sum(1) - normalizer_R[rows_L]
         return factor_R * torch.zeros_like(normalizer_R).index_add(0, rows_L, log_L.exp())

@@ -24,7 +24,7 @@ class _Mask:
 
 
 class Masks(dict[tuple[PeerID, str], _Mask]):
-    """By server and uid; the one that failed longest ago comes first."""
+    """Masks by server and uid, of which the one that failed longest ago comes first."""
 
     def __init__(self) -> None:
         super().__init__()

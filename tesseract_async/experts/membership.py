@@ -459,7 +459,7 @@ class Membership:
             return  # as if nothing had been stored: it may not vote or be primary before it has read the network
         for record in records:
             if record is not None:
-                # it counted then; by the clock of now it may lie in the future
+                # it counted then; by the present clock it may lie in the future
                 seal = record if isinstance(record, Seal) else record.seal
                 last = max(record.epoch, 0 if seal is None else seal.time)
                 self.lineage.add(record, now=max(wall, EPOCH_ZERO + last))

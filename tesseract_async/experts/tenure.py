@@ -443,7 +443,7 @@ class Tenure(Duty):
         votes = evidence.given if isinstance(evidence, Poll) else {}
         self._own = OwnTerm(term, tuple(peer for peer in others if peer != self.me), votes, now=now)
         self._member.promise(epoch, self.me, now)
-        # with nobody else to ask, its own word counts, be its own line in the future by the clock of now
+        # with nobody else to ask its own word counts, even where its line lies in the future by the present clock
         self.lineage.add(term, now=wall if set(others) - {self.me} else max(wall, EPOCH_ZERO + epoch), has_term=True)
         if kind is TermKind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
             self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
