@@ -141,6 +141,7 @@ async def test_misuse_says_so() -> None:
 
 def test_waiting_ends_with_its_caller_and_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     node = ta.BackgroundNode().start()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -156,6 +157,7 @@ def test_waiting_ends_with_its_caller_and_with_the_node(monkeypatch: pytest.Monk
             node.wait(lambda done: None, lambda: None)
     finally:
         node.close()
+        signal.signal(signal.SIGINT, before)
 
 
 COMPILED = """
