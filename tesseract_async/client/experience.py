@@ -12,7 +12,7 @@ import torch
 
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
-from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
+from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, Patience, path_seconds
 from tesseract_async.client.lineages import Lineages
 from tesseract_async.client.ports import Node, PlainCalls
 from tesseract_async.client.settings import MixtureSettings
@@ -98,10 +98,12 @@ class Experience(Uncopied):
             self._ignored[peer] = None
         self.node.directory.report_failure(replica, reason="schema")
 
-    def patience(self, direction: Direction, settings: MixtureSettings) -> float:
-        """The share beyond what is usual after which a call is slow: as set, or as learned."""
-        known = settings.patience
-        return self.latencies.lateness[direction].patience if known is None else known
+    def patience(self, direction: Direction, settings: MixtureSettings) -> Patience:
+        """When a call is slow: as set, or as learned."""
+        if (known := settings.patience) is not None:
+            return Patience(known, known)
+        book = self.latencies
+        return Patience(book.lateness_alone[direction].patience, book.lateness[direction].patience)
 
     def expect_forward(
         self, call: ExpertCall, replicas: Sequence[ExpertReplica], num_bytes: int, settings: MixtureSettings
@@ -135,6 +137,8 @@ class Experience(Uncopied):
         for call in (*calls.answers, *late):
             if (usual := calls.usual_seconds(call)) is not None:
                 self.latencies.lateness[direction].observe(call.seconds, usual)
+            if call.expected is not None:
+                self.latencies.lateness_alone[direction].observe(call.seconds, call.expected)
         if direction == "backward":
             for ended, answered in ((calls.answers, True), (late, False)):
                 for call in ended:
