@@ -99,7 +99,7 @@ class Experience(Uncopied):
         self.node.directory.report_failure(replica, reason="schema")
 
     def patience(self, direction: Direction, settings: MixtureSettings) -> Patience:
-        """When a call is slow: as set, or as learned."""
+        """Return the shares beyond what is usual after which a call is slow: as set, or as learned."""
         if (known := settings.patience) is not None:
             return Patience(known, known)
         book = self.latencies

@@ -18,7 +18,7 @@ _MAX_SLOWDOWN = 4.0
 _MAX_KEYS = 65_536
 MIN_PATIENCE, MAX_PATIENCE = 0.25, 1.5
 MAX_PATIENCE_ALONE = 4.0
-"""Where nothing else tells: answers of one queue are late together."""
+"""The most before others of a pass have answered: those that wait in one queue are late together."""
 _PATIENCE_MARGIN = 1.4
 FIRST_GRACE_SECONDS = 3.0
 """For those that were never asked before: a first pass may load, compile and allocate."""

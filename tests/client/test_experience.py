@@ -88,6 +88,21 @@ async def test_a_loop_that_stood_still_blames_nobody(way: str) -> None:
 
 
 @in_made_up_time
+async def test_those_that_are_late_together_are_given_time_until_one_has_answered() -> None:
+    """As in one server's queue: within a pass all take equally long, and in another one up to four times that."""
+    node = make_swarm()
+    gate = make_gate(node)
+    for number in range(24):
+        if number == 12:
+            node.calls.clear()
+        node.delay = 0.05 * (1 + number % 4)
+        await step(node, gate)
+    assert sum(asked.num_rows for asked in node.calls if asked.method == FORWARD) == 12 * 16 * 2, "no third expert"
+    patience = node.client_state.patience("forward", gate.settings)  # type: ignore[attr-defined]
+    assert patience.beside_others < 0.6 < 1.0 < patience.alone
+
+
+@in_made_up_time
 async def test_one_that_hangs_in_every_pass_is_waited_for_once_and_each_time_counted() -> None:
     node, loop = make_swarm(), asyncio.get_running_loop()
     node.delay = 0.05

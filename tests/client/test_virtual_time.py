@@ -110,6 +110,7 @@ def test_experts_of_a_server_that_computes_one_after_another_are_given_their_tim
     assert run_in_virtual_time(main()) < 0.01
 
 
+@pytest.mark.slow
 def test_steps_that_wait_for_one_another_at_a_server_ask_nobody_else() -> None:
     """Eight steps in flight, and others' work: all answers of a pass are late together, by up to four times the usual.
 
