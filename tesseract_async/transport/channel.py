@@ -166,21 +166,14 @@ class Channel:
                 self._tls.receive_data(self._ciphertext[:count])
                 if not self._open:
                     self._handshake()
-                if self._open:
-                    self._decrypt(self._tls)
+                while self._open and not self._closed:
+                    if not (count := self._tls.read_into(self.receiver.get_buffer())):
+                        break
+                    self.receiver.buffer_updated(count)
+        except EOFError:
+            self.close()
         except ProtocolError as error:
             self._fail(error)
-
-    def _decrypt(self, tls: TlsMachine) -> None:
-        while not self._closed:
-            try:
-                count = tls.read_into(self.receiver.get_buffer())
-            except EOFError:
-                self.close()
-                return
-            if not count:
-                return
-            self.receiver.buffer_updated(count)
 
     def _handshake(self) -> None:
         assert self._tls is not None
