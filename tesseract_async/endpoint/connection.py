@@ -130,7 +130,7 @@ class Connection:
     def count_bytes(self) -> None:
         for channel in self._channels:
             if channel is not None:
-                received, sent = channel.pipe.bytes_received, channel.pipe.bytes_sent
+                received, sent = channel.bytes_received, channel.bytes_sent
                 old_received, old_sent = channel.bytes_counted
                 channel.bytes_counted = (received, sent)
                 self._metrics.count("transport_bytes_received", received - old_received)
@@ -363,7 +363,7 @@ class Connection:
         for lane, channel in enumerate(self._channels):
             if channel is None:
                 continue
-            drained = channel.pipe.bytes_sent - channel.pipe.unsent
+            drained = channel.bytes_sent - channel.pipe.unsent
             if drained != self._drained[lane] or not channel.paused:
                 self._drained[lane], self._drained_at[lane] = drained, now
             elif now - self._drained_at[lane] > UNREAD_TIMEOUT:
