@@ -101,7 +101,7 @@ class Connection:
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._sinks: dict[int, asyncio.Future[Message] | Callable[[ReplyEvent], None]] = {}
-        """Where a call's reply goes: its parts, if it has some, then the end or the failure."""
+        """The takers of calls' replies: of the parts, if there are some, then of the end or the failure."""
         self._handlers = Handlers(
             self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._send
         )

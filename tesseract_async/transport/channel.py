@@ -53,7 +53,7 @@ class Channel:
         self.bytes_received = self.bytes_sent = 0
         """Raw bytes so far: what a data quota counts."""
         self.bytes_counted = (0, 0)
-        """What of them the metrics know of."""
+        """The bytes that the metrics know of."""
         self._tls = tls
         self._ciphertext: memoryview | None = None
         self._open = False
