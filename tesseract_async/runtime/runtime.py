@@ -534,7 +534,7 @@ class TesseractRuntime(Uncopied):
             for work, outcome in outcomes.items():
                 if not isinstance(outcome, WorkResult):
                     self._batcher.remove(work)  # the rest of a split request
-            seconds = self._batcher.finish(batches, now)
+            seconds = self._batcher.finish(batches, now, computed.spent(executor))
             self._busy_seconds += now - (self._busy_since or now)
             self._num_running -= len(batches)
             self._busy_since = now if self._num_running else None
