@@ -33,7 +33,7 @@ class ExpertQueues:
         alike are expected to be of it, too; each pass looks whether they are."""
 
     def of_joint(
-        self, backends: Sequence[ExpertBackend], counts: Sequence[int], seconds: float, *, training: bool
+        self, backends: Sequence[ExpertBackend], counts: Sequence[int], seconds: float, *, training: bool = False
     ) -> BatchQueue | None:
         """Return the queue of forwards that all of these experts compute in one pass, each `counts` of the rows.
 
