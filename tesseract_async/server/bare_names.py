@@ -185,8 +185,8 @@ class BareNames:
         self._disputed: set[tuple[str, PeerID]] = set()
 
     def primary(self, uid: str) -> PeerID | None:
-        primary = self._experts[uid].primary
-        return None if primary is None else owner_of(primary)
+        one = self._experts.get(uid)
+        return None if one is None or one.primary is None else owner_of(one.primary)
 
     def forget(self, uid: str) -> None:
         self._experts[uid].synced_from = None

@@ -45,20 +45,11 @@ class ReplicaKeeper(Succession):
         self._server, self._node = server, server.node
         self._source = server.states
         self._source.max_bytes, self._source.reuse = settings.max_copies_bytes, reuse
-        authorities = {uid: server.node.trust.authority(split_uid(uid)[0]) for uid in server.experts}
-        self.tenures = Tenures(
-            server,
-            {uid: authority for uid, authority in authorities.items() if authority is not None},
-            call_timeout=settings.call_timeout,
-            elapsed=elapsed,
-        )
-        self.bare = BareNames(
-            server,
-            [uid for uid, authority in authorities.items() if authority is None],
-            self._source,
-            settings=settings,
-            elapsed=elapsed,
-        )
+        found = {uid: server.node.trust.authority(split_uid(uid)[0]) for uid in server.experts}
+        self._authorities = {uid: authority for uid, authority in found.items() if authority is not None}
+        self.tenures = Tenures(server, call_timeout=settings.call_timeout, elapsed=elapsed)
+        bare = [uid for uid in found if uid not in self._authorities]
+        self.bare = BareNames(server, bare, self._source, settings=settings, elapsed=elapsed)
         self._moving: dict[str, asyncio.Future[None]] = {}  # being handed over
         self._looking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -69,7 +60,7 @@ class ReplicaKeeper(Succession):
         self._server.handle(messages.TENURE, self.tenures.answer)
         self._server.restoring.lay_aside = self.tenures.files.lay_aside
         self._source.find_sealed, self.tenures.source = self.tenures.files.find, self._source
-        await self.tenures.start()
+        await self.tenures.start(self._authorities)
         await self._look_and_log()
         self._task = asyncio.create_task(self._keep(), name="server: replicas")
         return self
