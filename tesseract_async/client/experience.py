@@ -12,7 +12,7 @@ import torch
 
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
-from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
+from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook
 from tesseract_async.client.lineages import Lineages
 from tesseract_async.client.ports import Node, PlainCalls
 from tesseract_async.client.settings import MixtureSettings
@@ -69,8 +69,10 @@ class Experience(Uncopied):
         """Servers that host something else under a uid than others do; the latest ones."""
 
     def path_seconds(self, replica: ExpertReplica, num_bytes: float) -> float:
-        """Seconds that `num_bytes`, both ways together, are on their way to and from this replica."""
-        return path_seconds(self.node.path(replica.peer), num_bytes)
+        """Seconds that `num_bytes`, both ways together, are on their way to and from this replica: 0.0 where nothing is
+        known of the path."""
+        round_trip, bytes_per_second = self.node.path(replica.peer) or (0.0, 0.0)
+        return round_trip + (num_bytes / bytes_per_second if bytes_per_second > 0 else 0.0)
 
     def by_expectation(
         self, replicas: Sequence[ExpertReplica], now: float, num_bytes: float, *, primary_first: bool = False

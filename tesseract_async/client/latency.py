@@ -1,7 +1,7 @@
 """The latency of replicas so far, for choosing among them, hedging and latency-aware gating. Pure.
 
-A call is expected to take the way there and back (`path_seconds`, of the path in use *now*) plus what calls took beyond
-that so far: the server's queue and its work.
+A call is expected to take the way there and back (`Experience.path_seconds`, of the path in use *now*) plus what calls
+took beyond that so far: the server's queue and its work.
 """
 
 from collections import deque
@@ -25,14 +25,6 @@ BLOCK_SECONDS = 0.1
 """For how long at least a server that was overloaded is not asked again."""
 _MIN_FOR_PATIENCE = 32
 _RELEARN_EVERY = 16
-
-
-def path_seconds(path: tuple[float, float] | None, num_bytes: float) -> float:
-    """Seconds for `num_bytes` over a path, as ``Node.path`` tells it: 0.0 where nothing is known of it."""
-    if path is None:
-        return 0.0
-    round_trip, bytes_per_second = path
-    return round_trip + (num_bytes / bytes_per_second if bytes_per_second > 0 else 0.0)
 
 
 @dataclass(slots=True)

@@ -1,5 +1,6 @@
 """Takes batches that came together through the executor: in one pass, or each in its own. Belongs to its thread."""
 
+import time
 from collections.abc import Hashable, Sequence
 from functools import partial
 
@@ -30,7 +31,7 @@ class Trial:
 class DevicePass:
     """Batches that the device computes at once: one as an attempt, several together."""
 
-    __slots__ = ("batches", "trial", "together", "launch", "complete", "outcomes")
+    __slots__ = ("batches", "trial", "together", "launch", "complete", "outcomes", "_began")
 
     def __init__(self, batches: list[Batch], trial: Trial | None = None) -> None:
         self.batches = batches
@@ -39,6 +40,7 @@ class DevicePass:
 
     def stage(self, executor: GroupExecutor) -> None:
         """Bring the batches to the device, which then takes them through `launch`, `complete` and `outcomes`."""
+        self._began = time.thread_time()
         if self.trial is not None and len(self.batches) > 1:
             self.together = together = executor.stage_together(self.trial.group, [each.slices for each in self.batches])
             self.launch = partial(executor.launch_together, together)
@@ -48,6 +50,13 @@ class DevicePass:
             attempt = executor.stage(self.batches[0].slices)
             self.launch, self.complete = partial(executor.launch, attempt), partial(executor.complete, attempt)
             self.outcomes = partial(executor.outcomes, attempt)
+
+    def spent(self, executor: GroupExecutor) -> float | None:
+        """Return the processor's seconds since it was staged; None where they are not what it took: the device is
+        another one, or the expert may do more than compute, such as wait for something."""
+        if executor.staging.overlaps or not isinstance(self.batches[0].queue.group, Group):
+            return None
+        return time.thread_time() - self._began
 
     def learn(self, executor: GroupExecutor, seconds: float) -> None:
         """Note what it took, for the choice of the ways of later ones."""

@@ -100,6 +100,7 @@ class TesseractRuntime(Uncopied):
         self._num_gathering = 0
         self._is_gathering = False  # within one turn of the loop: nothing is awaited meanwhile
         self._gathers = False  # until the end of this turn
+        self._was_alone = False  # the request before the next one
         self._closing = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -290,8 +291,9 @@ class TesseractRuntime(Uncopied):
 
     def gather_turn(self) -> None:
         """As `gathering`, until the end of this turn of the loop: the calls of those who were answered together come
-        together, too."""
-        if not self._gathers and self._loop is not None:
+        together, too. Not where the request finds the device idle, as the one before it did: such a caller is alone."""
+        before, self._was_alone = self._was_alone, self._is_idle and not self._gathers
+        if not self._gathers and not (before and self._was_alone) and self._loop is not None:
             self._gathers = True
             self._num_gathering += 1
             self._loop.call_soon(self._end_turn)
@@ -478,7 +480,7 @@ class TesseractRuntime(Uncopied):
             for work, outcome in outcomes.items():
                 if not isinstance(outcome, WorkResult):
                     self._batcher.remove(work)  # the rest of a split request
-            seconds = self._batcher.finish(batches, now)
+            seconds = self._batcher.finish(batches, now, computed.spent(executor))
             self._busy_seconds += now - (self._busy_since or now)
             self._num_running -= len(batches)
             self._busy_since = now if self._num_running else None
