@@ -309,12 +309,14 @@ class TesseractNode(Uncopied):
         if self._started is None:
             raise RuntimeError("this node is not started: use `async with TesseractNode(...)`, or await node.start()")
 
-    def _check_loop(self) -> None:
-        if self._started is not None and asyncio.get_running_loop() is not self._started.loop:
+    def _check_loop(self) -> _Started:
+        started = self._started or self._running  # which says what is missing
+        if asyncio.get_running_loop() is not started.loop:
             raise RuntimeError(
                 "this node runs on another event loop than this call: await it there (for instance by "
                 "asyncio.run_coroutine_threadsafe), or give each loop a node of its own"
             )
+        return started
 
     def _build(self, sock: socket.socket) -> _Started:
         host, port = sock.getsockname()[:2]
@@ -607,14 +609,14 @@ class TesseractNode(Uncopied):
 
         Raises: PeerUnreachable for a peer that may not host one of them; RuntimeError on another event loop.
         """
-        self._check_loop()
+        started = self._check_loop()
         self.metrics.count("expert_calls", method=method)
         for uid in uids if self.trust.has_runs else uids[:1]:  # outside of runs, a peer may host all experts or none
             if not self.trust.may_host(peer.peer_id, uid):
                 self.metrics.count("expert_calls_held_back", method=method)
                 refusal = NotAllowed(f"it may not host {uid}: nothing is sent there")
                 raise PeerUnreachable(peer.short, {"policy": refusal})
-        return None if peer.peer_id == self.identity.peer_id else self._running.endpoint
+        return None if peer.peer_id == self.identity.peer_id else started.endpoint
 
     def _own_call(
         self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int

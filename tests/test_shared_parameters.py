@@ -302,6 +302,15 @@ async def test_whatever_fails_at_the_end_no_host_stays_behind() -> None:
                 shared.attach(Failing())
         with pytest.raises(RuntimeError, match="enter them by `async with`"):
             shared.step()
+        broken = make_model(1)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="inference"):
+            with torch.inference_mode():
+                broken.register_buffer("mean", torch.zeros(3))  # such a tensor is never written
+            async with SharedParameters(node, broken, run="broken"):
+                pass
+        # what hosted the pieces has left with it
+        async with SharedParameters(node, make_model(1), run="broken"):
+            pass
 
 
 async def test_another_model_is_refused_by_name() -> None:
@@ -312,7 +321,7 @@ async def test_another_model_is_refused_by_name() -> None:
                 pass
 
 
-async def test_a_nan_of_ones_own_is_not_sent() -> None:
+async def test_a_nan_of_ones_own_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model(1)
     async with sharing(model, every=1) as (_, shared):
         before = shared.merged()
@@ -321,7 +330,12 @@ async def test_a_nan_of_ones_own_is_not_sent() -> None:
         report = await shared.step()
         assert isinstance(report, SharingReport) and report.num_unsound >= 1
         await shared.flush()
+        assert "a NaN or infinity here, and are not shared" in caplog.text
         assert torch.equal(weight(shared.merged()), weight(before))
+    async with ta.TesseractNode() as node:
+        with pytest.raises(ValueError, match=r"0\.weight: a run begins with finite values"):
+            async with SharedParameters(node, model, run="unsound"):
+                pass
 
 
 async def test_a_graph_that_is_alive_is_an_error_at_its_backward() -> None:

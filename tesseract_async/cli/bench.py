@@ -5,20 +5,22 @@ import time
 
 import click
 
-from tesseract_async.cli.options import expert_class_option, find_code_here, json_option, threads_option
+from tesseract_async.cli.flags import options_of
+from tesseract_async.cli.options import find_code_here, json_option
 from tesseract_async.cli.running import asynchronous, importing, set_up_logging, spinner
+from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.cli.types import ROWS, Number
 
 UID = "bench.0"
 
 
 @click.command("bench")
-@expert_class_option
+@options_of(ServeOptions)["expert_class"]
 @click.option("--in-features", default=1024, type=ROWS, help="Measure experts that take rows of this many numbers.")
 @click.option("--rows", default=256, type=ROWS, help="Send this many rows in each call.")
 @click.option("--seconds", default=2.0, type=Number(0.1, 86400), help="Spend this long on each measurement.")
 @click.option("--device", default="cpu", help="Compute on this device, such as cpu or cuda:0.")
-@threads_option
+@options_of(ServeOptions)["threads"]
 @json_option
 @asynchronous
 async def command(

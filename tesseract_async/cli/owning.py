@@ -5,21 +5,12 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
-from tesseract_async.cli.options import (
-    grouped,
-    host_towards,
-    identity_option,
-    initial_peers_option,
-    join,
-    json_option,
-    log_options,
-    several_option,
-    with_options,
-)
+from tesseract_async.cli.flags import chain, grouped, several_option
+from tesseract_async.cli.options import host_towards, initial_peers_option, join, json_option, log_options
 from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
 from tesseract_async.cli.swarm_picture import safety
@@ -55,9 +46,11 @@ class OwnerOptions:
     """The run that a command is about, the owner who gives the command, and the swarm."""
 
     name: str
-    identity: Path
+    identity: Annotated[Path, EXISTING_FILE]
+    """Sign with this key file, of the owner or a delegate."""
     initial_peers: tuple[str, ...]
-    join_as: Path | None
+    join_as: Annotated[Path | None, FILE] = None
+    """Join with the key in this file, if only listed members may join."""
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[tuple[TesseractNode, RunKeeper]]:
@@ -80,17 +73,8 @@ class OwnerOptions:
             yield RunOwner(node.network, Identity.load(self.identity), keeper)
 
 
-_owner_group = grouped(
-    "owner",
-    OwnerOptions,
-    click.argument("name", metavar="NAME[@PEER_ID]"),
-    click.option(
-        "--identity", required=True, type=EXISTING_FILE, help="Sign with this key file, of the owner or a delegate."
-    ),
-    initial_peers_option(required=True),
-    identity_option("--join-as"),
-)
-owner_options = with_options(_owner_group, log_options)
+_owner_name = click.argument("name", metavar="NAME[@PEER_ID]")
+owner_options = chain(grouped("owner", OwnerOptions, _owner_name, initial_peers_option(required=True)), log_options)
 """For what the owner of a run or a delegate does: an `OwnerOptions` as the argument `owner`."""
 
 

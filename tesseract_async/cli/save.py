@@ -6,7 +6,8 @@ from typing import Final
 import click
 
 from tesseract_async.admission import Policy
-from tesseract_async.cli.options import NodeOptions, allow_file_option, join, node_options, several_option
+from tesseract_async.cli.flags import options_of, several_option
+from tesseract_async.cli.options import NodeOptions, Visit, join, node_options
 from tesseract_async.cli.running import asynchronous, progress_bar, say
 from tesseract_async.cli.types import EXISTING_FILE, FOLDER, PATTERN, PERIOD, counted
 from tesseract_async.errors import CheckpointError, ExpertNotFound, sentence_of
@@ -43,7 +44,7 @@ MAX_TOLD: Final = 8
     "--num-at-once", default=4, type=click.IntRange(1, 64), help="Download this many experts at the same time."
 )
 @click.option("--timeout", default=60.0, type=PERIOD, help="Wait at most this long for each piece of an expert.")
-@allow_file_option
+@options_of(Visit)["members"]
 @node_options
 @asynchronous
 async def save(

@@ -7,9 +7,10 @@ import click
 from click.core import ParameterSource
 
 from tesseract_async.admission import Policy
-from tesseract_async.cli.access import access_options, training_option
+from tesseract_async.cli.access import server_access_options
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.options import NodeOptions, Sectioned, check_folder, find_code_here, node_options
+from tesseract_async.cli.flags import Sectioned
+from tesseract_async.cli.options import NodeOptions, check_folder, find_code_here, node_options
 from tesseract_async.cli.running import asynchronous, importing, spinner
 from tesseract_async.cli.serve_options import ServeOptions, serve_options
 from tesseract_async.cli.volunteer_options import volunteer_options
@@ -33,8 +34,7 @@ SIZES = {
 )
 @serve_options
 @volunteer_options
-@access_options
-@training_option
+@server_access_options
 @node_options
 @config_option
 @asynchronous

@@ -1,36 +1,15 @@
 """The options of `tesseract serve`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import click
 
-from tesseract_async.cli.options import (
-    FIRST,
-    checkpoint_options,
-    expert_class_option,
-    grouped,
-    hold_option,
-    max_batch_size_option,
-    optimizer_option,
-    several_option,
-    sizes_option,
-    step_options,
-    threads_option,
-)
-from tesseract_async.cli.types import (
-    FOLDER,
-    LEARNING_RATE,
-    METRICS_ADDRESS,
-    PATTERN,
-    PERIOD,
-    ROWS,
-    SECONDS,
-    TEXT_OR_FILE,
-)
+from tesseract_async.cli.flags import FIRST, Flag, grouped
+from tesseract_async.cli.options import ExpertOptions
+from tesseract_async.cli.types import FOLDER, METRICS_ADDRESS, PERIOD, ROWS, SECONDS, TEXT_OR_FILE, THREADS
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.run import Scalar
 from tesseract_async.server.contract import check_name
 
 MAX_EXPERTS = 16384
@@ -38,48 +17,64 @@ MAX_EXPERTS = 16384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
+class ServeOptions(ExpertOptions):
     """The options that say what to host, and how, as the user gave them."""
 
-    patterns: Sequence[ExpertPattern]
-    num_experts: int | None
-    hold_bytes: int | None
-    run_name: str | None
-    grant: str | None
-    allowed_modules: Sequence[str]
-    expert_class: str
-    sizes: Sequence[tuple[str, Scalar]]
-    optimizer: str | None
-    learning_rate: float
-    max_batch_size: int
-    seed: int
-    devices: Sequence[str]
-    threads: int
-    autocast: str | None
-    compile_mode: str | None
-    cuda_graphs: bool
-    preferred_sizes: Sequence[int]
-    checkpoint_dir: Path | None
-    checkpoint_period: float
-    sync_every: float
-    ttl: float
-    stall_timeout: float
-    leave_within: float
-    report_period: float | None
-    optimizer_option: Sequence[tuple[str, Scalar]] = ()
-    schedule: str | None = None
-    schedule_option: Sequence[tuple[str, Scalar]] = ()
-    training: Sequence[tuple[str, Scalar]] = ()
-    shard: str | None = None
-    hf_checkpoint: Path | None = None
-    dtype: str | None = None
-    master: str | None = None
-    step: str = "async"
+    step: Literal["async", "lockstep"] = "async"
+    """Step each expert as gradients come, or all at once when their one trainer says so."""
+    shard: Annotated[str | None, Flag(metavar="fsdp|tp|MODULE:FUNCTION")] = None
+    """Spread each expert over all processes of the job that torchrun has started, by this plan."""
+    checkpoint_period: Annotated[float, PERIOD] = 60.0
+    """Save often enough that a crash loses at most this much work, such as '5 min'."""
+
+    patterns: Annotated[tuple[ExpertPattern, ...], Flag("--experts", metavar="PATTERN")] = ()
+    """Host these experts, such as ffn.3.7 or 'ffn.[0:4].[0:16]'."""
+    num_experts: Annotated[int | None, click.IntRange(1, MAX_EXPERTS)] = None
+    """Host this many experts of the pattern or run, free ones first; of a run, as many as fit by default."""
+    run_name: Annotated[str | None, Flag("--run", metavar="NAME[@PEER_ID]")] = None
+    """Take part in this training run, whose owner sets its experts."""
+    grant: Annotated[str | None, TEXT_OR_FILE, Flag(metavar="TEXT|FILE")] = None
+    """Show this grant or invite of the run's owner, once."""
+    devices: Annotated[tuple[str, ...], Flag("--device")] = ("cpu",)
+    """Compute on this device, such as cpu or cuda:1, or spread the experts over several."""
+    checkpoint_dir: Annotated[Path | None, FOLDER] = None
+    """Keep the experts in this folder, and go on from there after a restart."""
+
+    hold_bytes: int | None = None
+    """Keep states of other members' experts of the run on this much disk, such as '20 GB'; 0 for none."""
+    allowed_modules: Annotated[tuple[str, ...], Flag("--allow-module", metavar="MODULE")] = ()
+    """Let a run use experts from this Python module, whose code then runs on this computer."""
     name: str = ""
-    metrics_port: str | None = None
+    """Show this machine by this name in dashboards and lists of contributors."""
+
+    threads: Annotated[int, THREADS] = 1
+    """Use this many CPU threads for one computation."""
+
+    metrics_port: Annotated[str | None, METRICS_ADDRESS, Flag(metavar="[HOST:]PORT")] = None
+    """Serve this node's metrics for Prometheus on this port, under /metrics."""
+
+    autocast: Literal["bf16", "fp16"] | None = None
+    """Compute in this shorter number type where it is safe."""
+    compile_mode: Annotated[str | None, Flag("--compile", metavar="MODE")] = None
+    """Use torch.compile in this mode, such as default."""
+    cuda_graphs: bool = False
+    """Record the forward pass of each preferred size as a CUDA graph, on a GPU."""
+    preferred_sizes: Annotated[tuple[int, ...], ROWS, Flag("--preferred-size")] = ()
+    """Cut batches at this number of rows, and pad them to it with --compile or --cuda-graphs."""
+    sync_every: Annotated[float, PERIOD] = 30.0
+    """Be at most this far behind other servers whose experts this one follows."""
+    ttl: Annotated[float, PERIOD] = 45.0
+    """Let others forget this server this long after it vanished."""
+    stall_timeout: Annotated[float, PERIOD] = 60.0
+    """Consider a device hung once a batch has taken this long."""
+    leave_within: Annotated[float, SECONDS] = 30.0
+    """Finish work for at most this long when leaving."""
+    report_period: Annotated[float | None, PERIOD] = None
+    """Print the experts' versions as a line of JSON this often."""
 
     def __post_init__(self) -> None:
         """Raises: ValueError, click.BadParameter."""
+        ExpertOptions.__post_init__(self)
         check_name(self.name)
         if not self.patterns and self.run_name is None:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
@@ -87,10 +82,6 @@ class ServeOptions:
             self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1 or self.step == "lockstep"
         ):
             raise click.UsageError("--shard goes with one --device, without --compile, --cuda-graphs, --step lockstep")
-        if self.hf_checkpoint is None and (self.dtype or self.master):
-            raise click.UsageError("--dtype and --master go with --hf-checkpoint")
-        if self.schedule is None and self.schedule_option:
-            raise click.UsageError("--schedule-option goes with --schedule")
         if self.hf_checkpoint is not None and (self.shard or self.sizes or self.autocast):
             raise click.UsageError("--hf-checkpoint goes without --shard, --size and --autocast (say --dtype)")
         for pattern in self.patterns if self.num_experts is None else ():
@@ -105,115 +96,12 @@ class ServeOptions:
 serve_options = grouped(
     "serving",
     ServeOptions,
-    FIRST,
-    several_option(
-        "--experts",
-        "patterns",
-        type=PATTERN,
-        metavar="PATTERN",
-        help="Host these experts, such as ffn.3.7 or 'ffn.[0:4].[0:16]'.",
-    ),
-    click.option(
-        "--num-experts",
-        type=click.IntRange(1, MAX_EXPERTS),
-        help="Host this many experts of the pattern or run, free ones first; of a run, as many as fit by default.",
-    ),
-    click.option(
-        "--run",
-        "run_name",
-        metavar="NAME[@PEER_ID]",
-        help="Take part in this training run, whose owner sets its experts.",
-    ),
-    click.option(
-        "--grant", type=TEXT_OR_FILE, metavar="TEXT|FILE", help="Show this grant or invite of the run's owner, once."
-    ),
-    several_option(
-        "--device",
-        "devices",
-        default=("cpu",),
-        help="Compute on this device, such as cpu or cuda:1, or spread the experts over several.",
-    ),
-    click.option(
-        "--checkpoint-dir", type=FOLDER, help="Keep the experts in this folder, and go on from there after a restart."
-    ),
-    "Experts",
-    expert_class_option,
-    sizes_option,
-    checkpoint_options,
-    click.option(
-        "--step",
-        type=click.Choice(["async", "lockstep"]),
-        default="async",
-        help="Step each expert as gradients come, or all at once when their one trainer says so.",
-    ),
-    optimizer_option,
-    click.option(
-        "--learning-rate",
-        default=1e-3,
-        type=LEARNING_RATE,
-        help="Train at this rate; if given, it replaces a checkpoint's.",
-    ),
-    *step_options,
-    max_batch_size_option,
-    click.option("--seed", default=0, help="Draw the experts' first weights from this seed and their uids."),
-    click.option(
-        "--shard",
-        metavar="fsdp|tp|MODULE:FUNCTION",
-        help="Spread each expert over all processes of the job that torchrun has started, by this plan.",
-    ),
-    click.option(
-        "--checkpoint-period",
-        default=60.0,
-        type=PERIOD,
-        help="Save often enough that a crash loses at most this much work, such as '5 min'.",
-    ),
-    "Run",
-    hold_option,
-    several_option(
-        "--allow-module",
-        "allowed_modules",
-        metavar="MODULE",
-        help="Let a run use experts from this Python module, whose code then runs on this computer.",
-    ),
-    click.option(
-        "--name",
-        default="",
-        show_default=False,
-        help="Show this machine by this name in dashboards and lists of contributors.",
-    ),
-    "Limits",
-    threads_option,
-    "Network",
-    click.option(
-        "--metrics-port",
-        metavar="[HOST:]PORT",
-        type=METRICS_ADDRESS,
-        help="Serve this node's metrics for Prometheus on this port, under /metrics.",
-    ),
-    "Advanced",
-    click.option(
-        "--autocast", type=click.Choice(["bf16", "fp16"]), help="Compute in this shorter number type where it is safe."
-    ),
-    click.option("--compile", "compile_mode", metavar="MODE", help="Use torch.compile in this mode, such as default."),
-    click.option(
-        "--cuda-graphs", is_flag=True, help="Record the forward pass of each preferred size as a CUDA graph, on a GPU."
-    ),
-    several_option(
-        "--preferred-size",
-        "preferred_sizes",
-        type=ROWS,
-        help="Cut batches at this number of rows, and pad them to it with --compile or --cuda-graphs.",
-    ),
-    click.option(
-        "--sync-every",
-        type=PERIOD,
-        default=30.0,
-        help="Be at most this far behind other servers whose experts this one follows.",
-    ),
-    click.option("--ttl", default=45.0, type=PERIOD, help="Let others forget this server this long after it vanished."),
-    click.option(
-        "--stall-timeout", type=PERIOD, default=60.0, help="Consider a device hung once a batch has taken this long."
-    ),
-    click.option("--leave-within", type=SECONDS, default=30.0, help="Finish work for at most this long when leaving."),
-    click.option("--report-period", type=PERIOD, help="Print the experts' versions as a line of JSON this often."),
+    sections={
+        "expert_class": "Experts",
+        "patterns": FIRST,
+        "hold_bytes": "Run",
+        "threads": "Limits",
+        "metrics_port": "Network",
+        "autocast": "Advanced",
+    },
 )

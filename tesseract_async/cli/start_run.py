@@ -3,68 +3,72 @@
 import ipaddress
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import click
 from click.core import ParameterSource
 
 from tesseract_async.cli.config_file import config_option
+from tesseract_async.cli.flags import Flag, grouped
 from tesseract_async.cli.options import (
     JOIN_TIMEOUT,
+    PAIRS,
+    ExpertOptions,
     NodeOptions,
-    checkpoint_options,
-    expert_class_option,
+    Pairs,
     find_code_here,
     host_towards,
     join,
-    max_batch_size_option,
     node_options,
-    optimizer_option,
-    pairs_option,
-    several_option,
-    sizes_option,
-    step_options,
-    with_options,
 )
 from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
-from tesseract_async.cli.types import GRID, LEARNING_RATE, PEER, counted, seconds
+from tesseract_async.cli.types import GRID, LEARNING_RATE, PAIR, counted, seconds
 from tesseract_async.experts.grants import GRANT_SECONDS, Invite
 from tesseract_async.experts.ownership import MEMBER, RunOwner, adopt_servers, with_delegates
-from tesseract_async.experts.run import RunManifest, Scalar, sign_run
+from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 
-Pairs = tuple[tuple[str, Scalar], ...]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(ExpertOptions):
+    """The options that describe a new run."""
+
+    prefix: str = "ffn"
+    """Begin the experts' uids with this word."""
+    grid: Annotated[tuple[int, ...] | None, GRID, Flag(metavar="32x32")] = None
+    """Make this many experts in each dimension."""
+    codec: Annotated[Pairs, PAIR, Flag(metavar=PAIRS)] = ()
+    """Shorten the numbers of inputs, outputs or gradients on the wire, such as inputs=bf16"""
+    learning_rate: Annotated[float, LEARNING_RATE] = 1e-3
+    """Train with this learning rate."""
+    seed: Annotated[int, click.IntRange(0, 2**63 - 1)] = 0
+    """Draw first weights from this seed."""
+    is_open: Annotated[bool, Flag("--open")] = False
+    """Let everybody host and train, not only those with a grant."""
+    delegates: Annotated[tuple[PeerID, ...], Flag("--delegate", metavar="PEER_ID")] = ()
+    """Let this peer grant, revoke and appoint as you do."""
+    replicas: Annotated[int, click.IntRange(1, 16)] = 3
+    """Keep this many more copies of each expert."""
+    lease: Annotated[float, seconds(1, 86400)] = 30.0
+    """Replace a primary that is silent for this long."""
+    sync_every: Annotated[float, seconds(1, 86400)] = 30.0
+    """Copy each expert to its replicas this often."""
+
+    def __post_init__(self) -> None:
+        """Raises: click.UsageError."""
+        if (self.grid is None) == (self.hf_checkpoint is None):
+            raise click.UsageError("say --grid, or --hf-checkpoint, whose model gives the grid")
+        ExpertOptions.__post_init__(self)
 
 
 @click.command("create")
 @click.argument("name")
-@click.option("--prefix", default="ffn", help="Begin the experts' uids with this word.")
-@click.option("--grid", type=GRID, metavar="32x32", help="Make this many experts in each dimension.")
-@expert_class_option
-@sizes_option
-@checkpoint_options
-@optimizer_option
-@click.option("--learning-rate", default=1e-3, type=LEARNING_RATE, help="Train with this learning rate.")
-@with_options(*step_options)
-@max_batch_size_option
-@pairs_option("codec", "Shorten the numbers of inputs, outputs or gradients on the wire, such as inputs=bf16")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Draw first weights from this seed.")
-@click.option("--open", "is_open", is_flag=True, help="Let everybody host and train, not only those with a grant.")
-@several_option(
-    "--delegate",
-    "delegates",
-    type=PEER,
-    metavar="PEER_ID",
-    help="Let this peer grant, revoke and appoint as you do.",
-)
-@click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep this many more copies of each expert.")
-@click.option("--lease", default=30.0, type=seconds(1, 86400), help="Replace a primary that is silent for this long.")
-@click.option("--sync-every", default=30.0, type=seconds(1, 86400), help="Copy each expert to its replicas this often.")
+@grouped("options", RunOptions)
 @click.option(
     "--adopt", is_flag=True, help="Take over the experts that servers host under this prefix outside of runs."
 )
@@ -74,34 +78,7 @@ Pairs = tuple[tuple[str, Scalar], ...]
 @node_options
 @config_option
 @asynchronous
-async def create(
-    *,
-    name: str,
-    prefix: str,
-    grid: tuple[int, ...] | None,
-    expert_class: str,
-    sizes: Pairs,
-    hf_checkpoint: Path | None,
-    dtype: str | None,
-    master: str | None,
-    optimizer: str | None,
-    learning_rate: float,
-    optimizer_option: Pairs,
-    schedule: str | None,
-    schedule_option: Pairs,
-    max_batch_size: int,
-    training: Pairs,
-    codec: Pairs,
-    seed: int,
-    is_open: bool,
-    delegates: tuple[PeerID, ...],
-    replicas: int,
-    lease: float,
-    sync_every: float,
-    adopt: bool,
-    once: bool,
-    node: NodeOptions,
-) -> int:
+async def create(*, name: str, options: RunOptions, adopt: bool, once: bool, node: NodeOptions) -> int:
     """Start a training run: sign the description of all its experts.
 
     Prints the full name, NAME@PEER_ID, and an invite: with it, `tesseract join` is all that others need. Then stays
@@ -115,52 +92,55 @@ async def create(
         raise click.UsageError("--once needs --initial-peers: without others, the manifest would vanish with this node")
     if adopt and not node.initial_peers:
         raise click.UsageError("--adopt needs --initial-peers, to find the servers")
-    if (grid is None) == (hf_checkpoint is None):
-        raise click.UsageError("say --grid, or --hf-checkpoint, whose model gives the grid")
-    if hf_checkpoint is None and (dtype or master):
-        raise click.UsageError("--dtype and --master go with --hf-checkpoint")
-    if ":" in expert_class:
+    if ":" in options.expert_class:
         find_code_here()
 
     from tesseract_async.server.run_experts import complete
 
-    what: dict[str, Any] = {"grid_size": grid, "expert": expert_class, "sizes": dict(sizes), "seed": seed}
-    if hf_checkpoint is not None:
+    optimizer = options.optimizer
+    what: dict[str, Any] = {
+        "grid_size": options.grid,
+        "expert": options.expert_class,
+        "sizes": dict(options.sizes),
+        "seed": options.seed,
+    }
+    if options.hf_checkpoint is not None:
         from tesseract_async.transformers.serving import manifest_fields, shards_of
         from tesseract_async.transformers.shards import Checkpoint
 
-        checkpoint = Checkpoint(hf_checkpoint)
+        checkpoint = Checkpoint(options.hf_checkpoint)
         if click.get_current_context().get_parameter_source("optimizer") is ParameterSource.DEFAULT:
             optimizer = "adamw"  # as Transformers trains
         with spinner("reading the checkpoint"):
-            what = {**manifest_fields(checkpoint, dtype=dtype, master=master), "shards": shards_of(checkpoint)}
+            fields = manifest_fields(checkpoint, dtype=options.dtype, master=options.master)
+            what = {**fields, "shards": shards_of(checkpoint)}
     manifest = RunManifest(
         name=name,
-        prefix=prefix,
+        prefix=options.prefix,
         **what,
         optimizer=optimizer,
-        optimizer_options={"learning_rate": learning_rate} | dict(optimizer_option),
-        schedule=schedule,
-        schedule_options=dict(schedule_option),
-        training={"max_batch_size": max_batch_size} | dict(training),
-        codecs={direction: "none" if value is None else value for direction, value in codec},
+        optimizer_options={"learning_rate": options.learning_rate} | dict(options.optimizer_option),
+        schedule=options.schedule,
+        schedule_options=dict(options.schedule_option),
+        training={"max_batch_size": options.max_batch_size} | dict(options.training),
+        codecs={direction: "none" if value is None else value for direction, value in options.codec},
         created=int(time.time() * 1000),
-        mode="open" if is_open else "granted",
-        num_replicas=replicas,
-        lease=lease,
-        sync_every=sync_every,
+        mode="open" if options.is_open else "granted",
+        num_replicas=options.replicas,
+        lease=options.lease,
+        sync_every=options.sync_every,
     )
     # the author's own code may run here
     manifest = complete(manifest, allowed_modules=[manifest.expert.partition(":")[0]])
     async with node.make() as author, StatusService(author):
-        signed = sign_run(author.identity, with_delegates(manifest, author.identity, delegates))
+        signed = sign_run(author.identity, with_delegates(manifest, author.identity, options.delegates))
         if once:
             await join(author)  # nobody else would keep the manifest
         with spinner("joining the network"):
             await author.network.wait_joined(JOIN_TIMEOUT)
-            hosting = await author.directory.read_grid(prefix, manifest.grid_size) if adopt else {}
+            hosting = await author.directory.read_grid(options.prefix, manifest.grid_size) if adopt else {}
             if adopt and not hosting:
-                raise click.ClickException(f"no server hosts experts of the bare prefix {prefix!r} now")
+                raise click.ClickException(f"no server hosts experts of the bare prefix {options.prefix!r} now")
             holders = await publish_run(author.network, signed)
             authority = await author.join_run(signed)
             keeper = await enter_run(
@@ -187,7 +167,7 @@ async def create(
             invite=invite,
             holders=holders,
             manifest=manifest.fields()
-            | {"delegates": list(map(str, delegates)), "shards": [one.hex() for one in manifest.shards]},
+            | {"delegates": list(map(str, options.delegates)), "shards": [one.hex() for one in manifest.shards]},
             adopted=adopted,
         )
         if once:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 
@@ -24,7 +25,10 @@ class Versions:
     """The in-place versions of some tensors; other objects among them are left out."""
 
     def __init__(self, leaves: Iterable[object] = ()) -> None:
-        self._noted = [(x, x._version) for x in leaves if isinstance(x, torch.Tensor) and not x.is_inference()]
+        self._noted: list[tuple[torch.Tensor, int]] = []
+        for x in leaves:  # no comprehension: another call of a function, before Python 3.12
+            if isinstance(x, torch.Tensor) and not x.is_inference():
+                self._noted.append((x, x._version))
 
     def check(self) -> None:
         """Raises: RuntimeError if one was changed since it was noted."""
@@ -51,7 +55,7 @@ class Arguments:
         local one.
         """
         tensors: list[torch.Tensor] = []
-        taken = tuple([_taken(value, tensors) for value in args])
+        taken = tuple(map(_taken, args, repeat(tensors)))
         keywords = {key: _taken(value, tensors) for key, value in kwargs.items()} if kwargs else {}
         seed = int(_drawn.random_(2**62)) if training else 0
         mode = CallMode(training, seed, torch.is_grad_enabled())

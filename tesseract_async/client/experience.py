@@ -12,7 +12,7 @@ import torch
 
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
-from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, Patience, path_seconds
+from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, Patience
 from tesseract_async.client.lineages import Lineages
 from tesseract_async.client.ports import Node, PlainCalls
 from tesseract_async.client.settings import MixtureSettings
@@ -69,8 +69,10 @@ class Experience(Uncopied):
         """Servers that host something else under a uid than others do; the latest ones."""
 
     def path_seconds(self, replica: ExpertReplica, num_bytes: float) -> float:
-        """Seconds that `num_bytes`, both ways together, are on their way to and from this replica."""
-        return path_seconds(self.node.path(replica.peer), num_bytes)
+        """Seconds that `num_bytes`, both ways together, are on their way to and from this replica: 0.0 where nothing is
+        known of the path."""
+        round_trip, bytes_per_second = self.node.path(replica.peer) or (0.0, 0.0)
+        return round_trip + (num_bytes / bytes_per_second if bytes_per_second > 0 else 0.0)
 
     def by_expectation(
         self, replicas: Sequence[ExpertReplica], now: float, num_bytes: float, *, primary_first: bool = False
@@ -134,14 +136,13 @@ class Experience(Uncopied):
     def learn(self, calls: CallsUnderWay, seconds: float) -> None:
         """Takes in a pass that took so long: how far its answers scattered, and who was waited for in vain."""
         direction, late = calls.direction, calls.late
-        for call in (*calls.answers, *late):
-            if (usual := calls.usual_seconds(call)) is not None:
-                self.latencies.lateness[direction].observe(call.seconds, usual)
-            if call.expected is not None:
-                self.latencies.lateness_alone[direction].observe(call.seconds, call.expected)
+        ended = [*calls.answers, *late]
+        seen = [call.seconds for call in ended]
+        self.latencies.lateness[direction].observe(seen, calls.usual_seconds(ended))
+        self.latencies.lateness_alone[direction].observe(seen, [call.expected for call in ended])
         if direction == "backward":
-            for ended, answered in ((calls.answers, True), (late, False)):
-                for call in ended:
+            for some, answered in ((calls.answers, True), (late, False)):
+                for call in some:
                     self.latencies.observe((call.uid, direction), call.seconds, answered=answered)
         if late:
             self._grace[direction] = 0.0
@@ -186,8 +187,8 @@ class GridExperience:
         for ended, has_answered in ((calls.answers, True), (calls.given_up, False)):
             for call in ended:
                 coords, num_bytes = candidates.coords(call.expert), row_bytes * len(call.rows)
-                paths = (self._of_node.path_seconds(r, num_bytes) for r in candidates.replicas_of(call.expert))
-                beyond = max(0.0, call.seconds - min(paths))
+                paths = [self._of_node.path_seconds(r, num_bytes) for r in candidates.replicas_of(call.expert)]
+                beyond = max(0.0, call.seconds - (paths[0] if len(paths) == 1 else min(paths)))
                 known = self._seconds.get(coords, beyond)
                 if not has_answered:
                     beyond = max(beyond, known)  # it takes longer than that

@@ -21,7 +21,7 @@ from tesseract_async.client.dispatch import StrictForward
 from tesseract_async.client.experience import experience_of
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
-from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
+from tesseract_async.client.ports import Node, PlainCalls, deliver
 from tesseract_async.client.routing import Candidates, Indices, LiveGrid, cut
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, MixtureSettings
@@ -249,7 +249,7 @@ class ExpertPool(nn.Module):
         self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> tuple[Arguments, torch.Tensor, list[tuple[int, Indices]]]:
         """The arguments of a call made now, the weight of every expert for every row, and the experts' rows."""
-        check_running(self._node)
+        self._node.check_running()
         self._check(x, index, weights)
         arguments = Arguments.now((x,), {}, training=self.training)
         pairs = self._pairs(index.cpu().numpy())

@@ -49,6 +49,8 @@ class ExpertSchema:
     """... and the outputs."""
     row_bytes: int = field(init=False)
     """Bytes of one row's inputs and outputs together, uncompressed."""
+    varies: bool = field(init=False)
+    """True if a size varies from call to call."""
     _settled: dict[Codecs, Codecs] = field(init=False, default_factory=dict, compare=False)
     _sized: dict[int, "ExpertSchema"] = field(init=False, default_factory=dict, compare=False, repr=False)
 
@@ -59,6 +61,7 @@ class ExpertSchema:
         object.__setattr__(self, "output_specs", tuple(flatten(self.outputs)))
         specs = (*self.input_specs, *self.output_specs)
         object.__setattr__(self, "row_bytes", sum(spec.row_bytes for spec in specs))
+        object.__setattr__(self, "varies", any(spec.varies for spec in self.input_specs))
 
     def settle(self, preference: Codecs) -> Codecs:
         """The codecs that calls with this preference use. Raises: SchemaMismatch if there is none."""
@@ -69,6 +72,8 @@ class ExpertSchema:
 
     def sized(self, inputs: Sequence[torch.Tensor | None]) -> "ExpertSchema":
         """The schema of a call with these inputs, which fit it: with what varies as it is there."""
+        if not self.varies:
+            return self
         size = size_of(self.input_specs, [None if x is None else x.shape for x in inputs])
         if size is None:
             return self

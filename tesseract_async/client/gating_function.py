@@ -16,7 +16,7 @@ from tesseract_async.client.gate import Gate, Mixed, sound
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
-from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
+from tesseract_async.client.ports import Node, PlainCalls, deliver
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.client.routing import uid_at
 from tesseract_async.client.schema_vote import SchemaVote
@@ -100,7 +100,7 @@ class GatingFunction(Gate):
 
         A row gets fewer than `k_best` only where fewer live. Raises: as `forward`; NotEnoughExperts if no expert lives.
         """
-        check_running(self._node)
+        self._node.check_running()
         with torch.no_grad():
             scores_RS = self._scores(self._rows((x,), {})[0][0])
         return deliver(
@@ -182,7 +182,7 @@ class GatingFunction(Gate):
     ) -> Coroutine[object, object, Mixed]:
         """Everything that belongs to the moment of the call: scores, modes, seed."""
         refuse_wrappers()
-        check_running(self._node)
+        self._node.check_running()
         arguments = Arguments.now((x, *args), kwargs, training=self.training)
         returns = self._own_dtype(x)
         arguments = replace(arguments, casts=arguments.casts or returns is not None)

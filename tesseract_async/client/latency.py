@@ -1,11 +1,11 @@
 """The latency of replicas so far, for choosing among them, hedging and latency-aware gating. Pure.
 
-A call is expected to take the way there and back (`path_seconds`, of the path in use *now*) plus what calls took beyond
-that so far: the server's queue and its work.
+A call is expected to take the way there and back (`Experience.path_seconds`, of the path in use *now*) plus what calls
+took beyond that so far: the server's queue and its work.
 """
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,14 +28,6 @@ BLOCK_SECONDS = 0.1
 """For how long at least a server that was overloaded is not asked again."""
 _MIN_FOR_PATIENCE = 32
 _RELEARN_EVERY = 16
-
-
-def path_seconds(path: tuple[float, float] | None, num_bytes: float) -> float:
-    """Seconds for `num_bytes` over a path, as ``Node.path`` tells it: 0.0 where nothing is known of it."""
-    if path is None:
-        return 0.0
-    round_trip, bytes_per_second = path
-    return round_trip + (num_bytes / bytes_per_second if bytes_per_second > 0 else 0.0)
 
 
 class Patience(NamedTuple):
@@ -66,10 +58,11 @@ class Lateness:
         self.patience = MAX_PATIENCE
         """The share beyond what is expected, between `MIN_PATIENCE` and `most`."""
 
-    def observe(self, seconds: float, expected: float) -> None:
-        """An answer took so long, or had taken it when it was given up, where `expected` was usual."""
-        self._recent.append(seconds / max(expected, 1e-9))
-        self._num_new += 1
+    def observe(self, seconds: Sequence[float], expected: Sequence[float | None]) -> None:
+        """Answers took so long, or had taken it when they were given up, where `expected` was usual."""
+        new = [took / (usual or 1e-9) for took, usual in zip(seconds, expected, strict=True) if usual is not None]
+        self._recent += new
+        self._num_new += len(new)
         if self._num_new >= _RELEARN_EVERY and len(self._recent) >= _MIN_FOR_PATIENCE:
             self._num_new = 0
             ordered = sorted(self._recent)

@@ -80,6 +80,11 @@ class PlainCalls(Uncopied):
         """Raises: RuntimeError where `run` would."""
         raise NotImplementedError
 
+    def check_running(self) -> None:
+        """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
+        self.check()
+        self.node.check_running()
+
     def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """The coroutine's result; blocks meanwhile."""
         raise NotImplementedError
@@ -91,14 +96,6 @@ class PlainCalls(Uncopied):
     def begin(self, coroutine: Coroutine[object, object, None]) -> None:
         """Have the coroutine run on the node's loop, and do not wait for it."""
         raise NotImplementedError
-
-
-def check_running(given: Node | PlainCalls) -> None:
-    """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
-    if isinstance(given, PlainCalls):
-        given.check()
-        given = given.node
-    given.check_running()
 
 
 def deliver(given: Node | PlainCalls, coroutine: Coroutine[object, object, T]) -> Coroutine[object, object, T] | T:

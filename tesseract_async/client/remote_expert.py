@@ -17,7 +17,7 @@ from tesseract_async.client.experience import experience_of
 from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt
 from tesseract_async.client.failover import ask_best, ask_primary
 from tesseract_async.client.isolated import NO_GRAD, isolated
-from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
+from tesseract_async.client.ports import Node, PlainCalls, deliver
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, check_max_staleness, check_timeout
 from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable, SchemaMismatch, TesseractError
 from tesseract_async.experts.grid import ExpertReplica
@@ -141,7 +141,7 @@ class RemoteExpert(nn.Module):
         Raises at once: RuntimeError inside ``torch.utils.checkpoint`` and torch.func, and if the node is not running.
         """
         refuse_wrappers()
-        check_running(self._node)
+        self._node.check_running()
         options = self.options
         if not self.training and self._eval_staleness is not None:
             options = dataclasses.replace(options, max_staleness=self._eval_staleness)
@@ -155,7 +155,7 @@ class RemoteExpert(nn.Module):
 
     def info(self) -> Any:
         """The expert's inputs and outputs (`ExpertSchema`), asked of its server once; await it. Raises: as a call."""
-        check_running(self._node)
+        self._node.check_running()
         return deliver(self._node, self._info())
 
     async def _info(self) -> ExpertSchema:

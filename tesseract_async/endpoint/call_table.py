@@ -69,7 +69,8 @@ class CallTable:
         check: Callable[[IncomingCall, str], None] = lambda call, uid: None,
     ) -> None:
         self._name = name
-        self._actions: dict[str, Action] = dict(uid_methods or {})
+        self.actions: dict[str, Action] = dict(uid_methods or {})
+        """The action that a caller of each method takes."""
         self._check = check
         self._by_method: dict[str, CallHandler] = {}
         self._by_uid: dict[str, Mapping[str, CallHandler]] = {}
@@ -80,14 +81,14 @@ class CallTable:
 
     def add(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
         """Answer calls of `method`, whatever their body. Raises: ValueError if the method is taken."""
-        if method in self._actions:
+        if method in self.actions:
             raise ValueError(f"{method} has a handler already")
-        self._actions[method] = action
+        self.actions[method] = action
         self._by_method[method] = handler
 
     def remove(self, method: str) -> None:
         if self._by_method.pop(method, None) is not None:
-            del self._actions[method]
+            del self.actions[method]
 
     def host(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
         """Answer calls for `uid` by their method. `handlers` is read at each call: it may change meanwhile.
@@ -101,20 +102,13 @@ class CallTable:
     def unhost(self, uid: str) -> None:
         self._by_uid.pop(uid, None)
 
-    def action_of(self, method: str) -> Action:
-        """The action that a caller of this method takes. Raises: UnknownMethod."""
-        action = self._actions.get(method)
-        if action is None:
-            raise UnknownMethod(f"no such method at {self._name}: {method}")
-        return action
-
     def find(self, call: IncomingCall) -> CallHandler:
         """The handler of this call. Raises: UnknownMethod, ExpertNotFound, or what `check` raises."""
         method = call.method
         if (handler := self._by_method.get(method)) is not None:
             return handler
-        if method not in self._actions:
-            self.action_of(method)  # says so
+        if method not in self.actions:
+            raise UnknownMethod(f"no such method at {self._name}: {method}")
         return self.find_for(call, uid_of(call.body), method)
 
     def find_for(self, call: IncomingCall, uid: str | None, method: str, *, is_checked: bool = False) -> CallHandler:

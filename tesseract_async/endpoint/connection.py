@@ -100,10 +100,10 @@ class Connection:
         self._drained = [0, 0]  # bytes that had left each channel when it last moved ...
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
-        self._sinks: dict[int, Callable[[ReplyEvent], None]] = {}
-        """Functions that take a call's reply: its parts, if it has some, then the end or the failure."""
+        self._sinks: dict[int, asyncio.Future[Message] | Callable[[ReplyEvent], None]] = {}
+        """The takers of calls' replies: of the parts, if there are some, then of the end or the failure."""
         self._handlers = Handlers(
-            self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._handler_done
+            self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._send
         )
         self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
@@ -130,7 +130,7 @@ class Connection:
     def count_bytes(self) -> None:
         for channel in self._channels:
             if channel is not None:
-                received, sent = channel.pipe.bytes_received, channel.pipe.bytes_sent
+                received, sent = channel.bytes_received, channel.bytes_sent
                 old_received, old_sent = channel.bytes_counted
                 channel.bytes_counted = (received, sent)
                 self._metrics.count("transport_bytes_received", received - old_received)
@@ -140,11 +140,14 @@ class Connection:
         self,
         head: RequestHead,
         buffers: tuple[memoryview, ...],
+        sink: asyncio.Future[Message] | Callable[[ReplyEvent], None],
         *,
         deadline: float,
         reserve_reply: bool,
         in_parts: bool = False,
     ) -> int:
+        """Start a call, and send it: at once where it is alone here, as the one before it was, else together with those
+        that this turn of the loop still brings."""
         if self._lost_reason is not None:
             raise ConnectionLost(self.protocol.peer, self._lost_reason)
         now = self._loop.time()
@@ -152,31 +155,28 @@ class Connection:
             head, buffers, deadline=deadline, reserve_reply=reserve_reply, now=now, in_parts=in_parts
         )
         self.last_used = now
+        self._sinks[stream] = sink
         if self._timer is None or deadline < self._timer_at:
             self._arm_timer()
+        before, self._was_alone = self._was_alone, len(self._sinks) == 1
+        self._send(at_once=before and self._was_alone)
         return stream
 
-    def _send_call(self) -> None:
-        """Send a call that was just started: at once where it is alone here, as the one before it was, else together
-        with those that this turn of the loop still brings."""
-        is_alone, before = len(self._sinks) == 1, self._was_alone
-        self._was_alone = is_alone
-        if is_alone and before:
-            self._send_at_once()
-        else:
-            self._schedule_flush()
-
-    def _send_at_once(self) -> None:
-        """Send the small frames that wait without another turn of the loop; a flush sends what can't be sent so."""
-        channel, lane = self._channels[MAIN], self.protocol.lanes[MAIN]
-        if self._flush_scheduled or channel is None or channel.paused or lane.large or not lane.small:
+    def _send(self, at_once: bool) -> None:
+        """Send what waits, `at_once` small frames without another turn of the loop; a flush sends what can't be sent
+        so."""
+        core = self.protocol.core
+        channel, lane = self._channels[MAIN], core.lanes[MAIN]
+        if core.life.num_on_bulk:  # the other channel is looked after from here
+            self._arm_timer()
+        if not at_once or self._flush_scheduled or channel is None or channel.paused or lane.large or not lane.small:
             self._schedule_flush()
             return
         try:
-            channel.write(self.protocol.data_to_send(MAIN, 0))
+            channel.write(lane.data_to_send(0, core.now))
         except ProtocolError as error:
             self._loop.call_soon(self.abort, describe(error))
-        if self._budgets.changed or self.protocol.core.events or self.protocol.has_data():  # a flush sees to them
+        if self._budgets.changed or core.events or self.protocol.has_data():  # a flush sees to them
             self._schedule_flush()
 
     def call(
@@ -187,38 +187,21 @@ class Connection:
 
         Raises: ConnectionLost, MessageTooLarge; TypeError and ValueError for a bad body.
         """
-        stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply)
         future: asyncio.Future[Message] = self._loop.create_future()
-
-        def take(event: ReplyEvent) -> None:
-            del self._sinks[stream]
-            if future.done():
-                return
-            if isinstance(event, CallFailed):
-                future.set_exception(event.error)
-            else:
-                future.set_result(Message(event.body, event.buffers))
-
-        self._sinks[stream] = take
-        self._send_call()
-        return stream, future
+        return self._start_call(head, buffers, future, deadline=deadline, reserve_reply=reserve_reply), future
 
     async def call_parts(
         self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
     ) -> AsyncGenerator[Message, None]:
         """As `call`, for a reply that may come in parts: yields each as it comes. Closing it cancels the call."""
-        stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply, in_parts=True)
         parts: asyncio.Queue[ReplyEvent] = asyncio.Queue()
 
         def take(event: ReplyEvent) -> None:
             while isinstance(event, CallFailed) and event.drops_parts and not parts.empty():
                 parts.get_nowait()
-            if not isinstance(event, PartReceived):
-                del self._sinks[stream]
             parts.put_nowait(event)
 
-        self._sinks[stream] = take
-        self._send_call()
+        stream = self._start_call(head, buffers, take, deadline=deadline, reserve_reply=reserve_reply, in_parts=True)
         is_first = more = True
         try:
             while more:
@@ -243,22 +226,18 @@ class Connection:
     ) -> Callable[[], None]:
         """As `call_parts`, without a task: `sink` is given each part, and last the end or the failure. Returns a
         function that cancels it, which does nothing once it is over."""
-        stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=False, in_parts=True)
 
         def take(event: ReplyEvent) -> None:
             if isinstance(event, PartReceived):
                 self.protocol.outgoing.part_taken(stream)
                 self._schedule_flush()
-            else:
-                del self._sinks[stream]
             sink(event)
 
         def cancel() -> None:
             if stream in self._sinks:
                 self.cancel_call(stream)
 
-        self._sinks[stream] = take
-        self._send_call()
+        stream = self._start_call(head, buffers, take, deadline=deadline, reserve_reply=False, in_parts=True)
         return cancel
 
     def cancel_call(self, stream: int) -> None:
@@ -269,8 +248,38 @@ class Connection:
     def _look(self) -> None:
         if self._budgets.changed:
             self._budgets.deliver()
-        if self.protocol.core.events:
-            self._handle_events()
+        core = self.protocol.core
+        if not core.events:
+            return
+        events, core.events = core.events, []
+        for event in events:
+            match event:
+                case ReplyReceived() | PartReceived() | CallFailed():
+                    is_part = type(event) is PartReceived
+                    sink = self._sinks.get(event.stream) if is_part else self._sinks.pop(event.stream, None)
+                    if not isinstance(sink, asyncio.Future):
+                        if sink is not None:
+                            sink(event)
+                    elif sink.done():
+                        pass
+                    elif isinstance(event, CallFailed):
+                        sink.set_exception(event.error)
+                    else:
+                        sink.set_result(Message(event.body, event.buffers))
+                case CallReceived():
+                    self.last_used = self._loop.time()
+                    if not self._handlers.received(event):
+                        self._schedule_flush()
+                    if self._timer is None or event.deadline < self._timer_at:
+                        self._arm_timer()
+                case PartWanted():
+                    self._handlers.part_wanted(event.stream)
+                case CallCancelled():
+                    self._handlers.cancel(event.stream)
+                case BulkWanted():
+                    self._bulk_task = self._loop.create_task(self._run_open_bulk())
+                case PeerClosed():
+                    self.abort(f"the peer closed it: {event.reason}")
 
     def _wake(self) -> None:
         self._look()
@@ -324,35 +333,6 @@ class Connection:
         self._tell_dropped("peer_does_not_read", why)
         self.abort(why)
 
-    def _handle_events(self) -> None:
-        for event in self.protocol.events():
-            match event:
-                case ReplyReceived() | PartReceived() | CallFailed():
-                    if (sink := self._sinks.get(event.stream)) is not None:
-                        sink(event)
-                case CallReceived():
-                    self.last_used = self._loop.time()
-                    if not self._handlers.received(event):
-                        self._schedule_flush()
-                    if self._timer is None or event.deadline < self._timer_at:
-                        self._arm_timer()
-                case PartWanted():
-                    self._handlers.part_wanted(event.stream)
-                case CallCancelled():
-                    self._handlers.cancel(event.stream)
-                case BulkWanted():
-                    self._bulk_task = self._loop.create_task(self._run_open_bulk())
-                case PeerClosed():
-                    self.abort(f"the peer closed it: {event.reason}")
-
-    def _handler_done(self, is_last: bool) -> None:
-        if is_last:  # no other will soon have something to send, too
-            self._send_at_once()
-        elif not self._flush_scheduled:
-            self._schedule_flush()
-        if self.protocol.life.num_on_bulk:  # the other channel is looked after from here
-            self._arm_timer()
-
     async def _run_open_bulk(self) -> None:
         try:
             await self._open_bulk(self)
@@ -383,7 +363,7 @@ class Connection:
         for lane, channel in enumerate(self._channels):
             if channel is None:
                 continue
-            drained = channel.pipe.bytes_sent - channel.pipe.unsent
+            drained = channel.bytes_sent - channel.pipe.unsent
             if drained != self._drained[lane] or not channel.paused:
                 self._drained[lane], self._drained_at[lane] = drained, now
             elif now - self._drained_at[lane] > UNREAD_TIMEOUT:

@@ -7,7 +7,7 @@ from typing import Final
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import BulkWanted, ConnectionEvent
-from tesseract_async.endpoint.lanes import BULK, MAIN, FrameHandler, Lane, Sending
+from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Sending
 from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.windows import Windows
 from tesseract_async.errors import MessageTooLarge, ProtocolError
@@ -122,9 +122,15 @@ class ConnectionCore:
         self.budgets = budgets
         self.owner = owner
         self.now = now
-        self.handlers: dict[int, FrameHandler] = {}
+        self.handlers: dict[int, frames.FrameHandler] = {}
         main, bulk = (
-            Lane(index, self.handlers, chunk_started=self._chunk_started, chunk_finished=chunk_finished)
+            Lane(
+                index,
+                self.handlers,
+                pace=budgets.pace,
+                chunk_started=self._chunk_started,
+                chunk_finished=chunk_finished,
+            )
             for index in (MAIN, BULK)
         )
         self.lanes = (main, bulk)

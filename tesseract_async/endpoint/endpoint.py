@@ -163,7 +163,8 @@ class Endpoint(Uncopied):
         self.dialer.accept(pipe)
 
     def _answer(self, call: IncomingCall) -> Answer:
-        if (error := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
+        action = self._table.actions.get(call.method)
+        if action is not None and (error := self._refusal(call.peer_id, action)) is not None:
             raise error
         return self._table.find(call)(call)
 

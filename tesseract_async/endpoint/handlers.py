@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
@@ -23,6 +24,7 @@ STARTS_PER_TURN: Final = 128
 whether the peer reads them."""
 
 
+@dataclass(slots=True, eq=False)
 class Deferred(Awaitable[Result], Generic[Result]):
     """A result that follows from a future. As the answer of a handler, a message, it takes no task.
 
@@ -30,16 +32,9 @@ class Deferred(Awaitable[Result], Generic[Result]):
     instead where nobody waits any more.
     """
 
-    def __init__(
-        self,
-        future: asyncio.Future[Any],
-        *,
-        finish: "Callable[[], Result | Deferred[Result]]",
-        cancel: Callable[[], object],
-    ) -> None:
-        self.future = future
-        self.finish = finish
-        self.cancel = cancel
+    future: asyncio.Future[Any]
+    finish: "Callable[[], Result | Deferred[Result]]" = field(kw_only=True)
+    cancel: Callable[[], object] = field(kw_only=True)
 
     def __await__(self) -> Generator[object, object, Result]:
         try:
@@ -86,36 +81,13 @@ class Handlers:
         self._started = 0  # since the last flush
         self._may_send: dict[int, asyncio.Event] = {}  # of replies in parts
 
-    def received(self, event: CallReceived) -> bool:
+    def received(self, event: CallReceived, *, was_held: bool = False) -> bool:
         """Start the call's handler. False if it is held until a flush."""
-        if self._held or self._started >= STARTS_PER_TURN or self._protocol.backlog > self._max_backlog:
+        if not was_held and (
+            self._held or self._started >= STARTS_PER_TURN or self._protocol.backlog > self._max_backlog
+        ):
             self._held[event.stream] = event
             return False
-        self._start(event)
-        return True
-
-    def cancel(self, stream: int) -> None:
-        self._held.pop(stream, None)
-        running = self._running.pop(stream, None)
-        if running is not None:
-            running.cancel()
-
-    def part_wanted(self, stream: int) -> None:
-        if (may_send := self._may_send.get(stream)) is not None:
-            may_send.set()
-
-    def flushed(self) -> bool:
-        """Start held calls, resume replies in parts. Return whether more calls may start after the next flush."""
-        self._started = 0
-        while self._held and self._started < STARTS_PER_TURN and self._protocol.backlog <= self._max_backlog:
-            self._start(self._held.pop(next(iter(self._held))))
-        if self._protocol.backlog > self._max_backlog:
-            return False
-        for may_send in self._may_send.values():
-            may_send.set()
-        return bool(self._held)
-
-    def _start(self, event: CallReceived) -> None:
         self._started += 1
         head = event.head
         call = IncomingCall(
@@ -134,13 +106,35 @@ class Handlers:
         except Exception as error:  # a handler may raise anything
             self._fail(stream, call.method, error)
             self._done(False)
-            return
+            return True
         if type(answer) is Deferred:
             self._defer(stream, call.method, answer)
-            return
+            return True
         task = self._running[stream] = self._loop.create_task(self._run(stream, call.method, call.in_parts, answer))
         self.tasks.add(task)
         task.add_done_callback(partial(self._ended, answer))
+        return True
+
+    def cancel(self, stream: int) -> None:
+        self._held.pop(stream, None)
+        running = self._running.pop(stream, None)
+        if running is not None:
+            running.cancel()
+
+    def part_wanted(self, stream: int) -> None:
+        if (may_send := self._may_send.get(stream)) is not None:
+            may_send.set()
+
+    def flushed(self) -> bool:
+        """Start held calls, resume replies in parts. Return whether more calls may start after the next flush."""
+        self._started = 0
+        while self._held and self._started < STARTS_PER_TURN and self._protocol.backlog <= self._max_backlog:
+            self.received(self._held.pop(next(iter(self._held))), was_held=True)
+        if self._protocol.backlog > self._max_backlog:
+            return False
+        for may_send in self._may_send.values():
+            may_send.set()
+        return bool(self._held)
 
     def _defer(self, stream: int, method: str, deferred: Deferred[Message]) -> None:
         self._running[stream] = deferred

@@ -1,7 +1,7 @@
 """The first frames on a fresh channel: both sides say hello, and the channel finds its connection."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tesseract_async.errors import HandshakeFailed, ProtocolError
 from tesseract_async.identity import PeerID
@@ -11,6 +11,14 @@ from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.tls import TlsMachine
 from tesseract_async.wire import frames, heads
 from tesseract_async.wire.heads import Hello
+
+
+def _refuse(index: int, flags: int, stream: int, payload: memoryview) -> None:
+    raise HandshakeFailed("hello", "the peer did not begin with a hello")
+
+
+_REFUSED: dict[int, frames.FrameHandler] = dict.fromkeys(range(256), _refuse)
+"""Handlers of every kind of frame."""
 
 
 class Handshake:
@@ -39,6 +47,8 @@ class Handshake:
         self.origin = pipe.origin
         self.description = pipe.description
         self.dialed = own is not None
+        self.index = 0
+        self.handlers: Mapping[int, frames.FrameHandler] = _REFUSED | {frames.HELLO: self._hello_received}
         self._own = own
         self._answer_for = answer_for
         self._expected = expected
@@ -77,9 +87,7 @@ class Handshake:
         if not self.done.done():
             self.done.set_exception(error or HandshakeFailed("eof", "the peer hung up during the handshake"))
 
-    def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
-        if kind != frames.HELLO:
-            raise HandshakeFailed("hello", "the peer did not begin with a hello")
+    def _hello_received(self, index: int, flags: int, stream: int, payload: memoryview) -> None:
         try:
             hello = heads.decode_hello(payload)
         except ProtocolError:

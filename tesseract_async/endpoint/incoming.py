@@ -138,7 +138,7 @@ class IncomingCalls:
                 self.fail(stream, Overloaded("too many calls are under way here", retry_after=0.5))
                 return
             self._counted += more
-        if self._quotas is None or self._within_quota(self._quotas, call, call.small):
+        if self._within_quota(call, call.small):
             self._deliver(call, value, buffers)
 
     def _settle(self) -> None:
@@ -159,7 +159,7 @@ class IncomingCalls:
             core.count_idle()
             self.fail(stream, error)
             return
-        if self._quotas is not None and not self._within_quota(self._quotas, call, announced.size):
+        if not self._within_quota(call, announced.size):
             return  # chunks that are on their way are skipped
         if announced.room not in (frames.ROOM_WINDOW, frames.ROOM_ASKED):
             raise ProtocolError("malformed BEGIN")
@@ -171,9 +171,9 @@ class IncomingCalls:
         if call.room is None or call.room.released:
             core.count_idle()
 
-    def _within_quota(self, quotas: Quotas, call: ReceivedCall, size: int) -> bool:
+    def _within_quota(self, call: ReceivedCall, size: int) -> bool:
         """Count a request; one that is too much is answered at once, before anything is done or received for it."""
-        wait = quotas.begin(self._peer_id, size, self._core.now)
+        wait = None if self._quotas is None else self._quotas.begin(self._peer_id, size, self._core.now)
         call.metered = wait == 0.0
         if not wait:
             return True

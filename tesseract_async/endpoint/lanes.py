@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tesseract_async.errors import ProtocolError
 from tesseract_async.wire import frames
 
 MAIN: Final = 0
@@ -21,9 +20,6 @@ SMALL_PORTION: Final = 256 * 1024
 """Portion of large messages that goes at once while there are small calls, which wait for it."""
 CALM: Final = 0.2
 """Seconds without a small call after which portions grow."""
-
-FrameHandler = Callable[[int, int, int, memoryview], None]
-"""Takes a frame that is no chunk: its lane, flags, stream and payload."""
 
 
 @dataclass(slots=True)
@@ -81,12 +77,16 @@ class Lane:
     def __init__(
         self,
         index: int,
-        handlers: Mapping[int, FrameHandler],
+        handlers: Mapping[int, frames.FrameHandler],
         *,
+        pace: Pace,
         chunk_started: Callable[[int, int, int, int], frames.Assembly | None],
         chunk_finished: Callable[[int, int, int], None],
     ) -> None:
         self.index = index
+        self.handlers = handlers
+        self.sent: Callable[[Sending], None]
+        """Called for each message that has left whole."""
         self.reader = frames.FrameReader(self)
         self.open = index == MAIN
         self.small: list[bytes] = []
@@ -99,7 +99,7 @@ class Lane:
         self._chunk_bytes = CHUNK_BYTES[index]
         self._chunk_at = 0.0
         self._chunks_follow = False
-        self._handlers = handlers
+        self._pace = pace
         self._chunk_started = chunk_started
 
     def put(self, data: bytes) -> None:
@@ -111,12 +111,8 @@ class Lane:
         if sending in self.large:
             self.large.remove(sending)
 
-    def data_to_send(
-        self, room: int, now: float, *, pace: Pace, sent: Callable[[Sending], None]
-    ) -> list[bytes | memoryview]:
-        """Return small frames first, then chunks of about `room` bytes, in portions of `pace`. `sent` is called for
-        each message that has left whole.
-        """
+    def data_to_send(self, room: int, now: float) -> list[bytes | memoryview]:
+        """Return small frames first, then chunks of about `room` bytes, in portions of the node's pace."""
         out: list[bytes | memoryview] = []
         if self.small:
             taken, self.small = self.small, []
@@ -138,7 +134,7 @@ class Lane:
                 elif now - self._chunk_at < 0.25:
                     self._chunk_bytes = min(CHUNK_BYTES[self.index], self._chunk_bytes * 2)
             self._chunk_at = now
-            limit = min(self._chunk_bytes, pace.portion(now))
+            limit = min(self._chunk_bytes, self._pace.portion(now))
             while self.large and room > 0:
                 sending = self.large[0]
                 if len(self.large) > 1:
@@ -148,15 +144,9 @@ class Lane:
                 room -= sending.next_chunk(limit, out)
                 if not sending.left:
                     self.large.remove(sending)
-                    sent(sending)
+                    self.sent(sending)
         self._chunks_follow = bool(self.large)
         return out
-
-    def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
-        handler = self._handlers.get(kind)
-        if handler is None:
-            raise ProtocolError("a frame of unknown kind")
-        handler(self.index, flags, stream, payload)
 
     def chunk_started(self, kind: int, stream: int, length: int) -> frames.Assembly | None:
         return self._chunk_started(self.index, kind, stream, length)

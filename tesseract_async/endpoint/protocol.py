@@ -3,9 +3,9 @@
 A connection has a *main* lane and, from the first large message on, a *bulk* lane: two channels to the same peer, so
 that large messages never stand in a small one's way. Everything about one message travels on one lane, in order.
 
-Cycle of the driver: let the lane's `reader` receive, call `received`, take `events`, send `data_to_send` of each lane,
-arm a timer for `timer_at`, and `deliver` what has changed in the node's budgets, of which other connections may hear by
-`room_changed`. Untrusted bytes raise only `ProtocolError`, from the readers; the driver closes then.
+Cycle of the driver: let the lane's `reader` receive, call `received`, take the core's `events`, send `data_to_send` of
+each lane, arm a timer for `timer_at`, and `deliver` what has changed in the node's budgets, of which other connections
+may hear by `room_changed`. Untrusted bytes raise only `ProtocolError`, from the readers; the driver closes then.
 """
 
 import heapq
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.core import ConnectionCore
-from tesseract_async.endpoint.events import ConnectionEvent, PeerClosed
+from tesseract_async.endpoint.events import PeerClosed
 from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
@@ -89,6 +89,8 @@ class ConnectionProtocol:
             frames.CLOSE: self._close,
             frames.BULK: core.bulk_asked,
         }
+        for lane in self.lanes:
+            lane.sent = self.incoming.sent
         self.life.send_ping(now)
 
     @property
@@ -116,7 +118,7 @@ class ConnectionProtocol:
         if self.pong_due and lane == MAIN:
             self.pong_due = False
             self.life.send_pong(now)
-        return self.lanes[lane].data_to_send(room, now, pace=self.pace, sent=self.incoming.sent)
+        return self.lanes[lane].data_to_send(room, now)
 
     def has_data(self, lane: int | None = None) -> bool:
         main, bulk = self.lanes
@@ -138,10 +140,6 @@ class ConnectionProtocol:
         """Note that a lane's reader was given `count` bytes; any of them counts as life."""
         self.core.now = now
         self.life.received(count, now, lane)
-
-    def events(self) -> list[ConnectionEvent]:
-        events, self.core.events = self.core.events, []
-        return events
 
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
         call = self.core.chunk_finished(kind, stream, length)

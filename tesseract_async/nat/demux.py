@@ -103,7 +103,7 @@ class _Visitor:
         self._buffer = memoryview(bytearray(preamble.LENGTH))
         self._count = 0
 
-    def get_buffer(self) -> memoryview:
+    def get_buffer(self, sizehint: int = -1, /) -> memoryview:
         return self._buffer[self._count :]
 
     def buffer_updated(self, count: int) -> None:

@@ -214,7 +214,7 @@ class _Half:
         self._time = asyncio.get_running_loop().time
         self._resume: asyncio.TimerHandle | None = None
 
-    def get_buffer(self) -> memoryview:
+    def get_buffer(self, sizehint: int = -1, /) -> memoryview:
         return self._relay.scratch
 
     def buffer_updated(self, count: int) -> None:

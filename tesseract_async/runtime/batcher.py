@@ -412,20 +412,25 @@ class Batcher:
         queue.num_waiting_rows -= batch.num_rows
         return batch
 
-    def finish(self, batches: Sequence[Batch], now: float) -> float:
-        """Account for a batch that has run, well or badly, or several in one pass. Returns the seconds that it took."""
+    def finish(self, batches: Sequence[Batch], now: float, spent: float | None = None) -> float:
+        """Account for a batch that has run, well or badly, or several in one pass. Returns the seconds that it cost.
+
+        `spent`: the processor's seconds, by which its cost is learned then: what else the machine did meanwhile says
+        nothing about the next one. Accounts pay for the time that passed.
+        """
         # next to another batch, its time begins where that one's ended
         took = now - max(batches[0].started, self._finished_at)
         self._finished_at = now
+        cost = took if spent is None else spent
         num_rows = sum([batch.num_rows for batch in batches])
         for batch in batches:
             share = batch.num_rows / num_rows
+            batch.queue.cost.add(batch.num_rows, cost * share)
             self._account(batch, took * share, (now - batch.started) * share)
-        return took
+        return cost
 
     def _account(self, batch: Batch, took: float, since_start: float) -> None:
         self._num_running -= 1
-        batch.queue.cost.add(batch.num_rows, took)
         owed = took / batch.num_rows - batch.seconds_per_row
         num_bytes = 0
         for request, start, stop in batch.slices:

@@ -1,5 +1,6 @@
 """Takes batches that came together through the executor: in one pass, or each in its own. Belongs to its thread."""
 
+import time
 from collections.abc import Hashable, Sequence
 from functools import partial
 
@@ -30,15 +31,19 @@ class Trial:
 class DevicePass:
     """Batches that the device computes at once: one as an attempt, several together."""
 
-    __slots__ = ("batches", "trial", "together", "launch", "complete", "outcomes")
+    __slots__ = ("batches", "group", "trial", "together", "launch", "complete", "outcomes", "_began")
 
     def __init__(self, batches: list[Batch], trial: Trial | None = None) -> None:
+        queue, work = batches[0].queue, batches[0].slices[0].request
+        group = queue.name[-1] if type(work) is JointWork else queue.group  # type: ignore[index]
         self.batches = batches
+        self.group = group if isinstance(group, Group) else None
         self.trial = trial
         self.together: Together | None = None
 
     def stage(self, executor: GroupExecutor) -> None:
         """Bring the batches to the device, which then takes them through `launch`, `complete` and `outcomes`."""
+        self._began = time.thread_time()
         if self.trial is not None and len(self.batches) > 1:
             self.together = together = executor.stage_together(self.trial.group, [each.slices for each in self.batches])
             self.launch = partial(executor.launch_together, together)
@@ -49,17 +54,21 @@ class DevicePass:
             self.launch, self.complete = partial(executor.launch, attempt), partial(executor.complete, attempt)
             self.outcomes = partial(executor.outcomes, attempt)
 
+    def spent(self, executor: GroupExecutor) -> float | None:
+        """Return the processor's seconds since it was staged; None where they are not what it took: the device is
+        another one, or the expert may do more than compute, such as wait for something."""
+        if executor.staging.overlaps or self.group is None:
+            return None
+        return time.thread_time() - self._began
+
     def learn(self, executor: GroupExecutor, seconds: float) -> None:
         """Note what it took, for the choice of the ways of later ones."""
         together, trial, batch = self.together, self.trial, self.batches[0]
         if len(self.batches) == 1:
             work = batch.slices[0].request
-            if type(work) is JointWork:
-                num_experts, group = len(work.counts), batch.queue.name[-1]  # type: ignore[index]
-            else:
-                num_experts, group = 1, batch.queue.group
-            if isinstance(group, Group):
-                group.cost.add(batch.num_rows / num_experts, seconds / num_experts)
+            num_experts = len(work.counts) if type(work) is JointWork else 1
+            if self.group is not None:
+                self.group.cost.add(batch.num_rows / num_experts, seconds / num_experts)
         if trial is None:
             if isinstance(group := batch.queue.group, Group):
                 group.choice.spent += seconds

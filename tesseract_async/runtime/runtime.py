@@ -100,6 +100,7 @@ class TesseractRuntime(Uncopied):
         self._num_gathering = 0
         self._is_gathering = False  # within one turn of the loop: nothing is awaited meanwhile
         self._gathers = False  # until the end of this turn
+        self._was_alone = False  # the request before the next one
         self._closing = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -150,56 +151,6 @@ class TesseractRuntime(Uncopied):
         if self._aside is not None:
             self._aside.shutdown(wait=True)
 
-    async def forward(
-        self,
-        backend: ExpertBackend,
-        inputs: Sequence[torch.Tensor | None],
-        *,
-        training: bool = False,
-        seed: int = 0,
-        deadline: float | None = None,
-        priority: int = 0,
-        peer: Hashable = None,
-    ) -> WorkResult:
-        """Return the expert's outputs for these rows. `deadline` is in the loop's time.
-
-        Cancelling withdraws what has not been computed. Raises: ExpertFailed, Overloaded, TimeoutError.
-        """
-        work = self.submit(
-            backend, inputs, training=training, seed=seed, deadline=deadline, priority=priority, peer=peer
-        )
-        return await self._wait(work)
-
-    async def backward(
-        self,
-        backend: ExpertBackend,
-        inputs: Sequence[torch.Tensor | None],
-        output_gradients: Gradients,
-        *,
-        training: bool = False,
-        seed: int = 0,
-        call_id: bytes | None = None,
-        forward_version: int | None = None,
-        deadline: float | None = None,
-        priority: int = 0,
-        peer: Hashable = None,
-    ) -> WorkResult:
-        """Return the inputs' gradients; with a `call_id` the expert also takes its step. Otherwise like `forward`."""
-        return await self._wait(
-            self.submit(
-                backend,
-                inputs,
-                output_gradients,
-                training=training,
-                seed=seed,
-                call_id=call_id,
-                forward_version=forward_version,
-                deadline=deadline,
-                priority=priority,
-                peer=peer,
-            )
-        )
-
     def submit(
         self,
         backend: ExpertBackend,
@@ -219,10 +170,13 @@ class TesseractRuntime(Uncopied):
     ) -> Work:
         """Queue a forward, or a backward if there are gradients; its `Work.answer` will be done when it ends.
 
+        - `call_id`: of a backward after which the expert takes its step.
+        - `deadline`: in the loop's time.
         - `rows`, `weights`: see `Work`; the caller has checked that they fit.
         - `num_bytes`: what counts as its memory, if that is not the tensors given: a share of a block.
 
-        The tensors must not change until then. Raises: Overloaded.
+        The tensors must not change until then. The answer is ExpertFailed, Overloaded or TimeoutError where there is
+        no result; who no longer waits for it calls `withdraw`. Raises: Overloaded.
         """
         if (loop := self._loop) is None:
             raise RuntimeError("this runtime was not started")
@@ -274,19 +228,20 @@ class TesseractRuntime(Uncopied):
         rows: torch.Tensor,
         counts: Sequence[int],
         weights: torch.Tensor,
+        training: bool = False,
         deadline: float,
         priority: int,
         peer: Hashable,
         num_bytes: int,
     ) -> JointWork | None:
         """As `submit`, for a forward of several experts that is computed in one pass (see `JointWork`), each with
-        `counts` of the rows and weights; not in training mode. None where that cannot be done, or would take long (see
+        `counts` of the rows and weights. None where that cannot be done, is slower, or would take long (see
         `ExpertQueues.of_joint`). Raises: Overloaded.
         """
         if (loop := self._loop) is None:
             raise RuntimeError("this runtime was not started")
         now = time.monotonic()
-        queue = self._queues.of_joint(backends, counts, self._batcher.group_seconds(now))
+        queue = self._queues.of_joint(backends, counts, self._batcher.group_seconds(now), training=training)
         if queue is None:
             return None
         work = JointWork(
@@ -301,6 +256,7 @@ class TesseractRuntime(Uncopied):
             inputs=inputs,
             rows=rows,
             weights=weights,
+            training=training,
             answer=PromptFuture(loop=loop),
             backends=backends,
             counts=counts,
@@ -337,8 +293,9 @@ class TesseractRuntime(Uncopied):
 
     def gather_turn(self) -> None:
         """As `gathering`, until the end of this turn of the loop: the calls of those who were answered together come
-        together, too."""
-        if not self._gathers and self._loop is not None:
+        together, too. Not where the request finds the device idle, as the one before it did: such a caller is alone."""
+        before, self._was_alone = self._was_alone, self._is_idle and not self._gathers
+        if not self._gathers and not (before and self._was_alone) and self._loop is not None:
             self._gathers = True
             self._num_gathering += 1
             self._loop.call_soon(self._end_turn)
@@ -389,13 +346,6 @@ class TesseractRuntime(Uncopied):
     def busy_seconds(self) -> float:
         """Seconds that the thread has spent on batches."""
         return self._busy_seconds
-
-    async def _wait(self, work: Work) -> WorkResult:
-        try:
-            return await work.answer
-        except asyncio.CancelledError:
-            self.withdraw(work)
-            raise
 
     async def _run_job(self, function: Callable[[GroupExecutor], Result]) -> Result:
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
@@ -532,7 +482,7 @@ class TesseractRuntime(Uncopied):
             for work, outcome in outcomes.items():
                 if not isinstance(outcome, WorkResult):
                     self._batcher.remove(work)  # the rest of a split request
-            seconds = self._batcher.finish(batches, now)
+            seconds = self._batcher.finish(batches, now, computed.spent(executor))
             self._busy_seconds += now - (self._busy_since or now)
             self._num_running -= len(batches)
             self._busy_since = now if self._num_running else None

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, tzinfo
 from itertools import groupby
-from typing import Final
+from typing import Final, Literal, get_args
 
-PERIODS: Final = ("day", "week", "month")
+Period = Literal["day", "week", "month"]
+PERIODS: Final = get_args(Period)
 MAX_NAME: Final = 64
 """Characters of a machine's name, and of other words about it."""
 MAX_MARKS: Final = 4
@@ -77,24 +78,26 @@ class VolunteerSettings:
     """The limits of one volunteer. None and an empty tuple mean no limit."""
 
     max_memory_bytes: int | None = None
-    """Memory of the whole process. Only as many experts are hosted as fit (`server.footprint`), and while the process
-    has more, no new work is taken."""
+    """Use at most this much memory, such as '4 GiB'. Only as many experts are hosted as fit (`server.footprint`), and
+    while the process has more, no new work is taken."""
     max_upload_rate: float | None = None
-    """Bytes per second, sent to all peers together."""
+    """Send at most this fast, such as '10 Mbit/s'. In bytes per second, to all peers together."""
     max_download_rate: float | None = None
-    """Bytes per second, received from all peers together."""
+    """Receive at most this fast, such as '50 Mbit/s'. In bytes per second, from all peers together."""
     data_quota_bytes: int | None = None
-    """Bytes, sent and received together, in one `quota_period`; the server rests until the next one begins."""
-    quota_period: str = "month"
-    """``day``, ``week`` (from Monday) or ``month``, in local time."""
+    """Rest after this much traffic in a --quota-period. In bytes, sent and received together; the server rests until
+    the next period begins."""
+    quota_period: Period = "month"
+    """Count --data-quota over this time. A week begins on Monday; days are those of local time."""
     hours: tuple[Hours, ...] = ()
-    """Hours in which the server may work, local time; it may in any of these."""
+    """Serve only at these local times, such as '22:00-07:00' or 'sat,sun 00:00-24:00'. Any of them will do."""
     pause_above_load: float | None = None
-    """Share of all processors (0 to 1) that *other* programs use while somebody is at the machine."""
+    """Pause while other programs use more than this share of the processors, such as '30 %'. From 0 to 1, of all
+    processors together, while somebody is at the machine."""
     pause_after: float = 5.0
-    """Seconds for which the load must stay above that before the server pauses: opening a file is no reason."""
+    """Pause once they have been that busy for this long. In seconds: opening a file is no reason."""
     resume_after: float = 60.0
-    """Seconds for which the load must stay below before it goes on."""
+    """Resume once they have been less busy for this long. In seconds."""
 
     def __post_init__(self) -> None:
         for name in ("max_memory_bytes", "max_upload_rate", "max_download_rate", "data_quota_bytes"):

@@ -110,12 +110,17 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
         """Return the layout of a model. Raises: ValueError, naming a tensor that cannot be shared."""
-        entries: list[TensorEntry] = []
+        entries, places = list[TensorEntry](), dict[int, str]()
         for name, tensor in _tensors_of(model).items():
             if nn.parameter.is_lazy(tensor):
                 raise ValueError(f"{name} has no shape yet: call the model once before it is shared")
             if tensor.dtype not in DTYPE_NAMES or tensor.is_complex() or tensor.layout is not torch.strided:
                 raise ValueError(f"{name} cannot be shared: {tensor.dtype}, {tensor.layout}")
+            if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+                raise ValueError(f"{name} is expanded, so it cannot be written: give the model its `contiguous()`")
+            place = tensor.data_ptr() if tensor.numel() else 0
+            if place and (other := places.setdefault(place, name)) != name:
+                raise ValueError(f"{other} and {name} share memory, but are two tensors: tie them by one that is both")
             if len(name) > MAX_NAME:
                 raise ValueError(f"{name[:MAX_NAME]}...: names of shared tensors have at most {MAX_NAME} characters")
             if isinstance(tensor, nn.Parameter):
@@ -165,6 +170,12 @@ class Layout:
             more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
             raise LayoutMismatch(f"this model is not the run's: {'; '.join(shown)}{more}")
 
+    def unsound(self, values: Sequence[torch.Tensor]) -> list[str]:
+        """Return the names of the tensors that hold a NaN or infinity, in the pieces' values."""
+        if all(map(is_finite, values)):
+            return []
+        return [name for name, one in self.tensors(values).items() if one.is_floating_point() and not is_finite(one)]
+
     def tensors(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         found = {one.name: torch.empty(one.shape, dtype=one.dtype, device="cpu") for one in self.entries}
         for cut, mine in zip(self.cuts, values, strict=True):
@@ -180,11 +191,11 @@ class Layout:
         return out
 
     def add(self, model: nn.Module, cut: Cut, change: torch.Tensor) -> torch.Tensor | None:
-        """Add `change` to the fragment's values in place; integers take its values instead.
+        """Add `change` to the fragment's values in place.
 
         Returns what rounding to 16 bits lost, which belongs to the values until the next change; else None.
         """
-        return self._put(model, cut, change, replace=cut.kind is MergeKind.NEWEST)
+        return self._put(model, cut, change, replace=False)
 
     def write(self, model: nn.Module, cut: Cut, values: torch.Tensor) -> torch.Tensor | None:
         """Set the fragment's values in place. Returns as `add`."""
@@ -205,6 +216,8 @@ class Layout:
                     lost[at : at + stop - start] = exact - here.float()
                 elif replace:
                     here.copy_(part)
+                elif here.dtype == torch.bool:
+                    here.copy_(here + part.to(here.device) > 0)
                 else:
                     here.add_(part.to(here.device))
                 if not tensor.is_contiguous():

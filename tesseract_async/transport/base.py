@@ -115,8 +115,8 @@ class PeerAddress:
 class PipeReceiver(Protocol):
     """The receiver of a pipe's bytes and news, on its event loop. None of these may raise."""
 
-    def get_buffer(self) -> memoryview:
-        """Writable memory for the next received bytes: a memoryview, never empty."""
+    def get_buffer(self, sizehint: int = -1, /) -> memoryview:
+        """Writable memory for the next received bytes: a memoryview, never empty. `sizehint` is an event loop's."""
 
     def buffer_updated(self, count: int) -> None:
         """`count` bytes were received into the memory that `get_buffer` gave last."""
@@ -133,10 +133,6 @@ class Pipe(Protocol):
 
     def __hash__(self) -> int:
         """By identity."""
-
-    bytes_received: int
-    bytes_sent: int
-    """Raw bytes so far: what a data quota counts."""
 
     def start(self, receiver: PipeReceiver) -> None:
         """Begin to read. A second call changes the receiver."""

@@ -50,8 +50,10 @@ class Channel:
     ) -> None:
         self.pipe = pipe
         self.receiver = receiver
+        self.bytes_received = self.bytes_sent = 0
+        """Raw bytes so far: what a data quota counts."""
         self.bytes_counted = (0, 0)
-        """Raw bytes received and sent that the metrics know of."""
+        """The bytes that the metrics know of."""
         self._tls = tls
         self._ciphertext: memoryview | None = None
         self._open = False
@@ -84,16 +86,17 @@ class Channel:
         """Send the pieces, in order; ignored after the end. Their memory is free again on return."""
         if self._closed:
             return
-        before = self.pipe.bytes_sent
         if self._tls is None:
-            self.pipe.write(b"".join(pieces))
+            data = b"".join(pieces)
         else:
             for piece in _joined(pieces) if len(pieces) > 1 else pieces:
                 self._tls.write(piece)
-            self.pipe.write(self._tls.data_to_send())
+            data = self._tls.data_to_send()
+        self.bytes_sent += len(data)
+        self.pipe.write(data)
         if self._throttle is not None:
             loop = asyncio.get_running_loop()
-            wait = self._throttle.sent(self.pipe.bytes_sent - before, loop.time())
+            wait = self._throttle.sent(len(data), loop.time())
             if wait > 0:
                 if self._sending_again is not None:
                     self._sending_again.cancel()
@@ -122,7 +125,7 @@ class Channel:
         if not self._closed:
             if self._tls is not None and self._open:
                 self._tls.close()
-                self.pipe.write(self._tls.data_to_send())
+                self._write_ciphertext(self._tls)
             self._closed = True
             self._close_pipe()
 
@@ -138,7 +141,7 @@ class Channel:
         self._closed = True
         self.pipe.abort()
 
-    def get_buffer(self) -> memoryview:
+    def get_buffer(self, sizehint: int = -1, /) -> memoryview:
         if self._tls is None:
             return self.receiver.get_buffer()
         if self._ciphertext is None:
@@ -150,6 +153,7 @@ class Channel:
         return self._ciphertext
 
     def buffer_updated(self, count: int) -> None:
+        self.bytes_received += count
         if self._closed:
             return
         if self._throttle is not None:
@@ -166,33 +170,29 @@ class Channel:
                 self._tls.receive_data(self._ciphertext[:count])
                 if not self._open:
                     self._handshake()
-                if self._open:
-                    self._decrypt(self._tls)
+                while self._open and not self._closed:
+                    if not (count := self._tls.read_into(self.receiver.get_buffer())):
+                        break
+                    self.receiver.buffer_updated(count)
+        except EOFError:
+            self.close()
         except ProtocolError as error:
             self._fail(error)
-
-    def _decrypt(self, tls: TlsMachine) -> None:
-        while not self._closed:
-            try:
-                count = tls.read_into(self.receiver.get_buffer())
-            except EOFError:
-                self.close()
-                return
-            if not count:
-                return
-            self.receiver.buffer_updated(count)
 
     def _handshake(self) -> None:
         assert self._tls is not None
         try:
             done = self._tls.handshake()
         finally:
-            data = self._tls.data_to_send()
-            if data:
-                self.pipe.write(data)
+            self._write_ciphertext(self._tls)
         if done:
             self._open = True
             self.receiver.channel_opened(self._tls.peer_id)
+
+    def _write_ciphertext(self, tls: TlsMachine) -> None:
+        if data := tls.data_to_send():
+            self.bytes_sent += len(data)
+            self.pipe.write(data)
 
     def _fail(self, error: ProtocolError) -> None:
         self._error = error

@@ -49,8 +49,6 @@ class TcpPipe(asyncio.BufferedProtocol):
         self.paused = False
         self.description = "tcp"
         self.origin = ""
-        self.bytes_received = 0
-        self.bytes_sent = 0
         self._opened = opened
         self._transport: asyncio.Transport | None = None
         self._receiver: PipeReceiver | None = None
@@ -78,17 +76,12 @@ class TcpPipe(asyncio.BufferedProtocol):
         if self._opened is not None:
             self._opened(self)
 
+    # once there is a receiver, these two are its own
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._receiver is not None:
-            return self._receiver.get_buffer()
         self._early_buffer = memoryview(bytearray(EARLY_BYTES))
         return self._early_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.bytes_received += nbytes
-        if self._receiver is not None:
-            self._receiver.buffer_updated(nbytes)
-            return
         self._early += self._early_buffer[:nbytes]
         if len(self._early) > EARLY_BYTES:
             self.abort()
@@ -112,6 +105,9 @@ class TcpPipe(asyncio.BufferedProtocol):
 
     def start(self, receiver: PipeReceiver) -> None:
         self._receiver = receiver
+        self.get_buffer, self.buffer_updated = receiver.get_buffer, receiver.buffer_updated  # type: ignore[assignment, method-assign]
+        if self._transport is not None:
+            self._transport.set_protocol(self)  # uvloop keeps the functions that it found
         early, self._early = memoryview(bytes(self._early)), bytearray()
         while early:
             buffer = receiver.get_buffer()
@@ -124,7 +120,11 @@ class TcpPipe(asyncio.BufferedProtocol):
 
     def detach(self) -> None:
         """Take the receiver away: what arrives is kept for the next `start`, as before the first one."""
-        self._receiver = None
+        if self._receiver is not None:
+            self._receiver = None
+            del self.get_buffer, self.buffer_updated
+            if self._transport is not None:
+                self._transport.set_protocol(self)
 
     def unread(self, data: bytes) -> None:
         """Give received bytes back: the receiver of the next `start` gets them first."""
@@ -132,7 +132,6 @@ class TcpPipe(asyncio.BufferedProtocol):
 
     def write(self, data: bytes | memoryview) -> None:
         if self._transport is not None:
-            self.bytes_sent += len(data)
             self._transport.write(data)
 
     @property

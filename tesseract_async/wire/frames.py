@@ -8,7 +8,7 @@ Everything here takes untrusted bytes and raises only `ProtocolError`; sizes are
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 import msgpack
@@ -259,11 +259,16 @@ class Assembly:
             data = data[count:]
 
 
-class FrameSink(Protocol):
-    """The receiver of a `FrameReader`'s reports. All three methods may raise ProtocolError, which ends the channel."""
+FrameHandler = Callable[[int, int, int, memoryview], None]
+"""Takes a whole frame that is no chunk: its sink's index, flags, stream and payload, which is valid during the call."""
 
-    def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
-        """A whole frame that is no chunk. `payload` is valid during this call only."""
+
+class FrameSink(Protocol):
+    """The receiver of a `FrameReader`'s reports. All it calls may raise ProtocolError, which ends the channel."""
+
+    index: int
+    handlers: Mapping[int, FrameHandler]
+    """By a frame's kind."""
 
     def chunk_started(self, kind: int, stream: int, length: int) -> Assembly | None:
         """Return the message to which the chunk's `length` bytes belong (it has that much left); None skips them."""
@@ -313,7 +318,8 @@ class FrameReader:
         return scratch[self._end :]
 
     def buffer_updated(self, count: int) -> None:
-        """`count` bytes were written into what `get_buffer` gave. Raises: ProtocolError; nothing may follow then."""
+        """Take `count` bytes that were written into what `get_buffer` gave. Raises: ProtocolError; nothing may follow
+        then."""
         if self._direct:
             assert self._assembly is not None
             self._assembly.advance(count)
@@ -321,30 +327,9 @@ class FrameReader:
             if not self._chunk_left:
                 self._finish_chunk()
             return
-        self._end += count
-        self._parse()
-
-    def release_scratch(self) -> None:
-        """Give the scratch memory back while nothing is in it: idle connections are many."""
-        if self._start == self._end and not self._direct:
-            self._scratch = None
-            self._start = self._end = 0
-
-    def forget(self, assembly: Assembly) -> None:
-        if self._assembly is assembly:
-            self._assembly = None
-            self._direct = False
-
-    def _finish_chunk(self) -> None:
-        assembly, self._assembly = self._assembly, None
-        self._more_chunks = assembly is not None and assembly.left > 0
-        if assembly is not None:
-            self.sink.chunk_finished(*self._chunk)
-
-    def _parse(self) -> None:
-        scratch, end = self._scratch, self._end
+        self._end = end = self._end + count
+        scratch, position = self._scratch, self._start
         assert scratch is not None
-        position = self._start
         while True:
             if self._chunk_left:
                 count = min(self._chunk_left, end - position)
@@ -376,6 +361,25 @@ class FrameReader:
             if stop > end:
                 break
             self._more_chunks = False
-            self.sink.frame_received(kind, flags, stream, scratch[position + 16 : stop])
+            if (handler := self.sink.handlers.get(kind)) is None:
+                raise ProtocolError("a frame of unknown kind")
+            handler(self.sink.index, flags, stream, scratch[position + 16 : stop])
             position = stop
         self._start = position
+
+    def release_scratch(self) -> None:
+        """Give the scratch memory back while nothing is in it: idle connections are many."""
+        if self._start == self._end and not self._direct:
+            self._scratch = None
+            self._start = self._end = 0
+
+    def forget(self, assembly: Assembly) -> None:
+        if self._assembly is assembly:
+            self._assembly = None
+            self._direct = False
+
+    def _finish_chunk(self) -> None:
+        assembly, self._assembly = self._assembly, None
+        self._more_chunks = assembly is not None and assembly.left > 0
+        if assembly is not None:
+            self.sink.chunk_finished(*self._chunk)

@@ -340,8 +340,7 @@ _FIELDS: dict[type, list[_Field]] = {
 }
 
 
-def encode(message: Body) -> list[Value]:
-    return list(message)
+encode: Callable[[tuple[Value, ...]], list[Value]] = list
 
 
 def decode(kind: type[Body], body: Value) -> Body:

@@ -60,7 +60,7 @@ class End:
         self.drained = asyncio.Event()
         self._buffer = memoryview(bytearray(2**18))
 
-    def get_buffer(self) -> memoryview:
+    def get_buffer(self, sizehint: int = -1, /) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:

@@ -131,7 +131,7 @@ class End:
         self._totals = totals
         self._buffer = memoryview(bytearray(2**18))
 
-    def get_buffer(self) -> memoryview:
+    def get_buffer(self, sizehint: int = -1, /) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:

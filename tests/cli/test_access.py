@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import tesseract_async as ta
-from tesseract_async.cli.access import access_options, describe_policy, training_option
+from tesseract_async.cli.access import describe_policy, server_access_options
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.main import main
 from tesseract_async.errors import NotAllowed
@@ -27,8 +27,7 @@ def invoke(*flags: str, env: dict[str, str] | None = None) -> tuple[str, ta.Poli
 
     @click.command(context_settings={"auto_envvar_prefix": "T"})
     @config_option
-    @access_options
-    @training_option
+    @server_access_options
     def command(*, policy: ta.Policy | None) -> None:
         seen.append(policy)
 

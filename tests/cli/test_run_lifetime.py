@@ -63,33 +63,7 @@ async def primary_of(node: ta.TesseractNode, uid: str) -> ExpertReplica:
 
 def hosting(run: str, seed: str, *, given: dict[str, object] | None = None) -> Hosting:
     """What `tesseract serve --run RUN -p SEED --num-experts 4 --sync-every 1` makes of its options."""
-    serving = ServeOptions(
-        patterns=(),
-        num_experts=4,
-        hold_bytes=None,
-        run_name=run,
-        grant=None,
-        allowed_modules=(),
-        expert_class="ffn",
-        sizes=(),
-        optimizer="adam",
-        learning_rate=0.1,
-        max_batch_size=1,
-        seed=99,
-        devices=("cpu",),
-        threads=1,
-        autocast=None,
-        compile_mode=None,
-        cuda_graphs=False,
-        preferred_sizes=(),
-        checkpoint_dir=None,
-        checkpoint_period=60.0,
-        sync_every=1.0,
-        ttl=45.0,
-        stall_timeout=60.0,
-        leave_within=30.0,
-        report_period=None,
-    )
+    serving = ServeOptions(run_name=run, num_experts=4, learning_rate=0.1, max_batch_size=1, seed=99, sync_every=1.0)
     limits = VolunteerSettings()
     builder = make_builder(serving, limits, keeps_learning_rate=False)
     return Hosting(serving, node=NodeOptions(initial_peers=(seed,)), limits=limits, given=given, builder=builder)

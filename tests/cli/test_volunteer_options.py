@@ -24,6 +24,9 @@ def test_every_limit_has_its_flag_and_its_help() -> None:
     assert all(isinstance(option, click.Option) and option.help for option in command.params)
     assert CliRunner().invoke(command, []).exit_code == 0
     assert seen == [VolunteerSettings()], "the defaults are the same"
+    described = {option.name: option.help for option in command.params if isinstance(option, click.Option)}
+    assert described["max_memory_bytes"] == "Use at most this much memory, such as '4 GiB'.", "its first sentence"
+    assert described["hours"] is not None and described["hours"].endswith("24:00'; may be given several times.")
     refused = CliRunner().invoke(command, ["--data-quota", "0"])
     assert refused.exit_code == 2 and "data_quota_bytes is more than 0" in refused.output
 

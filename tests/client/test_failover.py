@@ -1,4 +1,5 @@
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
+from tesseract_async.client.experience import Experience
 from tesseract_async.client.gating_function import GatingFunction, SwitchGatingFunction
 from tesseract_async.client.grouping import Request
-from tesseract_async.client.latency import MAX_PATIENCE, MIN_PATIENCE, LatencyBook, Lateness, path_seconds
+from tesseract_async.client.latency import MAX_PATIENCE, MIN_PATIENCE, LatencyBook, Lateness
 from tesseract_async.client.passes import Pass
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, NotPrimary, Overloaded
@@ -191,9 +193,9 @@ def test_what_a_call_is_expected_to_take() -> None:
     assert book.expected("a", path=0.5) == 0.5 + 0.75
     book.observe("b", 0.1, path=0.4)  # the path was quicker than it seemed
     assert book.expected("b", path=0.2) == 0.2 and book.expected("c", path=0.2) is None
-    assert path_seconds(None, 10**6) == 0.0
-    assert path_seconds((0.1, 0.0), 10**6) == 0.1
-    assert path_seconds((0.1, 1e6), 10**6) == 1.1
+    for path, seconds in ((None, 0.0), ((0.1, 0.0), 0.1), ((0.1, 1e6), 1.1)):
+        knows: Any = SimpleNamespace(node=SimpleNamespace(path=lambda peer, path=path: path))
+        assert Experience.path_seconds(knows, SimpleNamespace(peer=None), 10**6) == seconds
 
 
 def test_latency_book() -> None:
@@ -224,14 +226,14 @@ def test_patience_is_learned_from_how_far_answers_scatter() -> None:
     even, scattered, hanging = Lateness(), Lateness(), Lateness()
     assert even.patience == MAX_PATIENCE
     for i in range(400):
-        even.observe(0.05, 0.05)
-        scattered.observe(0.1 + 0.01 * (i % 10), 0.1)
-        hanging.observe(0.5 if i % 20 == 0 else 0.05, 0.05)  # one in twenty is given up
+        even.observe([0.05], [0.05])
+        scattered.observe([0.1 + 0.01 * (i % 10)], [0.1])
+        hanging.observe([0.5 if i % 20 == 0 else 0.05], [0.05])  # one in twenty is given up
     assert even.patience == hanging.patience == pytest.approx(0.4)
     assert scattered.patience == pytest.approx(1.4 * 1.8 - 1, abs=0.15)
     for _ in range(400):
-        even.observe(0.01, 0.05)
-        hanging.observe(0.5, 0.05)
+        even.observe([0.01], [0.05])
+        hanging.observe([0.5], [0.05])
     assert even.patience == MIN_PATIENCE and hanging.patience == MAX_PATIENCE
 
 

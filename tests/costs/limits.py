@@ -10,19 +10,19 @@ MARGIN: Final = 0.03
 
 LIMITS: Final[dict[str, float]] = {
     # one expert call of one row of 1,024 numbers, without gradients, over TLS, one at a time, on asyncio's loop
-    "client: Python calls per small call": 194,
+    "client: Python calls per small call": 175,
     "client: C calls per small call": 199,
-    "server: Python calls per small call": 152,
-    "server: C calls per small call": 172,
+    "server: Python calls per small call": 128,
+    "server: C calls per small call": 158,
     "client: turns of the loop per small call": 2,
-    "server: turns of the loop per small call": 3,
+    "server: turns of the loop per small call": 2,
     # the same, eight at once
-    "client: Python calls per small call of eight at once": 182,
+    "client: Python calls per small call of eight at once": 170,
     "client: C calls per small call of eight at once": 188,
-    "server: Python calls per small call of eight at once": 90,
+    "server: Python calls per small call of eight at once": 86,
     "server: C calls per small call of eight at once": 101,
     # the package's own functions that such a call passes at its client and its server, each counted once
-    "functions that a forward passes, both ends": 169,
+    "functions that a forward passes, both ends": 146,
     "files that a forward passes, both ends": 47,
     # and what travels and stays
     "frames per small call, both ways": 2,
@@ -35,9 +35,9 @@ LIMITS: Final[dict[str, float]] = {
     "messages per gate pass, forward": 4,
     "messages per gate pass, backward": 4,
     # a pass of 32 experts on one server, 8 rows each, forward and backward, without TLS on asyncio's loop
-    "caller: Python calls per expert of a pass, both ways": 102,
-    "server: Python calls per expert of a pass, both ways": 148,
-    "device: Python calls per expert of a pass, both ways": 85,
+    "caller: Python calls per expert of a pass, both ways": 90,
+    "server: Python calls per expert of a pass, both ways": 98.5,
+    "device: Python calls per expert of a pass, both ways": 66,
     # one row through eight of 32 experts, four on each of two servers; of the servers and their devices: both together
     "caller: Python calls per layer and token": 48,
     "caller's loop: Python calls per layer and token": 193,

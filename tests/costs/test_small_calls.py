@@ -144,7 +144,7 @@ async def test_frames_and_bytes() -> None:
         finally:
             sys.setprofile(None)
     # each request has one frame, as each reply
-    check("frames per small call, both ways", received["Lane.put"] + received["Lane.frame_received"])
+    check("frames per small call, both ways", received["Lane.put"] + received["OutgoingCalls.reply_received"])
     check("bytes per small call, both ways", min(sent))
 
 

@@ -25,6 +25,12 @@ def contents(size: int) -> bytes:
     return random.Random(size).randbytes(size)
 
 
+def taken(machine: ConnectionProtocol) -> list[ConnectionEvent]:
+    """The events since the last time."""
+    events, machine.core.events = machine.core.events, []
+    return events
+
+
 class Side:
     """One machine, what it told so far, and answers to what it was asked."""
 
@@ -62,7 +68,7 @@ class Side:
     def look(self) -> None:
         """What a driver does at the end of its cycle."""
         self.budgets.deliver()
-        self.events += self.machine.events()
+        self.events += taken(self.machine)
 
     def take(self) -> list[ConnectionEvent]:
         """Events since the last time."""

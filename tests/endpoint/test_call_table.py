@@ -33,7 +33,7 @@ def test_a_call_goes_to_the_handler_of_its_uid_and_method() -> None:
     with pytest.raises(UnknownMethod, match=r"e\.1 at node does not answer expert\.b"):
         table.find(call("expert.b", ["e.1"]))
     handlers["expert.b"] = two
-    assert table.find(call("expert.b", ["e.1"])) is two and table.action_of("expert.b") == "train"
+    assert table.find(call("expert.b", ["e.1"])) is two and table.actions["expert.b"] == "train"
     assert list(table.uids) == ["e.1"]
 
 
@@ -60,7 +60,7 @@ def test_taken_names_are_refused_until_they_are_free() -> None:
     table.unhost("e.1")
     table.add("status", two, action="host")
     table.host("e.1", {"expert.a": two})
-    assert table.action_of("status") == "host" and table.find(call("expert.a", ["e.1"])) is two
+    assert table.actions["status"] == "host" and table.find(call("expert.a", ["e.1"])) is two
 
 
 def test_callers_of_a_uid_are_checked_before_it_is_told_what_it_answers() -> None:

@@ -28,7 +28,7 @@ from tesseract_async.errors import (
     RemoteError,
 )
 from tesseract_async.wire import frames
-from tests.endpoint.machines import SETTINGS, Pair, Side, contents
+from tests.endpoint.machines import SETTINGS, Pair, Side, contents, taken
 
 MIB = 2**20
 
@@ -318,12 +318,12 @@ def test_higher_priority_goes_first_and_equals_share() -> None:
 def test_the_dialer_opens_the_bulk_lane_when_either_side_needs_it() -> None:
     pair = Pair(bulk=False)
     pair.call(MIB)
-    assert BulkWanted() in pair.client.machine.events()
+    assert BulkWanted() in taken(pair.client.machine)
     pair.client.machine.core.bulk_failed(0.0)
     pair.settle()
     call = pair.received()
     pair.server.machine.reply(call.stream, None, call.buffers, now=0.0)
-    assert not any(isinstance(event, BulkWanted) for event in pair.server.machine.events())
+    assert not any(isinstance(event, BulkWanted) for event in taken(pair.server.machine))
     pair.now = 100.0
     pair.carry(pair.server, MAIN)
     assert any(isinstance(event, BulkWanted) for event in pair.client.take())

@@ -21,6 +21,7 @@ from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.tls import TlsMachine
 from tesseract_async.wire import apply, compression, frames, heads, messages, tensors
 from tesseract_async.wire.heads import Hello, RequestHead
+from tests.endpoint.machines import taken
 from tests.wire.test_apply import sample as apply_sample
 
 SETTINGS = Bounds(max_message=2**22, max_calls=50, max_replies=2**18)
@@ -137,7 +138,7 @@ def fuzz_machine(pick: random.Random) -> None:
             side.received(count, now, lane=lane)
             reader.buffer_updated(count)
             budgets.deliver()
-            for event in side.events():
+            for event in taken(side):
                 if isinstance(event, CallReceived | PartWanted) and pick.random() < 0.8:
                     buffers = (memoryview(bytes(pick.choice((5, 70_000, 200_000)))),)
                     in_parts = isinstance(event, PartWanted) or event.in_parts
@@ -153,7 +154,7 @@ def fuzz_machine(pick: random.Random) -> None:
                 side.handle_timer(now)
     except (ProtocolError, ConnectionLost):
         pass
-    side.events()
+    taken(side)
     side.connection_lost("the end")
     assert budgets.messages.used == 0 and side.num_calls == 0 and budgets.replies.used == 0 and not side.backlog
     assert quotas.num_under_way == 0

@@ -100,7 +100,7 @@ class FakePipe:
         self.ended = ""
         self.origin = "192.0.2.1"
         self.description = "fake"
-        self.bytes_received = self.bytes_sent = self.unsent = 0
+        self.unsent = 0
 
     def start(self, receiver: PipeReceiver) -> None:
         self.receiver = receiver

@@ -157,6 +157,17 @@ def test_a_batch_is_no_larger_than_pays_while_the_device_keeps_up() -> None:
     assert late[:-1] == [1000] * (len(late) - 1) and len(late) > 3, "half a second without a rest: now the rows count"
 
 
+def test_costs_are_learned_by_the_processors_time_and_paid_by_the_time_that_passed() -> None:
+    batcher = Batcher()
+    pool = batcher.add_queue("a", max_batch_size=10)
+    batcher.add(request(pool, 10), 0.0)
+    batch = batcher.pop_ready(0.0)
+    assert batch is not None and batcher.finish([batch], 1.0, spent=0.01) == 0.01
+    assert pool.cost.seconds_per_row == pytest.approx(0.001)
+    account = batch.slices[0].request.account
+    assert account is not None and account.used == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("options", [{}, {"fixed_share": 0.0}])
 def test_a_batch_takes_all_that_it_may_where_it_was_not_told_otherwise(options: dict[str, float]) -> None:
     batcher = Batcher(**options)  # type: ignore[arg-type]

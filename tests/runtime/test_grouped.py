@@ -3,6 +3,7 @@
 import asyncio
 import copy
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.batcher import Batcher, BatchQueue, RowSlice
 from tesseract_async.runtime.costs import TRIALS, GroupChoice
 from tesseract_async.runtime.grouped import Group
+from tesseract_async.runtime.passes import DevicePass
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.runtime.together import GroupExecutor
 from tesseract_async.runtime.work import Work, WorkResult
@@ -582,6 +584,33 @@ async def test_a_runtime_with_groups_answers_as_one_without() -> None:
     for left, right in zip(*answers, strict=True):
         same(left, right)
     assert grouped[0] > 0 == grouped[1]
+
+
+@pytest.mark.parametrize("faster", [True, False])
+async def test_the_way_is_chosen_by_the_processors_time(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    """Other processes keep the thread waiting now and then, which says nothing about either way."""
+    spent, clock = {True: 0.002 if faster else 0.02, False: 0.001}, [0.0]
+    monkeypatch.setattr("tesseract_async.runtime.passes.time", SimpleNamespace(thread_time=lambda: clock[0]))
+    finish = DevicePass.spent
+
+    def spends(one: DevicePass, executor: GroupExecutor) -> float | None:
+        clock[0] += spent[one.together is not None]
+        return finish(one, executor)
+
+    monkeypatch.setattr(DevicePass, "spent", spends)
+    runtime = TesseractRuntime()
+    await runtime.start()
+    try:
+        experts, x = backends(4), torch.randn(4, WIDTH)
+        for number in range(60):
+            before = runtime.metrics.total("runtime_grouped_batches")
+            with runtime.gathering():
+                works = [runtime.submit(one, [x], [x], call_id=bytes([number, 1]) * 8) for one in experts]
+            for work in works:
+                await work.answer
+        assert runtime.metrics.total("runtime_grouped_batches") - before == (4 if faster else 0)
+    finally:
+        await runtime.aclose()
 
 
 async def test_experts_alike_share_passes_before_each_was_asked_alone() -> None:

@@ -26,7 +26,7 @@ class Receiver:
         self._buffer = memoryview(bytearray(1))
         self._changed = asyncio.Event()
 
-    def get_buffer(self) -> memoryview:
+    def get_buffer(self, sizehint: int = -1, /) -> memoryview:
         self._calls += 1
         self._buffer = memoryview(bytearray(self._sizes[self._calls % len(self._sizes)]))
         return self._buffer
@@ -64,7 +64,6 @@ async def test_bytes_arrive_in_order_both_ways(pipes: Pipes) -> None:
         for (_, receiver, _), (_, _, data) in zip(ends, reversed(ends), strict=True):
             await receiver.until(lambda receiver=receiver, data=data: len(receiver.data) >= len(data))  # type: ignore[misc]
             assert receiver.data == data
-        assert ends[0][0].bytes_sent == 300_000 and ends[0][0].bytes_received == 300_000
 
 
 async def test_what_is_written_before_the_other_end_starts_is_kept(pipes: Pipes) -> None:

@@ -36,7 +36,7 @@ class Receiver:
         self.changed = asyncio.Event()
         self._buffer = memoryview(bytearray(room))
 
-    def get_buffer(self) -> memoryview:
+    def get_buffer(self, sizehint: int = -1, /) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:

@@ -27,8 +27,9 @@ async def test_channels_of_one_loop_share_their_block_and_those_of_two_loops_do_
 def test_what_was_written_is_the_callers_again_at_once() -> None:
     """Without TLS, too: transports keep views of what they could not send yet."""
     sent: list[bytes] = []
-    pipe = SimpleNamespace(write=sent.append, bytes_sent=0)
+    pipe = SimpleNamespace(write=sent.append)
     payload = bytearray(b"a" * 100_000)
-    Channel(cast(Any, pipe), None, cast(Any, None)).write([b"head", memoryview(payload)])
+    channel = Channel(cast(Any, pipe), None, cast(Any, None))
+    channel.write([b"head", memoryview(payload)])
     payload[:] = bytes(len(payload))
-    assert b"".join(sent) == b"head" + b"a" * 100_000
+    assert b"".join(sent) == b"head" + b"a" * 100_000 and channel.bytes_sent == 100_004

@@ -31,9 +31,6 @@ async def test_bytes_arrive_in_order_both_ways_at_once(make: MakePair) -> None:
         await here.until_bytes(len(sent_there))
         await there.until_bytes(len(sent_here))
         assert there.received == sent_here and here.received == sent_there
-        # preambles come on top; what a relay takes for itself does not arrive
-        assert len(sent_here) <= one.bytes_sent <= len(sent_here) + 24
-        assert len(sent_there) <= one.bytes_received <= len(sent_there) + 24
         assert not here.lost and not there.lost
 
 

@@ -113,7 +113,7 @@ async def test_real_channels_keep_to_the_rate_together(direction: str) -> None:
 class SlowPipe:
     """A pipe that notes whether it is read."""
 
-    paused, bytes_sent, unsent, is_read = False, 0, 0, True
+    paused, unsent, is_read = False, 0, True
 
     def start(self, receiver: object) -> None: ...
 

@@ -1,6 +1,7 @@
 """Cutting bytes into frames, whole messages in one frame, and large ones into their own memory."""
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ class Recorder:
     def __init__(self) -> None:
         self.heard: list[tuple[Any, ...]] = []
         self.assemblies: dict[int, Assembly] = {}
+        self.index = 0
+        self.handlers = {kind: partial(self.frame_received, kind) for kind in range(256)}
 
-    def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
+    def frame_received(self, kind: int, index: int, flags: int, stream: int, payload: memoryview) -> None:
         self.heard.append((kind, flags, stream, bytes(payload)))
 
     def chunk_started(self, kind: int, stream: int, length: int) -> Assembly | None:

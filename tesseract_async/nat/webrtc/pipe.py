@@ -224,8 +224,6 @@ class DataChannelPipe:
         self._receiver: PipeReceiver | None = None
         self._reading = True
         self.paused = False
-        self.bytes_received = 0
-        self.bytes_sent = 0
         self._delivering = False
         self._closing: asyncio.Task[None] | None = None
         self._gone = asyncio.Event()
@@ -244,7 +242,6 @@ class DataChannelPipe:
 
     def write(self, data: bytes | memoryview) -> None:
         if self._closing is None:
-            self.bytes_sent += len(data)
             self._stream.write(data)
             self._pump()
             if self._stream.paused:
@@ -280,7 +277,6 @@ class DataChannelPipe:
             return
         if isinstance(message, str):
             self._pump()
-        self.bytes_received += len(message)
         self._deliver()
 
     def _deliver(self) -> None:
