@@ -21,6 +21,11 @@ LIMITS: Final[dict[str, float]] = {
     "client: C calls per small call of eight at once": 188,
     "server: Python calls per small call of eight at once": 86,
     "server: C calls per small call of eight at once": 101,
+    # the same, one at a time, forward and backward; at the client all of it runs in the loop's thread
+    "client: Python calls per forward and backward": 484,
+    "server: Python calls per forward and backward": 343,
+    "client: turns of the loop per forward and backward": 7,
+    "server: turns of the loop per forward and backward": 4,
     # the package's own functions that such a call passes at its client and its server, each counted once
     "functions that a forward passes, both ends": 146,
     "files that a forward passes, both ends": 47,
