@@ -111,8 +111,7 @@ class TrainerMoment:
             if call.sent is not None and holds_push(state, peer, call.call_id):
                 before, self.state["parts"][number][1] = call.sent, call.steps
             if not torch.equal(anchor, before):
-                change = anchor if form.cut.kind is MergeKind.NEWEST else anchor - before
-                manifest.layout.add(self.model, form.cut, change)
+                manifest.layout.add(self.model, form.cut, anchor - before)
 
 
 class StepListener(Protocol):
@@ -208,7 +207,12 @@ class SharedParameters(Uncopied, Generic[M]):
     async def __aenter__(self) -> Self:
         if isinstance(self._given, PlainCalls):
             raise TypeError("with a BackgroundNode, SharedParameters is entered by a plain `with`")
-        self._begin(await self._enter(self._values()))
+        found = await self._enter(self._values())
+        try:
+            self._begin(found)
+        except BaseException:
+            await self._leave()
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -221,7 +225,12 @@ class SharedParameters(Uncopied, Generic[M]):
     def __enter__(self) -> Self:
         if not isinstance(self._given, PlainCalls):
             raise TypeError("with a TesseractNode, SharedParameters is entered by `async with`")
-        self._begin(self._given.run(self._enter(self._values())))
+        found = self._given.run(self._enter(self._values()))
+        try:
+            self._begin(found)
+        except BaseException:
+            self._given.run(self._leave())
+            raise
         return self
 
     def __exit__(

@@ -302,6 +302,15 @@ async def test_whatever_fails_at_the_end_no_host_stays_behind() -> None:
                 shared.attach(Failing())
         with pytest.raises(RuntimeError, match="enter them by `async with`"):
             shared.step()
+        broken = make_model(1)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="inference"):
+            with torch.inference_mode():
+                broken.register_buffer("mean", torch.zeros(3))  # such a tensor is never written
+            async with SharedParameters(node, broken, run="broken"):
+                pass
+        # what hosted the pieces has left with it
+        async with SharedParameters(node, make_model(1), run="broken"):
+            pass
 
 
 async def test_another_model_is_refused_by_name() -> None:

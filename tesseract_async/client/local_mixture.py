@@ -88,7 +88,7 @@ class LocalMixture(Gate):
 
     def _mix(self, x: torch.Tensor, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]) -> Mixed:
         rows, keyword_rows, leading_shape = self._rows((x, *args), kwargs)
-        given = rows, dict(keyword_rows)
+        given, returns = (rows, dict(keyword_rows)), self._own_dtype(x)
         scores_RS, candidates = self._scores(rows[0]), self._candidates
         if not len(candidates):
             raise NotEnoughExperts(1, len(scores_RS), {})
@@ -108,6 +108,8 @@ class LocalMixture(Gate):
         for (call, at), value in zip(asked, values, strict=True):
             expert = self.experts["_".join(map(str, candidates.coords(call.expert)))]
             mine = tree_map_only(torch.Tensor, partial(torch.index_select, dim=0, index=at), given)
+            if returns is not None:
+                mine = tree_map_only(torch.Tensor, partial(_fitted, expert), mine)
             answer = expert(*mine[0], **mine[1])
             weight_L = (value - top_R[at]).exp()
             weights_R = weights_R.index_add(0, at, weight_L)
@@ -125,9 +127,15 @@ class LocalMixture(Gate):
                 dispatch.answered([call], 0.0)
         if (error := dispatch.shortage()) is not None:
             raise error
-        structure, dtypes = answer, [leaf.dtype for leaf in flatten(answer)]
+        structure, dtypes = answer, [returns or leaf.dtype for leaf in flatten(answer)]
         return self._mixed(
             *(sums, dtypes, structure, dispatch, scores_RS, weights_R, leading_shape),
             versions={},
             settings=self.settings,
         )
+
+
+def _fitted(expert: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a gate of another dtype gives this expert: floating-point numbers of the expert's."""
+    dtypes = (one.dtype for one in expert.parameters() if one.is_floating_point())
+    return tensor.to(next(dtypes, tensor.dtype)) if tensor.is_floating_point() else tensor

@@ -151,56 +151,6 @@ class TesseractRuntime(Uncopied):
         if self._aside is not None:
             self._aside.shutdown(wait=True)
 
-    async def forward(
-        self,
-        backend: ExpertBackend,
-        inputs: Sequence[torch.Tensor | None],
-        *,
-        training: bool = False,
-        seed: int = 0,
-        deadline: float | None = None,
-        priority: int = 0,
-        peer: Hashable = None,
-    ) -> WorkResult:
-        """Return the expert's outputs for these rows. `deadline` is in the loop's time.
-
-        Cancelling withdraws what has not been computed. Raises: ExpertFailed, Overloaded, TimeoutError.
-        """
-        work = self.submit(
-            backend, inputs, training=training, seed=seed, deadline=deadline, priority=priority, peer=peer
-        )
-        return await self._wait(work)
-
-    async def backward(
-        self,
-        backend: ExpertBackend,
-        inputs: Sequence[torch.Tensor | None],
-        output_gradients: Gradients,
-        *,
-        training: bool = False,
-        seed: int = 0,
-        call_id: bytes | None = None,
-        forward_version: int | None = None,
-        deadline: float | None = None,
-        priority: int = 0,
-        peer: Hashable = None,
-    ) -> WorkResult:
-        """Return the inputs' gradients; with a `call_id` the expert also takes its step. Otherwise like `forward`."""
-        return await self._wait(
-            self.submit(
-                backend,
-                inputs,
-                output_gradients,
-                training=training,
-                seed=seed,
-                call_id=call_id,
-                forward_version=forward_version,
-                deadline=deadline,
-                priority=priority,
-                peer=peer,
-            )
-        )
-
     def submit(
         self,
         backend: ExpertBackend,
@@ -220,10 +170,13 @@ class TesseractRuntime(Uncopied):
     ) -> Work:
         """Queue a forward, or a backward if there are gradients; its `Work.answer` will be done when it ends.
 
+        - `call_id`: of a backward after which the expert takes its step.
+        - `deadline`: in the loop's time.
         - `rows`, `weights`: see `Work`; the caller has checked that they fit.
         - `num_bytes`: what counts as its memory, if that is not the tensors given: a share of a block.
 
-        The tensors must not change until then. Raises: Overloaded.
+        The tensors must not change until then. The answer is ExpertFailed, Overloaded or TimeoutError where there is
+        no result; who no longer waits for it calls `withdraw`. Raises: Overloaded.
         """
         if (loop := self._loop) is None:
             raise RuntimeError("this runtime was not started")
@@ -391,13 +344,6 @@ class TesseractRuntime(Uncopied):
     def busy_seconds(self) -> float:
         """Seconds that the thread has spent on batches."""
         return self._busy_seconds
-
-    async def _wait(self, work: Work) -> WorkResult:
-        try:
-            return await work.answer
-        except asyncio.CancelledError:
-            self.withdraw(work)
-            raise
 
     async def _run_job(self, function: Callable[[GroupExecutor], Result]) -> Result:
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()

@@ -16,6 +16,8 @@ from tesseract_async.wire.tensors import DTYPE_NAMES, DTYPES
 
 Described = dict[str, Any]
 """A module as JSON describes it."""
+ParameterOf = Callable[[str, bool], nn.Parameter]
+"""Gives the parameter of this name, and says if it is trained."""
 
 ALLOWED: Final = ("torch.nn", "torch._C._nn", "tesseract_async.server.registry")
 """Modules, with those inside of them, whose classes and functions may always be imported."""
@@ -36,8 +38,9 @@ def describe_module(
     `replace` gives, by path and module, what stands for a part instead. What cannot be described is named in the
     description, by `rebuild_module`'s error.
     """
+    tensors = {id(one): name for name, one in (*module.named_parameters(), *module.named_buffers())}
     try:
-        return _describe(module, "", {}, {}, replace)
+        return _describe(module, "", tensors, {}, replace)
     except _Indescribable as error:
         return {"cannot": str(error)}
 
@@ -63,7 +66,7 @@ def _describe(
     def key(tensor: torch.Tensor, name: str) -> str:
         if tensor.layout is not torch.strided or tensor.dtype not in DTYPE_NAMES:
             raise _Indescribable(f"{path}.{name} is {tensor.dtype}, {tensor.layout}")
-        return tensors.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
+        return tensors[id(tensor)]
 
     return {
         "class": _path_of(type(module), path),
@@ -124,16 +127,15 @@ def rebuild_module(
     tensors: Mapping[str, torch.Tensor],
     *,
     allowed_modules: Collection[str] = (),
-    replaced: Callable[[str, Mapping[str, Any]], nn.Module | None] = lambda path, instead: None,
+    replaced: Callable[[str, Mapping[str, Any], ParameterOf], nn.Module | None] = lambda path, instead, parameter: None,
 ) -> nn.Module:
     """Return the module of a description, with these tensors. Untrusted, but for modules that are allowed.
 
-    `replaced` gives what stands for a part where `describe_module`'s `replace` gave something.
+    `replaced` gives what stands for a part where `describe_module`'s `replace` gave something; its third argument
+    gives the parameters by name, tied ones once.
 
     Raises: CheckpointError for what is no description, names what is not allowed, or lacks a tensor.
     """
-    if "cannot" in described:
-        raise CheckpointError(f"how it is built could not be written down: {str(described['cannot'])[:200]}")
     builder = _Builder(tensors, (*ALLOWED, *allowed_modules), replaced)
     try:
         return builder.build(described, "")
@@ -146,7 +148,7 @@ class _Builder:
         self,
         tensors: Mapping[str, torch.Tensor],
         allowed: Sequence[str],
-        replaced: Callable[[str, Mapping[str, Any]], nn.Module | None],
+        replaced: Callable[[str, Mapping[str, Any], ParameterOf], nn.Module | None],
     ) -> None:
         self._tensors, self._allowed, self._replaced = tensors, allowed, replaced
         self._parameters: dict[str, nn.Parameter] = {}
@@ -155,7 +157,9 @@ class _Builder:
     def build(self, described: Mapping[str, Any], path: str) -> nn.Module:
         if "same" in described:
             return self._modules[described["same"]]
-        module = self._replaced(path, described)
+        if "cannot" in described:
+            raise CheckpointError(f"how it is built could not be written down: {str(described['cannot'])[:200]}")
+        module = self._replaced(path, described, self._parameter)
         if module is None:
             module = self._build(described, path)
         self._modules[path] = module

@@ -4,22 +4,25 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
 
+from tesseract_async.client.expert_pool import ExpertPool
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.local_mixture import LocalMixture
 from tesseract_async.client.ports import Node, PlainCalls, deliver
+from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.client.trainer import AsyncTrainer
 from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import Identity
 from tesseract_async.node import TesseractNode
-from tesseract_async.runtime.structure import Described, describe_module, rebuild_module
+from tesseract_async.runtime.structure import Described, ParameterOf, describe_module, rebuild_module
 from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
 from tesseract_async.saving.restorer import enter_owned, restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins, find_pieces, take_trunk
@@ -56,8 +59,8 @@ def save_model(
 
     Returns (or gives, when awaited) a `SaveReport`. With a `BackgroundNode` the call is plain.
 
-    Raises: CheckpointError, after all others are written, for experts that nobody gave; ValueError for a model without
-    gates, or on another node; OSError.
+    Raises: CheckpointError, after all others are written, for experts that nobody gave, and before anything is written
+    for a gate of which nobody has any; ValueError for a model without gates, or on another node; OSError.
     """
     if isinstance(model, SharedParameters) and isinstance(node, PlainCalls):
         model.flush()
@@ -83,11 +86,20 @@ async def _save(
     own = given.model if isinstance(given, SharedParameters) else given
     gates = {path: part for path, part in own.named_modules() if isinstance(part, GatingFunction)}
     if not gates and shared is None:
-        raise ValueError("this model has no GatingFunction: it is saved by torch.save")
+        raise ValueError(
+            "this model has no GatingFunction, whose experts could be written: torch.save writes a model without any, "
+            "and export_checkpoint one of Transformers with an ExpertPool"
+        )
+    for path, gate in gates.items():
+        if _node_of(gate.node) is not node:  # it does not know what was answered there
+            raise ValueError(f"{path or 'the gate'} is on another node than the one that is to save it")
     store = await asyncio.to_thread(open_folder_or_make, folder)
     origins: dict[str, list[Origin]] = {}
     for prefix, grid_size in {gate.uid_prefix: gate.grid_size for gate in gates.values()}.items():
-        origins |= await find_origins(node, prefix, grid_size)
+        found = await find_origins(node, prefix, grid_size)
+        if not found:
+            raise CheckpointError(f"nobody has an expert of {prefix}: without them the model is nothing to save")
+        origins |= found
         authority = node.trust.authority(prefix)
         if authority is not None:
             store.add_run(authority.run)
@@ -113,7 +125,8 @@ async def _save(
         local = {name: one.detach().cpu() for name, one in _tensors_of(moment.model).items()}
         state |= {"local": local, "shared": moment.state}
     store.experts = {uid: one for uid, one in store.experts.items() if uid in origins}
-    store.model = describe_module(model, replace=_describe_gate)
+    names = {id(one): name for name, one in _tensors_of(model).items()}
+    store.model = describe_module(model, replace=partial(_describe_gate, names))
 
     def write() -> None:
         store.put_tensors(tensors)
@@ -135,7 +148,9 @@ def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _describe_gate(path: str, module: nn.Module) -> Described | None:
+def _describe_gate(names: Mapping[int, str], path: str, module: nn.Module) -> Described | None:
+    if isinstance(module, ExpertPool | RemoteExpert):
+        return {"cannot": f"{path} is {type(module).__name__}, and only gates' experts are saved with the model"}
     if not isinstance(module, GatingFunction):
         return None
     return {
@@ -152,6 +167,7 @@ def _describe_gate(path: str, module: nn.Module) -> Described | None:
         "on_missing": module.settings.on_missing,
         "capacity_factor": module.settings.capacity_factor,
         "refill": module.settings.refill,
+        "parameters": {name: [names[id(one)], one.requires_grad] for name, one in module.proj.named_parameters()},
     }
 
 
@@ -175,7 +191,7 @@ def load_model(folder: str | Path, model: M | None = None, *, allowed_modules: C
         raise CheckpointError(f"{folder} does not say how the model is built: give the module to load into")
     experts = SavedExperts(saved, allowed_modules=allowed_modules)
 
-    def gate(path: str, described: Mapping[str, Any]) -> nn.Module | None:
+    def gate(path: str, described: Mapping[str, Any], parameter: ParameterOf) -> nn.Module | None:
         if "gate" not in described:
             return None
         settings = MixtureSettings(
@@ -184,12 +200,15 @@ def load_model(folder: str | Path, model: M | None = None, *, allowed_modules: C
             refill=described["refill"],
         )
         options, name = described["gate"], f"{path}.proj".lstrip(".")
-        if list(tensors[f"{name}.weight"].shape) != [sum(options["grid_size"]), options["in_features"]]:
+        # folders of older versions do not say it
+        own = described.get("parameters") or {part: [f"{name}.{part}", True] for part in ("weight", "bias")}
+        parameters = {part: parameter(*own[part]) for part in ("weight", "bias")}
+        if list(parameters["weight"].shape) != [sum(options["grid_size"]), options["in_features"]]:
             raise CheckpointError(f"{name}.weight has another shape than its gate")  # before one of any size is made
         uids = [uid for uid in experts if split_uid(uid)[0] == options["uid_prefix"]]
         mixture = LocalMixture({uid: experts[uid] for uid in uids}, settings=settings, **options)
-        for part in ("weight", "bias"):
-            setattr(mixture.proj, part, nn.Parameter(tensors[f"{name}.{part}"]))
+        for part, one in parameters.items():
+            setattr(mixture.proj, part, one)
         return mixture
 
     loaded = rebuild_module(saved.model, tensors, allowed_modules=allowed_modules, replaced=gate).eval()

@@ -63,8 +63,7 @@ class Copy:
         self.sent = None
 
     def merge(self, updates: Sequence[Update], *, epoch: int) -> torch.Tensor:
-        """Take the updates that answer the push, or that came without one. Returns what to add to the local values (of
-        integers: the values).
+        """Take the updates that answer the push, or that came without one. Returns what to add to the local values.
 
         Raises: ProtocolError if they do not lead where they say, and changes nothing: fetch the state whole then, and
         `rebase`.
@@ -74,7 +73,7 @@ class Copy:
             raise ProtocolError("a push was answered without its update")
         self._fragment.replay(updates)
         self.epoch, self.sent = epoch, None
-        return self.anchor if self.cut.kind is MergeKind.NEWEST else self.anchor - sent
+        return self.anchor - sent
 
     def rebase(
         self,
@@ -93,4 +92,4 @@ class Copy:
         before = self.sent if counted and self.sent is not None else self.anchor
         self._fragment = self._made(anchor, version, updates)
         self.epoch, self.sent = epoch, None
-        return anchor if self.cut.kind is MergeKind.NEWEST else anchor - before
+        return anchor - before

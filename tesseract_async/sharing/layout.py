@@ -110,12 +110,17 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
         """Return the layout of a model. Raises: ValueError, naming a tensor that cannot be shared."""
-        entries: list[TensorEntry] = []
+        entries, places = list[TensorEntry](), dict[int, str]()
         for name, tensor in _tensors_of(model).items():
             if nn.parameter.is_lazy(tensor):
                 raise ValueError(f"{name} has no shape yet: call the model once before it is shared")
             if tensor.dtype not in DTYPE_NAMES or tensor.is_complex() or tensor.layout is not torch.strided:
                 raise ValueError(f"{name} cannot be shared: {tensor.dtype}, {tensor.layout}")
+            if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+                raise ValueError(f"{name} is expanded, so it cannot be written: give the model its `contiguous()`")
+            place = tensor.data_ptr() if tensor.numel() else 0
+            if place and (other := places.setdefault(place, name)) != name:
+                raise ValueError(f"{other} and {name} share memory, but are two tensors: tie them by one that is both")
             if len(name) > MAX_NAME:
                 raise ValueError(f"{name[:MAX_NAME]}...: names of shared tensors have at most {MAX_NAME} characters")
             if isinstance(tensor, nn.Parameter):
@@ -180,11 +185,11 @@ class Layout:
         return out
 
     def add(self, model: nn.Module, cut: Cut, change: torch.Tensor) -> torch.Tensor | None:
-        """Add `change` to the fragment's values in place; integers take its values instead.
+        """Add `change` to the fragment's values in place.
 
         Returns what rounding to 16 bits lost, which belongs to the values until the next change; else None.
         """
-        return self._put(model, cut, change, replace=cut.kind is MergeKind.NEWEST)
+        return self._put(model, cut, change, replace=False)
 
     def write(self, model: nn.Module, cut: Cut, values: torch.Tensor) -> torch.Tensor | None:
         """Set the fragment's values in place. Returns as `add`."""
@@ -205,6 +210,8 @@ class Layout:
                     lost[at : at + stop - start] = exact - here.float()
                 elif replace:
                     here.copy_(part)
+                elif here.dtype == torch.bool:
+                    here.copy_(here + part.to(here.device) > 0)
                 else:
                     here.add_(part.to(here.device))
                 if not tensor.is_contiguous():

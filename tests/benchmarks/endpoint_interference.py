@@ -15,6 +15,7 @@ from tests.benchmarks.figures import emit, percentile
 from tests.benchmarks.loads import Load
 from tests.benchmarks.processes import child
 from tests.benchmarks.swarm import Security, joined, make_backend, run_on, serving, stop_asked
+from tests.computed import computed
 
 SECONDS = 3.0
 BULK = 8 << 20
@@ -84,7 +85,7 @@ def train(pipe: Connection, security: Security, loop: str) -> None:
                 gradient = torch.randn(TRAINED.rows, TRAINED.width)
                 num_calls, bytes_before, begin = 0, num_bytes, time.perf_counter()
                 while (now := time.perf_counter()) < begin + SECONDS:
-                    await runtime.backward(backend, [batch], [gradient], call_id=os.urandom(16))
+                    await computed(runtime, backend, [batch], [gradient], call_id=os.urandom(16))
                     num_calls += 1
                 pipe.send(("value", (num_calls / (now - begin), (num_bytes - bytes_before) / (now - begin))))
             await runtime.aclose()

@@ -15,6 +15,7 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.wire.tensors import TensorSpec
 from tests.benchmarks.figures import emit
+from tests.computed import computed
 
 WIDTH, ROWS, ROUNDS = 4096, 2048, 40
 NAME = f"rows/s against a plain loop on the same GPU, ffn {WIDTH} wide, batches of {ROWS}, transfers included"
@@ -39,7 +40,7 @@ async def ours(backend: ExpertBackend, rows: torch.Tensor) -> float:
 
         async def client(rounds: int) -> None:
             for _ in range(rounds):
-                await runtime.forward(backend, [rows])
+                await computed(runtime, backend, [rows])
 
         await client(5)
         started = time.perf_counter()

@@ -22,6 +22,7 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.wire.tensors import TensorSpec
 from tests.benchmarks.figures import emit
+from tests.computed import computed
 
 NUM_PAIRS = 30
 SIZES = [(64, 4, 64, 128), (64, 32, 64, 128), (16, 4, 64, 128), (64, 4, 256, 1024), (4, 64, 256, 1024)]
@@ -103,7 +104,7 @@ async def single_calls(device: str, *, seconds: float = 8.0) -> list[float]:
             load = asyncio.create_task(side.once(x, trains=True, peer=1))
             while not load.done():
                 started = time.perf_counter()
-                await side.runtime.forward(side.experts[0], [x], peer=2)
+                await computed(side.runtime, side.experts[0], [x], peer=2)
                 own.append(time.perf_counter() - started)
             await load
     return [statistics.quantiles(own, n=100)[98] for own in waits]

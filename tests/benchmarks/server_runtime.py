@@ -19,6 +19,7 @@ from tesseract_async.runtime.batcher import Batcher, QueuedRequest
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.wire.tensors import TensorSpec
 from tests.benchmarks.figures import emit
+from tests.computed import computed
 
 
 def batcher_rate(num_requests: int = 100_000) -> float:
@@ -73,7 +74,7 @@ async def idle_latency(num_calls: int = 3000) -> float:
         through = []
         for _ in range(num_calls):
             started = time.perf_counter()
-            await runtime.forward(backend, [x])
+            await computed(runtime, backend, [x])
             through.append(time.perf_counter() - started)
     return (statistics.median(through) - statistics.median(direct)) * 1e6
 
@@ -110,9 +111,9 @@ async def throughput_share(*, backward: bool, seconds: float = 4.0) -> tuple[flo
             for _ in range(rounds * 512 // rows // 8):
                 if backward:
                     call_id = next(number).to_bytes(16, "big")
-                    await runtime.backward(backend, [quarter], [quarter_gradient], call_id=call_id)
+                    await computed(runtime, backend, [quarter], [quarter_gradient], call_id=call_id)
                 else:
-                    await runtime.forward(backend, [quarter])
+                    await computed(runtime, backend, [quarter])
 
         started = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(8)))
@@ -144,7 +145,7 @@ async def fairness(num_experts: int = 64, num_requests: int = 1000, seconds: flo
         async def client(index: int) -> None:
             choice = random.Random(index)
             while (started := time.perf_counter()) < stop:
-                await runtime.forward(choice.choice(backends), [x], peer=index)
+                await computed(runtime, choice.choice(backends), [x], peer=index)
                 waits.append(time.perf_counter() - started)
 
         before, began = runtime.busy_seconds, time.perf_counter()

@@ -13,6 +13,7 @@ from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.runtime.staging import CudaStaging, staging_for
 from tesseract_async.wire.tensors import TensorSpec
+from tests.computed import computed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
 
@@ -49,10 +50,10 @@ async def test_a_step_on_the_gpu_equals_one_on_the_cpu(runtime: TesseractRuntime
     await on_cpu.start()
     for step in range(3):
         x, gradient, call_id = torch.randn(num_rows, 8), torch.randn(num_rows, 4), bytes([step]) * 16
-        ours, theirs = await runtime.forward(backend, [x]), await on_cpu.forward(reference, [x])
+        ours, theirs = await computed(runtime, backend, [x]), await computed(on_cpu, reference, [x])
         torch.testing.assert_close(ours.tensors[0], theirs.tensors[0], atol=1e-5, rtol=1e-5)
-        ours = await runtime.backward(backend, [x], [gradient], call_id=call_id)
-        theirs = await on_cpu.backward(reference, [x], [gradient], call_id=call_id)
+        ours = await computed(runtime, backend, [x], [gradient], call_id=call_id)
+        theirs = await computed(on_cpu, reference, [x], [gradient], call_id=call_id)
         torch.testing.assert_close(ours.tensors[0], theirs.tensors[0], atol=1e-5, rtol=1e-5)
         assert ours.tensors[0] is not None and ours.tensors[0].device.type == "cpu"
     await on_cpu.aclose()
@@ -63,7 +64,7 @@ async def test_a_step_on_the_gpu_equals_one_on_the_cpu(runtime: TesseractRuntime
 async def test_many_requests_in_flight_do_not_mix(runtime: TesseractRuntime) -> None:
     backend = ExpertBackend(nn.Identity(), args_schema=(TensorSpec((1000,)),), max_batch_size=100)
     xs = [torch.full((1 + index % 70, 1000), float(index)) for index in range(300)]
-    answers = await asyncio.gather(*(runtime.forward(backend, [x]) for x in xs))
+    answers = await asyncio.gather(*(computed(runtime, backend, [x]) for x in xs))
     for x, answer in zip(xs, answers, strict=True):
         torch.testing.assert_close(answer.tensors[0], x)
 
@@ -73,8 +74,8 @@ async def test_dropout_is_the_same_in_forward_and_backward(runtime: TesseractRun
     module = nn.Dropout(0.5)
     backend = ExpertBackend(module, args_schema=(TensorSpec((1000,)),), max_batch_size=8)
     x = torch.ones(20, 1000)
-    y = (await runtime.forward(backend, [x], training=True, seed=5)).tensors[0]
-    gradient = (await runtime.backward(backend, [x], [x], training=True, seed=5)).tensors[0]
+    y = (await computed(runtime, backend, [x], training=True, seed=5)).tensors[0]
+    gradient = (await computed(runtime, backend, [x], [x], training=True, seed=5)).tensors[0]
     torch.testing.assert_close(gradient, y)
 
 
@@ -86,16 +87,16 @@ async def test_graphs_follow_the_optimizer(runtime: TesseractRuntime) -> None:
     for step, num_rows in enumerate((3, 8, 20, 40)):
         x, gradient = torch.randn(num_rows, 8), torch.randn(num_rows, 4)
         for _ in range(2):
-            ours, theirs = await runtime.forward(graphed, [x]), await runtime.forward(plain, [x])
+            ours, theirs = await computed(runtime, graphed, [x]), await computed(runtime, plain, [x])
             torch.testing.assert_close(ours.tensors[0], theirs.tensors[0], atol=1e-5, rtol=1e-5)
         for backend in (plain, graphed):
-            await runtime.backward(backend, [x], [gradient], call_id=bytes([step]) * 16)
+            await computed(runtime, backend, [x], [gradient], call_id=bytes([step]) * 16)
 
 
 async def test_autocast(runtime: TesseractRuntime) -> None:
     backend = make_backend(autocast=torch.bfloat16)
     await runtime.call(lambda: backend.to(CUDA))
-    answer = await runtime.forward(backend, [torch.randn(8, 8)])
+    answer = await computed(runtime, backend, [torch.randn(8, 8)])
     assert answer.tensors[0] is not None and answer.tensors[0].dtype == torch.float32
 
 
@@ -110,7 +111,7 @@ async def test_running_out_of_memory_halves_the_batch(runtime: TesseractRuntime)
 
     backend = ExpertBackend(Greedy(), args_schema=(TensorSpec((1,)),), outputs_schema=TensorSpec((1,)))
     x = torch.arange(10.0).view(10, 1)
-    answer = await runtime.forward(backend, [x])
+    answer = await computed(runtime, backend, [x])
     torch.testing.assert_close(answer.tensors[0], x)
 
 

@@ -17,6 +17,7 @@ from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.runtime.staging import HostStaging
 from tesseract_async.runtime.work import Work
 from tesseract_async.wire.tensors import TensorSpec
+from tests.computed import computed
 
 
 class Gate(nn.Module):
@@ -104,10 +105,10 @@ async def test_forward_and_backward_equal_the_module(any_runtime: TesseractRunti
     module, backend = make_mlp()
     reference = copy.deepcopy(module)
     x, gradient = torch.randn(num_rows, 8), torch.randn(num_rows, 4)
-    answer = await any_runtime.forward(backend, [x])
+    answer = await computed(any_runtime, backend, [x])
     torch.testing.assert_close(answer.tensors[0], reference(x).detach(), atol=1e-6, rtol=1e-6)
     assert answer.version == 0
-    answer = await any_runtime.backward(backend, [x], [gradient], call_id=b"1" * 16)
+    answer = await computed(any_runtime, backend, [x], [gradient], call_id=b"1" * 16)
     torch.testing.assert_close(answer.tensors[0], local_step(reference, x, gradient), atol=1e-6, rtol=1e-6)
     assert answer.version == backend.version == 1, "a request split over batches steps once"
     for ours, theirs in zip(module.parameters(), reference.parameters(), strict=True):
@@ -140,7 +141,9 @@ async def test_a_batch_never_exceeds_the_limit(runtime: TesseractRuntime) -> Non
     gate, backend = make_gate(max_batch_size=10)
     gate.open.set()
     sizes = [1, 9, 10, 11, 25, 3, 3, 3, 40, 1]
-    answers = await asyncio.gather(*(runtime.forward(backend, [torch.full((size, 1), float(size))]) for size in sizes))
+    answers = await asyncio.gather(
+        *(computed(runtime, backend, [torch.full((size, 1), float(size))]) for size in sizes)
+    )
     for size, answer in zip(sizes, answers, strict=True):
         torch.testing.assert_close(answer.tensors[0], torch.full((size, 1), float(size)))
     assert max(gate.sizes) <= 10 and sum(gate.sizes) == sum(sizes)
@@ -186,9 +189,9 @@ async def test_gradients_that_are_not_finite_reach_no_optimizer(runtime: Tessera
     module, backend = make_mlp()
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(ExpertFailed, match="not finite"):
-        await runtime.backward(backend, [torch.randn(2, 8)], [torch.full((2, 4), torch.nan)], call_id=b"1" * 16)
+        await computed(runtime, backend, [torch.randn(2, 8)], [torch.full((2, 4), torch.nan)], call_id=b"1" * 16)
     with pytest.raises(ExpertFailed, match="not finite"):
-        await runtime.backward(backend, [torch.full((2, 8), torch.inf)], [torch.ones(2, 4)], call_id=b"2" * 16)
+        await computed(runtime, backend, [torch.full((2, 8), torch.inf)], [torch.ones(2, 4)], call_id=b"2" * 16)
     torch.testing.assert_close(module.state_dict(), before)
     assert backend.version == 0 and not backend.applied
 
@@ -196,7 +199,7 @@ async def test_gradients_that_are_not_finite_reach_no_optimizer(runtime: Tessera
 async def test_backward_without_a_call_id_takes_no_step(runtime: TesseractRuntime) -> None:
     module, backend = make_mlp()
     before = copy.deepcopy(module.state_dict())
-    answer = await runtime.backward(backend, [torch.randn(2, 8)], [torch.randn(2, 4)])
+    answer = await computed(runtime, backend, [torch.randn(2, 8)], [torch.randn(2, 4)])
     assert answer.tensors[0] is not None and answer.version == 0
     torch.testing.assert_close(module.state_dict(), before)
 
@@ -221,11 +224,11 @@ async def test_a_backward_that_is_computed_again_costs_no_other_its_step(any_run
 async def test_cancelling_withdraws_what_waits_and_lets_run_what_runs(any_runtime: TesseractRuntime) -> None:
     gate, backend = make_gate()
     running = asyncio.create_task(
-        any_runtime.backward(backend, [torch.ones(1, 1)], [torch.ones(1, 1)], call_id=b"1" * 16)
+        computed(any_runtime, backend, [torch.ones(1, 1)], [torch.ones(1, 1)], call_id=b"1" * 16)
     )
     await asyncio.sleep(0)
     await gate.entered.wait()
-    waiting = asyncio.create_task(any_runtime.forward(backend, [torch.ones(1, 1)]))
+    waiting = asyncio.create_task(computed(any_runtime, backend, [torch.ones(1, 1)]))
     await asyncio.sleep(0)
     assert any_runtime.statistics().num_waiting == 1
     for task in (running, waiting):
@@ -257,7 +260,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
     blocker = runtime.submit(backend, [torch.ones(1, 1)])
     await gate.entered.wait()
     with pytest.raises(Overloaded) as caught:
-        await runtime.forward(backend, [torch.ones(64, 1)])
+        await computed(runtime, backend, [torch.ones(64, 1)])
     assert caught.value.retry_after > 0
     gate.open.set()
     await blocker.answer
@@ -279,7 +282,7 @@ async def test_closing_ends_every_call() -> None:
     await closing
     assert (await running.answer).version == 0
     with pytest.raises(Overloaded):
-        await runtime.forward(backend, [torch.ones(1, 1)])
+        await computed(runtime, backend, [torch.ones(1, 1)])
     await runtime.aclose()
 
 
@@ -310,9 +313,9 @@ async def test_a_module_may_raise_anything(runtime: TesseractRuntime) -> None:
 
     backend = ExpertBackend(Quits(), args_schema=(TensorSpec((1,)),), outputs_schema=TensorSpec((1,)))
     with pytest.raises(ExpertFailed, match="SystemExit: bye"):
-        await runtime.forward(backend, [torch.ones(1, 1)])
+        await computed(runtime, backend, [torch.ones(1, 1)])
     module, mlp = make_mlp()
-    await runtime.forward(mlp, [torch.ones(1, 8)])
+    await computed(runtime, mlp, [torch.ones(1, 8)])
 
 
 async def test_stochastic_requests_and_unmerged_backwards_are_computed_alone(runtime: TesseractRuntime) -> None:
@@ -348,7 +351,7 @@ async def test_a_hung_module_makes_the_device_refuse_and_never_blocks_closing() 
     hung = runtime.submit(backend, [torch.ones(1, 1)])
     await gate.entered.wait()
     with pytest.raises(Overloaded, match="hangs"):
-        await runtime.forward(backend, [torch.ones(1, 1)])
+        await computed(runtime, backend, [torch.ones(1, 1)])
     await runtime.aclose()
     assert not hung.answer.done()
     gate.open.set()  # what never happens outside of tests
@@ -366,9 +369,9 @@ async def test_a_device_that_does_not_exist_is_an_error_at_start() -> None:
 
 async def test_figures_reach_the_metrics(runtime: TesseractRuntime) -> None:
     _, backend = make_mlp()
-    await runtime.forward(backend, [torch.randn(3, 8)])
+    await computed(runtime, backend, [torch.randn(3, 8)])
     with pytest.raises(ExpertFailed):
-        await runtime.backward(backend, [torch.randn(2, 8)], [torch.full((2, 4), torch.nan)], call_id=b"1" * 16)
+        await computed(runtime, backend, [torch.randn(2, 8)], [torch.full((2, 4), torch.nan)], call_id=b"1" * 16)
     snapshot = runtime.metrics.snapshot()
     assert snapshot["runtime_batch_rows_sum{direction=forward}"] == 3
     assert snapshot["runtime_failures{direction=backward}"] == 1

@@ -15,6 +15,7 @@ from torch import nn
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.wire.tensors import TensorSpec
+from tests.computed import computed
 
 
 def make_expert() -> ExpertBackend:
@@ -82,7 +83,7 @@ async def test_thousands_of_naps_end_with_the_next_request(hasty_threads: None) 
             if dice.random() < 0.5:
                 await runtime.call(int)
             else:
-                await runtime.forward(expert, [x], deadline=loop.time() + 60 if dice.random() < 0.5 else None)
+                await computed(runtime, expert, [x], deadline=loop.time() + 60 if dice.random() < 0.5 else None)
 
     async with asyncio.timeout(100):
         for num_callers in (1, 4):
@@ -97,7 +98,7 @@ async def test_rings_too_many_do_no_harm() -> None:
         with runtime._lock:
             runtime._is_idle = True
             runtime._wake_thread()
-    assert (await runtime.forward(expert, [torch.ones(1, 1)])).tensors[0] is not None
+    assert (await computed(runtime, expert, [torch.ones(1, 1)])).tensors[0] is not None
     await runtime.aclose()
 
 
@@ -129,7 +130,7 @@ async def test_one_wake_up_of_the_loop_serves_all_batches_that_ended_meanwhile(m
     async with asyncio.timeout(60):
         await asyncio.gather(*(work.answer for work in works))
     assert num_wake_ups == 1 and runtime.statistics().num_batches == num_experts
-    await runtime.forward(make_expert(), [torch.ones(1, 1)])
+    await computed(runtime, make_expert(), [torch.ones(1, 1)])
     assert num_wake_ups == 2, "what ends later wakes it again"
     await runtime.aclose()
 
@@ -168,7 +169,7 @@ async def test_what_comes_in_one_turn_of_the_loop_wakes_the_thread_once_and_is_c
     async with asyncio.timeout(60):
         await asyncio.gather(*(work.answer for work in works))
         assert runtime.statistics().num_batches == num_before + 1
-        await runtime.forward(expert, [torch.ones(1, 1)])  # the next turn
+        await computed(runtime, expert, [torch.ones(1, 1)])  # the next turn
     await runtime.aclose()
 
 

@@ -151,7 +151,7 @@ async def test_a_saved_model_answers_without_the_swarm_as_the_swarm_did(swarm: S
     assert not report.taken and sorted(report.kept) == UIDS
 
 
-@pytest.mark.parametrize("kind", ["sample", "token", "switch", "capacity"])
+@pytest.mark.parametrize("kind", ["sample", "token", "switch", "capacity", "half", "double"])
 async def test_every_kind_of_gate_has_its_local_one(swarm: Swarm, tmp_path: Path, kind: str) -> None:
     settings = ta.MixtureSettings(
         calls=ta.CallOptions(codec="none"),
@@ -167,11 +167,13 @@ async def test_every_kind_of_gate_has_its_local_one(swarm: Swarm, tmp_path: Path
     else:
         gate = swarm.gate(settings=settings, route="token" if kind == "token" else "sample")
     x = torch.randn(4, 5, WIDTH) if kind in ("token", "switch") else torch.randn(20, WIDTH)
+    if kind in ("half", "double"):  # the gate's own: experts keep theirs
+        gate, x = gate.to(getattr(torch, kind)), x.to(getattr(torch, kind))
     await ta.save_model(swarm.node, gate.eval(), tmp_path / "saved")
     local = ta.load_model(tmp_path / "saved")
     with torch.no_grad():
         mixed, found = await gate.mix(x), await local.mix(x)
-    assert torch.equal(found.num_answers, mixed.num_answers)
+    assert torch.equal(found.num_answers, mixed.num_answers) and found.output.dtype == mixed.output.dtype
     torch.testing.assert_close(found.output, mixed.output, rtol=0, atol=1e-6)
     assert (await local(x[:0])).shape == x[:0].shape
     # states go both ways, and leave or drop the experts
@@ -180,6 +182,50 @@ async def test_every_kind_of_gate_has_its_local_one(swarm: Swarm, tmp_path: Path
     assert torch.equal(again.proj.weight, gate.proj.weight)
     nn.Sequential(gate).load_state_dict(nn.Sequential(local).state_dict())
     nn.Sequential(local).load_state_dict(nn.Sequential(gate).state_dict())
+
+
+class Tied(nn.Module):
+    """Two gates over one grid's columns, of which the first one's are also the rows of a layer."""
+
+    def __init__(self, *gates: nn.Module) -> None:
+        super().__init__()
+        self.gates, self.last = nn.ModuleList(gates), nn.Linear(WIDTH, sum(GRID))
+
+    async def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for gate in self.gates:
+            x = x + await gate(x)
+        y: torch.Tensor = self.last(x)
+        return y
+
+
+async def test_what_gates_have_in_common_with_others_and_what_is_frozen_stays_so(swarm: Swarm, tmp_path: Path) -> None:
+    model = Tied(swarm.gate(), swarm.gate()).eval()
+    one, other = (gate.proj for gate in model.gates)
+    other.weight = model.last.weight = one.weight
+    other.bias.requires_grad_(False)
+    await ta.save_model(swarm.node, model, tmp_path / "saved")
+    loaded, x = ta.load_model(tmp_path / "saved", allowed_modules=[HERE]), torch.randn(5, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(await loaded(x), await model(x), rtol=0, atol=1e-6)
+    one, other = (gate.proj for gate in loaded.gates)
+    assert one.weight is other.weight is loaded.last.weight
+    assert one.bias.requires_grad and not other.bias.requires_grad
+
+
+async def test_what_is_no_whole_model_is_not_written_in_silence(swarm: Swarm, tmp_path: Path) -> None:
+    async with ta.TesseractNode() as alone:
+        with pytest.raises(ValueError, match="the gate is on another node"):
+            await ta.save_model(alone, swarm.gate(), tmp_path / "saved")
+    with pytest.raises(ValueError, match="no GatingFunction, whose experts"):
+        await ta.save_model(swarm.node, nn.Linear(1, 1), tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="nobody has an expert of other"):
+        await ta.save_model(swarm.node, swarm.gate(uid_prefix="other"), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    for part in (ta.ExpertPool(swarm.node, "ffn.0", num_experts=2), ta.RemoteExpert(swarm.node, "ffn.0.0")):
+        model = nn.Sequential(swarm.gate(), part)
+        await ta.save_model(swarm.node, model, tmp_path / "saved")
+        with pytest.raises(CheckpointError, match=f"1 is {type(part).__name__}, and only gates' experts are saved"):
+            ta.load_model(tmp_path / "saved")
 
 
 async def test_going_on_from_a_save_point_equals_never_having_stopped(swarm: Swarm, tmp_path: Path) -> None:

@@ -185,6 +185,11 @@ def test_integers_take_the_newest_values_exactly() -> None:
     cut = Cut(MergeKind.NEWEST, 0, 2)
     fragment = Fragment(cut, Outer(), torch.tensor([1, 2]))
     copy = Copy(cut, Outer(), torch.tensor([1, 2]), version=0)
-    copy.push(torch.tensor([5, 2**60 + 1]))
+    local = torch.tensor([5, 2**60 + 1])
+    copy.push(local.clone())
     fragment.step(torch.tensor([7, 2**60 + 3]))
-    assert torch.equal(copy.merge(fragment.since(*copy.base[1:]) or (), epoch=1), torch.tensor([7, 2**60 + 3]))
+    local[0] += 2  # what is counted while the push travels stays
+    local += copy.merge(fragment.since(*copy.base[1:]) or (), epoch=1)
+    assert torch.equal(local, torch.tensor([9, 2**60 + 3]))
+    local += copy.rebase(torch.tensor([10, 2**60]), version=50, epoch=3)
+    assert torch.equal(local, torch.tensor([12, 2**60]))

@@ -114,6 +114,23 @@ def test_what_cannot_be_shared_is_named() -> None:
         Layout.of(nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]))
     with pytest.raises(ValueError, match="nothing to share"):
         Layout.of(nn.ReLU())
+    halves = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    halves[1].weight.data = halves[0].weight.data  # each would get all that is learned of both
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight share memory"):
+        Layout.of(halves)
+    expanded = nn.Linear(3, 3)
+    expanded.register_buffer("mask", torch.ones(1).expand(3))
+    with pytest.raises(ValueError, match="mask is expanded"):
+        Layout.of(expanded)
+
+
+@pytest.mark.parametrize(("here", "sent", "new", "wanted"), [(0, 1, 0, 0), (1, 0, 0, 1), (1, 1, 0, 0), (0, 0, 1, 1)])
+def test_a_bool_takes_what_is_new_or_keeps_what_it_became(here: int, sent: int, new: int, wanted: int) -> None:
+    model = nn.Linear(1, 1)
+    model.register_buffer("flag", torch.tensor(bool(here)))
+    layout = Layout.of(model)
+    layout.add(model, layout.cuts[-1], torch.tensor([new - sent]))
+    assert model.get_buffer("flag").item() is bool(wanted)
 
 
 @given(st.binary(max_size=200))
