@@ -176,6 +176,7 @@ class _GradientRequest:
         """By which the gradients were multiplied that it carries, divided."""
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
         self._versions = Versions()
+        self._tensors: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]] = (), ()
         self._is_cancelled = False
         self.is_done = False
         """True once there is an answer or an error, or it was cancelled."""
@@ -184,15 +185,17 @@ class _GradientRequest:
         self._result: list[torch.Tensor | None] | None = None
         self._error: BaseException | None = None
 
-    def start(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-        """In the thread that runs the engine. Raises: RuntimeError if the loop is not running."""
+    def start(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], *, is_cut: bool) -> None:
+        """In the thread that runs the engine. `is_cut`: `begin` or `run` follows.
+
+        Raises: RuntimeError if the loop is not running.
+        """
         if not self.call.is_loop_running():
             raise RuntimeError(_LOOP_GONE)
         self._versions = Versions((*inputs, *gradients))
-        if threading.get_ident() == self.call.loop_thread:
-            self.call.context.copy().run(self._begin, inputs, gradients)
-        else:
-            self.call.loop.call_soon_threadsafe(self._begin, inputs, gradients, context=self.call.context)
+        self._tensors = inputs, gradients
+        if not is_cut:
+            self.call.loop.call_soon_threadsafe(self.begin, context=self.call.context)
 
     def skip(self, inputs: Sequence[torch.Tensor]) -> None:
         """Instead of `start`, where scaled gradients overflowed: gives NaN, at which the scaler skips its step."""
@@ -206,12 +209,21 @@ class _GradientRequest:
             if self._waiting.locked():
                 self._waiting.release()
 
-    def _begin(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-        if self.is_done:  # cancelled before it began
+    def begin(self) -> None:
+        if self.is_done:  # cancelled before it began, or skipped
             return
-        remote = self.call.remote
-        self.task = self.call.loop.create_task(isolated(remote.backward(inputs, gradients), modes=NO_GRAD, steady=True))
+        self.task = self.call.loop.create_task(self._work())
         self.task.add_done_callback(self._finish)
+
+    async def run(self) -> None:
+        """Do the same in this task. Raises: what the remote backward raises."""
+        if not self.is_done:
+            self._result = await self._work()
+            self._end()
+
+    def _work(self) -> Coroutine[object, object, list[torch.Tensor | None]]:
+        (inputs, gradients), self._tensors = self._tensors, ((), ())
+        return isolated(self.call.remote.backward(inputs, gradients), modes=NO_GRAD, steady=True)
 
     def _finish(self, task: asyncio.Task[list[torch.Tensor | None]]) -> None:
         if task.cancelled():
@@ -348,7 +360,7 @@ class _Issue(torch.autograd.Function):
         if step is not None:
             step.add(request)
         if are_finite(gradients):
-            request.start(inputs, gradients)
+            request.start(inputs, gradients, is_cut=is_cut)
         elif scale is not None:
             request.skip(inputs)
         else:
@@ -405,10 +417,15 @@ class _Step:
         self.scaling = Scaling(self._scaler, could_be_noted=gradient is None)
         with self._here(found):
             above = gradients_of(loss, [*tokens, *upper], gradient, retain_graph=retain_graph)
-        for request in self._requests:
-            if request.task is not None:
-                await _ended(request.task)
-                request.check()
+        if len(self._requests) == 1:
+            await self._requests[0].run()
+        else:
+            for request in self._requests:
+                request.begin()
+            for request in self._requests:
+                if request.task is not None:
+                    await _ended(request.task)
+                    request.check()
         with self._here(found):
             seeds = [seed for seed in above[: len(tokens)] if seed is not None]
             below = run_engine(tokens, seeds, lower, retain_graph=retain_graph)
