@@ -29,6 +29,7 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.merkle import possession
 from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
+from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.fragments import FragmentBackend, fetch_replay
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
@@ -44,7 +45,7 @@ from tesseract_async.server.other_replicas import (
 from tesseract_async.server.rhythm import Rhythm
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_transfer import StateSource
-from tesseract_async.tasks import end
+from tesseract_async.tasks import in_time
 from tesseract_async.wire import messages
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,8 @@ class _BareExpert:
     taken_from: PeerID | None = None
     """The server whose silence made this one take over."""
     waiting_since: float | None = None
+    installing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a state is put in, and while this server becomes the primary: no state comes in after that."""
     others: list[ExpertReplica] = field(default_factory=list)
     """The replicas elsewhere that may be followed, as the network said last."""
 
@@ -143,8 +146,8 @@ class _BareExpert:
 class _Look:
     """The questions of one look: each server is asked once whether it is there."""
 
-    def __init__(self, node: TesseractNode, timeout: float, began: float) -> None:
-        self._node, self._timeout, self.began = node, timeout, began
+    def __init__(self, node: TesseractNode, timeout: float) -> None:
+        self._node, self._timeout = node, timeout
         self._speaks: dict[PeerID, asyncio.Task[messages.ExpertInfo | None]] = {}
 
     async def speaks(self, replica: ExpertReplica) -> bool:
@@ -179,14 +182,14 @@ class BareNames:
         self._server, self._node, self._source = server, server.node, source
         self._settings, self._elapsed = settings, elapsed
         self._began = self._read_at = self._looked_at = elapsed()
+        self._pulling, self._wake = asyncio.Lock(), asyncio.Event()
         self._experts = {uid: _BareExpert(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
-        self._look_took = 0.0
         self._heard: dict[PeerID, float] = {}
         self._disputed: set[tuple[str, PeerID]] = set()
 
     def primary(self, uid: str) -> PeerID | None:
-        primary = self._experts[uid].primary
-        return None if primary is None else owner_of(primary)
+        one = self._experts.get(uid)
+        return None if one is None or one.primary is None else owner_of(one.primary)
 
     def forget(self, uid: str) -> None:
         self._experts[uid].synced_from = None
@@ -202,28 +205,37 @@ class BareNames:
                 strange = [other for other in others if other.primary and other not in one.others]
                 self._tell_dispute(uid, [owner_of(other) for other in strange[:4]])
 
-    async def look(self) -> None:
-        """Settle all roles, and pull the states that are due. Raises: as `read`."""
-        began = self._elapsed()
-        look = _Look(self._node, self._settings.call_timeout / 5, began)
-        beating = asyncio.create_task(self._go_on_beating())
-        try:
-            longest = self._settings.lease + self._settings.check_every
-            if began - self._looked_at <= longest:  # else who is primary may have changed
-                # first those that would be late at the end of this: the network may be slow to say who hosts what
-                late = began + self._look_took
-                await self._each(lambda one: self._pull_before(one, late, look), self._experts.values())
-            asked = self._elapsed()
+    async def settle(self) -> None:
+        """Settle all roles. Raises: as `read`."""
+        with contextlib.closing(_Look(self._node, self._settings.call_timeout / 5)) as look:
             await self._beat()
-            if self._elapsed() - self._looked_at > longest:
+            if self._elapsed() - self._looked_at > self._settings.lease + self._settings.check_every:
                 self._heard.clear()  # by then a look that is slow itself, for others' silence, has not stood still
             wanted = [one for one in self._experts.values() if one.others or not one.hosted.is_primary]
             await self._each(lambda one: self._settle(one, look), wanted)
-        finally:
-            look.close()
-            await end(beating)
         self._looked_at = self._elapsed()
-        self._look_took = min(self._looked_at - asked, self._settings.check_every)
+
+    async def pull(self) -> None:
+        """Pull the states that are due. Roles are settled meanwhile: on a slow line it takes longer than a lease."""
+        async with self._pulling:
+            began = self._elapsed()
+            with contextlib.closing(_Look(self._node, self._settings.call_timeout / 5)) as look:
+                due = [one for one in self._experts.values() if self._due_at(one) <= began]
+                await self._each(lambda one: self._sync(one, look, began), due)
+
+    async def wait_due(self) -> None:
+        """Wait until a state is to be pulled; at most until roles are looked at again."""
+        now = self._elapsed()
+        due = (at - now for at in map(self._due_at, self._experts.values()))
+        await in_time(self._wake.wait(), min([self._settings.check_every, *(one for one in due if one > 0)]))
+        self._wake.clear()
+
+    def _due_at(self, one: _BareExpert) -> float:
+        if one.hosted.is_primary or one.primary is None:
+            return math.inf
+        if one.syncing is None or one.synced_from != owner_of(one.primary):
+            return -math.inf
+        return one.syncing.next_at
 
     @staticmethod
     async def _each(act: Callable[[_BareExpert], Awaitable[None]], experts: Iterable[_BareExpert]) -> None:
@@ -241,19 +253,6 @@ class BareNames:
             for one in experts:
                 group.create_task(carry_out(one))
 
-    async def _pull_before(self, one: _BareExpert, when: float, look: _Look) -> None:
-        """Pull what is due by then from the primary that is followed."""
-        primary = None if one.hosted.is_primary else one.primary
-        is_known = primary is not None and one.synced_from == owner_of(primary)
-        if primary is not None and is_known and one.syncing is not None and one.syncing.next_at <= when:
-            await self._sync(one, primary, look)
-
-    def next_look_in(self) -> float:
-        """Return the seconds until roles are looked at again, or sooner, until a state is due."""
-        now = self._elapsed()
-        due = (one.syncing.next_at - now for one in self._experts.values() if one.syncing and one.primary is not None)
-        return min([self._settings.check_every, *(one for one in due if one > 0)])
-
     async def _beat(self) -> None:
         """Read who is there, and notice if this server was suspended or cut off since: another may have taken over.
 
@@ -265,13 +264,6 @@ class BareNames:
             for one in self._experts.values():
                 one.primary_since, one.version_then = now, None
         self._read_at = now
-
-    async def _go_on_beating(self) -> None:
-        """Pulling states takes longer than a lease on a slow line: that is not standing still."""
-        while True:
-            await asyncio.sleep(self._settings.check_every)
-            with contextlib.suppress(TesseractError, TimeoutError):  # cut off: the next one that succeeds notices
-                await self._beat()
 
     async def _settle(self, one: _BareExpert, look: _Look) -> None:
         uid, is_primary, version = one.hosted.uid, one.hosted.is_primary, one.hosted.backend.version
@@ -305,15 +297,16 @@ class BareNames:
                 logger.warning("%s has another primary, %s: this server follows it", uid, one.primary.peer.short)
                 self._node.metrics.count("experts_given_up")
                 await self._server.set_primary(uid, False)
-            if one.synced_from != owner_of(one.primary) or one.syncing is None or one.syncing.next_at <= now:
-                await self._sync(one, one.primary, look)
+            if self._due_at(one) <= now:
+                self._wake.set()
         elif is_primary:
             self._tell_dispute(uid, [at.owner for at in said if at.version is not None])
         else:
             logger.warning("%s has no primary any more: this server takes over at version %s", uid, version)
             self._node.metrics.count("experts_taken_over")
             one.taken_from = one.taken_from if one.primary is None else owner_of(one.primary)
-            await self._become_primary(one)
+            async with one.installing:
+                await self._become_primary(one)
 
     async def _living(self, one: _BareExpert, primaries: list[ExpertReplica], look: _Look) -> list[ExpertReplica]:
         """Return those that answer, and for a lease the one that is followed and does not: it may be busy."""
@@ -332,7 +325,7 @@ class BareNames:
         return living
 
     async def _become_primary(self, one: _BareExpert) -> None:
-        one.primary = None
+        one.primary = one.synced_from = None
         one.primary_since, one.version_then = self._elapsed(), one.hosted.backend.version
         await self._server.set_primary(one.hosted.uid, True)
 
@@ -348,19 +341,24 @@ class BareNames:
                     uid,
                 )
 
-    async def _sync(self, one: _BareExpert, primary: ExpertReplica, look: _Look) -> None:
-        now, owner = self._elapsed(), owner_of(primary)
+    async def _sync(self, one: _BareExpert, look: _Look, woken: float) -> None:
+        primary, now = one.primary, self._elapsed()
+        if primary is None or not await look.speaks(primary):
+            return  # waiting for the state of one that is gone would keep the others' from coming
+        owner, version = owner_of(primary), one.hosted.backend.version
         is_same = one.synced_from == owner
-        if not await look.speaks(primary):
-            return  # waiting for the state of one that is gone would put off that another takes over
-        version = one.hosted.backend.version
         if not is_same or not await self._replay(one, primary):
             # of a new primary whatever it has, even if that is less than the steps that were taken here
-            await self._pull(one, primary, min_version=version + 1 if is_same else 0)
+            found = await self._fetch(one, primary, min_version=version + 1 if is_same else 0)
+            async with one.installing:
+                if found is not None and self.primary(one.hosted.uid) == owner:
+                    await self._install(one, found[1])
+        if self.primary(one.hosted.uid) != owner:
+            return  # meanwhile it has become the primary, or follows another
         if not is_same or one.syncing is None:
             one.syncing = Rhythm(self._settings.sync_every, now)
         one.synced_from = owner
-        one.syncing.note(now, self._elapsed(), woken=look.began, worked=one.hosted.backend.version != version)
+        one.syncing.note(now, self._elapsed(), woken=woken, worked=one.hosted.backend.version != version)
 
     async def _replay(self, one: _BareExpert, primary: ExpertReplica) -> bool:
         """Follow a fragment's primary by its updates. False if its state must be fetched whole."""
@@ -371,9 +369,10 @@ class BareNames:
         timeout = self._settings.call_timeout
         try:
             update = await fetch_replay(self._node, hosted.uid, backend, primary.peer, timeout=timeout)
-            if update is None:
-                return False
-            await hosted.runtime.call(update)
+            async with one.installing:
+                if update is None or self.primary(hosted.uid) != owner_of(primary):
+                    return False
+                await hosted.runtime.call(update)
         except ProtocolError as error:
             logger.info("%s could not be followed by its updates: %s", hosted.uid, describe(error))
             return False
@@ -381,10 +380,12 @@ class BareNames:
         self._node.metrics.count("fragments_replayed")
         return True
 
-    async def _pull(self, one: _BareExpert, primary: ExpertReplica, *, min_version: int) -> bytes | memoryview | None:
-        """Take the primary's state. Returns its file; None before `min_version`."""
+    async def _fetch(
+        self, one: _BareExpert, primary: ExpertReplica, *, min_version: int = 0
+    ) -> tuple[bytes | memoryview, StateDict] | None:
+        """Return the file of the primary's state, and the state; None before `min_version`."""
         check_path(self._node, primary)
-        found = await fetch_fitting(
+        return await fetch_fitting(
             self._node,
             primary.peer,
             one.hosted.uid,
@@ -393,11 +394,10 @@ class BareNames:
             timeout=self._settings.call_timeout,
             aside=self._server.call_aside,
         )
-        if found is None:
-            return None
-        await one.hosted.take(found[1])
+
+    async def _install(self, one: _BareExpert, state: StateDict) -> None:
+        await one.hosted.take(state)
         self._node.metrics.count("states_pulled")
-        return found[0]
 
     async def hand_over(self, uid: str) -> bool:
         """Have a follower take over, by what was read last. Returns whether one did; else the expert stays here."""
@@ -441,12 +441,13 @@ class BareNames:
             raise NotAllowed(f"{call.peer_id.short} is not the primary of {uid} here")
         if self._server.calls.refuse_forwards is not None:  # it leaves, or rests
             raise self._server.calls.refuse_forwards
-        try:
-            file = await self._pull(one, primary, min_version=0)
-        except (CheckpointError, ConnectionLost, PeerUnreachable, TimeoutError) as error:
-            raise RemoteError(f"{uid} was not taken over: {describe(error)}") from error
-        self.forget(uid)
-        one.giver, one.giver_sequence = call.peer_id, primary.sequence
-        await self._become_primary(one)
-        proof = None if file is None or request.nonce is None else possession(file, request.nonce)[:16]
+        async with one.installing:
+            try:
+                if (found := await self._fetch(one, primary)) is not None:
+                    await self._install(one, found[1])
+            except (CheckpointError, ConnectionLost, PeerUnreachable, TimeoutError) as error:
+                raise RemoteError(f"{uid} was not taken over: {describe(error)}") from error
+            one.giver, one.giver_sequence = call.peer_id, primary.sequence
+            await self._become_primary(one)
+        proof = None if found is None or request.nonce is None else possession(found[0], request.nonce)[:16]
         return Message(messages.encode(messages.TakeOverReply(hosted.backend.version, proof)))

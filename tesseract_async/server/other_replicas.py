@@ -170,11 +170,16 @@ def check_path(node: TesseractNode, replica: ExpertReplica) -> None:
 
     Raises: PeerUnreachable.
     """
-    paths = [one.path for one in node.endpoint.connections() if one.peer_id == replica.peer.peer_id]
-    for path in paths if node.policy.hosts is None else []:
-        kind, _, address = path.partition(" ")
-        if kind != "tcp" or not address or not is_near(split_host_port(address)[0]):
-            raise PeerUnreachable(replica.peer.short, {path: NotAllowed("not on this node's own network")})
+    peer = replica.peer
+    paths = [one.path for one in node.endpoint.connections() if one.peer_id == peer.peer_id]
+    if node.policy.hosts is None and (far := [path for path in paths if not is_near_path(path)]):
+        raise PeerUnreachable(peer.short, {far[0]: NotAllowed("not on this node's own network")})
+
+
+def is_near_path(path: str) -> bool:
+    """Return whether a connection comes directly from a machine on this node's own network."""
+    kind, _, address = path.partition(" ")
+    return kind == "tcp" and bool(address) and is_near(split_host_port(address)[0])
 
 
 async def ask_info(node: TesseractNode, replica: ExpertReplica, timeout: float) -> messages.ExpertInfo | None:

@@ -15,14 +15,12 @@ from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.pieces import PIECE_BYTES
 from tesseract_async.files import mapped_file
 from tesseract_async.identity import PeerID
-from tesseract_async.network.address_scope import is_near
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import largest_state
 from tesseract_async.server.fetching import Aside
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.other_replicas import check_fitting
-from tesseract_async.transport.base import split_host_port
+from tesseract_async.server.other_replicas import check_fitting, is_near_path
 from tesseract_async.wire import messages
 
 MAX_UNDER_WAY: Final = 16
@@ -93,13 +91,7 @@ class Restoring:
                 raise NotAllowed(f"only the owner of {authority.run.full_name} restores its experts")
             return
         paths = [one.path for one in node.endpoint.connections() if one.peer_id == peer]
-        if node.policy.hosts is not None:
-            is_own = peer in node.policy.hosts
-        else:
-            is_own = all(
-                kind == "tcp" and bool(at) and is_near(split_host_port(at)[0])
-                for kind, _, at in (path.partition(" ") for path in paths)
-            )
+        is_own = all(map(is_near_path, paths)) if node.policy.hosts is None else peer in node.policy.hosts
         if peer != node.peer_id and not (paths and is_own):
             raise NotAllowed(f"{peer.short} is not on this server's own network, nor on its list: it restores nothing")
 

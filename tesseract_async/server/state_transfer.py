@@ -97,6 +97,10 @@ class _Copy:
         return self.file.read(offset, num_bytes)
 
 
+_At = tuple[str, bool, PeerID | None, bytes]
+"""A copy's place: the expert, whether it is its weights only, and of a save point whose it is, and its name."""
+
+
 class StateSource:
     """Answers ``expert.state`` calls for one server's experts. On the node's loop only."""
 
@@ -120,31 +124,24 @@ class StateSource:
         self._aside, self._points_dir = aside, points_dir
         self.find_sealed: Callable[[str, bytes], SealedFile | None] = lambda uid, root: None
         """The sealed file of an expert of a run that has this root."""
-        # the same state is sent whole and weights only: two files
-        self._copies: dict[tuple[str, bool], _Copy] = {}
+        self._copies: dict[_At, _Copy] = {}
         self._making: dict[tuple[str, bool], asyncio.Lock] = {}
         self._sweep: asyncio.TimerHandle | None = None
-        self._written: dict[tuple[tuple[str, bool], PeerID], list[float]] = {}
-        self._points: dict[tuple[str, bool], dict[tuple[PeerID, bytes], _Copy]] = {}
+        self._written: dict[tuple[str, bool, PeerID], list[float]] = {}  # times of the last save points
         self._unlinking: asyncio.Task[None] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def copy_of(self, uid: str) -> EncodedState | None:
         """Return the file that was sent last of the whole state, if it is still here."""
-        copy = self._copies.get((uid, False))
+        copy = self._copies.get((uid, False, None, messages.NO_POINT))
         return copy.file if copy is not None and isinstance(copy.file, EncodedState) else None
 
     async def answer(self, owner: StateOwner, call: IncomingCall) -> Message:
         """Answer with a piece. Raises: ProtocolError for a malformed request; Overloaded for too many copies."""
-        uid = owner.uid
         request = messages.decode(messages.StateRequest, call.body)
         # a whole state takes more leave than weights alone
-        sealed = None if request.weights_only else self.find_sealed(uid, request.root)
-        copy = None
-        if sealed is None and request.point != messages.NO_POINT:
-            copy = await self._find_point(owner, request, call.peer_id)
-        elif sealed is None:
-            copy = await self._find_copy(owner, request)
+        sealed = None if request.weights_only else self.find_sealed(owner.uid, request.root)
+        copy = None if sealed is not None else await self._find(owner, request, call.peer_id)
         file = sealed or copy
         nothing = Message(messages.encode(messages.StateReply(owner.version, messages.NO_ROOT, 0, request.piece)))
         if file is None:
@@ -172,76 +169,53 @@ class StateSource:
             if not self._waiting[peer]:
                 del self._waiting[peer]
 
-    async def _find_copy(self, owner: StateOwner, request: messages.StateRequest) -> _Copy | None:
+    async def _find(self, owner: StateOwner, request: messages.StateRequest, peer: PeerID) -> _Copy | None:
+        """Return the newest state, or the peer's save point: as it was when that peer asked for it first."""
         key, now = (owner.uid, request.weights_only), asyncio.get_running_loop().time()
+        is_point = request.point != messages.NO_POINT
+        at: _At = (*key, peer if is_point else None, request.point)
+        copy = self._copies.get(at)
+        if request.root == messages.NO_ROOT and not is_point and owner.version < request.min_version:
+            return None
         if request.root == messages.NO_ROOT:
-            if owner.version < request.min_version:
-                return None
             lock = self._making.setdefault(key, asyncio.Lock())
             async with lock:  # callers that come together share one copy
-                copy = self._copies.get(key)
-                if copy is None or copy.version < request.min_version or now - copy.made > self.reuse:
-                    copy = await self._make(owner, request.weights_only)
-                    if self._making.get(key) is lock:  # `drop` did not come meanwhile
-                        self._copies[key] = copy
-        else:
-            copy = self._copies.get(key)
+                copy = self._copies.get(at)
+                is_old = copy is not None and (copy.version < request.min_version or now - copy.made > self.reuse)
+                if copy is None or (is_old and not is_point):
+                    copy = await (self._make_point(owner, at, peer, now) if is_point else self._make(owner, at))
+                    if is_point or self._making.get(key) is lock:  # `drop` did not come meanwhile
+                        self._copies[at] = copy
         if copy is None or request.root not in (messages.NO_ROOT, copy.root):
             return None
         copy.used = now
         return copy
 
-    async def _find_point(self, owner: StateOwner, request: messages.StateRequest, peer: PeerID) -> _Copy | None:
-        """Return the state as it was when this peer asked first, from the disk. Of one peer the last is kept."""
-        key, now = (owner.uid, request.weights_only), asyncio.get_running_loop().time()
-        points, at = self._points.setdefault(key, {}), (peer, request.point)
-        async with self._making.setdefault(key, asyncio.Lock()):
-            copy = points.get(at)
-            if copy is None:
-                self._check_rate((key, peer), now)
-                await self._drop_points(key, lambda other, old: other[0] == peer or now - old.used > POINT_SECONDS)
-                if len(points) >= MAX_POINTS:
-                    raise Overloaded(f"save points of {owner.uid} are being fetched already", retry_after=5.0)
-                copy = points[at] = await self._write_point(owner, request, now)
-                self._sweep_later()
-        if request.root not in (messages.NO_ROOT, copy.root):
-            return None
-        copy.used = now
-        return copy
+    async def _make_point(self, owner: StateOwner, at: _At, peer: PeerID, now: float) -> _Copy:
+        """Write a save point. Of one peer the last is kept.
 
-    def _check_rate(self, who: tuple[tuple[str, bool], PeerID], now: float) -> None:
-        """Raises: Overloaded for one more save point than a peer may have written."""
+        Raises: Overloaded for one more than a peer may have written, or than are kept; RemoteError if it cannot be.
+        """
+        uid, weights_only, *_ = at
+        who = uid, weights_only, peer
         self._written = {one: times for one, times in self._written.items() if times[-1] > now - 60.0}
-        times = [at for at in self._written.get(who, ()) if at > now - 60.0]
+        times = [one for one in self._written.get(who, ()) if one > now - 60.0]
         if len(times) >= MAX_POINTS_A_MINUTE:
             raise Overloaded("too many save points in a minute", retry_after=times[0] + 60.0 - now)
         self._written[who] = [*times, now]
-
-    async def _write_point(self, owner: StateOwner, request: messages.StateRequest, now: float) -> _Copy:
-        state, structure = await owner.snapshot(), owner.structure()
-        if request.weights_only:
-            state = _weights_of(state)
+        points = {one: copy for one, copy in self._copies.items() if one[:2] == at[:2] and one[2] is not None}
+        old = [one for one, copy in points.items() if one[2] == peer or now - copy.used > POINT_SECONDS]
+        await self._unlink([self._copies.pop(one) for one in old])
+        if len(points) - len(old) >= MAX_POINTS:
+            raise Overloaded(f"save points of {uid} are being fetched already", retry_after=5.0)
         if self._folder is None:
             for left in [] if self._points_dir is None else self._points_dir.glob(".points-*"):
                 shutil.rmtree(left, ignore_errors=True)  # of a server that was killed
             self._folder = tempfile.TemporaryDirectory(prefix=".points-", dir=self._points_dir)
-        path = Path(self._folder.name) / f"{os.urandom(16).hex()}.point"
-
-        def write() -> SealedFile:
-            file = encode_state({**state, "structure": structure})
-            write_whole(path, file)
-            leaves = leaves_of(file)
-            return SealedFile(root_from(leaves, file.size), file.size, leaves, path)
-
         try:
-            file: SealedFile = await self._aside(write)
+            return await self._make(owner, at, Path(self._folder.name) / f"{os.urandom(16).hex()}.point")
         except OSError as error:
-            raise RemoteError(f"{owner.uid} cannot be written here: {describe(error)}") from error
-        return _Copy(state["version"], file.root, file.leaves, file, now, now)
-
-    async def _drop_points(self, key: tuple[str, bool], is_old: Callable[[tuple[PeerID, bytes], _Copy], bool]) -> None:
-        points = self._points[key]
-        await self._unlink([points.pop(at) for at in [at for at, copy in points.items() if is_old(at, copy)]])
+            raise RemoteError(f"{uid} cannot be written here: {describe(error)}") from error
 
     async def _unlink(self, copies: Sequence[_Copy]) -> None:
         for copy in copies:
@@ -253,12 +227,11 @@ class StateSource:
         """Forget the copies of one expert, also those being made: the next caller gets its state of that moment, to
         the last gradient."""
         for key in ((uid, True), (uid, False)):
-            self._copies.pop(key, None)
+            self._copies.pop((*key, None, messages.NO_POINT), None)
             self._making.pop(key, None)
 
     def close(self) -> None:
         self._copies.clear()
-        self._points.clear()
         if self._folder is not None:
             self._folder.cleanup()
         for pending in (self._sweep, self._unlinking):
@@ -266,18 +239,26 @@ class StateSource:
                 pending.cancel()
         self._sweep = self._unlinking = None
 
-    async def _make(self, owner: StateOwner, weights_only: bool) -> _Copy:
-        files = {at: copy.file for at, copy in self._copies.items() if at != (owner.uid, weights_only)}
-        held = sum(file.num_held for file in files.values() if isinstance(file, EncodedState))
-        if held > self.max_bytes:
+    async def _make(self, owner: StateOwner, at: _At, path: Path | None = None) -> _Copy:
+        """Copy the state as it is now: into memory, or to `path`, with how its module is built.
+
+        Raises: Overloaded if copies take too much memory; OSError.
+        """
+        files = [copy.file for other, copy in self._copies.items() if other != at]
+        if path is None and sum(one.num_held for one in files if isinstance(one, EncodedState)) > self.max_bytes:
             raise Overloaded("too many experts' states are being sent already", retry_after=KEEP_SECONDS / 4)
         state = await owner.snapshot()
-        if weights_only:
+        if at[1]:
             state = _weights_of(state)
+        if path is not None:
+            state = {**state, "structure": owner.structure()}
 
-        def write() -> tuple[EncodedState, list[bytes]]:
+        def write() -> tuple[EncodedState | SealedFile, Sequence[bytes]]:
             file = encode_state(state)
-            return file, leaves_of(file)
+            if path is not None:
+                write_whole(path, file)
+            leaves = leaves_of(file)
+            return file if path is None else SealedFile(root_from(leaves, file.size), file.size, leaves, path), leaves
 
         file, leaves = await self._aside(write)
         now = asyncio.get_running_loop().time()
@@ -290,16 +271,16 @@ class StateSource:
 
     def _drop_unused(self) -> None:
         loop = asyncio.get_running_loop()
-        self._sweep = None
-        self._copies = {at: copy for at, copy in self._copies.items() if loop.time() - copy.used < KEEP_SECONDS}
-        self._making = {at: lock for at, lock in self._making.items() if at in self._copies or lock.locked()}
-        left = list[_Copy]()  # save points that were never fetched to the end, say
-        for points in self._points.values():
-            for at in [at for at, copy in points.items() if loop.time() - copy.used > POINT_SECONDS]:
-                left.append(points.pop(at))
-        if left:
-            self._unlinking = loop.create_task(self._unlink(left), name="server: old save points")
-        if self._copies or any(self._points.values()):
+        self._sweep, now = None, loop.time()
+        old = [
+            at
+            for at, copy in self._copies.items()
+            if now - copy.used >= (KEEP_SECONDS if at[2] is None else POINT_SECONDS)
+        ]
+        if gone := [*map(self._copies.pop, old)]:  # save points that were never fetched to the end, say
+            self._unlinking = loop.create_task(self._unlink(gone), name="server: old save points")
+        self._making = {key: lock for key, lock in self._making.items() if lock.locked()}
+        if self._copies:
             self._sweep_later()
 
 

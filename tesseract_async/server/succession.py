@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.manifest import split_uid
@@ -45,23 +46,14 @@ class ReplicaKeeper(Succession):
         self._server, self._node = server, server.node
         self._source = server.states
         self._source.max_bytes, self._source.reuse = settings.max_copies_bytes, reuse
-        authorities = {uid: server.node.trust.authority(split_uid(uid)[0]) for uid in server.experts}
-        self.tenures = Tenures(
-            server,
-            {uid: authority for uid, authority in authorities.items() if authority is not None},
-            call_timeout=settings.call_timeout,
-            elapsed=elapsed,
-        )
-        self.bare = BareNames(
-            server,
-            [uid for uid, authority in authorities.items() if authority is None],
-            self._source,
-            settings=settings,
-            elapsed=elapsed,
-        )
+        found = {uid: server.node.trust.authority(split_uid(uid)[0]) for uid in server.experts}
+        self._authorities = {uid: authority for uid, authority in found.items() if authority is not None}
+        self.tenures = Tenures(server, call_timeout=settings.call_timeout, elapsed=elapsed)
+        bare = [uid for uid in found if uid not in self._authorities]
+        self.bare = BareNames(server, bare, self._source, settings=settings, elapsed=elapsed)
         self._moving: dict[str, asyncio.Future[None]] = {}  # being handed over
         self._looking = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "ReplicaKeeper":
         self._server.succession = self
@@ -69,9 +61,11 @@ class ReplicaKeeper(Succession):
         self._server.handle(messages.TENURE, self.tenures.answer)
         self._server.restoring.lay_aside = self.tenures.files.lay_aside
         self._source.find_sealed, self.tenures.source = self.tenures.files.find, self._source
-        await self.tenures.start()
-        await self._look_and_log()
-        self._task = asyncio.create_task(self._keep(), name="server: replicas")
+        await self.tenures.start(self._authorities)
+        await self._act_and_log(self.look)
+        pause = partial(asyncio.sleep, self.settings.check_every)
+        rounds = (pause, self._settle), (self.bare.wait_due, self.bare.pull)
+        self._tasks = [asyncio.create_task(self._keep(*one), name="server: replicas") for one in rounds]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -79,7 +73,7 @@ class ReplicaKeeper(Succession):
 
     async def aclose(self) -> None:
         """Stop looking. States are still sent, and trainers sent elsewhere, until the server closes."""
-        await end(self._task)
+        await end(*self._tasks)
         await self.tenures.aclose()
 
     def may_step(self, uid: str) -> bool:
@@ -111,11 +105,14 @@ class ReplicaKeeper(Succession):
         Nothing is done while the server pauses, unless `even_paused`. Raises: TimeoutError if the network does not
         answer.
         """
-        if self._server.is_paused and not even_paused:
-            return
+        if even_paused or not self._server.is_paused:
+            await self._settle()
+            await self.bare.pull()
+
+    async def _settle(self) -> None:
         async with self._looking:
             if await self._node.network.wait_joined(self.settings.check_every):
-                await self.bare.look()
+                await self.bare.settle()
             # else alone for the moment: that nobody is seen says nothing
 
     async def hand_over(self) -> int:
@@ -163,13 +160,14 @@ class ReplicaKeeper(Succession):
             del self._moving[uid]
             moved.set_result(None)
 
-    async def _keep(self) -> None:
+    async def _keep(self, wait: Callable[[], Awaitable[None]], act: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await asyncio.sleep(self.bare.next_look_in())
-            await self._look_and_log()
+            await wait()
+            if not self._server.is_paused:
+                await self._act_and_log(act)
 
-    async def _look_and_log(self) -> None:
+    async def _act_and_log(self, act: Callable[[], Awaitable[None]]) -> None:
         try:
-            await self.look()
+            await act()
         except (TesseractError, TimeoutError, OSError) as error:
             logger.warning("could not look after the replicas: %s", describe(error))

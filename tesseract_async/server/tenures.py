@@ -74,18 +74,10 @@ AUTHORITY_PERIOD: Final = 2.0
 class Tenures:
     """Settles the roles of these experts, and follows their primaries by the Seals. `ReplicaKeeper` starts it."""
 
-    def __init__(
-        self,
-        server: TesseractServer,
-        authorities: Mapping[str, Authority],
-        *,
-        call_timeout: float,
-        elapsed: Callable[[], float],
-    ) -> None:
-        """`authorities`: uid -> its run's. `elapsed` is that of `ReplicaKeeper`."""
+    def __init__(self, server: TesseractServer, *, call_timeout: float, elapsed: Callable[[], float]) -> None:
+        """`elapsed` is that of `ReplicaKeeper`."""
         self._server, self._node = server, server.node
         self._call_timeout, self._elapsed = call_timeout, elapsed
-        self._authorities = dict(authorities)
         self._experts: dict[str, Tenured] = {}
         self.source: StateSource | None = None
         """Sends what is here as a file alone."""
@@ -107,9 +99,9 @@ class Tenures:
         self._tasks = TaskSet("server: tenures", on_error=_tell)
         self._closed = False
 
-    async def start(self) -> None:
-        """Take up what was left, and return once each expert has a role here, or a while has passed."""
-        for uid, authority in self._authorities.items():
+    async def start(self, authorities: Mapping[str, Authority]) -> None:
+        """Take up what was left of these, by uid, and return once each has a role here, or a while has passed."""
+        for uid, authority in authorities.items():
             self._experts[uid] = await self._load(uid, authority, self._server.hosted[uid])
         self._tasks.spawn(self._turn())
         self._tasks.spawn(self._whenever(self.records.wants, self._read_wanted))
@@ -153,7 +145,7 @@ class Tenures:
         expert = await self._load(uid, authority, None)
         for name in ("lead", "begin", "anew", "passive"):
             setattr(expert.tenure.may, name, getattr(leave, name))
-        self._authorities[uid], self._experts[uid] = authority, expert
+        self._experts[uid] = expert
         self._answer_as_file(uid)
         await self._carry_out(expert)
 
@@ -208,7 +200,7 @@ class Tenures:
         await self.rest(uid)
         async with expert.installing, expert.carrying:
             if expert.hosted is None and (even_primary or expert.tenure.state is not State.PRIMARY):
-                del self._experts[uid], self._authorities[uid]
+                del self._experts[uid]
                 self._node.unhost_expert(uid)
                 if not even_primary:
                     await self._server.call_aside(partial(self.files.forget, uid))
@@ -254,20 +246,17 @@ class Tenures:
             await self._server.call_aside(self.files.close)
 
     def has(self, uid: str) -> bool:
-        """Return whether it looks after this expert."""
-        return uid in self._authorities
+        """Return whether it looks after this expert, once it has loaded what was left of it."""
+        return uid in self._experts
 
     def may_step(self, uid: str) -> bool:
         """Return whether a step of this expert may be taken, or answered, at this moment."""
-        expert = self._experts.get(uid)
-        if expert is None:
-            return True
-        tenure = expert.tenure  # what one trains whose disk takes nothing would be in nobody's file
+        tenure = self._experts[uid].tenure  # what one trains whose disk takes nothing would be in nobody's file
         return not self._closed and tenure.may.write and tenure.is_primary(self._elapsed())
 
     def primary(self, uid: str) -> PeerID | None:
         """Return the primary, if that is another server."""
-        expert = self._experts.get(uid)
+        expert = self._experts.get(uid)  # it may have been given up meanwhile
         primary = None if expert is None else expert.tenure.primary
         return None if primary == self._node.peer_id else primary
 

@@ -271,6 +271,62 @@ async def test_waiting_for_the_state_of_one_that_is_gone_puts_off_no_takeover(mo
         assert second.leads
 
 
+async def test_who_gives_an_expert_back_goes_on_from_its_primarys_state_though_that_has_fewer_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with (
+        volunteer() as first,
+        volunteer([first.node.address], follow=True, checkpoints=tmp_path) as second,
+    ):
+
+        async def cut_off(*_: Any, **__: Any) -> Any:
+            raise TimeoutError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(second.node, "call_expert", cut_off)
+            await second.keeper.look()
+            second.skipped += 100.0  # longer than a lease
+            await second.keeper.look()
+        assert second.leads
+        await backward(first.node, second)
+        await second.keeper.look()
+        assert not second.leads and second.version == 0 and equal(first, second)
+        assert kept_in(tmp_path) == ["000000000001.aside"]
+
+
+async def test_a_slow_state_puts_off_no_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = dataclasses.replace(BY_HAND, check_every=0.01)
+    async with (
+        volunteer(follows=["ffn.1"]) as first,
+        volunteer([first.node.address], follow=True, follows=["ffn.1"], settings=quick) as second,
+    ):
+        call, read = second.node.call_expert, second.node.network.get_entries
+        waits, has_read = asyncio.Event(), asyncio.Event()
+
+        async def slow(peer: Any, method: str, *rest: Any, **more: Any) -> Any:
+            if method == messages.STATE:
+                waits.set()
+                await asyncio.Event().wait()
+            if waits.is_set():
+                raise TimeoutError
+            return await call(peer, method, *rest, **more)
+
+        async def reading(key: Any) -> Any:
+            found = await read(key)
+            has_read.set()
+            return found
+
+        monkeypatch.setattr(second.node, "call_expert", slow)
+        monkeypatch.setattr(second.node.network, "get_entries", reading)
+        second.keeper.bare.forget("ffn.1")
+        async with asyncio.timeout(30):
+            await waits.wait()
+            while not second.leads:
+                second.skipped += 10.0  # less than a lease: it does not stand still
+                has_read.clear()
+                await has_read.wait()
+
+
 async def test_it_looks_by_itself() -> None:
     quick = ReplicaSettings(check_every=0.05, sync_every=0.05)
     async with volunteer() as first, volunteer([first.node.address], follow=True, settings=quick) as second:

@@ -123,6 +123,14 @@ async def epoch_of_answer(node: ta.TesseractNode, server: Host) -> int:
     return messages.decode(messages.ForwardReply, reply.body).epoch
 
 
+async def test_of_an_expert_that_is_not_loaded_yet_or_was_given_up_nobody_is_named() -> None:
+    """A server answers from its start on, and looks up files for seconds before it knows its experts' lines."""
+    async with member(HOSTS[0], []) as node:
+        backend = ta.ExpertBackend(nn.Linear(4, 4), args_schema=(ta.TensorSpec((4,)),))
+        keeper = ReplicaKeeper(ta.TesseractServer(node, {UID: backend}, followers=[UID]), settings=SETTINGS)
+        assert await keeper.find_primary(UID) == (None, SETTINGS.check_every)
+
+
 async def test_one_leads_and_another_follows_it_by_its_seals() -> None:
     async with host(HOSTS[0], []) as first:
         assert first.leads and first.tenure.term is not None and first.tenure.term.kind is TermKind.GENESIS
