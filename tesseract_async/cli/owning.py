@@ -88,7 +88,7 @@ command.add_command(create)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantOptions:
-    """What is granted, and for how long."""
+    """The roles that a grant gives, the experts, and the time."""
 
     roles: Annotated[tuple[Role, ...], click.Choice(MEMBER), Flag("--role")] = MEMBER
     """Let them host experts, train them, or share parameters."""

@@ -23,7 +23,7 @@ MAX_TOLD: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
-    """What is saved, and where."""
+    """The experts to save, the folder, and the pace."""
 
     run_name: Annotated[str | None, Flag("--run", metavar="NAME[@PEER_ID]")] = None
     """Save the experts of this training run."""
