@@ -282,6 +282,8 @@ class SharedParameters(Uncopied, Generic[M]):
         found = await self._look(founds)
         try:
             if found is None:
+                if unsound := self._own.layout.unsound(values):
+                    raise ValueError(f"{', '.join(unsound[:3])}: a run begins with finite values, and here are others")
                 fragments = [
                     (Fragment(cut, self._own.outer, mine), 0)
                     for cut, mine in zip(self._own.layout.cuts, values, strict=True)
@@ -549,6 +551,8 @@ class SharedParameters(Uncopied, Generic[M]):
         report = self._turn(is_due)
         if report is not None and report.error is not None:
             raise report.error
+        if report is not None and report.num_unsound:
+            logger.warning("%d pieces hold a NaN or infinity here, and are not shared", report.num_unsound)
 
     def _pull_all(self) -> None:
         self._checked_turn(lambda part: False)

@@ -321,7 +321,7 @@ async def test_another_model_is_refused_by_name() -> None:
                 pass
 
 
-async def test_a_nan_of_ones_own_is_not_sent() -> None:
+async def test_a_nan_of_ones_own_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model(1)
     async with sharing(model, every=1) as (_, shared):
         before = shared.merged()
@@ -330,7 +330,12 @@ async def test_a_nan_of_ones_own_is_not_sent() -> None:
         report = await shared.step()
         assert isinstance(report, SharingReport) and report.num_unsound >= 1
         await shared.flush()
+        assert "a NaN or infinity here, and are not shared" in caplog.text
         assert torch.equal(weight(shared.merged()), weight(before))
+    async with ta.TesseractNode() as node:
+        with pytest.raises(ValueError, match=r"0\.weight: a run begins with finite values"):
+            async with SharedParameters(node, model, run="unsound"):
+                pass
 
 
 async def test_a_graph_that_is_alive_is_an_error_at_its_backward() -> None:

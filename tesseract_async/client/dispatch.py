@@ -134,14 +134,18 @@ class CallsUnderWay:
         """Return when to ask `calls_to_send` next if nothing happens before. Each event may change it."""
         raise NotImplementedError
 
-    def usual_seconds(self, call: ExpertCall) -> float | None:
-        """Seconds that `call` may well take: as long as it usually does, and as others of its size took; None if
-        nothing is known."""
+    def usual_seconds(self, calls: Iterable[ExpertCall]) -> list[float | None]:
+        """Seconds that each of `calls` may well take: as long as it usually does, and as others of its size took; None
+        if nothing is known."""
         if self._usual is None:
-            return call.expected
+            return [call.expected for call in calls]
         seconds, num_rows = self._usual
-        of_others = seconds * min(_MAX_SHARE, max(1.0, len(call.rows) / num_rows))
-        return of_others if call.expected is None else max(call.expected, of_others)
+        found: list[float | None] = []
+        for call in calls:  # without a call of a function: all are looked at again after each answer
+            share, expected = len(call.rows) / num_rows, call.expected
+            usual = seconds * (1.0 if share < 1.0 else share if share < _MAX_SHARE else _MAX_SHARE)
+            found.append(usual if expected is None or expected < usual else expected)
+        return found
 
     def shortage(self) -> NotEnoughExperts | None:
         raise NotImplementedError
@@ -183,18 +187,20 @@ class CallsUnderWay:
 
     def _late_times(self) -> dict[ExpertCall, float]:
         if self._late is None:
-            self._late = {call: self._late_at(call) for call in self._under_way}
+            self._late, patience = {}, self._patience
+            for call, usual in zip(self._under_way, self.usual_seconds(self._under_way), strict=True):
+                if usual is None:
+                    self._late[call] = math.inf
+                    continue
+                margin = patience * usual
+                if margin < _MIN_PATIENCE_SECONDS:
+                    margin = _MIN_PATIENCE_SECONDS
+                self._late[call] = call.sent + usual + margin + self._stalled
         return self._late
-
-    def _late_at(self, call: ExpertCall) -> float:
-        usual = self.usual_seconds(call)
-        if usual is None:
-            return math.inf
-        return call.sent + usual + max(_MIN_PATIENCE_SECONDS, self._patience * usual) + self._stalled
 
     def _give_up_at(self) -> float:
         """Return the time at which waiting ends, if all rows have enough answers."""
-        return max((late_at + call.grace for call, late_at in self._late_times().items()), default=-math.inf)
+        return max([late_at + call.grace for call, late_at in self._late_times().items()], default=-math.inf)
 
     def _end(self, now: float, *, only_slow: bool = False) -> None:
         """Gives up the calls under way; with `only_slow` the others are not counted as given up."""
@@ -298,7 +304,7 @@ class ForwardDispatch(CallsUnderWay):
         self._admit(experts)
 
     def timer_at(self) -> float:
-        late_at = min((at for call, at in self._late_times().items() if not call.is_slow), default=math.inf)
+        late_at = min([at for call, at in self._late_times().items() if not call.is_slow], default=math.inf)
         give_up_at = self._give_up_at() if self._all_enough else math.inf
         return min(self.deadline, give_up_at, late_at, self._free_at)
 

@@ -134,12 +134,13 @@ class Experience(Uncopied):
     def learn(self, calls: CallsUnderWay, seconds: float) -> None:
         """Takes in a pass that took so long: how far its answers scattered, and who was waited for in vain."""
         direction, late = calls.direction, calls.late
-        for call in (*calls.answers, *late):
-            if (usual := calls.usual_seconds(call)) is not None:
+        ended = [*calls.answers, *late]
+        for call, usual in zip(ended, calls.usual_seconds(ended), strict=True):
+            if usual is not None:
                 self.latencies.lateness[direction].observe(call.seconds, usual)
         if direction == "backward":
-            for ended, answered in ((calls.answers, True), (late, False)):
-                for call in ended:
+            for some, answered in ((calls.answers, True), (late, False)):
+                for call in some:
                     self.latencies.observe((call.uid, direction), call.seconds, answered=answered)
         if late:
             self._grace[direction] = 0.0
@@ -184,8 +185,8 @@ class GridExperience:
         for ended, has_answered in ((calls.answers, True), (calls.given_up, False)):
             for call in ended:
                 coords, num_bytes = candidates.coords(call.expert), row_bytes * len(call.rows)
-                paths = (self._of_node.path_seconds(r, num_bytes) for r in candidates.replicas_of(call.expert))
-                beyond = max(0.0, call.seconds - min(paths))
+                paths = [self._of_node.path_seconds(r, num_bytes) for r in candidates.replicas_of(call.expert)]
+                beyond = max(0.0, call.seconds - (paths[0] if len(paths) == 1 else min(paths)))
                 known = self._seconds.get(coords, beyond)
                 if not has_answered:
                     beyond = max(beyond, known)  # it takes longer than that

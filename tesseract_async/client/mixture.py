@@ -257,11 +257,13 @@ class _ForwardPass(Pass):
                 # relative to the greatest value so far
                 before = self.top_R[rows]
                 self.top_R[rows] = top = np.maximum(before, scales)
-                shrunk, factors = np.exp(before - top), np.exp(scales - top)
-                if (shrunk != 1).any():
-                    self.weights_R[rows] *= shrunk
+                factors = np.exp(scales - top)
+                grown = np.flatnonzero((before < scales) & (before > -np.inf))  # the others stay, or hold nothing yet
+                if len(grown):
+                    at, shrunk = rows[grown], np.exp(before[grown] - scales[grown])
+                    self.weights_R[at] *= shrunk
                     for total in self.sums:
-                        total[torch.from_numpy(rows)] *= _factor(shrunk, total)
+                        total[torch.from_numpy(at)] *= _factor(shrunk, total)
             else:
                 factors = scales
         for total, partial in zip(self.sums, sums, strict=True):
@@ -348,7 +350,7 @@ class _BackwardPass(Pass):
             block.rows, block.numbers_P = kept.rows, np.searchsorted(kept.rows, block.rows_P)
         weights_P = self._call.values(self._matrix, block.rows_P, block.experts_P())
         if self._call.is_normalized:
-            scales_P = np.concatenate([self._scales(call) for call in block.calls])
+            scales_P = self._scales(block)
             gaps_P = np.maximum(weights_P - scales_P, -_MAX_GAP) + scales_P - self._call.top_R[block.rows_P]
             weights_P = np.exp(gaps_P) / self._call.weights_R[block.rows_P]
         block.weights_P = weights_P.astype(np.float32)
@@ -382,11 +384,18 @@ class _BackwardPass(Pass):
         )
         return block, asked, buffers
 
-    def _scales(self, call: ExpertCall) -> Values:
-        """Return the unit of the weights in the forward's message, for each row of the call."""
-        block = self._call.answers[self._forward_calls[call]].block
-        assert block.scales_R is not None
-        return block.scales_R[np.searchsorted(block.rows, call.rows)]
+    def _scales(self, block: RowBlock) -> Values:
+        """Return the unit of the weights in the forward's message, for each pair of `block`."""
+        forward, each = self._forward_calls, self._call.answers
+        sent = [each[forward[call]].block for call in block.calls]
+        parts = [(one, call.rows) for one, call in zip(sent, block.calls, strict=True)]
+        if all([one is sent[0] for one in sent]):  # nearly always
+            parts = [(sent[0], block.rows_P)]
+        found = []
+        for one, rows in parts:
+            assert one.scales_R is not None
+            found.append(one.scales_R[np.searchsorted(one.rows, rows)])
+        return np.concatenate(found)
 
     def failed(self, call: ExpertCall, replica: ExpertReplica, error: BaseException) -> None:
         if isinstance(error, InputsForgotten):

@@ -272,9 +272,10 @@ class Pass:
         given = (0, len(calls)) if asked.backward else (len(rows), 0)
         experience.node.thanks.add(split_uid(calls[0].uid)[0], request.peer.peer_id, *given)
         for call in calls:
-            replica = request.asked[call]
-            self.settled(call, replica, now - request.sent, path)
-            experience.node.directory.report_answer(replica)
+            self.settled(call, request.asked[call], now - request.sent, path)
+        if experience.node.directory.has_doubts:
+            for call in calls:
+                experience.node.directory.report_answer(request.asked[call])
         self.add(block, request, part, asked.pairs(part.experts), block.rows[rows], sums)
 
     def _num_bytes(self, block: RowBlock) -> int:

@@ -255,9 +255,14 @@ class AsyncTrainer(Generic[M]):
             try:
                 replica.refresh()
                 found = await loss_of(replica.module, batch)
-                loss, metrics = found if isinstance(found, tuple) else (found, {})
+                loss, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+                if not isinstance(loss, torch.Tensor) or not isinstance(metrics, Mapping):
+                    raise TypeError(f"loss_of returns a loss, or a loss and a dict of figures, not {_kind_of(found)}")
                 scale = await self._backward(loss)
                 await self._wait_for_turn(number)
+                # what is no figure is an error before the step
+                figures = {name: float(figure) for name, figure in metrics.items()}
+                num_tokens = int(figures.get("tokens", 0))
                 staleness = self.version - self._begun_at[number]
                 self._commit(replica, scale, loss)
             finally:
@@ -266,9 +271,8 @@ class AsyncTrainer(Generic[M]):
                     mine.grad = None
                 self._idle.append(replica)
                 self._changed.set()
-            figures = {name: float(figure) for name, figure in metrics.items()}
             self.seen["samples"] += _num_samples(batch)
-            self.seen["tokens"] += int(figures.get("tokens", 0))
+            self.seen["tokens"] += num_tokens
             return StepReport(loss.detach(), staleness, self.version, loop.time() - started, metrics=figures)
 
     async def run(
@@ -527,6 +531,11 @@ class _Source(Generic[B]):
     async def aclose(self) -> None:
         """Make no more."""
         await end(self._making)
+
+
+def _kind_of(found: object) -> str:
+    kinds = [type(one).__name__ for one in found] if isinstance(found, tuple) else []
+    return f"({', '.join(kinds)})" if kinds else type(found).__name__
 
 
 def _num_samples(batch: object) -> int:

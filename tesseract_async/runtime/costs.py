@@ -96,6 +96,11 @@ class GroupChoice:
             return len(size.together) < len(size.alone)
         return size.pays != (self._may_retry() and size.last_way == size.pays)
 
+    def loses(self, num_batches: int, num_rows: int) -> bool:
+        """Return whether passes of so many batches are known to be slower together."""
+        size = self._sizes.get(_size_of(num_batches, num_rows))
+        return size is not None and size.is_known and not size.pays
+
     def add(self, num_batches: int, num_rows: int, together: bool, seconds: float) -> None:
         self.spent += seconds
         size = self._size(num_batches, num_rows)
@@ -107,9 +112,12 @@ class GroupChoice:
         return self._lost < RETRIED_SHARE * self.spent
 
     def _size(self, num_batches: int, num_rows: int) -> "_Size":
-        # rounded such that powers of two lie within a size, not at its border
-        size = (round(math.log(num_batches, 4) - 0.25), round(math.log(num_rows / num_batches, 4) - 0.25))
-        return self._sizes.setdefault(size, _Size())
+        return self._sizes.setdefault(_size_of(num_batches, num_rows), _Size())
+
+
+def _size_of(num_batches: int, num_rows: int) -> tuple[int, int]:
+    # rounded such that powers of two lie within a size, not at its border
+    return round(math.log(num_batches, 4) - 0.25), round(math.log(num_rows / num_batches, 4) - 0.25)
 
 
 class _Size:

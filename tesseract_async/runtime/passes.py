@@ -31,10 +31,13 @@ class Trial:
 class DevicePass:
     """Batches that the device computes at once: one as an attempt, several together."""
 
-    __slots__ = ("batches", "trial", "together", "launch", "complete", "outcomes", "_began")
+    __slots__ = ("batches", "group", "trial", "together", "launch", "complete", "outcomes", "_began")
 
     def __init__(self, batches: list[Batch], trial: Trial | None = None) -> None:
+        queue, work = batches[0].queue, batches[0].slices[0].request
+        group = queue.name[-1] if type(work) is JointWork else queue.group  # type: ignore[index]
         self.batches = batches
+        self.group = group if isinstance(group, Group) else None
         self.trial = trial
         self.together: Together | None = None
 
@@ -54,7 +57,7 @@ class DevicePass:
     def spent(self, executor: GroupExecutor) -> float | None:
         """Return the processor's seconds since it was staged; None where they are not what it took: the device is
         another one, or the expert may do more than compute, such as wait for something."""
-        if executor.staging.overlaps or not isinstance(self.batches[0].queue.group, Group):
+        if executor.staging.overlaps or self.group is None:
             return None
         return time.thread_time() - self._began
 
@@ -63,12 +66,9 @@ class DevicePass:
         together, trial, batch = self.together, self.trial, self.batches[0]
         if len(self.batches) == 1:
             work = batch.slices[0].request
-            if type(work) is JointWork:
-                num_experts, group = len(work.counts), batch.queue.name[-1]  # type: ignore[index]
-            else:
-                num_experts, group = 1, batch.queue.group
-            if isinstance(group, Group):
-                group.cost.add(batch.num_rows / num_experts, seconds / num_experts)
+            num_experts = len(work.counts) if type(work) is JointWork else 1
+            if self.group is not None:
+                self.group.cost.add(batch.num_rows / num_experts, seconds / num_experts)
         if trial is None:
             if isinstance(group := batch.queue.group, Group):
                 group.choice.spent += seconds

@@ -13,8 +13,8 @@ MAX_SIZES: Final = 256
 """Queues of experts whose sizes vary that are kept while nothing waits in them."""
 FORWARD_HEAD_START: Final = 0.2
 """Seconds by which a forward counts as older than it is, compared with backwards of its priority. See `batcher`."""
-_FORWARD: Final = (False, False, False, False, None)
-"""The rest of the name of a queue of forwards that are not in training."""
+_FORWARD: Final = {training: (False, training, False, False, None) for training in (False, True)}
+"""The rest of the name of a queue of forwards, in training or not."""
 
 
 class ExpertQueues:
@@ -32,27 +32,33 @@ class ExpertQueues:
         """The latest group that an expert was found to be of, by its `alike` and the rest of the queue's name. Experts
         alike are expected to be of it, too; each pass looks whether they are."""
 
-    def of_joint(self, backends: Sequence[ExpertBackend], counts: Sequence[int], seconds: float) -> BatchQueue | None:
+    def of_joint(
+        self, backends: Sequence[ExpertBackend], counts: Sequence[int], seconds: float, *, training: bool = False
+    ) -> BatchQueue | None:
         """Return the queue of forwards that all of these experts compute in one pass, each `counts` of the rows.
 
         None unless they, or experts alike, were seen to be of one kind that can be computed so without copies of large
-        weights, and are expected to take no longer than that many `seconds`, for which everybody else would wait.
+        weights, did not turn out to be faster one by one, and are expected to take no longer than that many `seconds`,
+        for which everybody else would wait.
         """
-        first, known = backends[0], self.known
-        queue = known.get((first, *_FORWARD))
-        group = self._expected.get((first.alike, *_FORWARD)) if queue is None else queue.group
+        first, known, forward = backends[0], self.known, _FORWARD[training]
+        queue = known.get((first, *forward))
+        group = self._expected.get((first.alike, *forward)) if queue is None else queue.group
         if not isinstance(group, Group) or not group.is_checked or not group.kind.is_ragged:
             return None
         for one in backends:
-            queue = known.get((one, *_FORWARD))
+            queue = known.get((one, *forward))
             if queue is None:  # it was not asked alone yet
                 if one.alike is not first.alike:
                     return None
             elif queue.group is not group:
                 return None
-        if sum(map(group.cost.seconds, counts)) > seconds or sum(counts) > first.max_batch_size:
+        num_rows = sum(counts)
+        if sum(map(group.cost.seconds, counts)) > seconds or num_rows > first.max_batch_size:
             return None
-        kind = (first, False, False, False, True, group)
+        if group.choice.loses(len(backends), num_rows):
+            return None
+        kind = (first, False, training, False, True, group)
         return known.get(kind) or self.add(kind, is_joint=True)
 
     def add(self, kind: QueueKind, *, is_joint: bool = False) -> BatchQueue:

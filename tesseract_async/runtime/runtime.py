@@ -228,19 +228,20 @@ class TesseractRuntime(Uncopied):
         rows: torch.Tensor,
         counts: Sequence[int],
         weights: torch.Tensor,
+        training: bool = False,
         deadline: float,
         priority: int,
         peer: Hashable,
         num_bytes: int,
     ) -> JointWork | None:
         """As `submit`, for a forward of several experts that is computed in one pass (see `JointWork`), each with
-        `counts` of the rows and weights; not in training mode. None where that cannot be done, or would take long (see
+        `counts` of the rows and weights. None where that cannot be done, is slower, or would take long (see
         `ExpertQueues.of_joint`). Raises: Overloaded.
         """
         if (loop := self._loop) is None:
             raise RuntimeError("this runtime was not started")
         now = time.monotonic()
-        queue = self._queues.of_joint(backends, counts, self._batcher.group_seconds(now))
+        queue = self._queues.of_joint(backends, counts, self._batcher.group_seconds(now), training=training)
         if queue is None:
             return None
         work = JointWork(
@@ -255,6 +256,7 @@ class TesseractRuntime(Uncopied):
             inputs=inputs,
             rows=rows,
             weights=weights,
+            training=training,
             answer=PromptFuture(loop=loop),
             backends=backends,
             counts=counts,

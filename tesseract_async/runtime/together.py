@@ -80,7 +80,10 @@ class GroupExecutor(Executor):
         if kind is not group.kind or not kind.is_ragged:  # it never was, or is not any more
             raise _NotNow
         assert weights is not None and work.rows is not None
+        states = generator_states() if work.training else ()
         outputs = kind.forward(members, inputs, work.counts, training=work.training)
+        if states and have_moved(states):
+            raise _NotNow
         work.versions = [backend.version for backend in work.backends]
         sums, rows = [], work.rows.to(weights.device)
         assert work.inputs[0] is not None

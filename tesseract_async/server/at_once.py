@@ -1,5 +1,5 @@
-"""Answers a small ``expert.apply`` without looking at its experts one by one: a forward of a few rows by experts of one
-kind, all of them here, which are computed in one pass. Everything that arrives here is untrusted.
+"""Answers a small ``expert.apply`` without looking at its experts one by one: a forward by experts of one kind, all of
+them here, which are computed in one pass. Everything that arrives here is untrusted.
 
 Where that cannot be, or fails, `applying` answers.
 """
@@ -16,22 +16,24 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.endpoint.handlers import Deferred
 from tesseract_async.errors import Overloaded
 from tesseract_async.runtime.gradients import are_finite
-from tesseract_async.runtime.work import JointWork
 from tesseract_async.server.answering import ExpertCalls, priority_of
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest, encode_part
+from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import pack_tensors, unpack_plain
 
-MAX_PAIRS: Final = 256
+MAX_PAIRS: Final = 4096
 """Pairs of an expert and a row."""
 MAX_EXPERTS: Final = 64
+MAX_BYTES: Final = 4 << 20
+"""Memory of the block, and of inputs and outputs of each pair: the loop looks through the sums."""
 _NO_WEIGHTS: Final = np.empty(0, dtype=np.float32)
 
 
 def is_small(request: ApplyRequest) -> bool:
     """Return whether this is a call that may be answered so."""
     return (
-        not (request.backward or request.training or request.keep)
+        not request.backward
         and len(request.rows) <= MAX_PAIRS
         and len(request.ids) <= MAX_EXPERTS
         and request.reply_codec == "none"
@@ -63,11 +65,17 @@ def begin(
             return None
         num_bytes += len(request.rows) * spec.row_bytes
     inputs = unpack_plain(request.tensors, buffers, backend.input_specs)
-    if inputs is None or len({*request.rows.tolist()}) < inputs[0].shape[0]:  # an unseen row is not answered
+    if inputs is None:
+        return None
+    is_seen = np.zeros(inputs[0].shape[0], dtype=np.bool_)
+    is_seen[request.rows] = True
+    if not np.logical_and.reduce(is_seen):  # an unseen row is not answered
         return None
     for x, spec in zip(inputs, backend.input_specs, strict=True):
         num_bytes += x.nbytes + len(request.rows) * spec.row_bytes
-    offsets = request.offsets.tolist()
+    if num_bytes > MAX_BYTES:
+        return None
+    offsets, owner = request.offsets.tolist(), calls.owner(call)
     try:
         work = first.runtime.submit_joint(
             backends,
@@ -75,40 +83,38 @@ def begin(
             rows=torch.from_numpy(request.rows).long(),
             counts=[*map(operator.sub, offsets[1:], offsets)],
             weights=torch.from_numpy(request.weights),
+            training=request.training,
             deadline=call.deadline,
             priority=call.priority and priority_of(call),
-            peer=calls.owner(call),
+            peer=owner,
             num_bytes=num_bytes,
         )
     except Overloaded:
         return None
     if work is None:
         return None
+
+    def computed() -> Message | Deferred[Message]:
+        calls.left()
+        answer, kept = work.answer, None
+        if answer.exception() is not None or not are_finite(sums := answer.result().tensors):
+            return calls.later(again())
+        if request.keep:
+            name = new_name()
+            kept = name if calls.memory.keep_inputs(name, inputs, owner) else None
+            for one, call_id in zip(hosted, request.ids, strict=True):
+                calls.expect_backward(call_id, one, call)
+        metas, encoded = pack_tensors(sums)
+        part = ApplyPart(
+            np.arange(len(hosted)),
+            np.array(work.versions, dtype=np.int64),
+            np.array([one.epoch for one in hosted], dtype=np.int64),
+            (),
+            metas,
+            _NO_WEIGHTS,
+            kept,
+        )
+        return Message(encode_part(part, backward=False)[0], tuple(encoded))
+
     calls.entered()
-    return Deferred(
-        work.answer,
-        finish=partial(_computed, hosted, calls, work, again),
-        cancel=partial(calls.withdraw, first, work),
-    )
-
-
-def _computed(
-    hosted: Sequence[HostedState],
-    calls: ExpertCalls,
-    work: JointWork,
-    again: Callable[[], Coroutine[object, object, Message]],
-) -> Message | Deferred[Message]:
-    calls.left()
-    answer = work.answer
-    if answer.exception() is not None or not are_finite(sums := answer.result().tensors):
-        return calls.later(again())
-    metas, buffers = pack_tensors(sums)
-    part = ApplyPart(
-        np.arange(len(hosted)),
-        np.array(work.versions, dtype=np.int64),
-        np.array([one.epoch for one in hosted], dtype=np.int64),
-        (),
-        metas,
-        _NO_WEIGHTS,
-    )
-    return Message(encode_part(part, backward=False)[0], tuple(buffers))
+    return Deferred(work.answer, finish=computed, cancel=partial(calls.withdraw, first, work))

@@ -7,16 +7,15 @@ came, each later one after a longer pause, and the last when nothing is left to 
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tesseract_async.errors import ExpertFailed, RemoteError
 from tesseract_async.runtime.gradients import Gradients, are_finite
 from tesseract_async.runtime.work import WorkResult
-from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Numbers, Rows
+from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Numbers, numbered
 
 FIRST_PAUSE: Final = 0.02
 """Seconds from the message to the first part, unless all is answered sooner: many experts in one pass take as long."""
@@ -26,9 +25,6 @@ all that is left."""
 MAX_PARTS: Final = 8
 _STACKED_BYTES: Final = 512 * 1024
 """Answers up to so large together are added at once; larger ones one by one, without a copy."""
-
-
-Integers = npt.NDArray[np.integer[Any]]
 
 
 class ExpertAnswer(NamedTuple):
@@ -104,23 +100,13 @@ class Parts:
         self._next_at = now + self._pause
         return part, sums
 
-    @staticmethod
-    def _numbered(rows: Rows) -> tuple[Integers, Integers]:
-        """Return what `np.unique` does: the rows that occur, ascending, and of each the place among them."""
-        size = int(rows.max()) + 1
-        if size > 16 * len(rows):
-            return np.unique(rows, return_inverse=True)
-        occurs = np.zeros(size, dtype=np.bool_)  # a tenth of sorting them
-        occurs[rows] = True
-        return np.flatnonzero(occurs), (occurs.cumsum() - 1)[rows]
-
     def _sums(self, answers: dict[int, ExpertAnswer]) -> tuple[Gradients, torch.Tensor | None]:
         """Return the sum of each tensor of the answers, and in a backward the weights' gradients of all."""
         if not answers:
             return [], None
         request, experts = self._request, np.array(list(answers), dtype=np.int64)
         pairs = request.pairs(experts)
-        rows, index = self._numbered(request.rows[pairs])
+        rows, index = numbered(request.rows[pairs])
         weights = None if request.backward else torch.from_numpy(request.weights[pairs])
         columns = list(zip(*[answer.result.tensors for answer in answers.values()], strict=True))
         gradients = torch.cat([x for x in columns.pop() if x is not None]) if request.backward else None

@@ -170,6 +170,12 @@ class Layout:
             more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
             raise LayoutMismatch(f"this model is not the run's: {'; '.join(shown)}{more}")
 
+    def unsound(self, values: Sequence[torch.Tensor]) -> list[str]:
+        """Return the names of the tensors that hold a NaN or infinity, in the pieces' values."""
+        if all(map(is_finite, values)):
+            return []
+        return [name for name, one in self.tensors(values).items() if one.is_floating_point() and not is_finite(one)]
+
     def tensors(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         found = {one.name: torch.empty(one.shape, dtype=one.dtype, device="cpu") for one in self.entries}
         for cut, mine in zip(self.cuts, values, strict=True):

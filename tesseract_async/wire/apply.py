@@ -34,6 +34,7 @@ PackedCoordinates = npt.NDArray[np.uint32]
 Numbers = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.integer[Any]]
 
 _U4, _I4, _I8, _F4 = (np.dtype(name) for name in ("<u4", "<i4", "<i8", "<f4"))
 _all: Final = np.logical_and.reduce  # an array's own `all` takes a Python call more, as do `min` and `max`
@@ -83,15 +84,17 @@ class ApplyRequest(NamedTuple):
         return int(next(meta[1][0] for meta in self.tensors if meta is not None))
 
     def pairs(self, experts: npt.NDArray[np.integer[Any]]) -> Numbers:
-        """The numbers of the pairs of these experts (places in `experts`), one expert after the other."""
+        """The numbers of the pairs of these experts (ascending places in `experts`), one expert after the other."""
+        if len(experts) == len(self.ids):
+            return np.arange(len(self.rows))
         starts, ends = self.offsets[experts], self.offsets[experts + 1]
         lengths = ends - starts
         firsts = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
         return firsts + np.arange(len(firsts))
 
-    def rows_of(self, experts: npt.NDArray[np.integer[Any]]) -> Rows:
+    def rows_of(self, experts: npt.NDArray[np.integer[Any]]) -> Integers:
         """The rows that any of these experts sees, ascending: those of a part's sums."""
-        return np.unique(self.rows[self.pairs(experts)])
+        return numbered(self.rows[self.pairs(experts)])[0]
 
     def scales_of(self, experts: npt.NDArray[np.integer[Any]]) -> Weights | None:
         """By what each row of these experts' sums is divided before a codec that loses something takes it: the greatest
@@ -99,7 +102,7 @@ class ApplyRequest(NamedTuple):
         if self.backward or self.reply_codec == "none" or not len(experts):
             return None
         pairs = self.pairs(experts)
-        index = np.unique(self.rows[pairs], return_inverse=True)[1]
+        index = numbered(self.rows[pairs])[1]
         scales = np.zeros(int(index.max()) + 1, dtype=np.float32)
         np.maximum.at(scales, index, np.abs(self.weights[pairs]))
         scales[scales == 0] = 1
@@ -130,6 +133,16 @@ class ApplyPart(NamedTuple):
     as stale as the expert. Empty in a forward."""
     kept: bytes | None = None
     """Forward, first part: names the block if the server keeps it."""
+
+
+def numbered(rows: Rows) -> tuple[Integers, Integers]:
+    """Return what `np.unique` does: the rows that occur, ascending, and of each the place among them."""
+    size = int(np.maximum.reduce(rows, initial=-1)) + 1
+    if size > 16 * len(rows):
+        return np.unique(rows, return_inverse=True)
+    occurs = np.zeros(size, dtype=np.bool_)  # a tenth of sorting them
+    occurs[rows] = True
+    return np.flatnonzero(occurs), (occurs.cumsum() - 1)[rows]
 
 
 def encode_request(request: ApplyRequest) -> tuple[list[Value], list[memoryview]]:

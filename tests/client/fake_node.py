@@ -168,6 +168,8 @@ class FakeDirectory:
     def report_late(self, replica: FakeReplica) -> None:
         self.late.append(replica)
 
+    has_doubts = True
+
     def report_answer(self, replica: FakeReplica) -> None:
         pass
 

@@ -493,4 +493,4 @@ def test_a_call_of_many_rows_gets_four_times_the_usual_time_at_most() -> None:
     small, large = machine.calls_to_send(0.0)
     machine.answered([small], 1.0)
     assert not machine.calls_to_send(1.0)
-    assert machine.usual_seconds(large) == 4.0 and machine.timer_at() == 8.0
+    assert machine.usual_seconds([large]) == [4.0] and machine.timer_at() == 8.0

@@ -421,6 +421,31 @@ async def test_figures_and_callbacks_come_with_each_step_failed_ones_included(no
     assert trainer.version == 1
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda loss: (loss, {"words": "many"}), "could not convert string to float"),
+        (lambda loss: (loss, {"words": torch.ones(3)}), "only one element"),
+        (lambda loss: (loss, {"tokens": torch.nan}), "cannot convert float NaN"),
+        (lambda loss: (loss,), r"a loss and a dict of figures, not \(Tensor\)"),
+        (lambda loss: (loss, None), r"not \(Tensor, NoneType\)"),
+        (lambda loss: None, "not NoneType"),
+    ],
+)
+async def test_what_is_no_figure_is_an_error_before_the_step(
+    node: FakeNode, model: Model, returned: Any, message: str
+) -> None:
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1))
+    before = [one.clone() for one in model.parameters()]
+
+    async def of(copied: Model, batch: torch.Tensor) -> Any:
+        return returned(await loss_of(copied, batch))
+
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        await trainer.step(of, torch.ones(4, 8))
+    assert trainer.version == 0 and all(map(torch.equal, model.parameters(), before))
+
+
 async def test_a_state_is_not_loaded_under_steps(node: FakeNode, model: Model) -> None:
     trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1))
     state = trainer.state_dict()

@@ -91,3 +91,8 @@ def test_a_joint_forward_is_expected_to_take_what_each_expert_takes_for_its_rows
     counts = [8] * len(experts)  # 1.08 ms for each, and seen one by one each row took 0.3 ms on average
     assert queues.of_joint(experts, counts, 4.4e-3) is not None  # type: ignore[arg-type]
     assert queues.of_joint(experts, counts, 4.2e-3) is None  # type: ignore[arg-type]
+    for is_faster in (True, False):
+        for _ in range(8):
+            group.choice.add(4, 32, True, 1.0 if is_faster else 3.0)
+            group.choice.add(4, 32, False, 2.0)
+        assert (queues.of_joint(experts, counts, 4.4e-3) is not None) is is_faster  # type: ignore[arg-type]

@@ -56,9 +56,10 @@ async def server(node: ServingNode) -> AsyncIterator[TesseractServer]:
 
 
 def asked(
-    node: ServingNode, pairs: dict[int, dict[int, float]] = PAIRS, *, num_rows: int = 3
+    node: ServingNode, pairs: dict[int, dict[int, float]] = PAIRS, *, num_rows: int = 3, **fields: Any
 ) -> tuple[Any, ApplyRequest, torch.Tensor]:
-    x = torch.randn(num_rows, WIDTH)
+    """`fields`: those of the request that are not as usual; in a backward, the tensor is the gradient."""
+    x = torch.randn(num_rows, 4 if fields.get("backward") else WIDTH)
     metas, buffers = wire.pack_tensors([x])
     request = ApplyRequest(
         prefix="ffn",
@@ -75,7 +76,7 @@ def asked(
         keep=False,
         seed=0,
         reply_codec="none",
-    )
+    )._replace(**fields)
     body, numbers = apply.encode_request(request)
     received = tuple(memoryview(bytearray(one)) for one in (*numbers, *buffers))
     deadline = asyncio.get_running_loop().time() + 10.0
@@ -114,6 +115,38 @@ async def test_it_is_the_weighted_sum_and_a_call_of_each_expert(node: ServingNod
         backend, expected = server.experts[uid], PAIRS.get(number, {})
         assert runtime.figures[backend].num_calls == calls + bool(expected), uid
         assert runtime.rows_of(backend) == (rows + len(expected), 0), uid
+
+
+async def test_a_forward_in_training_is_kept_and_its_backward_awaited(
+    node: ServingNode, server: TesseractServer
+) -> None:
+    for _ in range(100):  # passes in training mode are compared with each alone, too
+        answer, request, x = asked(node, training=True, keep=True)
+        part, sums = (await taken(answer, request))[0]
+        if isinstance(answer, Deferred):
+            break
+        ending, *_ = asked(node, training=True, backward=True, kept=part.kept, num_inputs=0, ids=request.ids)
+        assert [part async for part in ending]
+    assert isinstance(answer, Deferred) and sums is not None and part.kept is not None
+    torch.testing.assert_close(sums, by_hand(x, PAIRS), rtol=0, atol=1e-5)
+    draining = asyncio.create_task(server.drain(timeout=60.0))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not draining.done(), "a backward of each of them is to come"
+    ending, backward, gradient = asked(
+        node, training=True, backward=True, kept=part.kept, num_inputs=0, ids=request.ids
+    )
+    found = torch.zeros(3, WIDTH)
+    for part, sums in await taken(ending, backward):
+        assert sums is not None
+        found[torch.from_numpy(backward.rows_of(part.experts)).long()] += sums
+    assert await draining
+    rows = x.clone().requires_grad_()
+    total = torch.zeros(3, 4)
+    for expert, own in PAIRS.items():
+        for row, weight in own.items():
+            total[row] += weight * make_module(expert)(rows[row])
+    torch.testing.assert_close(found, *torch.autograd.grad(total, rows, gradient), rtol=0, atol=1e-5)
 
 
 async def test_a_row_that_no_expert_sees_is_not_answered(node: ServingNode, server: TesseractServer) -> None:
