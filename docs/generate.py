@@ -17,8 +17,7 @@ sys.path.insert(0, str(ROOT))  # the clone that the documents describe, wherever
 import click  # noqa: E402
 
 from tesseract_async.cli.main import COMMANDS, CONTEXT, main  # noqa: E402
-from tesseract_async.monitoring.catalogue import METRICS, SWARM_METRICS  # noqa: E402
-from tesseract_async.monitoring.prometheus import SWARM_COUNTERS  # noqa: E402
+from tesseract_async.monitoring.catalogue import METRICS, SWARM_COUNTERS, SWARM_METRICS  # noqa: E402
 
 PREFIX = "tesseract_"
 KINDS = {"count": "counter", "set": "gauge", "observe": "histogram", "histogram": "histogram"}

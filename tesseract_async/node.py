@@ -611,7 +611,8 @@ class TesseractNode(Uncopied):
         """
         started = self._check_loop()
         self.metrics.count("expert_calls", method=method)
-        for uid in uids if self.trust.has_runs else uids[:1]:  # outside of runs, a peer may host all experts or none
+        # outside of runs, a peer may host all experts or none
+        for uid in uids if len(uids) > 1 and self.trust.has_runs else uids[:1]:
             if not self.trust.may_host(peer.peer_id, uid):
                 self.metrics.count("expert_calls_held_back", method=method)
                 refusal = NotAllowed(f"it may not host {uid}: nothing is sent there")

@@ -231,7 +231,11 @@ def test_importing_the_package_is_cheap() -> None:
 
 # What the process has one of. All other state has an owner.
 PROCESS_WIDE = {
-    "client/autograd.py": {"_engine_thread", "_steps"},  # PyTorch's engine, whose passes bear numbers of its own
+    "client/autograd.py": {
+        "_engine_thread",
+        "_steps",
+        "_took",
+    },  # PyTorch's engine, whose passes bear numbers of its own
     "client/scaling.py": {"_noted"},  # the same
     "runtime/mesh_job.py": {"_links", "_on_cpu"},  # to the other processes of torch's process groups
     "runtime/encoding.py": {"_threads"},  # shared by all nodes, renewed after a fork

@@ -4,8 +4,8 @@ import ast
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -69,7 +69,7 @@ def _first_sentences(settings: type) -> dict[str, str]:
     """Return how the docstrings of a class's fields begin, by name: Python keeps these in its source only."""
     found: dict[str, str] = {}
     for one in reversed(settings.__mro__[:-1]):
-        module = ast.parse(Path(inspect.getfile(one)).read_text(encoding="utf-8"))
+        module = ast.parse(inspect.getsource(sys.modules[one.__module__]))
         body = next(part.body for part in module.body if isinstance(part, ast.ClassDef) and part.name == one.__name__)
         for field, text in zip(body, body[1:], strict=False):
             match field, text:

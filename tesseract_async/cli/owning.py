@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import click
 
-from tesseract_async.cli.flags import chain, grouped, several_option
+from tesseract_async.cli.flags import Flag, chain, grouped, several_option
 from tesseract_async.cli.options import host_towards, initial_peers_option, join, json_option, log_options
 from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
@@ -86,54 +86,44 @@ def command() -> None:
 command.add_command(create)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantOptions:
+    """The roles that a grant gives, the experts, and the time."""
+
+    roles: Annotated[tuple[Role, ...], click.Choice(MEMBER), Flag("--role")] = MEMBER
+    """Let them host experts, train them, or share parameters."""
+    pattern: Annotated[ExpertPattern | None, Flag("--experts", metavar="PATTERN")] = None
+    """Let them host or train these experts only, such as 'ffn.[0:4].[0:16]'; sharing covers the whole model."""
+    days: Annotated[float, Number(0.01, 36500)] = 90.0
+    """Let the grant end after this many days."""
+    invite: bool = False
+    """Make an invite instead, whose text lets anybody take part until it is revoked."""
+    renew: bool = False
+    """Renew every grant that ends within 60 days, instead of making new ones."""
+
+
 @command.command("grant")
 @owner_options
 @click.argument("members", nargs=-1, type=PEER, metavar="PEER_ID...")
-@several_option(
-    "--role",
-    "roles",
-    type=click.Choice(MEMBER),
-    default=MEMBER,
-    help="Let them host experts, train them, or share parameters.",
-)
-@click.option(
-    "--experts",
-    "pattern",
-    type=PATTERN,
-    help="Let them host or train these experts only, such as 'ffn.[0:4].[0:16]'. Sharing covers the whole model.",
-)
-@click.option("--days", default=90.0, type=Number(0.01, 36500), help="Let the grant end after this many days.")
-@click.option(
-    "--invite", is_flag=True, help="Make an invite instead, whose text lets anybody take part until it is revoked."
-)
-@click.option("--renew", is_flag=True, help="Renew every grant that ends within 60 days, instead of making new ones.")
+@grouped("options", GrantOptions)
 @asynchronous
-async def grant(
-    *,
-    members: tuple[PeerID, ...],
-    roles: tuple[Role, ...],
-    pattern: ExpertPattern | None,
-    days: float,
-    invite: bool,
-    renew: bool,
-    owner: OwnerOptions,
-) -> int:
+async def grant(*, members: tuple[PeerID, ...], options: GrantOptions, owner: OwnerOptions) -> int:
     """Let peers take part: sign a grant for each PEER_ID, or one invite for many.
 
     A peer id is what `tesseract keygen FILE` prints. Each grant is printed in one line, for the peer's --grant; it also
     waits in the network for a day, where the peer finds it by itself.
     """
-    if bool(members) + invite + renew != 1:
+    if bool(members) + options.invite + options.renew != 1:
         raise click.UsageError("say whom to let in: PEER_IDs, or --invite, or --renew")
     async with owner.acting() as acting:
-        if renew:
+        if options.renew:
             click.echo(f"{counted(len(await acting.renew()), 'grant')} renewed", err=True)
-        elif invite:
-            made, text = acting.invite(roles, seconds=days * DAY, pattern=pattern)
+        elif options.invite:
+            made, text = acting.invite(options.roles, seconds=options.days * DAY, pattern=options.pattern)
             click.echo(f"the invite of {made.peer}, {_said(made)}, for `tesseract join`", err=True)
             click.echo(Invite(acting.authority.run.full_name, owner.initial_peers, text).text())
         else:
-            for made in await acting.grant(members, roles, seconds=days * DAY, pattern=pattern):
+            for made in await acting.grant(members, options.roles, seconds=options.days * DAY, pattern=options.pattern):
                 click.echo(f"a grant of {made.peer}, {_said(made)}", err=True)
                 click.echo(grant_text(made))
     return 0

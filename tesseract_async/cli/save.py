@@ -1,15 +1,16 @@
 """`tesseract save` and `tesseract restore`: a model's states as a folder that loads without the swarm, and back."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import click
 
 from tesseract_async.admission import Policy
-from tesseract_async.cli.flags import options_of, several_option
+from tesseract_async.cli.flags import Flag, grouped, options_of
 from tesseract_async.cli.options import NodeOptions, Visit, join, node_options
 from tesseract_async.cli.running import asynchronous, progress_bar, say
-from tesseract_async.cli.types import EXISTING_FILE, FOLDER, PATTERN, PERIOD, counted
+from tesseract_async.cli.types import EXISTING_FILE, FOLDER, PERIOD, counted
 from tesseract_async.errors import CheckpointError, ExpertNotFound, sentence_of
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run_directory import find_run
@@ -20,45 +21,32 @@ MAX_TOLD: Final = 8
 """Experts that are named to people, of those that went otherwise than they should; the line for programs names all."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """The experts to save, the folder, and the pace."""
+
+    run_name: Annotated[str | None, Flag("--run", metavar="NAME[@PEER_ID]")] = None
+    """Save the experts of this training run."""
+    patterns: Annotated[tuple[ExpertPattern, ...], Flag("--experts", metavar="PATTERN")] = ()
+    """Save these experts, which belong to no run, such as 'ffn.[0:4].[0:16]'."""
+    shared_names: Annotated[tuple[str, ...], Flag("--shared", metavar="NAME")] = ()
+    """Save the parameters that trainers share under this name, too; a run's own are saved anyway."""
+    out: Annotated[Path, FOLDER]
+    """Write the model into this folder, made if missing."""
+    optimizers: bool = False
+    """Save the experts' optimizers, too, so that `tesseract restore` can go back to this point."""
+    num_at_once: Annotated[int, click.IntRange(1, 64)] = 4
+    """Download this many experts at the same time."""
+    timeout: Annotated[float, PERIOD] = 60.0
+    """Wait at most this long for each piece of an expert."""
+
+
 @click.command("save")
-@click.option("--run", "run_name", metavar="NAME[@PEER_ID]", help="Save the experts of this training run.")
-@several_option(
-    "--experts",
-    "patterns",
-    type=PATTERN,
-    help="Save these experts, which belong to no run, such as 'ffn.[0:4].[0:16]'.",
-)
-@several_option(
-    "--shared",
-    "shared_names",
-    metavar="NAME",
-    help="Save the parameters that trainers share under this name, too; a run's own are saved anyway.",
-)
-@click.option("--out", required=True, type=FOLDER, help="Write the model into this folder, made if missing.")
-@click.option(
-    "--optimizers",
-    is_flag=True,
-    help="Save the experts' optimizers, too, so that `tesseract restore` can go back to this point.",
-)
-@click.option(
-    "--num-at-once", default=4, type=click.IntRange(1, 64), help="Download this many experts at the same time."
-)
-@click.option("--timeout", default=60.0, type=PERIOD, help="Wait at most this long for each piece of an expert.")
+@grouped("options", SaveOptions)
 @options_of(Visit)["members"]
 @node_options
 @asynchronous
-async def save(
-    *,
-    run_name: str | None,
-    patterns: tuple[ExpertPattern, ...],
-    shared_names: tuple[str, ...],
-    out: Path,
-    optimizers: bool,
-    num_at_once: int,
-    timeout: float,
-    members: frozenset[PeerID] | None,
-    node: NodeOptions,
-) -> int:
+async def save(*, options: SaveOptions, members: frozenset[PeerID] | None, node: NodeOptions) -> int:
     """Write a model into a folder: every expert that somebody has, all as of one moment, and the shared parameters.
 
     Experts come from their primaries or, where there is none, from a server that follows it or holds its state.
@@ -68,31 +56,33 @@ async def save(
     """
     if not node.initial_peers:
         raise click.UsageError("say --initial-peers: the swarm that has the model")
-    if run_name is None and not patterns and not shared_names:
+    if options.run_name is None and not options.patterns and not options.shared_names:
         raise click.UsageError("say what to save: --run, --experts or --shared")
 
     from tesseract_async.saving.folder import open_folder_or_make
     from tesseract_async.saving.saver import Origin, SavePoint, find_origins, find_pieces, take_trunk
     from tesseract_async.shared_pieces import SharedPieces
 
-    store = open_folder_or_make(out)
+    store = open_folder_or_make(options.out)
     async with node.make(policy=None if members is None else Policy.only(members)) as joined:
         await join(joined)
         origins: dict[str, list[Origin]] = {}
-        shared = {name + SHARED: True for name in shared_names}
-        if run_name is not None:
-            signed = await find_run(joined.network, run_name, trust=joined.trust)
+        shared = {name + SHARED: True for name in options.shared_names}
+        if options.run_name is not None:
+            signed = await find_run(joined.network, options.run_name, trust=joined.trust)
             await joined.join_run(signed)
             shared[signed.manifest.prefix + SHARED] = False
             store.add_run(signed)
             origins |= await find_origins(joined, signed.manifest.prefix, signed.manifest.grid_size)
-        for pattern in patterns:
+        for pattern in options.patterns:
             found = await find_origins(joined, pattern.prefix, pattern.grid_size)
             origins |= {uid: some for uid, some in found.items() if uid in pattern}
         trunks: list[list[str]] = []
         for prefix, is_bare in shared.items():
             try:
-                found = await find_pieces(joined, SharedPieces(joined, prefix, is_bare=is_bare), timeout=timeout)
+                found = await find_pieces(
+                    joined, SharedPieces(joined, prefix, is_bare=is_bare), timeout=options.timeout
+                )
             except ExpertNotFound:
                 if is_bare:
                     raise
@@ -100,15 +90,15 @@ async def save(
             trunks.append([*found])
             origins |= found
         # all at one moment: the pieces belong to the experts that were trained with them
-        point = SavePoint(joined, origins, is_whole=optimizers, timeout=timeout)
+        point = SavePoint(joined, origins, is_whole=options.optimizers, timeout=options.timeout)
         await point.mark()
         with progress_bar("experts", total=len(origins)) as advance:
-            report = await point.fetch(store, num_at_once=num_at_once, progress=lambda uid: advance(1))
+            report = await point.fetch(store, num_at_once=options.num_at_once, progress=lambda uid: advance(1))
     told = {
         role: [f"{uid} (version {report.taken[uid]})" for uid in sorted(report.origins) if report.origins[uid] == role]
         for role in ("follower", "holder")
     }
-    parts = [take_trunk(store, uids, report, keeps=optimizers) for uids in trunks]
+    parts = [take_trunk(store, uids, report, keeps=options.optimizers) for uids in trunks]
     tensors = {name: one for part in parts for name, one in part.items()}
     if len(tensors) < sum(map(len, parts)):
         raise click.UsageError("two of the models that are shared have tensors of one name: save each by itself")
@@ -129,7 +119,7 @@ async def save(
     )
     say(
         "saved",
-        folder=str(out),
+        folder=str(options.out),
         taken=report.taken,
         origins=report.origins,
         kept=report.kept,
@@ -144,7 +134,7 @@ async def save(
 @click.option(
     "--owner", type=EXISTING_FILE, help="Sign with this key file of the run's owner, if the experts belong to a run."
 )
-@click.option("--timeout", default=60.0, type=PERIOD, help="Wait at most this long for each piece of an expert.")
+@options_of(SaveOptions)["timeout"]
 @node_options
 @asynchronous
 async def restore(*, folder: Path, owner: Path | None, timeout: float, node: NodeOptions) -> int:

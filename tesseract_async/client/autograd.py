@@ -5,6 +5,10 @@ In backward, `_Issue` starts the gradient request on the loop and returns at onc
 request's answer, blocks the engine's thread (never the loop's) until that is there. PyTorch's engine runs ready nodes
 by descending sequence number; `_Issue` carries the highest, so that all requests go out before anything blocks.
 
+Where these are the only such nodes between a loss and its leaves, and what is local takes little, no other thread is
+needed: the loop's runs the engine from the loss to `_Issue`, goes on with other things, and runs it from `_Await` on
+once the answers are there (`_Step.run_in_halves`).
+
 The token between the two nodes is a CPU scalar: `_Await` runs in the thread that called the engine even if the rest of
 the graph is on a GPU. Requests under way are keyed by graph task, so that one graph can be gone through several times.
 """
@@ -17,7 +21,8 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from types import FrameType
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -26,9 +31,10 @@ import torch.utils.checkpoint
 
 from tesseract_async.client.arguments import Versions
 from tesseract_async.client.isolated import DEFAULT, NO_GRAD, isolated
-from tesseract_async.client.leaves import Leaves
+from tesseract_async.client.leaves import GraphCut, Leaves, find_cut
 from tesseract_async.client.scaling import Scaler, Scaling, noted_scale
 from tesseract_async.errors import ExpertFailed
+from tesseract_async.lru import LRU
 from tesseract_async.runtime.gradients import are_finite, run_engine
 
 P = ParamSpec("P")
@@ -38,6 +44,11 @@ IDLE_SECONDS = 1.0
 """An engine thread without work ends after this long."""
 _POLL_SECONDS = 1.0
 _ISSUE_FIRST = 2**62
+MAX_NODES_HERE = 64
+MAX_NUMBERS_HERE = 2**16
+MAX_SECONDS_HERE = 0.002
+"""A backward may keep the loop's thread for so long at a time. It is told by the nodes on each side of remote calls,
+by the numbers in leaves and inputs, and by the seconds that the same operations took before."""
 
 _ON_THE_LOOP = (
     "backward through a remote expert was called on the event loop's own thread, which has to stay free to carry the "
@@ -165,6 +176,7 @@ class _GradientRequest:
         """By which the gradients were multiplied that it carries, divided."""
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
         self._versions = Versions()
+        self._tensors: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]] = (), ()
         self._is_cancelled = False
         self.is_done = False
         """True once there is an answer or an error, or it was cancelled."""
@@ -173,12 +185,17 @@ class _GradientRequest:
         self._result: list[torch.Tensor | None] | None = None
         self._error: BaseException | None = None
 
-    def start(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-        """In an engine's thread. Raises: RuntimeError if the loop is not running."""
+    def start(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], *, is_cut: bool) -> None:
+        """In the thread that runs the engine. `is_cut`: `begin` or `run` follows.
+
+        Raises: RuntimeError if the loop is not running.
+        """
         if not self.call.is_loop_running():
             raise RuntimeError(_LOOP_GONE)
         self._versions = Versions((*inputs, *gradients))
-        self.call.loop.call_soon_threadsafe(self._begin, inputs, gradients, context=self.call.context)
+        self._tensors = inputs, gradients
+        if not is_cut:
+            self.call.loop.call_soon_threadsafe(self.begin, context=self.call.context)
 
     def skip(self, inputs: Sequence[torch.Tensor]) -> None:
         """Instead of `start`, where scaled gradients overflowed: gives NaN, at which the scaler skips its step."""
@@ -192,12 +209,21 @@ class _GradientRequest:
             if self._waiting.locked():
                 self._waiting.release()
 
-    def _begin(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-        if self.is_done:  # cancelled before it began
+    def begin(self) -> None:
+        if self.is_done:  # cancelled before it began, or skipped
             return
-        remote = self.call.remote
-        self.task = self.call.loop.create_task(isolated(remote.backward(inputs, gradients), modes=NO_GRAD, steady=True))
+        self.task = self.call.loop.create_task(self._work())
         self.task.add_done_callback(self._finish)
+
+    async def run(self) -> None:
+        """Do the same in this task. Raises: what the remote backward raises."""
+        if not self.is_done:
+            self._result = await self._work()
+            self._end()
+
+    def _work(self) -> Coroutine[object, object, list[torch.Tensor | None]]:
+        (inputs, gradients), self._tensors = self._tensors, ((), ())
+        return isolated(self.call.remote.backward(inputs, gradients), modes=NO_GRAD, steady=True)
 
     def _finish(self, task: asyncio.Task[list[torch.Tensor | None]]) -> None:
         if task.cancelled():
@@ -223,13 +249,17 @@ class _GradientRequest:
             self._is_cancelled = True  # once: a second time would break off how it ends its own calls
             self.task.cancel()
 
+    def check(self) -> None:
+        """Raise what the remote backward raised."""
+        if self._error is not None:
+            raise self._error
+
     def wait(self) -> list[torch.Tensor | None]:
         """Block an engine's thread. Raises: what the remote backward raised; RuntimeError if the loop has ended."""
         while not self._waiting.acquire(timeout=_POLL_SECONDS):
             if not self.call.is_loop_running():
                 raise RuntimeError(_LOOP_GONE)
-        if self._error is not None:
-            raise self._error
+        self.check()
         assert self._result is not None
         self._versions.check()
         return self._result
@@ -281,9 +311,11 @@ class _Await(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _CallContext, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         call: _RemoteCall = ctx.call
-        request = call.requests.pop(torch._C._current_graph_task_id())
+        step: _Step | None = getattr(_engine_thread, "step", None)
+        request = call.requests.pop(torch._C._current_graph_task_id() if step is None or not step.is_cut else id(step))
         try:
-            call.refuse_loop_thread()  # here too: on a GPU, _Issue runs in the device's thread
+            if not request.is_done:
+                call.refuse_loop_thread()  # here too: on a GPU, _Issue runs in the device's thread
             results = request.wait()
         except BaseException:  # the answer is not waited for any more
             request.cancel()
@@ -301,7 +333,7 @@ class _Issue(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call = call
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(token, *inputs)
         assert call.outputs is not None
         outputs, call.outputs = tuple(call.outputs), None
         ctx.mark_non_differentiable(*(o for o in outputs if not (o.is_floating_point() or o.is_complex())))
@@ -312,10 +344,12 @@ class _Issue(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(_DOUBLE)
         call: _RemoteCall = ctx.call
-        call.refuse_loop_thread()
-        inputs = ctx.saved_tensors
+        inputs = ctx.saved_tensors[1:]
         graph_task = torch._C._current_graph_task_id()
-        step = _steps.get(graph_task) or getattr(_engine_thread, "step", None)
+        step: _Step | None = _steps.get(graph_task) or getattr(_engine_thread, "step", None)
+        is_cut = step is not None and step.is_cut
+        if not is_cut:
+            call.refuse_loop_thread()
         if step is None or step.scaling is None:
             scale = noted_scale(graph_task)
         else:  # a backward inside another one is a separate graph task
@@ -326,12 +360,12 @@ class _Issue(torch.autograd.Function):
         if step is not None:
             step.add(request)
         if are_finite(gradients):
-            request.start(inputs, gradients)
+            request.start(inputs, gradients, is_cut=is_cut)
         elif scale is not None:
             request.skip(inputs)
         else:
             raise ExpertFailed(_NOT_FINITE)
-        call.requests[graph_task] = request
+        call.requests[id(step) if is_cut else graph_task] = request
         return (None, torch.zeros((), device="cpu"), *(None for _ in inputs))
 
 
@@ -345,6 +379,68 @@ class _Step:
         self._lock = threading.Lock()
         self._cancelled = False
         self._requests: list[_GradientRequest] = []
+        self.is_cut = False
+        """True if the engine runs twice, in the loop's thread."""
+
+    def parts_of(self, loss: torch.Tensor) -> tuple[Leaves, list[torch.Tensor], GraphCut] | None:
+        """Return the leaves under `loss`, the tokens of its remote calls and where they lie. None if `run_in_halves` is
+        not for them."""
+        found = None if self._stream is not None else find_cut(loss, *_KINDS, most=MAX_NODES_HERE)
+        if found is None or _took.get(found.kinds, 0.0) > MAX_SECONDS_HERE:
+            return None
+        loop, tokens = asyncio.get_running_loop(), []
+        issues: list[Any] = found.ends
+        leaves = Leaves(loss)
+        num_numbers = sum([leaf.numel() for leaf in leaves.tensors])
+        for node in issues:
+            token, *inputs = node.saved_tensors
+            tokens.append(token)
+            num_numbers += sum([x.numel() for x in inputs])
+            if node.call.loop is not loop:
+                return None
+        is_small = num_numbers <= MAX_NUMBERS_HERE and all([x.is_cpu for x in leaves.tensors])
+        return (leaves, tokens, found) if is_small and not leaves.have_hooks else None
+
+    async def run_in_halves(
+        self,
+        loss: torch.Tensor,
+        gradient: torch.Tensor | None,
+        retain_graph: bool,
+        parts: tuple[Leaves, list[torch.Tensor], GraphCut],
+    ) -> None:
+        """Do all of a backward in the loop's thread: down to the remote calls, and on from their answers."""
+        self.is_cut = True
+        leaves, tokens, found = parts
+        upper = [leaf for leaf in leaves.tensors if id(leaf) in found.leaves]
+        lower = [leaf for leaf in leaves.tensors if id(leaf) not in found.leaves]
+        leaves.tensors = [*upper, *lower]
+        self.scaling = Scaling(self._scaler, could_be_noted=gradient is None)
+        with self._here(found):
+            above = gradients_of(loss, [*tokens, *upper], gradient, retain_graph=retain_graph)
+        if len(self._requests) == 1:
+            await self._requests[0].run()
+        else:
+            for request in self._requests:
+                request.begin()
+            for request in self._requests:
+                if request.task is not None:
+                    await _ended(request.task)
+                    request.check()
+        with self._here(found):
+            seeds = [seed for seed in above[: len(tokens)] if seed is not None]
+            below = run_engine(tokens, seeds, lower, retain_graph=retain_graph)
+        leaves.add([None if grad is None else grad.detach().clone() for grad in (*above[len(tokens) :], *below)])
+
+    @contextlib.contextmanager
+    def _here(self, found: GraphCut) -> Iterator[None]:
+        _engine_thread.step, began = self, time.thread_time()
+        try:
+            yield
+        finally:
+            _engine_thread.step = None
+            # a quarter: one that was slow once, on a busy computer, is no reason
+            before = _took.get(found.kinds, 0.0)
+            _took[found.kinds] = before + (time.thread_time() - began - before) / 4
 
     def run(
         self, loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool
@@ -395,6 +491,9 @@ class _Step:
             await asyncio.wait(tasks)
 
 
+_KINDS: tuple[type, type] = _Issue._backward_cls, _Await._backward_cls
+_took: LRU[frozenset[type], float] = LRU(1024)
+"""Seconds for which graphs of these kinds of nodes kept a loop, smoothed."""
 _steps: dict[int, _Step] = {}
 """By graph task: how a node learns which `backward` it runs in."""
 _engine_thread = threading.local()
@@ -475,6 +574,14 @@ async def _backward(
     if gradient is None and loss.numel() != 1:
         raise RuntimeError(f"backward of a tensor of shape {tuple(loss.shape)} takes its `gradient` too")
     step = _Step(scaler)
+    if (parts := step.parts_of(loss)) is not None:
+        try:
+            await step.run_in_halves(loss, gradient, retain_graph, parts)
+        except BaseException:
+            step.cancel()
+            await step.aclose()
+            raise
+        return
     outcome: asyncio.Future[tuple[Leaves, list[torch.Tensor | None]]] = asyncio.get_running_loop().create_future()
     run_in_engine_thread(lambda: step.run(loss, gradient, retain_graph), outcome)
     cancelled: asyncio.CancelledError | None = None

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -79,6 +80,49 @@ class Leaves:
         filled = [leaf for leaf, grad in zip(self.tensors, gradients, strict=True) if grad is not None]
         if any([leaf._post_accumulate_grad_hooks for leaf in filled]):
             fire_post_accumulate_hooks(filled)
+
+
+class GraphCut(NamedTuple):
+    """The place where a graph falls into two parts."""
+
+    ends: list[torch.autograd.graph.Node]
+    """The last nodes of the first part."""
+    leaves: set[int]
+    """The ids of that part's leaves."""
+    kinds: frozenset[type]
+    """All nodes' types."""
+
+
+def find_cut(loss: torch.Tensor, above: type, below: type, *, most: int) -> GraphCut | None:
+    """Return where the nodes of kind `above` cut the graph of `loss`: each node belongs to the part from `loss` down to
+    them, or to the part from the nodes of kind `below`, which follow them, on.
+
+    None if there is no such place. None, too, for more than `most` nodes in a part, and for functions in Python besides
+    these, which may do anything, such as another backward.
+    """
+    upper: set[torch.autograd.graph.Node] = set()
+    lower: set[torch.autograd.graph.Node] = set()
+    ends: list[torch.autograd.graph.Node] = []
+    leaves: set[int] = set()
+    stack: list[torch.autograd.graph.Node | None] = [loss.grad_fn]
+    for part, kind in ((upper, above), (lower, below)):
+        while stack:
+            node = stack.pop()
+            if node is None or node in part:
+                continue
+            part.add(node)
+            if len(part) > most or (part is lower and node in upper):
+                return None
+            if type(node) is above and part is upper:
+                ends.append(node)
+            elif isinstance(node, torch.autograd.function.BackwardCFunction) and type(node) is not kind:
+                return None
+            else:
+                stack += [following for following, _ in node.next_functions]
+                if part is upper and isinstance(node, _AccumulateGrad):
+                    leaves.add(id(node.variable))  # type: ignore[attr-defined]
+        stack = [following for end in ends for following, _ in end.next_functions]
+    return GraphCut(ends, leaves, frozenset(map(type, upper | lower))) if ends else None
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tesseract_async.admission import Action
 from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod
 from tesseract_async.identity import PeerID
+from tesseract_async.wire.heads import MAX_METHOD_LENGTH
 from tesseract_async.wire.messages import uid_of
 from tesseract_async.wire.packed import Value
 
@@ -80,7 +81,9 @@ class CallTable:
         return self._by_uid.keys()
 
     def add(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
-        """Answer calls of `method`, whatever their body. Raises: ValueError if the method is taken."""
+        """Answer calls of `method`, whatever their body. Raises: ValueError if the method is taken, or too long."""
+        if not 0 < len(method) <= MAX_METHOD_LENGTH:
+            raise ValueError(f"a method's name has 1 to {MAX_METHOD_LENGTH} characters")
         if method in self.actions:
             raise ValueError(f"{method} has a handler already")
         self.actions[method] = action

@@ -149,9 +149,8 @@ class Endpoint(Uncopied):
         logged, and reaches the caller as a plain RemoteError. Peers that the policy does not let take `action` get
         NotAllowed.
 
-        Raises: ValueError if the method is taken.
+        Raises: ValueError if the method is taken, or its name is too long.
         """
-        _check_method(method)
         self._table.add(method, handler, action=action)
 
     def unhandle(self, method: str) -> None:
@@ -291,7 +290,8 @@ class Endpoint(Uncopied):
         max_reply_bytes: int | None,
         priority: int,
     ) -> tuple[RequestHead, tuple[memoryview, ...], float]:
-        _check_method(method)
+        if not 0 < len(method) <= heads.MAX_METHOD_LENGTH:
+            raise ValueError(f"a method's name has 1 to {heads.MAX_METHOD_LENGTH} characters")
         if not 0 < timeout <= heads.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {heads.MAX_TIMEOUT:.0f} s: {timeout}")
         if priority:
@@ -416,8 +416,3 @@ def check_priority(priority: int) -> None:
     """Raises: ValueError for a priority that can't travel."""
     if not -128 <= priority <= 127:
         raise ValueError(f"a priority is between -128 and 127: {priority}")
-
-
-def _check_method(method: str) -> None:
-    if not 0 < len(method) <= heads.MAX_METHOD_LENGTH:
-        raise ValueError(f"a method's name has 1 to {heads.MAX_METHOD_LENGTH} characters")

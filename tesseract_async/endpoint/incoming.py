@@ -54,9 +54,6 @@ class ReceivedCall(CallState):
     waited = 0.0
     """Seconds for which its handler could not send the next one; since `reply_since` not counted."""
 
-    def __init__(self, stream: int) -> None:
-        self.stream = stream
-
     @property
     def takes_part(self) -> bool:
         """True if earlier parts of the reply have left, and the caller has taken enough of them."""
@@ -110,7 +107,8 @@ class IncomingCalls:
             raise ProtocolError(f"more than {bounds.max_calls} calls at once")
         if stream > self.last_seen:
             self.last_seen = stream
-        call = self._calls[stream] = ReceivedCall(stream)
+        call = self._calls[stream] = ReceivedCall()
+        call.stream = stream
         if flags & frames.MORE:
             call.in_parts = True
         if lane == BULK:

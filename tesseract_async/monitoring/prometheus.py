@@ -9,17 +9,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.metrics import Key, Metrics
-from tesseract_async.monitoring.catalogue import METRICS, SWARM_METRICS
+from tesseract_async.monitoring.catalogue import METRICS, SWARM_COUNTERS, SWARM_METRICS
 from tesseract_async.monitoring.observer import SwarmObserver
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "tesseract_"
-SWARM_COUNTERS = frozenset(
-    (
-        *("swarm_server_rows", "swarm_server_calls", "swarm_server_busy_seconds"),
-        *("swarm_expert_calls", "swarm_expert_rows", "swarm_expert_failures"),
-    )
-)
+_OF_SERVER = ("num_rows", "num_calls", "busy_seconds", "num_waiting_rows", "memory_bytes", "sync_seconds")
+_OF_EXPERT = ("num_calls", "num_rows", "num_failures", "slow_seconds")
+"""Fields of statuses that are metrics by the same names, without ``num_``."""
 
 Labels = tuple[tuple[str, str], ...]
 T = TypeVar("T")
@@ -64,23 +61,14 @@ class _Swarm:
             found["swarm_server_up"].append((server, float(peer.status is not None and peer.error is None)))
             if (status := peer.status) is None:
                 continue
-            for name, value in (
-                ("rows", status.num_rows),
-                ("calls", status.num_calls),
-                ("busy_seconds", status.busy_seconds),
-                ("waiting_rows", status.num_waiting_rows),
-                ("memory_bytes", status.memory_bytes),
-                ("sync_seconds", status.sync_seconds),
-            ):
-                found[f"swarm_server_{name}"].append((server, value))
+            for name in _OF_SERVER:
+                found[f"swarm_server_{name.removeprefix('num_')}"].append((server, getattr(status, name)))
             for uid, one in status.experts.items():
                 if uid not in peer.uids:
                     continue
                 at = {"expert": uid, "server": str(peer_id)}
-                found["swarm_expert_calls"].append((at, one.num_calls))
-                found["swarm_expert_rows"].append((at, one.num_rows))
-                found["swarm_expert_failures"].append((at, one.num_failures))
-                found["swarm_expert_slow_seconds"].append((at, one.slow_seconds))
+                for name in _OF_EXPERT:
+                    found[f"swarm_expert_{name.removeprefix('num_')}"].append((at, getattr(one, name)))
         for grid in state["grids"]:
             found["swarm_experts_lost"].append(({"grid": grid["prefix"]}, len(grid["lost"])))
             for coords, _, replicas, version, _, behind in grid["experts"]:

@@ -195,36 +195,33 @@ def decode_status(body: object) -> NodeStatus:
         value = body.get(field.name, field.default)
         if field.name == "experts":
             value = _experts(value)
-        elif str(field.type) == "str":
-            if type(value) is not str or not is_name(value):
-                raise ProtocolError(f"status: {field.name} is missing or malformed")
-        elif str(field.type) == "int":
-            if type(value) is not int or not 0 <= value < MAX_FIGURE:
-                raise ProtocolError(f"status: {field.name} is missing or malformed")
-        elif not isinstance(value, int | float) or not 0 <= value < MAX_FIGURE:
+        elif not _fits(value, str(field.type)):
             raise ProtocolError(f"status: {field.name} is missing or malformed")
         values[field.name] = value
     return NodeStatus(**values)
 
 
+def _fits(value: Value, kind: str) -> bool:
+    if kind == "str":
+        return type(value) is str and is_name(value)
+    types = {"bool": (bool,), "int": (int,), "float": (int, float)}[kind]
+    return type(value) in types and 0 <= value < MAX_FIGURE
+
+
 def _experts(value: object) -> dict[str, ExpertStatus]:
     if type(value) is not dict or len(value) > MAX_EXPERTS:
         raise ProtocolError("status: experts is missing or malformed")
+    kinds = [str(field.type) for field in dataclasses.fields(ExpertStatus)]
     experts = {}
-    for uid, fields in value.items():
+    for uid, said in value.items():
         try:
-            version, primary, num_calls, num_failures, median, slow, num_rows = fields[:7]
             split_uid(uid)
+            fits = all([_fits(one, kind) for one, kind in zip(said[: len(kinds)], kinds, strict=True)])
+            experts[uid] = ExpertStatus(*said[: len(kinds)])
         except (TypeError, ValueError, LookupError, AttributeError):
-            raise ProtocolError("status: a malformed expert") from None
-        counts, seconds = (version, num_calls, num_failures, num_rows), (median, slow)
-        if (
-            type(primary) is not bool
-            or not all(type(one) is int and 0 <= one < MAX_FIGURE for one in counts)
-            or not all(type(one) is float and 0 <= one < MAX_FIGURE for one in seconds)
-        ):
+            fits = False
+        if not fits:
             raise ProtocolError("status: a malformed expert")
-        experts[uid] = ExpertStatus(version, primary, num_calls, num_failures, median, slow, num_rows)
     return experts
 
 

@@ -498,9 +498,11 @@ class TesseractRuntime(Uncopied):
         self._posted.append((function, args))
         if not self._delivers:
             self._delivers = True
-            with contextlib.suppress(RuntimeError):  # the loop was closed before this runtime
-                assert self._loop is not None
+            assert self._loop is not None
+            try:
                 self._loop.call_soon_threadsafe(self._call_posted)
+            except RuntimeError:  # the loop was closed before this runtime
+                pass
 
     def _call_posted(self) -> None:
         self._delivers = False  # before looking: what is posted from now on wakes the loop again

@@ -172,7 +172,7 @@ class ExpertCalls:
             peer=self.owner(call),
         )
         versions = versions_of(inputs) if request.keep_inputs else []
-        self.entered()
+        self._num_active += 1
 
         def computed() -> Message | Deferred[Message]:
             self.left()
@@ -248,7 +248,7 @@ class ExpertCalls:
     ) -> Deferred[Message]:
         """Wait for a backward together with all callers that asked for it."""
         begun.num_waiting += 1
-        self.entered()
+        self._num_active += 1
 
         def leave() -> None:
             begun.leave()
@@ -292,7 +292,7 @@ class ExpertCalls:
     def later(self, rest: Coroutine[object, object, Message]) -> Deferred[Message]:
         """Let the rest of a call go on in a task, until its caller does not wait any more."""
         task = asyncio.get_running_loop().create_task(rest)
-        self.entered()
+        self._num_active += 1
 
         def ended(end: Callable[[], Result]) -> Result:
             self.left()
@@ -332,7 +332,7 @@ class ExpertCalls:
     @contextlib.contextmanager
     def answering(self, call: IncomingCall) -> Iterator[None]:
         """A call is under way, which ends in an answer or a RemoteError."""
-        self.entered()
+        self._num_active += 1
         try:
             yield
         except (ProtocolError, TimeoutError) as error:

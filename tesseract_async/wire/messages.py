@@ -313,9 +313,7 @@ class LockstepReply(NamedTuple):
 Body = TypeVar("Body", bound=tuple[Value, ...])
 
 _CHECKS: dict[str, Callable[[Value], bool]] = {
-    "str": lambda value: len(value) <= MAX_UID_LENGTH,
     "int": range(2**63).__contains__,
-    "bytes": lambda value: len(value) == 16,
     "float": lambda value: value >= 0,
     "Root": lambda value: type(value) is bytes and len(value) == 32,
     "bytes | None": lambda value: value is None or (type(value) is bytes and len(value) == 16),
@@ -324,15 +322,17 @@ _CHECKS: dict[str, Callable[[Value], bool]] = {
     ),
     "dict[str, Value]": lambda value: type(value) is dict and all(type(key) is str for key in value),
 }
+_LENGTHS: dict[str, range] = {"str": range(MAX_UID_LENGTH + 1), "bytes": range(16, 17)}
+"""Lengths that values have, after their types were looked at."""
 _TYPES: dict[str, type] = {"str": str, "int": int, "bytes": bytes, "bool": bool, "list[Value]": list, "float": float}
 """Types that values have exactly."""
 _MISSING: Final = object()
-_Field = tuple[str, Value, type | None, Callable[[Value], bool] | None]
-"""Name, default, exact type, check."""
+_Field = tuple[str, Value, type | None, range | None, Callable[[Value], bool] | None]
+"""Name, default, exact type, lengths, check."""
 _FIELDS: dict[type, list[_Field]] = {
     # the annotations are strings here, kept as forward references
     kind: [
-        (name, kind._field_defaults.get(name, _MISSING), _TYPES.get(of), _CHECKS.get(of))
+        (name, kind._field_defaults.get(name, _MISSING), _TYPES.get(of), _LENGTHS.get(of), _CHECKS.get(of))
         for name, of in ((name, annotation.__forward_arg__) for name, annotation in kind.__annotations__.items())
     ]
     for kind in [*globals().values()]
@@ -354,8 +354,12 @@ def decode(kind: type[Body], body: Value) -> Body:
         raise ProtocolError(f"{kind.__name__}: the body is not a list")
     if len(body) < len(fields):
         body = [*body, *[field[1] for field in fields[len(body) :]]]
-    for (name, _, of, check), value in zip(fields, body, strict=False):
-        if (of is not None and type(value) is not of) or (check is not None and not check(value)):
+    for (name, _, of, lengths, check), value in zip(fields, body, strict=False):
+        if (
+            (of is not None and type(value) is not of)
+            or (lengths is not None and len(value) not in lengths)
+            or (check is not None and not check(value))
+        ):
             raise ProtocolError(f"{kind.__name__}: {name} is missing or malformed")
     made: Body = tuple.__new__(kind, body[: len(fields)])
     return made

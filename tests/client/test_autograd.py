@@ -13,7 +13,7 @@ from torch import nn
 from tesseract_async.client import autograd
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.remote_expert import RemoteExpert
-from tesseract_async.errors import ConnectionLost
+from tesseract_async.errors import ConnectionLost, ExpertFailed
 from tesseract_async.wire.messages import BACKWARD, INFO
 from tests.client.fake_node import FakeNode, until
 from tests.client.virtual_time import in_made_up_time
@@ -89,6 +89,73 @@ async def test_calls_awaited_one_after_another_overlap_in_backward(node: FakeNod
     x = torch.randn(4, 8, requires_grad=True)
     h = sum([await expert(x) for _ in range(4)])
     assert await seconds(h.sum()) == pytest.approx(0.1)  # type: ignore[attr-defined]
+
+
+async def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> tuple[list[torch.Tensor | None], bool]:
+    """The leaves' gradients, and whether a thread of the engine took part."""
+    threads: list[bool] = []
+
+    def note(gradient: torch.Tensor) -> None:
+        threads.append(threading.current_thread() is not threading.main_thread())
+
+    hook = loss.register_hook(note)
+    await backward(loss, retain_graph=True)
+    hook.remove()
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    (started,) = threads
+    return found, started
+
+
+@pytest.mark.both_loops
+async def test_what_is_local_and_small_needs_no_other_thread(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients are those that the engine's thread finds, which is there where the graph cannot be cut."""
+    first, second = await expert_at(node, "ffn.0.0"), await expert_at(node, "ffn.0.1")
+    trunk, head = nn.Linear(8, 8), nn.Linear(8, 1)
+    x = torch.randn(4, 8, requires_grad=True)
+    h = torch.tanh(trunk(x))
+    y, z = await asyncio.gather(first(h), second(h))
+    leaves = [x, *trunk.parameters(), *head.parameters()]
+    loss = head(y * z).square().sum()
+    here, started = await gradients(loss, *leaves)
+    assert not started and node.count(BACKWARD) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(autograd, "MAX_NODES_HERE", 3)
+        there, started = await gradients(loss, *leaves)
+    assert started and node.count(BACKWARD) == 4
+    assert all(one is not None for one in here)
+    torch.testing.assert_close(here, there)
+    _, started = await gradients(loss + head(h).sum(), *leaves)
+    assert started, "h is reached beside the experts, too"
+    _, started = await gradients((await first(y)).sum(), *leaves)
+    assert started, "one expert follows another"
+    monkeypatch.setattr(autograd, "MAX_SECONDS_HERE", 0.0)
+    _, started = await gradients(loss, *leaves)
+    assert started, "it took longer than it may"
+
+
+async def test_a_failure_here_and_a_backward_within_one(node: FakeNode) -> None:
+    expert = await expert_at(node)
+    x = torch.randn(4, 8, requires_grad=True)
+    loss = (await expert(x)).sum()
+    inner = (await expert(torch.randn(4, 8, requires_grad=True))).sum()
+    hook = loss.register_hook(lambda gradient: inner.backward(retain_graph=True))
+    with pytest.raises(RuntimeError, match="event loop's own thread"):
+        await backward(loss, retain_graph=True)
+    hook.remove()
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        if method == BACKWARD:
+            raise ExpertFailed("no")
+
+    node.fault = fault
+    with pytest.raises(ExpertFailed, match="no"):
+        await backward(loss, retain_graph=True)
+    assert x.grad is None and not node.num_open
+    node.fault = None
+    await backward(loss)
+    assert x.grad is not None and autograd.num_steps() == 0
 
 
 @pytest.mark.both_loops

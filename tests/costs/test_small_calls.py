@@ -97,6 +97,31 @@ async def test_calls_of_functions_and_turns_of_the_loops() -> None:
         check(f"{side}: C calls per small call of eight at once", of_8["c"])
 
 
+async def test_calls_of_functions_in_forward_and_backward() -> None:
+    async with swarm() as found:
+        expert, x, mine = await found.client.get_expert(UID), torch.randn(1, WIDTH), Calls()
+
+        async def block(count: int) -> None:
+            for _ in range(count):
+                await ta.backward((await expert(x.detach().requires_grad_())).sum())
+
+        async def here() -> collections.Counter[str]:
+            return mine.snapshot()
+
+        await block(70)
+        await found.thread.profile(True)
+        server = await least(block, found.thread.snapshot, size=10, num_blocks=4)
+        await found.thread.profile(False)
+        sys.setprofile(mine)
+        try:
+            client = await least(block, here, size=10, num_blocks=4)
+        finally:
+            sys.setprofile(None)
+    for side, costs in (("client", client), ("server", server)):
+        check(f"{side}: Python calls per forward and backward", costs["python"])
+        check(f"{side}: turns of the loop per forward and backward", costs["turns"])
+
+
 async def test_functions_that_a_forward_passes() -> None:
     """The package's own, on both loops, and the files they are in; ``-s`` lists them in the order of the first call."""
     async with swarm() as found:

@@ -9,8 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.monitoring.catalogue import METRICS, SWARM_METRICS
-from tesseract_async.monitoring.prometheus import SWARM_COUNTERS, render
+from tesseract_async.monitoring.catalogue import METRICS, SWARM_COUNTERS, SWARM_METRICS
+from tesseract_async.monitoring.prometheus import render
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "dashboard.json"
 PACKAGE = Path(__file__).parents[2] / "tesseract_async"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from tesseract_async.cli.demo import plan
+from tesseract_async.cli.flags import grouped
 from tesseract_async.cli.options import check_folder
 from tesseract_async.cli.running import asynchronous
 from tesseract_async.cli.types import FILE, FOLDER
@@ -17,21 +19,12 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 
 
 @click.command("demo")
-@click.option("--steps", default=400, type=click.IntRange(1), help="Let each of the two trainers take this many steps.")
-@click.option("--servers", default=3, type=click.IntRange(1, 16), help="Spread the 16 experts over this many servers.")
-@click.option(
-    "--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Draw batches and first weights from this seed."
-)
-@click.option(
-    "--freeze-experts", is_flag=True, help="Keep the experts from learning, for comparison: accuracy stays below 0.6."
-)
+@grouped("options", plan.DemoOptions)
 @click.option("--plot", "plot_path", default="demo.png", type=FILE, help="Draw the accuracy into this file.")
 @click.option("--no-plot", is_flag=True, help="Draw no picture.")
 @click.option("--logs", type=FOLDER, help="Keep logs and checkpoints in this folder.")
 @asynchronous
-async def command(
-    *, steps: int, servers: int, seed: int, freeze_experts: bool, plot_path: Path, no_plot: bool, logs: Path | None
-) -> int:
+async def command(*, options: plan.DemoOptions, plot_path: Path, no_plot: bool, logs: Path | None) -> int:
     """Train a small mixture of experts with separate processes, on this machine.
 
     A bootstrap node, three expert servers and two trainers are started on loopback; they learn to read handwritten
@@ -49,12 +42,11 @@ async def command(
 
     from rich.console import Console
 
-    from tesseract_async.cli.demo import plan, report
+    from tesseract_async.cli.demo import report
     from tesseract_async.cli.demo.children import ChildFailed
     from tesseract_async.cli.demo.script import Script
     from tesseract_async.cli.demo.view import show
 
-    options = plan.DemoOptions(steps=steps, num_servers=servers, seed=seed, freeze_experts=freeze_experts)
     if logs is not None:
         check_folder(logs, "--logs")
     if not no_plot:  # reported now, not after the training

@@ -1,7 +1,11 @@
 """The plan of the demo: its options and constants, and which server hosts which experts. No I/O."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+import click
+
+from tesseract_async.cli.flags import Flag
 from tesseract_async.experts.pattern import ExpertPattern
 
 PREFIX = "digits"
@@ -42,12 +46,16 @@ SIZES = {"in_features": NUM_PIXELS, "hidden_features": HIDDEN_FEATURES, "out_fea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
-    steps: int = 400
-    """Steps of each trainer."""
-    num_servers: int = 3
-    seed: int = 0
+    """The flags of the command that change the training."""
+
+    steps: Annotated[int, click.IntRange(1)] = 400
+    """Let each of the two trainers take this many steps."""
+    num_servers: Annotated[int, click.IntRange(1, 16), Flag("--servers")] = 3
+    """Spread the 16 experts over this many servers."""
+    seed: Annotated[int, click.IntRange(0, 2**32 - 1)] = 0
+    """Draw batches and first weights from this seed."""
     freeze_experts: bool = False
-    """The control: experts without an optimizer. The accuracy then shows what gates alone can do."""
+    """Keep the experts from learning, for comparison: accuracy stays below 0.6. This is what gates alone can do."""
 
 
 UIDS = [*PATTERN]
