@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tesseract_async.client.latency import ABANDON_SECONDS, BLOCK_SECONDS
+from tesseract_async.client.latency import ABANDON_SECONDS, BLOCK_SECONDS, Patience
 from tesseract_async.client.routing import Candidates, Indices, group, within_capacity
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import NotEnoughExperts, Overloaded, describe
@@ -60,8 +60,8 @@ class CallsUnderWay:
     is_strict = False
     """It fails where a call fails: nothing is left out."""
 
-    def __init__(self, candidates: Candidates, num_rows: int, *, timeout: float, patience: float) -> None:
-        """`timeout`: seconds for the whole pass. A call is slow if it takes longer than what is usual by more than the
+    def __init__(self, candidates: Candidates, num_rows: int, *, timeout: float, patience: Patience) -> None:
+        """`timeout`: seconds for the whole pass. A call is slow if it takes longer than what is usual by more than its
         share `patience` of it."""
         self.candidates = candidates
         self.is_over = False
@@ -79,6 +79,8 @@ class CallsUnderWay:
         self._patience = patience
         self._fresh: list[ExpertCall] = []
         self._under_way: dict[ExpertCall, None] = {}
+        self._unneeded: set[ExpertCall] = set()
+        """Those that are not waited for and not counted as given up: stand-ins whose rows have all of their answers."""
         self._num_first = 0
         """Calls sent at the start."""
         self._started = math.inf
@@ -187,7 +189,8 @@ class CallsUnderWay:
 
     def _late_times(self) -> dict[ExpertCall, float]:
         if self._late is None:
-            self._late, patience = {}, self._patience
+            self._late = {}
+            patience = self._patience.alone if self._usual is None else self._patience.beside_others
             for call, usual in zip(self._under_way, self.usual_seconds(self._under_way), strict=True):
                 if usual is None:
                     self._late[call] = math.inf
@@ -200,7 +203,8 @@ class CallsUnderWay:
 
     def _give_up_at(self) -> float:
         """Return the time at which waiting ends, if all rows have enough answers."""
-        return max([late_at + call.grace for call, late_at in self._late_times().items()], default=-math.inf)
+        late, unneeded = self._late_times().items(), self._unneeded
+        return max([late_at + call.grace for call, late_at in late if call not in unneeded], default=-math.inf)
 
     def _end(self, now: float, *, only_slow: bool = False) -> None:
         """Gives up the calls under way; with `only_slow` the others are not counted as given up."""
@@ -209,7 +213,7 @@ class CallsUnderWay:
             del self._under_way[call]
         self._fresh.clear()
         for call in self._under_way:
-            if only_slow and not call.is_slow:
+            if (only_slow and not call.is_slow) or call in self._unneeded:
                 continue
             call.seconds = now - call.sent
             self.given_up.append(call)
@@ -232,7 +236,7 @@ class ForwardDispatch(CallsUnderWay):
         k_best: int,
         k_min: int,
         settings: MixtureSettings,
-        patience: float,
+        patience: Patience,
     ) -> None:
         """`scores_RS`: ``[rows, sum(grid_size)]``, on the CPU, outside of the graph, without NaN. `k_best` and
         `k_min`: see `GatingFunction`."""
@@ -254,6 +258,8 @@ class ForwardDispatch(CallsUnderWay):
         """Experts that each row was sent to; -1 pads."""
         self._is_excluded_N: npt.NDArray[np.bool_] = np.zeros(num_live, dtype=np.bool_)
         self._failed_calls: list[ExpertCall] = []
+        self._stand_ins: list[ExpertCall] = []
+        """Those sent since the start, for others that failed or are slow."""
         self._free_again: dict[int, float] = {}
         """The times at which overloaded experts may be asked again."""
         self._free_at = math.inf
@@ -319,6 +325,8 @@ class ForwardDispatch(CallsUnderWay):
         some_stuck = bool(stuck_R.any())
         self.rows_in_need = torch.from_numpy(stuck_R) if some_stuck and self._may_come else None
         self._free_at = min(self._free_again.values(), default=math.inf) if self.rows_in_need is not None else math.inf
+        if self._stand_ins:
+            self._unneeded = {call for call in self._stand_ins if not call.is_slow and self._has_all(call)}
         if some_stuck and not self._may_come and self._k_min and self._settings.on_missing == "raise":
             self._end(now, only_slow=True)  # there is nothing to wait for any more
             return
@@ -332,6 +340,10 @@ class ForwardDispatch(CallsUnderWay):
     def _is_satisfied_R(self) -> npt.NDArray[np.bool_]:
         # even where no answer is needed, one is worth waiting for
         return self.num_answers_R >= max(1, self._k_min)
+
+    def _has_all(self, call: ExpertCall) -> bool:
+        """Return whether each row of the call has as many answers as it asked for at first."""
+        return bool((self.num_answers_R[call.rows] >= self._k_best).all())
 
     def _stuck_R(self) -> npt.NDArray[np.bool_]:
         """Rows that lack answers, of which none is under way, and for which no expert is left."""
@@ -416,7 +428,10 @@ class ForwardDispatch(CallsUnderWay):
             self._is_excluded_N |= self._room_N <= 0
         np.add.at(self._num_open_R, rows_L, 1)
         for expert, rows in group(rows_L, experts_L):
-            self._send(ExpertCall(expert, self.candidates.uid(expert), rows, now))
+            call = ExpertCall(expert, self.candidates.uid(expert), rows, now)
+            self._send(call)
+            if self._num_first:
+                self._stand_ins.append(call)
 
 
 class StrictForward(CallsUnderWay):
@@ -427,7 +442,7 @@ class StrictForward(CallsUnderWay):
 
     def __init__(self, candidates: Candidates, calls: Sequence[tuple[int, Indices]], num_rows: int, *, timeout: float):
         """`calls`: experts, each with its rows."""
-        super().__init__(candidates, num_rows, timeout=timeout, patience=0.0)
+        super().__init__(candidates, num_rows, timeout=timeout, patience=Patience(0.0, 0.0))
         self._calls = calls
 
     def start(self, now: float) -> None:
@@ -454,7 +469,7 @@ class BackwardDispatch(CallsUnderWay):
 
     direction = "backward"
 
-    def __init__(self, forward: CallsUnderWay, *, settings: MixtureSettings, patience: float) -> None:
+    def __init__(self, forward: CallsUnderWay, *, settings: MixtureSettings, patience: Patience) -> None:
         """If `forward` is strict, all gradients are needed, too."""
         super().__init__(
             forward.candidates,

@@ -12,7 +12,7 @@ import torch
 
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
-from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook
+from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, Patience
 from tesseract_async.client.lineages import Lineages
 from tesseract_async.client.ports import Node, PlainCalls
 from tesseract_async.client.settings import MixtureSettings
@@ -100,10 +100,12 @@ class Experience(Uncopied):
             self._ignored[peer] = None
         self.node.directory.report_failure(replica, reason="schema")
 
-    def patience(self, direction: Direction, settings: MixtureSettings) -> float:
-        """The share beyond what is usual after which a call is slow: as set, or as learned."""
-        known = settings.patience
-        return self.latencies.lateness[direction].patience if known is None else known
+    def patience(self, direction: Direction, settings: MixtureSettings) -> Patience:
+        """Return the shares beyond what is usual after which a call is slow: as set, or as learned."""
+        if (known := settings.patience) is not None:
+            return Patience(known, known)
+        book = self.latencies
+        return Patience(book.lateness_alone[direction].patience, book.lateness[direction].patience)
 
     def expect_forward(
         self, call: ExpertCall, replicas: Sequence[ExpertReplica], num_bytes: int, settings: MixtureSettings
@@ -135,9 +137,9 @@ class Experience(Uncopied):
         """Takes in a pass that took so long: how far its answers scattered, and who was waited for in vain."""
         direction, late = calls.direction, calls.late
         ended = [*calls.answers, *late]
-        for call, usual in zip(ended, calls.usual_seconds(ended), strict=True):
-            if usual is not None:
-                self.latencies.lateness[direction].observe(call.seconds, usual)
+        seen = [call.seconds for call in ended]
+        self.latencies.lateness[direction].observe(seen, calls.usual_seconds(ended))
+        self.latencies.lateness_alone[direction].observe(seen, [call.expected for call in ended])
         if direction == "backward":
             for some, answered in ((calls.answers, True), (late, False)):
                 for call in some:

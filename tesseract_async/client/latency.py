@@ -5,8 +5,9 @@ took beyond that so far: the server's queue and its work.
 """
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tesseract_async.lru import LRU
 
@@ -16,6 +17,8 @@ _SMOOTHING = 0.2
 _MAX_SLOWDOWN = 4.0
 _MAX_KEYS = 65_536
 MIN_PATIENCE, MAX_PATIENCE = 0.25, 1.5
+MAX_PATIENCE_ALONE = 4.0
+"""The most before others of a pass have answered: those that wait in one queue are late together."""
 _PATIENCE_MARGIN = 1.4
 FIRST_GRACE_SECONDS = 3.0
 """For those that were never asked before: a first pass may load, compile and allocate."""
@@ -25,6 +28,15 @@ BLOCK_SECONDS = 0.1
 """For how long at least a server that was overloaded is not asked again."""
 _MIN_FOR_PATIENCE = 32
 _RELEARN_EVERY = 16
+
+
+class Patience(NamedTuple):
+    """The shares beyond what is usual after which a call is slow."""
+
+    alone: float
+    """Beyond what it usually takes, while few of its pass have answered."""
+    beside_others: float
+    """Beyond that or what the others took, whichever is longer."""
 
 
 @dataclass(slots=True)
@@ -39,21 +51,23 @@ class _Record:
 class Lateness:
     """The spread of answers around their expected times, and so when a call counts as hanging."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: float = MAX_PATIENCE) -> None:
         self._recent: deque[float] = deque(maxlen=4 * _WINDOW)
         self._num_new = 0
+        self._most = most
         self.patience = MAX_PATIENCE
-        """The share beyond what is expected, between `MIN_PATIENCE` and `MAX_PATIENCE`."""
+        """The share beyond what is expected, between `MIN_PATIENCE` and `most`."""
 
-    def observe(self, seconds: float, expected: float) -> None:
-        """An answer took so long, or had taken it when it was given up, where `expected` was usual."""
-        self._recent.append(seconds / max(expected, 1e-9))
-        self._num_new += 1
+    def observe(self, seconds: Sequence[float], expected: Sequence[float | None]) -> None:
+        """Answers took so long, or had taken it when they were given up, where `expected` was usual."""
+        new = [took / (usual or 1e-9) for took, usual in zip(seconds, expected, strict=True) if usual is not None]
+        self._recent += new
+        self._num_new += len(new)
         if self._num_new >= _RELEARN_EVERY and len(self._recent) >= _MIN_FOR_PATIENCE:
             self._num_new = 0
             ordered = sorted(self._recent)
             learned = _PATIENCE_MARGIN * ordered[int(0.9 * (len(ordered) - 1))] - 1
-            self.patience = min(MAX_PATIENCE, max(MIN_PATIENCE, learned))
+            self.patience = min(self._most, max(MIN_PATIENCE, learned))
 
 
 class LatencyBook:
@@ -61,7 +75,9 @@ class LatencyBook:
 
     def __init__(self) -> None:
         self.lateness = {"forward": Lateness(), "backward": Lateness()}
-        """By direction, for the calls of all mixtures together."""
+        """By direction, for the calls of all mixtures together: beside others of the same pass that have answered."""
+        self.lateness_alone = {way: Lateness(MAX_PATIENCE_ALONE) for way in self.lateness}
+        """The same, beside what was expected of each before any had."""
         self._records: LRU[Hashable, _Record] = LRU(_MAX_KEYS)
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 

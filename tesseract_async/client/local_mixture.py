@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from tesseract_async.client.dispatch import ExpertCall, ForwardDispatch
 from tesseract_async.client.gate import Gate, Mixed, scaled, sound
+from tesseract_async.client.latency import Patience
 from tesseract_async.client.routing import Candidates, LiveGrid
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import NotEnoughExperts
@@ -93,7 +94,12 @@ class LocalMixture(Gate):
         if not len(candidates):
             raise NotEnoughExperts(1, len(scores_RS), {})
         dispatch = ForwardDispatch(
-            candidates, sound(scores_RS), k_best=self.k_best, k_min=self.k_min, settings=self.settings, patience=1.0
+            candidates,
+            sound(scores_RS),
+            k_best=self.k_best,
+            k_min=self.k_min,
+            settings=self.settings,
+            patience=Patience(1.0, 1.0),
         )
         dispatch.start(0.0)
         device, columns_ND = scores_RS.device, candidates.grid.columns_ND

@@ -57,7 +57,8 @@ class MixtureSettings:
 
     spare: int = 1
     """A row is refilled as soon as fewer than ``k_min + spare`` of its experts have answered or still may: a spare one
-    under way keeps a row from waiting for one that hangs. 0: fewer calls, for swarms where hardly any hang."""
+    under way keeps a row from waiting for one that hangs. 0: fewer calls, for swarms where hardly any hang. One that
+    was asked instead of another is not waited for once its rows have `k_best` answers."""
     forward_timeout: float = 15.0
     """For a row to get its `k_min` answers, refills included. Rows that have tried every live expert wait until then
     for those that come, come back, or were overloaded; not if all failed by their own word (`ExpertFailed` and the
@@ -74,7 +75,8 @@ class MixtureSettings:
     """An expert counts as hanging when it takes longer than this share (0.02 s at least) beyond what is usual: for most
     others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must.
     A number is kept to; time in which the loop stood still never counts. None: learned from how far answers scatter
-    (see `Lateness`), between 0.25 and 1.5."""
+    (see `Lateness`), between 0.25 and 1.5; up to 4 while fewer than half of the batch's experts have answered, since
+    answers that wait in one queue are late together."""
     refill: bool = True
     """Rows short of answers are sent to their next-best experts."""
     rescale_backward: bool = False

@@ -5,7 +5,7 @@ same ones at first. Each trainer takes equally many steps on samples of its own.
 are averaged at every step by torch.distributed (gloo). `nothing`: each trains its own from first values of its own;
 their losses' mean counts. `alike`: the same from equal first values, which share a little. `share`: `SharedParameters`;
 the merged copy's loss counts. Numbers behind a name are steps in flight: with several, gradients are stale, and all
-variants take steps that are shorter by their square root (with whole ones, sharing is worse than nothing).
+variants divide their learning rate by its square root, as users should: sharing gains more so (see docs/benchmarks.md).
 
 On two cores a step takes about 50 ms of one of them: with the default 256 steps a seed takes two minutes. What is
 asked is asked with three seeds: ``--seeds 3 --text input.txt`` with the text of your choice; else it reads the standard

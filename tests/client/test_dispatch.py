@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from tesseract_async.client.dispatch import BackwardDispatch, ExpertCall, ForwardDispatch
+from tesseract_async.client.latency import Patience
 from tesseract_async.client.routing import Candidates, LiveGrid
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ConnectionLost, ExpertFailed, Overloaded
@@ -42,8 +43,11 @@ class Told:
 class Reference:
     """What should happen, worked out from scratch at every step, one row after the other."""
 
-    def __init__(self, scores: list[list[float]], num_live: int, k_best: int, k_min: int, chosen: MixtureSettings):
+    def __init__(
+        self, scores: list[list[float]], num_live: int, k_best: int, k_min: int, chosen: MixtureSettings, alone: float
+    ):
         self.scores, self.num_live, self.k_best, self.k_min, self.settings = scores, num_live, k_best, k_min, chosen
+        self.patience = Patience(alone, chosen.patience or 0.0)
         self.rows = range(len(scores))
         self.fates: list[dict[int, str]] = [{} for _ in self.rows]
         """By row, its experts: open, answered, failed or full (of rows with better scores)."""
@@ -111,20 +115,30 @@ class Reference:
                 return
             self.send(pairs, now)
 
+    def have_answered(self) -> bool:
+        num = sum(call.answered for call in self.calls)
+        return num > 0 and 2 * num >= self.num_first - len(self.failed)
+
     def usual(self, call: Told) -> float | None:
-        ended = [c for c in self.calls if c.answered]
-        if not ended or 2 * len(ended) < self.num_first - len(self.failed):
+        if not self.have_answered():
             return call.expected
+        ended = [c for c in self.calls if c.answered]
         share = len(call.rows) / statistics.median(len(c.rows) for c in ended)
         of_others = statistics.median(c.seconds or 0.0 for c in ended) * min(4.0, max(1.0, share))
         return max(of_others, call.expected or 0.0)
 
     def late_at(self, call: Told) -> float:
-        usual, patience = self.usual(call), self.settings.patience or 0.0
+        usual, patience = self.usual(call), self.patience.beside_others if self.have_answered() else self.patience.alone
         return math.inf if usual is None else call.sent + usual + max(0.02, patience * usual) + self.stalled
 
     def give_up_at(self) -> float:
-        return max((self.late_at(call) + call.grace for call in self.open_calls()), default=-math.inf)
+        needed = [call for call in self.open_calls() if not self.is_unneeded(call)]
+        return max((self.late_at(call) + call.grace for call in needed), default=-math.inf)
+
+    def is_unneeded(self, call: Told) -> bool:
+        """It stood in for others that have answered after all."""
+        is_first = call in self.calls[: self.num_first] or not self.num_first
+        return not (is_first or call.slow) and all(self.num_answers(row) >= self.k_best for row in call.rows)
 
     def stuck(self) -> list[int]:
         rows = [row for row in self.rows if not self.is_satisfied(row) and not self.open_calls(row)]
@@ -188,18 +202,19 @@ class ForwardMachine(RuleBasedStateMachine):
             on_missing=data.draw(st.sampled_from(["raise", "zero"])),
             capacity_factor=data.draw(st.sampled_from([None, None, None, 0.5, 1.0, 2.0])),
         )
+        alone = data.draw(st.sampled_from([0.0, 0.5, 3.0]))
         order = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).permutation(num_rows * GRID)
         scores = order.reshape(num_rows, GRID).astype(np.float32)
         if data.draw(st.booleans()):  # all rows want the same experts, those further down more
             scores = np.sort(order)[::-1].reshape(GRID, num_rows).T.astype(np.float32)
-        self.reference = Reference(scores.tolist(), self.num_live, k_best, k_min, chosen)
+        self.reference = Reference(scores.tolist(), self.num_live, k_best, k_min, chosen, alone)
         self.machine = ForwardDispatch(
             candidates_of(self.num_live),
             torch.from_numpy(scores),
             k_best=k_best,
             k_min=k_min,
             settings=chosen,
-            patience=chosen.patience or 0.0,
+            patience=self.reference.patience,
         )
         self.now, self.stalled = 100.0, 0.0
         self.pairs: list[tuple[Told, ExpertCall]] = []
@@ -238,8 +253,9 @@ class ForwardMachine(RuleBasedStateMachine):
         assert set(lines) == answered, "every answer counts, and nothing else"
         assert self.now <= reference.started + 8.0 or not self.on_time
         at_last = self.now >= reference.started + 8.0
-        late = [call for told, call in self.under_way if told.slow or at_last]
-        given_up = late if reference.lost else [call for _, call in self.under_way]
+        needed = [(told, call) for told, call in self.under_way if not reference.is_unneeded(told)]
+        late = [call for told, call in needed if told.slow or at_last]
+        given_up = late if reference.lost else [call for _, call in needed]
         assert len(machine.answers) == sum(told.answered for told, _ in self.pairs), "each counts once"
         assert set(machine.given_up) == set(given_up) and len(machine.given_up) == len(given_up)
         assert set(machine.late) == set(late)
@@ -353,11 +369,13 @@ def test_backward_ends_when_all_have_answered_or_enough_have_and_the_rest_is_lat
 ) -> None:
     chosen = MixtureSettings(backward_timeout=8.0, backward_k_min=needed, patience=0.5)
     scores = torch.arange(GRID, dtype=torch.float32).repeat(2, 1)
-    forward = ForwardDispatch(candidates_of(len(delays)), scores, k_best=4, k_min=0, settings=chosen, patience=0.5)
+    forward = ForwardDispatch(
+        candidates_of(len(delays)), scores, k_best=4, k_min=0, settings=chosen, patience=Patience(0.5, 0.5)
+    )
     forward.start(0.0)
     for call in forward.calls_to_send(0.0):
         forward.answered([call], 0.0)
-    machine = BackwardDispatch(forward, settings=chosen, patience=0.5)
+    machine = BackwardDispatch(forward, settings=chosen, patience=Patience(0.5, 0.5))
     machine.start(10.0)
     calls = machine.calls_to_send(10.0)
     assert [machine.forward_calls[call] for call in calls] == forward.answers
@@ -404,7 +422,7 @@ def test_backward_ends_when_all_have_answered_or_enough_have_and_the_rest_is_lat
 def test_an_expert_that_answered_on_its_second_chance_is_not_asked_again() -> None:
     chosen = MixtureSettings(spare=0, patience=1.0)
     scores = -torch.arange(GRID, dtype=torch.float32).reshape(1, GRID)  # expert 0 is the better one
-    machine = ForwardDispatch(candidates_of(2), scores, k_best=2, k_min=2, settings=chosen, patience=1.0)
+    machine = ForwardDispatch(candidates_of(2), scores, k_best=2, k_min=2, settings=chosen, patience=Patience(1.0, 1.0))
     machine.start(0.0)
     for call in machine.calls_to_send(0.0):
         machine.failed(call, 0.0, ConnectionLost("peer", "script"))
@@ -423,7 +441,9 @@ def demanding(num_live: int, *first: int, **options: Any) -> ForwardDispatch:
     scores = torch.arange(GRID, 0, -1, dtype=torch.float32).repeat(len(first), 1)
     scores[range(len(first)), first] = GRID + 1.0
     settings = MixtureSettings(spare=0, patience=1.0, **options)
-    machine = ForwardDispatch(candidates_of(num_live), scores, k_best=1, k_min=1, settings=settings, patience=1.0)
+    machine = ForwardDispatch(
+        candidates_of(num_live), scores, k_best=1, k_min=1, settings=settings, patience=Patience(1.0, 1.0)
+    )
     machine.start(0.0)
     return machine
 
@@ -475,6 +495,43 @@ def test_where_a_row_is_lost_only_the_slow_are_given_up() -> None:
     assert not machine.calls_to_send(1.0) and machine.is_over
     assert machine.given_up == machine.late == [slow]
     assert set(machine.errors) == set(machine.left_out) == {"f.0", "f.1"}
+
+
+def test_a_stand_in_is_not_waited_for_once_the_slow_have_answered() -> None:
+    """Two experts of a row are slow, and two others are asked; then the first two answer after all."""
+    scores = -torch.arange(GRID, dtype=torch.float32).reshape(1, GRID)
+    settings = MixtureSettings(patience=1.0)
+    machine = ForwardDispatch(
+        candidates_of(4), scores, k_best=2, k_min=1, settings=settings, patience=Patience(1.0, 1.0)
+    )
+    machine.start(0.0)
+    first = machine.calls_to_send(0.0)
+    for call in first:
+        call.expected = 1.0
+    stand_ins = machine.calls_to_send(2.0)
+    assert [call.is_slow for call in first] == [True, True] and [call.expert for call in stand_ins] == [2, 3]
+    machine.answered(first[:1], 2.1)
+    assert not machine.calls_to_send(2.1) and not machine.is_over
+    machine.answered(first[1:], 2.2)
+    assert not machine.calls_to_send(2.2) and machine.is_over
+    assert machine.answers == first and not machine.given_up and not machine.errors, "nobody is to blame"
+
+
+def test_a_slow_start_tells_less_than_being_left_behind() -> None:
+    """Of three calls, none has answered: they wait in one queue, it seems. Once two have, the third one is late."""
+    scores = -torch.arange(GRID, dtype=torch.float32).reshape(1, GRID)
+    settings = MixtureSettings(refill=False)
+    machine = ForwardDispatch(
+        candidates_of(3), scores, k_best=3, k_min=1, settings=settings, patience=Patience(4.0, 0.5)
+    )
+    machine.start(0.0)
+    calls = machine.calls_to_send(0.0)
+    for call in calls:
+        call.expected = 1.0
+    assert not machine.calls_to_send(3.0) and not any(call.is_slow for call in calls) and machine.timer_at() == 5.0
+    machine.answered(calls[:2], 3.0)
+    assert not machine.calls_to_send(3.0) and machine.timer_at() == 4.5
+    assert not machine.calls_to_send(4.5) and machine.is_over and machine.late == calls[2:]
 
 
 def test_an_expert_that_answers_after_all_is_in_no_error() -> None:

@@ -83,7 +83,23 @@ async def test_a_loop_that_stood_still_blames_nobody(way: str) -> None:
     for seconds in (0.3, 4.0, 12.0):
         stalls = [seconds]
         await step(node, gate)
-    assert node.metrics.total("answers_left_out") == 0 and node.num_cancelled == 0
+    assert node.metrics.total("answers_left_out") == 0 and not node.directory.masked and not node.directory.late
+    assert way == FORWARD or node.num_cancelled == 0, "there are no stand-ins in backward"
+
+
+@in_made_up_time
+async def test_those_that_are_late_together_are_given_time_until_one_has_answered() -> None:
+    """As in one server's queue: within a pass all take equally long, and in another one up to four times that."""
+    node = make_swarm()
+    gate = make_gate(node)
+    for number in range(24):
+        if number == 12:
+            node.calls.clear()
+        node.delay = 0.05 * (1 + number % 4)
+        await step(node, gate)
+    assert sum(asked.num_rows for asked in node.calls if asked.method == FORWARD) == 12 * 16 * 2, "no third expert"
+    patience = node.client_state.patience("forward", gate.settings)  # type: ignore[attr-defined]
+    assert patience.beside_others < 0.6 < 1.0 < patience.alone
 
 
 @in_made_up_time

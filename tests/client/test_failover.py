@@ -226,14 +226,14 @@ def test_patience_is_learned_from_how_far_answers_scatter() -> None:
     even, scattered, hanging = Lateness(), Lateness(), Lateness()
     assert even.patience == MAX_PATIENCE
     for i in range(400):
-        even.observe(0.05, 0.05)
-        scattered.observe(0.1 + 0.01 * (i % 10), 0.1)
-        hanging.observe(0.5 if i % 20 == 0 else 0.05, 0.05)  # one in twenty is given up
+        even.observe([0.05], [0.05])
+        scattered.observe([0.1 + 0.01 * (i % 10)], [0.1])
+        hanging.observe([0.5 if i % 20 == 0 else 0.05], [0.05])  # one in twenty is given up
     assert even.patience == hanging.patience == pytest.approx(0.4)
     assert scattered.patience == pytest.approx(1.4 * 1.8 - 1, abs=0.15)
     for _ in range(400):
-        even.observe(0.01, 0.05)
-        hanging.observe(0.5, 0.05)
+        even.observe([0.01], [0.05])
+        hanging.observe([0.5], [0.05])
     assert even.patience == MIN_PATIENCE and hanging.patience == MAX_PATIENCE
 
 

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.grouping import GONE_SECONDS, MAX_LOOKUPS, Grouping, Request
+from tesseract_async.client.latency import Patience
 from tesseract_async.client.routing import Candidates, LiveGrid
 from tesseract_async.errors import (
     ConnectionLost,
@@ -34,7 +35,7 @@ class AllAtOnce(CallsUnderWay):
     """These calls, and no others; it is over with the last of them."""
 
     def __init__(self, direction: Direction, experts: list[int]) -> None:
-        super().__init__(CANDIDATES, 1, timeout=100.0, patience=0.0)
+        super().__init__(CANDIDATES, 1, timeout=100.0, patience=Patience(0.0, 0.0))
         self.direction = direction  # type: ignore[misc]
         self._experts = experts
 

@@ -19,7 +19,7 @@ from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.trainer import AsyncTrainer
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, Overloaded
-from tesseract_async.wire.messages import BACKWARD, INFO
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, Slope, gate_with
 from tests.client.virtual_time import run_in_virtual_time
@@ -108,6 +108,50 @@ def test_experts_of_a_server_that_computes_one_after_another_are_given_their_tim
         return (node.num_cancelled - cancelled) / (len(node.calls) - called)
 
     assert run_in_virtual_time(main()) < 0.01
+
+
+@pytest.mark.slow
+def test_steps_that_wait_for_one_another_at_a_server_ask_nobody_else() -> None:
+    """Eight steps in flight, and others' work: all answers of a pass are late together, by up to four times the usual.
+
+    None hangs, so no row should be sent to a third expert, whose gradient would be asked for, too.
+    """
+
+    async def main() -> tuple[int, int, int]:
+        torch.manual_seed(3)
+        node, device, dice = FakeNode(), asyncio.Lock(), random.Random(3)
+        for i, j in itertools.product(range(2), range(2)):
+            node.host(f"ffn.{i}.{j}", nn.Identity(), peers=["peer"])
+
+        async def fault(method: str, uid: str, number: int) -> None:
+            if method != INFO:
+                async with device:
+                    await asyncio.sleep(0.01 * dice.lognormvariate(0.0, 0.3))
+
+        async def others() -> None:
+            while True:
+                await asyncio.sleep(dice.expovariate(1 / 2.0))
+                async with device:
+                    await asyncio.sleep(dice.uniform(0.3, 1.0))
+
+        node.fault = fault
+        gate = gate_with(node, "ffn", grid_size=(2, 2), in_features=WIDTH, k_best=2)
+        trainer = AsyncTrainer(gate, torch.optim.SGD(gate.parameters(), lr=0.01), in_flight=8)
+        batches = (torch.randn(64, WIDTH) for _ in range(80))
+
+        async def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = await model(x)
+            return output.square().mean()
+
+        busy = asyncio.create_task(others())
+        async for _ in trainer.run(loss_of, batches):
+            pass
+        busy.cancel()
+        await asyncio.wait([busy])
+        return 80 * 64 * 2, *(sum(a.num_rows for a in node.calls if a.method == m) for m in (FORWARD, BACKWARD))
+
+    needed, forward, backward = run_in_virtual_time(main())
+    assert forward <= 1.06 * needed and backward <= 1.01 * needed, (forward / needed, backward / needed)
 
 
 def test_patience_can_be_fixed() -> None:
