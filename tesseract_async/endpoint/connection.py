@@ -136,7 +136,7 @@ class Connection:
                 self._metrics.count("transport_bytes_received", received - old_received)
                 self._metrics.count("transport_bytes_sent", sent - old_sent)
 
-    def _start_call(
+    def start_call(
         self,
         head: RequestHead,
         buffers: tuple[memoryview, ...],
@@ -146,8 +146,12 @@ class Connection:
         reserve_reply: bool,
         in_parts: bool = False,
     ) -> int:
-        """Start a call, and send it: at once where it is alone here, as the one before it was, else together with those
-        that this turn of the loop still brings."""
+        """Start a call, and return its number. It is sent at once where it is alone here, as the one before it was,
+        else together with those that this turn of the loop still brings. Whatever ends a future, its caller then calls
+        `cancel_call`, unless that was the reply.
+
+        Raises: ConnectionLost, MessageTooLarge; TypeError and ValueError for a bad body.
+        """
         if self._lost_reason is not None:
             raise ConnectionLost(self.protocol.peer, self._lost_reason)
         now = self._loop.time()
@@ -179,21 +183,10 @@ class Connection:
         if self._budgets.changed or core.events or self.protocol.has_data():  # a flush sees to them
             self._schedule_flush()
 
-    def call(
-        self, head: RequestHead, buffers: tuple[memoryview, ...], deadline: float, *, reserve_reply: bool
-    ) -> tuple[int, asyncio.Future[Message]]:
-        """Start a call: its number, and the reply to come. Its caller sees to `cancel_call` after an error or a
-        cancellation.
-
-        Raises: ConnectionLost, MessageTooLarge; TypeError and ValueError for a bad body.
-        """
-        future: asyncio.Future[Message] = self._loop.create_future()
-        return self._start_call(head, buffers, future, deadline=deadline, reserve_reply=reserve_reply), future
-
     async def call_parts(
         self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
     ) -> AsyncGenerator[Message, None]:
-        """As `call`, for a reply that may come in parts: yields each as it comes. Closing it cancels the call."""
+        """Start a call whose reply may come in parts, and yield each. Closing it cancels the call."""
         parts: asyncio.Queue[ReplyEvent] = asyncio.Queue()
 
         def take(event: ReplyEvent) -> None:
@@ -201,7 +194,7 @@ class Connection:
                 parts.get_nowait()
             parts.put_nowait(event)
 
-        stream = self._start_call(head, buffers, take, deadline=deadline, reserve_reply=reserve_reply, in_parts=True)
+        stream = self.start_call(head, buffers, take, deadline=deadline, reserve_reply=reserve_reply, in_parts=True)
         is_first = more = True
         try:
             while more:
@@ -237,7 +230,7 @@ class Connection:
             if stream in self._sinks:
                 self.cancel_call(stream)
 
-        stream = self._start_call(head, buffers, take, deadline=deadline, reserve_reply=False, in_parts=True)
+        stream = self.start_call(head, buffers, take, deadline=deadline, reserve_reply=False, in_parts=True)
         return cancel
 
     def cancel_call(self, stream: int) -> None:

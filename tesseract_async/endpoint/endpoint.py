@@ -204,7 +204,9 @@ class Endpoint(Uncopied):
             if connection is None:
                 connection = await self.dialer.connect(peer, deadline=deadline, what=method)
             try:
-                stream, future = connection.call(head, views, deadline, reserve_reply=max_reply_bytes is not None)
+                future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+                reserves = max_reply_bytes is not None
+                stream = connection.start_call(head, views, future, deadline=deadline, reserve_reply=reserves)
                 try:
                     return await future
                 except BaseException:  # cancelled or failed: the other end is told
