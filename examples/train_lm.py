@@ -135,7 +135,7 @@ async def main(args: argparse.Namespace) -> None:
     held_out = len(tokens) // 10
     if held_out < args.length + 2:
         raise ValueError(f"the text has {len(tokens)} bytes, of which a tenth is shorter than --length")
-    stop, started, steps = asyncio.Event(), time.perf_counter(), 0
+    stop, started, seen = asyncio.Event(), time.perf_counter(), 0
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(told_to_leave(asyncio.get_running_loop(), lambda _: stop.set()))
         node, is_first = await join(stack, args)
@@ -162,11 +162,11 @@ async def main(args: argparse.Namespace) -> None:
             if steps // args.report_every > before // args.report_every:
                 print(f"step {steps}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
                 await show(node, shared, loss.item(), sample(tokens[-held_out:], args, draw))
-        steps = 0
-        while steps < shared.steps and not (steps and stop.is_set()):  # the others' last steps count, too
-            steps = shared.steps
+        while seen < shared.steps and not (seen and stop.is_set()):  # the others' last steps count, too
+            seen = shared.steps
             await shared.flush()
             await asyncio.sleep(3.0)
+            await shared.flush()
         model = shared.merged()  # what all trainers have made together
         draw.manual_seed(1)
         with torch.no_grad():
