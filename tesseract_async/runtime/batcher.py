@@ -261,6 +261,8 @@ class Batcher:
         self._is_idle = True
         self._busy_since = 0.0
         self._finished_at = -math.inf
+        self._delay = 1.0
+        """Seconds that passed for each of the processor's, lately: other accounts wait for those."""
         self._statistics = BatcherStatistics()
 
     def add_queue(
@@ -376,7 +378,7 @@ class Batcher:
 
     def group_seconds(self, now: float) -> float:
         """Return the expected device time that what several queues hold may take in one pass."""
-        return SHARED_GROUP_SECONDS if now < self._shared_until else GROUP_SECONDS
+        return SHARED_GROUP_SECONDS / self._delay if now < self._shared_until else GROUP_SECONDS
 
     def _choose(self, now: float) -> tuple[QueuedRequest, float]:
         """Return the request that comes next, and the use up to which accounts have their turn."""
@@ -422,6 +424,8 @@ class Batcher:
         took = now - max(batches[0].started, self._finished_at)
         self._finished_at = now
         cost = took if spent is None else spent
+        if spent:
+            self._delay += _SPEED_WEIGHT * (max(1.0, took / spent) - self._delay)
         num_rows = sum([batch.num_rows for batch in batches])
         for batch in batches:
             share = batch.num_rows / num_rows

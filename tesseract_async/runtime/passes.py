@@ -4,6 +4,8 @@ import time
 from collections.abc import Hashable, Sequence
 from functools import partial
 
+import torch
+
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import Batch
 from tesseract_async.runtime.grouped import Group
@@ -56,8 +58,8 @@ class DevicePass:
 
     def spent(self, executor: GroupExecutor) -> float | None:
         """Return the processor's seconds since it was staged; None where they are not what it took: the device is
-        another one, or the expert may do more than compute, such as wait for something."""
-        if executor.staging.overlaps or self.group is None:
+        another one, PyTorch may wait for threads that help this one, or the expert does more than compute."""
+        if executor.staging.overlaps or self.group is None or torch.get_num_threads() > 1:
             return None
         return time.thread_time() - self._began
 

@@ -12,8 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tesseract_async.errors import Overloaded
 from tesseract_async.runtime.batcher import (
     DEFAULT_RETRY_AFTER,
+    GROUP_SECONDS,
     KEEPING_UP_SECONDS,
     LARGE_REQUEST_BYTES,
+    SHARED_GROUP_SECONDS,
     URGENT_SECONDS,
     Batch,
     Batcher,
@@ -166,6 +168,9 @@ def test_costs_are_learned_by_the_processors_time_and_paid_by_the_time_that_pass
     assert pool.cost.seconds_per_row == pytest.approx(0.001)
     account = batch.slices[0].request.account
     assert account is not None and account.used == pytest.approx(1.0)
+    assert batcher.group_seconds(1.0) == GROUP_SECONDS
+    batcher.add(request(pool, 1, peer="another"), 1.0)
+    assert batcher.group_seconds(1.0) < SHARED_GROUP_SECONDS / 10, "others wait for the time that passes"
 
 
 @pytest.mark.parametrize("options", [{}, {"fixed_share": 0.0}])
