@@ -87,6 +87,11 @@ class ExpertPublisher:
         self._publishing = asyncio.Lock()
         self._closed = False
 
+    @property
+    def uids(self) -> Mapping[str, bool]:
+        """The declared experts, and whether each is led here."""
+        return dict(self._uids)
+
     async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
         """Publish `uids` (-> primary), in place of what was declared before, and keep them published. `epochs` are
         those of their lineages in a run; None: as before.
