@@ -24,7 +24,7 @@ B = TypeVar("B")
 PERIOD: Final = 1.0
 """Seconds between two reports of a trainer that needs nothing."""
 SHORT_PERIOD: Final = 0.2
-"""... that waits for samples."""
+"""Seconds between two reports of a trainer that waits for samples."""
 LEAVE_TIMEOUT: Final = 5.0
 _END: Final = object()
 

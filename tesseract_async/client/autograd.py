@@ -173,7 +173,7 @@ class _GradientRequest:
     def __init__(self, call: "_RemoteCall", scale: float | None) -> None:
         self.call = call
         self.scale = scale
-        """By which the gradients were multiplied that it carries, divided."""
+        """The factor by which the gradients that it carries were multiplied; they travel without it."""
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
         self._versions = Versions()
         self._tensors: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]] = (), ()

@@ -33,7 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _LOOK_SECONDS: Final = 1.0
-"""While calls are waited for, the node is looked after so often: it may have been closed."""
+"""Seconds between looks at the node while calls are waited for: it may have been closed."""
 
 
 class BackgroundNode(PlainCalls):

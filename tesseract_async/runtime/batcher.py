@@ -68,7 +68,7 @@ GROUP_SECONDS: Final = 0.02
 SHARED_GROUP_SECONDS: Final = 0.002
 """The same, while several accounts use the device."""
 SHARED_SECONDS: Final = 1.0
-"""For so long after requests of two accounts in a row, several use the device."""
+"""Seconds after requests of two accounts in a row for which several count as using the device."""
 MAX_GROUP_BATCHES: Final = 128
 GROUP_ROWS: Final = 4
 """A batch joins others in one pass if it has no more than this many times their average rows: they may be padded."""

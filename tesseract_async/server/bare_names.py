@@ -131,9 +131,9 @@ class _BareExpert:
     syncing: Rhythm | None = None
     """The rhythm of pulls from that one."""
     giver: PeerID | None = None
-    """The server that handed the expert over to this one..."""
+    """The server that handed the expert over to this one."""
     giver_sequence: int = 0
-    """... and the last manifest in which it still calls itself primary."""
+    """The number of the last manifest in which that server still calls itself primary."""
     taken_from: PeerID | None = None
     """The server whose silence made this one take over."""
     waiting_since: float | None = None

@@ -42,7 +42,7 @@ class Tenured:
     is_unsealed: bool = False
     """Its state could not be sealed when that was due."""
     silent_until: float = -math.inf
-    """Until then this primary leaves such an expert to its successors, which hold the last sealed state."""
+    """The time until which this primary leaves such an expert to its successors, which hold the last sealed state."""
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""
