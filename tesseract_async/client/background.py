@@ -65,7 +65,7 @@ class BackgroundNode(PlainCalls):
         policy: Policy | None = None,
         refresh_period: float = 10.0,
     ) -> None:
-        """As `TesseractNode`; what that takes and this does not has its default. Raises: as there."""
+        """The arguments are those of `TesseractNode`; those missing here have their defaults. Raises the same."""
         self._inner = TesseractNode(
             host,
             port,

@@ -60,3 +60,4 @@ class EndpointSettings:
     all connections together; one peer may announce an eighth, or one message. Replies that wait to be taken may hold
     half as many (one peer's a quarter of these, or one), small calls under way a quarter (one peer's a third)."""
     bounds: Bounds = Bounds()
+    """Bounds that tests of an endpoint make smaller."""
