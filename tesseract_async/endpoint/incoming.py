@@ -377,7 +377,7 @@ class WaitingReplies:
         return True
 
     def drop(self, call: ReceivedCall) -> None:
-        """This call's reply has been taken or given up, if it had one that waited here."""
+        """Free the memory of this call's reply, if one waited here: it was taken or given up."""
         if call.reply_held is not None:
             self.num_bytes -= call.reply_size
             call.reply_held.release()

@@ -159,7 +159,7 @@ class Membership:
         return (peer, question.epoch, question.boot) == (best.primary, best.epoch, best.boot) and peer != self.me
 
     def agree(self, now: float) -> None:
-        """It agrees with the primary that it knows: no vote for another for a lease, nor any agreement."""
+        """Agree with the primary that it knows: no vote for another for a lease, nor any agreement."""
         self.agreed_at, self._agreed_with = now, self.lineage.best
 
     def _is_sworn(self, term: Term, now: float) -> bool:
@@ -297,7 +297,7 @@ class Membership:
         self.promised, self._voted_for, self._promised_at = epoch, bytes(candidate), now
 
     def take_back_own_vote(self) -> None:
-        """Nobody else can use it: the present primary is agreed with again."""
+        """Take back this server's own vote, and agree with the present primary again: nobody else can use that vote."""
         if self._voted_for == self.me:
             self._promised_at = NEVER
 

@@ -61,9 +61,9 @@ class MemberRole(IntEnum):
     """The part of a member in an expert."""
 
     HOLDS = 0
-    """It has the file on disk."""
+    """The member has the file on disk."""
     FOLLOWS = 1
-    """It computes forwards, too."""
+    """The member computes forwards, too."""
     LEADS = 2
 
 

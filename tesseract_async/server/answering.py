@@ -189,7 +189,7 @@ class ExpertCalls:
         return Deferred(work.answer, finish=computed, cancel=partial(self.withdraw, hosted, work))
 
     def withdraw(self, hosted: HostedState, work: Work) -> None:
-        """Nobody waits for this work any more, and its call has ended."""
+        """Note that nobody waits for this work any more, and its call has ended."""
         hosted.runtime.withdraw(work)
         self.left()
 

@@ -453,7 +453,7 @@ class Wave:
         self._look()
 
     def withdraw(self) -> None:
-        """Nobody waits for what is still under way."""
+        """Give up what is still under way: nobody waits for it."""
         self._let_go()
         for task in self._tasks:
             task.cancel()

@@ -75,9 +75,9 @@ class Past:
     taken_from: PeerID | None = None
     """The server that it took over from, unasked."""
     is_new: bool = False
-    """It has been primary for a moment only, without a step, or stood still for a lease."""
+    """True if it has been primary for a moment only, without a step, or stood still for a lease."""
     has_waited: bool = True
-    """A better follower had the time to take over, and did not."""
+    """True if a better follower had the time to take over, and did not."""
 
 
 class BareRole(Enum):

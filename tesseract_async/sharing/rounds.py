@@ -106,7 +106,7 @@ class Rounds:
         self._last_two: deque[frozenset[PeerID]] = deque(maxlen=2)
         """The members that pushed in each of the last two rounds."""
         self._waits_first = version > 0
-        """It goes on from what another host did, and knows none of the members yet."""
+        """True if it continues from what another host did, and knows none of the members yet."""
         self._share = 1.0
         """The part of all known members that pushed in the round that closed last."""
         self._num_known = 0
