@@ -257,7 +257,7 @@ class Stalls:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it, `seconds` counts."""
+        """Count `seconds` within this context."""
         self._num_watching += 1
         if self._timer is None:
             self._look()

@@ -154,7 +154,7 @@ class _ForwardPass(Pass):
         self._audited: dict[ExpertCall, bool] = {}
 
     def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
-        """Any replica that is new enough; where a backward will follow, the primary first."""
+        """Return the replicas that are new enough; where a backward will follow, the primary first."""
         known = self.calls.candidates.replicas_of(call.expert)
         num_bytes = len(call.rows) * self.schema.row_bytes
         if found is None:

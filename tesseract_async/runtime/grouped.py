@@ -46,7 +46,7 @@ MAX_BYTES: Final = 8 << 20
 _STACKED_BYTES: Final = 256 << 10
 """Up to this size of one weight, ``grouped_mm`` over a stack of them pays where gradients are computed."""
 _STACKED_BYTES_FORWARD: Final = 64 << 10
-"""Without gradients, there is less to gain from a copy."""
+"""The same without gradients, where there is less to gain from a copy."""
 _LONG_ROWS: Final = range(256, 10_001)
 """Lengths of a weight's row for which a call costs little in comparison, and OpenBLAS wakes no other threads."""
 _MAX_CHANGES: Final = 3

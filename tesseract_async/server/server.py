@@ -160,7 +160,7 @@ class TesseractServer(Uncopied):
         self._publisher_settings = publisher_settings or PublisherSettings()
         self._publisher: ExpertPublisher | None = None
         self.is_paused = False
-        """Between `pause` and `resume`."""
+        """True between `pause` and `resume`."""
         self._is_started = False
         self._closed = False
 

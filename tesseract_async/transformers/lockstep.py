@@ -140,7 +140,7 @@ class LockstepTrainer(Uncopied):
             stand_in.anchor.tesseract_lockstep = self  # type: ignore[attr-defined]
 
     def backward_begins(self) -> None:
-        """Before the gradients of a layer's experts leave, in the engine's thread; once per layer.
+        """Check the experts' step before the gradients of a layer leave, once per layer, in the engine's thread.
 
         Raises: ValueError if the experts are of another step than the model, or what they gathered was changed here.
         """
@@ -161,7 +161,7 @@ class LockstepTrainer(Uncopied):
         self._holds_some = True
 
     def backward_ends(self) -> None:
-        """All gradients of the pass are there; once per layer that took part."""
+        """Learn the norm of what experts gathered, now that the pass is over; once per layer that took part."""
         if self._task is None:
             return
         self._task = None

@@ -176,7 +176,7 @@ class StateRequest(NamedTuple):
 
     uid: str
     weights_only: bool
-    """Without the optimizer's state and the journal: for an export."""
+    """True for a state without the optimizer's and the journal: for an export."""
     min_version: int
     """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
     root: Root
