@@ -283,7 +283,7 @@ def backup_key(*, file: Path, identity: Path, restore: bool, passphrase: str) ->
 
 def _standing(one: Standing) -> dict[str, object]:
     return {
-        "led_by": None if one.leader is None else str(one.leader),
+        "led_by": None if one.primary is None else str(one.primary),
         "followed_by": list(map(str, one.followers)),
         "held_by": list(map(str, one.holders)),
         "version": one.version,
@@ -302,8 +302,8 @@ def _safety(standings: Mapping[str, Standing], survey: Survey, num_copies: int) 
         lines.append(why)
     for uid, one in standings.items():
         if one.word != "safe":
-            leader = "nobody" if one.leader is None else one.leader.short
-            lines.append(f"{uid} is {one.word}: led by {leader}, version {one.version}")
+            primary = "nobody" if one.primary is None else one.primary.short
+            lines.append(f"{uid} is {one.word}: led by {primary}, version {one.version}")
     return lines
 
 
