@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import click
 
-from tesseract_async.cli.flags import Flag, chain, grouped, several_option
+from tesseract_async.cli.flags import NO_FLAG, Flag, chain, grouped, several_option
 from tesseract_async.cli.options import host_towards, initial_peers_option, join, json_option, log_options
 from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
@@ -45,10 +45,10 @@ PEER_OR_FREE = Parsed("peer", lambda text: text if text == FREE else PeerID.pars
 class OwnerOptions:
     """The run that a command is about, the owner who gives the command, and the swarm."""
 
-    name: str
+    name: Annotated[str, NO_FLAG]
     identity: Annotated[Path, EXISTING_FILE]
     """Sign with this key file, of the owner or a delegate."""
-    initial_peers: tuple[str, ...]
+    initial_peers: Annotated[tuple[str, ...], NO_FLAG]
     join_as: Annotated[Path | None, FILE] = None
     """Join with the key in this file, if only listed members may join."""
 
