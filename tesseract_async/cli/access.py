@@ -70,7 +70,7 @@ class ServerAccessOptions(AccessOptions):
 
 
 access_options = grouped("policy", AccessOptions, made=AccessOptions.policy, sections={"allow": "Limits"})
-"""For commands that answer strangers: a policy, or None, as the argument `policy`."""
+"""Options of commands that answer strangers: a policy, or None, as the argument `policy`."""
 server_access_options = grouped("policy", ServerAccessOptions, made=AccessOptions.policy, sections={"allow": "Limits"})
 """The same, for commands that host experts."""
 

@@ -169,7 +169,7 @@ node_options = chain(
     leave_with_parent_option,
     log_options,
 )
-"""For commands that run a node until they are told to leave: a `NodeOptions` as the argument `node`."""
+"""Options of commands that run a node until they are told to leave: a `NodeOptions` as the argument `node`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +197,7 @@ class Visit:
 
 
 visit_options = chain(grouped("visit", Visit, initial_peers_option(required=True)), log_options)
-"""For commands that join a swarm, do something and end: a `Visit` as the argument `visit`."""
+"""Options of commands that join a swarm, do something and end: a `Visit` as the argument `visit`."""
 
 
 def host_towards(seeds: Sequence[str]) -> str:

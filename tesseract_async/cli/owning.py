@@ -75,7 +75,7 @@ class OwnerOptions:
 
 _owner_name = click.argument("name", metavar="NAME[@PEER_ID]")
 owner_options = chain(grouped("owner", OwnerOptions, _owner_name, initial_peers_option(required=True)), log_options)
-"""For what the owner of a run or a delegate does: an `OwnerOptions` as the argument `owner`."""
+"""Options of what the owner of a run or a delegate does: an `OwnerOptions` as the argument `owner`."""
 
 
 @click.group("run")

@@ -47,8 +47,8 @@ _ISSUE_FIRST = 2**62
 MAX_NODES_HERE = 64
 MAX_NUMBERS_HERE = 2**16
 MAX_SECONDS_HERE = 0.002
-"""A backward may keep the loop's thread for so long at a time. It is told by the nodes on each side of remote calls,
-by the numbers in leaves and inputs, and by the seconds that the same operations took before."""
+"""Seconds for which a backward may keep the loop's thread at a time. Estimated by the nodes on each side of remote
+calls, the numbers in leaves and inputs, and the seconds that the same operations took before."""
 
 _ON_THE_LOOP = (
     "backward through a remote expert was called on the event loop's own thread, which has to stay free to carry the "
@@ -173,7 +173,7 @@ class _GradientRequest:
     def __init__(self, call: "_RemoteCall", scale: float | None) -> None:
         self.call = call
         self.scale = scale
-        """By which the gradients were multiplied that it carries, divided."""
+        """The factor by which the gradients that it carries were multiplied; they travel without it."""
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
         self._versions = Versions()
         self._tensors: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]] = (), ()
@@ -186,7 +186,7 @@ class _GradientRequest:
         self._error: BaseException | None = None
 
     def start(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], *, is_cut: bool) -> None:
-        """In the thread that runs the engine. `is_cut`: `begin` or `run` follows.
+        """Take the gradients, in the thread that runs the engine. `is_cut`: `begin` or `run` follows.
 
         Raises: RuntimeError if the loop is not running.
         """
@@ -235,7 +235,7 @@ class _GradientRequest:
         self._end()
 
     def cancel(self) -> None:
-        """On the loop's thread or another one: frees the waiting thread at once, and cancels the call."""
+        """Free the waiting thread at once, and cancel the call, from the loop's thread or another one."""
         if not self.is_done:
             self._error = _Cancelled("the step was cancelled")
             self._end()
@@ -383,8 +383,8 @@ class _Step:
         """True if the engine runs twice, in the loop's thread."""
 
     def parts_of(self, loss: torch.Tensor) -> tuple[Leaves, list[torch.Tensor], GraphCut] | None:
-        """Return the leaves under `loss`, the tokens of its remote calls and where they lie. None if `run_in_halves` is
-        not for them."""
+        """Return the leaves under `loss`, the tokens of its remote calls and where they lie. None if `run_in_halves`
+        cannot compute them."""
         found = None if self._stream is not None else find_cut(loss, *_KINDS, most=MAX_NODES_HERE)
         if found is None or _took.get(found.kinds, 0.0) > MAX_SECONDS_HERE:
             return None
@@ -445,7 +445,7 @@ class _Step:
     def run(
         self, loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool
     ) -> tuple[Leaves, list[torch.Tensor | None]]:
-        """In an engine thread: return the leaves under `loss` and what is left to add to each, in separate memory."""
+        """Return the leaves under `loss` and what is left to add to each, in separate memory. In an engine's thread."""
         _engine_thread.step = self
         try:
             stream: Any = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -466,7 +466,7 @@ class _Step:
                 _steps.pop(self.graph_task, None)
 
     def add(self, request: _GradientRequest) -> None:
-        """In an engine's thread."""
+        """Add a request, in an engine's thread."""
         with self._lock:
             self._refuse_if_cancelled()
             self._requests.append(request)

@@ -38,9 +38,9 @@ STUCK_AFTER: Final = 60.0
 CHECK_EVERY: Final = 300.0
 """Seconds after which a member has the copies of an expert shown, of which it would take one of the next."""
 MAX_CHECKED: Final = 16
-"""Copies that are to be shown at a time, at most, ..."""
+"""Copies that are to be shown at a time, at most."""
 MAX_LOOKED_AT: Final = 256
-"""... and experts that are looked at to find one such."""
+"""Experts that are looked at to find one whose copies are to be shown."""
 HOT: Final = 0.85
 """Demand by what a server can compute: above it, the server needs relief."""
 CALM: Final = 0.5
@@ -61,9 +61,9 @@ class MemberRole(IntEnum):
     """The part of a member in an expert."""
 
     HOLDS = 0
-    """It has the file on disk."""
+    """The member has the file on disk."""
     FOLLOWS = 1
-    """It computes forwards, too."""
+    """The member computes forwards, too."""
     LEADS = 2
 
 
@@ -169,9 +169,9 @@ class Survey:
         self.named = set(self.parts)
         """Experts that any member names."""
         self.holders = {peer for peer, place in places.items() if place.room == 0}
-        """Members that compute nothing, ..."""
+        """Members that compute nothing."""
         self.full = {peer for peer, place in places.items() if not place.can_lead}
-        """... or lead as much as they have room for."""
+        """Members that lead as much as they have room for, or compute nothing."""
 
     def shortage(self, num_copies: int) -> str:
         """Return why these members cannot keep so many copies besides each primary, in words; empty if they can."""
@@ -415,7 +415,7 @@ class Placement:
         self._grace = NUM_LEASES_MISSED * lease
         self._settle = min(1.5, lease / 6)
         self._created, self._may_restart = created, may_restart
-        self.wishes: dict[str, float] = {}
+        self.announced: dict[str, float] = {}
         """Experts that it would begin -> since when it says so: its place names them."""
         self.lost: set[str] = set()
         """Experts that had a state, and nobody has it."""
@@ -431,7 +431,7 @@ class Placement:
         self._random = Random(bytes(me))
 
     def came(self, uid: str, source: PeerID, now: float) -> None:
-        """This member leads the expert now, which `source` moved to it: it does not go back there soon."""
+        """Note that this member leads the expert, which `source` moved to it: it does not go back there soon."""
         self._came[uid] = source, now
 
     def survey(self, places: Mapping[PeerID, Place], now: float) -> Survey:
@@ -448,7 +448,7 @@ class Placement:
         return Survey(places, stuck=frozenset(stuck | self._unshown.keys()))
 
     def decide(self, places: Mapping[PeerID, Place], now: float, wall: float) -> list[PlacementStep]:
-        """Return what to do now. `places` has this member's own, with the `wishes` in it."""
+        """Return what to do now. `places` has this member's own, with the `announced` in it."""
         survey = self.survey(places, now)
         self._idle = {peer: until for peer, until in self._idle.items() if until > now}
         assigned = assign(survey, num_copies=self._num_copies, pattern=self._pattern, may=self._may, idle=self._idle)
@@ -461,17 +461,17 @@ class Placement:
         came = {uid: peer for uid, (peer, at) in self._came.items() if now - at < STAY}
         assigned = [step for step in assigned if step.kind != "move" or came.get(step.uid) != step.peer]
         begins = {step.uid for step in assigned if step.kind == "begin"}
-        self.wishes = {uid: since for uid, since in self.wishes.items() if uid in begins}
+        self.announced = {uid: since for uid, since in self.announced.items() if uid in begins}
         steps = [step for step in assigned if step.kind != "begin"][:MAX_STEPS]
         for uid in sorted(begins)[:MAX_STEPS]:
             if not self._may_begin(survey, uid, now, wall):
                 continue
             mine = survey.places[self._me].parts.get(uid)
-            is_here = mine is not None and uid not in self.wishes
-            since = self.wishes.setdefault(uid, now)
+            is_here = mine is not None and uid not in self.announced
+            since = self.announced.setdefault(uid, now)
             if is_here or (mine is not None and now - since >= self._settle):
                 steps.append(PlacementStep("restart" if uid in self.lost else "begin", uid))
-                del self.wishes[uid]
+                del self.announced[uid]
         return steps + self._drops(survey, now)
 
     def _note_idle(
@@ -530,11 +530,11 @@ class Placement:
         return None
 
     def not_shown(self, uid: str, peers: Iterable[PeerID], now: float) -> None:
-        """These say that they have a copy, and do not: it does not count for a while."""
+        """Note that these peers say they have a copy, and have none: it does not count for a while."""
         self._unshown.update({(peer, uid): now + DROP_AFTER for peer in peers})
 
     def keeps(self, uid: str, now: float) -> None:
-        """Others did not show their copies: this one is not given up before it was one too many for as long again."""
+        """Note that others did not show their copies: this one is kept until it was one too many for as long again."""
         self._surplus[uid] = now
 
     def keepers(self, survey: Survey, uid: str) -> list[PeerID]:

@@ -81,7 +81,7 @@ class World:
         seen = {
             peer: replace(
                 one,
-                parts={**dict.fromkeys(self.machines[peer].wishes, MemberPart(MemberRole.HOLDS)), **one.parts},
+                parts={**dict.fromkeys(self.machines[peer].announced, MemberPart(MemberRole.HOLDS)), **one.parts},
                 moved_ago=one.moved_ago + seconds,
                 uptime=one.uptime + seconds,
             )
@@ -427,7 +427,8 @@ def test_who_claims_room_for_everything_and_takes_nothing_holds_the_others_up_fo
     while world.now < 4 * STUCK_AFTER:
         world.now += 5.0
         named = {
-            one: dict.fromkeys(machine.wishes, MemberPart(MemberRole.HOLDS)) for one, machine in world.machines.items()
+            one: dict.fromkeys(machine.announced, MemberPart(MemberRole.HOLDS))
+            for one, machine in world.machines.items()
         }
         seen = {one: replace(at, parts={**named.get(one, {}), **at.parts}) for one, at in world.places.items()}
         for one, machine in world.machines.items():
