@@ -292,6 +292,10 @@ class ExpertBackend:
         """Return whether a request's random numbers are its own, so that it is computed alone."""
         return self._runner.is_stochastic(training)
 
+    def may_be_grouped(self, training: bool) -> bool:
+        """Return whether its module was seen to do nothing but compute its outputs from inputs, weights and buffers."""
+        return may_be_grouped([self], training)
+
     @property
     def merges_backward(self) -> bool:
         """True if backwards may be computed together."""
@@ -562,7 +566,7 @@ class ExpertBackend:
 
 
 def may_be_grouped(backends: Sequence[ExpertBackend], training: bool) -> bool:
-    """Return whether the modules were seen to do nothing but compute their outputs from inputs, weights and buffers."""
+    """Return whether `ExpertBackend.may_be_grouped` holds for all of them."""
     for backend in backends:
         if backend.varies:
             return False

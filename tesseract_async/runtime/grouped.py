@@ -94,7 +94,7 @@ class Groups:
 
     def group_of(self, backend: ExpertBackend, *, training: bool, mode: Hashable) -> Group | None:
         """Return the group that an expert's batches of this `mode` belong to now; None if each has to be alone."""
-        if not may_be_grouped([backend], training):
+        if not backend.may_be_grouped(training):
             return None
         member = self.member_of(backend)
         if member is None or not member.kind.may_fit:
