@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 import click
 
 from tesseract_async.admission import Policy
-from tesseract_async.cli.flags import FIRST, Decorator, Flag, chain, grouped, in_section
+from tesseract_async.cli.flags import FIRST, NO_FLAG, Decorator, Flag, chain, grouped, in_section
 from tesseract_async.cli.running import set_up_logging, spinner
 from tesseract_async.cli.types import (
     ADDRESS,
@@ -123,7 +123,7 @@ class ExpertOptions:
 class NodeOptions:
     """Options of a long-running command's node: where it listens, and whom it joins."""
 
-    initial_peers: Sequence[str] = ()
+    initial_peers: Annotated[Sequence[str], NO_FLAG] = ()
     host: str = "127.0.0.1"
     """Listen on this address; 0.0.0.0 lets other computers reach this one."""
     identity: Annotated[Path | None, FILE] = None
@@ -176,7 +176,7 @@ node_options = chain(
 class Visit:
     """The options of a command that joins a swarm only to look, or to do one thing."""
 
-    initial_peers: Sequence[str]
+    initial_peers: Annotated[Sequence[str], NO_FLAG]
     identity: Annotated[Path | None, FILE] = None
     """Join with the key in this file, if only listed members may join."""
     members: Annotated[frozenset[PeerID] | None, PEER_FILE, Flag("--allow-file")] = None

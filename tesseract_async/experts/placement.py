@@ -131,7 +131,7 @@ class Place:
 class Standing(NamedTuple):
     """The state of an expert in the swarm."""
 
-    leader: PeerID | None
+    primary: PeerID | None
     followers: tuple[PeerID, ...]
     holders: tuple[PeerID, ...]
     version: int
@@ -146,7 +146,7 @@ class Standing(NamedTuple):
             return "lost"
         if self.losses == 0:
             return "at risk"
-        return "safe" if self.leader is not None else "not led"
+        return "safe" if self.primary is not None else "not led"
 
 
 class Survey:
@@ -183,18 +183,18 @@ class Survey:
             return ""
         return f"the members have room for {room} states on disk, and all copies are {wanted}: more of them, or --hold"
 
-    def leader(self, uid: str) -> PeerID | None:
+    def primary(self, uid: str) -> PeerID | None:
         """Return the member that leads it, by the highest epoch."""
-        leaders = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is MemberRole.LEADS]
-        return max(leaders)[1] if leaders else None
+        primaries = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is MemberRole.LEADS]
+        return max(primaries)[1] if primaries else None
 
     def copies(self, uid: str) -> dict[PeerID, MemberPart]:
         """Return the other members that have it, or are about to: not those that fell far behind the primary."""
-        leader = self.leader(uid)
-        others = {peer: part for peer, part in self.parts[uid].items() if peer != leader}
-        if leader is None:
+        primary = self.primary(uid)
+        others = {peer: part for peer, part in self.parts[uid].items() if peer != primary}
+        if primary is None:
             return others
-        newest = self.parts[uid][leader]
+        newest = self.parts[uid][primary]
         return {
             peer: part
             for peer, part in others.items()
@@ -215,17 +215,17 @@ class Survey:
 
     def standing(self, uid: str) -> Standing:
         """Return who has it, and how safe it is."""
-        parts, leader = self.parts[uid], self.leader(uid)
+        parts, primary = self.parts[uid], self.primary(uid)
         have = {peer: part for peer, part in self.copies(uid).items() if part.has_file}
         newest = max(have.values(), key=lambda part: part.age, default=None)
-        if newest is None and leader is not None:
-            newest = parts[leader]
+        if newest is None and primary is not None:
+            newest = parts[primary]
         return Standing(
-            leader,
+            primary,
             tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.FOLLOWS)),
             tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.HOLDS and part.has_file)),
             0 if newest is None else newest.version,
-            len(have) + (leader is not None) - 1,
+            len(have) + (primary is not None) - 1,
         )
 
 
@@ -273,12 +273,12 @@ def _missing(
 ) -> list[PeerID]:
     """Choose the members that should get a copy: of different address ranges where there are so many, and so that two
     at least could lead it."""
-    leader, places, copies = survey.leader(uid), survey.places, survey.copies(uid)
+    primary, places, copies = survey.primary(uid), survey.places, survey.copies(uid)
     num_able = max(0, min(2, num_copies) - sum(places[peer].can_lead for peer in copies))
     num = max(num_copies - len(copies), num_able)
     if num <= 0:
         return []
-    taken = set().union(*(places[peer].ranges for peer in (*copies, *([] if leader is None else [leader]))))
+    taken = set().union(*(places[peer].ranges for peer in (*copies, *([] if primary is None else [primary]))))
     order = sorted(
         (peer for peer in places if free[peer] > 0 and uid not in places[peer].parts and may(peer, uid)),
         key=lambda peer: score(peer, uid),
@@ -519,7 +519,7 @@ class Placement:
         survey, mine = self.survey(places, now), places[self._me]
         if is_first or len(mine.parts) >= mine.files:
             return None
-        uids = sorted(uid for uid in survey.alive if uid not in mine.parts and survey.leader(uid) is not None)
+        uids = sorted(uid for uid in survey.alive if uid not in mine.parts and survey.primary(uid) is not None)
         free = [peer for peer, one in places.items() if len(one.parts) < one.files]
         for uid in self._random.sample(uids, min(MAX_LOOKED_AT, len(uids))):
             able = (peer for peer in free if uid not in places[peer].parts and self._may(peer, uid))
@@ -549,14 +549,14 @@ class Placement:
         self._surplus = {uid: self._surplus.get(uid, now) for uid in copies if self._is_surplus(survey, uid)}
         drops = [uid for uid, since in self._surplus.items() if now - since >= DROP_AFTER]
         if (num_over := len(mine.parts) - len(drops) - mine.files) > 0:  # it has room for fewer than it had
-            led = [uid for uid in copies if uid not in drops and survey.leader(uid) not in (None, self._me)]
+            led = [uid for uid in copies if uid not in drops and survey.primary(uid) not in (None, self._me)]
             led.sort(key=lambda uid: (-survey.standing(uid).losses, uid))
             drops += led[: min(num_over, MAX_STEPS)]
         return [PlacementStep("drop", uid) for uid in drops]
 
     def _is_surplus(self, survey: Survey, uid: str) -> bool:
-        leader = survey.leader(uid)
-        if leader is None or survey.places[leader].pressure > CALM:
+        primary = survey.primary(uid)
+        if primary is None or survey.places[primary].pressure > CALM:
             return False
         others = self.keepers(survey, uid)
         is_of_use = self._me in survey.copies(uid) and survey.places[self._me].parts[uid].has_file

@@ -358,13 +358,13 @@ class Placing:
         left = set(peers)
         for seconds in (0.0, STUCK_AFTER):
             await asyncio.sleep(seconds)
-            leader = self.placement.survey(self.places, self._now()).leader(uid)
-            if leader is None or (address := self._addresses.get(leader)) is None:
+            primary = self.placement.survey(self.places, self._now()).primary(uid)
+            if primary is None or (address := self._addresses.get(primary)) is None:
                 return
             try:
                 seal = await ask_seal(self._node, self._authority.run_id, uid, address, timeout=SHOW_SECONDS)
             except (TesseractError, TimeoutError, OSError) as error:
-                logger.info("%s does not show the Seal of %s: %s", leader.short, uid, describe(error))
+                logger.info("%s does not show the Seal of %s: %s", primary.short, uid, describe(error))
                 return
             left -= await self._shown(seal, left)
         self.placement.not_shown(uid, left, self._now())
