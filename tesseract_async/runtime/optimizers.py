@@ -184,7 +184,7 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Hashable:
 
 
 class _Rule(NamedTuple):
-    """What `rule_of` found, which holds while the options of each group are the same objects."""
+    """The result of `rule_of`, which holds while the options of each group are the same objects."""
 
     rule: Hashable
     names: list[list[str]]
