@@ -443,7 +443,10 @@ class Batcher:
             request.account.used += owed * (stop - start)
             num_bytes += request.num_bytes * (stop - start) // request.num_rows
             if request.alive and request.next_row == request.num_rows and request.num_running == 0:
-                self._release(request)
+                # as `_release`
+                request.alive = False
+                self._statistics.num_bytes -= request.num_bytes
+                request.account.num_bytes -= request.num_bytes
         seconds = max(since_start, 1e-6)
         speed = self._statistics.bytes_per_second
         self._statistics.bytes_per_second = speed + (num_bytes / seconds - speed) * (_SPEED_WEIGHT if speed else 1.0)

@@ -26,10 +26,10 @@ def columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
         return [*[None if x is None else (x.index_select(0, index),) for x in first.inputs], (first.weights,)]
     given = [[*by.inputs, *(by.output_gradients or ())] for by in works]
     columns: list[Sequence[torch.Tensor] | None] = []
-    weights = [] if first.weights is None else [_cut(by.weights, one) for one, by in zip(slices, works, strict=True)]
+    weights = [] if first.weights is None else _cut([by.weights for by in works], slices)
     if first.rows is not None and all([by.inputs is first.inputs and by.rows is not None for by in works]):
         # of one block: every row is copied once, to where it is computed
-        parts = [_cut(by.rows, one) for one, by in zip(slices, works, strict=True)]
+        parts = _cut([by.rows for by in works], slices)
         index = parts[0] if len(parts) == 1 else torch.cat(parts)
         if all([by.output_gradients is first.output_gradients for by in works]):
             columns = [None if x is None else (x.index_select(0, index),) for x in given[0]]
@@ -45,7 +45,7 @@ def columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
                 rows.append(torch.zeros(one.stop - one.start, *spec.shape, dtype=spec.dtype))
             else:
                 if by.rows is not None:
-                    x = x.index_select(0, _cut(by.rows, one))
+                    x = x.index_select(0, _cut([by.rows], [one])[0])
                 elif one.stop - one.start < by.num_rows:
                     x = x[one.start : one.stop]
                 rows.append(x)
@@ -53,15 +53,19 @@ def columns(slices: Sequence[RowSlice], works: Sequence[Work]) -> Columns:
     return [*columns, weights] if weights else columns
 
 
-def _cut(x: torch.Tensor | None, one: RowSlice) -> torch.Tensor:
-    assert x is not None
-    return x if one.stop - one.start == one.request.num_rows else x[one.start : one.stop]
+def _cut(tensors: Sequence[torch.Tensor | None], slices: Sequence[RowSlice]) -> list[torch.Tensor]:
+    """Return the rows of each slice, of its request's tensor."""
+    parts = []
+    for x, (request, start, stop) in zip(tensors, slices, strict=True):
+        assert x is not None
+        parts.append(x if stop - start == request.num_rows else x[start:stop])
+    return parts
 
 
 def divided(tensors: Sequence[torch.Tensor | None], counts: Sequence[int]) -> list[Sequence[torch.Tensor | None]]:
     """Return each of them in parts of so many rows."""
-    columns = [None if x is None else x.split_with_sizes(counts) for x in tensors]
-    return [[None if parts is None else parts[i] for parts in columns] for i in range(len(counts))]
+    columns = [[None] * len(counts) if x is None else x.split_with_sizes(counts) for x in tensors]
+    return [*map(list, zip(*columns, strict=True))] if columns else [[] for _ in counts]
 
 
 def encoded(tensors: Sequence[torch.Tensor | None], counts: Sequence[int]) -> Sequence[Sequence[memoryview] | None]:
