@@ -97,7 +97,7 @@ class Steps:
             return None
         self._refresh_good_state(backend)
         weights = math.inf if backend.norms.is_settled else backend.weights_norm()
-        return tuple.__new__(Step, (backend, summed, call_ids, work.peer, weights))  # its own takes a call more
+        return Step(backend, summed, call_ids, work.peer, weights)
 
     def take(self, step: Step, good: Sequence[Attempt]) -> int:
         backend = step.backend
