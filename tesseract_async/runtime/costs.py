@@ -59,20 +59,23 @@ class BatchCost:
         return self._each / self._per_row * (1.0 - share) / share
 
 
-TRIALS: Final = 3
-"""Passes of each way, in turn, before one is chosen."""
+PATIENCE: Final = 2.0
+"""Passes whose time may be lost to trying the slower way before one is chosen: if the ways differ by little, many are
+tried."""
 MARGIN: Final = 0.95
-"""Computing together has to take less than this share of the time."""
+"""The other way is chosen if it takes less than this share of the time. Each alone is the first choice."""
 RETRIED_SHARE: Final = 0.01
 """Share of all time that looking again at what was not chosen may take."""
-_SAMPLES: Final = 7
+_PAIRS: Final = 48
 
 
 class GroupChoice:
     """The choice whether batches of several experts of one kind are computed in one pass, by what that took.
 
-    Sizes are told apart by their powers of four. For each, both ways take turns until both are known; then the faster
-    one is taken, and the other is looked at again from time to time: what pays may change with what else is going on.
+    Sizes are told apart by their powers of four. For each, both ways take turns until trying the slower one has cost
+    enough, or nothing much; then the faster one is taken, and the other is looked at again from time to time: what pays
+    may change with what else is going on. Compared are pairs of passes that ran one after the other, for the machine is
+    not equally busy at all times; and the fastest quarter of each way, for by chance a pass takes ten times as long.
     """
 
     __slots__ = ("_sizes", "spent", "_lost")
@@ -92,9 +95,8 @@ class GroupChoice:
     def is_together(self, num_batches: int, num_rows: int) -> bool:
         """Return the way for so many batches of so many rows in all."""
         size = self._size(num_batches, num_rows)
-        if not size.is_known:
-            return len(size.together) < len(size.alone)
-        return size.pays != (self._may_retry() and size.last_way == size.pays)
+        is_tried = size.pays in size.latest and (not size.is_known or self._may_retry())
+        return size.pays != is_tried
 
     def loses(self, num_batches: int, num_rows: int) -> bool:
         """Return whether passes of so many batches are known to be slower together."""
@@ -104,9 +106,9 @@ class GroupChoice:
     def add(self, num_batches: int, num_rows: int, together: bool, seconds: float) -> None:
         self.spent += seconds
         size = self._size(num_batches, num_rows)
+        if size.is_known and together != size.pays:
+            self._lost += seconds * size.waste
         size.add(together, seconds / num_batches)
-        if size.is_known:
-            self._lost += max(0.0, seconds - num_batches * size.best)
 
     def _may_retry(self) -> bool:
         return self._lost < RETRIED_SHARE * self.spent
@@ -123,21 +125,29 @@ def _size_of(num_batches: int, num_rows: int) -> tuple[int, int]:
 class _Size:
     """The seconds per batch that passes of about one size took."""
 
-    __slots__ = ("alone", "together", "is_known", "pays", "best", "last_way")
+    __slots__ = ("pairs", "latest", "is_known", "pays", "waste")
 
     def __init__(self) -> None:
-        self.alone: deque[float] = deque(maxlen=_SAMPLES)
-        self.together: deque[float] = deque(maxlen=_SAMPLES)
+        self.pairs: deque[tuple[float, float]] = deque(maxlen=_PAIRS)
+        """Seconds alone, and together."""
+        self.latest: dict[bool, float] = {}
+        """Those of passes since the last pair, by their way."""
         self.is_known = False
         self.pays = False
-        self.best = 0.0
-        self.last_way = False
+        self.waste = 0.0
+        """Share of the time of a pass in the way not chosen that would not have passed in the other."""
 
     def add(self, together: bool, seconds: float) -> None:
-        (self.together if together else self.alone).append(seconds)
-        self.last_way = together
-        self.is_known = min(len(self.alone), len(self.together)) >= TRIALS
-        if self.is_known:
-            # what else uses the machine makes some slower and none faster
-            alone, with_others = (sorted(one)[len(one) // 4] for one in (self.alone, self.together))
-            self.pays, self.best = with_others < MARGIN * alone, min(alone, with_others)
+        latest, pairs = self.latest, self.pairs
+        latest[together] = seconds
+        if len(latest) < 2:
+            return
+        pairs.append((latest[False], latest[True]))
+        latest.clear()
+        # what else uses the machine makes some slower and none faster
+        alone, with_others = (sum(sorted(one)[: (len(pairs) + 3) // 4]) for one in zip(*pairs, strict=True))
+        chosen, other = (with_others, alone) if self.pays else (alone, with_others)
+        if other < MARGIN * chosen:
+            self.pays, chosen, other = not self.pays, other, chosen
+        self.waste = 1.0 - chosen / other if other > chosen else 0.0
+        self.is_known = len(pairs) == _PAIRS or len(pairs) * self.waste >= PATIENCE
