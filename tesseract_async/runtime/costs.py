@@ -60,8 +60,7 @@ class BatchCost:
 
 
 PATIENCE: Final = 2.0
-"""Passes whose time may be lost to trying the slower way before one is chosen: if the ways differ by little, many are
-tried."""
+"""Passes whose time may be lost to trying the slower way before one is chosen. A loss counts as 1 - `MARGIN` at least."""
 MARGIN: Final = 0.95
 """The other way is chosen if it takes less than this share of the time. Each alone is the first choice."""
 RETRIED_SHARE: Final = 0.01
@@ -73,9 +72,9 @@ class GroupChoice:
     """The choice whether batches of several experts of one kind are computed in one pass, by what that took.
 
     Sizes are told apart by their powers of four. For each, both ways take turns until trying the slower one has cost
-    enough, or nothing much; then the faster one is taken, and the other is looked at again from time to time: what pays
-    may change with what else is going on. Compared are pairs of passes that ran one after the other, for the machine is
-    not equally busy at all times; and the fastest quarter of each way, for by chance a pass takes ten times as long.
+    enough; then the faster one is taken, and the other is looked at again from time to time: what pays may change with
+    what else is going on. Compared are pairs of passes that ran one after the other, for the machine is not equally
+    busy at all times; and the faster half of each way, for by chance a pass takes ten times as long.
     """
 
     __slots__ = ("_sizes", "spent", "_lost")
@@ -88,15 +87,13 @@ class GroupChoice:
 
     def gathers(self) -> bool:
         """Return whether it is worth while to look for more batches."""
-        return (
-            not self._sizes or self._may_retry() or any([not one.is_known or one.pays for one in self._sizes.values()])
-        )
+        return not self._sizes or self._may_retry() or any([one.wants_more for one in self._sizes.values()])
 
     def is_together(self, num_batches: int, num_rows: int) -> bool:
         """Return the way for so many batches of so many rows in all."""
         size = self._size(num_batches, num_rows)
-        is_tried = size.pays in size.latest and (not size.is_known or self._may_retry())
-        return size.pays != is_tried
+        tries_other = size.tried is None and (not size.is_known or self._may_retry())
+        return size.pays != tries_other
 
     def loses(self, num_batches: int, num_rows: int) -> bool:
         """Return whether passes of so many batches are known to be slower together."""
@@ -125,29 +122,34 @@ def _size_of(num_batches: int, num_rows: int) -> tuple[int, int]:
 class _Size:
     """The seconds per batch that passes of about one size took."""
 
-    __slots__ = ("pairs", "latest", "is_known", "pays", "waste")
+    __slots__ = ("pairs", "tried", "is_known", "pays", "waste")
 
     def __init__(self) -> None:
         self.pairs: deque[tuple[float, float]] = deque(maxlen=_PAIRS)
         """Seconds alone, and together."""
-        self.latest: dict[bool, float] = {}
-        """Those of passes since the last pair, by their way."""
+        self.tried: float | None = None
+        """Those in the way not chosen, until the next pass in the other makes them a pair. The one before would not do:
+        passes that took long by chance make room for a trial."""
         self.is_known = False
         self.pays = False
         self.waste = 0.0
-        """Share of the time of a pass in the way not chosen that would not have passed in the other."""
+        """Share of the time of a pass in the way not chosen that counts as lost."""
+
+    @property
+    def wants_more(self) -> bool:
+        return self.pays or not self.is_known or self.tried is not None
 
     def add(self, together: bool, seconds: float) -> None:
-        latest, pairs = self.latest, self.pairs
-        latest[together] = seconds
-        if len(latest) < 2:
-            return
-        pairs.append((latest[False], latest[True]))
-        latest.clear()
-        # what else uses the machine makes some slower and none faster
-        alone, with_others = (sum(sorted(one)[: (len(pairs) + 3) // 4]) for one in zip(*pairs, strict=True))
-        chosen, other = (with_others, alone) if self.pays else (alone, with_others)
-        if other < MARGIN * chosen:
-            self.pays, chosen, other = not self.pays, other, chosen
-        self.waste = 1.0 - chosen / other if other > chosen else 0.0
-        self.is_known = len(pairs) == _PAIRS or len(pairs) * self.waste >= PATIENCE
+        if together != self.pays:
+            self.tried = seconds
+        elif self.tried is not None:
+            pairs = self.pairs
+            pairs.append((self.tried, seconds) if together else (seconds, self.tried))
+            self.tried = None
+            # what else uses the machine makes some slower and none faster
+            alone, with_others = (sum(sorted(one)[: (len(pairs) + 1) // 2]) for one in zip(*pairs, strict=True))
+            chosen, other = (with_others, alone) if self.pays else (alone, with_others)
+            if other < MARGIN * chosen:
+                self.pays, chosen, other = not self.pays, other, chosen
+            self.waste = 1.0 - min(MARGIN, chosen / other if other else 0.0)
+            self.is_known = len(pairs) * self.waste >= PATIENCE

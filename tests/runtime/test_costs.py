@@ -106,7 +106,7 @@ def test_chance_does_not_choose_whether_experts_share_a_pass(times: float, is_fa
     num_right, lost, spent = 0, 0.0, 0.0
     for seed in range(100):
         chance, choice = random.Random(seed), GroupChoice()
-        for _ in range(1000):
+        for _ in range(1500):
             factor = chance.expovariate(3.0) + (chance.uniform(1.0, 10.0) if chance.random() < 0.02 else 1.0)
             if choice.gathers():
                 way = choice.is_together(8, 32)
