@@ -95,11 +95,11 @@ class TrainerMoment:
     """A trainer at one moment, from which it can go on with its pieces as they were saved."""
 
     model: nn.Module
-    """A copy of the trainer's own, ..."""
-    state: dict[str, Any]
-    """... its `SharedParameters.state_dict`, ..."""
+    """A copy of the trainer's own model."""
+    state: StateDict
+    """Its `SharedParameters.state_dict`."""
     calls: list[Asked]
-    """... and for each piece the call that was under way, or one that would have begun then."""
+    """For each piece, the call that was under way, or one that would have begun then."""
 
     def go_on(self, states: Sequence[StateDict], peer: PeerID) -> None:
         """Take the pieces of these whole states for the answers to the calls: `model` gets what others added since,
@@ -169,7 +169,8 @@ class SharedParameters(Uncopied, Generic[M]):
         outer = Outer(learning_rate=float(learning_rate), momentum=float(momentum), codec=codec)
         self._own = SharedManifest(Layout.of(model), outer)
         self._checkpoint_dir, self._replicas = checkpoint_dir, replicas
-        self._parts: list[SharedPart] = []
+        self.parts: list[SharedPart] = []
+        """This trainer's part of each piece, in the order of `uids`; empty outside of the `with`."""
         self._own_steps = 0
         self._asking, self._beside = TaskSet("shared parameters"), TaskSet("shared parameters")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -247,7 +248,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
     @property
     def _is_shared(self) -> bool:
-        parts = [part for part in self._parts if part.copy.cut.kind is not MergeKind.FIXED]
+        parts = [part for part in self.parts if part.copy.cut.kind is not MergeKind.FIXED]
         return all(part.steps_then == self._own_steps for part in parts)
 
     async def _flush_at_end(self) -> None:
@@ -265,7 +266,7 @@ class SharedParameters(Uncopied, Generic[M]):
         """Find the run's fragments, or begin them with these values; host them, if that is for this trainer to do."""
         node = self._node
         node.check_running()
-        if self._parts:
+        if self.parts:
             raise RuntimeError("SharedParameters are entered once: make new ones of the same model to go on")
         self._loop = asyncio.get_running_loop()
         run: SignedRun | None = None
@@ -361,7 +362,7 @@ class SharedParameters(Uncopied, Generic[M]):
             # pieces take turns, so that a line is used evenly
             due_at = max(1, self.every * (number + 1) // num)
             uid, form = self.pieces.uid(number), found.manifest.part(number)
-            self._parts.append(SharedPart(uid, form, copied, due_at, steps=steps, lost=lost))
+            self.parts.append(SharedPart(uid, form, copied, due_at, steps=steps, lost=lost))
 
     async def _leave(self) -> None:
         try:
@@ -398,7 +399,7 @@ class SharedParameters(Uncopied, Generic[M]):
     @property
     def steps(self) -> int:
         """Optimizer steps of all trainers, as far as they are known here: learning-rate schedules follow it."""
-        parts = (part for part in self._parts if part.copy.cut.kind is not MergeKind.FIXED)
+        parts = (part for part in self.parts if part.copy.cut.kind is not MergeKind.FIXED)
         return min((part.steps + self._own_steps - part.steps_then for part in parts), default=0)
 
     def step(self) -> Any:
@@ -432,33 +433,33 @@ class SharedParameters(Uncopied, Generic[M]):
         They are what all trainers had on average, from which the next round's differences are not taken: those begin a
         little ahead, at the outer optimizer's momentum. Raises: RuntimeError before sharing is entered.
         """
-        if not self._parts:
+        if not self.parts:
             raise RuntimeError(OUTSIDE)
         model = copy.deepcopy(self.model)
-        for part in self._parts:
+        for part in self.parts:
             self._own.layout.write(model, part.copy.cut, part.copy.merged())
         return model
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return where this trainer stands: its steps, and when each piece is due. The values are the model's, and the
         pieces' are their hosts' (`save_model`)."""
-        return {"steps": self._own_steps, "parts": [[one.due_at, one.steps_then] for one in self._parts]}
+        return {"steps": self._own_steps, "parts": [[one.due_at, one.steps_then] for one in self.parts]}
 
     def moment(self) -> TrainerMoment:
         """Return where this trainer stands, with a copy of the model. No step may be under way."""
-        calls = [part.asked or Asked(part.copy.anchor) for part in self._parts]
+        calls = [part.asked or Asked(part.copy.anchor) for part in self.parts]
         return TrainerMoment(copy.deepcopy(self.model), self.state_dict(), calls)
 
     async def rejoin(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, with the pieces as their hosts have them now; the model stays as it
         is. Raises: ValueError for another model's state; as entering does."""
-        if len(state["parts"]) != len(self._parts):
+        if len(state["parts"]) != len(self.parts):
             raise ValueError("a state of parameters that are cut otherwise")
         await end(*self._asking)
-        self._parts = []
+        self.parts = []
         self._begin(await self.pieces.fetch_all(self._own.layout), writes=False)
         self._own_steps = state["steps"]
-        for part, (due_at, steps_then) in zip(self._parts, state["parts"], strict=True):
+        for part, (due_at, steps_then) in zip(self.parts, state["parts"], strict=True):
             part.due_at, part.steps_then = due_at, steps_then
 
     @property
@@ -469,22 +470,22 @@ class SharedParameters(Uncopied, Generic[M]):
     @property
     def uids(self) -> list[str]:
         """The pieces that the parameters are cut into."""
-        return [part.uid for part in self._parts]
+        return [part.uid for part in self.parts]
 
     def known(self) -> dict[str, tuple[int, torch.Tensor]]:
         """Return version and `merged` values of each piece, as they are known here."""
-        return {part.uid: (part.copy.base[1], part.copy.merged()) for part in self._parts}
+        return {part.uid: (part.copy.base[1], part.copy.merged()) for part in self.parts}
 
     def _turn(self, is_due: Callable[[SharedPart], bool]) -> SharingReport | None:
         """Add what came, and send what is due. On the caller's thread, in one go."""
         pushed = merged = unsound = 0
         error: TesseractError | None = None
-        for part in self._parts:
+        for part in self.parts:
             if (arrived := part.arrived) is not None:
                 part.arrived = None
                 error = error or arrived.error
                 merged += self._add(part, arrived)
-        for part in self._parts:
+        for part in self.parts:
             if part.asked is not None or part.copy.cut.kind is MergeKind.FIXED or not is_due(part):
                 continue
             part.due_at = self._own_steps + self.every
@@ -500,7 +501,7 @@ class SharedParameters(Uncopied, Generic[M]):
             request = messages.PushRequest(part.uid, secrets.token_bytes(16), version, root, steps)
             self._start(part, messages.PUSH, request, values)
             pushed += 1
-        silent = {one.uid: time.monotonic() - one.failing_since for one in self._parts if one.failing_since is not None}
+        silent = {one.uid: time.monotonic() - one.failing_since for one in self.parts if one.failing_since is not None}
         if not (pushed or merged or unsound or error or silent):
             return None
         return SharingReport(pushed, merged, unsound, error, silent)
@@ -556,7 +557,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
     def _pull_all(self) -> None:
         self._checked_turn(lambda part: False)
-        for part in self._parts:
+        for part in self.parts:
             if part.asked is None and part.copy.cut.kind is not MergeKind.FIXED:
                 _, version, root = part.copy.base
                 self._start(part, messages.PULL, messages.PullRequest(part.uid, version, root))
@@ -577,7 +578,7 @@ class SharedParameters(Uncopied, Generic[M]):
         self._spawn(part.ask(self.pieces, method, request, values))
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        """Run this beside the trainer, on the node's loop."""
+        """Run this next to the trainer, on the node's loop."""
 
         async def start() -> None:
             self._asking.spawn(work)

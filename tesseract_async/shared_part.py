@@ -1,7 +1,7 @@
 """Part: one piece of the shared parameters at a trainer: when it is due, and the call that is under way.
 
 What takes milliseconds for a large piece (packing its difference, others' updates and the hash that proves them) is
-done beside the trainer: its `step` only copies values and adds to them.
+done next to the trainer: its `step` only copies values and adds to them.
 """
 
 import asyncio
@@ -71,9 +71,9 @@ class SharedPart:
     due_at: int
     """Own steps after which the next push is due."""
     steps_then: int = 0
-    """Own steps at the last push that counted, ..."""
+    """Own steps at the last push that counted."""
     steps_sent: int = 0
-    """... and at the one under way."""
+    """Own steps at the push under way."""
     steps: int = 0
     """Everybody's steps, as pushed so far."""
     lost: torch.Tensor | None = None

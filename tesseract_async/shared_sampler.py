@@ -24,7 +24,7 @@ B = TypeVar("B")
 PERIOD: Final = 1.0
 """Seconds between two reports of a trainer that needs nothing."""
 SHORT_PERIOD: Final = 0.2
-"""... that waits for samples."""
+"""Seconds between two reports of a trainer that waits for samples."""
 LEAVE_TIMEOUT: Final = 5.0
 _END: Final = object()
 
@@ -69,7 +69,7 @@ class SharedSampler(Uncopied, Sampler[int]):
             raise ValueError("there is at least one sample, in batches of at least one, fetched at least one ahead")
         self.num_samples, self.batch_size, self.shuffle, self.seed = len(dataset), batch_size, shuffle, seed
         self.epoch = 0
-        self._shared, self._trainer = shared, new_name()
+        self.shared, self._trainer = shared, new_name()
         self._share = Share(self.num_samples, batch_size=batch_size, ahead=ahead)
         self._news = threading.Condition()
         self._orders: dict[int, list[int]] = {}
@@ -189,7 +189,7 @@ class SharedSampler(Uncopied, Sampler[int]):
             return self._share.num_begun
 
     def batch_ended(self, number: int, *, failed: bool = False) -> None:
-        """This batch has been learned from, or not if it `failed`: then it is handed out again."""
+        """Note that this batch has been learned from, or `failed`: then it is handed out again."""
         self._ended(number, failed=failed)
 
     def end_run(self) -> None:
@@ -217,7 +217,7 @@ class SharedSampler(Uncopied, Sampler[int]):
         if self._is_closed:
             return
         if self._loop is None:
-            self._loop = self._shared.spawn(self._report_always())
+            self._loop = self.shared.spawn(self._report_always())
         elif self._wake is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
@@ -251,7 +251,7 @@ class SharedSampler(Uncopied, Sampler[int]):
         with self._news:
             turn, report = self._share.report()
         request = messages.SamplesRequest(
-            self._shared.uids[0],
+            self.shared.uids[0],
             self._trainer,
             turn,
             report.epoch,
@@ -261,7 +261,7 @@ class SharedSampler(Uncopied, Sampler[int]):
             [*encode_pieces(report.done)],
             [*encode_pieces(report.returned)],
         )
-        message = await self._shared.ask_first(messages.SAMPLES, request)
+        message = await self.shared.ask_first(messages.SAMPLES, request)
         reply = messages.decode(messages.SamplesReply, message.body)
         grant = Allotment(decode_pieces(reply.pieces), reply.again, decode_pieces(reply.gone), reply.first, reply.waits)
         self._take(reply.session, report, grant)

@@ -289,3 +289,10 @@ def test_no_function_is_imported_under_a_name_that_another_bears() -> None:
             if function in defined.get(module, ()):
                 places.setdefault(function, set()).add(module)
     assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_little_is_typed_as_anything() -> None:
+    """`Any` is for what torch and other libraries leave untyped: in 3 of 1,000 lines at most."""
+    texts = [path.read_text() for path in files()]
+    used = sum(isinstance(one, ast.Name) and one.id == "Any" for text in texts for one in ast.walk(ast.parse(text)))
+    assert 1000 * used <= 3 * sum(text.count("\n") for text in texts)

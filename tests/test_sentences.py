@@ -48,9 +48,9 @@ def test_the_reference_begins_with_a_table_of_all_public_names() -> None:
 
 def test_a_docstring_says_what_a_thing_is_or_does() -> None:
     """It begins neither with a question about the thing nor with half a phrase; an attribute's doesn't, either."""
-    riddle = re.compile(
-        r'^ *"""(What|Whether|Of|How|Who|Whose|Whom|Where|When|Which|Why|Else|The one|Those of)\b.*', re.M
-    )
+    begins = r"What|Whether|Of|How|Who|Whose|Whom|Where|When|Which|Why|Else|The one|Those|These|In which|That (is|are)"
+    begins += r"|(By|From|To) (which|whom|what|how)|So (many|much|long|often)|(For|After) (so|how)|Once it"
+    riddle = re.compile(rf'^ *"""(({begins})\b|\.\.\.).*', re.M)
     paths = (ROOT / "tesseract_async").rglob("*.py")
     found = {path.name: [one[0] for one in riddle.finditer(path.read_text(encoding="utf-8"))] for path in paths}
     assert not {name: lines for name, lines in found.items() if lines}

@@ -67,7 +67,7 @@ def close(one: nn.Module, other: nn.Module) -> bool:
 def anchored(shared: SharedParameters[Any]) -> nn.Module:
     """The model with the values from which differences are taken: the merged ones, and the momentum's start."""
     model = copy.deepcopy(shared.model)
-    for part in shared._parts:
+    for part in shared.parts:
         Layout.of(model).write(model, part.copy.cut, part.copy.anchor)
     return model
 
@@ -101,10 +101,10 @@ async def test_two_trainers_end_with_one_model() -> None:
         await asyncio.gather(steps(first, 8, 1), steps(second, 8, 2))
         await asyncio.gather(first.flush(), second.flush())
         assert first._is_shared and second._is_shared
-        before = [part.copy.base[1] for part in second._parts]
+        before = [part.copy.base[1] for part in second.parts]
         # the second time only takes what the other one sent last
         await asyncio.gather(first.flush(), second.flush())
-        assert all(part.copy.base[1] - version <= 1 for part, version in zip(second._parts, before, strict=True))
+        assert all(part.copy.base[1] - version <= 1 for part, version in zip(second.parts, before, strict=True))
         assert same(first.merged(), second.merged())
         assert first.steps == second.steps == 16
         async with sharing(make_model(3), seed.address, host=False) as (_, third):  # a newcomer takes what is there
@@ -115,7 +115,7 @@ async def test_the_first_round_waits_for_all_that_have_entered() -> None:
     async with sharing(make_model(1), every=9) as (seed, first), sharing(make_model(2), seed.address) as (_, second):
         await asyncio.gather(steps(first, 1, 1), steps(second, 1, 2))
         await asyncio.gather(first.flush(), second.flush())
-        assert {part.copy.base[1] for part in first._parts if part.copy.cut.kind is not MergeKind.FIXED} == {1}
+        assert {part.copy.base[1] for part in first.parts if part.copy.cut.kind is not MergeKind.FIXED} == {1}
 
 
 async def test_alone_without_momentum_and_codec_it_is_plain_training() -> None:
@@ -141,12 +141,12 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
         bootstrap = await stack.enter_async_context(ta.TesseractNode())
         dying = contextlib.AsyncExitStack()
         node, first = await dying.enter_async_context(sharing(one, bootstrap.address))
-        _, second = await stack.enter_async_context(sharing(other, bootstrap.address))
+        follower, second = await stack.enter_async_context(sharing(other, bootstrap.address))
         await asyncio.gather(steps(first, 4, 1), steps(second, 4, 2))
         await asyncio.gather(first.flush(), second.flush())
         await second.flush()
         await asyncio.sleep(1.0)  # for the follower's pull
-        assert second._node.metrics.total("fragments_replayed") > 0  # not whole states, but the first
+        assert follower.metrics.total("fragments_replayed") > 0  # not whole states, but the first
         before = second.steps
         node.network.mute()
         await node.endpoint.aclose()  # as by SIGKILL: nothing is said
@@ -191,20 +191,21 @@ async def test_the_report_says_which_pieces_have_no_primary(monkeypatch: pytest.
 async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round waits two seconds for a trainer that is gone; who asks meanwhile does not send again."""
     monkeypatch.setattr(shared_pieces, "PUSH_TIMEOUT", 0.3)
-    async with sharing(make_model(1), every=1) as (node, first), sharing(make_model(2), node.address) as (_, second):
+    one, other = make_model(1), make_model(2)
+    async with sharing(one, every=1) as (seed, first), sharing(other, seed.address) as (node, second):
         await steps(first, 1, 1)
         await first.flush()
         pushes: list[int] = []
-        call = second._node.call_expert
+        call = node.call_expert
 
         async def counted(peer: Any, method: str, body: Any = None, buffers: Any = (), **options: Any) -> Any:
             pushes.extend([len(buffers)] if method == messages.PUSH else [])
             return await call(peer, method, body, buffers, **options)
 
-        monkeypatch.setattr(second._node, "call_expert", counted)
+        monkeypatch.setattr(node, "call_expert", counted)
         await steps(second, 1, 2)
         await second.flush()
-        assert sum(pushes) == len(second._parts) < len(pushes)
+        assert sum(pushes) == len(second.parts) < len(pushes)
 
 
 async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +218,7 @@ async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytes
         await steps(second, 1, 20)
         await second.flush()
         assert second._is_shared and second.steps == 10
-        part = second._parts[0]
+        part = second.parts[0]
         part.steps_sent += 1  # a push of later steps, which is not counted
         second._add(part, Arrived(part.steps, torch.zeros(part.copy.cut.numel)))
         assert part.due_at == second._own_steps  # the next step pushes again
@@ -258,7 +259,7 @@ async def test_who_waited_for_the_others_pushes_later_the_next_time(monkeypatch:
     others_push.set()
     async with sharing(model, every=16) as (_, shared):
         others_push.clear()
-        part = shared._parts[0]
+        part = shared.parts[0]
         first = part.due_at
         await steps(shared, first + 8, 1)
         others_push.set()
@@ -381,7 +382,7 @@ async def test_steps_smaller_than_the_last_bit_of_16_bits_add_up() -> None:
                 model[0].add_(2**-7)  # the last bit of a number between 1 and 2
             await shared.step()
             await shared.flush()
-        anchor = torch.cat([part.copy.anchor for part in shared._parts])
+        anchor = torch.cat([part.copy.anchor for part in shared.parts])
         assert anchor.dtype == torch.float32 and torch.allclose(anchor, torch.tensor(1.0 + 2 * 2**-7), atol=1e-6)
         assert torch.equal(model[0].float(), torch.full((4,), 1.0 + 2 * 2**-7))
 
@@ -491,12 +492,12 @@ async def test_strange_pushes_are_refused_and_count_nothing() -> None:
         sharing(make_model(1), every=1) as (node, shared),
         ta.TesseractNode(initial_peers=[node.address]) as liar,
     ):
-        uid, (_, version, root) = shared._parts[0].uid, shared._parts[0].copy.base
+        uid, (_, version, root) = shared.parts[0].uid, shared.parts[0].copy.base
         (replica,) = await liar.directory.find(uid)
         file = await fetch_state(liar, replica.peer, uid, weights_only=True)
         assert file and check_state(uid, file, weights_only=True)["module"].keys() == NEWCOMERS | {LAST}
-        good = shared._parts[0].copy.push(torch.zeros(shared._parts[0].copy.cut.numel))
-        shared._parts[0].copy.cancel()
+        good = shared.parts[0].copy.push(torch.zeros(shared.parts[0].copy.cut.numel))
+        shared.parts[0].copy.cancel()
         bodies: list[tuple[list[object], list[bytes]]] = [
             ([uid], [good]),
             ([uid, b"short", version, root, 1], [good]),
@@ -518,7 +519,7 @@ async def test_strange_pushes_are_refused_and_count_nothing() -> None:
             with pytest.raises(ta.errors.UnknownMethod):
                 await liar.call_expert(replica.peer, method, [uid], [], timeout=10.0)
         await shared.flush()
-        assert shared._parts[0].copy.base == (0, version, root)
+        assert shared.parts[0].copy.base == (0, version, root)
 
 
 @pytest.mark.parametrize("every", [0, 1025])
@@ -547,7 +548,7 @@ async def test_of_a_flood_of_pushes_one_is_measured(monkeypatch: pytest.MonkeyPa
     ):
         await steps(shared, 1, 1)
         await shared.flush()  # it takes part now, so rounds wait for it
-        part = shared._parts[0]
+        part = shared.parts[0]
         _, version, root = part.copy.base
         (replica,) = await liar.directory.find(part.uid)
         data = part.copy.push(part.copy.anchor.clone())
@@ -653,13 +654,13 @@ async def test_in_a_run_the_role_decides_who_shares_and_who_hosts() -> None:
                 await SharedParameters(node, make_model(2), run=run, host=True).__aenter__()
             with pytest.raises(ta.errors.NotAllowed, match="ask its owner for the role share"):
                 await SharedParameters(no, make_model(3), run=run).__aenter__()
-            part = first._parts[0]
+            part = first.parts[0]
             _, version, root = part.copy.base
             with pytest.raises(ta.errors.NotAllowed, match="may not share"):  # asked or not
                 (replica,) = await no.directory.find(part.uid)
                 body = [part.uid, bytes(16), version, root, 1]
                 await no.call_expert(replica.peer, messages.PUSH, body, [b""], timeout=10.0)
-            assert first._parts[0].steps == 8
+            assert first.parts[0].steps == 8
 
 
 @pytest.mark.slow
@@ -669,19 +670,20 @@ async def test_in_a_run_a_follower_takes_over_and_no_push_counts_twice() -> None
     async with contextlib.AsyncExitStack() as stack:
         bootstrap = await stack.enter_async_context(ta.TesseractNode())
         dying = contextlib.AsyncExitStack()
-        trainers = []
+        trainers, nodes = [], list[ta.TesseractNode]()
         for number in (1, 2, 3):
             entered = dying if number == 1 else stack
             node = await entered.enter_async_context(member(number, run, ("host", "share"), bootstrap.address))
+            nodes.append(node)
             shared = SharedParameters(node, make_model(number), run=run, every=2, host=True)
             trainers.append(await entered.enter_async_context(shared))
         await asyncio.gather(*(steps(one, 4, seed) for seed, one in enumerate(trainers)))
         await asyncio.gather(*(one.flush() for one in trainers))
         await asyncio.sleep(2.0)  # followers have the Seals' files
         first, *others = trainers
-        assert sum(one._node.metrics.total("fragments_replayed") for one in trainers) > 0
-        first._node.network.mute()
-        await first._node.endpoint.aclose()  # as by SIGKILL: nothing is said
+        assert sum(one.metrics.total("fragments_replayed") for one in nodes) > 0
+        nodes[0].network.mute()
+        await nodes[0].endpoint.aclose()  # as by SIGKILL: nothing is said
         await asyncio.gather(*(steps(one, 4, 10 + seed) for seed, one in enumerate(others)))
         for _ in range(2):  # the second time with what the other one sent last
             await asyncio.gather(*(one.flush() for one in others))
@@ -737,7 +739,7 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
             for round_ in range(3):
                 await steps(first, 2, round_)
                 await first.flush()
-            version = min(part.copy.base[1] for part in first._parts if part.copy.cut.kind is not MergeKind.FIXED)
+            version = min(part.copy.base[1] for part in first.parts if part.copy.cut.kind is not MergeKind.FIXED)
             while not have(version):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             # a holder has the file, and follows by updates as others do

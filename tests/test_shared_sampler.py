@@ -74,7 +74,7 @@ async def train(sampler: ta.SharedSampler, model: nn.Module, seen: Counter[int],
         if report.error is None:
             seen.update(batches[report.batch])
             num += 1
-            await sampler._shared.step()
+            await sampler.shared.step()
     return num
 
 
@@ -159,7 +159,7 @@ async def test_on_real_nodes() -> None:
     seen: Counter[int] = Counter()
     async with sampling() as (seed, one), sampling(seed.address) as (_, other):
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
-            some = [group.create_task(train(sampler, sampler._shared.model, seen)) for sampler in (one, other)]
+            some = [group.create_task(train(sampler, sampler.shared.model, seen)) for sampler in (one, other)]
         assert all(training.result() for training in some)
         assert seen == dict.fromkeys(NUMBERS, 1) and failed == [7]
         assert one.state_dict() == {"epoch": 0}
@@ -181,9 +181,9 @@ async def test_what_a_primary_leaves_undone_is_taken_by_others() -> None:
         _, other = await stack.enter_async_context(sampling(bootstrap.address))
         feed = one.feed(one)
         first = [await anext(feed) for _ in range(8)]
-        await one._shared.step()  # ends the first four
+        await one.shared.step()  # ends the first four
         await one._report()
-        await one._shared.flush()  # a round closes, with what is done
+        await one.shared.flush()  # a round closes, with what is done
         await feed.aclose()
         await leaving.aclose()  # the pieces are handed over
         second = [sample async for sample in other.feed(other)]

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from tesseract_async.admission import Policy, Quota
-from tesseract_async.cli.flags import Flag, grouped
+from tesseract_async.cli.flags import NO_FLAG, Flag, grouped
 from tesseract_async.cli.types import PEER_FILE, PEERS, SECONDS, SIZE, counted
 from tesseract_async.identity import PeerID
 
@@ -31,7 +31,7 @@ class AccessOptions:
     """Work on at most this many calls of each peer at once."""
     peer_period: Annotated[float, SECONDS] = 60.0
     """Count --peer-calls and --peer-bytes over this time."""
-    allow_training: tuple[frozenset[PeerID], ...] = ()
+    allow_training: Annotated[tuple[frozenset[PeerID], ...], NO_FLAG] = ()
 
     def policy(self) -> Policy | None:
         """Return the policy that the lists and quotas make; None if there are none: everybody may do everything.
@@ -70,7 +70,7 @@ class ServerAccessOptions(AccessOptions):
 
 
 access_options = grouped("policy", AccessOptions, made=AccessOptions.policy, sections={"allow": "Limits"})
-"""For commands that answer strangers: a policy, or None, as the argument `policy`."""
+"""Options of commands that answer strangers: a policy, or None, as the argument `policy`."""
 server_access_options = grouped("policy", ServerAccessOptions, made=AccessOptions.policy, sections={"allow": "Limits"})
 """The same, for commands that host experts."""
 

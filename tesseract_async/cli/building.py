@@ -53,7 +53,7 @@ def make_builder(serving: ServeOptions, limits: VolunteerSettings, *, keeps_lear
 class ExpertBuilder:
     spread: Spread | None = None
     link: MeshLink | None = None
-    """To the other processes, where experts are spread."""
+    """The link to the other processes, if experts are spread."""
 
     def __init__(self, serving: ServeOptions, computing: Mapping[str, object], max_bytes: int | None) -> None:
         """`computing`: how this computer computes (`BackendSettings`). `max_bytes`: of an expert; None: what fits."""

@@ -21,6 +21,8 @@ KINDS: Final = {"_bytes": SIZE, "_rate": RATE, "_load": SHARE, "_after": SECONDS
 """Click types of fields by how their names end, where their annotations hold none. Flags go without the first two of
 these ends, since their values have units."""
 SEVERAL: Final = "; may be given several times."
+NO_FLAG: Final = "no flag"
+"""Stands in the annotation of a field that is none: another option gives its value."""
 
 
 class Flag:
@@ -34,7 +36,7 @@ class Flag:
 
 @functools.cache
 def options_of(settings: type) -> dict[str, Decorator]:
-    """Return the options of a settings class by the names of its fields: of each field that has a docstring.
+    """Return the options of a settings class by the names of its fields, but those with `NO_FLAG`.
 
     The first sentence of the docstring is the help. Name, type and default are the field's, unless its annotation holds
     a click type or a `Flag`. A field without a default must be given; one that is a tuple may be given several times.
@@ -42,17 +44,17 @@ def options_of(settings: type) -> dict[str, Decorator]:
     found = dict[str, Decorator]()
     hints, sentences = get_type_hints(settings, include_extras=True), _first_sentences(settings)
     for name, parameter in inspect.signature(settings).parameters.items():
-        if name not in sentences:
-            continue
         notes: list[object] = []
-        kind, more = hints[name], dict[str, Any](help=sentences[name])
+        kind, more = hints[name], dict[str, Any](help=sentences.get(name, ""))
         if get_origin(kind) is Annotated:
             kind, *notes = get_args(kind)
+        if NO_FLAG in notes:
+            continue
         flag = next((one for one in notes if isinstance(one, Flag)), Flag())
         types = [one for one in notes if isinstance(one, click.ParamType)]
         if get_origin(kind) is tuple:
             kind = get_args(kind)[0]
-            more |= {"multiple": True, "help": more["help"].removesuffix(".") + SEVERAL}
+            more |= {"multiple": True, "help": more["help"] and more["help"].removesuffix(".") + SEVERAL}
         if parameter.default is inspect.Parameter.empty:
             more["required"] = True
         elif parameter.default is not None and parameter.default != ():
@@ -66,10 +68,14 @@ def options_of(settings: type) -> dict[str, Decorator]:
 
 
 def _first_sentences(settings: type) -> dict[str, str]:
-    """Return how the docstrings of a class's fields begin, by name: Python keeps these in its source only."""
+    """Return how the docstrings of a class's fields begin, by name: Python keeps these in its source only. None where a
+    program was packed without it."""
     found: dict[str, str] = {}
     for one in reversed(settings.__mro__[:-1]):
-        module = ast.parse(inspect.getsource(sys.modules[one.__module__]))
+        try:
+            module = ast.parse(inspect.getsource(sys.modules[one.__module__]))
+        except (OSError, TypeError):
+            continue
         body = next(part.body for part in module.body if isinstance(part, ast.ClassDef) and part.name == one.__name__)
         for field, text in zip(body, body[1:], strict=False):
             match field, text:

@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 FIND_ATTEMPTS: Final = 5
 REFUSING_SECONDS: Final = 0.3
-"""In which a server whose mesh is lost still says so to its callers."""
+"""Seconds for which a server whose mesh is lost still says so to its callers."""
 MAX_NAMED: Final = 256
 """Experts that a line for programs names, the first ones: there may be thousands, and pipes are small."""
 SETTLE_TIMEOUT: Final = 20.0
@@ -85,7 +85,7 @@ class Hosting:
         self._given = given or {}
         self._limits = limits
         self._has_identity = node.identity is not None
-        self._builder = builder
+        self.builder = builder
         self._run: SignedRun | None = None
         self._authority: Authority | None = None
         """The rights of peers in the run; None without a run."""
@@ -109,8 +109,8 @@ class Hosting:
             lock.release()
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.node)
-            if self._builder.link is not None:
-                await stack.enter_async_context(self._leading(self._builder.link))
+            if self.builder.link is not None:
+                await stack.enter_async_context(self._leading(self.builder.link))
             for line in describe_policy(self.node.policy):
                 click.echo(line, err=True)
             await self._find_run()
@@ -124,7 +124,7 @@ class Hosting:
             self.server = server = TesseractServer(
                 self.node,
                 backends,
-                device=self._builder.devices,
+                device=self.builder.devices,
                 checkpoint_dir=serving.checkpoint_dir,
                 checkpoint_period=serving.checkpoint_period,
                 followers=followed,
@@ -248,12 +248,12 @@ class Hosting:
         capacity, template = await server.call_aside(
             partial(
                 measure_capacity,
-                partial(self._builder.build, uid, self._run),
+                partial(self.builder.build, uid, self._run),
                 room=room,
                 hold_bytes=None if serving.hold_bytes is None else int(serving.hold_bytes),
                 folder=serving.checkpoint_dir,
                 max_bytes=self._limits.max_memory_bytes,
-                devices=self._builder.devices,
+                devices=self.builder.devices,
             )
         )
         click.echo(capacity.sentence, err=True)
@@ -263,7 +263,7 @@ class Hosting:
             replicas,
             authority,
             capacity,
-            build=partial(self._builder.build, run=self._run),
+            build=partial(self.builder.build, run=self._run),
             template=template,
             chooses=chooses,
         )
@@ -313,7 +313,7 @@ class Hosting:
         if limit is not None:
             pattern = patterns[0] if patterns or self._run is None else self._run.manifest.pattern
             uid = next(iter(pattern))
-            self._memory = fit_memory(limit, lambda: self._builder.build(uid, self._run), devices=self.serving.devices)
+            self._memory = fit_memory(limit, lambda: self.builder.build(uid, self._run), devices=self.serving.devices)
 
     def _server_settings(self) -> ServerSettings:
         runtime = RuntimeSettings(stall_timeout=self.serving.stall_timeout)
@@ -337,7 +337,7 @@ class Hosting:
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
         with progress_bar("building experts", total=len(uids)) as advance:
-            built = await self._builder.build_all(uids, self._run, on_built=lambda: advance(1))
+            built = await self.builder.build_all(uids, self._run, on_built=lambda: advance(1))
         spare_the_collector()  # else it looks through them again and again while thousands are made known
         return built
 

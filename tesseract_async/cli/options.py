@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 import click
 
 from tesseract_async.admission import Policy
-from tesseract_async.cli.flags import FIRST, Decorator, Flag, chain, grouped, in_section
+from tesseract_async.cli.flags import FIRST, NO_FLAG, Decorator, Flag, chain, grouped, in_section
 from tesseract_async.cli.running import set_up_logging, spinner
 from tesseract_async.cli.types import (
     ADDRESS,
@@ -123,7 +123,7 @@ class ExpertOptions:
 class NodeOptions:
     """Options of a long-running command's node: where it listens, and whom it joins."""
 
-    initial_peers: Sequence[str] = ()
+    initial_peers: Annotated[Sequence[str], NO_FLAG] = ()
     host: str = "127.0.0.1"
     """Listen on this address; 0.0.0.0 lets other computers reach this one."""
     identity: Annotated[Path | None, FILE] = None
@@ -169,14 +169,14 @@ node_options = chain(
     leave_with_parent_option,
     log_options,
 )
-"""For commands that run a node until they are told to leave: a `NodeOptions` as the argument `node`."""
+"""Options of commands that run a node until they are told to leave: a `NodeOptions` as the argument `node`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
     """The options of a command that joins a swarm only to look, or to do one thing."""
 
-    initial_peers: Sequence[str]
+    initial_peers: Annotated[Sequence[str], NO_FLAG]
     identity: Annotated[Path | None, FILE] = None
     """Join with the key in this file, if only listed members may join."""
     members: Annotated[frozenset[PeerID] | None, PEER_FILE, Flag("--allow-file")] = None
@@ -197,7 +197,7 @@ class Visit:
 
 
 visit_options = chain(grouped("visit", Visit, initial_peers_option(required=True)), log_options)
-"""For commands that join a swarm, do something and end: a `Visit` as the argument `visit`."""
+"""Options of commands that join a swarm, do something and end: a `Visit` as the argument `visit`."""
 
 
 def host_towards(seeds: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import click
 
-from tesseract_async.cli.flags import Flag, chain, grouped, several_option
+from tesseract_async.cli.flags import NO_FLAG, Flag, chain, grouped, several_option
 from tesseract_async.cli.options import host_towards, initial_peers_option, join, json_option, log_options
 from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
@@ -45,10 +45,10 @@ PEER_OR_FREE = Parsed("peer", lambda text: text if text == FREE else PeerID.pars
 class OwnerOptions:
     """The run that a command is about, the owner who gives the command, and the swarm."""
 
-    name: str
+    name: Annotated[str, NO_FLAG]
     identity: Annotated[Path, EXISTING_FILE]
     """Sign with this key file, of the owner or a delegate."""
-    initial_peers: tuple[str, ...]
+    initial_peers: Annotated[tuple[str, ...], NO_FLAG]
     join_as: Annotated[Path | None, FILE] = None
     """Join with the key in this file, if only listed members may join."""
 
@@ -75,7 +75,7 @@ class OwnerOptions:
 
 _owner_name = click.argument("name", metavar="NAME[@PEER_ID]")
 owner_options = chain(grouped("owner", OwnerOptions, _owner_name, initial_peers_option(required=True)), log_options)
-"""For what the owner of a run or a delegate does: an `OwnerOptions` as the argument `owner`."""
+"""Options of what the owner of a run or a delegate does: an `OwnerOptions` as the argument `owner`."""
 
 
 @click.group("run")
@@ -283,7 +283,7 @@ def backup_key(*, file: Path, identity: Path, restore: bool, passphrase: str) ->
 
 def _standing(one: Standing) -> dict[str, object]:
     return {
-        "led_by": None if one.leader is None else str(one.leader),
+        "led_by": None if one.primary is None else str(one.primary),
         "followed_by": list(map(str, one.followers)),
         "held_by": list(map(str, one.holders)),
         "version": one.version,
@@ -302,8 +302,8 @@ def _safety(standings: Mapping[str, Standing], survey: Survey, num_copies: int) 
         lines.append(why)
     for uid, one in standings.items():
         if one.word != "safe":
-            leader = "nobody" if one.leader is None else one.leader.short
-            lines.append(f"{uid} is {one.word}: led by {leader}, version {one.version}")
+            primary = "nobody" if one.primary is None else one.primary.short
+            lines.append(f"{uid} is {one.word}: led by {primary}, version {one.version}")
     return lines
 
 

@@ -30,9 +30,9 @@ Main = Callable[[], Coroutine[None, None, int]]
 MAX_UNREAD_BYTES: Final = 1 << 20
 """Bytes of lines for a program (`say`) that it has not read yet; beyond them, further lines are dropped."""
 _LOOK_SECONDS: Final = 0.1
-"""Until it is looked again whether it reads."""
+"""Seconds between two looks at whether that program reads."""
 _LAST_SECONDS: Final = 1.0
-"""So long, after this was told to leave, it may take to read what is left."""
+"""Seconds that the program has to read what is left, once this process was told to leave."""
 
 
 def run_command(main: Main, *, leave_with_parent: bool = False) -> None:

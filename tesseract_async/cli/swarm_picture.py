@@ -276,10 +276,10 @@ def _draw_standings(grids: list[SwarmState], number: int, first: int, *, is_cut:
     for column in ("expert", "led by", "followed by", "held by", "certified", "state"):
         table.add_column(column, no_wrap=is_cut, overflow="ellipsis" if is_cut else "fold")
     begin = max(0, min(first, len(experts) - number))
-    for prefix, coords, leader, followers, holders, version, losses, word in experts[begin : begin + number]:
+    for prefix, coords, primary, followers, holders, version, losses, word in experts[begin : begin + number]:
         table.add_row(
             Text(".".join((prefix, *map(str, coords)))),
-            leader or "nobody",
+            primary or "nobody",
             ", ".join(followers) or "nobody",
             ", ".join(holders) or "nobody",
             f"version {version:,}",

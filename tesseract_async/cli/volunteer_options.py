@@ -6,4 +6,4 @@ from tesseract_async.server.contract import VolunteerSettings
 volunteer_options = grouped(
     "limits", VolunteerSettings, sections={"max_memory_bytes": FIRST, "max_upload_rate": "Limits"}
 )
-"""For commands of volunteers: a `VolunteerSettings` as the argument `limits`."""
+"""Options of commands of volunteers: a `VolunteerSettings` as the argument `limits`."""

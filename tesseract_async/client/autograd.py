@@ -47,12 +47,13 @@ _ISSUE_FIRST = 2**62
 MAX_NODES_HERE = 64
 MAX_NUMBERS_HERE = 2**16
 MAX_SECONDS_HERE = 0.002
-"""A backward may keep the loop's thread for so long at a time. It is told by the nodes on each side of remote calls,
-by the numbers in leaves and inputs, and by the seconds that the same operations took before."""
+"""Seconds for which a backward may keep the loop's thread at a time. Estimated by the nodes on each side of remote
+calls, the numbers in leaves and inputs, and the seconds that the same operations took before."""
 
 _ON_THE_LOOP = (
     "backward through a remote expert was called on the event loop's own thread, which has to stay free to carry the "
-    "gradients: use `await tesseract_async.backward(loss)` (or call .backward() in another thread)"
+    "gradients: use `await tesseract_async.backward(loss)` (or call .backward() in another thread); in a hook, note "
+    "what is to be done, and await it after the backward that the hook belongs to"
 )
 _DOUBLE = (
     "a remote expert's gradient can't be differentiated again: call backward without create_graph=True "
@@ -173,7 +174,7 @@ class _GradientRequest:
     def __init__(self, call: "_RemoteCall", scale: float | None) -> None:
         self.call = call
         self.scale = scale
-        """By which the gradients were multiplied that it carries, divided."""
+        """The factor by which the gradients that it carries were multiplied; they travel without it."""
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
         self._versions = Versions()
         self._tensors: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]] = (), ()
@@ -186,7 +187,7 @@ class _GradientRequest:
         self._error: BaseException | None = None
 
     def start(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], *, is_cut: bool) -> None:
-        """In the thread that runs the engine. `is_cut`: `begin` or `run` follows.
+        """Take the gradients, in the thread that runs the engine. `is_cut`: `begin` or `run` follows.
 
         Raises: RuntimeError if the loop is not running.
         """
@@ -218,7 +219,13 @@ class _GradientRequest:
     async def run(self) -> None:
         """Do the same in this task. Raises: what the remote backward raises."""
         if not self.is_done:
-            self._result = await self._work()
+            try:
+                self._result = await self._work()
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                raise RuntimeError(_CANCELLED_OUTSIDE) from error
             self._end()
 
     def _work(self) -> Coroutine[object, object, list[torch.Tensor | None]]:
@@ -226,6 +233,7 @@ class _GradientRequest:
         return isolated(self.call.remote.backward(inputs, gradients), modes=NO_GRAD, steady=True)
 
     def _finish(self, task: asyncio.Task[list[torch.Tensor | None]]) -> None:
+        self.task = None  # it knows the error, which soon knows the frames that know this: a cycle
         if task.cancelled():
             self._error = self._error or RuntimeError(_CANCELLED_OUTSIDE)
         elif (error := task.exception()) is not None:
@@ -235,7 +243,7 @@ class _GradientRequest:
         self._end()
 
     def cancel(self) -> None:
-        """On the loop's thread or another one: frees the waiting thread at once, and cancels the call."""
+        """Free the waiting thread at once, and cancel the call, from the loop's thread or another one."""
         if not self.is_done:
             self._error = _Cancelled("the step was cancelled")
             self._end()
@@ -250,9 +258,13 @@ class _GradientRequest:
             self.task.cancel()
 
     def check(self) -> None:
-        """Raise what the remote backward raised."""
-        if self._error is not None:
-            raise self._error
+        """Raise what the remote backward raised, and forget it: it knows this frame, a cycle."""
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
 
     def wait(self) -> list[torch.Tensor | None]:
         """Block an engine's thread. Raises: what the remote backward raised; RuntimeError if the loop has ended."""
@@ -312,7 +324,9 @@ class _Await(torch.autograd.Function):
     def backward(ctx: _CallContext, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         call: _RemoteCall = ctx.call
         step: _Step | None = getattr(_engine_thread, "step", None)
-        request = call.requests.pop(torch._C._current_graph_task_id() if step is None or not step.is_cut else id(step))
+        request = None if step is None else step.cut.pop(call, None)
+        if request is None:
+            request = call.requests.pop(torch._C._current_graph_task_id())
         try:
             if not request.is_done:
                 call.refuse_loop_thread()  # here too: on a GPU, _Issue runs in the device's thread
@@ -347,8 +361,8 @@ class _Issue(torch.autograd.Function):
         inputs = ctx.saved_tensors[1:]
         graph_task = torch._C._current_graph_task_id()
         step: _Step | None = _steps.get(graph_task) or getattr(_engine_thread, "step", None)
-        is_cut = step is not None and step.is_cut
-        if not is_cut:
+        is_cut = step is not None and step.cut.get(call, call) is None
+        if not is_cut:  # in a hook, a backward inside this one may be through another loop's call
             call.refuse_loop_thread()
         if step is None or step.scaling is None:
             scale = noted_scale(graph_task)
@@ -365,7 +379,10 @@ class _Issue(torch.autograd.Function):
             request.skip(inputs)
         else:
             raise ExpertFailed(_NOT_FINITE)
-        call.requests[id(step) if is_cut else graph_task] = request
+        if step is not None and is_cut:
+            step.cut[call] = request
+        else:
+            call.requests[graph_task] = request
         return (None, torch.zeros((), device="cpu"), *(None for _ in inputs))
 
 
@@ -379,27 +396,32 @@ class _Step:
         self._lock = threading.Lock()
         self._cancelled = False
         self._requests: list[_GradientRequest] = []
-        self.is_cut = False
-        """True if the engine runs twice, in the loop's thread."""
+        self.cut: dict[_RemoteCall, _GradientRequest | None] = {}
+        """The remote calls between the two halves, where the engine runs twice in the loop's thread."""
 
     def parts_of(self, loss: torch.Tensor) -> tuple[Leaves, list[torch.Tensor], GraphCut] | None:
-        """Return the leaves under `loss`, the tokens of its remote calls and where they lie. None if `run_in_halves` is
-        not for them."""
+        """Return the leaves under `loss`, the tokens of its remote calls and where they lie. None if `run_in_halves`
+        cannot compute them."""
         found = None if self._stream is not None else find_cut(loss, *_KINDS, most=MAX_NODES_HERE)
         if found is None or _took.get(found.kinds, 0.0) > MAX_SECONDS_HERE:
             return None
         loop, tokens = asyncio.get_running_loop(), []
+        calls: dict[_RemoteCall, _GradientRequest | None] = {}
         issues: list[Any] = found.ends
         leaves = Leaves(loss)
         num_numbers = sum([leaf.numel() for leaf in leaves.tensors])
         for node in issues:
             token, *inputs = node.saved_tensors
             tokens.append(token)
+            calls[node.call] = None
             num_numbers += sum([x.numel() for x in inputs])
             if node.call.loop is not loop:
                 return None
         is_small = num_numbers <= MAX_NUMBERS_HERE and all([x.is_cpu for x in leaves.tensors])
-        return (leaves, tokens, found) if is_small and not leaves.have_hooks else None
+        if not is_small or leaves.have_hooks:
+            return None
+        self.cut = calls
+        return leaves, tokens, found
 
     async def run_in_halves(
         self,
@@ -409,7 +431,6 @@ class _Step:
         parts: tuple[Leaves, list[torch.Tensor], GraphCut],
     ) -> None:
         """Do all of a backward in the loop's thread: down to the remote calls, and on from their answers."""
-        self.is_cut = True
         leaves, tokens, found = parts
         upper = [leaf for leaf in leaves.tensors if id(leaf) in found.leaves]
         lower = [leaf for leaf in leaves.tensors if id(leaf) not in found.leaves]
@@ -417,15 +438,16 @@ class _Step:
         self.scaling = Scaling(self._scaler, could_be_noted=gradient is None)
         with self._here(found):
             above = gradients_of(loss, [*tokens, *upper], gradient, retain_graph=retain_graph)
-        if len(self._requests) == 1:
-            await self._requests[0].run()
+        requests = list(filter(None, self.cut.values()))
+        if len(requests) == 1:
+            await requests[0].run()
         else:
-            for request in self._requests:
+            for request in requests:
                 request.begin()
-            for request in self._requests:
+            for request in requests:
                 if request.task is not None:
                     await _ended(request.task)
-                    request.check()
+                request.check()
         with self._here(found):
             seeds = [seed for seed in above[: len(tokens)] if seed is not None]
             below = run_engine(tokens, seeds, lower, retain_graph=retain_graph)
@@ -445,7 +467,7 @@ class _Step:
     def run(
         self, loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool
     ) -> tuple[Leaves, list[torch.Tensor | None]]:
-        """In an engine thread: return the leaves under `loss` and what is left to add to each, in separate memory."""
+        """Return the leaves under `loss` and what is left to add to each, in separate memory. In an engine's thread."""
         _engine_thread.step = self
         try:
             stream: Any = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -466,7 +488,7 @@ class _Step:
                 _steps.pop(self.graph_task, None)
 
     def add(self, request: _GradientRequest) -> None:
-        """In an engine's thread."""
+        """Add a request, in an engine's thread."""
         with self._lock:
             self._refuse_if_cancelled()
             self._requests.append(request)
@@ -542,6 +564,9 @@ def backward(
     turn of the loop and all or nothing: after an error or a cancellation every ``.grad`` is as before. Experts whose
     servers had answered by then have taken their step. Cancelling fails the gradient requests under way and returns
     once the thread has left, which waits for a local operation in progress but for nothing remote.
+
+    Where what is local is small, the engine runs in the awaiting task instead, up to the calls and on from their
+    answers. So a hook must not wait for what needs the loop, such as another backward through a remote expert.
 
     Hooks that fire after accumulation (`register_post_accumulate_grad_hook`) fire in that turn, too. Where others may
     wait for it (on ``AccumulateGrad``; DistributedDataParallel's, as soon as `torch.distributed` is initialized), the

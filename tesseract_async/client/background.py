@@ -33,7 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _LOOK_SECONDS: Final = 1.0
-"""While calls are waited for, the node is looked after so often: it may have been closed."""
+"""Seconds between looks at the node while calls are waited for: it may have been closed."""
 
 
 class BackgroundNode(PlainCalls):
@@ -65,7 +65,7 @@ class BackgroundNode(PlainCalls):
         policy: Policy | None = None,
         refresh_period: float = 10.0,
     ) -> None:
-        """As `TesseractNode`; what that takes and this does not has its default. Raises: as there."""
+        """The arguments are those of `TesseractNode`; those missing here have their defaults. Raises the same."""
         self._inner = TesseractNode(
             host,
             port,

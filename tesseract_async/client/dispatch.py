@@ -46,7 +46,7 @@ class ExpertCall:
     grace: float = 0.0
     """Seconds for which it is still waited for when it is slow and all rows have enough answers; set by the sender."""
     is_slow: bool = False
-    """It takes longer than is usual: its rows are sent elsewhere, and only those wait for it that must."""
+    """True if it takes longer than usual: its rows are sent elsewhere, and only rows that need it wait for it."""
     seconds: float = 0.0
     """Seconds until it was answered or given up."""
     error: BaseException | None = None
@@ -58,7 +58,7 @@ class CallsUnderWay:
 
     direction: ClassVar[Direction]
     is_strict = False
-    """It fails where a call fails: nothing is left out."""
+    """True if it fails with the first call that fails: nothing is left out."""
 
     def __init__(self, candidates: Candidates, num_rows: int, *, timeout: float, patience: Patience) -> None:
         """`timeout`: seconds for the whole pass. A call is slow if it takes longer than what is usual by more than its
@@ -80,7 +80,7 @@ class CallsUnderWay:
         self._fresh: list[ExpertCall] = []
         self._under_way: dict[ExpertCall, None] = {}
         self._unneeded: set[ExpertCall] = set()
-        """Those that are not waited for and not counted as given up: stand-ins whose rows have all of their answers."""
+        """Calls that are neither waited for nor counted as given up: stand-ins whose rows have all of their answers."""
         self._num_first = 0
         """Calls sent at the start."""
         self._started = math.inf
@@ -174,7 +174,7 @@ class CallsUnderWay:
         self._under_way[call] = None
 
     def _ended(self, calls: Sequence[ExpertCall], now: float) -> Indices:
-        """These calls are over. Returns how many of them each row was in."""
+        """Note that these calls are over. Return how many of them each row was in."""
         for call in calls:
             del self._under_way[call]
             call.seconds = now - call.sent
@@ -259,7 +259,7 @@ class ForwardDispatch(CallsUnderWay):
         self._is_excluded_N: npt.NDArray[np.bool_] = np.zeros(num_live, dtype=np.bool_)
         self._failed_calls: list[ExpertCall] = []
         self._stand_ins: list[ExpertCall] = []
-        """Those sent since the start, for others that failed or are slow."""
+        """Calls sent since the start, for others that failed or are slow."""
         self._free_again: dict[int, float] = {}
         """The times at which overloaded experts may be asked again."""
         self._free_at = math.inf
@@ -370,7 +370,7 @@ class ForwardDispatch(CallsUnderWay):
         super()._end(now, only_slow=only_slow)
 
     def _admit(self, experts: Collection[int]) -> bool:
-        """These may be asked again, also for the rows with which they failed. Returns whether there are any."""
+        """Let these be asked again, also for the rows with which they failed. Return whether there are any."""
         if not experts:
             return False
         self._is_excluded_N[list(experts)] = False
@@ -470,7 +470,7 @@ class BackwardDispatch(CallsUnderWay):
     direction = "backward"
 
     def __init__(self, forward: CallsUnderWay, *, settings: MixtureSettings, patience: Patience) -> None:
-        """If `forward` is strict, all gradients are needed, too."""
+        """`forward`: if it is strict, all gradients are needed, too."""
         super().__init__(
             forward.candidates,
             len(forward.num_answers_R),

@@ -33,7 +33,7 @@ _GONE = (PeerUnreachable, ConnectionLost)
 _MAX_IGNORED: Final = 256
 _MAX_STRIKES: Final = 3
 _STRIKE_SECONDS: Final = 1.0
-"""An expert that was waited for in vain so often on end, and for so long together, counts as failed."""
+"""An expert that was waited for in vain this often in a row, and for this long together, counts as failed."""
 _SMOOTHING: Final = 0.2
 _MAX_GRACE_SECONDS: Final = 1.0
 _GRACE_SHARE: Final = 0.05
@@ -63,8 +63,8 @@ class Experience(Uncopied):
         self.left_out = LeftOut(node.metrics)
         self.lineages = Lineages(node)
         self._grace: dict[Direction, float] = {"forward": _MAX_GRACE_SECONDS, "backward": _MAX_GRACE_SECONDS}
-        """Seconds for which late answers are waited for: until one was waited for in vain. Then none, and each pass in
-        which all experts answered gives a share of its time back: experts that hang in every pass cost no more."""
+        """Seconds for which late answers are waited for. They fall to 0 once one was waited for in vain, and each pass
+        in which all experts answered gives a share of its time back: experts that always hang cost no more."""
         self._ignored: LRU[object, None] = LRU(_MAX_IGNORED)
         """Servers that host something else under a uid than others do; the latest ones."""
 
@@ -77,8 +77,8 @@ class Experience(Uncopied):
     def by_expectation(
         self, replicas: Sequence[ExpertReplica], now: float, num_bytes: float, *, primary_first: bool = False
     ) -> list[ExpertReplica]:
-        """Those not blocked and not in doubt first, then (with `primary_first`) the primary, then the fastest; unknown
-        ones count as idle, so that they become known."""
+        """Return the replicas in order: those neither blocked nor in doubt first, then (with `primary_first`) the
+        primary, then the fastest. Unknown ones count as idle, so that they become known."""
 
         def order(replica: ExpertReplica) -> tuple[bool, int, bool, float]:
             key, path = replica_key(replica), self.path_seconds(replica, num_bytes)
@@ -257,7 +257,7 @@ class Stalls:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it, `seconds` counts."""
+        """Count `seconds` within this context."""
         self._num_watching += 1
         if self._timer is None:
             self._look()

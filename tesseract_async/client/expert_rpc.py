@@ -44,9 +44,9 @@ class ExpertSchema:
     inputs: tuple[tuple[Schema, ...], dict[str, Schema]] = field(init=False)
     """Positional and keyword arguments as one structure."""
     input_specs: tuple[TensorSpec, ...] = field(init=False)
-    """The inputs, one after the other ..."""
+    """The inputs, one after the other."""
     output_specs: tuple[TensorSpec, ...] = field(init=False)
-    """... and the outputs."""
+    """The outputs, one after the other."""
     row_bytes: int = field(init=False)
     """Bytes of one row's inputs and outputs together, uncompressed."""
     varies: bool = field(init=False)

@@ -154,7 +154,7 @@ class Gate(nn.Module):
         return Mixed(unflatten(structure, outputs), num_answers_R, dispatch.errors, versions, loss)
 
     def _factor(self, scores_RS: torch.Tensor, weights_R: torch.Tensor, dispatch: ForwardDispatch) -> torch.Tensor:
-        """By what each row's sum is multiplied, where experts were weighted by the exponential of their score, and
+        """Return the factor of each row's sum, where experts were weighted by the exponential of their score, and
         `weights_R` is the sum of these weights: a softmax over the experts that answered. For a Switch layer also their
         probability, the product of their coordinates' softmaxes."""
         factor_R = 1 / weights_R.where(weights_R > 0, 1.0)

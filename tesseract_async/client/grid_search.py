@@ -31,7 +31,7 @@ class FoundView:
     coords: npt.NDArray[np.int64]
     replicas: Mapping[tuple[int, ...], Sequence[ExpertReplica]]
     is_exact: bool
-    """These are the best live ones of every row: the search came to its end."""
+    """True if these are the best live ones of every row: the search came to its end."""
     trouble: dict[str, BaseException]
     """By uid, the experts that could not be looked up, and why."""
 

@@ -58,7 +58,7 @@ class Request:
     """Its calls, each with the replica that is asked."""
     sent: float
     open: dict[ExpertCall, ExpertReplica] = field(init=False)
-    """Those that are not settled and have not failed here."""
+    """The calls that are not settled and have not failed here."""
     hedge_at: float = math.inf
     """The time at which others are asked what is still open."""
 
@@ -82,9 +82,9 @@ class Instructions(NamedTuple):
 class _Search:
     known: Sequence[ExpertReplica] = ()
     left: list[ExpertReplica] = field(default_factory=list)
-    """Those to ask next."""
+    """The replicas to ask next."""
     requests: list[Request] = field(default_factory=list)
-    """Those in which it is open."""
+    """The requests in which it is open."""
     strange: list[tuple[ExpertReplica, SchemaMismatch]] = field(default_factory=list)
     """Replicas that take something else."""
     num_lookups: int = 0
@@ -301,7 +301,7 @@ class Grouping:
         self.calls.failed(call, now, call.error or ExpertNotFound(f"no live server hosts the expert {call.uid}"))
 
     def _give_up(self, call: ExpertCall, search: _Search) -> None:
-        """It is over for this call, wherever else it is open."""
+        """End this call, wherever else it is open."""
         del self._searches[call]
         for request in search.requests:
             del request.open[call]

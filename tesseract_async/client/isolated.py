@@ -99,6 +99,7 @@ async def _isolate(coroutine: Coroutine[object, object, T], mine: Modes, own: li
     task = asyncio.current_task()
     is_task = task is not None and task.get_coro() is own[0]
     own.clear()  # it names this very coroutine: a cycle, left alone
+    del task  # it will know the error that knows this frame, where it fails
     return await _trampoline(coroutine, mine, is_task, steady)
 
 

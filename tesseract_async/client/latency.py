@@ -21,11 +21,11 @@ MAX_PATIENCE_ALONE = 4.0
 """The most before others of a pass have answered: those that wait in one queue are late together."""
 _PATIENCE_MARGIN = 1.4
 FIRST_GRACE_SECONDS = 3.0
-"""For those that were never asked before: a first pass may load, compile and allocate."""
+"""The factor for experts that were never asked before: a first pass may load, compile and allocate."""
 ABANDON_SECONDS = 0.5
 """A call that outlives its timeout by this much is abandoned."""
 BLOCK_SECONDS = 0.1
-"""For how long at least a server that was overloaded is not asked again."""
+"""The least seconds for which a server that was overloaded is not asked again."""
 _MIN_FOR_PATIENCE = 32
 _RELEARN_EVERY = 16
 
@@ -34,9 +34,9 @@ class Patience(NamedTuple):
     """The shares beyond what is usual after which a call is slow."""
 
     alone: float
-    """Beyond what it usually takes, while few of its pass have answered."""
+    """The share beyond what it usually takes, while few of its pass have answered."""
     beside_others: float
-    """Beyond that or what the others took, whichever is longer."""
+    """The share beyond what it usually takes or the others took, whichever is longer."""
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Lateness:
         """The share beyond what is expected, between `MIN_PATIENCE` and `most`."""
 
     def observe(self, seconds: Sequence[float], expected: Sequence[float | None]) -> None:
-        """Answers took so long, or had taken it when they were given up, where `expected` was usual."""
+        """Take in the seconds that answers took, or had taken when they were given up, where `expected` was usual."""
         new = [took / (usual or 1e-9) for took, usual in zip(seconds, expected, strict=True) if usual is not None]
         self._recent += new
         self._num_new += len(new)
@@ -75,9 +75,9 @@ class LatencyBook:
 
     def __init__(self) -> None:
         self.lateness = {"forward": Lateness(), "backward": Lateness()}
-        """By direction, for the calls of all mixtures together: beside others of the same pass that have answered."""
+        """By direction, for the calls of all mixtures, compared with others of the same pass that have answered."""
         self.lateness_alone = {way: Lateness(MAX_PATIENCE_ALONE) for way in self.lateness}
-        """The same, beside what was expected of each before any had."""
+        """The same, compared with what was expected of each call before any had answered."""
         self._records: LRU[Hashable, _Record] = LRU(_MAX_KEYS)
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 

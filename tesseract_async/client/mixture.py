@@ -12,10 +12,9 @@ that answered it), P the pairs of a message.
 import asyncio
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tesseract_async.client.arguments import with_absent
@@ -25,7 +24,7 @@ from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, Forward, Receipt, fetch_info
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.grouping import Request, may_pass
-from tesseract_async.client.passes import OptionalTensors, Pass, RowBlock
+from tesseract_async.client.passes import OptionalTensors, Pass, RowBlock, Values
 from tesseract_async.client.routing import Indices
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import InputsForgotten, TesseractError, TooStale, describe
@@ -34,8 +33,6 @@ from tesseract_async.runtime.encoding import pack
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec
-
-Values = npt.NDArray[np.floating[Any]]
 
 _MAX_GAP: Final = 30.0
 """Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
@@ -157,7 +154,7 @@ class _ForwardPass(Pass):
         self._audited: dict[ExpertCall, bool] = {}
 
     def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
-        """Any replica that is new enough; where a backward will follow, the primary first."""
+        """Return the replicas that are new enough; where a backward will follow, the primary first."""
         known = self.calls.candidates.replicas_of(call.expert)
         num_bytes = len(call.rows) * self.schema.row_bytes
         if found is None:
@@ -432,7 +429,7 @@ class _BackwardPass(Pass):
             return found
         rows_P, experts_P, weights_P, gradients_P = (np.concatenate(parts) for parts in zip(*self._pairs, strict=True))
         if self._call.is_normalized:
-            # what experts answer by now is compared with the average of those that answered by now: beside that of the
+            # what experts answer by now is compared with the average of those that answered by now: by that of the
             # forward, experts that have learned meanwhile would all look better than those not chosen, and the gate
             # would choose ever fewer
             sum_R = np.bincount(rows_P, weights_P * gradients_P, minlength=len(self._matrix))
@@ -448,7 +445,7 @@ class _BackwardPass(Pass):
 
 
 def _rows_of(tensors: OptionalTensors, rows: Indices) -> OptionalTensors:
-    """These rows of each; the tensors themselves where that is all of them."""
+    """Return these rows of each; the tensors themselves where that is all of them."""
     if tensors[0] is not None and len(rows) == len(tensors[0]):
         return list(tensors)
     at = torch.from_numpy(rows)

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Coroutine, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +32,7 @@ from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import TensorSpec
 
 OptionalTensors = list[torch.Tensor | None]
+Values = npt.NDArray[np.floating]
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +51,7 @@ class RowBlock:
     numbers_P: Indices
     """The row of the block for each pair."""
     weights_P: Weights
-    scales_R: npt.NDArray[np.floating[Any]] | None = None
+    scales_R: Values | None = None
     """The unit of each row's weights."""
     kept: bytes | None = None
     """Names the block, as long as its server keeps it."""

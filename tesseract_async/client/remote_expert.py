@@ -27,7 +27,7 @@ from tesseract_async.wire.tensors import Structure, unflatten
 T = TypeVar("T")
 
 LOOK_AGAIN_SECONDS = 1.0
-"""While only servers that failed lately are asked, others are looked for so often."""
+"""Seconds between looks for other servers while only some that failed lately are asked."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -247,7 +247,7 @@ class RemoteExpert(nn.Module):
         return await ask_best(self._experience, exchange.eligible(found), exchange, timeout=time_left)
 
     async def _live(self) -> Sequence[ExpertReplica]:
-        """Those that did not fail lately, by what the network says now. Raises: TimeoutError."""
+        """Return the replicas that did not fail lately, by what the network says now. Raises: TimeoutError."""
         async with asyncio.timeout(self.timeout):
             return await self._experience.node.directory.find(self.uid)
 

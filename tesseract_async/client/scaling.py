@@ -28,7 +28,7 @@ class Scaler(Protocol):
     """The part of a `torch.amp.GradScaler` that backward asks."""
 
     def get_scale(self) -> float:
-        """By how much it multiplies."""
+        """Return the factor by which it multiplies."""
 
     def is_enabled(self) -> bool:
         """Return whether it does so at all."""
@@ -58,7 +58,7 @@ def noted_scale(graph_task: int) -> float | None:
 
 
 class Scaling:
-    """By which scale one `backward` goes. In an engine's thread, for a scale on a GPU is waited for."""
+    """The scale of one `backward`. Used in an engine's thread, since a scale on a GPU is waited for."""
 
     def __init__(self, scaler: Scaler | None, *, could_be_noted: bool) -> None:
         """`could_be_noted`: whether it starts from a loss that the scaler, if it is torch's, has made."""
@@ -68,8 +68,8 @@ class Scaling:
         self._is_noted_for_sure = could_be_noted and watched and self._scale is not None
 
     def scale(self, graph_task: int) -> float | None:
-        """By what to divide what travels. Warns (RuntimeWarning) if the loss is scaled and no scaler was given, or the
-        other way round."""
+        """Return the divisor of the gradients that travel. Warns (RuntimeWarning) if the loss is scaled and no scaler
+        was given, or the other way round."""
         noted = noted_scale(graph_task)
         if not self._is_told:
             if noted is not None:

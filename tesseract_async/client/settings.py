@@ -60,22 +60,22 @@ class MixtureSettings:
     under way keeps a row from waiting for one that hangs. 0: fewer calls, for swarms where hardly any hang. One that
     was asked instead of another is not waited for once its rows have `k_best` answers."""
     forward_timeout: float = 15.0
-    """For a row to get its `k_min` answers, refills included. Rows that have tried every live expert wait until then
-    for those that come, come back, or were overloaded; not if all failed by their own word (`ExpertFailed` and the
-    like), and not with a `capacity_factor`."""
+    """Limit for a row to get its `k_min` answers, refills included. Rows that have tried every live expert wait until
+    then for experts that appear, come back, or were overloaded, unless all said themselves that they failed
+    (`ExpertFailed` and the like), or there is a `capacity_factor`."""
     timeout_after_k_min: float | None = None
-    """Once every row has `k_min` answers, how much longer the others are waited for at most; None: by `patience`, and
-    beyond it for a second, or three in an expert's first pass, as long as that was not in vain lately."""
+    """Limit of the wait for the other answers once every row has `k_min`. None: as long as `patience` allows, and then
+    another second (three in an expert's first pass), unless that was in vain lately."""
     backward_timeout: float = 15.0
-    """For the experts' gradients. An expert that has not answered by then contributes none."""
+    """Limit for the experts' gradients. An expert that has not answered by then contributes none."""
     backward_k_min: int = 0
     """Experts whose gradients a row needs, of those that answered it; with fewer, backward raises NotEnoughExperts. All
     are waited for in any case, as in forward; what is left out is counted (``answers_left_out``)."""
     patience: float | None = None
-    """An expert counts as hanging when it takes longer than this share (0.02 s at least) beyond what is usual: for most
-    others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must.
-    A number is kept to; time in which the loop stood still never counts. None: learned from how far answers scatter
-    (see `Lateness`), between 0.25 and 1.5; up to 4 while fewer than half of the batch's experts have answered, since
+    """An expert counts as hanging once it takes longer than usual by more than this share (at least 0.02 s): than most
+    others of the batch, than that many rows, and than itself. Its rows are then refilled, and only rows that still
+    need it wait. Time in which the loop stood still never counts. None: learned from how far answers scatter (see
+    `Lateness`), between 0.25 and 1.5; up to 4 while fewer than half of the batch's experts have answered, since
     answers that wait in one queue are late together."""
     refill: bool = True
     """Rows short of answers are sent to their next-best experts."""

@@ -31,15 +31,15 @@ from tesseract_async.wire.tensors import TensorSpec, pack_tensors, unpack_plain
 MAX_PAIRS: Final = 256
 """Pairs of a row and an expert: with more of them, the computing outweighs what is spared here."""
 _CHOSEN_SECONDS: Final = 1.0
-"""After so long, the fastest server of an expert that several host is looked for again."""
+"""Seconds after which the fastest server of an expert that several host is looked for again."""
 REST_SECONDS: Final = 1.0
-"""For so long no pass goes this way after one that failed."""
+"""Seconds for which no pass goes this way after one that failed."""
 _AGAIN_SECONDS: Final = 1.0
-"""So much of a time-out (of short ones a quarter) is kept for making the pass anew: it finds out who keeps silent."""
+"""Seconds of a timeout (of short ones a quarter) that are kept for making the pass anew, which finds silent servers."""
 
 
 def seconds_for_another(timeout: float) -> float:
-    """Return how much of a time-out this way leaves."""
+    """Return how much of a timeout this way leaves."""
     return min(_AGAIN_SECONDS, timeout / 4)
 
 
@@ -183,13 +183,13 @@ class Straight:
     ) -> None:
         """`holds`: whether `servers` are what they were, asked on the loop."""
         self.answer: torch.Tensor | None = None
-        """Once it is over: the sum; None if the pass has to be made anew."""
+        """The sum, once it is over; None if the pass has to be made anew."""
         self.is_sent = False
         """True once somebody may have been asked."""
         self.is_late = False
         """True if it was ended to ask another server: one that is slow now and then will do for the next pass."""
         self.seconds = 0.0
-        """Once it is over, how long it took."""
+        """The seconds that it took, once it is over."""
         self._experience, self._servers, self._asked = experience, servers, asked
         self._num_rows, self._options, self._timeout = num_rows, options, timeout
         self._holds = holds
@@ -255,7 +255,7 @@ class Straight:
         self.end()
 
     def end(self) -> None:
-        """It is over: with an answer, if all are there. What is under way is given up."""
+        """End it, with an answer if all are there. What is under way is given up."""
         if (done := self._done) is None:
             return
         self._done = None
@@ -348,7 +348,7 @@ class _Reply:
         self.cancel: Callable[[], None] = lambda: None
         self.is_open = True
         self.seconds = 0.0
-        """It took so long, once it is there."""
+        """The seconds that it took, once it is there."""
         self._places: set[int] = set()
 
     def heard(self, event: ReplyEvent) -> None:

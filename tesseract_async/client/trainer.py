@@ -98,7 +98,7 @@ class AsyncTrainer(Generic[M]):
             print(report.loss.item(), report.staleness)
 
     A step that the swarm lets down, say because no expert was alive for too long, ends the run; with
-    ``trainer.run(..., max_failures=10)`` it is reported with its `error`, and only the eleventh on end is raised.
+    ``trainer.run(..., max_failures=10)`` it is reported with its `error`, and only the eleventh in a row is raised.
 
     `loss_of` may return figures with the loss, ``return loss, {"accuracy": accuracy}``; they come in the report.
     Observers are told how many samples the trainer has seen or, where a figure of this name counts them, ``tokens``.
@@ -284,7 +284,7 @@ class AsyncTrainer(Generic[M]):
     ) -> AsyncGenerator[StepReport, None]:
         """A step for each batch, `in_flight` at once; reports come as steps end. Batches are taken as they are needed.
 
-        `max_failures`: so many steps on end may fail with a TesseractError or TimeoutError, the swarm's faults
+        `max_failures`: this many steps in a row may fail with a TesseractError or TimeoutError, the swarm's faults
         (SchemaMismatch is none); each is reported with its `error`, and its batch is given up. Any other error, and one
         failure more, ends the run: the steps under way are cancelled, and it is raised with a note that names the
         batch. So does closing the iterator (`contextlib.aclosing`) or cancelling.
@@ -408,7 +408,7 @@ class AsyncTrainer(Generic[M]):
         self.version += 1
 
     async def _wait_for_turn(self, number: int) -> None:
-        """Until all others under way could still end within `max_staleness` after this step, the oldest first."""
+        """Wait until all others under way could still end within `max_staleness` after this step, the oldest first."""
         while self.max_staleness is not None:
             others = sorted(seen for other, seen in self._begun_at.items() if other != number)
             if all(self.version + 1 + i - seen <= self.max_staleness for i, seen in enumerate(others)):

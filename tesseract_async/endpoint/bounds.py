@@ -1,4 +1,4 @@
-"""Bounds that an endpoint keeps. Users have no reason to change them: they are arguments where machines are built."""
+"""Bounds that an endpoint keeps. Users have no reason to change them; tests of the machines do."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -36,7 +36,7 @@ class Bounds:
     max_half_open: int = 512
     """Accepted channels in the middle of their handshake."""
     max_half_open_per_host: int = 64
-    """... of one remote address range (IPv4 /24, IPv6 /64)."""
+    """Such channels of one address range (IPv4 /24, IPv6 /64)."""
     max_connections: int = 4096
     """Connections in all, fewer where the process may not open so many files; idle ones go for new ones."""
     max_connections_per_range: int = 128
@@ -46,6 +46,7 @@ class Bounds:
     backoff_base: float = 0.1
     """Seconds before a failed dial is repeated, doubled by each failure."""
     backoff_max: float = 5.0
+    """The most seconds before a failed dial is repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +60,4 @@ class EndpointSettings:
     all connections together; one peer may announce an eighth, or one message. Replies that wait to be taken may hold
     half as many (one peer's a quarter of these, or one), small calls under way a quarter (one peer's a third)."""
     bounds: Bounds = Bounds()
+    """Bounds that tests of an endpoint make smaller."""

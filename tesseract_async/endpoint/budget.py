@@ -54,7 +54,7 @@ class Reservation:
         self._budget = budget
 
     def fill(self, num_bytes: int) -> bool:
-        """So many bytes of the message are here, or about to come. False: there is no room, and it is given up."""
+        """Take that many bytes of the message, which are here or about to come. False: no room, and it is given up."""
         more = min(self.size, max(num_bytes, FLOOR)) - self.num_bytes
         if self.released or more <= 0 or self._budget.add(self, more):
             return not self.released

@@ -17,7 +17,7 @@ class Room(NamedTuple):
 
     connections: int
     half_open: int
-    """At each of two doors: before the first bytes, and during the handshake."""
+    """Connections that may wait before their first bytes, and as many in the middle of the handshake."""
     splices: int
 
 

@@ -25,9 +25,9 @@ GRACE: Final = 60.0
 LEAST_RATE: Final = 4096
 """A message may take `GRACE` seconds, and one more for each `LEAST_RATE` of its bytes."""
 MAX_IDLE_FRAMES: Final = 10_000
-"""Frames that do nothing (pings, cancels of ended calls) which the peer may send in a burst ..."""
+"""Frames that do nothing (pings, cancels of ended calls) which the peer may send in a burst."""
 IDLE_FRAMES_PER_SECOND: Final = 5_000.0
-"""... and how fast it may go on."""
+"""Such frames that it may send in a second after that."""
 
 
 class CallState:

@@ -39,18 +39,18 @@ class ReceivedCall(CallState):
     metered = False
     """True while it counts against the peer's quota."""
     reply_held: Reservation | None = None
-    """While a large reply, or a part of one, waits to be taken ..."""
+    """The memory of a large reply, or of a part of one, that waits to be taken."""
     reply_size = 0
     reply_since = 0.0
-    """... of so many bytes, since then."""
+    """The time since which that reply waits; `reply_size` is its bytes."""
     more = False
     """True if what is being sent is not the reply's last part."""
     num_parts = 0
-    """Parts that have begun ..."""
+    """Parts of the reply that have begun."""
     num_taken = 0
-    """... and those of them that the caller has taken ..."""
+    """Parts that the caller has taken."""
     replied_bytes = 0
-    """... and the bytes of all."""
+    """Bytes of all parts that have begun."""
     waited = 0.0
     """Seconds for which its handler could not send the next one; since `reply_since` not counted."""
 
@@ -352,7 +352,7 @@ class WaitingReplies:
 
     def __init__(self, budget: Budget, owner: Owner, *, max_bytes: int) -> None:
         self.num_bytes = 0
-        """That wait to be granted or sent."""
+        """Bytes that wait to be granted or sent."""
         self.in_parts: dict[int, ReceivedCall] = {}
         """Calls of whose replies a part has begun."""
         self._budget = budget
@@ -377,7 +377,7 @@ class WaitingReplies:
         return True
 
     def drop(self, call: ReceivedCall) -> None:
-        """This call's reply has been taken or given up, if it had one that waited here."""
+        """Free the memory of this call's reply, if one waited here: it was taken or given up."""
         if call.reply_held is not None:
             self.num_bytes -= call.reply_size
             call.reply_held.release()

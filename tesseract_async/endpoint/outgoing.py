@@ -25,9 +25,9 @@ class OutgoingCall(CallState):
     """True if the large part that is arriving is not the last one."""
     reply_lane = MAIN
     num_parts = 0
-    """Parts of the reply that have begun ..."""
+    """Parts of the reply that have begun."""
     reply_bytes = 0
-    """... and their size together."""
+    """Bytes of these parts together."""
     untaken: tuple[Reservation, ...] = ()
     """Room of the parts that are here and that the caller has not taken."""
 

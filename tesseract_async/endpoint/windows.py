@@ -16,9 +16,9 @@ class Windows:
         self.bytes_per_second = 0.0
         """Rate at which large messages last arrived, smoothed."""
         self.out_bytes = 0
-        """The peer's window for us ..."""
+        """The peer's window for us."""
         self.out_used = 0
-        """... and what of it our messages use."""
+        """Bytes of that window that our messages use."""
         self.in_used = 0
         """Bytes of our window that the peer's messages use."""
         self.in_bytes = 0

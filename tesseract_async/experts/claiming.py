@@ -34,9 +34,9 @@ GRANT_SUBKEY: Final = "grant"
 RESERVATION_TTL: Final = 60.0
 """Seconds for which a reservation holds: enough to build the experts and declare them."""
 SETTLE_SECONDS: Final = 0.5
-"""Between a reservation and the look at others'; longer than it takes to choose and to store."""
+"""Seconds between a reservation and the look at others'; longer than it takes to choose and to store."""
 MAX_DRAWS: Final = 4
-"""After so many draws a newcomer keeps what it has, even if another one is there, too."""
+"""Draws after which a newcomer keeps what it has, even if another one is there, too."""
 
 
 class ExpertClaim:

@@ -34,8 +34,8 @@ REFRESH_PERIOD = 10.0
 RETRY_PERIOD = 1.0
 """Seconds until the next attempt, where reading a grid failed, or it was never read completely."""
 _NUM_PARTIAL = 5
-"""So many reads of which something was missing count as a complete one: a stranger may claim to hold records that it
-gives to nobody, and would else keep a grid from ever being used."""
+"""Incomplete reads that together count as a complete one: a stranger may claim to hold records that it gives to
+nobody, and would otherwise keep a grid from ever being used."""
 LEAST_AGE = 0.25
 """Seconds for which an answer of `ExpertDirectory.find` is kept at least, though a server says that it is outdated."""
 MAX_CACHED_UIDS = 4096

@@ -29,7 +29,7 @@ that trainers share; ``admit``: sign others' grants."""
 ROLES: Final[dict[Role, int]] = {"host": 1, "train": 2, "share": 4, "admit": 8}
 """The bits that stand for them."""
 GRANT_SECONDS: Final = 90 * 86400
-"""That a grant is good for, unless its signer says otherwise."""
+"""Seconds that a grant is good for, unless its signer says otherwise."""
 RENEW_SECONDS: Final = 60 * 86400
 """A grant with less than this ahead is renewed, so that the owner may be away for as long."""
 MAX_PATTERN_BYTES: Final = 64

@@ -152,7 +152,7 @@ class Lineage:
             self._is_stale = True
 
     def stay(self, term: Term, now: float) -> None:
-        """This server goes by the tree of that Term. After ten leases no single host's word moves it."""
+        """Note that this server follows the tree of that Term. After ten leases no single host's word moves it."""
         if not self.is_home(term):
             self._home_since = now
         is_old = now - self._home_since > 10 * self._authority.lease
@@ -164,7 +164,7 @@ class Lineage:
         return home is not None and self._root(home) == self._root(term)
 
     def missed(self, term: Term, now: float) -> None:
-        """Nobody handed out the file of its newest Seal. After two leases of that, its signer's Terms do not count."""
+        """Note that nobody shows the file of its newest Seal: after two leases its signer's Terms do not count."""
         if now - self._missed.setdefault(term.primary, now) >= 2 * self._authority.lease:
             self._unshown.add(term.primary)
             self._is_stale = True

@@ -57,7 +57,7 @@ MAGIC = b"tsm\3"
 SEQUENCE_BYTES = 6
 RUN_ID_BYTES = 16
 MODES = ("bare", "granted", "open")
-"""In which everybody may host; those with a grant of the run's owner's; all but the revoked."""
+"""Modes in which everybody may host; those with a grant of the run's owner; all but the revoked."""
 MAX_PART_BYTES = 880
 MAX_ADDRESSES = 8
 MAX_PUBLIC_HOSTS = 2

@@ -51,7 +51,7 @@ class Poll:
     silent: set[PeerID] = field(default_factory=set)
     votes: dict[PeerID, Vote] = field(default_factory=dict)
     given: dict[PeerID, tuple[float, Age]] = field(default_factory=dict)
-    """For each vote, when it was asked for, and the age of the file that the voter holds."""
+    """By voter, when the vote was asked for, and the age of the file that the voter holds."""
     is_second: bool = False
     """True if these were asked before, and this server stood still meanwhile."""
     is_led: bool = False
@@ -75,9 +75,9 @@ class Permissions:
     """The things that this server's own placement lets it do with the expert (`experts.placement`)."""
 
     lead: bool = True
-    """It has room to compute it. Otherwise it votes, and holds the file, but does not stand."""
+    """True if it has room to compute it. Otherwise it votes, and holds the file, but does not stand."""
     begin: bool = True
-    """It may begin the expert where nobody has a state."""
+    """True if it may begin the expert where nobody has a state."""
     anew: bool = False
     """Even where a state is known that nobody can show any more."""
     write: bool = True
@@ -111,7 +111,7 @@ class Membership:
         self.first_look = math.inf
         """The same, for the first time."""
         self.retry_at = 0.0
-        """Before this it does not stand again."""
+        """The time before which it does not stand again."""
         self.promised = 0
         """The highest epoch voted in. For a lease after that, no beat of a lower one is agreed with."""
         self.handed_over = 0
@@ -159,7 +159,7 @@ class Membership:
         return (peer, question.epoch, question.boot) == (best.primary, best.epoch, best.boot) and peer != self.me
 
     def agree(self, now: float) -> None:
-        """It agrees with the primary that it knows: no vote for another for a lease, nor any agreement."""
+        """Agree with the primary that it knows: no vote for another for a lease, nor any agreement."""
         self.agreed_at, self._agreed_with = now, self.lineage.best
 
     def _is_sworn(self, term: Term, now: float) -> bool:
@@ -286,7 +286,7 @@ class Membership:
             self.lineage.missed(best, now)
 
     def sources(self, term: Term, seal: Seal, random: Random) -> tuple[PeerID, ...]:
-        """From whom to fetch a Seal of that Term's line: its members, then some of those that host the expert."""
+        """Return the peers to fetch a Seal of that Term's line from: its members, then some hosts of the expert."""
         hosts = [peer for peer in sorted(self.hosts) if self.may_host(peer)]
         some = random.sample(hosts, min(MAX_OTHER_SOURCES, len(hosts)))
         return tuple(dict.fromkeys(peer for peer in (term.primary, *seal.members, *some) if peer != self.me))
@@ -297,7 +297,7 @@ class Membership:
         self.promised, self._voted_for, self._promised_at = epoch, bytes(candidate), now
 
     def take_back_own_vote(self) -> None:
-        """Nobody else can use it: the present primary is agreed with again."""
+        """Take back this server's own vote, and agree with the present primary again: nobody else can use that vote."""
         if self._voted_for == self.me:
             self._promised_at = NEVER
 

@@ -33,7 +33,7 @@ class OwnTerm:
         self.settled = others
         """The other members that decide."""
         self.named = others
-        """Those in the newest Seal, which decide as well until a majority of `settled` holds a Seal that names them."""
+        """The members in the newest Seal. They decide, too, until most of `settled` hold a Seal that names them."""
         self.beat_at = now
         self.fenced_at = 0.0
         self.published_at = NEVER

@@ -49,9 +49,9 @@ class _Work:
     """One source, what it is asked for, and how fast it is."""
 
     busy: float
-    """Seconds in which it had something to send, of late..."""
+    """Seconds in which it had something to send, lately."""
     sent: float
-    """... and the bytes that came in them."""
+    """The bytes that came in these."""
     asked: list[int] = field(default_factory=list)
     since: float = 0.0
     """The time at which its last piece came, or since which it has something to send."""

@@ -38,9 +38,9 @@ STUCK_AFTER: Final = 60.0
 CHECK_EVERY: Final = 300.0
 """Seconds after which a member has the copies of an expert shown, of which it would take one of the next."""
 MAX_CHECKED: Final = 16
-"""Copies that are to be shown at a time, at most, ..."""
+"""Copies that are to be shown at a time, at most."""
 MAX_LOOKED_AT: Final = 256
-"""... and experts that are looked at to find one such."""
+"""Experts that are looked at to find one whose copies are to be shown."""
 HOT: Final = 0.85
 """Demand by what a server can compute: above it, the server needs relief."""
 CALM: Final = 0.5
@@ -61,9 +61,9 @@ class MemberRole(IntEnum):
     """The part of a member in an expert."""
 
     HOLDS = 0
-    """It has the file on disk."""
+    """The member has the file on disk."""
     FOLLOWS = 1
-    """It computes forwards, too."""
+    """The member computes forwards, too."""
     LEADS = 2
 
 
@@ -131,7 +131,7 @@ class Place:
 class Standing(NamedTuple):
     """The state of an expert in the swarm."""
 
-    leader: PeerID | None
+    primary: PeerID | None
     followers: tuple[PeerID, ...]
     holders: tuple[PeerID, ...]
     version: int
@@ -146,7 +146,7 @@ class Standing(NamedTuple):
             return "lost"
         if self.losses == 0:
             return "at risk"
-        return "safe" if self.leader is not None else "not led"
+        return "safe" if self.primary is not None else "not led"
 
 
 class Survey:
@@ -169,9 +169,9 @@ class Survey:
         self.named = set(self.parts)
         """Experts that any member names."""
         self.holders = {peer for peer, place in places.items() if place.room == 0}
-        """Members that compute nothing, ..."""
+        """Members that compute nothing."""
         self.full = {peer for peer, place in places.items() if not place.can_lead}
-        """... or lead as much as they have room for."""
+        """Members that lead as much as they have room for, or compute nothing."""
 
     def shortage(self, num_copies: int) -> str:
         """Return why these members cannot keep so many copies besides each primary, in words; empty if they can."""
@@ -183,18 +183,18 @@ class Survey:
             return ""
         return f"the members have room for {room} states on disk, and all copies are {wanted}: more of them, or --hold"
 
-    def leader(self, uid: str) -> PeerID | None:
+    def primary(self, uid: str) -> PeerID | None:
         """Return the member that leads it, by the highest epoch."""
-        leaders = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is MemberRole.LEADS]
-        return max(leaders)[1] if leaders else None
+        primaries = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is MemberRole.LEADS]
+        return max(primaries)[1] if primaries else None
 
     def copies(self, uid: str) -> dict[PeerID, MemberPart]:
         """Return the other members that have it, or are about to: not those that fell far behind the primary."""
-        leader = self.leader(uid)
-        others = {peer: part for peer, part in self.parts[uid].items() if peer != leader}
-        if leader is None:
+        primary = self.primary(uid)
+        others = {peer: part for peer, part in self.parts[uid].items() if peer != primary}
+        if primary is None:
             return others
-        newest = self.parts[uid][leader]
+        newest = self.parts[uid][primary]
         return {
             peer: part
             for peer, part in others.items()
@@ -215,17 +215,17 @@ class Survey:
 
     def standing(self, uid: str) -> Standing:
         """Return who has it, and how safe it is."""
-        parts, leader = self.parts[uid], self.leader(uid)
+        parts, primary = self.parts[uid], self.primary(uid)
         have = {peer: part for peer, part in self.copies(uid).items() if part.has_file}
         newest = max(have.values(), key=lambda part: part.age, default=None)
-        if newest is None and leader is not None:
-            newest = parts[leader]
+        if newest is None and primary is not None:
+            newest = parts[primary]
         return Standing(
-            leader,
+            primary,
             tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.FOLLOWS)),
             tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.HOLDS and part.has_file)),
             0 if newest is None else newest.version,
-            len(have) + (leader is not None) - 1,
+            len(have) + (primary is not None) - 1,
         )
 
 
@@ -273,12 +273,12 @@ def _missing(
 ) -> list[PeerID]:
     """Choose the members that should get a copy: of different address ranges where there are so many, and so that two
     at least could lead it."""
-    leader, places, copies = survey.leader(uid), survey.places, survey.copies(uid)
+    primary, places, copies = survey.primary(uid), survey.places, survey.copies(uid)
     num_able = max(0, min(2, num_copies) - sum(places[peer].can_lead for peer in copies))
     num = max(num_copies - len(copies), num_able)
     if num <= 0:
         return []
-    taken = set().union(*(places[peer].ranges for peer in (*copies, *([] if leader is None else [leader]))))
+    taken = set().union(*(places[peer].ranges for peer in (*copies, *([] if primary is None else [primary]))))
     order = sorted(
         (peer for peer in places if free[peer] > 0 and uid not in places[peer].parts and may(peer, uid)),
         key=lambda peer: score(peer, uid),
@@ -415,7 +415,7 @@ class Placement:
         self._grace = NUM_LEASES_MISSED * lease
         self._settle = min(1.5, lease / 6)
         self._created, self._may_restart = created, may_restart
-        self.wishes: dict[str, float] = {}
+        self.announced: dict[str, float] = {}
         """Experts that it would begin -> since when it says so: its place names them."""
         self.lost: set[str] = set()
         """Experts that had a state, and nobody has it."""
@@ -431,7 +431,7 @@ class Placement:
         self._random = Random(bytes(me))
 
     def came(self, uid: str, source: PeerID, now: float) -> None:
-        """This member leads the expert now, which `source` moved to it: it does not go back there soon."""
+        """Note that this member leads the expert, which `source` moved to it: it does not go back there soon."""
         self._came[uid] = source, now
 
     def survey(self, places: Mapping[PeerID, Place], now: float) -> Survey:
@@ -448,7 +448,7 @@ class Placement:
         return Survey(places, stuck=frozenset(stuck | self._unshown.keys()))
 
     def decide(self, places: Mapping[PeerID, Place], now: float, wall: float) -> list[PlacementStep]:
-        """Return what to do now. `places` has this member's own, with the `wishes` in it."""
+        """Return what to do now. `places` has this member's own, with the `announced` in it."""
         survey = self.survey(places, now)
         self._idle = {peer: until for peer, until in self._idle.items() if until > now}
         assigned = assign(survey, num_copies=self._num_copies, pattern=self._pattern, may=self._may, idle=self._idle)
@@ -461,17 +461,17 @@ class Placement:
         came = {uid: peer for uid, (peer, at) in self._came.items() if now - at < STAY}
         assigned = [step for step in assigned if step.kind != "move" or came.get(step.uid) != step.peer]
         begins = {step.uid for step in assigned if step.kind == "begin"}
-        self.wishes = {uid: since for uid, since in self.wishes.items() if uid in begins}
+        self.announced = {uid: since for uid, since in self.announced.items() if uid in begins}
         steps = [step for step in assigned if step.kind != "begin"][:MAX_STEPS]
         for uid in sorted(begins)[:MAX_STEPS]:
             if not self._may_begin(survey, uid, now, wall):
                 continue
             mine = survey.places[self._me].parts.get(uid)
-            is_here = mine is not None and uid not in self.wishes
-            since = self.wishes.setdefault(uid, now)
+            is_here = mine is not None and uid not in self.announced
+            since = self.announced.setdefault(uid, now)
             if is_here or (mine is not None and now - since >= self._settle):
                 steps.append(PlacementStep("restart" if uid in self.lost else "begin", uid))
-                del self.wishes[uid]
+                del self.announced[uid]
         return steps + self._drops(survey, now)
 
     def _note_idle(
@@ -519,7 +519,7 @@ class Placement:
         survey, mine = self.survey(places, now), places[self._me]
         if is_first or len(mine.parts) >= mine.files:
             return None
-        uids = sorted(uid for uid in survey.alive if uid not in mine.parts and survey.leader(uid) is not None)
+        uids = sorted(uid for uid in survey.alive if uid not in mine.parts and survey.primary(uid) is not None)
         free = [peer for peer, one in places.items() if len(one.parts) < one.files]
         for uid in self._random.sample(uids, min(MAX_LOOKED_AT, len(uids))):
             able = (peer for peer in free if uid not in places[peer].parts and self._may(peer, uid))
@@ -530,11 +530,11 @@ class Placement:
         return None
 
     def not_shown(self, uid: str, peers: Iterable[PeerID], now: float) -> None:
-        """These say that they have a copy, and do not: it does not count for a while."""
+        """Note that these peers say they have a copy, and have none: it does not count for a while."""
         self._unshown.update({(peer, uid): now + DROP_AFTER for peer in peers})
 
     def keeps(self, uid: str, now: float) -> None:
-        """Others did not show their copies: this one is not given up before it was one too many for as long again."""
+        """Note that others did not show their copies: this one is kept until it was one too many for as long again."""
         self._surplus[uid] = now
 
     def keepers(self, survey: Survey, uid: str) -> list[PeerID]:
@@ -549,14 +549,14 @@ class Placement:
         self._surplus = {uid: self._surplus.get(uid, now) for uid in copies if self._is_surplus(survey, uid)}
         drops = [uid for uid, since in self._surplus.items() if now - since >= DROP_AFTER]
         if (num_over := len(mine.parts) - len(drops) - mine.files) > 0:  # it has room for fewer than it had
-            led = [uid for uid in copies if uid not in drops and survey.leader(uid) not in (None, self._me)]
+            led = [uid for uid in copies if uid not in drops and survey.primary(uid) not in (None, self._me)]
             led.sort(key=lambda uid: (-survey.standing(uid).losses, uid))
             drops += led[: min(num_over, MAX_STEPS)]
         return [PlacementStep("drop", uid) for uid in drops]
 
     def _is_surplus(self, survey: Survey, uid: str) -> bool:
-        leader = survey.leader(uid)
-        if leader is None or survey.places[leader].pressure > CALM:
+        primary = survey.primary(uid)
+        if primary is None or survey.places[primary].pressure > CALM:
             return False
         others = self.keepers(survey, uid)
         is_of_use = self._me in survey.copies(uid) and survey.places[self._me].parts[uid].has_file

@@ -26,7 +26,7 @@ class PublisherSettings:
     """The settings of a server's entries in the directory. Times are seconds."""
 
     ttl: float = 45.0
-    """For how long a manifest holds; it is renewed three times as often. Shorter: a server that vanished is gone from
+    """Time for which a manifest holds; it is renewed three times as often. Shorter: a server that vanished is gone from
     every directory sooner. Longer: less traffic."""
     declare_timeout: float = 10.0
     """`ExpertPublisher.declare` looks for holders, and reads back what it stored, for at most so long: by this much an

@@ -242,7 +242,7 @@ class Tenure(Duty):
         return True
 
     def heirs(self, now: float) -> list[PeerID]:
-        """To whom it may be given, the best first."""
+        """Return the peers to which it may be given, the best first."""
         return [] if self._own is None else self._own.heirs(self._member.hosts.keys() - {self.me}, now, self._lease)
 
     def hand_over(self, heir: PeerID, now: float) -> bytes | None:
@@ -261,7 +261,7 @@ class Tenure(Duty):
         return self._member.sign_handover(heir)
 
     def keep(self, now: float) -> None:
-        """Nobody took it: go on, once a majority answers."""
+        """Go on once a majority answers, since nobody took it."""
         if self.state is State.YIELDING:
             self._fence(now)
 
@@ -521,7 +521,7 @@ class Tenure(Duty):
             self._look(now)
 
     def _recover(self, now: float) -> None:
-        """From FENCED: a majority answers, or of one or two the network, and nothing ranks higher."""
+        """Leave FENCED if a majority answers (of one or two members: the network) and nothing ranks higher."""
         best, own = self.lineage.best, self._own
         if own is None or best is not own.term or self.is_twin or best.epoch == self._member.handed_over:
             return
@@ -531,5 +531,5 @@ class Tenure(Duty):
             self._say_role()
 
     def _retry_adopting(self, now: float) -> None:
-        """Nobody else is left, so there is nobody to make way for: try again as soon as it may be adopted."""
+        """Try again as soon as it may be adopted: nobody else is left to make way for."""
         self._member.retry_at = max(now + 1.0, self._member.adopt_at)

@@ -343,15 +343,15 @@ class SwarmObserver:
                 # nor does any member name those that are lost for good
                 lost = {join_uid(prefix, coords) for coords in self.lost.get(prefix, ())}
                 survey.named |= {uid for uid in lost if uid in authority.run.manifest.pattern}
-                leaders = Counter(survey.standing(uid).leader for uid in survey.named)
-                for peer_id, number in leaders.items():
+                primaries = Counter(survey.standing(uid).primary for uid in survey.named)
+                for peer_id, number in primaries.items():
                     if peer_id is not None and peer_id not in self.peers and peer_id not in self._missed:
                         self._missed.add(peer_id)
                         count = "an expert" if number == 1 else f"{number} experts"
                         self._note(
                             f"{peer_id.short} should lead {count}, and is not found: it died, or begins", "failed"
                         )
-                self._missed &= leaders.keys()
+                self._missed &= primaries.keys()
 
     async def read_thanks(self) -> None:
         """Read this hour's and the last one's now and then, and some of the hours before until all are known."""
@@ -500,9 +500,9 @@ class SwarmObserver:
         for uid in [] if survey is None else sorted(survey.named, key=split_uid):
             assert survey is not None
             one = survey.standing(uid)
-            leader = None if one.leader is None else one.leader.short
+            primary = None if one.primary is None else one.primary.short
             others = [[peer.short for peer in some] for some in (one.followers, one.holders)]
-            found.append([list(split_uid(uid)[1]), leader, *others, one.version, one.losses, one.word])
+            found.append([list(split_uid(uid)[1]), primary, *others, one.version, one.losses, one.word])
         return found
 
     def _cells(self, view: GridView, hosts: dict[PeerID, int]) -> list[list[object]]:

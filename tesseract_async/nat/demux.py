@@ -15,9 +15,9 @@ from tesseract_async.transport.tcp import TcpPipe, TcpTransport
 TIMEOUT: Final = 5.0
 """Seconds until the first bytes must have arrived."""
 MAX_WAITING: Final = 512
-"""Connections whose first bytes have not come yet ..."""
+"""Connections whose first bytes have not come yet."""
 MAX_WAITING_PER_RANGE: Final = 64
-"""... of one address range."""
+"""Such connections of one address range."""
 
 PipeHandler = Callable[[bytes, Pipe], None]
 """Takes a token, and the pipe that began with it."""

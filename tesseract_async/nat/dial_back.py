@@ -39,11 +39,11 @@ DIAL_TIMEOUT: Final = 3.0
 PROOF_TIMEOUT: Final = 1.0
 """Seconds by which a helper's reply may overtake the proof, which travels on another connection."""
 MAX_DIALS: Final = 16
-"""Dials for others that may be under way at once ..."""
+"""Dials for others that may be under way at once."""
 MAX_DIALS_PER_HOST: Final = 2
-"""... to one host ..."""
+"""Dials for others to one host that may be under way at once."""
 MAX_DIALS_PER_MINUTE: Final = 120
-"""... and in one minute."""
+"""Dials for others in one minute."""
 
 
 class DialBack:

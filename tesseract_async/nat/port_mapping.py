@@ -31,7 +31,7 @@ class GatewayRefused(Exception):
 
 
 class PortTaken(GatewayRefused):
-    """That port leads to another computer."""
+    """The error of a port that leads to another computer."""
 
 
 class Gateway(Protocol):

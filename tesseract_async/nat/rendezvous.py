@@ -52,13 +52,13 @@ MAX_REPLY_BYTES: Final = 16 * 1024
 MAX_CLIENTS: Final = 1024
 """Nodes that may be registered at one public node."""
 MAX_CLIENTS_PER_RANGE: Final = 64
-"""... from one address range. (Loopback is none.)"""
+"""Nodes of one address range that may be registered there. (Loopback is none.)"""
 REGISTRATION_TTL: Final = 120.0
 """Seconds after which a registration that was not renewed ends."""
 MAX_OFFERS: Final = 256
-"""Offers that a public node carries at once ..."""
+"""Offers that a public node carries at once."""
 MAX_OFFERS_PER_CLIENT: Final = 32
-"""... to one registered node."""
+"""Offers to one registered node that it carries at once."""
 CARRY_TIMEOUT: Final = 10.0
 """Seconds that a public node waits for an answer."""
 MAX_OWN_OFFERS: Final = 16
@@ -72,9 +72,9 @@ CHECK_PERIOD: Final = 2.0
 REGISTER_TIMEOUT: Final = 5.0
 """Seconds for one registration."""
 RETRY_UNREACHABLE: Final = 10.0
-"""Seconds after which a node that was not reached is asked again: it may come back soon ..."""
+"""Seconds after which a node that was not reached is asked again: it may come back soon."""
 RETRY_REFUSED: Final = 60.0
-"""... and one that refused."""
+"""Seconds after which one that refused is asked again."""
 
 
 class _Registration(NamedTuple):

@@ -141,7 +141,7 @@ class RoleFound:
 
 @dataclass(frozen=True, slots=True)
 class HostsChanged:
-    """This computer has other addresses than before."""
+    """The news that this computer has other addresses than before."""
 
 
 @dataclass(frozen=True, slots=True)

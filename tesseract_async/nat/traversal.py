@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 DIRECT_HEAD_START: Final = 0.5
 """Seconds for a peer's direct addresses, where it has some."""
 HEAD_START: Final = 1.5
-"""Seconds that a way gets before the next one is tried: a hole before a relay ..."""
+"""Seconds that a way gets before the next one is tried: a hole before a relay."""
 HEAD_START_SYMMETRIC: Final = 0.25
-"""... and if this node's own NAT makes punching unlikely."""
+"""The same where this node's own NAT makes punching unlikely."""
 OFFER_TIMEOUT: Final = 5.0
 """Seconds for an offer's way to the peer and the answer's way back; also for a reverse dial, offer included."""
 MAX_REMEMBERED: Final = 4096

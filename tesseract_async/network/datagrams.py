@@ -96,7 +96,7 @@ class RpcReply(NamedTuple):
     observed: Address
     """The address that the request came from."""
     token: bytes
-    """For the next request to this node."""
+    """The token for the next request to this node."""
     proof: bytes
     wall: float
     results: list[object]

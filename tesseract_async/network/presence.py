@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 PERIOD = 30.0
 """Seconds between two looks, give or take a quarter."""
 NUM_QUICK_LOOKS = 10
-"""At a sixth of the period, for a newcomer that finds its identity in use, or left a moment ago."""
+"""Looks at a sixth of the period that a newcomer takes whose identity is in use, or was until a moment ago."""
 ADVICE = "give each computer a key of its own (`tesseract keygen FILE`), or stop one of the two"
 
 

@@ -28,7 +28,7 @@ MAX_REPAIRS = 32
 """Entries that one read sends to each holder that was found stale."""
 TYPICAL_RECORD_BYTES = 180
 PAGE_BYTES = 1000
-"""By these two a dictionary is cut into parts of about a page."""
+"""Bytes of a page, by which (with the above) a dictionary is cut into parts."""
 RECORDS_PER_SLICE = 24
 """Signatures of pages checked in one go: about 3 ms."""
 SLICE_PAUSE = 1e-6

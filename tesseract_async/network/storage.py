@@ -50,7 +50,7 @@ class StoreOutcome(enum.IntEnum):
     """The holder has a newer one."""
     EXPIRED = 3
     TOO_LONG = 4
-    """It would live longer than the holder allows, or its owner's clock is wrong."""
+    """The record would live longer than the holder allows, or its owner's clock is wrong."""
     FULL = 5
     """A quota (bytes, entries of the key, of the range, of the owner) is exhausted."""
     BAD_TOKEN = 6

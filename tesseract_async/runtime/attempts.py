@@ -38,7 +38,7 @@ class Attempt:
     norm: float = 0.0
     """The norm of `summed` before it was scaled down."""
     scales: torch.Tensor | None = None
-    """By which each row's gradients were weakened, as they are stale."""
+    """The factors by which each row's gradients were weakened because they are stale."""
     error: BaseException | None = None
     downloads: "list[Download]" = field(default_factory=list)
     """Results of each attempt without an error that this one came to."""

@@ -68,7 +68,7 @@ GROUP_SECONDS: Final = 0.02
 SHARED_GROUP_SECONDS: Final = 0.002
 """The same, while several accounts use the device."""
 SHARED_SECONDS: Final = 1.0
-"""For so long after requests of two accounts in a row, several use the device."""
+"""Seconds after requests of two accounts in a row for which several count as using the device."""
 MAX_GROUP_BATCHES: Final = 128
 GROUP_ROWS: Final = 4
 """A batch joins others in one pass if it has no more than this many times their average rows: they may be padded."""
@@ -262,7 +262,7 @@ class Batcher:
         self._busy_since = 0.0
         self._finished_at = -math.inf
         self._delay = 1.0
-        """Seconds that passed for each of the processor's, lately: other accounts wait for those."""
+        """Seconds that passed for each second of processor time, lately: other accounts wait as long as passes take."""
         self._statistics = BatcherStatistics()
 
     def add_queue(
@@ -417,8 +417,8 @@ class Batcher:
     def finish(self, batches: Sequence[Batch], now: float, spent: float | None = None) -> float:
         """Account for a batch that has run, well or badly, or several in one pass. Returns the seconds that it cost.
 
-        `spent`: the processor's seconds, by which its cost is learned then: what else the machine did meanwhile says
-        nothing about the next one. Accounts pay for the time that passed.
+        `spent`: its seconds of processor time, from which its cost is learned if they are known: what else the machine
+        did meanwhile says nothing about the next batch. Accounts pay for the time that passed.
         """
         # next to another batch, its time begins where that one's ended
         took = now - max(batches[0].started, self._finished_at)

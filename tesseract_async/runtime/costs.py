@@ -60,7 +60,7 @@ class BatchCost:
 
 
 PATIENCE: Final = 2.0
-"""Passes whose time may be lost to trying the slower way before one is chosen. A loss counts as 1 - `MARGIN` at least."""
+"""Passes whose time may be lost to trying the slower way before one is chosen: many if the ways differ by little."""
 MARGIN: Final = 0.95
 """The other way is chosen if it takes less than this share of the time. Each alone is the first choice."""
 RETRIED_SHARE: Final = 0.01

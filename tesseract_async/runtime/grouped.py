@@ -46,11 +46,11 @@ MAX_BYTES: Final = 8 << 20
 _STACKED_BYTES: Final = 256 << 10
 """Up to this size of one weight, ``grouped_mm`` over a stack of them pays where gradients are computed."""
 _STACKED_BYTES_FORWARD: Final = 64 << 10
-"""Without gradients, there is less to gain from a copy."""
+"""The same without gradients, where there is less to gain from a copy."""
 _LONG_ROWS: Final = range(256, 10_001)
-"""Numbers of a weight's row beside which a call for it costs little, and for which OpenBLAS wakes no other threads."""
+"""Lengths of a weight's row for which a call costs little in comparison, and OpenBLAS wakes no other threads."""
 _MAX_CHANGES: Final = 3
-"""An expert may so often change what makes it one of a kind. After that it is computed alone: it keeps state there."""
+"""Changes of what makes an expert one of a kind after which it is computed alone: it keeps state there."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 

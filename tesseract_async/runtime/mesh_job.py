@@ -61,7 +61,7 @@ def link_of_job(timeout: float = 60.0) -> MeshLink:
 
 
 def groups_of(module: nn.Module, mesh: DeviceMesh, rows: DeviceMesh | None, timeout: float) -> list[dist.ProcessGroup]:
-    """Return the process groups of a module's collectives, whose time-out is `timeout` from now on: a plan that makes
+    """Return the process groups of a module's collectives, whose timeout is `timeout` from now on: a plan that makes
     groups leaves them PyTorch's, of half an hour."""
     meshes = [mesh, *(one.device_mesh for one in module.parameters() if isinstance(one, DTensor))]
     meshes += [] if rows is None else [rows]

@@ -1,7 +1,7 @@
 """The commands of a mesh: sockets between the process that leads it and those that follow.
 
 The processes of a mesh compute together by torch.distributed; what they compute is said here. Nobody waits in a
-collective while there is nothing to do, so that an idle mesh costs nothing and outlasts every time-out, and the end of
+collective while there is nothing to do, so that an idle mesh costs nothing and outlasts every timeout, and the end of
 a process is the end of a file. Each follower has three sockets to the leader: one for commands, one for pieces of
 states, and one that carries nothing, its lifeline.
 

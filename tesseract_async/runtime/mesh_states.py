@@ -36,7 +36,7 @@ class SpreadStates(ExpertBackend):
     _given: Any = None
     """The argument that the leader was given for the command under way."""
     _states: dict[int, StateDict]
-    """Those that are kept, by number, with `_Leaf` for each tensor that is spread."""
+    """The states that are kept, by number, with a `_Leaf` for each tensor that is spread."""
 
     def state(self) -> StateDict:
         """Return the state, whose large tensors stay where they are: each process keeps a copy of its parts."""

@@ -22,11 +22,11 @@ class ExpertQueues:
 
     def __init__(self, batcher: Batcher, *, groups_experts: bool) -> None:
         self.ungrouped: set[BatchQueue] = set()
-        """Those whose first batch is yet to run."""
+        """Queues whose first batch has yet to run."""
         self._batcher = batcher
         self._groups_experts = groups_experts
         self.known: dict[QueueKind, BatchQueue] = {}
-        """Those that there are."""
+        """All queues by kind."""
         self._of_sizes: set[QueueKind] = set()  # kinds of experts whose sizes vary
         self._expected: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
         """The latest group that an expert was found to be of, by its `alike` and the rest of the queue's name. Experts

@@ -123,11 +123,11 @@ def _value(value: object, path: str) -> Any:
 
 
 def rebuild_module(
-    described: Mapping[str, Any],
+    described: Described,
     tensors: Mapping[str, torch.Tensor],
     *,
     allowed_modules: Collection[str] = (),
-    replaced: Callable[[str, Mapping[str, Any], ParameterOf], nn.Module | None] = lambda path, instead, parameter: None,
+    replaced: Callable[[str, Described, ParameterOf], nn.Module | None] = lambda path, instead, parameter: None,
 ) -> nn.Module:
     """Return the module of a description, with these tensors. Untrusted, but for modules that are allowed.
 
@@ -148,13 +148,13 @@ class _Builder:
         self,
         tensors: Mapping[str, torch.Tensor],
         allowed: Sequence[str],
-        replaced: Callable[[str, Mapping[str, Any], ParameterOf], nn.Module | None],
+        replaced: Callable[[str, Described, ParameterOf], nn.Module | None],
     ) -> None:
         self._tensors, self._allowed, self._replaced = tensors, allowed, replaced
         self._parameters: dict[str, nn.Parameter] = {}
         self._modules: dict[str, nn.Module] = {}
 
-    def build(self, described: Mapping[str, Any], path: str) -> nn.Module:
+    def build(self, described: Described, path: str) -> nn.Module:
         if "same" in described:
             return self._modules[described["same"]]
         if "cannot" in described:
@@ -165,7 +165,7 @@ class _Builder:
         self._modules[path] = module
         return module
 
-    def _build(self, described: Mapping[str, Any], path: str) -> nn.Module:
+    def _build(self, described: Described, path: str) -> nn.Module:
         kind = self._import(described["class"])
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise CheckpointError(f"{described['class']} is no class of modules")

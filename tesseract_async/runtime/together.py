@@ -303,7 +303,7 @@ def _agree(together: Together, found: Sequence[Gradients]) -> bool:
 
 
 def _are_close(left: Gradients, right: Gradients) -> bool:
-    """Return whether two lists of tensors are the same but for rounding, beside the largest value in them."""
+    """Return whether two lists of tensors are the same but for rounding, compared with the largest value in them."""
     if [x is None for x in left] != [x is None for x in right]:
         return False
     pairs = [(x, y) for x, y in zip(left, right, strict=True) if x is not None and y is not None and y.numel()]

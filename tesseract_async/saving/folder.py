@@ -55,7 +55,7 @@ class SavedExpert(NamedTuple):
     origin: str
     """The role of the server that gave it; see `saver.Origin`."""
     is_whole: bool
-    """With optimizer and journal: a server can go on from it."""
+    """True if it has the optimizer and the journal, so that a server can go on from it."""
     structure: int | None
     """The number of its structure in the index."""
 

@@ -191,7 +191,7 @@ def load_model(folder: str | Path, model: M | None = None, *, allowed_modules: C
         raise CheckpointError(f"{folder} does not say how the model is built: give the module to load into")
     experts = SavedExperts(saved, allowed_modules=allowed_modules)
 
-    def gate(path: str, described: Mapping[str, Any], parameter: ParameterOf) -> nn.Module | None:
+    def gate(path: str, described: Described, parameter: ParameterOf) -> nn.Module | None:
         if "gate" not in described:
             return None
         settings = MixtureSettings(

@@ -65,10 +65,10 @@ PATIENCE: Final = 10.0
 MAX_HELD_BYTES: Final = 64 << 20
 """Bytes of small states that came with the answer; beyond, they are asked for again."""
 MAX_SIZE_RATIO: Final = 4
-"""A state that is so many times larger than most of its grid's is not fetched: Adam's are three times the weights', ...
+"""A state that is this many times larger than most of its grid's is not fetched: Adam's are three times the weights'.
 """
 SLACK_BYTES: Final = 16 << 20
-"""... and journals count besides."""
+"""Bytes that a state may be larger besides: journals count, too."""
 
 
 class Origin(NamedTuple):
@@ -88,13 +88,13 @@ class SaveReport:
     taken: dict[str, int] = field(default_factory=dict)
     """uid -> version, of the experts that were written now."""
     kept: dict[str, int] = field(default_factory=dict)
-    """... that the folder held already in this very state."""
+    """uid -> version, of the experts that the folder held already in this state."""
     origins: dict[str, str] = field(default_factory=dict)
     """uid -> the role of the server that gave it, of those that were written now."""
     failed: dict[str, BaseException] = field(default_factory=dict)
     """uid -> the last error, of those that no server gave. An older file stays, if there is one."""
     late: set[str] = field(default_factory=set)
-    """Those whose servers had not answered when the pause ended: their states may hold steps that began after it."""
+    """Uids of experts whose servers had not answered when the pause ended: their states may hold later steps."""
 
 
 async def find_origins(node: TesseractNode, prefix: str, grid_size: tuple[int, ...]) -> dict[str, list[Origin]]:

@@ -65,8 +65,8 @@ class BackwardUnderWay:
     num_waiting: int = 0
 
     def leave(self) -> None:
-        """A caller that counted itself as waiting does not wait any more. Nobody waits: it is not computed, unless that
-        has begun; then its step stands, and a caller that asks again gets its answer."""
+        """Note that one of the waiting callers waits no more. If nobody waits, it is not computed, unless that has
+        begun; then its step stands, and a caller that asks again gets its answer."""
         self.num_waiting -= 1
         if not self.num_waiting and not self.work.answer.done():
             self.runtime.withdraw(self.work)
@@ -189,7 +189,7 @@ class ExpertCalls:
         return Deferred(work.answer, finish=computed, cancel=partial(self.withdraw, hosted, work))
 
     def withdraw(self, hosted: HostedState, work: Work) -> None:
-        """Nobody waits for this work any more, and its call has ended."""
+        """Note that nobody waits for this work any more, and its call has ended."""
         hosted.runtime.withdraw(work)
         self.left()
 

@@ -125,7 +125,7 @@ class ExpertShares:
     hosted: HostedState
 
     def __call__(self, call: IncomingCall) -> Answer:
-        """Not called: `Applying` finds it, and begins the share."""
+        """Refuse a call of its own: `Applying` finds this share, and begins it."""
         raise UnknownMethod(f"{self.hosted.uid} is applied together with others")
 
 
@@ -419,7 +419,7 @@ class Wave:
         yield LastPart(body, (*first, *buffers))
 
     def _keep(self) -> bytes | None:
-        """Keep the block of a forward, if the caller wishes and there is room. Returns its name."""
+        """Keep the block of a forward, if the caller asks for that and there is room. Returns its name."""
         request = self.request
         if request.backward or not request.keep or not any(share.is_open for share in self._shares):
             return None
@@ -453,7 +453,7 @@ class Wave:
         self._look()
 
     def withdraw(self) -> None:
-        """Nobody waits for what is still under way."""
+        """Give up what is still under way: nobody waits for it."""
         self._let_go()
         for task in self._tasks:
             task.cancel()

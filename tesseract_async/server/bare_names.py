@@ -75,9 +75,9 @@ class Past:
     taken_from: PeerID | None = None
     """The server that it took over from, unasked."""
     is_new: bool = False
-    """It has been primary for a moment only, without a step, or stood still for a lease."""
+    """True if it has been primary for a moment only, without a step, or stood still for a lease."""
     has_waited: bool = True
-    """A better follower had the time to take over, and did not."""
+    """True if a better follower had the time to take over, and did not."""
 
 
 class BareRole(Enum):
@@ -131,9 +131,9 @@ class _BareExpert:
     syncing: Rhythm | None = None
     """The rhythm of pulls from that one."""
     giver: PeerID | None = None
-    """The server that handed the expert over to this one..."""
+    """The server that handed the expert over to this one."""
     giver_sequence: int = 0
-    """... and the last manifest in which it still calls itself primary."""
+    """The number of the last manifest in which that server still calls itself primary."""
     taken_from: PeerID | None = None
     """The server whose silence made this one take over."""
     waiting_since: float | None = None

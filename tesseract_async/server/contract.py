@@ -118,7 +118,7 @@ class WorkPermission:
 
     serve: bool
     reason: str
-    """For the log and the callers who are refused: one clause, such as ``outside of its hours (22:00-07:00)``."""
+    """The reason for the log and for refused callers: one clause, such as ``outside of its hours (22:00-07:00)``."""
     until: float | None
     """Wall-clock seconds when time alone changes it; None if only an observation can."""
 

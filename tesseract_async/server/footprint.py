@@ -33,10 +33,10 @@ PROBE_MARGIN: Final = 2.0
 the peak is where the parameters' gradients meet, not where all activations do."""
 
 MAX_OPERATIONS: Final = 20_000
-"""On tensors, while an expert of somebody else's sizes is built."""
+"""Operations on tensors that building an expert of somebody else's sizes may take."""
 
 KERNEL_MARGIN: Final = 1.1
-"""For what kernels take without making a tensor of it."""
+"""Factor for memory that kernels take without making a tensor of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Footprint:
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     num_experts: int
-    """That fit. 0: not even one does."""
+    """The number of experts that fit; 0 if not even one does."""
     needed_for_one: int
     """The least limit with which one expert fits."""
     budgets: Mapping[str, int]

@@ -14,7 +14,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.work import WorkResult
 
 KEEP_SECONDS: Final = 300.0
-"""A trainer's step takes seconds; a caller that asks again for an answer does so within its time-out."""
+"""A trainer's step takes seconds; a caller that asks again for an answer does so within its timeout."""
 SMALL_BYTES: Final = 16 * 1024
 ENTRY_BYTES: Final = 1024
 TENSOR_BYTES: Final = 512
@@ -24,7 +24,7 @@ MAX_EXPECTED: Final = 65536
 """Entries; the oldest are no longer expected beyond that."""
 MAX_PEERS: Final = 1024
 EXPECT_SECONDS: Final = 60.0
-"""After so long no backward is expected any more: the longest that a trainer waits for one call by default."""
+"""Seconds after which no backward is expected any more: a trainer waits no longer for a call by default."""
 MIN_PATIENCE: Final = 0.5
 PATIENCE: Final = 2.0
 """A caller is waited for this many times as long as its slowest recent backward took."""

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 MAX_SOURCES: Final = 4
 """Servers that a newcomer asks for an expert's state, one after the other."""
 MAX_SHARDS_READ: Final = 16
-"""For more uids than lie in so many shards, the whole grid is read instead."""
+"""Shards of a grid that are read one by one; for more, the whole grid is read instead."""
 NUM_AT_ONCE: Final = 4
 """Experts that are looked after at the same time."""
 LONGEST_SUBKEY: Final = 120
@@ -62,8 +62,8 @@ class ReplicaSettings:
     lease: float = 30.0
     """A primary that answers nobody for so long is replaced; one that stood still for so long asks who it is now."""
     call_timeout: float = 10.0
-    """For a question to another replica, for each piece of a state, and for asking the network who hosts what; a fifth
-    of it for the question whether a replica is there. Slow links need more."""
+    """Limit for a question to another replica, for each piece of a state, and for asking the network who hosts what; a
+    fifth of it for the question whether a replica is there. Slow links need more."""
     max_copies_bytes: int = MAX_COPIES_BYTES
     """Copies of states that are kept for transfers under way: less where memory is scarce."""
 
@@ -258,7 +258,7 @@ async def adopt_states(
     async def adopt(uid: str, replicas: list[ExpertReplica]) -> None:
         async with gate:
             infos = await asyncio.gather(*(ask_info(node, one, settings.call_timeout) for one in replicas))
-            # the silent ones cost one time-out together; of the others the primary comes first
+            # the silent ones cost one timeout together; of the others the primary comes first
             for replica, info in [(r, i) for r, i in zip(replicas, infos, strict=True) if i is not None][:MAX_SOURCES]:
                 if replica.primary:
                     _check_schemas(uid, backends[uid], info, replica)

@@ -46,9 +46,9 @@ logger = logging.getLogger(__name__)
 MAX_PERIOD: Final = 5.0
 """Seconds between two looks at the others' places, at most."""
 HURRIED_PERIOD: Final = 0.8
-"""Seconds between two looks while there is something to take, or ..."""
+"""Seconds between two looks while there is something to take, or the member is new."""
 NEW_SECONDS: Final = 30.0
-"""... for so long after entering the run."""
+"""Seconds after entering the run for which a member is new."""
 MISSED_SECONDS: Final = 60.0
 """Seconds for which a member whose place cannot be read is no other's successor, if it was not before."""
 SHOW_SECONDS: Final = 10.0
@@ -152,9 +152,9 @@ class Placing:
             except (ValueError, LookupError) as error:  # no address at the moment, or an expert just given up
                 logger.warning("this member's place in %s: %s", self._authority.run.full_name, describe(error))
             self._looked.set()
-            # a wish that nobody contests is fulfilled soon, and a newcomer is waited for
+            # what it announced and nobody contests is begun soon, and a newcomer is waited for
             is_new = not self._is_settled and self._now() - self._began < NEW_SECONDS
-            hurries = is_new or self.placement.wishes or self._wanted
+            hurries = is_new or self.placement.announced or self._wanted
             await asyncio.sleep(min(self._period, HURRIED_PERIOD) if hurries else self._period)
 
     async def wait_settled(self, timeout: float) -> bool:
@@ -204,7 +204,7 @@ class Placing:
         for step in steps:
             await self._take(step)
         idle = not await self._compute_wanted()
-        self._is_settled = idle and not steps and not self.placement.wishes and not self._wanted
+        self._is_settled = idle and not steps and not self.placement.announced and not self._wanted
         self._tell_of_shortage()
         if (found := self.placement.to_check(self.places, self._now())) is not None:
             self._tasks.spawn(self._check(*found))
@@ -217,7 +217,7 @@ class Placing:
 
     def place(self) -> Place:
         now, capacity = self._now(), self.capacity
-        parts = {uid: MemberPart(MemberRole.HOLDS) for uid in self.placement.wishes}
+        parts = {uid: MemberPart(MemberRole.HOLDS) for uid in self.placement.announced}
         for uid in self._uids():
             tenure, hosted = self._tenures.tenure(uid), self._server.hosted.get(uid)
             held = tenure.held
@@ -358,13 +358,13 @@ class Placing:
         left = set(peers)
         for seconds in (0.0, STUCK_AFTER):
             await asyncio.sleep(seconds)
-            leader = self.placement.survey(self.places, self._now()).leader(uid)
-            if leader is None or (address := self._addresses.get(leader)) is None:
+            primary = self.placement.survey(self.places, self._now()).primary(uid)
+            if primary is None or (address := self._addresses.get(primary)) is None:
                 return
             try:
                 seal = await ask_seal(self._node, self._authority.run_id, uid, address, timeout=SHOW_SECONDS)
             except (TesseractError, TimeoutError, OSError) as error:
-                logger.info("%s does not show the Seal of %s: %s", leader.short, uid, describe(error))
+                logger.info("%s does not show the Seal of %s: %s", primary.short, uid, describe(error))
                 return
             left -= await self._shown(seal, left)
         self.placement.not_shown(uid, left, self._now())

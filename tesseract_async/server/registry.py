@@ -53,7 +53,7 @@ _MARKED: Final[dict[str, Builder]] = {}
 MAX_REASON: Final = 200
 """Characters of a builder's own error: PyTorch's may be pages."""
 NUM_PLANNED_ROWS: Final = 4
-"""As many as a backend's first look at its module takes, or more."""
+"""Rows of the planned call: at least as many as a backend's first look at its module takes."""
 
 OPTIMIZERS: Final[Mapping[str, Callable[..., torch.optim.Optimizer]]] = {
     "adam": torch.optim.Adam,

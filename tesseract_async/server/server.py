@@ -52,6 +52,7 @@ class ServerSettings:
     """The settings by which a server keeps its experts."""
 
     runtime: RuntimeSettings = RuntimeSettings()
+    """The settings of each of its devices."""
     max_answers_bytes: int = 64 << 20
     """Answers of backwards, for callers that ask again because the first one was lost: less where memory is scarce."""
     max_inputs_bytes: int = 256 << 20
@@ -159,7 +160,7 @@ class TesseractServer(Uncopied):
         self._publisher_settings = publisher_settings or PublisherSettings()
         self._publisher: ExpertPublisher | None = None
         self.is_paused = False
-        """Between `pause` and `resume`."""
+        """True between `pause` and `resume`."""
         self._is_started = False
         self._closed = False
 

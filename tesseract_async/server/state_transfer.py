@@ -38,13 +38,13 @@ MAX_WAITING: Final = 64
 MAX_POINTS: Final = 2
 """Peers whose save points of one expert are kept at a time: the disk is the server's."""
 MAX_POINTS_A_MINUTE: Final = 8
-"""... and how many of one expert a peer has written: each is a copy, a hash and a file."""
+"""Save points of one expert that a peer may have written in a minute: each is a copy, a hash and a file."""
 POINT_SECONDS: Final = 1800.0
-"""A save point that nobody asked for since then is deleted: a peer fetches a server's experts one after the other."""
+"""Seconds after which a save point that nobody asks for is deleted: a peer fetches a server's experts in turn."""
 KEEP_SECONDS: Final = 60.0
-"""A copy that nobody asked for since then is dropped."""
+"""Seconds after which a copy that nobody asks for is dropped."""
 REUSE_SECONDS: Final = 2.0
-"""A copy so young is good enough for somebody who asks for the newest: ten followers cost one copy."""
+"""A copy younger than this serves a peer that asks for the newest: ten followers cost one copy."""
 
 
 class StateOwner(Protocol):
@@ -77,7 +77,7 @@ class SealedState:
         return state
 
     def structure(self) -> None:
-        """Not known from a file."""
+        """None: a file does not tell."""
 
 
 @dataclass(slots=True)

@@ -32,17 +32,17 @@ class Tenured:
     num_waiting: int = 0
     """Trainers that wait here for its next primary."""
     stands: bool = False
-    """It stood for being the primary when its commands were carried out last."""
+    """True if it was a candidate when its commands were carried out last."""
     waited_for: bool = False
-    """It was told that this expert may have a state, which nobody shows."""
+    """True if it was told that this expert may have a state, which nobody shows."""
     wanted_root: bytes | None = None
     """The state that the run's owner named last."""
     unwritten: bytes | None = None
     """Data that the disk did not take, and must take before this server says anything."""
     is_unsealed: bool = False
-    """Its state could not be sealed when that was due."""
+    """True if its state could not be sealed when that was due."""
     silent_until: float = -math.inf
-    """Until then this primary leaves such an expert to its successors, which hold the last sealed state."""
+    """The time until which this primary leaves such an expert to its successors, which hold the last sealed state."""
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""

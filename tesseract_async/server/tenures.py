@@ -63,7 +63,7 @@ ASK_TIMEOUT: Final = 1.5
 RETRY_SECONDS: Final = 1.0
 """Seconds after which a trainer whose backward came to a server that is not the primary asks again."""
 MAX_WAITING: Final = 256
-"""Such trainers that wait for an expert's next primary instead: their gradients take memory meanwhile."""
+"""Trainers that may wait for an expert's next primary instead: their gradients take memory meanwhile."""
 MAX_RECORD_BYTES: Final = 1024
 UPLOAD_SHARE: Final = 0.5
 """The share of the upload rate that copies of states may take."""

@@ -83,10 +83,10 @@ class _Member:
     at: float
     """The time of its last push."""
     norm: float
-    """The norm of its last difference, ..."""
+    """The norm of its last difference."""
     period: float = 0.0
-    """... and the seconds since the one before (0: there was none); at least half of what they were then, since a flush
-    comes early, and with little."""
+    """Seconds between its last two differences (0: there was one at most); at least half of what they were before,
+    since a flush comes early, and with little."""
     offsets: deque[float] = field(default_factory=partial(deque, maxlen=8))
     """Its last arrivals: seconds after the round opened that leads on from the base."""
     spent: float = 0.0
@@ -104,17 +104,17 @@ class Rounds:
         """Peers that fetched the state since they pushed last, and the version up to which they are waited for."""
         self._members: LRU[PeerID, _Member] = LRU(MAX_MEMBERS)
         self._last_two: deque[frozenset[PeerID]] = deque(maxlen=2)
-        """Those who pushed in the last two rounds."""
+        """The members that pushed in each of the last two rounds."""
         self._waits_first = version > 0
-        """It goes on from what another host did, and knows none of the members yet."""
+        """True if it continues from what another host did, and knows none of the members yet."""
         self._share = 1.0
-        """The part of all known members that pushed in the round that closed last, ..."""
+        """The part of all known members that pushed in the round that closed last."""
         self._num_known = 0
-        """... how many they are, ..."""
+        """The number of known members in that round."""
         self._most = 0.0
-        """... how large their differences may be (0: not known), ..."""
+        """The largest norm that their differences may have (0: not known)."""
         self._rooms: dict[PeerID, float] = {}
-        """... and the part of that which is left to each that pushed."""
+        """The part of that norm which is left to each member that pushed."""
         self._opened: dict[int, float] = {}
         """The time at which the round after each of the last versions opened."""
         self._interval = FIRST_INTERVAL
@@ -180,7 +180,7 @@ class Rounds:
         return statistics.median_low([one.period for one in (*known[:JUDGED_FROM], *come)])
 
     def _lately(self, now: float) -> dict[PeerID, _Member]:
-        """Those who came within two usual periods; none while there are few members, of which none is usual."""
+        """Return the members that came within two usual periods; none while there are too few for a usual one."""
         window = 2 * (self._period or FIRST_INTERVAL) if len(self._members) >= JUDGED_FROM else 0.0
         return {peer: one for peer, one in self._members.items() if now - one.at < window}
 

@@ -26,13 +26,13 @@ GRACE_SECONDS: Final = 8.0
 """A new primary waits so long for what trainers hold; each of them reports every second. For `LEASE_SECONDS` it takes
 their word for what nobody else has."""
 STALL_SECONDS: Final = 600.0
-"""A trainer that reports, but has ended nothing for so long, loses what it holds: its loop hangs, say."""
+"""Seconds after which a trainer that reports, but ends nothing, loses what it holds: its loop may hang."""
 REST_SECONDS: Final = 2.0
-"""... and gets nothing for so long: others come first."""
+"""Seconds for which it then gets nothing: others come first."""
 MAX_HELD: Final = 1 << 20
-"""Samples that a trainer holds at a time, ..."""
+"""Samples that a trainer holds at a time."""
 MAX_SPANS: Final = 512
-"""... and spans: of a trainer, in a message, and of an epoch's free samples where trainers name what they hold."""
+"""Spans of a trainer, of a message, and of an epoch's free samples where trainers name what they hold."""
 MAX_TRAINERS: Final = 4096
 MAX_TRAINERS_OF_PEER: Final = 8
 MAX_OPEN: Final = 2
@@ -140,7 +140,7 @@ class Allotment(NamedTuple):
     pieces: Sequence[Piece]
     """Samples that the trainer holds from now on, too."""
     again: int
-    """So many of these samples somebody held before who did not end them."""
+    """The number of these samples that another trainer held before and did not end."""
     gone: Sequence[Piece]
     """Samples that it says it holds, and that others hold or have done."""
     first: int

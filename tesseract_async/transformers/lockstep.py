@@ -116,7 +116,7 @@ class LockstepTrainer(Uncopied):
         self._task: int | None = None
         """The backward pass under way."""
         self._scale = 1.0
-        """By which a `GradScaler` multiplies what this pass gives."""
+        """The factor by which a `GradScaler` multiplies the gradients of this pass."""
         self._norm = 0.0
         """The norm of the gradients that the experts have gathered."""
         self._told: dict[object, LockstepReply] = {}
@@ -130,7 +130,7 @@ class LockstepTrainer(Uncopied):
         self._has_biases |= has_biases
 
     def belongs_to(self, stand_in: StandIn) -> None:
-        """That is of the model that is computed now: a copy may be another one's."""
+        """Take this stand-in as that of the model that is computed now: a copy may belong to another one."""
         if (
             getattr(stand_in.anchor, "tesseract_lockstep", None) is not self
             or self._stand_in is None
@@ -140,7 +140,7 @@ class LockstepTrainer(Uncopied):
             stand_in.anchor.tesseract_lockstep = self  # type: ignore[attr-defined]
 
     def backward_begins(self) -> None:
-        """Before the gradients of a layer's experts leave, in the engine's thread; once per layer.
+        """Check the experts' step before the gradients of a layer leave, once per layer, in the engine's thread.
 
         Raises: ValueError if the experts are of another step than the model, or what they gathered was changed here.
         """
@@ -161,7 +161,7 @@ class LockstepTrainer(Uncopied):
         self._holds_some = True
 
     def backward_ends(self) -> None:
-        """All gradients of the pass are there; once per layer that took part."""
+        """Learn the norm of what experts gathered, now that the pass is over; once per layer that took part."""
         if self._task is None:
             return
         self._task = None

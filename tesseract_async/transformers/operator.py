@@ -43,7 +43,7 @@ class RemoteLayer(Uncopied):
         self.node, self.pool, self.lockstep = node, pool, lockstep
         self.number: Final = next(_numbers)
         self.calls: weakref.WeakSet[_LayerCall] = weakref.WeakSet()
-        """Those that a backward may still go through."""
+        """Calls that a backward may still go through."""
         self.of_compiled: _LayerCall | None = None
         """The latest of a compiled graph, which drops the token if it means to run the forward again."""
         _layers[self.number] = self

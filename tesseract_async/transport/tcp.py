@@ -34,11 +34,11 @@ CONNECT_TIMEOUT: Final = 5.0
 MAX_REMEMBERED: Final = 4096
 """Peers with several addresses for which the one that worked is remembered."""
 DIAL_BURST: Final = 8.0
-"""Dials of one ``host:port`` in a row that may fail ..."""
+"""Dials of one ``host:port`` in a row that may fail."""
 DIALS_PER_SECOND: Final = 0.2
-"""... and how many more then."""
+"""Dials in a second after that."""
 DIALS_PER_HOST: Final = 8.0
-"""So many times as much for all ports of a host, but not on loopback, where every node of a test is one host."""
+"""The factor for all ports of a host together, but not on loopback, where every node of a test is one host."""
 MAX_TARGETS: Final = 4096
 
 

@@ -12,7 +12,7 @@ from tesseract_async.transport.token_bucket import TokenBucket
 SMALL: Final = 4096
 """Pieces up to this size are paid for but do not wait: a heartbeat must not stand behind megabytes."""
 MAX_DEBT: Final = 2.0
-"""... unless others of them already made a debt of so many seconds."""
+"""Seconds of debt beyond which small pieces wait, too."""
 LEAST_SHARE: Final = 0.05
 """Share of the upload rate that messages which may wait always have."""
 AVERAGE_SECONDS: Final = 2.0

@@ -34,7 +34,7 @@ PackedCoordinates = npt.NDArray[np.uint32]
 Numbers = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.integer[Any]]
+Integers = npt.NDArray[np.integer]
 
 _U4, _I4, _I8, _F4 = (np.dtype(name) for name in ("<u4", "<i4", "<i8", "<f4"))
 _all: Final = np.logical_and.reduce  # an array's own `all` takes a Python call more, as do `min` and `max`
@@ -83,7 +83,7 @@ class ApplyRequest(NamedTuple):
     def num_rows(self) -> int:
         return int(next(meta[1][0] for meta in self.tensors if meta is not None))
 
-    def pairs(self, experts: npt.NDArray[np.integer[Any]]) -> Numbers:
+    def pairs(self, experts: Integers) -> Numbers:
         """The numbers of the pairs of these experts (ascending places in `experts`), one expert after the other."""
         if len(experts) == len(self.ids):
             return np.arange(len(self.rows))
@@ -92,13 +92,13 @@ class ApplyRequest(NamedTuple):
         firsts = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
         return firsts + np.arange(len(firsts))
 
-    def rows_of(self, experts: npt.NDArray[np.integer[Any]]) -> Integers:
+    def rows_of(self, experts: Integers) -> Integers:
         """The rows that any of these experts sees, ascending: those of a part's sums."""
         return numbered(self.rows[self.pairs(experts)])[0]
 
-    def scales_of(self, experts: npt.NDArray[np.integer[Any]]) -> Weights | None:
-        """By what each row of these experts' sums is divided before a codec that loses something takes it: the greatest
-        magnitude among the row's weights, if any is not 0. None for sums that travel as they are."""
+    def scales_of(self, experts: Integers) -> Weights | None:
+        """Return the divisors of the rows of these experts' sums before a lossy codec takes them: the greatest
+        magnitude among each row's weights, if any is not 0. None for sums that travel as they are."""
         if self.backward or self.reply_codec == "none" or not len(experts):
             return None
         pairs = self.pairs(experts)

@@ -228,7 +228,7 @@ def _quantize_nibbles(flat_n: torch.Tensor) -> torch.Tensor:
         work_bk = (flat_bk * exact_b.clamp_min(_TINY).reciprocal_().unsqueeze(1)).round_()
         if not usable.all():
             work_bk[~usable] = 0  # what float-to-integer conversion makes of NaN differs by machine
-        # pairs of bytes in one number each: the second code moves down beside the first
+        # pairs of bytes in one number each: the second code moves down next to the first
         pairs = work_bk.add_(8).to(torch.uint8).view(-1).view(torch.int16)
         out[2 * b :] = (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)[: -(-n // 2)]
     return out

@@ -196,7 +196,7 @@ class Arena:
 
 
 _packers: list[msgpack.Packer] = []
-"""Those that nobody uses now: making one takes longer than packing the head of a small message."""
+"""Packers that nobody uses now: making one takes longer than packing the head of a small message."""
 
 
 def pack(value: Value) -> bytes:

@@ -76,7 +76,7 @@ def decode_request(value: Value) -> RequestHead:
     if type(method) is not str or not 0 < len(method) <= MAX_METHOD_LENGTH:
         raise ProtocolError("malformed method name")
     if type(milliseconds) is not int or not 0 < milliseconds <= MAX_TIMEOUT * 1000 + 1:
-        raise ProtocolError("malformed time-out")
+        raise ProtocolError("malformed timeout")
     if type(priority) is not int or not -128 <= priority <= 127:
         raise ProtocolError("malformed priority")
     if type(reply_room) is not int or type(max_reply) is not int or not 0 <= reply_room <= max_reply < 2**63:

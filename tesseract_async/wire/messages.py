@@ -176,7 +176,7 @@ class StateRequest(NamedTuple):
 
     uid: str
     weights_only: bool
-    """Without the optimizer's state and the journal: for an export."""
+    """True for a state without the optimizer's and the journal: for an export."""
     min_version: int
     """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
     root: Root
@@ -188,7 +188,7 @@ class StateRequest(NamedTuple):
 
 
 class StateReply(NamedTuple):
-    """With it travels the piece; nothing where `size` is 0."""
+    """The answer to a `StateRequest`, with the piece as its buffer; without one where `size` is 0."""
 
     version: int
     root: Root
@@ -233,7 +233,7 @@ class PullRequest(NamedTuple):
     version: int
     root: bytes
     journal: bool = False
-    """With all that another host of the fragment needs, to have the same state."""
+    """True for all that another host of the fragment needs to have the same state."""
 
 
 class UpdatesReply(NamedTuple):
@@ -250,8 +250,8 @@ class UpdatesReply(NamedTuple):
     roots: list[Value]
     """The root after each update."""
     journal: list[Value] = []  # noqa: RUF012  (a named tuple's default)
-    """If asked for, of each update: steps of all members then, the journal's keys of what it counts, 16 bytes each, and
-    the state of the samples (`sharing.samples.Ledger.encode`)."""
+    """If it was asked for, for each update: steps of all members then, the journal's keys of what it counts, 16 bytes
+    each, and the state of the samples (`sharing.samples.Ledger.encode`)."""
 
 
 class SamplesRequest(NamedTuple):
@@ -284,7 +284,7 @@ class SamplesReply(NamedTuple):
 
 
 class LockstepRequest(NamedTuple):
-    """For all experts of one grid at a server, which gather gradients until their trainer has them step."""
+    """A request to all experts of one grid at a server, which gather gradients until their trainer has them step."""
 
     uid: str
     """One of them."""
@@ -297,9 +297,9 @@ class LockstepRequest(NamedTuple):
     options: dict[str, Value] = {}  # noqa: RUF012  (a named tuple's default)
     """Numbers: ``lr`` and others of the optimizer; ``scale`` that multiplies gradients; ``limit`` of their numbers."""
     num_experts: int = 0
-    """For a step: what the status said after the backward, so that no step is taken on other gradients. 0: unknown."""
+    """The number that the status gave after the backward, so that no step is taken on other gradients. 0: unknown."""
     squared_norm: float = 0.0
-    """The same."""
+    """The squared norm that the status gave then."""
 
 
 class LockstepReply(NamedTuple):

@@ -48,7 +48,7 @@ async def measure() -> None:
             await stack.enter_async_context(member(run, n, [seed.address], room=4, files=NUM_EXPERTS, build=build))
             for n in range(1, NUM_SERVERS + 1)
         ]
-        await until(lambda: all(one.leader and one.losses >= 3 for one in standings(members, NUM_EXPERTS)), 240)
+        await until(lambda: all(one.primary and one.losses >= 3 for one in standings(members, NUM_EXPERTS)), 240)
         trainer = await stack.enter_async_context(joined(run, 50, [seed.address]))
 
         async def train() -> None:

@@ -158,6 +158,40 @@ async def test_a_failure_here_and_a_backward_within_one(node: FakeNode) -> None:
     assert x.grad is not None and autograd.num_steps() == 0
 
 
+async def test_a_hook_may_go_back_through_an_expert_of_another_loop(node: FakeNode) -> None:
+    """As with a BackgroundNode beside one's own: that loop is free to carry the gradients."""
+    x = torch.randn(4, 8, requires_grad=True)
+    inner = (await (await expert_at(node))(x)).sum()
+
+    async def main() -> None:
+        other = FakeNode()
+        h = torch.randn(4, 8, requires_grad=True)
+        loss = (await (await expert_at(other))(h)).sum()
+        loss.register_hook(lambda gradient: inner.backward())
+        await backward(loss)
+        assert h.grad is not None and other.count(BACKWARD) == 1
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    thread.start()
+    await asyncio.to_thread(thread.join, 30.0)
+    assert not thread.is_alive() and x.grad is not None and node.count(BACKWARD) == 1
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+async def test_what_a_server_cancels_is_no_cancellation_of_the_caller(node: FakeNode, num_experts: int) -> None:
+    experts = [await expert_at(node, f"ffn.0.{i}") for i in range(num_experts)]
+    x = torch.randn(4, 8, requires_grad=True)
+    loss = sum([await expert(x) for expert in experts]).sum()  # type: ignore[attr-defined]
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        raise asyncio.CancelledError
+
+    node.fault = fault
+    with pytest.raises(RuntimeError, match="not by its backward"):
+        await backward(loss)
+    assert x.grad is None
+
+
 @pytest.mark.both_loops
 async def test_all_of_a_layer_are_under_way_at_once_in_backward(node: FakeNode) -> None:
     """Each is answered only once the other seven have come as well."""

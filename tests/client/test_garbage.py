@@ -13,7 +13,9 @@ from torch import nn
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts
+from tesseract_async.wire.messages import BACKWARD
 from tests.client.fake_node import FakeNode
 from tests.client.virtual_time import run_in_virtual_time
 
@@ -79,3 +81,35 @@ def test_a_step_through_a_mixture_leaves_nothing_for_the_collector(fails: str, l
     heavy = [x for x in found if isinstance(x, torch.Tensor | FrameType | TracebackType | BaseException)]
     assert not heavy, heavy
     assert len(found) == 0, [type(x) for x in found]
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_a_backward_that_fails_leaves_nothing_for_the_collector(num_experts: int, left: list[object]) -> None:
+    async def main() -> list[object]:
+        node = FakeNode()
+        for i in range(num_experts):
+            node.host(f"ffn.{i}", nn.Identity())
+        experts = [RemoteExpert(node, uid) for uid in node.hosted]
+
+        async def fault(method: str, uid: str, number: int) -> None:
+            if method == BACKWARD:
+                raise ExpertFailed("the script says so")
+
+        async def step() -> None:
+            x = torch.randn(16, WIDTH, requires_grad=True)
+            with contextlib.suppress(ExpertFailed):
+                await backward(torch.stack([await expert(x) for expert in experts]).sum())
+
+        node.fault = fault
+        await step()  # whatever the first one sets up stays
+        await asyncio.sleep(0)
+        gc.collect()
+        for _ in range(3):
+            await step()
+            await asyncio.sleep(0)
+        assert node.count(BACKWARD) == 4 * num_experts
+        return look(left)
+
+    found = run_in_virtual_time(main())
+    heavy = [x for x in found if isinstance(x, torch.Tensor | FrameType | TracebackType | BaseException)]
+    assert not heavy, heavy

@@ -73,7 +73,7 @@ class Run:
                 world.servers.remove(part)
 
     def place(self, volunteer: Volunteer) -> Place:
-        parts = dict.fromkeys(volunteer.machine.wishes, MemberPart(MemberRole.HOLDS))
+        parts = dict.fromkeys(volunteer.machine.announced, MemberPart(MemberRole.HOLDS))
         for uid in self.pattern:
             if (part := self.parts.get((volunteer.number, uid))) is None or part.tenure is None:
                 continue
@@ -109,7 +109,7 @@ class Run:
             peer: {uid: (part.role, part.epoch, part.has_file) for uid, part in place.parts.items()}
             for peer, place in places.items()
         }
-        is_waiting = any(volunteer.machine.wishes for volunteer in self.volunteers.values())
+        is_waiting = any(volunteer.machine.announced for volunteer in self.volunteers.values())
         if self.survey is None or is_waiting or said != self.said or self.now - self.decided_at >= DECIDE_EVERY:
             self.said, self.decided_at = said, self.now
             self.decide(places)

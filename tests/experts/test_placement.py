@@ -81,7 +81,7 @@ class World:
         seen = {
             peer: replace(
                 one,
-                parts={**dict.fromkeys(self.machines[peer].wishes, MemberPart(MemberRole.HOLDS)), **one.parts},
+                parts={**dict.fromkeys(self.machines[peer].announced, MemberPart(MemberRole.HOLDS)), **one.parts},
                 moved_ago=one.moved_ago + seconds,
                 uptime=one.uptime + seconds,
             )
@@ -114,7 +114,7 @@ class World:
                 self.places[one] = replace(self.places[one], moved_ago=0.0)
         else:
             role = MemberRole.HOLDS if step.kind == "hold" else MemberRole.FOLLOWS
-            leader = Survey(self.places).leader(step.uid)
+            leader = Survey(self.places).primary(step.uid)
             age = (epoch, 1) if leader is None else self.places[leader].parts[step.uid].age
             self.set_part(peer, step.uid, MemberPart(role, *age))
 
@@ -179,7 +179,7 @@ def test_one_copy_per_address_range_where_there_are_ranges_enough() -> None:
     for _ in range(20):
         world.tick()
     for uid in world.pattern:
-        leader = world.survey.leader(uid)
+        leader = world.survey.primary(uid)
         assert leader is not None
         ranges = [world.places[one].ranges for one in (leader, *world.survey.copies(uid))]
         assert sum(one == home for one in ranges) <= 1, "a stranger with many addresses in one range has one place"
@@ -219,7 +219,7 @@ def test_a_copy_too_many_is_given_up_after_a_while_and_its_loss_is_not_noticed()
     world = World([place(n, room=8) for n in range(6)], pattern=ExpertPattern.parse("ffn.7"))
     for _ in range(10):
         world.tick()
-    leader = world.survey.leader("ffn.7")
+    leader = world.survey.primary("ffn.7")
     assert leader is not None
     spare = next(one for one in world.places if one != leader and "ffn.7" not in world.places[one].parts)
     world.set_part(spare, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=MemberRole.HOLDS))
@@ -256,7 +256,7 @@ def test_an_old_copy_does_not_count_and_is_replaced() -> None:
     world = World([place(n, room=8) for n in range(6)], pattern=ExpertPattern.parse("ffn.7"))
     for _ in range(10):
         world.tick()
-    leader = world.survey.leader("ffn.7")
+    leader = world.survey.primary("ffn.7")
     assert leader is not None
     newest = world.places[leader].parts["ffn.7"]
     stale = next(iter(world.survey.copies("ffn.7")))
@@ -287,7 +287,7 @@ def test_a_copy_that_is_not_shown_does_not_count_for_those_that_would_take_the_n
     world = World([place(n, room=8) for n in range(8)], pattern=ExpertPattern.parse("ffn.7"))
     for _ in range(10):
         world.tick()
-    holders = {world.survey.leader("ffn.7"), *world.survey.copies("ffn.7")}
+    holders = {world.survey.primary("ffn.7"), *world.survey.copies("ffn.7")}
     checks: dict[PeerID, list[PeerID]] = {}
     for _ in range(int(CHECK_EVERY / 5) + 2):
         world.tick()
@@ -311,7 +311,7 @@ def test_of_two_copies_too_many_neither_counts_on_the_other() -> None:
     world = World([place(n, room=8) for n in range(8)], pattern=ExpertPattern.parse("ffn.7"))
     for _ in range(10):
         world.tick()
-    leader = world.survey.leader("ffn.7")
+    leader = world.survey.primary("ffn.7")
     assert leader is not None
     for one in world.places:
         world.set_part(one, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=MemberRole.HOLDS))
@@ -427,14 +427,15 @@ def test_who_claims_room_for_everything_and_takes_nothing_holds_the_others_up_fo
     while world.now < 4 * STUCK_AFTER:
         world.now += 5.0
         named = {
-            one: dict.fromkeys(machine.wishes, MemberPart(MemberRole.HOLDS)) for one, machine in world.machines.items()
+            one: dict.fromkeys(machine.announced, MemberPart(MemberRole.HOLDS))
+            for one, machine in world.machines.items()
         }
         seen = {one: replace(at, parts={**named.get(one, {}), **at.parts}) for one, at in world.places.items()}
         for one, machine in world.machines.items():
             for step in machine.decide(seen, world.now, world.now):
                 world.carry_out(one, step)
     standings = [world.survey.standing(f"ffn.{n}") for n in range(24)]
-    assert all(one.leader is not None and one.losses == 2 for one in standings)
+    assert all(one.primary is not None and one.losses == 2 for one in standings)
 
 
 # -- load --------------------------------------------------------------------------------------------------------------
@@ -458,7 +459,7 @@ class Load:
             uid: [one for one, part in survey.parts[uid].items() if part.role is not MemberRole.HOLDS]
             for uid in self.demand
         }
-        leaders = {uid: survey.leader(uid) for uid in self.demand}
+        leaders = {uid: survey.primary(uid) for uid in self.demand}
         shares: dict[tuple[PeerID, str], float] = defaultdict(float)
         for uid, leader in leaders.items():
             if leader is not None:
@@ -577,7 +578,7 @@ def test_a_popular_expert_among_many_servers(num_servers: int) -> None:
     """No placement does better than to serve all other rows, and the popular expert at the fastest server."""
     load = loaded(num_servers, 2, Random(5))
     load.run(600)
-    hot = min(load.demand, key=lambda uid: load.world.places[load.world.survey.leader(uid) or peer(0)].speed)
+    hot = min(load.demand, key=lambda uid: load.world.places[load.world.survey.primary(uid) or peer(0)].speed)
     load.demand[hot] *= 10
     bound = min(load.demand[hot], max(one.speed for one in load.world.places.values()))
     before = load.served()[hot] * load.demand[hot]

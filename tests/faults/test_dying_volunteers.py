@@ -147,7 +147,7 @@ async def churn(num_servers: int, per_server: int, seconds: float, *, lease: flo
 
         def is_ready() -> bool:
             found = standings(members, num_experts)
-            return all(one.leader is not None and one.losses >= 3 for one in found)
+            return all(one.primary is not None and one.losses >= 3 for one in found)
 
         await until(is_ready, 240)
         trainer = await stack.enter_async_context(joined(run, 5000, addresses))
@@ -177,7 +177,7 @@ async def churn(num_servers: int, per_server: int, seconds: float, *, lease: flo
                 await until(is_ready, 120)
             watch.look(members, loop.time())
             found = zip(watch.uids, standings(members, num_experts), strict=True)
-            watch.lost |= {uid for uid, one in found if one.leader is None or one.losses < 3}
+            watch.lost |= {uid for uid, one in found if one.primary is None or one.losses < 3}
         finally:
             await end(*tasks, *waiting)
     return watch

@@ -98,6 +98,7 @@ def test_a_joint_forward_is_expected_to_take_what_each_expert_takes_for_its_rows
         assert (queues.of_joint(experts, counts, 4.4e-3) is not None) is is_faster  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_faster", [True, False])
 @pytest.mark.parametrize("times", [1.15, 3.0])
 def test_chance_does_not_choose_whether_experts_share_a_pass(times: float, is_faster: bool) -> None:

@@ -321,11 +321,11 @@ async def test_shared_parameters_are_saved_and_restored_with_their_pieces(tmp_pa
         await ta.save_model(node, shared, folder, optimizers=True)
         state = shared.state_dict()
         merged, expected = shared.merged(), await steps(shared, optimizer, 8)
-        pieces = {one.uid: one.copy.base for one in shared._parts}
+        pieces = {one.uid: one.copy.base for one in shared.parts}
         await ta.restore_model(node, shared, folder)
         assert shared.state_dict() == state
         assert await steps(shared, optimizer, 8) == expected
-        assert {one.uid: one.copy.base for one in shared._parts} == pieces
+        assert {one.uid: one.copy.base for one in shared.parts} == pieces
         # without a swarm it is the merged copy
         loaded = ta.load_model(folder)
         for name, tensor in merged.state_dict().items():
@@ -379,7 +379,7 @@ async def test_a_trainer_is_saved_as_it_belongs_to_its_pieces(
         for name, tensor in first.model.state_dict().items():
             torch.testing.assert_close(saved["local"][name], tensor, rtol=0, atol=1e-5)
             assert not torch.equal(tensor, before[name])
-        assert [then for _, then in saved["shared"]["parts"]] == [one.steps_then for one in first._parts]
+        assert [then for _, then in saved["shared"]["parts"]] == [one.steps_then for one in first.parts]
 
 
 @pytest.mark.slow
@@ -405,7 +405,7 @@ async def test_a_push_from_before_does_not_count_in_a_state_that_was_gone_back_t
             await learn(one)
         await asyncio.gather(first.flush(), second.flush())
         await ta.save_model(first._node, first, tmp_path / "saved", optimizers=True)
-        saved, num = [part.copy.base[1:] for part in first._parts], len(first.uids)
+        saved, num = [part.copy.base[1:] for part in first.parts], len(first.uids)
         for one in (first, second):
             added.clear()
             closed.clear()
@@ -418,7 +418,7 @@ async def test_a_push_from_before_does_not_count_in_a_state_that_was_gone_back_t
             while len(closed) < num:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             await first.flush()
-            assert [part.copy.base[1:] for part in first._parts] == saved
+            assert [part.copy.base[1:] for part in first.parts] == saved
 
 
 @pytest.mark.slow
@@ -461,7 +461,7 @@ async def test_four_trainers_go_on_from_a_save_point_as_if_they_had_never_stoppe
             copy.deepcopy((one.model.state_dict(), optimizer.state_dict(), one.state_dict()))
             for one, optimizer in trainers
         ]
-        expected, versions = await steps(5, 20), [one.copy.base[1] for one in first._parts]
+        expected, versions = await steps(5, 20), [one.copy.base[1] for one in first.parts]
         assert set(versions) == {25}  # as many rounds as steps: none closed without all
         await ta.restore_model(nodes[0], first, tmp_path / "saved")
         for (shared, optimizer), (model_state, optimizer_state, state) in zip(trainers, kept, strict=True):
@@ -469,7 +469,7 @@ async def test_four_trainers_go_on_from_a_save_point_as_if_they_had_never_stoppe
             optimizer.load_state_dict(optimizer_state)
             await shared.rejoin(state)
         assert await steps(5, 20) == expected
-        assert [one.copy.base[1] for one in first._parts] == versions
+        assert [one.copy.base[1] for one in first.parts] == versions
 
 
 def test_plain_calls_save_and_load_plain_models(tmp_path: Path) -> None:

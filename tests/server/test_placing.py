@@ -21,7 +21,7 @@ async def test_a_run_shares_itself_out_and_a_killed_server_is_made_up_for() -> N
     async with contextlib.AsyncExitStack() as stack:
         seed = await stack.enter_async_context(ta.TesseractNode())
         members = [await stack.enter_async_context(member(run, n, [seed.address], room=3)) for n in range(1, 5)]
-        await until(lambda: all(one.losses >= 2 and one.leader for one in standings(members, 4)))
+        await until(lambda: all(one.losses >= 2 and one.primary for one in standings(members, 4)))
         assert all(sum(one.leads(f"ffn.{n}") for one in members) == 1 for n in range(4))
         async with joined(run, 50, [seed.address]) as trainer:
             for n in range(4):

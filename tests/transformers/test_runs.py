@@ -64,7 +64,7 @@ async def test_a_run_begins_from_a_checkpoint(checkpoint: Callable[[str], Path],
         plain = hosting(run, seed.address)
         serving = dataclasses.replace(plain.serving, num_experts=8, hf_checkpoint=folder)
         builder = make_builder(serving, VolunteerSettings(), keeps_learning_rate=False)
-        plain.serving, plain._builder = serving, builder
+        plain.serving, plain.builder = serving, builder
         async with volunteer(plain), ta.TesseractNode(initial_peers=[seed.address]) as other:
             async with holding(other, run, max_bytes=10**9) as placing:
                 losses = await asyncio.to_thread(train_and_export, run, seed.address, folder, tmp_path / "out")
@@ -84,7 +84,7 @@ async def test_a_run_begins_from_a_checkpoint(checkpoint: Callable[[str], Path],
         ):
             refused = hosting(run, seed.address)
             refused.serving = dataclasses.replace(serving, **{"hf_checkpoint": None, **given})
-            refused._builder = make_builder(refused.serving, VolunteerSettings(), keeps_learning_rate=False)
+            refused.builder = make_builder(refused.serving, VolunteerSettings(), keeps_learning_rate=False)
             with pytest.raises(ValueError, match=reason):
                 async with volunteer(refused):
                     pass
@@ -105,7 +105,7 @@ async def test_a_killed_servers_experts_go_on_at_another_volunteer(
             assert len((await event(first, "ready"))["uids"]) == 16
             second = hosting(run, seed.address)
             second.serving = dataclasses.replace(second.serving, num_experts=16, hf_checkpoint=folder)
-            second._builder = make_builder(second.serving, VolunteerSettings(), keeps_learning_rate=False)
+            second.builder = make_builder(second.serving, VolunteerSettings(), keeps_learning_rate=False)
             async with volunteer(second):
                 server = second.server
                 assert server is not None

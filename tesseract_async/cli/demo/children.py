@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+
+from tesseract_async.cli.demo.plan import Facts
 
 LEAVE_TIMEOUT = 8.0
 """Seconds that a process gets to leave by itself before it is killed."""
 
-Facts = dict[str, Any]
 FactListener = Callable[[str, Facts], None]
 
 

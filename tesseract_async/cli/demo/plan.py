@@ -1,12 +1,15 @@
 """The plan of the demo: its options and constants, and which server hosts which experts. No I/O."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 
 from tesseract_async.cli.flags import Flag
 from tesseract_async.experts.pattern import ExpertPattern
+
+Facts = dict[str, Any]
+"""A line of a demo's process."""
 
 PREFIX = "digits"
 GRID_SIZE = (4, 4)

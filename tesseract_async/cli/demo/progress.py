@@ -2,7 +2,6 @@
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 from tesseract_async.cli.demo import plan
 
@@ -77,13 +76,13 @@ class DemoProgress:
     def note(self, now: float, sentence: str) -> None:
         self.log.append((now, sentence))
 
-    def take(self, name: str, facts: dict[str, Any], now: float) -> None:
+    def take(self, name: str, facts: plan.Facts, now: float) -> None:
         if name in self.trainers:
             self._take_trainer(self.trainers[name], facts, now)
         elif name in self.servers and "versions" in facts:
             self.servers[name].versions = facts["versions"]
 
-    def _take_trainer(self, trainer: Trainer, facts: dict[str, Any], now: float) -> None:
+    def _take_trainer(self, trainer: Trainer, facts: plan.Facts, now: float) -> None:
         if "accuracy" in facts:
             trainer.accuracies.append((now, facts["accuracy"]))
         if facts["event"] == "done":

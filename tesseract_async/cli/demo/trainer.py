@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -100,7 +99,7 @@ async def train(
             batch = torch.randint(0, len(x_train), (rows,))
             x, y = x_train[batch], y_train[batch]
             x = x + plan.NOISE * torch.randn_like(x)
-            facts: dict[str, Any] = {"step": step}
+            facts: plan.Facts = {"step": step}
             try:
                 loss = F.cross_entropy(await gate(x), y)
                 optimizer.zero_grad()

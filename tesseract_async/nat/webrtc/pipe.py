@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 SCTP_PORT: Final = 5000
 BUFFERED_HIGH: Final = 256 * 1024
-"""Bytes in aiortc's own queue beyond which nothing is added ..."""
+"""Bytes in aiortc's own queue beyond which nothing is added."""
 BUFFERED_LOW: Final = 128 * 1024
-"""... until it has fallen to this."""
+"""Bytes in that queue at which more is added again."""
 CLOSE_TIMEOUT: Final = 2.0
 """Seconds that `close` gives to what was written."""
 GATHERING_TIMEOUT: Final = 1.0
@@ -71,7 +71,7 @@ class _Ice(aioice.Connection):
             raise
 
     def _cancel_queries(self) -> None:
-        """End the questions to the STUN server: where gathering is cancelled, aioice leaves them to their time-outs."""
+        """End the questions to the STUN server: where gathering is cancelled, aioice leaves them to their timeouts."""
         for task in asyncio.all_tasks():
             coro = task.get_coro()
             if getattr(coro, "__name__", "") == "server_reflexive_candidate":
