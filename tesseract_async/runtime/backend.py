@@ -33,7 +33,7 @@ from tesseract_async.runtime.gradients import (
     weight_gradients,
     weighted,
 )
-from tesseract_async.runtime.module_runner import ModuleRunner, as_leaves, device_of
+from tesseract_async.runtime.module_runner import ModuleRunner, as_leaves, device_of, only_compute
 from tesseract_async.runtime.norms import UsualNorms
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.watching import uses_batch_statistics
@@ -238,6 +238,8 @@ class ExpertBackend:
         self.module = module
         self.host: object | None = None
         """The server that hosts it at present."""
+        self.member: object | None = None
+        """Its tensors, as `grouped.Groups` knows them."""
         self.optimizer: torch.optim.Optimizer | None = None
         """None for a frozen expert, and before it is made (`prepare`)."""
         self.scheduler: LRScheduler | None = None
@@ -292,7 +294,7 @@ class ExpertBackend:
 
     def may_be_grouped(self, training: bool) -> bool:
         """Return whether its module was seen to do nothing but compute its outputs from inputs, weights and buffers."""
-        return not self.varies and self._runner.only_computes(training)
+        return may_be_grouped([self], training)
 
     @property
     def merges_backward(self) -> bool:
@@ -563,6 +565,14 @@ class ExpertBackend:
         return version
 
 
+def may_be_grouped(backends: Sequence[ExpertBackend], training: bool) -> bool:
+    """Return whether `ExpertBackend.may_be_grouped` holds for all of them."""
+    for backend in backends:
+        if backend.varies:
+            return False
+    return only_compute([backend._runner for backend in backends], training)
+
+
 def step_together(steps: Sequence[tuple[ExpertBackend, Gradients, Sequence[bytes]]]) -> None:
     """Do what `ExpertBackend.step` does for each of these experts, whose optimizers are of one rule, in one step.
 
@@ -574,8 +584,15 @@ def step_together(steps: Sequence[tuple[ExpertBackend, Gradients, Sequence[bytes
         steps[0][0].settings.clip_gradient_norm,
     )
     for backend, _, call_ids in steps:
-        backend._count_step()
-        backend._journal(call_ids)
+        if backend.scheduler is None:
+            backend.version += 1
+        else:
+            backend._count_step()
+        applied, version = backend.applied, backend.version
+        for call_id in call_ids:
+            applied[call_id] = version
+        if len(applied) > states.JOURNAL_LENGTH:  # as long as it may be: none of them is in lockstep
+            backend._journal(())
 
 
 def backpropagate(

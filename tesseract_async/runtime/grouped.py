@@ -23,7 +23,7 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ from torch import nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from tesseract_async.runtime.backend import ExpertBackend, backpropagate
+from tesseract_async.runtime.backend import ExpertBackend, backpropagate, may_be_grouped
 from tesseract_async.runtime.costs import BatchCost, GroupChoice
 from tesseract_async.runtime.gradients import Gradients, run_engine, weight_gradients, weighted
 from tesseract_async.runtime.module_runner import as_leaf
@@ -88,9 +88,8 @@ class Groups:
     """The kinds of experts on one device. Belongs to its thread."""
 
     def __init__(self) -> None:
-        self._members: weakref.WeakKeyDictionary[ExpertBackend, Member] = weakref.WeakKeyDictionary()
         self._num_changes: weakref.WeakKeyDictionary[ExpertBackend, int] = weakref.WeakKeyDictionary()
-        self._kinds: weakref.WeakValueDictionary[Hashable, ExpertKind] = weakref.WeakValueDictionary()
+        self.kinds: weakref.WeakValueDictionary[Hashable, ExpertKind] = weakref.WeakValueDictionary()
         self._groups: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
 
     def group_of(self, backend: ExpertBackend, *, training: bool, mode: Hashable) -> Group | None:
@@ -108,26 +107,41 @@ class Groups:
 
     def member_of(self, backend: ExpertBackend) -> Member | None:
         """Return the expert's tensors and its kind, unless it is of none."""
-        member = self._members.get(backend)
-        if member is not None and member.is_unchanged():
-            return member
-        if member is not None:
-            del self._members[backend]
+        member = backend.member
+        if type(member) is Member and member.groups is self:
+            if member.is_unchanged():
+                return member
+            backend.member = None
             self._num_changes[backend] = self._num_changes.get(backend, 0) + 1
         if self._num_changes.get(backend, 0) > _MAX_CHANGES:
             return None
         try:
-            member = self._members[backend] = Member(backend, self._kinds)
+            member = backend.member = Member(backend, self)
         except Unfit:
             return None
         return member
+
+    def members_of(self, backends: Sequence[ExpertBackend], training: bool) -> list[Member] | None:
+        """Return these experts' tensors; None unless all are of one kind now, and may be computed together."""
+        if not may_be_grouped(backends, training):
+            return None
+        members: list[Member] = []
+        for backend in backends:  # mostly they are as they were: then without a call for each
+            if type(member := backend.member) is Member and member.groups is self:
+                members.append(member)
+        if len(members) < len(backends) or not _are_unchanged(members):
+            members = [member for member in map(self.member_of, backends) if member is not None]
+        if len(members) < len(backends) or len({member.kind for member in members}) > 1:
+            return None
+        return members
 
 
 class Member:
     """One expert's tensors, and what must not change while it is of its kind. Raises: Unfit."""
 
-    def __init__(self, backend: ExpertBackend, kinds: weakref.WeakValueDictionary[Hashable, ExpertKind]) -> None:
+    def __init__(self, backend: ExpertBackend, groups: Groups) -> None:
         module, settings = backend.module, backend.settings
+        self.groups = groups
         slots = _slots_of(module)
         self._slots = [slot for slot in slots if slot.name == slot.first]
         tensors = self.tensors().values()
@@ -157,9 +171,9 @@ class Member:
             tuple([(slot.name, slot.first) for slot in slots]),
             backend.terms,
         )
-        kind = kinds.get(key)
+        kind = groups.kinds.get(key)
         if kind is None:
-            kind = kinds[key] = ExpertKind(backend)
+            kind = groups.kinds[key] = ExpertKind(backend)
         self.kind = kind
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -167,16 +181,29 @@ class Member:
 
     def is_unchanged(self) -> bool:
         """Return whether it has no hooks, and the attributes that it had."""
-        try:
-            for own, num_attributes, values_of, values in self._parts:
+        return _are_unchanged([self])
+
+
+def _are_unchanged(members: Sequence[Member]) -> bool:
+    try:
+        for member in members:
+            for own, num_attributes, values_of, values in member._parts:
                 if len(own) != num_attributes or values_of(own) != values:
                     return False
-            for slot in self._slots:
-                if slot.of[slot.own]._backward_hooks:
+            for _, _, of, name in member._slots:
+                if of[name]._backward_hooks:
                     return False
-            return True
-        except Exception:  # an attribute is gone, or can't be compared
-            return False
+        return True
+    except Exception:  # an attribute is gone, or can't be compared
+        return False
+
+
+def _columns(members: Sequence[Member]) -> dict[str, list[torch.Tensor]]:
+    """Return the tensors of experts of one kind: by name, each one's."""
+    return {
+        name: [member._slots[place].of[own] for member in members]
+        for place, (name, _, _, own) in enumerate(members[0]._slots)
+    }
 
 
 def _attributes_of(part: nn.Module) -> tuple[list[str], list[object], int]:
@@ -298,7 +325,7 @@ class ExpertKind:
         Raises: Unfit, if the module is not one that can be computed so.
         """
         with torch.no_grad():
-            return self._call([member.tensors() for member in members], {}, inputs, counts, training)
+            return self._call(_columns(members), {}, inputs, counts, training)
 
     def gradients(
         self,
@@ -316,10 +343,10 @@ class ExpertKind:
         Returns gradients of the inputs, and of each one's `parameters`; where these are parts of stacks, one for each
         parameter, also the stacks.
         """
-        leaves, each = [as_leaf(x) for x in inputs], [member.tensors() for member in members]
-        stacks = self._stacks(each, parameters)
+        leaves, columns = [as_leaf(x) for x in inputs], _columns(members)
+        stacks = self._stacks(columns, parameters)
         with torch.enable_grad():
-            outputs = self._call(each, stacks, leaves, counts, training)
+            outputs = self._call(columns, stacks, leaves, counts, training)
         sources = [*leaves, *(stacks.values() if stacks else [x for own in parameters for x in own])]
         found = backpropagate(outputs, weighted(output_gradients, weights), sources, run_engine)
         of_inputs, rest = found[: len(leaves)], found[len(leaves) :]
@@ -327,28 +354,27 @@ class ExpertKind:
             of_inputs.append(weight_gradients(outputs, output_gradients, weights))
         if stacks:
             rest = [None if x is None else x.contiguous() for x in rest]
-            columns = [[None] * len(members) if x is None else x.unbind() for x in rest]
-            return of_inputs, [*zip(*columns, strict=True)], rest
+            parts = [[None] * len(members) if x is None else x.unbind() for x in rest]
+            return of_inputs, [*zip(*parts, strict=True)], rest
         size = len(parameters[0])
         return of_inputs, [rest[number * size : (number + 1) * size] for number in range(len(members))], None
 
     def _stacks(
-        self, each: Sequence[Mapping[str, torch.Tensor]], parameters: Sequence[Sequence[nn.Parameter]]
+        self, columns: Mapping[str, list[torch.Tensor]], parameters: Sequence[Sequence[nn.Parameter]]
     ) -> dict[str, torch.Tensor]:
         """Return the experts' `parameters` as leaves, each a stack of all experts', by name and in their order. Empty
         if they are not in one order, or so large that some layers do without a stack."""
-        names = {id(x): name for name, x in each[0].items()}
+        names = {id(column[0]): name for name, column in columns.items()}
         order = [names.get(id(x), "") for x in parameters[0]]
         if not all(order) or (self.is_ragged and any([x.nbytes > _STACKED_BYTES for x in parameters[0]])):
             return {}
-        for tensors, own in zip(each, parameters, strict=True):
-            if [*map(id, map(tensors.get, order))] != [*map(id, own)]:
+        if set(map(len, parameters)) != {len(order)}:
+            return {}
+        for name, column in zip(order, zip(*parameters, strict=True), strict=True):
+            if not all(map(is_, columns[name], column)):
                 return {}
         with torch.no_grad():
-            return {
-                name: torch.stack([own[name] for own in each]).requires_grad_(each[0][name].requires_grad)
-                for name in order
-            }
+            return {name: torch.stack(columns[name]).requires_grad_(columns[name][0].requires_grad) for name in order}
 
     @property
     def is_ragged(self) -> bool:
@@ -357,20 +383,19 @@ class ExpertKind:
 
     def _call(
         self,
-        each: Sequence[Mapping[str, torch.Tensor]],
+        columns: Mapping[str, list[torch.Tensor]],
         stacks: Mapping[str, torch.Tensor],
         inputs: Sequence[torch.Tensor],
         counts: Sequence[int],
         training: bool,
     ) -> list[torch.Tensor]:
-        """`each`: the experts' tensors. `stacks`: those of them that are stacked already."""
+        """`columns`: the experts' tensors. `stacks`: those of them that are stacked already."""
         if self.way is None:
             raise Unfit
         if self._skeleton.training != training:
             self._skeleton.train(training)
         versions = [x._version for x in inputs]
-        table = {name: stacks[name] if name in stacks else [own[name] for own in each] for name in each[0]}
-        outputs = self.way(table, inputs, counts)
+        outputs = self.way({**columns, **stacks}, inputs, counts)
         if versions != [x._version for x in inputs]:
             raise Unfit("it writes its inputs")
         for own, names, values, num_attributes in self._attributes:

@@ -94,12 +94,6 @@ class ModuleRunner:
     def is_stochastic(self, training: bool) -> bool:
         return self._habits[training].draws if self._stochastic is None else self._stochastic
 
-    def only_computes(self, training: bool) -> bool:
-        """Return whether it was seen to draw no random numbers in this mode, and to leave inputs and buffers alone."""
-        habits = self._habits[training]
-        acts = habits.draws or habits.draws_others or habits.writes or self._stochastic
-        return habits.known and not acts and self._keeps[training]
-
     def run(
         self, inputs: Sequence[torch.Tensor | None], *, training: bool, seed: int | None, gradients: bool
     ) -> list[torch.Tensor]:
@@ -262,6 +256,16 @@ class ModuleRunner:
                 ", ".join(undone.changed[:3]),
             )
         return outputs
+
+
+def only_compute(runners: Sequence[ModuleRunner], training: bool) -> bool:
+    """Return whether all were seen to draw no random numbers in this mode, and to leave inputs and buffers alone."""
+    for runner in runners:  # no call for each
+        habits = runner._habits[training]
+        acts = habits.draws or habits.draws_others or habits.writes or runner._stochastic
+        if not habits.known or acts or not runner._keeps[training]:
+            return False
+    return True
 
 
 class _Graph:

@@ -6,7 +6,8 @@ import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, Final
+from operator import is_
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
@@ -151,21 +152,43 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Hashable:
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         # a trainer's in this process that looks for its own parameters alone (`transformers.lockstep`)
-        or any(not hasattr(hook, "_is_trainers") for hook in _global_optimizer_pre_hooks.values())
+        or (
+            _global_optimizer_pre_hooks
+            and any(not hasattr(hook, "_is_trainers") for hook in _global_optimizer_pre_hooks.values())
+        )
         or _global_optimizer_post_hooks
     ):
         return None
-    options = []
+    known: _Rule | None = vars(optimizer).get("_rule")  # not in its state
+    if known is not None and len(known.values) == len(optimizer.param_groups):
+        for group, names, values in zip(optimizer.param_groups, known.names, known.values, strict=True):
+            if [*group] != names or not all(map(is_, group.values(), values)):
+                break
+        else:
+            return known.rule
+    options, is_fixed = [], True
     for group in optimizer.param_groups:
         own = group.copy()
         own["params"] = own["initial_lr"] = None
         if type(own.get("betas")) is list:  # in a state that came from elsewhere
-            own["betas"] = tuple(own["betas"])
-        options.append((*own.items(),))
+            own["betas"], is_fixed = tuple(own["betas"]), False
+        options.append((*sorted(own.items()),))  # a loaded state has them in another order
         for value in own.values():
             if type(value) not in _IMMUTABLE and (isinstance(value, torch.Tensor) or value.__hash__ is None):
                 return None
-    return type(optimizer).__name__, *options
+    rule = type(optimizer).__name__, *options
+    if is_fixed:
+        groups = optimizer.param_groups
+        vars(optimizer)["_rule"] = _Rule(rule, [[*group] for group in groups], [[*group.values()] for group in groups])
+    return rule
+
+
+class _Rule(NamedTuple):
+    """The result of `rule_of`, which holds while the options of each group are the same objects."""
+
+    rule: Hashable
+    names: list[list[str]]
+    values: list[list[object]]
 
 
 def take_steps(
@@ -209,7 +232,7 @@ class _Memory:
     All its counts of steps lie in one tensor.
     """
 
-    __slots__ = ("state", "groups", "_ids", "_counts")
+    __slots__ = ("state", "groups", "_ids", "counts")
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         """Each parameter was stepped before."""
@@ -217,8 +240,8 @@ class _Memory:
         self.groups = [(group["params"], [self.state[x] for x in group["params"]]) for group in optimizer.param_groups]
         self._ids = [[*map(id, group["params"])] for group in optimizer.param_groups]
         memories = [memory for _, own in self.groups for memory in own]
-        self._counts = torch.stack([memory["step"] for memory in memories])
-        for memory, count in zip(memories, self._counts.unbind(), strict=True):
+        self.counts = torch.stack([memory["step"] for memory in memories])
+        for memory, count in zip(memories, self.counts.unbind(), strict=True):
             memory["step"] = count
 
     def holds(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -230,9 +253,6 @@ class _Memory:
             if [*map(id, group["params"])] != ids:
                 return False
         return True
-
-    def count(self) -> None:
-        self._counts += 1
 
 
 def _memory_of(optimizer: torch.optim.Optimizer) -> _Memory | None:
@@ -272,8 +292,7 @@ def _step_at_once(optimizers: Sequence[torch.optim.Optimizer], gradients: Sequen
         groups.append((group, parameters, found, [memory for _, those in own for memory in those]))
         start = stop
     with torch.no_grad():
-        for memory in memories:
-            memory.count()
+        torch._foreach_add_([memory.counts for memory in memories], 1)
         for group, parameters, found, of_parameters in groups:
             _run_fused(group, type(optimizers[0]), parameters, found, of_parameters)
     return True

@@ -4,11 +4,13 @@ If an optimizer raises, or leaves weights or moments that are not finite, the ex
 journal included, as if the steps since then had not happened.
 """
 
+import itertools
 import logging
 import math
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ _MAX_SNAPSHOT_SHARE: Final = 0.02
 """Share of the thread's time that copies of good states may take."""
 _MIN_SNAPSHOT_PERIOD: Final = 5.0
 """Seconds between two copies of one expert's state."""
+_PARAMETERS: Final = itemgetter("params")
 
 
 class Step(NamedTuple):
@@ -72,13 +75,16 @@ class Steps:
         backend, summed = work.backend, good[0].summed
         for one in good[1:]:
             summed = backend.add(summed, one.summed)
-        if first.request is last.request and not (first.start == 0 and last.is_last):
+        if first.request is last.request and not (first.start == 0 and last.stop == work.num_rows):
             # a chunk of a split request, which has a batch of its own
             summed = work.summed = backend.add(work.summed, summed)
             if not last.is_last:
                 return None
         works = good[0].works if len(good) == 1 else list(dict.fromkeys(work for one in good for work in one.works))
-        call_ids = [one.call_id for one in works if one.call_id is not None]
+        call_ids: list[bytes] = []
+        for each in works:  # no comprehension: it is a call more for each expert
+            if each.call_id is not None:
+                call_ids.append(each.call_id)
         if summed is None or len(call_ids) < len(works):
             return None
         if backend.optimizer is None:
@@ -113,20 +119,23 @@ class Steps:
                 if step is not None:
                     optimizer = step.backend.optimizer
                     rule = None if optimizer is None or not step.backend.steps_at_once else rule_of(optimizer)
-                    if rule is None or any([x is not None and x.layout is not torch.strided for x in step.summed]):
+                    for x in step.summed if rule is not None else ():
+                        if x is not None and x.layout is not torch.strided:
+                            rule = None
+                    if rule is None:
                         self.take(step, [one])
                     else:
                         by_rule.setdefault(rule, []).append((one, step))
             except BaseException as error:  # an optimizer may raise anything
                 one.outcomes |= dict.fromkeys(one.works, error)
         for due in by_rule.values():
-            before = [_changes(step) for _, step in due]
+            before = _changes([step for _, step in due])
             try:
                 step_together([(step.backend, step.summed, step.call_ids) for _, step in due])
             except BaseException as error:  # those that it did not reach step alone
                 for (one, step), changes in zip(due, before, strict=True):
                     try:
-                        if _changes(step) != changes:
+                        if _changes([step]) != [changes]:
                             raise self._undo(step, error)
                         self.take(step, [one])
                     except BaseException as own:  # an optimizer may raise anything
@@ -186,16 +195,21 @@ class Steps:
         return ExpertFailed(f"{reason}; the expert went back to version {backend.version}")
 
 
-def _changes(step: Step) -> list[int]:
-    """Return figures that grow when a step writes weights or the optimizer's memory: of the first that it writes."""
-    optimizer, place = step.backend.optimizer, 0
-    for group in () if optimizer is None else optimizer.param_groups:
-        for parameter in group["params"]:
-            if place < len(step.summed) and step.summed[place] is not None:
-                found = [parameter._version]
+def _changes(steps: Sequence[Step]) -> list[list[int]]:
+    """Return, for each, figures that grow when a step writes weights or the optimizer's memory: of the first that it
+    writes."""
+    changes = []
+    for step in steps:
+        optimizer = step.backend.optimizer
+        groups = () if optimizer is None else optimizer.param_groups
+        found: list[int] = []
+        gradients = iter(step.summed)
+        for parameter in itertools.chain.from_iterable(map(_PARAMETERS, groups)):
+            if next(gradients, None) is not None:
+                found.append(parameter._version)
                 for x in optimizer.state.get(parameter, {}).values():  # type: ignore[union-attr]
                     if isinstance(x, torch.Tensor):
                         found.append(x._version)
-                return found
-            place += 1
-    return []
+                break
+        changes.append(found)
+    return changes

@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Final
 
 import torch
 
@@ -19,6 +21,8 @@ from tesseract_async.runtime.rows import columns, divided, joined, presence
 from tesseract_async.runtime.staging import Staging, Transfer
 from tesseract_async.runtime.watching import generator_states, have_moved
 from tesseract_async.runtime.work import JointWork, WorkResult
+
+_REQUEST: Final = attrgetter("request")
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -60,7 +64,7 @@ class GroupExecutor(Executor):
 
     def stage_together(self, group: Group, batches: Sequence[Sequence[RowSlice]]) -> Together:
         """As `stage`, for batches of different experts of one group."""
-        attempts = [Attempt(slices, [one.request for one in slices]) for slices in batches]  # type: ignore[misc]
+        attempts = [Attempt(slices, [*map(_REQUEST, slices)]) for slices in batches]
         together = Together(group, attempts)
         try:
             works = [work for one in attempts for work in one.works]
@@ -98,16 +102,11 @@ class GroupExecutor(Executor):
 
     def _members(self, backends: Sequence[ExpertBackend], training: bool) -> list[Member]:
         """Return these experts' tensors. Raises: _NotNow unless all are of one kind now, and may be computed so."""
-        members: list[Member] = []
         if self.steps.broken and any([backend in self.steps.broken for backend in backends]):
             raise _NotNow
-        for backend in backends:
-            member = self.groups.member_of(backend)
-            if member is None or not backend.may_be_grouped(training):
-                raise _NotNow
-            if members and member.kind is not members[0].kind:
-                raise _NotNow
-            members.append(member)
+        members = self.groups.members_of(backends, training)
+        if members is None:
+            raise _NotNow
         return members
 
     def launch_together(self, together: Together) -> None:
@@ -150,7 +149,12 @@ class GroupExecutor(Executor):
             raise _NotNow
         states = generator_states() if work.training else ()
         staged, num_inputs = together.upload.wait(), len(work.backend.input_specs)
-        counts = [sum([x.stop - x.start for x in one.slices]) for one in attempts]
+        counts = []
+        for one in attempts:
+            count = 0
+            for _, start, stop in one.slices:
+                count += stop - start
+            counts.append(count)
         together.counts = counts
         inputs: list[torch.Tensor] = staged[:num_inputs]  # type: ignore[assignment]
         if work.output_gradients is None:
@@ -163,7 +167,10 @@ class GroupExecutor(Executor):
                 backend = one.works[0].backend
                 if backend.optimizer is None:
                     backend.prepare()
-                parameters.append(backend.parameters)
+                own_parameters: list[torch.nn.Parameter] = []  # as `backend.parameters`, without a call for each
+                for each in () if backend.optimizer is None else backend.optimizer.param_groups:
+                    own_parameters += each["params"]
+                parameters.append(own_parameters)
             together.results, summed, stacks = kind.gradients(
                 members, inputs, gradients, counts, parameters, training=work.training, weights=weights
             )
@@ -229,7 +236,7 @@ class GroupExecutor(Executor):
             slices = [x for one in attempts for x in one.slices]
             shares = iter(divided(together.download.wait(), [stop - start for _, start, stop in slices]))
             for one in attempts:
-                mine = [next(shares) for _ in one.slices]
+                mine = list(itertools.islice(shares, len(one.slices)))
                 if one.error is not None or one.outcomes:
                     found |= self.outcomes(one)
                     continue
@@ -253,7 +260,10 @@ class GroupExecutor(Executor):
         bounds = list(itertools.accumulate(together.counts, initial=0))
         left = iter(norms)
         for index, one in enumerate(together.attempts):
-            num_present = sum([x is not None for x in one.summed or ()])
+            num_present = 0
+            for x in one.summed or ():
+                if x is not None:
+                    num_present += 1
             own = list(itertools.islice(left, min(1, num_present) if together.are_stacked else num_present))
             if one.error is not None:
                 continue

@@ -42,7 +42,7 @@ LIMITS: Final[dict[str, float]] = {
     # a pass of 32 experts on one server, 8 rows each, forward and backward, without TLS on asyncio's loop
     "caller: Python calls per expert of a pass, both ways": 90,
     "server: Python calls per expert of a pass, both ways": 98.5,
-    "device: Python calls per expert of a pass, both ways": 66,
+    "device: Python calls per expert of a pass, both ways": 37.5,
     # one row through eight of 32 experts, four on each of two servers; of the servers and their devices: both together
     "caller: Python calls per layer and token": 48,
     "caller's loop: Python calls per layer and token": 193,

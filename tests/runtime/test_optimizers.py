@@ -432,3 +432,26 @@ def test_lists_in_a_state_from_elsewhere_make_no_other_rule() -> None:
     ours, theirs = (torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]) for _ in range(2))
     theirs.param_groups[0]["betas"] = [*theirs.param_groups[0]["betas"]]
     assert rule_of(ours) is not None and rule_of(theirs) == rule_of(ours)
+
+
+def test_a_rule_follows_options_that_change() -> None:
+    module = nn.Linear(4, 3)
+    one, other = torch.optim.Adam(module.parameters()), torch.optim.Adam(module.parameters())
+    before = rule_of(one)
+    assert before is not None and rule_of(one) == rule_of(other) == before
+    one.param_groups[0]["lr"] = 0.5
+    assert rule_of(one) is not None and rule_of(one) != before
+    one.load_state_dict(other.state_dict())
+    assert rule_of(one) == before
+    one.param_groups[0]["betas"] = [0.5, 0.9]
+    changed = rule_of(one)
+    one.param_groups[0]["betas"][0] = 0.9  # in place
+    assert rule_of(one) not in (changed, None)
+    one.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    assert rule_of(one) is not None and rule_of(one) != before
+    one.param_groups[0]["lr"] = torch.tensor(0.001)
+    assert rule_of(one) is None
+    handle = other.register_step_post_hook(lambda *_: None)
+    assert rule_of(other) is None
+    handle.remove()
+    assert rule_of(other) == before

@@ -333,7 +333,7 @@ async def test_shared_parameters_are_saved_and_restored_with_their_pieces(tmp_pa
 
 
 @contextlib.asynccontextmanager
-async def two_trainers() -> AsyncIterator[list[ta.SharedParameters[nn.Module]]]:
+async def two_trainers() -> AsyncIterator[tuple[ta.TesseractNode, list[ta.SharedParameters[nn.Module]]]]:
     async with ta.TesseractNode() as node, ta.TesseractNode(initial_peers=[node.address]) as other:
         async with contextlib.AsyncExitStack() as stack:
             trainers: list[ta.SharedParameters[nn.Module]] = []
@@ -341,7 +341,7 @@ async def two_trainers() -> AsyncIterator[list[ta.SharedParameters[nn.Module]]]:
                 model: nn.Module = nn.Linear(WIDTH, 40)
                 shared = ta.SharedParameters(one, model, run="two", every=1, host=one is node)
                 trainers.append(await stack.enter_async_context(shared))
-            yield trainers
+            yield node, trainers
 
 
 async def learn(shared: ta.SharedParameters[nn.Module]) -> None:
@@ -367,12 +367,12 @@ async def test_a_trainer_is_saved_as_it_belongs_to_its_pieces(
         await asyncio.gather(second.wait_answers(), first.wait_answers())
         await mark(point, **options)
 
-    async with two_trainers() as (first, second):
+    async with two_trainers() as (node, (first, second)):
         for one in (first, second):
             await learn(one)
         await asyncio.gather(first.flush(), second.flush())
         monkeypatch.setattr(SavePoint, "mark", later)
-        await ta.save_model(first._node, first, tmp_path / "saved", optimizers=True)
+        await ta.save_model(node, first, tmp_path / "saved", optimizers=True)
         before = copy.deepcopy(first.model.state_dict())
         await first.flush()  # adds what has come
         saved = open_folder(tmp_path / "saved").trainer()
@@ -400,11 +400,11 @@ async def test_a_push_from_before_does_not_count_in_a_state_that_was_gone_back_t
 
     monkeypatch.setattr(rounds.Rounds, "add", counted)
     monkeypatch.setattr(rounds.Rounds, "close", closing)
-    async with two_trainers() as (first, second):
+    async with two_trainers() as (node, (first, second)):
         for one in (first, second):
             await learn(one)
         await asyncio.gather(first.flush(), second.flush())
-        await ta.save_model(first._node, first, tmp_path / "saved", optimizers=True)
+        await ta.save_model(node, first, tmp_path / "saved", optimizers=True)
         saved, num = [part.copy.base[1:] for part in first.parts], len(first.uids)
         for one in (first, second):
             added.clear()
@@ -414,7 +414,7 @@ async def test_a_push_from_before_does_not_count_in_a_state_that_was_gone_back_t
                 await asyncio.sleep(0.01)
             for task in second._asking:  # it is gone; its push is there
                 task.cancel()
-            await ta.restore_model(first._node, first, tmp_path / "saved")
+            await ta.restore_model(node, first, tmp_path / "saved")
             while len(closed) < num:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             await first.flush()
