@@ -128,8 +128,8 @@ class _Size:
         self.pairs: deque[tuple[float, float]] = deque(maxlen=_PAIRS)
         """Seconds alone, and together."""
         self.tried: float | None = None
-        """Those in the way not chosen, until the next pass in the other makes them a pair. The one before would not do:
-        passes that took long by chance make room for a trial."""
+        """Seconds in the way not chosen, until the next pass in the other one makes a pair with them. The pass before a
+        trial is no measure: those that took long by chance make room for one."""
         self.is_known = False
         self.pays = False
         self.waste = 0.0
@@ -137,6 +137,7 @@ class _Size:
 
     @property
     def wants_more(self) -> bool:
+        """True if more passes of this size are worth looking for."""
         return self.pays or not self.is_known or self.tried is not None
 
     def add(self, together: bool, seconds: float) -> None:
