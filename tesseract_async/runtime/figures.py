@@ -25,7 +25,7 @@ class ExpertFigures:
 
 
 class Figures(defaultdict[ExpertBackend, ExpertFigures]):
-    """By expert, since it is held here."""
+    """By expert, since it is held here. Work is not counted if its expert was dropped from here before it ended."""
 
     def __init__(self, metrics: Metrics) -> None:
         super().__init__(ExpertFigures)
@@ -40,13 +40,14 @@ class Figures(defaultdict[ExpertBackend, ExpertFigures]):
             if type(first) is JointWork:
                 self._count_joint(first, type(outcomes.get(first)) is WorkResult, now)
                 continue
-            figures = self[first.backend]
-            figures.num_calls += len(batch.slices)
-            figures.num_rows += batch.num_rows
-            figures.latencies.observe(now - first.arrival)
+            if (figures := self.get(first.backend)) is not None:
+                figures.num_calls += len(batch.slices)
+                figures.num_rows += batch.num_rows
+                figures.latencies.observe(now - first.arrival)
         for work in failed:
             if type(work) is not JointWork:
-                self[work.backend].num_failures += 1
+                if (figures := self.get(work.backend)) is not None:
+                    figures.num_failures += 1
                 metrics.count("runtime_failures", direction=direction)
         rows = metrics.histogram("runtime_batch_rows", ROWS_BUCKETS, direction=direction)
         times = metrics.histogram("runtime_batch_seconds", SECONDS_BUCKETS, direction=direction)
@@ -62,7 +63,7 @@ class Figures(defaultdict[ExpertBackend, ExpertFigures]):
             return
         self._metrics.count("runtime_grouped_batches", len(work.backends), direction="forward")
         for backend, num_rows in zip(work.backends, work.counts, strict=True):
-            figures = self[backend]
-            figures.num_calls += 1
-            figures.num_rows += num_rows
-            figures.latencies.observe(now - work.arrival)
+            if (figures := self.get(backend)) is not None:
+                figures.num_calls += 1
+                figures.num_rows += num_rows
+                figures.latencies.observe(now - work.arrival)

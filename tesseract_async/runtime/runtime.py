@@ -181,6 +181,7 @@ class TesseractRuntime(Uncopied):
         if (loop := self._loop) is None:
             raise RuntimeError("this runtime was not started")
         now = time.monotonic()
+        _ = self.figures[backend]  # made now: what ends after `forget` would hold the expert for ever
         assert inputs[0] is not None
         num_rows = inputs[0].shape[0] if rows is None else rows.shape[0]
         # requests that step alone, and split ones, whose chunks are summed for one step
@@ -244,6 +245,8 @@ class TesseractRuntime(Uncopied):
         queue = self._queues.of_joint(backends, counts, self._batcher.group_seconds(now), training=training)
         if queue is None:
             return None
+        for one in backends:
+            _ = self.figures[one]
         work = JointWork(
             queue,
             len(rows),

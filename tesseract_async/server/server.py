@@ -317,10 +317,15 @@ class TesseractServer(Uncopied):
                 if self._publisher is not None:
                     # not before: a network that does not answer must not cost the last backwards their time
                     group.create_task(self._publisher.withdraw())
-                group.create_task(self.calls.wait_quiet(self.is_primary))
+                group.create_task(self.calls.wait_quiet(self._applies))
         except TimeoutError:
             return False
         return True
+
+    def _applies(self, uid: str) -> bool:
+        """Return whether this server applies the backwards of an expert, which it may host no longer."""
+        hosted = self.hosted.get(uid)
+        return hosted is not None and hosted.is_primary
 
     async def pause(self, reason: str, *, retry_after: float) -> None:
         """Refuse forwards with `reason` and withdraw the experts, but keep them, and apply the backwards that come."""

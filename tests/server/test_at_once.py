@@ -235,6 +235,33 @@ async def test_its_memory_counts_as_its_callers_and_leaving_drops_it(
     assert await server.drain(timeout=10.0), "it is over"
 
 
+async def test_no_backward_is_awaited_of_an_expert_that_is_not_here_any_more(
+    node: ServingNode, server: TesseractServer
+) -> None:
+    answer, request, _ = asked(node, {1: {0: 1.0}}, num_rows=1, training=True, keep=True)
+    assert await taken(answer, request)
+    await server.remove("ffn.1")
+    assert await server.drain(timeout=60.0)
+
+
+async def test_an_expert_that_is_removed_during_its_pass_is_let_go(node: ServingNode, server: TesseractServer) -> None:
+    runtime, released, backend = server.runtimes[0], threading.Event(), server.experts["ffn.1"]
+    holding = asyncio.create_task(runtime.call(lambda: released.wait(60)))
+    await asyncio.sleep(0)
+    answer, request, _ = asked(node)
+    alone, single, _ = asked(node, {1: {0: 1.0}}, num_rows=1, training=True)
+    waiting = asyncio.create_task(taken(alone, single))
+    assert isinstance(answer, Deferred)
+    await asyncio.sleep(0)
+    await server.remove("ffn.1")
+    released.set()
+    ((part, _),) = await taken(answer, request)
+    assert not part.failures and await waiting
+    await holding
+    await runtime.call(lambda: None)
+    assert backend not in runtime.figures
+
+
 async def test_a_server_that_closes_says_so_of_each_expert(node: ServingNode, server: TesseractServer) -> None:
     runtime, released = server.runtimes[0], threading.Event()
     holding = asyncio.create_task(runtime.call(lambda: released.wait(60)))
