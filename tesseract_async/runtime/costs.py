@@ -59,20 +59,22 @@ class BatchCost:
         return self._each / self._per_row * (1.0 - share) / share
 
 
-TRIALS: Final = 3
-"""Passes of each way, in turn, before one is chosen."""
+PATIENCE: Final = 2.0
+"""Passes whose time may be lost to trying the slower way before one is chosen: many if the ways differ by little."""
 MARGIN: Final = 0.95
-"""Computing together has to take less than this share of the time."""
+"""The other way is chosen if it takes less than this share of the time. Each alone is the first choice."""
 RETRIED_SHARE: Final = 0.01
 """Share of all time that looking again at what was not chosen may take."""
-_SAMPLES: Final = 7
+_PAIRS: Final = 48
 
 
 class GroupChoice:
     """The choice whether batches of several experts of one kind are computed in one pass, by what that took.
 
-    Sizes are told apart by their powers of four. For each, both ways take turns until both are known; then the faster
-    one is taken, and the other is looked at again from time to time: what pays may change with what else is going on.
+    Sizes are told apart by their powers of four. For each, both ways take turns until trying the slower one has cost
+    enough; then the faster one is taken, and the other is looked at again from time to time: what pays may change with
+    what else is going on. Compared are pairs of passes that ran one after the other, for the machine is not equally
+    busy at all times; and the faster half of each way, for by chance a pass takes ten times as long.
     """
 
     __slots__ = ("_sizes", "spent", "_lost")
@@ -85,16 +87,13 @@ class GroupChoice:
 
     def gathers(self) -> bool:
         """Return whether it is worth while to look for more batches."""
-        return (
-            not self._sizes or self._may_retry() or any([not one.is_known or one.pays for one in self._sizes.values()])
-        )
+        return not self._sizes or self._may_retry() or any([one.wants_more for one in self._sizes.values()])
 
     def is_together(self, num_batches: int, num_rows: int) -> bool:
         """Return the way for so many batches of so many rows in all."""
         size = self._size(num_batches, num_rows)
-        if not size.is_known:
-            return len(size.together) < len(size.alone)
-        return size.pays != (self._may_retry() and size.last_way == size.pays)
+        tries_other = size.tried is None and (not size.is_known or self._may_retry())
+        return size.pays != tries_other
 
     def loses(self, num_batches: int, num_rows: int) -> bool:
         """Return whether passes of so many batches are known to be slower together."""
@@ -104,9 +103,9 @@ class GroupChoice:
     def add(self, num_batches: int, num_rows: int, together: bool, seconds: float) -> None:
         self.spent += seconds
         size = self._size(num_batches, num_rows)
+        if size.is_known and together != size.pays:
+            self._lost += seconds * size.waste
         size.add(together, seconds / num_batches)
-        if size.is_known:
-            self._lost += max(0.0, seconds - num_batches * size.best)
 
     def _may_retry(self) -> bool:
         return self._lost < RETRIED_SHARE * self.spent
@@ -123,21 +122,35 @@ def _size_of(num_batches: int, num_rows: int) -> tuple[int, int]:
 class _Size:
     """The seconds per batch that passes of about one size took."""
 
-    __slots__ = ("alone", "together", "is_known", "pays", "best", "last_way")
+    __slots__ = ("pairs", "tried", "is_known", "pays", "waste")
 
     def __init__(self) -> None:
-        self.alone: deque[float] = deque(maxlen=_SAMPLES)
-        self.together: deque[float] = deque(maxlen=_SAMPLES)
+        self.pairs: deque[tuple[float, float]] = deque(maxlen=_PAIRS)
+        """Seconds alone, and together."""
+        self.tried: float | None = None
+        """Seconds in the way not chosen, until the next pass in the other one makes a pair with them. The pass before a
+        trial is no measure: those that took long by chance make room for one."""
         self.is_known = False
         self.pays = False
-        self.best = 0.0
-        self.last_way = False
+        self.waste = 0.0
+        """Share of the time of a pass in the way not chosen that counts as lost."""
+
+    @property
+    def wants_more(self) -> bool:
+        """True if more passes of this size are worth looking for."""
+        return self.pays or not self.is_known or self.tried is not None
 
     def add(self, together: bool, seconds: float) -> None:
-        (self.together if together else self.alone).append(seconds)
-        self.last_way = together
-        self.is_known = min(len(self.alone), len(self.together)) >= TRIALS
-        if self.is_known:
+        if together != self.pays:
+            self.tried = seconds
+        elif self.tried is not None:
+            pairs = self.pairs
+            pairs.append((self.tried, seconds) if together else (seconds, self.tried))
+            self.tried = None
             # what else uses the machine makes some slower and none faster
-            alone, with_others = (sorted(one)[len(one) // 4] for one in (self.alone, self.together))
-            self.pays, self.best = with_others < MARGIN * alone, min(alone, with_others)
+            alone, with_others = (sum(sorted(one)[: (len(pairs) + 1) // 2]) for one in zip(*pairs, strict=True))
+            chosen, other = (with_others, alone) if self.pays else (alone, with_others)
+            if other < MARGIN * chosen:
+                self.pays, chosen, other = not self.pays, other, chosen
+            self.waste = 1.0 - min(MARGIN, chosen / other if other else 0.0)
+            self.is_known = len(pairs) * self.waste >= PATIENCE

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tesseract_async.runtime.batcher import Batcher
-from tesseract_async.runtime.costs import BatchCost
+from tesseract_async.runtime.costs import BatchCost, GroupChoice
 from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.queues import ExpertQueues
 
@@ -92,7 +92,31 @@ def test_a_joint_forward_is_expected_to_take_what_each_expert_takes_for_its_rows
     assert queues.of_joint(experts, counts, 4.4e-3) is not None  # type: ignore[arg-type]
     assert queues.of_joint(experts, counts, 4.2e-3) is None  # type: ignore[arg-type]
     for is_faster in (True, False):
-        for _ in range(8):
+        for _ in range(60):
             group.choice.add(4, 32, True, 1.0 if is_faster else 3.0)
             group.choice.add(4, 32, False, 2.0)
         assert (queues.of_joint(experts, counts, 4.4e-3) is not None) is is_faster  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_faster", [True, False])
+@pytest.mark.parametrize("times", [1.15, 3.0])
+def test_chance_does_not_choose_whether_experts_share_a_pass(times: float, is_faster: bool) -> None:
+    """As on a busy machine: half of the passes take over 1.2 times as long as they could, one in 50 up to ten times."""
+    seconds = {is_faster: 1.0, not is_faster: times}
+    num_right, lost, spent = 0, 0.0, 0.0
+    for seed in range(100):
+        chance, choice = random.Random(seed), GroupChoice()
+        for _ in range(1500):
+            factor = chance.expovariate(3.0) + (chance.uniform(1.0, 10.0) if chance.random() < 0.02 else 1.0)
+            if choice.gathers():
+                way = choice.is_together(8, 32)
+                choice.add(8, 32, way, seconds[way] * factor)
+            else:
+                way = False
+                choice.spent += seconds[way] * factor
+            lost += (seconds[way] - 1.0) * factor
+            spent += seconds[way] * factor
+        num_right += choice.loses(8, 32) is not is_faster
+    assert num_right >= 99
+    assert lost < 0.02 * spent

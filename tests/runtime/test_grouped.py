@@ -15,7 +15,7 @@ from torch import nn
 from tesseract_async.runtime.attempts import Outcomes
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.batcher import Batcher, BatchQueue, RowSlice
-from tesseract_async.runtime.costs import TRIALS, GroupChoice
+from tesseract_async.runtime.costs import GroupChoice
 from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.passes import DevicePass
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
@@ -529,7 +529,7 @@ def test_the_faster_way_is_taken_and_the_other_looked_at_for_a_small_share_of_th
     for seconds, faster in (((1.0, 0.5), True), ((1.0, 1.2), False), ((1.0, 0.99), False)):
         choice = GroupChoice()
         assert choice.gathers()
-        for _ in range(2 * TRIALS):  # in turns
+        for _ in range(100):  # in turns, until one is chosen
             way = choice.is_together(8, 32)
             choice.add(8, 32, way, seconds[way])
         total = wasted = 0.0
