@@ -602,7 +602,7 @@ async def _backward(
     if (parts := step.parts_of(loss)) is not None:
         try:
             await step.run_in_halves(loss, gradient, retain_graph, parts)
-        except BaseException:
+        except BaseException:  # cancelled, too: no remote backward goes on without its caller
             step.cancel()
             await step.aclose()
             raise
