@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async import shared_part, shared_pieces
+from tesseract_async import shared_pieces
 from tesseract_async.errors import ConnectionLost, Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.pattern import ExpertPattern
@@ -34,6 +34,7 @@ from tesseract_async.sharing import rounds
 from tesseract_async.sharing.fragment import LAST, NEWCOMERS
 from tesseract_async.sharing.layout import Layout, LayoutMismatch, MergeKind
 from tesseract_async.wire import messages
+from tests.scripted_node import ScriptedNode
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
 
@@ -79,8 +80,8 @@ def weight(model: nn.Module) -> torch.Tensor:
 @contextlib.asynccontextmanager
 async def sharing(
     model: nn.Module, *seeds: str, every: int = 4, **more: object
-) -> AsyncIterator[tuple[ta.TesseractNode, SharedParameters[nn.Module]]]:
-    async with ta.TesseractNode(initial_peers=seeds) as node:
+) -> AsyncIterator[tuple[ScriptedNode, SharedParameters[nn.Module]]]:
+    async with ScriptedNode(initial_peers=seeds) as node:
         shared = SharedParameters(node, model, run="tiny", every=every, replicas=REPLICAS, **more)  # type: ignore[arg-type]
         async with shared:
             yield node, shared
@@ -161,20 +162,19 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
         await dying.__aexit__(ConnectionError, ConnectionError(), None)
 
 
-async def test_the_report_says_which_pieces_have_no_primary(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ask, is_gone, answered = make_model(1), shared_pieces.SharedPieces.ask, False, 0
+async def test_the_report_says_which_pieces_have_no_primary() -> None:
+    model, is_gone, answered = make_model(1), False, 0
 
-    async def failing(pieces: Any, uid: str, *some: Any) -> Any:
+    async def failing(call: Any, peer: Any, method: str, body: Any, *rest: Any, **options: Any) -> Any:
         nonlocal answered
-        if is_gone and uid.endswith(".1"):
+        if is_gone and body[0].endswith(".1"):
             raise ConnectionLost("peer", "its computer is off")
-        message = await ask(pieces, uid, *some)
+        message = await call(peer, method, body, *rest, **options)
         answered += 1
         return message
 
-    monkeypatch.setattr(shared_pieces.SharedPieces, "ask", failing)
-    monkeypatch.setattr(shared_part, "PAUSE", 0.01)
-    async with sharing(model, every=1) as (_, shared):
+    async with sharing(model, every=1) as (node, shared):
+        node.on_call = failing
         is_gone, answered, started = True, 0, time.monotonic()
         assert not (await shared.step()).without_primary
         while answered < len(shared.uids) - 1:  # noqa: ASYNC110
@@ -196,13 +196,12 @@ async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -
         await steps(first, 1, 1)
         await first.flush()
         pushes: list[int] = []
-        call = node.call_expert
 
-        async def counted(peer: Any, method: str, body: Any = None, buffers: Any = (), **options: Any) -> Any:
+        async def counted(call: Any, peer: Any, method: str, body: Any, buffers: Any, **options: Any) -> Any:
             pushes.extend([len(buffers)] if method == messages.PUSH else [])
             return await call(peer, method, body, buffers, **options)
 
-        monkeypatch.setattr(node, "call_expert", counted)
+        node.on_call = counted
         await steps(second, 1, 2)
         await second.flush()
         assert sum(pushes) == len(second.parts) < len(pushes)
@@ -248,17 +247,15 @@ async def test_a_state_that_the_primary_does_not_have_is_not_taken(monkeypatch: 
         assert lies and torch.allclose(weight(second.model), before, atol=0.1)
 
 
-async def test_who_waited_for_the_others_pushes_later_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ask, others_push = make_model(1), shared_pieces.SharedPieces.ask, asyncio.Event()
+async def test_who_waited_for_the_others_pushes_later_the_next_time() -> None:
+    model, others_push = make_model(1), asyncio.Event()
 
-    async def waiting(*some: Any) -> Any:
+    async def waiting(call: Any, *some: Any, **options: Any) -> Any:
         await others_push.wait()
-        return await ask(*some)
+        return await call(*some, **options)
 
-    monkeypatch.setattr(shared_pieces.SharedPieces, "ask", waiting)
-    others_push.set()
-    async with sharing(model, every=16) as (_, shared):
-        others_push.clear()
+    async with sharing(model, every=16) as (node, shared):
+        node.on_call = waiting
         part = shared.parts[0]
         first = part.due_at
         await steps(shared, first + 8, 1)

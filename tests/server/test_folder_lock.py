@@ -87,7 +87,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     if number is None:
         monkeypatch.setattr(state_files, "fcntl", None)
     else:
-        monkeypatch.setattr(state_files.fcntl, "flock", refuse)
+        monkeypatch.setattr("fcntl.flock", refuse)
     lock = FolderLock(tmp_path)
     lock.acquire()
     assert "cannot be locked" in caplog.text and "no second server" in caplog.text
