@@ -1,4 +1,4 @@
-"""What people see of the demo: lines while it runs, a table at the end, and a picture."""
+"""The demo as people see it: lines while it runs, a table at the end, and a picture."""
 
 import asyncio
 import contextlib
