@@ -41,13 +41,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "leaving"},
     "shared_pieces": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server"},
     "shared_part": LOWER | {"experts", "node", "runtime", "sharing", "server", "shared_pieces"},
+    "shared_entry": LOWER | {"experts", "node", "runtime", "sharing", "server", "shared_pieces"},
     "shared_parameters": LOWER
-    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
-    | {"shared_pieces", "shared_part"},
+    | {"endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
+    | {"shared_pieces", "shared_part", "shared_entry"},
     "shared_sampler": LOWER | {"shared_pieces", "shared_parameters", "sharing"},
     "saving": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
-    | {"shared_pieces", "shared_parameters"},
+    | {"shared_pieces", "shared_part", "shared_parameters"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server"},
     "cli": LOWER
