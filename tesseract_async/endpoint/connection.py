@@ -435,7 +435,8 @@ class _LanePort:
 
     def buffer_updated(self, count: int) -> None:
         now = self._time()
-        self._protocol.received(count, now, lane=self._lane)
+        self._protocol.core.now = now
+        self._protocol.life.received(count, now, self._lane)
         self._reader.buffer_updated(count)
         connection = self._connection
         connection._look()

@@ -163,14 +163,16 @@ class Endpoint(Uncopied):
 
     def _answer(self, call: IncomingCall) -> Answer:
         action = self._table.actions.get(call.method)
-        if action is not None and (error := self._refusal(call.peer_id, action)) is not None:
-            raise error
+        if action is not None and not self.policy.allows(call.peer_id, action):
+            raise self._refusal(call.peer_id, action)
         return self._table.find(call)(call)
 
-    def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
-        """Return why `peer_id` may not take this action (by a large request), and count the refusal; None if it may."""
-        if self.policy.allows(peer_id, action) and not (large and not self._admits(peer_id)):
-            return None
+    def _refusal_of_large(self, peer_id: PeerID) -> NotAllowed | None:
+        """Return why `peer_id` may send no large requests; None if it may."""
+        allowed = self.policy.allows(peer_id, "call") and self._admits(peer_id)
+        return None if allowed else self._refusal(peer_id, "call")
+
+    def _refusal(self, peer_id: PeerID, action: Action) -> NotAllowed:
         self.metrics.count("endpoint_calls_refused", action=action)
         return NotAllowed(f"{self.peer_id.short} does not let {peer_id.short} {action}: ask its owner")
 
@@ -300,7 +302,8 @@ class Endpoint(Uncopied):
             check_priority(priority)
         max_reply = self._bounds.max_message if max_reply_bytes is None else max_reply_bytes
         head = RequestHead(method, timeout, priority, 0, max_reply, body)
-        return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout
+        views: tuple[memoryview, ...] = tuple(map(frames.byte_view, map(memoryview, buffers)))  # type: ignore[arg-type]
+        return head, views, asyncio.get_running_loop().time() + timeout
 
     def _find(self, peer: PeerAddress) -> Connection | None:
         connection = self.pool.find(peer)
@@ -373,7 +376,7 @@ class Endpoint(Uncopied):
             bounds=self._bounds,
             metrics=self.metrics,
             quotas=self.quotas,
-            refusal=lambda: self._refusal(peer_id, "call", large=True),
+            refusal=lambda: self._refusal_of_large(peer_id),
         )
         if hello.grants:
             self._on_grants(peer_id, hello.grants)

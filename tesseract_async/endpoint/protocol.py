@@ -3,9 +3,10 @@
 A connection has a *main* lane and, from the first large message on, a *bulk* lane: two channels to the same peer, so
 that large messages never stand in a small one's way. Everything about one message travels on one lane, in order.
 
-Cycle of the driver: let the lane's `reader` receive, call `received`, take the core's `events`, send `data_to_send` of
-each lane, arm a timer for `timer_at`, and `deliver` what has changed in the node's budgets, of which other connections
-may hear by `room_changed`. Untrusted bytes raise only `ProtocolError`, from the readers; the driver closes then.
+Cycle of the driver: set the core's `now`, tell `life` what came, let the lane's `reader` receive it, take the core's
+`events`, send `data_to_send` of each lane, arm a timer for `timer_at`, and `deliver` what has changed in the node's
+budgets, of which other connections may hear by `room_changed`. Untrusted bytes raise only `ProtocolError`, from the
+readers; the driver closes then.
 """
 
 import heapq
@@ -135,11 +136,6 @@ class ConnectionProtocol:
     def backlog(self) -> int:
         main, bulk = self.lanes
         return main.small_bytes + bulk.small_bytes + self.incoming.waiting.num_bytes
-
-    def received(self, count: int, now: float, *, lane: int = MAIN) -> None:
-        """Note that a lane's reader was given `count` bytes; any of them counts as life."""
-        self.core.now = now
-        self.life.received(count, now, lane)
 
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
         call = self.core.chunk_finished(kind, stream, length)

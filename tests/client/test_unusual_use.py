@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tesseract_async as ta
-from tesseract_async.client import autograd
+from tesseract_async.client import engine_threads
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.beam_search import best_cells
 from tesseract_async.client.gating_function import GatingFunction
@@ -190,8 +190,8 @@ async def test_in_a_forked_process_backward_says_so_and_threads_are_new(node: Fa
 
     def child(say: Callable[[str], None]) -> None:
         ran: asyncio.Future[Any] = asyncio.Future(loop=asyncio.new_event_loop())
-        autograd.run_in_engine_thread(lambda: say("ran, "), ran)
-        autograd._threads.wait_idle(5.0)
+        engine_threads.run_in_engine_thread(lambda: say("ran, "), ran)
+        engine_threads._threads.wait_idle(5.0)
         y.sum().backward()
 
     said = told_by_a_child(child)

@@ -85,7 +85,8 @@ class Side:
             count = min(len(buffer), len(view), step or len(view))
             buffer[:count] = view[:count]
             view = view[count:]
-            self.machine.received(count, now, lane=lane)
+            self.machine.core.now = now
+            self.machine.life.received(count, now, lane)
             reader.buffer_updated(count)
             self.look()
 

@@ -20,11 +20,11 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import claim_experts, claims_key, encode_reservation
 from tesseract_async.experts.grants import GRANT_SECONDS, Grant, Role, grant_text, sign_grant, sign_revocations
 from tesseract_async.experts.manifest import RunTag, encode_manifest, grid_key, shard_key, split_uid
+from tesseract_async.experts.node_calls import EXPERT_METHODS
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import publish_grant
-from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.transport.base import PeerAddress
