@@ -111,7 +111,7 @@ class Stem:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        self._wait: Callable[[], object] = process.wait
+        self._reap: Callable[[], object] = process.wait
 
     @classmethod
     def forked(cls) -> Self:
@@ -126,13 +126,13 @@ class Stem:
             exec(_CODE, {"__name__": "__main__"})
             sys.exit()
         theirs.close()
-        made._wait = lambda: os.waitpid(number, 0)
+        made._reap = lambda: os.waitpid(number, 0)
         return made
 
     def close(self) -> None:
         """Ends it, and all that it has started."""
         self._socket.close()
-        self._wait()
+        self._reap()
 
     def fork(self, *argv: str, files: Sequence[int], folder: Path, environment: dict[str, str], **more: object) -> int:
         """Does what `start` says, with these files as its own first three; to the fourth its exit status is told.

@@ -690,7 +690,9 @@ async def test_in_a_run_a_follower_takes_over_and_no_push_counts_twice() -> None
 
 
 @contextlib.asynccontextmanager
-async def fragment_server(number: int, run: SignedRun, room: int, *seeds: str) -> AsyncIterator[ReplicaKeeper]:
+async def fragment_server(
+    number: int, run: SignedRun, room: int, *seeds: str
+) -> AsyncIterator[tuple[ta.TesseractServer, ReplicaKeeper]]:
     async with member(number, run, ("host",), *seeds) as node:
         server, authority = ta.TesseractServer(node, {}), node.trust.authority("ffn")
         assert authority is not None
@@ -699,7 +701,7 @@ async def fragment_server(number: int, run: SignedRun, room: int, *seeds: str) -
             ReplicaKeeper(server, settings=ReplicaSettings(check_every=0.5, call_timeout=5.0)) as keeper,
             Placing.of_fragments(server, keeper, authority, room, 16),
         ):
-            yield keeper
+            yield server, keeper
 
 
 @pytest.mark.slow
@@ -715,11 +717,11 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
         model = make_model(1)
         first = await leaving.enter_async_context(SharedParameters(node, model, run=run, every=2, host=True))
         rooms = {2: 16, 3: 16, 4: 0}
-        keepers = [
+        servers = [
             await stack.enter_async_context(fragment_server(number, run, room, bootstrap.address))
             for number, room in rooms.items()
         ]
-        holder = keepers[-1]
+        holder, keepers = servers[-1][0], [keeper for _, keeper in servers]
 
         def have(version: int) -> bool:
             held = [
@@ -732,7 +734,7 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
         async with asyncio.timeout(60.0):
             while not have(0):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
-            assert not holder._server.experts
+            assert not holder.experts
             for round_ in range(3):
                 await steps(first, 2, round_)
                 await first.flush()
@@ -740,7 +742,7 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
             while not have(version):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             # a holder has the file, and follows by updates as others do
-            assert holder._node.metrics.total("fragments_replayed") > 0
+            assert holder.node.metrics.total("fragments_replayed") > 0
             merged, model = first.merged(), anchored(first)
             await leaving.aclose()
             node = await stack.enter_async_context(member(5, run, ("share",), bootstrap.address))

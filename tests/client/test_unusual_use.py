@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import tesseract_async as ta
 from tesseract_async.client import engine_threads
@@ -24,6 +22,7 @@ from tesseract_async.wire.messages import BACKWARD
 from tesseract_async.wire.tensors import TensorSpec, pack_tensors, unpack_tensors
 from tests.client.fake_node import FakeNode, gate_with, seeded
 from tests.client.forked import told_by_a_child
+from tests.client.made import Made
 
 
 def expert_at(node: FakeNode) -> tuple[RemoteExpert, nn.Module]:
@@ -100,19 +99,6 @@ async def test_hooks_and_retained_gradients(node: FakeNode) -> None:
     assert same.grad is not None and y.grad is not None
     torch.testing.assert_close(x.grad, same.grad * 6)
     torch.testing.assert_close(y.grad, torch.full((2, 8), 3.0))
-
-
-class Made(TorchDispatchMode):
-    """Notes where the tensors lie that are made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.devices: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.devices |= {one.device.type for one in tree_leaves(result) if isinstance(one, torch.Tensor)}
-        return result
 
 
 async def test_another_default_device_changes_nothing(node: FakeNode) -> None:

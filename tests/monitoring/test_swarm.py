@@ -16,7 +16,8 @@ from rich.console import Console
 
 import tesseract_async as ta
 from tesseract_async.cli import swarm_picture as picture
-from tesseract_async.errors import PeerUnreachable
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import ExpertFailed, PeerUnreachable
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.placement import MemberPart, MemberRole, Place
 from tesseract_async.experts.run import SignedRun
@@ -25,6 +26,7 @@ from tesseract_async.monitoring import StatusService, SwarmObserver, publish_pro
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
 from tesseract_async.monitoring.observer import SHOW_DEAD_FOR, THANKS_EVERY
 from tesseract_async.monitoring.prometheus import render
+from tesseract_async.monitoring.status import METHOD
 from tesseract_async.transport.base import PeerAddress
 from tests.faults.serving import let_pass
 from tests.scripted_node import Instead
@@ -373,8 +375,19 @@ async def test_what_strangers_publish_is_bounded() -> None:
             await observer.look()
             names = [name.split(maxsplit=1)[1] for name in observer.losses]
             assert "\\x1b[2J\\u202eevil" in names and max(map(len, names)) == 48
-            observer._note("x" * 10_000, "failed")
-            assert len(observer.log[-1][1]) == 240
+
+
+async def test_what_a_server_answers_with_is_cut() -> None:
+    async def wordy(call: IncomingCall) -> Message:
+        raise ExpertFailed("x" * 10_000)
+
+    async with volunteer("ffn.0") as host, ta.TesseractNode(initial_peers=[host.address]) as node:
+        host.endpoint.unhandle(METHOD)
+        host.endpoint.handle(METHOD, wordy)
+        observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:1]")], period=30.0)
+        await node.directory.wait_warm("ffn")
+        await observer.look()
+        assert "xxx" in observer.log[-1][1] and len(observer.log[-1][1]) == 240
 
 
 def test_a_period_is_positive() -> None:

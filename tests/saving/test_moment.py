@@ -69,7 +69,9 @@ class SteppingNode(ta.TesseractNode):
         self.training = training
 
     def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
-        stepping = {method: self._stepping(handlers[method]) for method in (messages.STATE, messages.PULL)}
+        stepping = {
+            method: self._stepping(handlers[method]) for method in {messages.STATE, messages.PULL} & {*handlers}
+        }
         super().host_expert(uid, {**handlers, **stepping})
 
     def _stepping(self, handler: CallHandler) -> CallHandler:

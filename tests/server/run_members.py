@@ -73,9 +73,7 @@ class Member:
 
     async def kill(self) -> None:
         """As by SIGKILL: its sockets are gone, nothing is said, and no task goes on."""
-        driver = self.node.network._driver
-        assert driver is not None and driver._transport is not None
-        driver._transport.abort()
+        self.node.network._driver._transport.abort()
         for connection in self.node.endpoint.pool.connections():
             for channel in connection._channels:
                 if channel is not None:

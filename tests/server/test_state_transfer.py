@@ -60,14 +60,14 @@ async def fetch(node: Any, peer: PeerAddress, *, weights_only: bool = False, **c
 class StateNode(ServingNode):
     """Hosts the state of one expert; `before` may look at each request, or raise."""
 
-    def __init__(self, *, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, *, max_bytes: int = 1 << 30, points_dir: Path | None = None) -> None:
         super().__init__()
         self.backend = make_backend()
         self.num_snapshots = 0
         self.requests: list[messages.StateRequest] = []
         self.before: Callable[[messages.StateRequest], None] = lambda request: None
         self.after: Callable[[Message], Message] = lambda reply: reply
-        self.source = StateSource(self.aside, max_bytes=max_bytes)
+        self.source = StateSource(self.aside, max_bytes=max_bytes, points_dir=points_dir)
         self.host_expert("ffn.0", {messages.STATE: self.answer})
 
     @property
@@ -205,8 +205,7 @@ async def test_whoever_asks_for_much_or_gives_up_takes_little_from_the_others(tm
 
 @in_made_up_time
 async def test_save_points_are_few_and_hold_what_was_there(tmp_path: Path) -> None:
-    node = StateNode()
-    node.source._points_dir = tmp_path
+    node = StateNode(points_dir=tmp_path)
 
     async def ask(peer: bytes, point: int) -> int:
         request = messages.StateRequest("ffn.0", True, 0, messages.NO_ROOT, 0, point.to_bytes(16, "big"))
