@@ -135,7 +135,7 @@ def fuzz_machine(pick: random.Random) -> None:
             count = min(len(buffer), len(view), pick.choice((7, 60, 60, 3000, 2**20)))
             buffer[:count] = view[:count]
             view = view[count:]
-            side.core.now = now
+            side.now = now
             side.life.received(count, now, lane)
             reader.buffer_updated(count)
             budgets.deliver()
