@@ -223,7 +223,7 @@ class SimulatedNetwork:
             metrics=Metrics(),
             now=self.clock.now,
             wall_offset=WALL_AT_START + clock_skew,
-            public=public,
+            is_declared_public=public,
             verify=self.verify,
             scope=AddressScope([address[0]]),
         )
