@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tesseract_async.admission import Quota
+from tesseract_async.admission import Policy, Quota
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import CallReceived, PartReceived, PartWanted
@@ -78,7 +78,7 @@ class Holder:
 
 def fuzz_machine(pick: random.Random) -> None:
     """Both roles of a connection take mutated frames of every kind."""
-    quotas = Quotas(lambda _: QUOTA)
+    quotas = Quotas(Policy(quota=QUOTA))
     budgets = NodeBudgets(2**23)
     budgets.replies.total = pick.choice((2**18, 2**22))
     holder = Holder()
