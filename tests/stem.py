@@ -1,6 +1,6 @@
 """A Python that has PyTorch loaded, and forks: a command started this way costs a tenth of a second, not four.
 
-What it starts ends with it, and it ends with the process that made it, however that comes: whoever kills a test run
+What it starts ends with it, and it ends with the process that made it, however that comes: killing a test run
 finds nothing left behind.
 """
 
@@ -47,7 +47,7 @@ def forked():
         if asked not in ready:
             continue
         text, files, _, _ = socket.recv_fds(asked, 65536, 4)
-        if not text:  # whoever asked is gone
+        if not text:  # the process that asked is gone
             for number in children:
                 for kill in (os.killpg, os.kill):  # it may not have a session of its own yet
                     with contextlib.suppress(ProcessLookupError):

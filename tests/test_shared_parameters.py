@@ -95,13 +95,19 @@ async def steps(shared: SharedParameters[nn.Module], num: int, seed: int) -> Non
         await asyncio.sleep(0.001)
 
 
+def all_sent(shared: SharedParameters[nn.Module]) -> bool:
+    """Whether what it learned up to its last step counts, in every piece."""
+    state = shared.state_dict()
+    return {then for _, then in state["parts"]} == {state["steps"]}
+
+
 async def test_two_trainers_end_with_one_model() -> None:
     one, other = make_model(1), make_model(2)
     async with sharing(one) as (seed, first), sharing(other, seed.address) as (_, second):
         assert same(one, other)
         await asyncio.gather(steps(first, 8, 1), steps(second, 8, 2))
         await asyncio.gather(first.flush(), second.flush())
-        assert first._is_shared and second._is_shared
+        assert all_sent(first) and all_sent(second)
         before = [part.copy.base[1] for part in second.parts]
         # the second time only takes what the other one sent last
         await asyncio.gather(first.flush(), second.flush())
@@ -216,11 +222,11 @@ async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytes
             await first.flush()
         await steps(second, 1, 20)
         await second.flush()
-        assert second._is_shared and second.steps == 10
+        assert all_sent(second) and second.steps == 10
         part = second.parts[0]
         part.steps_sent += 1  # a push of later steps, which is not counted
         second._add(part, Arrived(part.steps, torch.zeros(part.copy.cut.numel)))
-        assert part.due_at == second._own_steps  # the next step pushes again
+        assert part.due_at == second.state_dict()["steps"]  # the next step pushes again
 
 
 async def test_a_state_that_the_primary_does_not_have_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +270,7 @@ async def test_who_waited_for_the_others_pushes_later_the_next_time() -> None:
         await steps(shared, 1, 2)
         assert part.due_at == first + 16 + 4  # nine steps after its push the answer was added
         # never later than one push may count as
-        shared.every, part.steps_sent = fragments.MAX_STEPS, shared._own_steps - 8
+        shared.every, part.steps_sent = fragments.MAX_STEPS, shared.state_dict()["steps"] - 8
         shared._add(part, Arrived(part.steps, torch.zeros(part.copy.cut.numel), counted=True))
         assert part.due_at == first + 16 + 4
 

@@ -29,7 +29,7 @@ from tests.nat.test_port_mapping import Router
 
 
 async def tesseract(*arguments: str) -> Result:
-    """The command in a thread with a loop of its own, beside the swarm of the test."""
+    """The command in a thread with a loop of its own, next to the swarm of the test."""
     return await asyncio.to_thread(CliRunner().invoke, main, list(arguments))
 
 
@@ -176,7 +176,7 @@ async def test_the_doctor_looks_at_the_machine_and_at_seeds(tmp_path: Path) -> N
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows gives a port in TIME_WAIT to nobody, a node included")
 async def test_the_doctor_finds_a_port_free_where_a_node_would() -> None:
-    """Whoever closes a connection first keeps its port in TIME_WAIT for a minute: a node that was ended just before."""
+    """The end that closes a connection first, such as a node that ended, keeps its port in TIME_WAIT for a minute."""
     port = free_port()
     with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)) as client:
         accepted, _ = server.accept()
@@ -210,7 +210,7 @@ async def test_a_node_of_a_program_that_tells_no_status_is_a_good_seed() -> None
 def router(monkeypatch: pytest.MonkeyPatch) -> Router:
     """This computer's, which has no address but that of loopback."""
     made = Router()
-    monkeypatch.setattr("ifaddr.get_adapters", list)
+    monkeypatch.setattr(reach, "own_addresses", lambda: ["127.0.0.1"])
     monkeypatch.setattr(reach, "_find_router", made.find)
     return made
 

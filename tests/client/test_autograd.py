@@ -161,7 +161,7 @@ async def test_a_failure_here_and_a_backward_within_one(node: FakeNode) -> None:
 
 
 async def test_a_hook_may_go_back_through_an_expert_of_another_loop(node: FakeNode) -> None:
-    """As with a BackgroundNode beside one's own: that loop is free to carry the gradients."""
+    """As with a BackgroundNode next to one's own: that loop is free to carry the gradients."""
     x = torch.randn(4, 8, requires_grad=True)
     inner = (await (await expert_at(node))(x)).sum()
 

@@ -101,7 +101,7 @@ def node() -> Any:
     node.source.close()
 
 
-async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Path) -> None:
+async def test_a_peer_that_may_have_weights_alone_gets_no_sealed_state(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
     file = files.keep("ffn.0", [b"file"])
     node.source.find_sealed = files.find
@@ -123,7 +123,7 @@ async def test_a_sealed_file_that_is_dropped_while_it_is_asked_for_is_not_there(
     assert not reply.buffers and messages.decode(messages.StateReply, reply.body).size == 0
 
 
-async def test_whoever_only_holds_a_sealed_state_gives_its_weights(tmp_path: Path) -> None:
+async def test_a_holder_of_a_sealed_state_gives_its_weights(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
     train(node.backend)
     file = files.keep("ffn.0", checkpoint.encode_state(node.backend.state()))
@@ -175,7 +175,7 @@ async def test_a_copy_that_was_being_made_when_it_was_dropped_is_given_to_nobody
 
 
 @in_made_up_time
-async def test_whoever_asks_for_much_or_gives_up_takes_little_from_the_others(tmp_path: Path) -> None:
+async def test_a_peer_that_asks_for_much_or_gives_up_takes_little_from_the_others(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
     file = files.keep("ffn.0", [bytes(4 * PIECE_BYTES)])
     node.source.find_sealed = files.find
