@@ -34,9 +34,9 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.directory import ExpertDirectory
 from tesseract_async.experts.grants import Role
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.progress import Thanks
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
-from tesseract_async.experts.thanks import Thanks
 from tesseract_async.experts.trust import Trust, belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics

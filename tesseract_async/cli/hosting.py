@@ -30,12 +30,12 @@ from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.cli.types import counted
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.choice import select_experts
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
 from tesseract_async.experts.grants import read_grant_text
 from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunNotFound
-from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.mesh_link import LOST_STATUS, MeshLink

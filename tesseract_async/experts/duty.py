@@ -6,7 +6,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Membership, Poll
 from tesseract_async.experts.own_term import NEVER, PUBLISH_EVERY, OwnTerm
 from tesseract_async.experts.tenure_words import MAX_PAST, Command, Fetch, Look, Persist, Publish, RoleChanged, State
-from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, sign_seal
 from tesseract_async.identity import Identity, PeerID
 
 
@@ -119,7 +119,16 @@ class Duty:
         if self.state is State.PRIMARY:
             members = own.choose(now, self._lease, self._member.may_succeed)
         own.number += 1
-        seal = self._member.sign_seal(own, root, size, version, successors=members, now=now)
+        seal = sign_seal(
+            *self._member.signer,
+            term=own.term,
+            number=own.number,
+            version=version,
+            root=root,
+            size=size,
+            time=own.time(now),
+            successors=members,
+        )
         self._member.held = seal
         self.lineage.add(seal, now=max(wall, EPOCH_ZERO + seal.time))
         own.sealed(seal)

@@ -20,7 +20,7 @@ from tesseract_async.experts.tenure_words import (
     Response,
     State,
 )
-from tesseract_async.experts.terms import Seal, Term, TermKind
+from tesseract_async.experts.terms import Seal, Term, TermKind, sign_handover, sign_vote
 from tesseract_async.identity import PeerID
 
 BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
@@ -227,7 +227,8 @@ class Tenure(Duty):
             self._persist()
         # two that stand against whom they just voted for would do so forever
         member.retry_at = max(member.retry_at, now + member.patience)
-        return member.sign_vote(peer, epoch).blob
+        assert member.held is not None
+        return sign_vote(*member.signer, uid=self.uid, epoch=epoch, candidate=peer, seal=member.held.age).blob
 
     # -- as primary ----------------------------------------------------------------------------------------------------
 
@@ -256,7 +257,7 @@ class Tenure(Duty):
         self.state = State.FOLLOWING
         self._member.heard = now
         self._persist()
-        return self._member.sign_handover(heir)
+        return sign_handover(*self._member.signer, self.held, heir)
 
     def keep(self, now: float) -> None:
         """Go on once a majority answers, since nobody took it."""

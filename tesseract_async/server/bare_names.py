@@ -26,7 +26,7 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.merkle import possession
+from tesseract_async.experts.pieces import possession
 from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.states import StateDict

@@ -22,7 +22,7 @@ from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.membership import Permissions
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import MAX_MEMBERS
-from tesseract_async.experts.placement import Place
+from tesseract_async.experts.places import Place
 from tesseract_async.experts.tenure import BEATING, Tenure
 from tesseract_async.experts.tenure_words import (
     Command,
@@ -625,7 +625,7 @@ class Tenures:
     def sync_every(self, authority: Authority) -> float:
         """Return the seconds between two Seals: the run's, or longer, where the upload rate does not suffice for all
         copies of what this server leads."""
-        period, rate = authority.sync_every, self.upload_rate
+        period, rate = authority.run.manifest.sync_every, self.upload_rate
         if rate is None:
             return period
         led = (one.tenure.held for one in self._experts.values() if one.tenure.state is State.PRIMARY)
