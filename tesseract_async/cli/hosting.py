@@ -120,7 +120,7 @@ class Hosting:
             if self.node.initial_peers and await self._joined():
                 followed = await adopt_states(self.node, backends)
             else:
-                followed = set(uids) if self._authority is not None else set()
+                followed = dict.fromkeys(uids) if self._authority is not None else {}
             self.server = server = TesseractServer(
                 self.node,
                 backends,
@@ -142,7 +142,7 @@ class Hosting:
                 click.echo(f"metrics are at {url}", err=True)
             if claim is not None:
                 await claim.release()
-            replicas = ReplicaKeeper(server, settings=self._replica_settings())
+            replicas = ReplicaKeeper(server, settings=self._replica_settings(), adopted=followed)
             await stack.enter_async_context(replicas)
             volunteer = VolunteerKeeper(
                 server,

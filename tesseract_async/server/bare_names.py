@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -177,13 +177,18 @@ class BareNames:
         *,
         settings: ReplicaSettings,
         elapsed: Callable[[], float],
+        adopted: Mapping[str, PeerID | None],
     ) -> None:
-        """`source` sends the states of this server's experts; `elapsed` is that of `ReplicaKeeper`."""
+        """`source` sends the states of this server's experts; `elapsed` and `adopted` are those of `ReplicaKeeper`."""
         self._server, self._node, self._source = server, server.node, source
         self._settings, self._elapsed = settings, elapsed
         self._began = self._read_at = self._looked_at = elapsed()
         self._pulling, self._wake = asyncio.Lock(), asyncio.Event()
         self._experts = {uid: _BareExpert(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
+        for uid, one in self._experts.items():
+            if (giver := adopted.get(uid)) is not None and not one.hosted.is_restored:
+                one.synced_from, one.syncing = giver, Rhythm(settings.sync_every, self._began)
+                one.hosted.shared_version = one.hosted.version
         self._heard: dict[PeerID, float] = {}
         self._disputed: set[tuple[str, PeerID]] = set()
 
