@@ -43,11 +43,11 @@ class RunOptions(ExpertOptions):
     grid: Annotated[tuple[int, ...] | None, GRID, Flag(metavar="32x32")] = None
     """Make this many experts in each dimension."""
     codec: Annotated[Pairs, PAIR, Flag(metavar=PAIRS)] = ()
-    """Shorten the numbers of inputs, outputs or gradients on the wire, such as inputs=bf16"""
+    """Send inputs, outputs or gradients in fewer bits, such as inputs=bf16."""
     learning_rate: Annotated[float, LEARNING_RATE] = 1e-3
-    """Train with this learning rate."""
+    """Train at this rate."""
     seed: Annotated[int, click.IntRange(0, 2**63 - 1)] = 0
-    """Draw first weights from this seed."""
+    """Begin with other first weights for each number given here, and with the same ones for the same number."""
     is_open: Annotated[bool, Flag("--open")] = False
     """Let everybody host and train, not only those with a grant."""
     delegates: Annotated[tuple[PeerID, ...], Flag("--delegate", metavar="PEER_ID")] = ()
@@ -55,7 +55,7 @@ class RunOptions(ExpertOptions):
     replicas: Annotated[int, click.IntRange(1, 16)] = 3
     """Keep this many more copies of each expert."""
     lease: Annotated[float, seconds(1, 86400)] = 30.0
-    """Replace a primary that is silent for this long."""
+    """Let another server train an expert once the one that does has been silent for this long."""
     sync_every: Annotated[float, seconds(1, 86400)] = 30.0
     """Copy each expert to its replicas this often."""
 
@@ -73,7 +73,9 @@ class RunOptions(ExpertOptions):
     "--adopt", is_flag=True, help="Take over the experts that servers host under this prefix outside of runs."
 )
 @click.option(
-    "--once", is_flag=True, help="Store the manifest and end; a server must take part within the hour to keep it known."
+    "--once",
+    is_flag=True,
+    help="Make the run known and end; unless a server takes part within the hour, it is forgotten.",
 )
 @node_options
 @config_option

@@ -43,7 +43,6 @@ def save_model(
     *,
     trainer: AsyncTrainer[Any] | None = None,
     optimizers: bool = False,
-    num_at_once: int = 4,
     timeout: float = 60.0,
 ) -> Any:
     """Write a model into a folder: gates, trunk, and every expert that its gates may choose; await it.
@@ -55,7 +54,7 @@ def save_model(
     - `trainer`: pauses at the save point, no longer than a step; its state is written, too. Experts whose servers do
       not answer meanwhile are `SaveReport.late`.
     - `optimizers`: with the experts' optimizers and journals, for `restore_model`. Takes the role ``host`` in a run.
-    - `num_at_once`: experts that are fetched at the same time. `timeout`: seconds for each piece of a state.
+    - `timeout`: seconds for each piece of a state.
 
     Returns (or gives, when awaited) a `SaveReport`. With a `BackgroundNode` the call is plain.
 
@@ -64,7 +63,7 @@ def save_model(
     """
     if isinstance(model, SharedParameters) and isinstance(node, PlainCalls):
         model.flush()
-    save = _save(_node_of(node), model, Path(folder), trainer, optimizers, num_at_once, timeout)
+    save = _save(_node_of(node), model, Path(folder), trainer, optimizers, timeout)
     return deliver(node, save)
 
 
@@ -79,7 +78,6 @@ async def _save(
     folder: Path,
     trainer: AsyncTrainer[Any] | None,
     optimizers: bool,
-    num_at_once: int,
     timeout: float,
 ) -> SaveReport:
     shared = given if isinstance(given, SharedParameters) else None
@@ -117,7 +115,7 @@ async def _save(
             tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
             state: dict[str, Any] = {} if trainer is None else {"trainer": trainer.state_dict()}
             moment = shared.moment() if optimizers and shared is not None else None
-        report = await point.fetch(store, num_at_once=num_at_once)
+        report = await point.fetch(store)
     if shared is not None:  # of the moment at which the experts were taken
         tensors |= take_trunk(store, shared.uids, report, keeps=optimizers, known=known)
     if shared is not None and moment is not None:

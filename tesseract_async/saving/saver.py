@@ -56,6 +56,7 @@ T = TypeVar("T")
 
 ROLES: Final = {MemberRole.LEADS: "primary", MemberRole.FOLLOWS: "follower", MemberRole.HOLDS: "holder"}
 NUM_MARKED_AT_ONCE: Final = 64
+NUM_FETCHED_AT_ONCE: Final = 4
 MAX_ASKED: Final = 64
 """Members that are asked for an expert's Seal."""
 PATIENCE: Final = 10.0
@@ -329,16 +330,14 @@ class SavePoint:
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
         return await patiently(ask, timeout=self._timeout)
 
-    async def fetch(
-        self, store: SavedModel, *, num_at_once: int = 4, progress: Callable[[str], None] = lambda uid: None
-    ) -> SaveReport:
+    async def fetch(self, store: SavedModel, *, progress: Callable[[str], None] = lambda uid: None) -> SaveReport:
         """Write what was marked into the folder; the index is the caller's to write.
 
         `progress` is called with each uid that is done or failed. Raises: OSError if the folder can't be written.
         """
         await asyncio.gather(*self._marking)
         report = SaveReport(failed=dict(self._failed), late=self._late - self._failed.keys())
-        gate, limits = asyncio.Semaphore(num_at_once), self._limits()
+        gate, limits = asyncio.Semaphore(NUM_FETCHED_AT_ONCE), self._limits()
 
         async def take(uid: str) -> None:
             if uid in self._sealed:
