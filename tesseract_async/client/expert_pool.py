@@ -16,12 +16,12 @@ from torch import nn
 from tesseract_async.client import straight
 from tesseract_async.client.arguments import Arguments, present
 from tesseract_async.client.audits import Audits
-from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import StrictForward
 from tesseract_async.client.experience import experience_of
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import Node, PlainCalls, deliver
+from tesseract_async.client.remote_call import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.routing import Candidates, Indices, LiveGrid, cut
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, MixtureSettings

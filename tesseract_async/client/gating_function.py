@@ -9,7 +9,6 @@ import torch
 
 from tesseract_async.client.arguments import Arguments, present
 from tesseract_async.client.audits import Audits
-from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import ForwardDispatch
 from tesseract_async.client.experience import experience_of
 from tesseract_async.client.gate import Gate, Mixed, sound
@@ -17,6 +16,7 @@ from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import Node, PlainCalls, deliver
+from tesseract_async.client.remote_call import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.client.routing import uid_at
 from tesseract_async.client.schema_vote import SchemaVote

@@ -11,13 +11,13 @@ from torch import nn
 
 from tesseract_async.client.arguments import Arguments, present, with_absent
 from tesseract_async.client.audits import Audits
-from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.exchanges import BackwardExchange, Exchange, ForwardExchange, SchemaExchange
 from tesseract_async.client.experience import experience_of
 from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt
 from tesseract_async.client.failover import ask_best, ask_primary
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.ports import Node, PlainCalls, deliver
+from tesseract_async.client.remote_call import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, check_max_staleness, check_timeout
 from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable, SchemaMismatch, TesseractError
 from tesseract_async.experts.grid import ExpertReplica

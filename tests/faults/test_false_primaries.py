@@ -20,8 +20,8 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import ConnectionInfo, IncomingCall, Message
 from tesseract_async.errors import NotAllowed
+from tesseract_async.experts.node_calls import EXPERT_METHODS
 from tesseract_async.experts.publisher import ExpertPublisher, PublisherSettings
-from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.server import checkpoint
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
 from tesseract_async.server.state_transfer import StateSource
