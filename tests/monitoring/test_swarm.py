@@ -19,7 +19,7 @@ from tesseract_async.cli import swarm_picture as picture
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ExpertFailed, PeerUnreachable
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.placement import MemberPart, MemberRole, Place
+from tesseract_async.experts.places import MemberPart, MemberRole, Place
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from tesseract_async.endpoint.endpoint import Message
-from tesseract_async.experts.merkle import root_of
+from tesseract_async.experts.pieces import root_of
 from tesseract_async.experts.terms import Seal, TermKind, sign_seal, sign_term
-from tesseract_async.server.copies import find_shown
+from tesseract_async.server.fetching import find_shown
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tests.experts.tenure_world import RUN, UID, identity
