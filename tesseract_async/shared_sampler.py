@@ -1,4 +1,4 @@
-"""SharedSampler: trainers that share a model go through a dataset together. The driver of `sharing.samples.Share`."""
+"""SharedSampler: trainers that share a model go through a dataset together. The driver of `sharing.share`."""
 
 import asyncio
 import logging
@@ -12,7 +12,9 @@ from torch.utils.data import Sampler
 from tesseract_async.errors import NotPrimary, Overloaded, RemoteError, TesseractError, describe
 from tesseract_async.shared_parameters import SharedParameters
 from tesseract_async.shared_pieces import PAUSE
-from tesseract_async.sharing.samples import Allotment, Report, Share, decode_pieces, encode_pieces
+from tesseract_async.sharing.samples import Allotment, Report
+from tesseract_async.sharing.share import Share
+from tesseract_async.sharing.spans import decode_pieces, encode_pieces
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.names import new_name

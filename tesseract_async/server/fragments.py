@@ -36,9 +36,8 @@ from tesseract_async.sharing.samples import (
     STATE_BYTES,
     Ledger,
     Report,
-    decode_pieces,
-    encode_pieces,
 )
+from tesseract_async.sharing.spans import decode_pieces, encode_pieces
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.compression import encoded_bytes
