@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,9 +20,8 @@ from tesseract_async.server.fetching import fetch_state
 from tesseract_async.transformers.families import library
 from tesseract_async.transformers.operator import RemoteLayer
 from tesseract_async.transformers.remote import is_stand_in, lockstep_of, remote_layers
+from tesseract_async.transformers.shards import INDEX, SINGLE, files_of
 
-INDEX: Final = "model.safetensors.index.json"
-_SINGLE: Final = "model.safetensors"
 _REST: Final = "model-rest.safetensors"
 _AT_ONCE: Final = 8
 _TIMEOUT: Final = 60.0
@@ -57,7 +55,10 @@ def export_checkpoint(model: nn.Module, folder: str | Path) -> None:
         rest = {name: tensor for name, tensor in model.state_dict().items() if not is_stand_in(name)}
         model.save_pretrained(partial, state_dict=rest)  # type: ignore[operator]
         _forget_remote(partial / "config.json")
-        files = _files(partial)
+        files = files_of(partial)
+        if SINGLE in files.values():
+            (partial / SINGLE).rename(partial / _REST)
+            files = dict.fromkeys(files, _REST)
         conversions = vars(model).pop("_weight_conversions", None)  # those of the rest alone
         try:
             for path, experts in layers.items():
@@ -119,16 +120,6 @@ async def _state(
         raise ValueError(f"{uid} has taken {took} steps, and this model {round}: nothing was exported")
     module: Mapping[str, torch.Tensor] = state["module"]
     return module
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """Name of each tensor of the rest -> name of its file."""
-    if (folder / INDEX).exists():
-        files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        return files
-    (folder / _SINGLE).rename(folder / _REST)
-    with safe_open(folder / _REST, "pt") as file:
-        return dict.fromkeys(file.keys(), _REST)
 
 
 def _forget_remote(file: Path) -> None:
