@@ -288,7 +288,7 @@ async def test_holders_refuse_what_a_stranger_says_about_a_run() -> None:
         assert {entry.owner for entry in entries if entry.owner != STRANGER.peer_id} == {SERVER.peer_id}
         for node in (swarm.node, swarm.trainer):
             protocol: Any = node.network._protocol
-            storage = protocol.core.storage
+            storage = protocol.storage
             held = {record.owner for record in storage}
             assert SERVER.peer_id in held
             manifests = [one for one in storage if one.owner == STRANGER.peer_id and TAG.owner in one.value]
