@@ -108,4 +108,4 @@ serve_options = grouped(
 volunteer_options = grouped(
     "limits", VolunteerSettings, sections={"max_memory_bytes": FIRST, "max_upload_rate": "Limits"}
 )
-"""How much of this computer a volunteer lends, and when: a `VolunteerSettings` as the argument `limits`."""
+"""Options about what a volunteer lends of this computer, and when: a `VolunteerSettings` as the argument `limits`."""

@@ -1,4 +1,4 @@
-"""SwarmPicture: what is known of a swarm, and how JSON tells it. No I/O: `SwarmObserver` fills it."""
+"""SwarmPicture: what is known of a swarm, and how JSON tells it. `SwarmObserver` fills it."""
 
 import asyncio
 import dataclasses
