@@ -3,7 +3,7 @@
 from collections import deque
 
 from tesseract_async.sharing.samples import MAX_OPEN, Allotment, Report
-from tesseract_async.sharing.spans import MAX_SPANS, Piece, Spans, joined
+from tesseract_async.sharing.spans import MAX_SPANS, Piece, Spans, fewest_pieces
 
 
 class Share:
@@ -88,7 +88,7 @@ class Share:
     def end_batch(self) -> None:
         """End the batch that is being filled, full or not."""
         if self._filling:
-            self.begun[self.num_begun] = joined(self._filling)
+            self.begun[self.num_begun] = fewest_pieces(self._filling)
             self.num_begun += 1
             self._filling = []
 
@@ -123,7 +123,7 @@ class Share:
         queued = sum(stop - start for _, start, stop in self.queue)
         wanted = self.ahead * self.batch_size - queued if self.wants else 0
         begun = [piece for pieces in self.begun.values() for piece in pieces]
-        held = joined([*self.queue, *begun, *self._filling])[:MAX_SPANS]
+        held = fewest_pieces([*self.queue, *begun, *self._filling])[:MAX_SPANS]
         done, returned = self._done[:MAX_SPANS], self._returned[:MAX_SPANS]
         self.sent = len(done), len(returned)
         return self._turn, Report(self.epoch, self.num_samples, max(0, wanted), held, done, returned)

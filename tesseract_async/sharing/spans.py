@@ -88,7 +88,7 @@ def decode_pieces(flat: object) -> list[Piece]:
     return pieces
 
 
-def joined(pieces: Iterable[Piece]) -> list[Piece]:
+def fewest_pieces(pieces: Iterable[Piece]) -> list[Piece]:
     """Return the same samples in as few pieces as can be."""
     epochs: dict[int, Spans] = {}
     for epoch, start, stop in pieces:
