@@ -19,9 +19,16 @@ from tesseract_async.errors import (
 from tesseract_async.experts.manifest import join_uid, split_uid
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import fetch_places
-from tesseract_async.experts.placement import Survey
-from tesseract_async.experts.progress import MERGED, Progress, progress_key, read_progress
-from tesseract_async.experts.thanks import HOUR, NUM_HOURS, read_thanks
+from tesseract_async.experts.places import Survey
+from tesseract_async.experts.progress import (
+    HOUR,
+    MERGED,
+    NUM_HOURS,
+    Progress,
+    progress_key,
+    read_progress,
+    read_thanks,
+)
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.picture import RATES, Peer, SwarmPicture
 from tesseract_async.monitoring.status import ask_status

@@ -10,9 +10,8 @@ from typing import Any
 
 from tesseract_async.experts.grid import GridView
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.placement import Survey
-from tesseract_async.experts.progress import Progress
-from tesseract_async.experts.thanks import Thank
+from tesseract_async.experts.places import Survey
+from tesseract_async.experts.progress import Progress, Thank
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.history import History
 from tesseract_async.monitoring.status import NodeStatus
@@ -176,7 +175,7 @@ class SwarmPicture:
             standings = [] if survey is None else [survey.standing(uid) for uid in survey.named]
             return {
                 "name": authority.run.full_name,
-                "mode": authority.mode,
+                "mode": authority.tag.mode,
                 "num_experts": len(manifest.pattern),
                 "parameters": len(manifest.pattern) * self._parameters(),
                 "expert": manifest.expert,
