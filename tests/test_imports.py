@@ -92,7 +92,7 @@ MUST_BE_PURE = {
     "experts/grid.py",
     "experts/lineage.py",
     "experts/manifest.py",
-    "experts/merkle.py",
+    "experts/pieces.py",
     "experts/placement.py",
     "experts/run.py",
     "experts/signed.py",
@@ -239,7 +239,7 @@ PROCESS_WIDE = {
     "client/scaling.py": {"_noted"},  # the same
     "runtime/mesh_job.py": {"_links", "_on_cpu"},  # to the other processes of torch's process groups
     "runtime/encoding.py": {"_threads"},  # shared by all nodes, renewed after a fork
-    "server/registry.py": {"EXPERTS", "_MARKED"},  # filled by decorators, when modules are imported
+    "server/builders.py": {"EXPERTS", "_MARKED"},  # filled by decorators, when modules are imported
     "server/state_files.py": {"_held"},  # some file systems' locks are a process's
     "transport/channel.py": {"_blocks"},  # a buffer for each event loop, gone with it
     "transformers/operator.py": {"_calls", "_layers"},  # an operator of torch is given numbers, no objects
