@@ -28,9 +28,9 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.directory import ExpertDirectory
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.node_calls import NOT_STARTED, NodeCalls
+from tesseract_async.experts.progress import Thanks
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
-from tesseract_async.experts.thanks import Thanks
 from tesseract_async.experts.trust import belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.nat.interfaces import bind_pair, hosts_to_announce, own_addresses

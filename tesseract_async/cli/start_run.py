@@ -199,7 +199,7 @@ def invite_of(owner: RunOwner, node: TesseractNode) -> str | None:
     authority = owner.authority
     if any("admit" in one.role_names and one.peer not in authority.delegates for one in authority.grants()):
         return None
-    is_open = authority.mode == "open"
+    is_open = authority.is_open
     seeds = node.initial_peers or [node.peer_address]
     return Invite(
         authority.run.full_name,

@@ -46,7 +46,7 @@ class Exchange(Generic[T]):
     num_bytes = 0
     """Uncompressed bytes both ways together; 0 if it is little."""
     gives = 0, 0
-    """Rows and optimizer steps that its answer is worth (`experts.thanks`)."""
+    """Rows and optimizer steps that its answer is worth (`experts.progress`)."""
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         """Return those of `replicas` that may answer. Raises: ExpertNotFound."""

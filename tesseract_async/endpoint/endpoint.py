@@ -83,7 +83,6 @@ class Endpoint(Uncopied):
         self.identity = identity
         self.peer_id = identity.peer_id
         self.metrics = metrics if metrics is not None else Metrics()
-        self.policy = policy if policy is not None else Policy()
         settings = settings if settings is not None else EndpointSettings()
         self._bounds = bounds = settings.bounds
         self._transports = list(transports)
@@ -93,7 +92,7 @@ class Endpoint(Uncopied):
         self.budgets = NodeBudgets(settings.max_receive_bytes)
         """Memory that all connections share."""
         self.quotas = Quotas(
-            lambda peer_id: self.policy.quota_of(peer_id),
+            policy if policy is not None else Policy(),
             refused=lambda reason: self.metrics.count("endpoint_calls_over_quota", reason=reason),
         )
         """The part of its quota that each peer has used."""
@@ -116,6 +115,15 @@ class Endpoint(Uncopied):
         self._closed = False
         self._on_grants = on_grants
         self._admits = admits
+
+    @property
+    def policy(self) -> Policy:
+        """The rules on who may do what here; may be replaced at any time."""
+        return self.quotas.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self.quotas.policy = policy
 
     async def start(self, transports: Sequence[Transport] = ()) -> None:
         """Let every transport listen. `transports`: further ones, which need this endpoint to be built."""
@@ -163,13 +171,13 @@ class Endpoint(Uncopied):
 
     def _answer(self, call: IncomingCall) -> Answer:
         action = self._table.actions.get(call.method)
-        if action is not None and not self.policy.allows(call.peer_id, action):
+        if action is not None and not self.quotas.policy.allows(call.peer_id, action):
             raise self._refusal(call.peer_id, action)
         return self._table.find(call)(call)
 
     def _refusal_of_large(self, peer_id: PeerID) -> NotAllowed | None:
         """Return why `peer_id` may send no large requests; None if it may."""
-        allowed = self.policy.allows(peer_id, "call") and self._admits(peer_id)
+        allowed = self.quotas.policy.allows(peer_id, "call") and self._admits(peer_id)
         return None if allowed else self._refusal(peer_id, "call")
 
     def _refusal(self, peer_id: PeerID, action: Action) -> NotAllowed:
@@ -202,9 +210,11 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = self._find(peer)
+            connection = self.pool.find(peer)
             if connection is None:
                 connection = await self.dialer.connect(peer, deadline=deadline, what=method)
+            elif peer is not connection.known:
+                self._note_address(connection, peer)
             try:
                 future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
                 reserves = max_reply_bytes is not None
@@ -251,7 +261,11 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = self._find(peer) or await self.dialer.connect(peer, deadline=deadline, what=method)
+            connection = self.pool.find(peer)
+            if connection is None:
+                connection = await self.dialer.connect(peer, deadline=deadline, what=method)
+            elif peer is not connection.known:
+                self._note_address(connection, peer)
             head = head._replace(time_left=max(deadline - asyncio.get_running_loop().time(), 0.001))
             parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
             try:
@@ -280,8 +294,10 @@ class Endpoint(Uncopied):
         `sink` is given each part as it comes, and last the reply's end or its failure: nothing is repeated. Returns a
         function that cancels the call, which does nothing once it is over. Raises: what starting a call raises.
         """
-        if (connection := self._find(peer)) is None:
+        if (connection := self.pool.find(peer)) is None:
             return None
+        if peer is not connection.known:
+            self._note_address(connection, peer)
         head, views, deadline = self._request(method, body, buffers, timeout, None, priority)
         return connection.call_into(head, views, sink, deadline=deadline)
 
@@ -305,14 +321,13 @@ class Endpoint(Uncopied):
         views: tuple[memoryview, ...] = tuple(map(frames.byte_view, map(memoryview, buffers)))  # type: ignore[arg-type]
         return head, views, asyncio.get_running_loop().time() + timeout
 
-    def _find(self, peer: PeerAddress) -> Connection | None:
-        connection = self.pool.find(peer)
-        if connection is not None and peer is not connection.known and connection.known is not None:
+    def _note_address(self, connection: Connection, peer: PeerAddress) -> None:
+        """A call names a peer otherwise than the calls before it."""
+        if connection.known is not None:
             if peer != connection.known and peer.peer_id is not None:
                 for transport in self._transports:
                     transport.peer_known(peer)
             connection.known = peer
-        return connection
 
     def connections(self) -> list[ConnectionInfo]:
         return [

@@ -39,9 +39,10 @@ class OutgoingCall(CallState):
 class OutgoingCalls:
     """The calls made here on one connection, by number. Some wait until the peer's limits allow their requests."""
 
-    def __init__(self, core: ConnectionCore, calls: dict[int, OutgoingCall]) -> None:
+    def __init__(self, core: ConnectionCore) -> None:
         self._core = core
-        self._calls = calls
+        self._calls: dict[int, OutgoingCall] = {}
+        core.calls[frames.CHUNK_REPLY] = self._calls
         self._next_stream = 1
         self._waiting: deque[int] = deque()
         self._num_sent = 0

@@ -24,9 +24,17 @@ from tesseract_async.experts.grid import GridView
 from tesseract_async.experts.manifest import join_uid, split_uid
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import fetch_places
-from tesseract_async.experts.placement import Survey
-from tesseract_async.experts.progress import MERGED, Progress, progress_key, read_progress
-from tesseract_async.experts.thanks import HOUR, NUM_HOURS, Thank, read_thanks
+from tesseract_async.experts.places import Survey
+from tesseract_async.experts.progress import (
+    HOUR,
+    MERGED,
+    NUM_HOURS,
+    Progress,
+    Thank,
+    progress_key,
+    read_progress,
+    read_thanks,
+)
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.history import History
 from tesseract_async.monitoring.status import NodeStatus, ask_status
@@ -468,7 +476,7 @@ class SwarmObserver:
             standings = [] if survey is None else [survey.standing(uid) for uid in survey.named]
             return {
                 "name": authority.run.full_name,
-                "mode": authority.mode,
+                "mode": authority.tag.mode,
                 "num_experts": len(manifest.pattern),
                 "parameters": len(manifest.pattern) * self._parameters(),
                 "expert": manifest.expert,

@@ -12,12 +12,14 @@ from dataclasses import InitVar, dataclass, field
 from typing import Protocol
 
 from tesseract_async.admission import Policy
-from tesseract_async.identity import Identity, PeerID, Verifier
+from tesseract_async.identity import Identity, PeerID, Verifier, verify
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.address_scope import PUBLIC, AddressScope, kind_of
 from tesseract_async.network.contacts import (
     ID_BYTES,
+    V4_BYTES,
+    V6_BYTES,
     Address,
     Contact,
     pack_address,
@@ -77,14 +79,14 @@ class Core:
     metrics: Metrics
     wall_offset: float
     """Wall-clock time minus loop time. The driver keeps it true."""
-    verify: Verifier
-    policy: Policy
+    verify: Verifier = verify
+    policy: Policy = Policy()  # noqa: RUF009 (frozen)
     """The policy on whose records this node holds and hears (action ``host``)."""
-    scope: AddressScope
-    """The addresses to which this node may send on a stranger's word."""
-    address_bytes: tuple[int, ...]
+    scope: AddressScope = field(default_factory=AddressScope)
+    """The addresses to which this node may send on a stranger's word: only public ones by default."""
+    address_bytes: tuple[int, ...] = (V4_BYTES, V6_BYTES)
     """Lengths of the packed addresses that this node can send to."""
-    listener: Listener
+    listener: Listener = field(init=False)
     now: InitVar[float]
     is_declared_public: InitVar[bool]
 

@@ -24,6 +24,7 @@ from tesseract_async.identity import Identity
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.structure import Described, ParameterOf, describe_module, rebuild_module
 from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
+from tesseract_async.saving.moment import TrainerMoment
 from tesseract_async.saving.restorer import enter_owned, restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins, find_pieces, take_trunk
 from tesseract_async.shared_parameters import SharedParameters
@@ -109,12 +110,13 @@ async def _save(
         async with contextlib.AsyncExitStack() as paused:
             if trainer is not None:
                 await paused.enter_async_context(trainer.paused())
-            known = {} if shared is None else shared.known()
+            parts = () if shared is None else shared.parts
+            known = {part.uid: (part.copy.base[1], part.copy.merged()) for part in parts}
             await point.mark(within=math.inf if trainer is None else MAX_PAUSE)
             model = own if shared is None else shared.merged()
             tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
             state: dict[str, Any] = {} if trainer is None else {"trainer": trainer.state_dict()}
-            moment = shared.moment() if optimizers and shared is not None else None
+            moment = TrainerMoment(shared) if optimizers and shared is not None else None
         report = await point.fetch(store)
     if shared is not None:  # of the moment at which the experts were taken
         tensors |= take_trunk(store, shared.uids, report, keeps=optimizers, known=known)

@@ -33,17 +33,15 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.pieces import LIST
+from tesseract_async.experts.pieces import LIST, root_of
 from tesseract_async.experts.place_directory import fetch_places
-from tesseract_async.experts.placement import MemberRole
+from tesseract_async.experts.places import MemberRole
 from tesseract_async.experts.terms import Seal
 from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.checkpoint import check_state, encode_state
-from tesseract_async.server.copies import ask_records
-from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
+from tesseract_async.server.fetching import ask_piece, ask_records, fetch_sealed, fetch_state
 from tesseract_async.server.fragments import read_fragment, read_manifest
 from tesseract_async.server.other_replicas import read_replicas
 from tesseract_async.shared_pieces import SharedPieces

@@ -145,7 +145,7 @@ class TakeOverReply(NamedTuple):
 
     version: int
     proof: bytes | None = None
-    """The first 16 bytes of `experts.merkle.possession` of the file."""
+    """The first 16 bytes of `experts.pieces.possession` of the file."""
 
 
 class TenureRequest(NamedTuple):
@@ -180,7 +180,7 @@ class StateRequest(NamedTuple):
     min_version: int
     """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
     root: Root
-    """The file, by `experts.merkle.root_of`; `NO_ROOT` for the newest."""
+    """The file, by `experts.pieces.root_of`; `NO_ROOT` for the newest."""
     piece: int
     point: bytes = NO_POINT
     """16 random bytes: the state at the moment when the caller asks under this id first. It is written down, and says

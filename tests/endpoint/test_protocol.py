@@ -298,7 +298,7 @@ def test_old_deadlines_are_forgotten() -> None:
         pair.server.machine.reply(pair.received().stream, None, (), now=0.0)
         pair.settle()
         pair.client.take()
-    assert all(len(side.machine.core.deadlines) <= 70 for side in (pair.client, pair.server))
+    assert all(len(side.machine.deadlines) <= 70 for side in (pair.client, pair.server))
 
 
 def test_higher_priority_goes_first_and_equals_share() -> None:
@@ -319,7 +319,7 @@ def test_the_dialer_opens_the_bulk_lane_when_either_side_needs_it() -> None:
     pair = Pair(bulk=False)
     pair.call(MIB)
     assert BulkWanted() in taken(pair.client.machine)
-    pair.client.machine.core.bulk_failed(0.0)
+    pair.client.machine.bulk_failed(0.0)
     pair.settle()
     call = pair.received()
     pair.server.machine.reply(call.stream, None, call.buffers, now=0.0)

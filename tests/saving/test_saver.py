@@ -20,8 +20,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, ExpertNotFound, Overloaded, TooStale
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.placement import MemberPart, MemberRole, Place
-from tesseract_async.experts.places import encode_place, places_key
+from tesseract_async.experts.places import MemberPart, MemberRole, Place, encode_place, places_key
 from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, sign_seal, sign_term
