@@ -260,7 +260,7 @@ class Connection:
                     else:
                         sink.set_result(Message(event.body, event.buffers))
                 case CallReceived():
-                    self.last_used = self._loop.time()
+                    self.last_used = self.protocol.now
                     if not self._handlers.received(event):
                         self._schedule_flush()
                     if self._timer is None or event.deadline < self._timer_at:

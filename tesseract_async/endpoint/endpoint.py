@@ -197,7 +197,7 @@ class Endpoint(Dialer):
             elif peer is not connection.known:
                 self._note_address(connection, peer)
             try:
-                future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+                future: asyncio.Future[Message] = asyncio.Future()
                 reserves = max_reply_bytes is not None
                 stream = connection.start_call(head, views, future, deadline=deadline, reserve_reply=reserves)
                 try:
