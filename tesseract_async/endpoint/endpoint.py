@@ -298,7 +298,7 @@ class Endpoint(Dialer):
         if priority:
             check_priority(priority)
         max_reply = self._bounds.max_message if max_reply_bytes is None else max_reply_bytes
-        head = RequestHead(method, timeout, priority, 0, max_reply, body)
+        head = tuple.__new__(RequestHead, (method, timeout, priority, 0, max_reply, body))  # as in `heads`
         views: tuple[memoryview, ...] = tuple(map(frames.byte_view, map(memoryview, buffers)))  # type: ignore[arg-type]
         return head, views, asyncio.get_running_loop().time() + timeout
 
