@@ -327,14 +327,6 @@ class Endpoint(Dialer):
     def is_connected(self, peer_id: PeerID) -> bool:
         return self.pool.find(PeerAddress(peer_id, ())) is not None
 
-    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
-        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
-        take; None where there is none, or nothing was measured."""
-        connection = self.pool.find(peer)
-        if connection is None or connection.protocol.life.rtt is None:
-            return None
-        return connection.protocol.life.rtt, connection.protocol.windows.bytes_per_second
-
     def path_kind(self, peer_id: PeerID) -> str:
         """The first word of the path that calls to this peer take now, where this end opened it; else empty."""
         connection = self.pool.find(PeerAddress(peer_id, ()))
