@@ -62,7 +62,7 @@ def entry(value: bytes, identity: Identity = MEMBER, subkey: str = "0") -> Entry
 async def read(entries: list[Entry]) -> dict[PeerID, Place]:
     scope = AddressScope()
     scope.set_own(["127.0.0.1"])
-    trust = Trust(OWNER.peer_id)
+    trust = Trust(OWNER.peer_id, clock=lambda: NOW)
     authority = Authority(RUN)
     trust.add(authority)
 
