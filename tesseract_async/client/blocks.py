@@ -43,8 +43,6 @@ class RowBlock:
     numbers_P: Indices
     """The row of the block for each pair."""
     weights_P: Weights
-    ids: Sequence[bytes] = ()
-    """The ids by which servers know the calls."""
     versions: Sequence[int] = ()
     """One for each call: see `ApplyRequest.versions`."""
     units_R: Values | None = None

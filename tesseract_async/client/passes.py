@@ -189,7 +189,7 @@ class Pass:
         asked = ApplyRequest(
             prefix=self.calls.candidates.prefix,
             experts=block.coords.astype(np.uint32),
-            ids=block.ids,
+            ids=[call.id for call in block.calls],
             versions=np.array(block.versions, dtype=np.int64),
             offsets=block.offsets,
             rows=block.numbers_P.astype(np.int32),
