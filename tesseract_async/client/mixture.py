@@ -42,8 +42,8 @@ class MixtureCall:
     """See `autograd.Remote`. The inputs are those of the experts, and last the matrix of the values, ``[rows, ...]``.
 
     The outputs are the sums, one for each output of the experts, at least float32, and last the sum of the weights of
-    those that answered each row, ``[rows]``; of weights relative to the row's greatest value if it is normalized: then
-    the sums count as divided by it, and in no other way may a loss depend on it.
+    those that answered each row, ``[rows]``; in a unit of the row's own if it is normalized: then the sums count as
+    divided by it, and in no other way may a loss depend on it.
     """
 
     def __init__(
