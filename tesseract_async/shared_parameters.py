@@ -166,8 +166,10 @@ class SharedParameters(Uncopied, Generic[M]):
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
-                await self._flush_at_end()
+            if kind is None and not self._is_shared:
+                await self._flush(EXIT_TIMEOUT)
+        except (TesseractError, TimeoutError) as failed:
+            logger.warning("the last steps were not shared: %s", describe(failed))
         finally:
             await self._leave()
 
@@ -198,13 +200,6 @@ class SharedParameters(Uncopied, Generic[M]):
     def _is_shared(self) -> bool:
         parts = [part for part in self.parts if part.copy.cut.kind is not MergeKind.FIXED]
         return all(part.steps_then == self._own_steps for part in parts)
-
-    async def _flush_at_end(self) -> None:
-        try:
-            if not self._is_shared:
-                await self._flush(EXIT_TIMEOUT)
-        except (TesseractError, TimeoutError) as error:
-            logger.warning("the last steps were not shared: %s", describe(error))
 
     def _values(self) -> list[torch.Tensor]:
         layout = self._own.layout

@@ -1,7 +1,8 @@
 """State that both halves of a connection (outgoing and incoming calls) share, and their large messages. No I/O."""
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from tesseract_async.endpoint.bounds import Bounds
@@ -95,9 +96,9 @@ class Arrival:
             self.progress = now
 
 
-class ConnectionCore:
+class ConnectionCore(ABC):
     """Lanes, flow control, time, events and large messages of one connection. `peer` is the other end's name in errors;
-    `dialed`: whether this end opens the bulk lane. `chunk_finished` is called after each chunk."""
+    `dialed`: whether this end opens the bulk lane."""
 
     def __init__(
         self,
@@ -109,7 +110,6 @@ class ConnectionCore:
         budgets: NodeBudgets,
         owner: Owner,
         now: float,
-        chunk_finished: Callable[[int, int, int], None],
     ) -> None:
         self.peer = peer
         self.theirs = theirs
@@ -125,7 +125,7 @@ class ConnectionCore:
                 self.handlers,
                 pace=budgets.pace,
                 chunk_started=self._chunk_started,
-                chunk_finished=chunk_finished,
+                chunk_finished=self._chunk_finished,
             )
             for index in (MAIN, BULK)
         )
@@ -253,6 +253,10 @@ class ConnectionCore:
         if length < frames.MIN_CHUNK and length != assembly.left:
             raise ProtocolError(f"a chunk of less than {frames.MIN_CHUNK} bytes is not its message's last")
         return assembly if call.room.fill(call.arrival.size - assembly.left + length) else None
+
+    @abstractmethod
+    def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
+        """A chunk of so many bytes has come."""
 
     def whole_after(self, kind: int, stream: int, length: int) -> CallState | None:
         """Take note of a chunk that came; return the call whose message it has made whole, if it has."""

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -13,7 +12,6 @@ from tesseract_async.endpoint.bounds import EndpointSettings
 from tesseract_async.endpoint.budget import NodeBudgets
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, IncomingCall, Message
 from tesseract_async.endpoint.connection import Connection
-from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.dialing import Dialer
 from tesseract_async.endpoint.events import ReplyEvent, RequestUnseen
 from tesseract_async.endpoint.quotas import Quotas
@@ -23,7 +21,6 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.tasks import TaskSet
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport
 from tesseract_async.transport.throttle import Throttle
-from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import frames, heads
 from tesseract_async.wire.frames import Buffer
 from tesseract_async.wire.heads import Hello, RequestHead
@@ -55,7 +52,7 @@ class ConnectionInfo:
     """Calls under way in both directions."""
 
 
-class Endpoint(Uncopied):
+class Endpoint(Dialer):
     """Calls to other nodes, and answers to theirs, many at once over one connection per peer.
 
     Lives on one event loop: `start`, then `call` and `handle`, then `aclose`. `transports` say how others are reached.
@@ -80,15 +77,17 @@ class Endpoint(Uncopied):
         """`grants`: what this node shows to each peer it meets (`Hello.grants`). `on_grants` is called with what a peer
         shows, before any of its calls. `admits`: whether a peer that the policy allows may send large requests.
         `features`: what this node says it understands. `throttle`: what all connections keep to."""
-        self.identity = identity
-        self.peer_id = identity.peer_id
-        self.metrics = metrics if metrics is not None else Metrics()
         settings = settings if settings is not None else EndpointSettings()
-        self._bounds = bounds = settings.bounds
-        self._transports = list(transports)
+        super().__init__(
+            identity=identity,
+            transports=transports,
+            settings=settings,
+            metrics=metrics if metrics is not None else Metrics(),
+            grants=grants,
+            features=features,
+            throttle=throttle,
+        )
         self._table = table if table is not None else CallTable(self.peer_id.short)
-        self._features = features
-        self.throttle = throttle
         self.budgets = NodeBudgets(settings.max_receive_bytes)
         """Memory that all connections share."""
         self.quotas = Quotas(
@@ -96,23 +95,9 @@ class Endpoint(Uncopied):
             refused=lambda reason: self.metrics.count("endpoint_calls_over_quota", reason=reason),
         )
         """The part of its quota that each peer has used."""
-        self._rng = random.Random()
-        self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
-        self.dialer = Dialer(
-            identity=identity,
-            transports=self._transports,
-            settings=settings,
-            pool=self.pool,
-            metrics=self.metrics,
-            make_connection=self._make_connection,
-            grants=grants,
-            features=features,
-            throttle=throttle,
-        )
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._closing = TaskSet("endpoint: close")
-        self._closed = False
         self._on_grants = on_grants
         self._admits = admits
 
@@ -138,7 +123,7 @@ class Endpoint(Uncopied):
             self._timer.cancel()
         for transport in self._transports:
             await transport.aclose()
-        await self.dialer.aclose()
+        await self._end_dials()
         closes = [connection.aclose("the node is closing") for connection in self.pool.connections()]
         await asyncio.gather(*closes, *self._closing, return_exceptions=True)
 
@@ -164,10 +149,6 @@ class Endpoint(Uncopied):
     def unhandle(self, method: str) -> None:
         """Calls of `method` get UnknownMethod from now on; those under way go on."""
         self._table.remove(method)
-
-    def accept(self, pipe: Pipe) -> None:
-        """Serve the peer at the other end of a pipe that it opened."""
-        self.dialer.accept(pipe)
 
     def _answer(self, call: IncomingCall) -> Answer:
         action = self._table.actions.get(call.method)
@@ -212,11 +193,11 @@ class Endpoint(Uncopied):
         while True:
             connection = self.pool.find(peer)
             if connection is None:
-                connection = await self.dialer.connect(peer, deadline=deadline, what=method)
+                connection = await self.connect(peer, deadline=deadline, what=method)
             elif peer is not connection.known:
                 self._note_address(connection, peer)
             try:
-                future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+                future: asyncio.Future[Message] = asyncio.Future()
                 reserves = max_reply_bytes is not None
                 stream = connection.start_call(head, views, future, deadline=deadline, reserve_reply=reserves)
                 try:
@@ -263,7 +244,7 @@ class Endpoint(Uncopied):
         while True:
             connection = self.pool.find(peer)
             if connection is None:
-                connection = await self.dialer.connect(peer, deadline=deadline, what=method)
+                connection = await self.connect(peer, deadline=deadline, what=method)
             elif peer is not connection.known:
                 self._note_address(connection, peer)
             head = head._replace(time_left=max(deadline - asyncio.get_running_loop().time(), 0.001))
@@ -317,7 +298,7 @@ class Endpoint(Uncopied):
         if priority:
             check_priority(priority)
         max_reply = self._bounds.max_message if max_reply_bytes is None else max_reply_bytes
-        head = RequestHead(method, timeout, priority, 0, max_reply, body)
+        head = tuple.__new__(RequestHead, (method, timeout, priority, 0, max_reply, body))  # as in `heads`
         views: tuple[memoryview, ...] = tuple(map(frames.byte_view, map(memoryview, buffers)))  # type: ignore[arg-type]
         return head, views, asyncio.get_running_loop().time() + timeout
 
@@ -346,14 +327,6 @@ class Endpoint(Uncopied):
     def is_connected(self, peer_id: PeerID) -> bool:
         return self.pool.find(PeerAddress(peer_id, ())) is not None
 
-    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
-        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
-        take; None where there is none, or nothing was measured."""
-        connection = self.pool.find(peer)
-        if connection is None or connection.protocol.life.rtt is None:
-            return None
-        return connection.protocol.life.rtt, connection.protocol.windows.bytes_per_second
-
     def path_kind(self, peer_id: PeerID) -> str:
         """The first word of the path that calls to this peer take now, where this end opened it; else empty."""
         connection = self.pool.find(PeerAddress(peer_id, ()))
@@ -368,7 +341,7 @@ class Endpoint(Uncopied):
         Raises: PeerUnreachable.
         """
         old = [c for c in self.pool.connections() if c.peer_id == peer.peer_id and c.dialed is not None]
-        await self.dialer.connect_through(peer, self.dialer.paths(peer) if paths is None else paths)
+        await self.connect_through(peer, self.paths(peer) if paths is None else paths)
         for connection in old:
             connection.retired = True
 
@@ -385,7 +358,7 @@ class Endpoint(Uncopied):
             dialed=dialed,
             pipe=pipe,
             answer=self._answer,
-            open_bulk=self.dialer.open_bulk,
+            open_bulk=self._open_bulk,
             on_closed=self.pool.remove,
             budgets=self.budgets,
             bounds=self._bounds,

@@ -47,16 +47,7 @@ class ConnectionProtocol(ConnectionCore):
         self.pong_due = False
         """True if a PING was not answered yet, on the main lane."""
         self._peer_saw: int | None = None  # the highest number of our calls that the peer saw, once it has closed
-        super().__init__(
-            peer,
-            hello,
-            dialed=dialed,
-            bounds=bounds,
-            budgets=budgets,
-            owner=owner,
-            now=now,
-            chunk_finished=self._chunk_finished,
-        )
+        super().__init__(peer, hello, dialed=dialed, bounds=bounds, budgets=budgets, owner=owner, now=now)
         self.outgoing = OutgoingCalls(self)
         self.incoming = IncomingCalls(self, quotas=quotas, peer_id=PeerID(hello.peer_id), refusal=refusal)
         self.reply = self.incoming.reply

@@ -67,7 +67,6 @@ class NetworkProtocol(Core):
 
     def __post_init__(self, now: float, is_declared_public: bool, checks: Sequence[RecordCheck]) -> None:
         super().__post_init__(now, is_declared_public)
-        self.listener = self
         self.holder = Holder(self, checks)
         thirds = ThirdNodes(self)
         self.dial_back = DatagramDialBack(self, thirds, now)
@@ -143,7 +142,7 @@ class NetworkProtocol(Core):
         """Return the loop time at which `handle_timer` has something to do. It may change with every input."""
         return self.timers.next_at()
 
-    # News from one part for another (`core.Listener`)
+    # news from one part for another
 
     def contact_proved(self, contact: Contact, now: float) -> None:
         if not self.probation.holds(contact, now):
