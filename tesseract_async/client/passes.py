@@ -110,7 +110,7 @@ class Pass:
             try:
                 while True:
                     step = grouping.step(loop.time(), stalled=stalls.seconds - stalled)
-                    for replica, mismatch in grouping.take_strange():
+                    for replica, mismatch in step.strange:
                         self.experience.ignore(replica, mismatch)
                     if calls.is_over:
                         break
