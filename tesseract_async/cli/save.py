@@ -6,10 +6,10 @@ from typing import Annotated, Final
 
 import click
 
-from tesseract_async.cli.flags import Flag, grouped, options_of
+from tesseract_async.cli.flags import Flag, grouped
 from tesseract_async.cli.options import Visit, visit_options
 from tesseract_async.cli.running import asynchronous, progress_bar, say
-from tesseract_async.cli.types import EXISTING_FILE, FOLDER, PERIOD, counted
+from tesseract_async.cli.types import EXISTING_FILE, FOLDER, counted
 from tesseract_async.errors import CheckpointError, ExpertNotFound, sentence_of
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run_directory import find_run
@@ -22,7 +22,7 @@ MAX_TOLD: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
-    """The experts to save, the folder, and the pace."""
+    """The experts to save, and the folder."""
 
     run_name: Annotated[str | None, Flag("--run", metavar="NAME[@PEER_ID]")] = None
     """Save the experts of this training run."""
@@ -34,8 +34,6 @@ class SaveOptions:
     """Write the model into this folder, made if missing."""
     optimizers: bool = False
     """Save the experts' optimizers, too, so that `tesseract restore` can go back to this point."""
-    timeout: Annotated[float, PERIOD] = 60.0
-    """Wait at most this long for each piece of an expert."""
 
 
 @click.command("save")
@@ -73,9 +71,7 @@ async def save(*, options: SaveOptions, visit: Visit) -> int:
         trunks: list[list[str]] = []
         for prefix, is_bare in shared.items():
             try:
-                found = await find_pieces(
-                    joined, SharedPieces(joined, prefix, is_bare=is_bare), timeout=options.timeout
-                )
+                found = await find_pieces(joined, SharedPieces(joined, prefix, is_bare=is_bare))
             except ExpertNotFound:
                 if is_bare:
                     raise
@@ -83,7 +79,7 @@ async def save(*, options: SaveOptions, visit: Visit) -> int:
             trunks.append([*found])
             origins |= found
         # all at one moment: the pieces belong to the experts that were trained with them
-        point = SavePoint(joined, origins, is_whole=options.optimizers, timeout=options.timeout)
+        point = SavePoint(joined, origins, is_whole=options.optimizers)
         await point.mark()
         with progress_bar("experts", total=len(origins)) as advance:
             report = await point.fetch(store, progress=lambda uid: advance(1))
@@ -127,10 +123,9 @@ async def save(*, options: SaveOptions, visit: Visit) -> int:
 @click.option(
     "--owner", type=EXISTING_FILE, help="Sign with this key file of the run's owner, if the experts belong to a run."
 )
-@options_of(SaveOptions)["timeout"]
 @visit_options
 @asynchronous
-async def restore(*, folder: Path, owner: Path | None, timeout: float, visit: Visit) -> int:
+async def restore(*, folder: Path, owner: Path | None, visit: Visit) -> int:
     """Take the experts back to a save point: every server goes on from the states in FOLDER.
 
     FOLDER was written by `tesseract save --optimizers`, or by `ta.save_model(..., optimizers=True)`. What the servers
@@ -143,7 +138,7 @@ async def restore(*, folder: Path, owner: Path | None, timeout: float, visit: Vi
     async with visit.node() as joined:
         owners = {} if owner is None else await enter_owned(joined, saved, Identity.load(owner))
         try:
-            versions = await restore_experts(joined, saved, owners=owners, timeout=timeout)
+            versions = await restore_experts(joined, saved, owners=owners)
         except CheckpointError as error:
             click.echo(str(error), err=True)
             return 1

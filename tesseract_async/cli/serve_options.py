@@ -10,7 +10,7 @@ from tesseract_async.cli.flags import FIRST, Flag, grouped
 from tesseract_async.cli.options import ExpertOptions
 from tesseract_async.cli.types import FOLDER, METRICS_ADDRESS, PERIOD, ROWS, SECONDS, TEXT_OR_FILE, THREADS
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.server.contract import check_name
+from tesseract_async.server.contract import VolunteerSettings, check_name
 
 MAX_EXPERTS = 16384
 """Experts that one server hosts."""
@@ -105,3 +105,7 @@ serve_options = grouped(
         "autocast": "Advanced",
     },
 )
+volunteer_options = grouped(
+    "limits", VolunteerSettings, sections={"max_memory_bytes": FIRST, "max_upload_rate": "Limits"}
+)
+"""Options about what a volunteer lends of this computer, and when: a `VolunteerSettings` as the argument `limits`."""

@@ -1,6 +1,5 @@
 """`tesseract run create`: signs the manifest of a training run and keeps it known."""
 
-import ipaddress
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService
+from tesseract_async.network.address_scope import is_near
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 
@@ -183,15 +183,7 @@ def reach_of(seeds: Sequence[str]) -> str:
     if host_towards(seeds) in ("127.0.0.1", "::1"):
         return "on this computer"
     hosts = [split_host_port(address)[0] for seed in seeds for address in PeerAddress.parse(seed).addresses]
-    return "in this private network" if all(map(is_private, hosts)) else "everywhere"
-
-
-def is_private(host: str) -> bool:
-    """Return whether this is a number of a private network, not a name or a public number."""
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_private
-    except ValueError:
-        return False
+    return "in this private network" if all(map(is_near, hosts)) else "everywhere"
 
 
 def invite_of(owner: RunOwner, node: TesseractNode) -> str | None:

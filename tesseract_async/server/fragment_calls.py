@@ -20,9 +20,8 @@ from tesseract_async.sharing.samples import (
     GRACE_SECONDS,
     Ledger,
     Report,
-    decode_pieces,
-    encode_pieces,
 )
+from tesseract_async.sharing.spans import decode_pieces, encode_pieces
 from tesseract_async.wire import messages
 from tesseract_async.wire.names import new_name
 

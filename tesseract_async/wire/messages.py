@@ -266,7 +266,7 @@ class SamplesRequest(NamedTuple):
     num_samples: int
     wanted: int
     held: list[Value]
-    """Pieces, as `sharing.samples.encode_pieces` gives them; so are the next."""
+    """Pieces, as `sharing.spans.encode_pieces` gives them; so are the next."""
     done: list[Value]
     returned: list[Value]
 
