@@ -68,7 +68,7 @@ class Group:
     def __init__(self, kind: ExpertKind, training: bool) -> None:
         self.kind = kind
         self.training = training
-        self.choice = GroupChoice()
+        self.choice = GroupChoice(expected=kind.is_light)
         self.cost = BatchCost()
         """The cost of one expert's rows, learned from all of them: experts of one kind take equally long."""
         self.checked: Way | None = None
@@ -305,6 +305,8 @@ class ExpertKind:
         """The function that computes them; None once every way has failed."""
         if example.device.type == "cpu" and self._autocast is None:
             self.way = self._ragged
+        self.is_light = self.way != self._ragged or all([x.nbytes <= _STACKED_BYTES for _, _, _, x in self._slots])
+        """True if one pass is expected to be faster than one for each: its layers then take less time than their calls."""
         self.name = example.name
 
     @property
