@@ -74,11 +74,11 @@ class GroupChoice:
     """The choice whether batches of several experts of one kind are computed in one pass, by what that took.
 
     Sizes are told apart by their powers of four. Each begins with the way that is expected to be the faster one. The
-    other one is tried in the second pass, and again as soon as trials have cost little: a way that seems faster is
-    taken at once, one that seems hardly slower is tried every other time, one that seems much slower seldom. Once trials
-    have told enough, the other way is only looked at from time to time: what pays may change with what else is going
-    on. Compared are pairs of passes that ran one after the other, for the machine is not equally busy at all times; and
-    the faster half of each way, for by chance a pass takes ten times as long.
+    other is tried in the second pass, and again as soon as trials have cost little: one that seems faster is taken at
+    once, one that seems hardly slower is tried every other time, and one that seems much slower seldom. Once trials
+    have told enough, the other way is only looked at from time to time: what else is going on may change what pays.
+    Compared are pairs of passes that ran one after the other, for the machine is not equally busy at all times; and the
+    faster half of each way, for by chance a pass takes ten times as long.
     """
 
     __slots__ = ("_expected", "_sizes", "spent", "_lost")
