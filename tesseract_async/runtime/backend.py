@@ -29,6 +29,7 @@ from tesseract_async.runtime.gradients import (
     add_gradients,
     are_finite,
     norm_of,
+    norms_of,
     run_engine,
     weight_gradients,
     weighted,
@@ -465,6 +466,7 @@ class ExpertBackend:
         return are_finite(self._trained())
 
     def _trained(self) -> list[torch.Tensor]:
+        """Return the numbers that the optimizer steps, then those that it remembers."""
         states = () if self.optimizer is None else self.optimizer.state.values()
         remembered = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
         return [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
@@ -593,6 +595,19 @@ def step_together(steps: Sequence[tuple[ExpertBackend, Gradients, Sequence[bytes
             applied[call_id] = version
         if len(applied) > states.JOURNAL_LENGTH:  # as long as it may be: none of them is in lockstep
             backend._journal(())
+
+
+def trained_norms(backends: Sequence[ExpertBackend]) -> list[tuple[float, bool]]:
+    """Return `ExpertBackend.weights_norm` and `ExpertBackend.is_sound` of each, after one wait for the device."""
+    trained = [backend._trained() for backend in backends]
+    norms, found = iter(norms_of([x for own in trained for x in own])), []
+    for backend, own in zip(backends, trained, strict=True):
+        each = [*itertools.islice(norms, len(own))]
+        if math.isfinite(sum(each)):
+            found.append((math.hypot(*each[: len(backend.parameters)]), True))
+        else:  # perhaps a square overflowed
+            found.append((backend.weights_norm(), backend.is_sound()))
+    return found
 
 
 def backpropagate(

@@ -57,6 +57,12 @@ def norm_of(tensors: Gradients) -> float:
     return math.hypot(*map(float, norms))
 
 
+def norms_of(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Return the norm of each, as `norm_of` does of all, after one wait for the device."""
+    norms = torch._foreach_norm([for_norm(x) for x in tensors]) if tensors else []
+    return torch.stack([x.double() for x in norms]).tolist() if norms else []
+
+
 def are_finite(tensors: Gradients) -> bool:
     """Return whether no tensor holds a NaN or an infinity.
 
