@@ -7,7 +7,7 @@ padded to be so (`Layout`); elsewhere no weight is copied, and each expert's row
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final, Self
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 _LONG_ROWS: Final = range(256, 10_001)
 """Lengths of a weight's row for which a call costs little in comparison, and OpenBLAS wakes no other threads."""
-_PADDED_SHARE: Final = 1.2
+_PADDED_SHARE: Final = 1.3
 """Rows of experts that are multiplied in one call, padded ones included, by rows without those: at most."""
 
 Column = list[torch.Tensor] | torch.Tensor
@@ -161,42 +161,45 @@ class _StackedLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, counts: list[int], weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.has_bias = counts, bias is not None
+        ctx.runs = runs = [(len([*run]), count) for count, run in groupby(counts)]
         y = x.new_empty(x.shape[0], weight.shape[1])
-        for own, rows, shape in _runs(counts):
-            a, b, out = x[rows].view(*shape, -1), weight[own].mT, y[rows].view(*shape, -1)
-            if bias is None:
+        of_each = _rows(x, runs), _experts(weight.mT, runs), _rows(y, runs)
+        if bias is None:
+            for a, b, out in zip(*of_each, strict=True):
                 torch.bmm(a, b, out=out)
-            else:
-                torch.baddbmm(bias[own, None], a, b, out=out)
+        else:
+            for a, b, out, added in zip(*of_each, _experts(bias[:, None], runs), strict=True):
+                torch.baddbmm(added, a, b, out=out)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        (x, weight), runs = ctx.saved_tensors, ctx.runs
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad
-        gradient = gradient.contiguous()
+        gradients = _rows(gradient.contiguous(), runs)
         of_x = torch.empty_like(x) if needs_x else None
         of_weight = torch.empty_like(weight) if needs_weight else None
         of_bias = weight.new_empty(weight.shape[:2]) if needs_bias else None
-        for own, rows, shape in _runs(ctx.counts):
-            g = gradient[rows].view(*shape, -1)
-            if of_x is not None:
-                torch.bmm(g, weight[own], out=of_x[rows].view(*shape, -1))
-            if of_weight is not None:
-                torch.bmm(g.mT, x[rows].view(*shape, -1), out=of_weight[own])
-            if of_bias is not None:
-                torch.sum(g, 1, out=of_bias[own])
+        if of_x is not None:
+            for g, own, out in zip(gradients, _experts(weight, runs), _rows(of_x, runs), strict=True):
+                torch.bmm(g, own, out=out)
+        if of_weight is not None:
+            for g, own, out in zip(gradients, _rows(x, runs), _experts(of_weight, runs), strict=True):
+                torch.bmm(g.mT, own, out=out)
+        if of_bias is not None:
+            for g, out in zip(gradients, _experts(of_bias, runs), strict=True):
+                torch.sum(g, 1, out=out)
         return of_x, None, of_weight, of_bias
 
 
-def _runs(counts: Sequence[int]) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
-    """Yield neighbors that have equally many rows: their numbers, their rows, and how many they and each one's are."""
-    first = row = 0
-    for count, run in groupby(counts):
-        num = len([*run])
-        yield slice(first, first + num), slice(row, row + num * count), (num, count)
-        first, row = first + num, row + num * count
+def _rows(x: torch.Tensor, runs: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Return the rows of each run of experts that have equally many, by expert. A run: how many they and each's are."""
+    parts = x.split_with_sizes([num * count for num, count in runs])
+    return [part.view(num, count, -1) for part, (num, count) in zip(parts, runs, strict=True)]
+
+
+def _experts(stack: torch.Tensor, runs: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    return stack.split_with_sizes([num for num, _ in runs])
 
 
 def _reads_fast(weight: torch.Tensor) -> bool:
