@@ -28,6 +28,7 @@ from tesseract_async.runtime.gradients import (
     Gradients,
     add_gradients,
     are_finite,
+    backpropagate,
     norm_of,
     norms_of,
     run_engine,
@@ -608,28 +609,3 @@ def trained_norms(backends: Sequence[ExpertBackend]) -> list[tuple[float, bool]]
         else:  # perhaps a square overflowed
             found.append((backend.weights_norm(), backend.is_sound()))
     return found
-
-
-def backpropagate(
-    outputs: Sequence[torch.Tensor],
-    output_gradients: Gradients,
-    sources: Sequence[torch.Tensor],
-    run: Callable[..., Sequence[torch.Tensor | None]],
-) -> list[torch.Tensor | None]:
-    """Return the gradients of `sources`, None for those that have none. Raises: ValueError for one that fits no output.
-
-    `run`: does it for outputs and sources that require gradients.
-    """
-    roots: list[torch.Tensor] = []
-    seeds: list[torch.Tensor] = []
-    for output, gradient in zip(outputs, output_gradients, strict=True):
-        if gradient is not None and output.requires_grad:
-            if gradient.shape != output.shape or gradient.is_complex() != output.is_complex():
-                raise ValueError(f"a gradient of {gradient.shape} for an output of {output.shape}")
-            roots.append(output)
-            seeds.append(gradient)
-    wanted = [one for one in sources if one.requires_grad]  # not before: the module itself may freeze parameters
-    if not roots or not wanted:
-        return [None] * len(sources)
-    found = iter(run(roots, seeds, wanted))
-    return [next(found) if one.requires_grad else None for one in sources]

@@ -31,9 +31,9 @@ import torch
 from torch import nn
 from torch.func import vmap
 
-from tesseract_async.runtime.backend import ExpertBackend, backpropagate, may_be_grouped
+from tesseract_async.runtime.backend import ExpertBackend, may_be_grouped
 from tesseract_async.runtime.costs import BatchCost, GroupChoice
-from tesseract_async.runtime.gradients import Gradients, run_engine, weight_gradients, weighted
+from tesseract_async.runtime.gradients import Gradients, backpropagate, run_engine, weight_gradients, weighted
 from tesseract_async.runtime.module_runner import as_leaf
 from tesseract_async.runtime.ragged import Column, Layout, Ragged, Unfit, stacked
 from tesseract_async.runtime.watching import uses_batch_statistics

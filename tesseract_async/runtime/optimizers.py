@@ -126,18 +126,12 @@ def take_step(
 
     Raises what the optimizer raises.
     """
-    if max_norm is None and rule_of(optimizer) is not None and _step_at_once([optimizer], [gradients]):
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
+    if rule_of(optimizer) is not None:
+        take_steps([optimizer], [gradients], max_norm)
         return
     try:
         _give(parameters, gradients, max_norm)
-        given = [
-            group | {"params": [x for x in group["params"] if x.grad is not None]} for group in optimizer.param_groups
-        ]
-        if rule_of(optimizer) is None or not _step_fused(given, [optimizer]):
-            optimizer.step()
-        else:
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
+        optimizer.step()
     finally:
         for parameter in parameters:  # PyTorch's `zero_grad` does this in four times the time
             parameter.grad = None
@@ -198,10 +192,16 @@ def take_steps(
 
     `gradients`: of each one's parameters. Raises what the optimizers raise.
     """
-    if max_norm is None and _step_at_once(optimizers, gradients):
-        for optimizer in optimizers:
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
-        return
+    if max_norm is not None or not _step_at_once(optimizers, gradients):
+        _step_given(optimizers, gradients, max_norm)
+    for optimizer in optimizers:
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
+
+
+def _step_given(
+    optimizers: Sequence[torch.optim.Optimizer], gradients: Sequence[Gradients], max_norm: float | None
+) -> None:
+    """Do what `take_steps` does, for all sorts of gradients and parameters."""
     parameters = [[one for group in optimizer.param_groups for one in group["params"]] for optimizer in optimizers]
     try:
         for own, found in zip(parameters, gradients, strict=True):
@@ -212,7 +212,11 @@ def take_steps(
             group["params"] = [x for one in optimizers for x in one.param_groups[index]["params"] if x.grad is not None]
             if type(first) is torch.optim.SGD and group["foreach"] is None and not group["fused"]:
                 group["foreach"] = not group["differentiable"]  # PyTorch would go one by one on a CPU
-        if not _step_fused(groups, optimizers):
+        if _step_fused(groups, optimizers):
+            return
+        if len(optimizers) == 1:
+            first.step()
+        else:
             merged = type(first).__new__(type(first))
             merged.__setstate__({"defaults": first.defaults, "state": {}, "param_groups": groups})
             stepped = ((one.state, x) for one, own in zip(optimizers, parameters, strict=True) for x in own)
@@ -222,8 +226,6 @@ def take_steps(
         for own in parameters:
             for parameter in own:
                 parameter.grad = None
-    for optimizer in optimizers:
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what a schedule looks at
 
 
 class _Memory:
