@@ -65,10 +65,6 @@ class Policy:
         allowed = frozenset(peers)
         return cls(callers=allowed, trainers=allowed, hosts=allowed)
 
-    def quota_of(self, peer_id: PeerID) -> Quota | None:
-        """The limit of this peer's calls; None: none."""
-        return self.quotas.get(peer_id, self.quota)
-
     def allows(self, peer_id: PeerID, action: Action) -> bool:
         """Return whether `peer_id` may take this action."""
         if action == "host":

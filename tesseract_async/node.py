@@ -6,40 +6,33 @@ Concrete transports are named in `reach` only.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import importlib.util
 import logging
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, in_one
-from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
+from tesseract_async.admission import Policy
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings
 from tesseract_async.errors import (
     ExpertNotFound,
-    NotAllowed,
-    Overloaded,
     PeerUnreachable,
     RemoteError,
     TesseractError,
-    UnknownMethod,
     UnsupportedVersion,
-    describe,
 )
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.directory import ExpertDirectory
-from tesseract_async.experts.grants import Role
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.experts.node_calls import NOT_STARTED, NodeCalls
+from tesseract_async.experts.progress import Thanks
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
-from tesseract_async.experts.thanks import Thanks
-from tesseract_async.experts.trust import Trust, belongs_under_its_key
+from tesseract_async.experts.trust import belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
-from tesseract_async.metrics import Metrics
 from tesseract_async.nat.interfaces import bind_pair, hosts_to_announce, own_addresses
 from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.nat.role import WILDCARDS, ListeningAddress
@@ -49,26 +42,6 @@ from tesseract_async.network.presence import Presence
 from tesseract_async.tasks import end
 from tesseract_async.transport.base import PeerAddress, ip_version, is_loopback, join_host_port, split_host_port
 from tesseract_async.transport.throttle import Throttle
-from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire.apply import APPLY
-from tesseract_async.wire.frames import Buffer
-from tesseract_async.wire.messages import (
-    BACKWARD,
-    FORWARD,
-    INFO,
-    LOCKSTEP,
-    NO_POINT,
-    NO_ROOT,
-    PULL,
-    PUSH,
-    RESTORE,
-    SAMPLES,
-    STATE,
-    TAKE_OVER,
-    TENURE,
-    uid_of,
-)
-from tesseract_async.wire.packed import Value
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -78,44 +51,9 @@ logger = logging.getLogger(__name__)
 MAX_RECEIVE_BYTES = 3 * 2**29
 SILENT_SEED_TIMEOUT = 2.5
 """Seconds for asking a seed by TCP that does not answer by UDP."""
-# a primary that hands its expert over acts as a server: it need not be among those who train
-EXPERT_METHODS: dict[str, Action] = {
-    INFO: "call",
-    FORWARD: "call",
-    BACKWARD: "train",
-    STATE: "call",
-    RESTORE: "host",
-    TAKE_OVER: "host",
-    TENURE: "host",
-    PUSH: "train",
-    PULL: "call",
-    SAMPLES: "train",
-    LOCKSTEP: "train",
-}
-# what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {
-    BACKWARD: "train",
-    LOCKSTEP: "train",
-    STATE: "host",
-    TAKE_OVER: "host",
-    TENURE: "host",
-    PUSH: "share",
-    SAMPLES: "share",
-    RESTORE: "host",
-}
 
 
-@dataclass(frozen=True, slots=True)
-class _Started:
-    """The parts of a started node."""
-
-    loop: asyncio.AbstractEventLoop
-    address: ListeningAddress
-    endpoint: Endpoint
-    reach: Reach
-
-
-class TesseractNode(Uncopied):
+class TesseractNode(NodeCalls):
     """One member of the swarm, embedded in the running event loop. Use it as an async context manager.
 
     UDP (the DHT) and TCP (expert calls) share one port number. Starting never waits for the seeds: the node keeps
@@ -176,13 +114,9 @@ class TesseractNode(Uncopied):
             identity = Identity.generate()
         elif not isinstance(identity, Identity):
             identity = Identity.load_or_create(identity)
-        self.identity = identity
-        self.metrics = Metrics()
-        self.policy = policy if policy is not None else Policy()
+        super().__init__(identity, policy if policy is not None else Policy())
         self.scope = AddressScope()
         """The addresses learned from strangers that this node may send to; known once it is started."""
-        self.trust = Trust(identity.peer_id, self.policy)
-        """The peers that this node believes about experts, and the runs that it takes part in (`join_run`)."""
         self.publisher_places: set[int] = set()
         """The places taken by its servers' `ExpertPublisher`s."""
         self.network = TesseractNetwork(
@@ -215,16 +149,12 @@ class TesseractNode(Uncopied):
         """Set once a node with the same identity is found that was started earlier: this one has withdrawn."""
         self._presence = Presence(self.network, on_older_twin=self._withdraw) if is_lasting else None
         self._watch_for_twin: asyncio.Task[None] | None = None
-        self._started: _Started | None = None
+        self._reach: Reach | None = None
         self.thanks = Thanks()
         """The counts of what servers gave to this node: `publish_progress` tells others."""
-        self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
-        self._table.add(APPLY, self._apply)
-        self._apply_handlers: list[CallHandler] = []
         self.run_keepers: list[RunKeeper] = []
         """Each keeps what is known of one run that this node takes part in."""
         self._at_close: list[Callable[[], Awaitable[None]]] = []
-        self._closed = False
         self.client_state: object = None
         """State that the client modules of this node keep in it (`client.experience`)."""
 
@@ -241,15 +171,15 @@ class TesseractNode(Uncopied):
         Raises: OSError with a sentence if the port is in use or the host is not this machine's; RuntimeError if
         the node was started before; ValueError if it listens on every interface and its own address can't be told.
         """
-        if self._started is not None:
+        if self._endpoint is not None:
             raise RuntimeError("this node was started before; make a new one")
         tcp, udp = await bind_pair(self._host, self._port)
         try:
             self._warn_of_seeds_elsewhere(tcp.getsockname()[0])
-            self._started = started = self._build(tcp)
-            await started.endpoint.start(started.reach.transports)
+            reach = self._build(tcp)
+            await self.endpoint.start(reach.transports)
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
-            started.reach.start()
+            reach.start()
             if self._presence is not None:
                 self._watch_for_twin = asyncio.create_task(self._presence.run(), name="node: twin")
         except BaseException:  # cancelled, too: nothing half started stays
@@ -265,11 +195,11 @@ class TesseractNode(Uncopied):
         await end(self._watch_for_twin)
         await asyncio.gather(*(aclose() for aclose in self._at_close))
         await self.directory.aclose()
-        if self._started is not None:
-            await self._started.reach.aclose()
+        if self._reach is not None:
+            await self._reach.aclose()
         await self.network.aclose()
-        if self._started is not None:
-            await self._started.endpoint.aclose()
+        if self._endpoint is not None:
+            await self._endpoint.aclose()
 
     def at_close(self, aclose: Callable[[], Awaitable[None]]) -> None:
         """Await ``aclose()`` when this node closes, before its connections end."""
@@ -294,31 +224,7 @@ class TesseractNode(Uncopied):
         self.network.mute()
         self.twin.set()
 
-    @property
-    def is_running(self) -> bool:
-        """True from `start` to `aclose`."""
-        return self._started is not None and not self._closed
-
-    def check_running(self) -> None:
-        """Raises: RuntimeError, with a sentence, unless the node is started and not closed."""
-        if self._closed:
-            raise RuntimeError(
-                "this node is closed: its experts and gates, and the losses made with them, can be used inside its "
-                "`async with` only"
-            )
-        if self._started is None:
-            raise RuntimeError("this node is not started: use `async with TesseractNode(...)`, or await node.start()")
-
-    def _check_loop(self) -> _Started:
-        started = self._started or self._running  # which says what is missing
-        if asyncio.get_running_loop() is not started.loop:
-            raise RuntimeError(
-                "this node runs on another event loop than this call: await it there (for instance by "
-                "asyncio.run_coroutine_threadsafe), or give each loop a node of its own"
-            )
-        return started
-
-    def _build(self, sock: socket.socket) -> _Started:
+    def _build(self, sock: socket.socket) -> Reach:
         host, port = sock.getsockname()[:2]
         self._set_scope(host)
         announced = self._announce
@@ -327,7 +233,8 @@ class TesseractNode(Uncopied):
             announced = tuple(join_host_port(one, port) for one in hosts_to_announce(host, sock.family, known))
         v6 = (4, 6) if host == "::" else (6,)
         address = ListeningAddress(host, port, announced, versions=v6 if sock.family == socket.AF_INET6 else (4,))
-        endpoint = Endpoint(
+        self._loop = asyncio.get_running_loop()
+        self._endpoint = endpoint = Endpoint(
             identity=self.identity,
             settings=EndpointSettings(security=self._security, max_receive_bytes=self._max_receive_bytes),
             policy=self.policy,
@@ -338,7 +245,7 @@ class TesseractNode(Uncopied):
             admits=lambda peer_id: self.trust.admits(peer_id, self._table.uids),
             throttle=self.throttle,
         )
-        reach = Reach(
+        self._reach = reach = Reach(
             endpoint=endpoint,
             network=self.network,
             address=address,
@@ -349,7 +256,7 @@ class TesseractNode(Uncopied):
             upnp=self._upnp,
             settings=self._reach_settings,
         )
-        return _Started(asyncio.get_running_loop(), address, endpoint, reach)
+        return reach
 
     def _warn_of_seeds_elsewhere(self, own_host: str) -> None:
         seeds = [address for peer in self.initial_peers for address in peer.addresses if ip_version(address)]
@@ -376,13 +283,12 @@ class TesseractNode(Uncopied):
         self.scope.set_own(hosts, seeds=seeds)
 
     def _role_changed(self) -> None:
-        if self._started is not None:
-            self._started.reach.look_again()
+        if self._reach is not None:
+            self._reach.look_again()
 
     async def _ask_silent_seed(self, seed: PeerAddress) -> str:
         try:
-            call = self._running.endpoint.call
-            await call(seed, "node.status", timeout=SILENT_SEED_TIMEOUT, max_reply_bytes=2**20)
+            await self.endpoint.call(seed, "node.status", timeout=SILENT_SEED_TIMEOUT, max_reply_bytes=2**20)
         except RemoteError:
             pass
         except (TesseractError, TimeoutError) as error:
@@ -393,29 +299,15 @@ class TesseractNode(Uncopied):
         return f"{seed.short} answers by TCP: is UDP to its port let through?"
 
     def _addresses_changed(self) -> None:
-        assert self._started is not None
-        self._set_scope(self._started.address.host)
+        self._set_scope(self.reach.address.host)
         for watcher in list(self._address_watchers):
             watcher()
 
     @property
-    def peer_id(self) -> PeerID:
-        """The id that follows from this node's key."""
-        return self.identity.peer_id
-
-    @property
-    def _running(self) -> _Started:
-        if self._started is None:
-            raise RuntimeError(
-                "the node has no address or endpoint before it is started: use `async with TesseractNode(...)`"
-            )
-        return self._started
-
-    @property
     def address(self) -> str:
         """The ``"host:port"`` that this node listens on, UDP and TCP. Raises: RuntimeError before `start`."""
-        address = self._running.address
-        return join_host_port(address.host, address.port)
+        listening = self.reach.address
+        return join_host_port(listening.host, listening.port)
 
     @property
     def peer_address(self) -> PeerAddress:
@@ -425,7 +317,9 @@ class TesseractNode(Uncopied):
     @property
     def reach(self) -> Reach:
         """The knowledge of the ways to and from this node. Raises: RuntimeError before `start`."""
-        return self._running.reach
+        if self._reach is None:
+            raise RuntimeError(NOT_STARTED)
+        return self._reach
 
     async def wait_reachable(self, timeout: float = 10.0) -> bool:
         """Wait at most `timeout` seconds until it is known how others reach this node; return whether it is known.
@@ -438,11 +332,6 @@ class TesseractNode(Uncopied):
         """Call `watcher` on the loop whenever `peer_address` has changed. Returns a function that ends this."""
         self._address_watchers.append(watcher)
         return lambda: self._address_watchers.remove(watcher)
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """The TCP side. Raises: RuntimeError before `start`."""
-        return self._running.endpoint
 
     def is_connected(self, peer_id: PeerID) -> bool:
         """Return whether `peer_id` is this node or a peer with an open connection, dialed by either side."""
@@ -488,193 +377,6 @@ class TesseractNode(Uncopied):
             self.at_close(keeper.aclose)
             keeper.start()
         return keeper.authority
-
-    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
-        """Return round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer`
-        would take; None if there is none, or nothing was measured. To this node itself it takes no time."""
-        if peer.peer_id == self.identity.peer_id:
-            return 0.0, 0.0
-        return None if self._started is None else self._started.endpoint.path(peer)
-
-    def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
-        """Answer ``expert.*`` calls for `uid`, from the network or from this node, by their method's handler.
-
-        `handlers` is read at each call. Raises: ValueError if this node hosts the uid already or the uid is malformed.
-        """
-        split_uid(uid)
-        self._table.host(uid, handlers)
-
-    def unhost_expert(self, uid: str) -> None:
-        """End `host_expert`; later calls are answered with ExpertNotFound."""
-        self._table.unhost(uid)
-
-    def host_together(self, handler: CallHandler) -> Callable[[], None]:
-        """Answer ``expert.apply``, which is for many of this node's experts, by `handler`: it asks `find_experts` for
-        them. Of several handlers, which all do the same, the first one answers. Returns a function that ends this."""
-        self._apply_handlers.append(handler)
-        return lambda: self._apply_handlers.remove(handler)
-
-    def find_experts(self, call: IncomingCall, uids: Sequence[str]) -> list[CallHandler | RemoteError]:
-        """Return for each of these experts the handler that `host_expert` was given for ``expert.apply``, or the error
-        that refuses it: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
-
-        `call` is from whom, and how, the experts are asked in it: by ``expert.forward`` or ``expert.backward``. Each
-        expert counts as a call in the caller's quota.
-        """
-        quotas, now = self.endpoint.quotas, asyncio.get_running_loop().time()
-        counts_calls, has_runs = quotas.counts_calls(call.peer_id), self.trust.has_runs
-        is_checked, num_unchecked = False, 0
-        found: list[CallHandler | RemoteError] = []
-        for uid in uids:
-            try:
-                handler = self._table.find_for(call, uid, APPLY, is_checked=is_checked)
-                num_unchecked += is_checked
-                is_checked = not has_runs  # then a caller may do the same with all experts
-                if counts_calls and (wait := quotas.add(call.peer_id, now)):
-                    raise Overloaded("this peer has used up its quota here", retry_after=wait)
-                found.append(handler)
-            except RemoteError as error:
-                found.append(error)
-        if num_unchecked:  # the check counts the others
-            self.metrics.count("expert_calls_answered", num_unchecked, method=call.method)
-        return found
-
-    def _apply(self, call: IncomingCall) -> Answer:
-        if not self._apply_handlers:
-            raise UnknownMethod(f"node {self.peer_id.short} hosts no experts")
-        return self._apply_handlers[0](call)
-
-    def call_expert(
-        self,
-        peer: PeerAddress,
-        method: str,
-        body: object = None,
-        buffers: Sequence[Buffer] = (),
-        *,
-        timeout: float,
-        idempotent: bool = False,
-        priority: int = 0,
-    ) -> Coroutine[object, object, Message]:
-        """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler. Await it.
-
-        It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
-        Nothing is sent to a peer that may not host the expert that `body` begins with, by this node's policy and the
-        run that it takes part in: that raises PeerUnreachable, before anything is awaited.
-        Raises: RuntimeError on another event loop than the node's.
-        """
-        uid = uid_of(body)
-        endpoint = self.endpoint_towards(peer, method, () if uid is None else (uid,))
-        if endpoint is None:
-            return self._call_own(method, body, buffers, timeout, priority)
-        return endpoint.call(peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority)
-
-    async def _call_own(
-        self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int
-    ) -> Message:
-        call = self._own_call(method, body, buffers, timeout, priority)
-        async with asyncio.timeout(timeout):
-            with _as_by_the_network(method):
-                return _copy(await in_one(self._table.find(call)(call), method))
-
-    def apply_experts(
-        self,
-        peer: PeerAddress,
-        uids: Sequence[str],
-        body: object,
-        buffers: Sequence[Buffer],
-        *,
-        timeout: float,
-        priority: int = 0,
-    ) -> AsyncGenerator[Message, None]:
-        """Send an ``expert.apply`` about the experts `uids`, and yield the parts of the reply; see `call_expert` and
-        `Endpoint.call_parts`."""
-        endpoint = self.endpoint_towards(peer, APPLY, uids)
-        if endpoint is None:
-            return self._apply_own(self._own_call(APPLY, body, buffers, timeout, priority))
-        return endpoint.call_parts(peer, APPLY, body, buffers, timeout=timeout, idempotent=True, priority=priority)
-
-    async def _apply_own(self, call: IncomingCall) -> AsyncGenerator[Message, None]:
-        call.in_parts = True
-        with _as_by_the_network(call.method):
-            answer = self._table.find(call)(call)
-            if not isinstance(answer, AsyncGenerator):
-                yield _copy(await answer)
-                return
-            async with contextlib.aclosing(answer) as parts:
-                async for part in parts:
-                    yield _copy(part)
-
-    def endpoint_towards(self, peer: PeerAddress, method: str, uids: Sequence[str]) -> Endpoint | None:
-        """Return the endpoint for a call about these experts to `peer`; None for this node itself.
-
-        Raises: PeerUnreachable for a peer that may not host one of them; RuntimeError on another event loop.
-        """
-        started = self._check_loop()
-        self.metrics.count("expert_calls", method=method)
-        # outside of runs, a peer may host all experts or none
-        for uid in uids if len(uids) > 1 and self.trust.has_runs else uids[:1]:
-            if not self.trust.may_host(peer.peer_id, uid):
-                self.metrics.count("expert_calls_held_back", method=method)
-                refusal = NotAllowed(f"it may not host {uid}: nothing is sent there")
-                raise PeerUnreachable(peer.short, {"policy": refusal})
-        return None if peer.peer_id == self.identity.peer_id else started.endpoint
-
-    def _own_call(
-        self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int
-    ) -> IncomingCall:
-        """A call of this node to itself, with copies, as the network would make: neither side may see the other's later
-        changes."""
-        check_priority(priority)  # as the endpoint does
-        return IncomingCall(
-            peer_id=self.peer_id,
-            method=method,
-            body=body,
-            buffers=tuple(memoryview(bytearray(buffer)) for buffer in buffers),
-            deadline=asyncio.get_running_loop().time() + timeout,
-            priority=priority,
-        )
-
-    def _check_caller(self, call: IncomingCall, uid: str) -> None:
-        """Raises: NotAllowed for a caller without the method's role in the run of `uid`, or its action's permission."""
-        action = EXPERT_METHODS[call.method]
-        if call.peer_id != self.identity.peer_id and not self.trust.policy.allows(call.peer_id, action):
-            # asked by its method alone, unless the call is for many
-            self.metrics.count("endpoint_calls_refused", action=action)
-            raise NotAllowed(f"{self.peer_id.short} does not let {call.peer_id.short} {action}: ask its owner")
-        role = _ROLES.get(call.method)
-        if role is not None and _is_for_members(call.method, call.body):
-            role = None
-        if not self.trust.may_ask(call.peer_id, role, uid):
-            self.metrics.count("endpoint_calls_refused", action=role or "call")
-            needed = "is no member of" if role is None else f"may not {role} in"
-            raise NotAllowed(
-                f"{call.peer_id.short} {needed} the run of {uid}: its owner grants that (tesseract run grant)"
-            )
-        self.metrics.count("expert_calls_answered", method=call.method)
-
-
-def _is_for_members(method: str, body: Value) -> bool:
-    """Return whether it asks for what every member may have: weights, what a primary signed, the file of that."""
-    if method == STATE:
-        is_sealed = body[3:4] != [NO_ROOT] and body[5:6] in ([], [NO_POINT])
-        return body[1:2] == [True] or is_sealed
-    return method == TENURE and body[1:2] == ["probe"]
-
-
-@contextlib.contextmanager
-def _as_by_the_network(method: str) -> Iterator[None]:
-    """Whatever a handler raises leaves as it would arrive from a peer."""
-    try:
-        yield
-    except (RemoteError, TimeoutError):
-        raise
-    except Exception as error:  # a handler may raise anything
-        logger.exception("the handler of %s failed", method)
-        raise RemoteError(describe(error)) from error
-
-
-def _copy(reply: Message) -> Message:
-    return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
 
 def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:

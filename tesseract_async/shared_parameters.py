@@ -5,14 +5,11 @@ of all trainers' differences comes back, and is added in `step`. Nobody waits fo
 """
 
 import asyncio
-import contextlib
 import copy
-import hashlib
 import logging
-import random
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,31 +22,18 @@ from torch import nn
 from tesseract_async.client.ports import PlainCalls
 from tesseract_async.endpoint.call_table import Message
 from tesseract_async.errors import (
-    ConnectionLost,
-    ExpertNotFound,
-    NotAllowed,
-    NotPrimary,
-    Overloaded,
-    PeerUnreachable,
     TesseractError,
     describe,
 )
-from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.manifest import is_prefix, join_uid
-from tesseract_async.experts.run import RunMismatch, SignedRun
-from tesseract_async.experts.trust import SHARED
-from tesseract_async.identity import PeerID
+from tesseract_async.experts.run import SignedRun
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.fragments import MAX_STEPS, FragmentBackend, holds_push, read_fragment, read_manifest
+from tesseract_async.server.fragments import MAX_STEPS
 from tesseract_async.server.other_replicas import ReplicaSettings
-from tesseract_async.server.placing import Placing
-from tesseract_async.server.server import TesseractServer
-from tesseract_async.server.succession import ReplicaKeeper
+from tesseract_async.shared_entry import SharedEntry, genesis
 from tesseract_async.shared_part import Arrived, Asked, SharedPart
-from tesseract_async.shared_pieces import PAUSE, FoundPieces, SharedPieces
-from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import UNKNOWN, Fragment, Outer, anchor_root
+from tesseract_async.shared_pieces import FoundPieces, SharedPieces
+from tesseract_async.sharing.fragment import Copy, Outer, anchor_root
 from tesseract_async.sharing.layout import Layout, MergeKind, is_finite
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.tasks import TaskSet, end
@@ -60,15 +44,9 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
-NUM_HOSTS: Final = 3
-"""Trainers that host the fragments where nobody says who does."""
 OUTSIDE: Final = (
     "this is done inside of SharedParameters: enter them by `async with`, or with a BackgroundNode by `with`"
 )
-FIND_TIMEOUT: Final = 60.0
-"""Seconds that entering waits for others' fragments, where this trainer may not begin them itself."""
-FOUND_SECONDS: Final = 2.0
-"""Seconds that entering looks for others' fragments before it begins them: so many, up to twice as many."""
 FLUSH_TIMEOUT: Final = 60.0
 EXIT_TIMEOUT: Final = 20.0
 """Seconds that leaving waits at most for the last steps to count: who hosts the fragments may have left before."""
@@ -88,30 +66,6 @@ class SharingReport:
     without_primary: Mapping[str, float] = field(default_factory=dict)
     """By uid, the pieces whose primary does not answer, nor a successor, and for how many seconds. What was learned of
     them stays here, and is pushed as soon as there is one."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainerMoment:
-    """A trainer at one moment, from which it can go on with its pieces as they were saved."""
-
-    model: nn.Module
-    """A copy of the trainer's own model."""
-    state: StateDict
-    """Its `SharedParameters.state_dict`."""
-    calls: list[Asked]
-    """For each piece, the call that was under way, or one that would have begun then."""
-
-    def go_on(self, states: Sequence[StateDict], peer: PeerID) -> None:
-        """Take the pieces of these whole states for the answers to the calls: `model` gets what others added since,
-        and what this trainer (`peer`) pushed is learned once. Raises: ProtocolError."""
-        manifest = read_manifest(states[0]["module"])
-        for number, (call, state) in enumerate(zip(self.calls, states, strict=True)):
-            form, before = manifest.part(number), call.anchor
-            anchor = read_fragment(form, state["module"], state["version"])[0].anchor
-            if call.sent is not None and holds_push(state, peer, call.call_id):
-                before, self.state["parts"][number][1] = call.sent, call.steps
-            if not torch.equal(anchor, before):
-                manifest.layout.add(self.model, form.cut, anchor - before)
 
 
 class StepListener(Protocol):
@@ -165,32 +119,26 @@ class SharedParameters(Uncopied, Generic[M]):
         if not 1 <= every <= MAX_STEPS:  # a push counts as no more
             raise ValueError(f"every is at least 1 and at most {MAX_STEPS}, not {every}")
         self.model, self.every = model, every
-        self._given, self._run, self._hosts = node, run, host
+        self._given = node
         outer = Outer(learning_rate=float(learning_rate), momentum=float(momentum), codec=codec)
         self._own = SharedManifest(Layout.of(model), outer)
-        self._checkpoint_dir, self._replicas = checkpoint_dir, replicas
+        self._entry = SharedEntry(run, self._own, host=host, checkpoint_dir=checkpoint_dir, replicas=replicas)
         self.parts: list[SharedPart] = []
         """This trainer's part of each piece, in the order of `uids`; empty outside of the `with`."""
         self._own_steps = 0
         self._asking, self._beside = TaskSet("shared parameters"), TaskSet("shared parameters")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._samplers: list[StepListener] = []
-        self._stack = contextlib.AsyncExitStack()
-        self._is_bare = isinstance(run, str) and "@" not in run
-        self._found: SharedPieces | None = None
-        if self._is_bare and not is_prefix(f"{run}{SHARED}"):
-            raise ValueError(f"a run's name has no spaces, and no part that is a number: {run!r}")
 
     def __repr__(self) -> str:
-        name = self._run if isinstance(self._run, str) else self._run.full_name
         pieces = len(self._own.layout.cuts)
-        return f"SharedParameters({name!r}, every={self.every}, pieces={pieces}, steps={self.steps})"
+        return f"SharedParameters({self._entry.name!r}, every={self.every}, pieces={pieces}, steps={self.steps})"
 
     @staticmethod
     def genesis_of(model: nn.Module) -> str:
         """Return the ``genesis`` of a run whose trainers begin with this model's values, and with no others."""
         layout = Layout.of(model)
-        return _genesis(layout, [anchor_root(layout.read(model, cut)) for cut in layout.cuts])
+        return genesis(layout, [anchor_root(layout.read(model, cut)) for cut in layout.cuts])
 
     @property
     def _node(self) -> TesseractNode:
@@ -201,9 +149,9 @@ class SharedParameters(Uncopied, Generic[M]):
     @property
     def pieces(self) -> SharedPieces:
         """The pieces' hosts. Raises: RuntimeError before sharing is entered, and after it has ended."""
-        if self._found is None:
+        if self._entry.pieces is None:
             raise RuntimeError(OUTSIDE)
-        return self._found
+        return self._entry.pieces
 
     async def __aenter__(self) -> Self:
         if isinstance(self._given, PlainCalls):
@@ -218,8 +166,10 @@ class SharedParameters(Uncopied, Generic[M]):
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
-                await self._flush_at_end()
+            if kind is None and not self._is_shared:
+                await self._flush(EXIT_TIMEOUT)
+        except (TesseractError, TimeoutError) as failed:
+            logger.warning("the last steps were not shared: %s", describe(failed))
         finally:
             await self._leave()
 
@@ -251,114 +201,23 @@ class SharedParameters(Uncopied, Generic[M]):
         parts = [part for part in self.parts if part.copy.cut.kind is not MergeKind.FIXED]
         return all(part.steps_then == self._own_steps for part in parts)
 
-    async def _flush_at_end(self) -> None:
-        try:
-            if not self._is_shared:
-                await self._flush(EXIT_TIMEOUT)
-        except (TesseractError, TimeoutError) as error:
-            logger.warning("the last steps were not shared: %s", describe(error))
-
     def _values(self) -> list[torch.Tensor]:
         layout = self._own.layout
         return [layout.read(self.model, cut) for cut in layout.cuts]
 
     async def _enter(self, values: list[torch.Tensor]) -> FoundPieces:
-        """Find the run's fragments, or begin them with these values; host them, if that is for this trainer to do."""
-        node = self._node
-        node.check_running()
         if self.parts:
             raise RuntimeError("SharedParameters are entered once: make new ones of the same model to go on")
         self._loop = asyncio.get_running_loop()
-        run: SignedRun | None = None
-        if isinstance(self._run, str) and self._is_bare:
-            prefix = self._run
-        else:
-            authority = await node.join_run(self._run)
-            prefix, run = authority.prefix, authority.run
-            self._check_roles(authority)
-        self._found = SharedPieces(node, prefix + SHARED, is_bare=self._is_bare)
-        if node.initial_peers:
-            await node.network.wait_joined(10.0)
-        founds = self._is_bare if self._hosts is None else self._hosts
-        found = await self._look(founds)
-        try:
-            if found is None:
-                if unsound := self._own.layout.unsound(values):
-                    raise ValueError(f"{', '.join(unsound[:3])}: a run begins with finite values, and here are others")
-                fragments = [
-                    (Fragment(cut, self._own.outer, mine), 0)
-                    for cut, mine in zip(self._own.layout.cuts, values, strict=True)
-                ]
-                found = FoundPieces(self._own, fragments)
-                _check_genesis(run, found)
-                await self._host(found, follows=not self._is_bare)
-                # another one may have begun at the same moment, or this one continues from its checkpoints
-                found = await self._look(False) or found
-            elif self._hosts or (self._hosts is None and self._is_bare and await self.pieces.num_hosts() < NUM_HOSTS):
-                await self._host(found, follows=True)
-            _check_genesis(run, found)
-        except BaseException:  # cancelled, too: leave what was entered
-            self._found = None
-            await self._stack.aclose()
-            raise
-        return found
-
-    def _check_roles(self, authority: Authority) -> None:
-        """Raises: NotAllowed, naming what this node's grant lacks. Without any that is known, the hosts say it."""
-        me, name, grant = self._node.peer_id, authority.run.full_name, authority.grant_of(self._node.peer_id)
-        if grant is None:
-            return
-        if not authority.may(me, "share", now=None):
-            raise NotAllowed(f"{me} may not share in {name}: ask its owner for the role share")
-        if self._hosts and not authority.may(me, "host", join_uid(authority.prefix + SHARED, (0,)), now=None):
-            wanted = "the role host" if grant.pattern is None else f"the role host for more than {grant.pattern}"
-            raise NotAllowed(f"{me} may not host the parameters of {name}: ask its owner for {wanted}")
-
-    async def _look(self, founds: bool) -> FoundPieces | None:
-        """Return what is there; None if nothing is, and this trainer may begin it. Raises: ExpertNotFound."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        # not all that start together begin it together
-        patience = FOUND_SECONDS * (1 + random.random()) if self._node.initial_peers else 0.0
-        while True:
-            try:
-                return await self.pieces.fetch_all(self._own.layout)
-            except (ExpertNotFound, NotPrimary, Overloaded, PeerUnreachable, ConnectionLost, TimeoutError) as error:
-                waited, is_absent = loop.time() - began, isinstance(error, ExpertNotFound)
-                if founds and is_absent and waited >= patience:
-                    return None
-                if waited >= FIND_TIMEOUT and is_absent and not founds:
-                    raise ExpertNotFound(f"{error}: one trainer begins them, with host=True") from error
-                if waited >= FIND_TIMEOUT:
-                    raise
-            await asyncio.sleep(PAUSE / 2)
-
-    async def _host(self, found: FoundPieces, *, follows: bool) -> None:
-        backends = {
-            self.pieces.uid(number): FragmentBackend(found.manifest.part(number), _copied(fragment), steps=steps)
-            for number, (fragment, steps) in enumerate(found.fragments)
-        }
-        followers = list(backends) if follows else ()
-        server = TesseractServer(
-            self._node, backends, followers=followers, checkpoint_dir=self._checkpoint_dir, checkpoint_period=30.0
-        )
-        await self._stack.enter_async_context(server)
-        keeper = await self._stack.enter_async_context(ReplicaKeeper(server, settings=self._replicas))
-        authority = self._node.trust.authority(self.pieces.prefix)
-        if authority is not None:  # the run's servers see what is here, and take their part
-            num = len(backends)
-            await self._stack.enter_async_context(Placing.of_fragments(server, keeper, authority, num, num))
-        self._stack.push_async_callback(_hand_over, keeper)
-        self._node.directory.forget(self.pieces.prefix)
+        return await self._entry.enter(self._node, values)
 
     def _begin(self, found: FoundPieces, *, writes: bool = True) -> None:
         """Take the swarm's values, and unless told otherwise write them into the model. On the caller's thread."""
-        layout, outer = found.manifest.layout, found.manifest.outer
+        layout = found.manifest.layout
         num = len(layout.cuts)
         for number, (cut, (fragment, steps)) in enumerate(zip(layout.cuts, found.fragments, strict=True)):
             lost = layout.write(self.model, cut, fragment.anchor) if writes else None
-            version, updates = fragment.version, fragment.updates
-            copied = Copy(cut, outer, fragment.anchor, version=version, updates=updates, epoch=found.epoch)
+            copied = Copy(fragment, epoch=found.epoch)
             # pieces take turns, so that a line is used evenly
             due_at = max(1, self.every * (number + 1) // num)
             uid, form = self.pieces.uid(number), found.manifest.part(number)
@@ -370,8 +229,7 @@ class SharedParameters(Uncopied, Generic[M]):
             for sampler in self._samplers:
                 await sampler.leave()
         finally:  # cancelled, too: a host must not go on alone
-            self._found = None
-            await self._stack.aclose()
+            await self._entry.leave()
 
     def attach(self, sampler: StepListener) -> None:
         """Tell this sampler of each step, and when sharing ends."""
@@ -408,7 +266,7 @@ class SharedParameters(Uncopied, Generic[M]):
         Never waits for a peer. Returns what was done, a `SharingReport`, or None for nothing. Raises: RuntimeError
         before sharing is entered, and after it has ended.
         """
-        if self._found is None:
+        if self._entry.pieces is None:
             raise RuntimeError(OUTSIDE)
         self._own_steps += 1
         for sampler in self._samplers:
@@ -421,7 +279,7 @@ class SharedParameters(Uncopied, Generic[M]):
 
         Raises: TimeoutError, or the reason for which a push was refused; RuntimeError as `step`.
         """
-        if self._found is None:
+        if self._entry.pieces is None:
             raise RuntimeError(OUTSIDE)
         if isinstance(self._given, PlainCalls):
             return self._flush_plainly(timeout)
@@ -445,11 +303,6 @@ class SharedParameters(Uncopied, Generic[M]):
         pieces' are their hosts' (`save_model`)."""
         return {"steps": self._own_steps, "parts": [[one.due_at, one.steps_then] for one in self.parts]}
 
-    def moment(self) -> TrainerMoment:
-        """Return where this trainer stands, with a copy of the model. No step may be under way."""
-        calls = [part.asked or Asked(part.copy.anchor) for part in self.parts]
-        return TrainerMoment(copy.deepcopy(self.model), self.state_dict(), calls)
-
     async def rejoin(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, with the pieces as their hosts have them now; the model stays as it
         is. Raises: ValueError for another model's state; as entering does."""
@@ -471,10 +324,6 @@ class SharedParameters(Uncopied, Generic[M]):
     def uids(self) -> list[str]:
         """The pieces that the parameters are cut into."""
         return [part.uid for part in self.parts]
-
-    def known(self) -> dict[str, tuple[int, torch.Tensor]]:
-        """Return version and `merged` values of each piece, as they are known here."""
-        return {part.uid: (part.copy.base[1], part.copy.merged()) for part in self.parts}
 
     def _turn(self, is_due: Callable[[SharedPart], bool]) -> SharingReport | None:
         """Add what came, and send what is due. On the caller's thread, in one go."""
@@ -591,39 +440,3 @@ class SharedParameters(Uncopied, Generic[M]):
 
 async def _at_once(report: SharingReport | None) -> SharingReport | None:
     return report
-
-
-async def _hand_over(keeper: ReplicaKeeper) -> None:
-    try:
-        await keeper.hand_over()
-    except (TesseractError, TimeoutError, OSError) as error:
-        logger.warning("the shared parameters could not be handed over: %s", describe(error))
-
-
-def _genesis(layout: Layout, roots: Iterable[bytes]) -> str:
-    return f"file:{hashlib.sha256(layout.encode() + b''.join(roots)).hexdigest()}"
-
-
-def _check_genesis(run: SignedRun | None, found: FoundPieces) -> None:
-    """Raises: RunMismatch if the run names the values that all begins with, and these began with others."""
-    wanted = "" if run is None else run.manifest.genesis
-    fragments = [fragment for fragment, _ in found.fragments]
-    # later than that, nobody knows the first values any more
-    if run is None or not wanted.startswith("file:") or any(one.before == UNKNOWN for one in fragments):
-        return
-    if any(one.version > len(one.updates) for one in fragments):
-        return
-    began = _genesis(found.manifest.layout, [one.before for one in fragments])
-    if began != wanted:
-        raise RunMismatch(run.full_name, {"genesis": (wanted, began)})
-
-
-def _copied(fragment: Fragment) -> Fragment:
-    momentum = None if fragment.momentum is None else fragment.momentum.clone()
-    return Fragment(
-        *(fragment.cut, fragment.outer, fragment.anchor.clone()),
-        version=fragment.version,
-        momentum=momentum,
-        updates=fragment.updates,
-        before=fragment.before,
-    )

@@ -26,8 +26,7 @@ from tesseract_async.errors import (
 from tesseract_async.runtime.encoding import apart
 from tesseract_async.server.fragments import read_updates
 from tesseract_async.shared_pieces import PAUSE, SharedPieces
-from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import Fragment
+from tesseract_async.sharing.fragment import Copy
 from tesseract_async.sharing.manifest import FragmentPart
 from tesseract_async.wire import messages
 
@@ -135,20 +134,11 @@ class SharedPart:
             self.failing_since = time.monotonic()
 
     async def _take_whole(self, pieces: SharedPieces, reply: messages.UpdatesReply) -> None:
-        def rebase(whole: Fragment, steps: int) -> Arrived:
-            change = self.copy.rebase(
-                whole.anchor,
-                version=whole.version,
-                epoch=reply.epoch,
-                updates=whole.updates,
-                counted=reply.counted,
-            )
-            return Arrived(steps, change, reply.counted)
-
         while True:
             try:
-                found = await pieces.fetch_fragment(self.form, min_version=reply.version)
-                self.arrived = await self._apart(partial(rebase, *found))
+                whole, steps = await pieces.fetch_fragment(self.form, min_version=reply.version)
+                rebase = partial(self.copy.rebase, whole, epoch=reply.epoch, counted=reply.counted)
+                self.arrived = Arrived(steps, await self._apart(rebase), reply.counted)
                 return
             except (TesseractError, TimeoutError) as error:
                 logger.info("%s cannot be fetched yet: %s", self.uid, describe(error))

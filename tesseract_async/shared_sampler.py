@@ -1,4 +1,4 @@
-"""SharedSampler: trainers that share a model go through a dataset together. The driver of `sharing.samples.Share`."""
+"""SharedSampler: trainers that share a model go through a dataset together. The driver of `sharing.share`."""
 
 import asyncio
 import logging
@@ -12,7 +12,9 @@ from torch.utils.data import Sampler
 from tesseract_async.errors import NotPrimary, Overloaded, RemoteError, TesseractError, describe
 from tesseract_async.shared_parameters import SharedParameters
 from tesseract_async.shared_pieces import PAUSE
-from tesseract_async.sharing.samples import Allotment, Report, Share, decode_pieces, encode_pieces
+from tesseract_async.sharing.samples import Allotment
+from tesseract_async.sharing.share import Share
+from tesseract_async.sharing.spans import decode_pieces, encode_pieces
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.names import new_name
@@ -188,9 +190,13 @@ class SharedSampler(Uncopied, Sampler[int]):
             self._share.give_back()
             return self._share.num_begun
 
-    def batch_ended(self, number: int, *, failed: bool = False) -> None:
-        """Note that this batch has been learned from, or `failed`: then it is handed out again."""
-        self._ended(number, failed=failed)
+    def batch_ended(self, number: int | None, *, failed: bool = False) -> None:
+        """Note that this batch (None: the oldest) has been learned from, or `failed`: then it is handed out again."""
+        with self._news:
+            self._share.ended(number, failed=failed)
+            is_dry = self._share.is_dry or self._share.is_over
+        if is_dry:
+            self._notify()  # others may wait for what is left
 
     def end_run(self) -> None:
         """The run has ended: what it did not learn from is handed out again."""
@@ -201,14 +207,7 @@ class SharedSampler(Uncopied, Sampler[int]):
     def stepped(self) -> None:
         """``shared.step()`` was called: the oldest batch has ended."""
         if not self._is_told:
-            self._ended(None, failed=False)
-
-    def _ended(self, number: int | None, *, failed: bool) -> None:
-        with self._news:
-            self._share.ended(number, failed=failed)
-            is_dry = self._share.is_dry or self._share.is_over
-        if is_dry:
-            self._notify()  # others may wait for what is left
+            self.batch_ended(None)
 
     # ------------------------------------------------------------------------------------------------ on the loop
 
@@ -264,11 +263,8 @@ class SharedSampler(Uncopied, Sampler[int]):
         message = await self.shared.ask_first(messages.SAMPLES, request)
         reply = messages.decode(messages.SamplesReply, message.body)
         grant = Allotment(decode_pieces(reply.pieces), reply.again, decode_pieces(reply.gone), reply.first, reply.waits)
-        self._take(reply.session, report, grant)
-
-    def _take(self, session: bytes, report: Report, grant: Allotment) -> None:
         with self._news:
-            self._share.granted(session, report, grant)
+            self._share.granted(reply.session, report, grant)
             self._news.notify_all()
 
     async def leave(self) -> None:

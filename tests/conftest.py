@@ -48,8 +48,8 @@ async def no_task_left() -> AsyncIterator[None]:
 @pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
     """Fails a test that ends with threads it did not find, or with sockets that only the collector would close."""
-    if (autograd := sys.modules.get("tesseract_async.client.autograd")) is not None:
-        autograd.IDLE_SECONDS = 0.02  # its idle threads end by themselves: don't wait a second for each test's
+    if (threads := sys.modules.get("tesseract_async.client.engine_threads")) is not None:
+        threads.IDLE_SECONDS = 0.02  # its idle threads end by themselves: don't wait a second for each test's
     before = set(threading.enumerate())
     gc.freeze()  # what the modules hold stays: collecting looks at this test's own objects only, and is quick
     yield

@@ -41,13 +41,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "leaving"},
     "shared_pieces": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server"},
     "shared_part": LOWER | {"experts", "node", "runtime", "sharing", "server", "shared_pieces"},
+    "shared_entry": LOWER | {"experts", "node", "runtime", "sharing", "server", "shared_pieces"},
     "shared_parameters": LOWER
-    | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
-    | {"shared_pieces", "shared_part"},
+    | {"endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
+    | {"shared_pieces", "shared_part", "shared_entry"},
     "shared_sampler": LOWER | {"shared_pieces", "shared_parameters", "sharing"},
     "saving": LOWER
     | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing", "server", "client"}
-    | {"shared_pieces", "shared_parameters"},
+    | {"shared_pieces", "shared_part", "shared_parameters"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server"},
     "cli": LOWER
@@ -91,7 +92,7 @@ MUST_BE_PURE = {
     "experts/grid.py",
     "experts/lineage.py",
     "experts/manifest.py",
-    "experts/merkle.py",
+    "experts/pieces.py",
     "experts/placement.py",
     "experts/run.py",
     "experts/signed.py",
@@ -102,12 +103,15 @@ MUST_BE_PURE = {
     "server/contract.py",
     "server/parts.py",
     "client/beam_search.py",
+    "client/blocks.py",
     "client/dispatch.py",
     "client/grouping.py",
     "client/latency.py",
     "cli/swarm_picture.py",
 }
-THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}
+THREADS_ALLOWED = {"runtime/runtime.py", "client/background.py"}
+# Torch's engine runs in threads, which wait for what the loop brings.
+THREADS_ALLOWED |= {"client/engine_threads.py", "client/gradient_requests.py"}
 # The codecs of large tensors only, functions that share nothing: their threads are not the loop's default executor.
 THREADS_ALLOWED |= {"runtime/encoding.py"}
 # A loader asks for samples in a thread of its own, and waits there for what the loop brings.
@@ -231,15 +235,12 @@ def test_importing_the_package_is_cheap() -> None:
 
 # What the process has one of. All other state has an owner.
 PROCESS_WIDE = {
-    "client/autograd.py": {
-        "_engine_thread",
-        "_steps",
-        "_took",
-    },  # PyTorch's engine, whose passes bear numbers of its own
+    "client/gradient_requests.py": {"engine_thread", "steps"},  # PyTorch's engine, whose passes bear numbers of its own
+    "client/halves.py": {"_took"},  # by kinds of its nodes
     "client/scaling.py": {"_noted"},  # the same
     "runtime/mesh_job.py": {"_links", "_on_cpu"},  # to the other processes of torch's process groups
     "runtime/encoding.py": {"_threads"},  # shared by all nodes, renewed after a fork
-    "server/registry.py": {"EXPERTS", "_MARKED"},  # filled by decorators, when modules are imported
+    "server/builders.py": {"EXPERTS", "_MARKED"},  # filled by decorators, when modules are imported
     "server/state_files.py": {"_held"},  # some file systems' locks are a process's
     "transport/channel.py": {"_blocks"},  # a buffer for each event loop, gone with it
     "transformers/operator.py": {"_calls", "_layers"},  # an operator of torch is given numbers, no objects

@@ -11,10 +11,10 @@ import tesseract_async as ta
 from tesseract_async import errors
 from tesseract_async.admission import Policy
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.experts.node_calls import EXPERT_METHODS
 from tesseract_async.identity import PeerID
 from tesseract_async.network import network
 from tesseract_async.network.settings import NetworkSettings
-from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import frames
 from tesseract_async.wire.apply import APPLY

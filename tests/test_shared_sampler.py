@@ -18,7 +18,8 @@ from tesseract_async.errors import Overloaded, RemoteError
 from tesseract_async.identity import Identity
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.shared_sampler import _running_loop
-from tesseract_async.sharing.samples import Ledger, Report, decode_pieces, encode_pieces
+from tesseract_async.sharing.samples import Ledger, Report
+from tesseract_async.sharing.spans import decode_pieces, encode_pieces
 from tesseract_async.wire import messages
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)

@@ -26,7 +26,7 @@ class AccessOptions:
     peer_calls: Annotated[int | None, click.IntRange(1)] = None
     """Answer at most this many calls of each peer in --peer-period."""
     peer_bytes: Annotated[int | None, SIZE] = None
-    """Exchange at most this much with each peer in --peer-period, such as '1 GiB'."""
+    """Send and receive at most this much with each peer in --peer-period, such as '1 GiB'."""
     peer_concurrent: Annotated[int | None, click.IntRange(1)] = None
     """Work on at most this many calls of each peer at once."""
     peer_period: Annotated[float, SECONDS] = 60.0

@@ -18,7 +18,7 @@ UID = "bench.0"
 @options_of(ServeOptions)["expert_class"]
 @click.option("--in-features", default=1024, type=ROWS, help="Measure experts that take rows of this many numbers.")
 @click.option("--rows", default=256, type=ROWS, help="Send this many rows in each call.")
-@click.option("--seconds", default=2.0, type=Number(0.1, 86400), help="Spend this long on each measurement.")
+@click.option("--seconds", default=2.0, type=Number(0.1, 86400), help="Spend this many seconds on each measurement.")
 @click.option("--device", default="cpu", help="Compute on this device, such as cpu or cuda:0.")
 @options_of(ServeOptions)["threads"]
 @json_option

@@ -12,15 +12,20 @@ from tesseract_async.cli.flags import options_of
 from tesseract_async.cli.options import JOIN_TIMEOUT, NodeOptions, check_folder, node_options
 from tesseract_async.cli.running import asynchronous, importing, say, spinner, until_told_to_leave
 from tesseract_async.cli.serve_options import ServeOptions
-from tesseract_async.cli.types import FOLDER, TEXT_OR_FILE
+from tesseract_async.cli.types import FOLDER
 from tesseract_async.monitoring import StatusService
 
 
 @click.command("dht")
-@click.option("--run", "run_name", metavar="NAME[@PEER_ID]", help="Hold states of this run's experts.")
+@click.option(
+    "--run",
+    "run_name",
+    metavar="NAME[@PEER_ID]",
+    help="Keep safety copies of this training run's experts; needs --hold.",
+)
 @options_of(ServeOptions)["hold_bytes"]
-@click.option("--hold-dir", type=FOLDER, help="Keep them in this folder, and go on from there after a restart.")
-@click.option("--grant", type=TEXT_OR_FILE, metavar="TEXT|FILE", help="Show this grant of the run's owner, once.")
+@click.option("--hold-dir", type=FOLDER, help="Keep these copies in this folder, and go on from there after a restart.")
+@options_of(ServeOptions)["grant"]
 @access_options
 @node_options
 @config_option

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import click
 
@@ -48,11 +48,6 @@ class Check:
     advice: str = ""
     rates: tuple[float, float] | None = None
     """Bytes per second that can be sent and received, where that was measured."""
-
-
-class _Timing(NamedTuple):
-    seconds: float
-    clock_ahead: float
 
 
 @click.command("doctor")
@@ -170,7 +165,12 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
     async with TesseractNode(host, port, initial_peers=[peer], upnp=upnp) as node:
         asking = asyncio.create_task(_ask(node))
         joined = await node.network.wait_joined(JOIN_TIMEOUT)
-        status, timing, error = await asking
+        status: NodeStatus | None = None
+        error: TesseractError | TimeoutError | None = None
+        try:
+            status, seconds, ahead = await asking
+        except (TesseractError, TimeoutError) as caught:
+            error = caught
         if node.network.wrong_seeds:
             yield Check("bad", what, node.network.trouble or "", "Ask its operator for its peer id.")
             return
@@ -195,10 +195,10 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
             assert error is not None
             yield Check("bad", what, f"no answer by TCP: {_cause(error)}", "Is TCP to its port let through?")
             return
-        yield Check("good", what, f"answers by TCP in {1000 * timing.seconds:.0f} ms, version {status.software}")
-        far = abs(timing.clock_ahead) > MAX_CLOCK_OFFSET
+        yield Check("good", what, f"answers by TCP in {1000 * seconds:.0f} ms, version {status.software}")
+        far = abs(ahead) > MAX_CLOCK_OFFSET
         advice = "Records expire by the clock: synchronize it (NTP)." if far else ""
-        yield Check("bad" if far else "good", "clock", f"{timing.clock_ahead:+.1f} s from that of {peer}", advice)
+        yield Check("bad" if far else "good", "clock", f"{ahead:+.1f} s from that of {peer}", advice)
         sends, receives = await measure_line(node, peer_address)
         if sends is not None and receives is not None:
             found = f"sends {rate_text(sends)} to {peer}, receives {rate_text(receives)}"
@@ -217,12 +217,9 @@ def _cause(error: Exception) -> str:
     return "; ".join(dict.fromkeys(map(sentence_of, attempts))) or sentence_of(error)
 
 
-async def _ask(node: TesseractNode) -> tuple[NodeStatus | None, _Timing, TesseractError | TimeoutError | None]:
-    """Return the seed's status, how long that took and by how many seconds its clock is ahead; or the error."""
+async def _ask(node: TesseractNode) -> tuple[NodeStatus, float, float]:
+    """Return the seed's status, how many seconds that took, and by how many its clock is ahead. Raises: as a call."""
     started, before = asyncio.get_running_loop().time(), time.time()
-    try:
-        status = await ask_status(node, node.initial_peers[0], timeout=JOIN_TIMEOUT)
-    except (TesseractError, TimeoutError) as error:
-        return None, _Timing(0.0, 0.0), error
+    status = await ask_status(node, node.initial_peers[0], timeout=JOIN_TIMEOUT)
     seconds = asyncio.get_running_loop().time() - started
-    return status, _Timing(seconds, status.time - (before + seconds / 2)), None
+    return status, seconds, status.time - (before + seconds / 2)

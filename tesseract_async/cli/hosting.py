@@ -30,12 +30,12 @@ from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.cli.types import counted
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.choice import select_experts
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
 from tesseract_async.experts.grants import read_grant_text
 from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunNotFound
-from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.mesh_link import LOST_STATUS, MeshLink
@@ -120,7 +120,7 @@ class Hosting:
             if self.node.initial_peers and await self._joined():
                 followed = await adopt_states(self.node, backends)
             else:
-                followed = set(uids) if self._authority is not None else set()
+                followed = dict.fromkeys(uids) if self._authority is not None else {}
             self.server = server = TesseractServer(
                 self.node,
                 backends,
@@ -142,7 +142,7 @@ class Hosting:
                 click.echo(f"metrics are at {url}", err=True)
             if claim is not None:
                 await claim.release()
-            replicas = ReplicaKeeper(server, settings=self._replica_settings())
+            replicas = ReplicaKeeper(server, settings=self._replica_settings(), adopted=followed)
             await stack.enter_async_context(replicas)
             volunteer = VolunteerKeeper(
                 server,

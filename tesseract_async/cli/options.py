@@ -75,7 +75,10 @@ leave_with_parent_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, for programs.")
 run_option = click.option(
-    "--run", "run_name", metavar="NAME[@PEER_ID]", help="Look at the experts of this run, not at those outside of runs."
+    "--run",
+    "run_name",
+    metavar="NAME[@PEER_ID]",
+    help="Look at the experts of this training run, not at those of none.",
 )
 patterns_argument = click.argument("patterns", nargs=-1, type=PATTERN)
 
@@ -91,7 +94,7 @@ class ExpertOptions:
     hf_checkpoint: Annotated[Path | None, FOLDER] = None
     """Take the experts of this mixture-of-experts checkpoint of Hugging Face, as PREFIX.LAYER.EXPERT."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Compute the checkpoint's experts in this number type, not in the checkpoint's."""
+    """Compute the checkpoint's experts in this number type instead of the one they are stored in."""
     master: Literal["float32"] | None = None
     """Keep and train the checkpoint's weights in this number type, whatever they are computed in."""
     optimizer: Annotated[str | None, OPTIMIZERS, Flag(callback=_none_of_none)] = "adam"
@@ -99,17 +102,17 @@ class ExpertOptions:
     learning_rate: Annotated[float, LEARNING_RATE] = 1e-3
     """Train at this rate; if given, it replaces a checkpoint's."""
     optimizer_option: Annotated[Pairs, PAIR, Flag(metavar=PAIRS)] = ()
-    """Give this to the optimizer, such as weight_decay=0.01 or beta1=0"""
+    """Set an option of the optimizer, such as weight_decay=0.01 or beta1=0."""
     schedule: Literal["linear", "cosine"] | None = None
-    """Change the learning rate over time in this shape."""
+    """Let the learning rate fall over time in this shape, after a warm-up."""
     schedule_option: Annotated[Pairs, PAIR, Flag(metavar=PAIRS)] = ()
-    """Give this to the schedule, such as num_warmup_steps=100 or num_steps=10000"""
+    """Set an option of the schedule, such as num_warmup_steps=100 or num_steps=10000."""
     training: Annotated[Pairs, PAIR, Flag(metavar=PAIRS)] = ()
-    """Change how steps are taken, such as clip_gradient_norm=1 or merge_backward=false"""
+    """Change how the experts learn, such as clip_gradient_norm=1 or merge_backward=false."""
     max_batch_size: Annotated[int, ROWS] = 4096
-    """Compute at most this many rows at once."""
+    """Compute at most this many rows of input at once."""
     seed: int = 0
-    """Draw the experts' first weights from this seed and their uids."""
+    """Begin with other first weights for each number given here, and with the same ones for the same number."""
 
     def __post_init__(self) -> None:
         """Raises: click.UsageError."""
@@ -132,15 +135,15 @@ class NodeOptions:
     port: Annotated[int, PORT] = 0
     """Listen on this port, by UDP and by TCP; 0 takes a free one."""
     announce: Annotated[str | None, Flag(metavar="HOST:PORT")] = None
-    """Tell others to dial this address, not the one of --host."""
+    """Tell others to connect to this address instead of the one of --host."""
     public: bool = False
-    """Be the first node of a swarm: all others can reach this computer."""
+    """Say that all others can reach this computer, as the first node of a swarm on the internet has to."""
     upnp: bool = False
     """Ask the router to let others in (pip install -e '.[upnp]')."""
     relay: Annotated[bool, Flag("--relay/--no-relay")] = True
-    """Pass on traffic between nodes that cannot meet."""
+    """Pass on traffic between other nodes that cannot connect to each other directly."""
     stun_servers: Annotated[tuple[str, ...], ADDRESS, Flag("--stun-server", metavar="HOST:PORT")] = ()
-    """Ask this server, too, how the internet sees this computer."""
+    """Ask this STUN server, too, by which address the internet sees this computer."""
 
     def make(
         self, *, policy: Policy | None = None, throttle: Throttle | None = None, max_receive_bytes: int | None = None

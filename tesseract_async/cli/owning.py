@@ -19,10 +19,10 @@ from tesseract_async.experts.grants import Grant, Invite, Role, grant_text
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.ownership import MEMBER, RunOwner
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.placement import Standing, Survey
+from tesseract_async.experts.places import Standing, Survey
+from tesseract_async.experts.progress import NUM_HOURS
 from tesseract_async.experts.run import split_run_name
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
-from tesseract_async.experts.thanks import NUM_HOURS
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.monitoring.observer import HOURS_PER_LOOK, SwarmObserver
 from tesseract_async.node import TesseractNode
@@ -224,7 +224,7 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
             "status",
             on_terminal=True,
             run=authority.run.full_name,
-            mode=authority.mode,
+            mode=authority.tag.mode,
             live=num_live,
             experts={uid: _standing(one) for uid, one in standings.items()},
             hosts=hosts,
@@ -236,7 +236,7 @@ async def status(*, as_json: bool, owner: OwnerOptions) -> int:
         )
         return 0
     size = len(manifest.pattern)
-    click.echo(f"{authority.run.full_name}, {authority.mode}: {num_live} of {counted(size, 'expert')} live")
+    click.echo(f"{authority.run.full_name}, {authority.tag.mode}: {num_live} of {counted(size, 'expert')} live")
     for line in _safety(standings, survey, num_copies):
         click.echo(line)
     for line in thanks(contributors):

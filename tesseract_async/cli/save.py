@@ -6,16 +6,15 @@ from typing import Annotated, Final
 
 import click
 
-from tesseract_async.admission import Policy
-from tesseract_async.cli.flags import Flag, grouped, options_of
-from tesseract_async.cli.options import NodeOptions, Visit, join, node_options
+from tesseract_async.cli.flags import Flag, grouped
+from tesseract_async.cli.options import Visit, visit_options
 from tesseract_async.cli.running import asynchronous, progress_bar, say
-from tesseract_async.cli.types import EXISTING_FILE, FOLDER, PERIOD, counted
+from tesseract_async.cli.types import EXISTING_FILE, FOLDER, counted
 from tesseract_async.errors import CheckpointError, ExpertNotFound, sentence_of
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run_directory import find_run
 from tesseract_async.experts.trust import SHARED
-from tesseract_async.identity import Identity, PeerID
+from tesseract_async.identity import Identity
 
 MAX_TOLD: Final = 8
 """Experts that are named to people, of those that went otherwise than they should; the line for programs names all."""
@@ -23,7 +22,7 @@ MAX_TOLD: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
-    """The experts to save, the folder, and the pace."""
+    """The experts to save, and the folder."""
 
     run_name: Annotated[str | None, Flag("--run", metavar="NAME[@PEER_ID]")] = None
     """Save the experts of this training run."""
@@ -35,18 +34,13 @@ class SaveOptions:
     """Write the model into this folder, made if missing."""
     optimizers: bool = False
     """Save the experts' optimizers, too, so that `tesseract restore` can go back to this point."""
-    num_at_once: Annotated[int, click.IntRange(1, 64)] = 4
-    """Download this many experts at the same time."""
-    timeout: Annotated[float, PERIOD] = 60.0
-    """Wait at most this long for each piece of an expert."""
 
 
 @click.command("save")
 @grouped("options", SaveOptions)
-@options_of(Visit)["members"]
-@node_options
+@visit_options
 @asynchronous
-async def save(*, options: SaveOptions, members: frozenset[PeerID] | None, node: NodeOptions) -> int:
+async def save(*, options: SaveOptions, visit: Visit) -> int:
     """Write a model into a folder: every expert that somebody has, all as of one moment, and the shared parameters.
 
     Experts come from their primaries or, where there is none, from a server that follows it or holds its state.
@@ -54,8 +48,6 @@ async def save(*, options: SaveOptions, members: frozenset[PeerID] | None, node:
     The folder loads anywhere: `tesseract_async.saving.folder.SavedExperts(FOLDER)["ffn.3.7"]` is an ordinary module.
     Run the command again to download only what has changed. The exit status is 1 if an expert could not be downloaded.
     """
-    if not node.initial_peers:
-        raise click.UsageError("say --initial-peers: the swarm that has the model")
     if options.run_name is None and not options.patterns and not options.shared_names:
         raise click.UsageError("say what to save: --run, --experts or --shared")
 
@@ -64,8 +56,7 @@ async def save(*, options: SaveOptions, members: frozenset[PeerID] | None, node:
     from tesseract_async.shared_pieces import SharedPieces
 
     store = open_folder_or_make(options.out)
-    async with node.make(policy=None if members is None else Policy.only(members)) as joined:
-        await join(joined)
+    async with visit.node() as joined:
         origins: dict[str, list[Origin]] = {}
         shared = {name + SHARED: True for name in options.shared_names}
         if options.run_name is not None:
@@ -80,9 +71,7 @@ async def save(*, options: SaveOptions, members: frozenset[PeerID] | None, node:
         trunks: list[list[str]] = []
         for prefix, is_bare in shared.items():
             try:
-                found = await find_pieces(
-                    joined, SharedPieces(joined, prefix, is_bare=is_bare), timeout=options.timeout
-                )
+                found = await find_pieces(joined, SharedPieces(joined, prefix, is_bare=is_bare))
             except ExpertNotFound:
                 if is_bare:
                     raise
@@ -90,10 +79,10 @@ async def save(*, options: SaveOptions, members: frozenset[PeerID] | None, node:
             trunks.append([*found])
             origins |= found
         # all at one moment: the pieces belong to the experts that were trained with them
-        point = SavePoint(joined, origins, is_whole=options.optimizers, timeout=options.timeout)
+        point = SavePoint(joined, origins, is_whole=options.optimizers)
         await point.mark()
         with progress_bar("experts", total=len(origins)) as advance:
-            report = await point.fetch(store, num_at_once=options.num_at_once, progress=lambda uid: advance(1))
+            report = await point.fetch(store, progress=lambda uid: advance(1))
     told = {
         role: [f"{uid} (version {report.taken[uid]})" for uid in sorted(report.origins) if report.origins[uid] == role]
         for role in ("follower", "holder")
@@ -134,27 +123,22 @@ async def save(*, options: SaveOptions, members: frozenset[PeerID] | None, node:
 @click.option(
     "--owner", type=EXISTING_FILE, help="Sign with this key file of the run's owner, if the experts belong to a run."
 )
-@options_of(SaveOptions)["timeout"]
-@node_options
+@visit_options
 @asynchronous
-async def restore(*, folder: Path, owner: Path | None, timeout: float, node: NodeOptions) -> int:
+async def restore(*, folder: Path, owner: Path | None, visit: Visit) -> int:
     """Take the experts back to a save point: every server goes on from the states in FOLDER.
 
     FOLDER was written by `tesseract save --optimizers`, or by `ta.save_model(..., optimizers=True)`. What the servers
     have learned since is kept as a file of its own, if they keep checkpoints. Stop the trainers before.
     """
-    if not node.initial_peers:
-        raise click.UsageError("say --initial-peers: the swarm that has the model")
-
     from tesseract_async.saving.folder import open_folder
     from tesseract_async.saving.restorer import enter_owned, restore_experts
 
     saved = open_folder(folder)
-    async with node.make() as joined:
-        await join(joined)
+    async with visit.node() as joined:
         owners = {} if owner is None else await enter_owned(joined, saved, Identity.load(owner))
         try:
-            versions = await restore_experts(joined, saved, owners=owners, timeout=timeout)
+            versions = await restore_experts(joined, saved, owners=owners)
         except CheckpointError as error:
             click.echo(str(error), err=True)
             return 1

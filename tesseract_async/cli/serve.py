@@ -12,8 +12,7 @@ from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.flags import Sectioned
 from tesseract_async.cli.options import NodeOptions, check_folder, find_code_here, node_options
 from tesseract_async.cli.running import asynchronous, importing, spinner
-from tesseract_async.cli.serve_options import ServeOptions, serve_options
-from tesseract_async.cli.volunteer_options import volunteer_options
+from tesseract_async.cli.serve_options import ServeOptions, serve_options, volunteer_options
 from tesseract_async.server.contract import VolunteerSettings
 
 SIZES = {

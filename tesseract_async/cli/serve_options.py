@@ -10,7 +10,7 @@ from tesseract_async.cli.flags import FIRST, Flag, grouped
 from tesseract_async.cli.options import ExpertOptions
 from tesseract_async.cli.types import FOLDER, METRICS_ADDRESS, PERIOD, ROWS, SECONDS, TEXT_OR_FILE, THREADS
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.server.contract import check_name
+from tesseract_async.server.contract import VolunteerSettings, check_name
 
 MAX_EXPERTS = 16384
 """Experts that one server hosts."""
@@ -21,7 +21,7 @@ class ServeOptions(ExpertOptions):
     """The options that say what to host, and how, as the user gave them."""
 
     step: Literal["async", "lockstep"] = "async"
-    """Step each expert as gradients come, or all at once when their one trainer says so."""
+    """Let each expert learn as gradients come (async), or all at once when their one trainer says so (lockstep)."""
     shard: Annotated[str | None, Flag(metavar="fsdp|tp|MODULE:FUNCTION")] = None
     """Spread each expert over all processes of the job that torchrun has started, by this plan."""
     checkpoint_period: Annotated[float, PERIOD] = 60.0
@@ -34,14 +34,14 @@ class ServeOptions(ExpertOptions):
     run_name: Annotated[str | None, Flag("--run", metavar="NAME[@PEER_ID]")] = None
     """Take part in this training run, whose owner sets its experts."""
     grant: Annotated[str | None, TEXT_OR_FILE, Flag(metavar="TEXT|FILE")] = None
-    """Show this grant or invite of the run's owner, once."""
+    """Present this grant or invite, which the run's owner gave you, as text or as a file; once is enough."""
     devices: Annotated[tuple[str, ...], Flag("--device")] = ("cpu",)
     """Compute on this device, such as cpu or cuda:1, or spread the experts over several."""
     checkpoint_dir: Annotated[Path | None, FOLDER] = None
     """Keep the experts in this folder, and go on from there after a restart."""
 
     hold_bytes: int | None = None
-    """Keep states of other members' experts of the run on this much disk, such as '20 GB'; 0 for none."""
+    """Keep safety copies of other members' experts on at most this much disk, such as '20 GB'; 0 keeps none."""
     allowed_modules: Annotated[tuple[str, ...], Flag("--allow-module", metavar="MODULE")] = ()
     """Let a run use experts from this Python module, whose code then runs on this computer."""
     name: str = ""
@@ -54,23 +54,23 @@ class ServeOptions(ExpertOptions):
     """Serve this node's metrics for Prometheus on this port, under /metrics."""
 
     autocast: Literal["bf16", "fp16"] | None = None
-    """Compute in this shorter number type where it is safe."""
+    """Compute in this shorter number type where PyTorch considers that safe (automatic mixed precision)."""
     compile_mode: Annotated[str | None, Flag("--compile", metavar="MODE")] = None
-    """Use torch.compile in this mode, such as default."""
+    """Compile the experts by torch.compile in this mode, such as default, for speed."""
     cuda_graphs: bool = False
-    """Record the forward pass of each preferred size as a CUDA graph, on a GPU."""
+    """Record the forward pass of each --preferred-size as a CUDA graph, which makes small experts faster."""
     preferred_sizes: Annotated[tuple[int, ...], ROWS, Flag("--preferred-size")] = ()
     """Cut batches at this number of rows, and pad them to it with --compile or --cuda-graphs."""
     sync_every: Annotated[float, PERIOD] = 30.0
-    """Be at most this far behind other servers whose experts this one follows."""
+    """Copy experts that another server trains at least this often, to replace it if it vanishes."""
     ttl: Annotated[float, PERIOD] = 45.0
     """Let others forget this server this long after it vanished."""
     stall_timeout: Annotated[float, PERIOD] = 60.0
-    """Consider a device hung once a batch has taken this long."""
+    """Take a device for broken once one batch has taken this long."""
     leave_within: Annotated[float, SECONDS] = 30.0
-    """Finish work for at most this long when leaving."""
+    """Spend at most this long on finishing work and handing over when leaving."""
     report_period: Annotated[float | None, PERIOD] = None
-    """Print the experts' versions as a line of JSON this often."""
+    """Print the steps that each expert has taken, as a line of JSON, this often."""
 
     def __post_init__(self) -> None:
         """Raises: ValueError, click.BadParameter."""
@@ -105,3 +105,7 @@ serve_options = grouped(
         "autocast": "Advanced",
     },
 )
+volunteer_options = grouped(
+    "limits", VolunteerSettings, sections={"max_memory_bytes": FIRST, "max_upload_rate": "Limits"}
+)
+"""Options about what a volunteer lends of this computer, and when: a `VolunteerSettings` as the argument `limits`."""

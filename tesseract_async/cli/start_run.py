@@ -1,6 +1,5 @@
 """`tesseract run create`: signs the manifest of a training run and keeps it known."""
 
-import ipaddress
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService
+from tesseract_async.network.address_scope import is_near
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 
@@ -43,11 +43,11 @@ class RunOptions(ExpertOptions):
     grid: Annotated[tuple[int, ...] | None, GRID, Flag(metavar="32x32")] = None
     """Make this many experts in each dimension."""
     codec: Annotated[Pairs, PAIR, Flag(metavar=PAIRS)] = ()
-    """Shorten the numbers of inputs, outputs or gradients on the wire, such as inputs=bf16"""
+    """Send inputs, outputs or gradients in fewer bits, such as inputs=bf16."""
     learning_rate: Annotated[float, LEARNING_RATE] = 1e-3
-    """Train with this learning rate."""
+    """Train at this rate."""
     seed: Annotated[int, click.IntRange(0, 2**63 - 1)] = 0
-    """Draw first weights from this seed."""
+    """Begin with other first weights for each number given here, and with the same ones for the same number."""
     is_open: Annotated[bool, Flag("--open")] = False
     """Let everybody host and train, not only those with a grant."""
     delegates: Annotated[tuple[PeerID, ...], Flag("--delegate", metavar="PEER_ID")] = ()
@@ -55,7 +55,7 @@ class RunOptions(ExpertOptions):
     replicas: Annotated[int, click.IntRange(1, 16)] = 3
     """Keep this many more copies of each expert."""
     lease: Annotated[float, seconds(1, 86400)] = 30.0
-    """Replace a primary that is silent for this long."""
+    """Let another server train an expert once the one that does has been silent for this long."""
     sync_every: Annotated[float, seconds(1, 86400)] = 30.0
     """Copy each expert to its replicas this often."""
 
@@ -73,7 +73,9 @@ class RunOptions(ExpertOptions):
     "--adopt", is_flag=True, help="Take over the experts that servers host under this prefix outside of runs."
 )
 @click.option(
-    "--once", is_flag=True, help="Store the manifest and end; a server must take part within the hour to keep it known."
+    "--once",
+    is_flag=True,
+    help="Make the run known and end; unless a server takes part within the hour, it is forgotten.",
 )
 @node_options
 @config_option
@@ -181,15 +183,7 @@ def reach_of(seeds: Sequence[str]) -> str:
     if host_towards(seeds) in ("127.0.0.1", "::1"):
         return "on this computer"
     hosts = [split_host_port(address)[0] for seed in seeds for address in PeerAddress.parse(seed).addresses]
-    return "in this private network" if all(map(is_private, hosts)) else "everywhere"
-
-
-def is_private(host: str) -> bool:
-    """Return whether this is a number of a private network, not a name or a public number."""
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_private
-    except ValueError:
-        return False
+    return "in this private network" if all(map(is_near, hosts)) else "everywhere"
 
 
 def invite_of(owner: RunOwner, node: TesseractNode) -> str | None:
@@ -197,7 +191,7 @@ def invite_of(owner: RunOwner, node: TesseractNode) -> str | None:
     authority = owner.authority
     if any("admit" in one.role_names and one.peer not in authority.delegates for one in authority.grants()):
         return None
-    is_open = authority.mode == "open"
+    is_open = authority.is_open
     seeds = node.initial_peers or [node.peer_address]
     return Invite(
         authority.run.full_name,

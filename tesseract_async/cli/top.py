@@ -12,7 +12,7 @@ import click
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from tesseract_async.cli.options import Visit, enter, patterns_argument, visit_options
+from tesseract_async.cli.options import Visit, enter, patterns_argument, run_option, visit_options
 from tesseract_async.cli.running import asynchronous, spinner, until_told_to_leave
 from tesseract_async.cli.swarm_picture import draw, signs_for
 from tesseract_async.cli.types import seconds
@@ -35,13 +35,7 @@ MAX_LOOKS = 4
 @click.command("top")
 @patterns_argument
 @visit_options
-@click.option(
-    "--watch-run",
-    "--run",
-    "run_name",
-    metavar="NAME[@PEER_ID]",
-    help="Watch this run: its experts, how safe they are, and who contributes.",
-)
+@run_option
 @click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look at the swarm this often.")
 @click.option("--once", is_flag=True, help="Print one picture and end: servers that died before are not in it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, for programs; needs --once.")

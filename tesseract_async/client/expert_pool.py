@@ -16,12 +16,12 @@ from torch import nn
 from tesseract_async.client import straight
 from tesseract_async.client.arguments import Arguments, present
 from tesseract_async.client.audits import Audits
-from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import StrictForward
 from tesseract_async.client.experience import experience_of
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import Node, PlainCalls, deliver
+from tesseract_async.client.remote_call import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.routing import Candidates, Indices, LiveGrid, cut
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, MixtureSettings
@@ -29,7 +29,6 @@ from tesseract_async.errors import ExpertNotFound, NotEnoughExperts, ProtocolErr
 from tesseract_async.experts.grid import ExpertReplica, GridView
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.tasks import in_time
-from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import Structure, describe_schema, unflatten
 
 _NUM_LAYERS: Final = 1 << 16
@@ -313,7 +312,6 @@ class ExpertPool(nn.Module):
             )
         inputs = arguments.fit(schema, f"the pool {self.uid_prefix}")
         schema, (tensors, absent) = schema.sized(inputs), present(inputs)
-        settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
         dispatch = StrictForward(candidates, pairs, len(values), timeout=settings.forward_timeout)
         call = MixtureCall(
             dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False, absent=absent

@@ -9,7 +9,6 @@ import torch
 
 from tesseract_async.client.arguments import Arguments, present
 from tesseract_async.client.audits import Audits
-from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import ForwardDispatch
 from tesseract_async.client.experience import experience_of
 from tesseract_async.client.gate import Gate, Mixed, sound
@@ -17,12 +16,12 @@ from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import Node, PlainCalls, deliver
+from tesseract_async.client.remote_call import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.client.routing import uid_at
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import MixtureSettings, check_max_staleness
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
-from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import Structure, describe_schema
 
 
@@ -213,7 +212,6 @@ class GatingFunction(Gate):
             )
         inputs = arguments.fit(schema, f"the grid {self.uid_prefix}")
         schema, (tensors, absent) = schema.sized(inputs), present(inputs)
-        settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
         patience = self._experience.patience("forward", settings)
         dispatch = ForwardDispatch(
             candidates, sound_RS, k_best=self.k_best, k_min=self.k_min, settings=settings, patience=patience

@@ -2,13 +2,18 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import Node
+
+from tesseract_async.runtime.gradients import run_engine
+
+_IS_DISTRIBUTED = torch.distributed.is_available()
 
 with torch.inference_mode(False), torch.enable_grad():  # this module may be imported in the midst of anything
-    _leaf = torch.empty(0, requires_grad=True, device="cpu")
-    _AccumulateGrad = type(_leaf.view(0).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+    always_needed = torch.empty(0, requires_grad=True, device="cpu")
+    """A leaf in every remote call's graph: without it a call whose inputs need no gradient would have no backward."""
+    AccumulateGrad = type(always_needed.view(0).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 _REFUSED = {
     "CheckpointFunctionBackward": "a layer under torch.utils.checkpoint with use_reentrant=True",
@@ -26,38 +31,52 @@ def _refusal(what: str) -> RuntimeError:
 class Leaves:
     """The tensors whose ``.grad`` a backward of one loss would fill."""
 
-    def __init__(self, loss: torch.Tensor) -> None:
-        """Raises: RuntimeError if something in the graph works in torch's own backward only."""
-        self.tensors: list[torch.Tensor] = []
-        self.have_hooks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    def __init__(self, nodes: Iterable[Node], tensors: Sequence[torch.Tensor] = ()) -> None:
+        """`nodes`: those that accumulate their gradients, where there are any.
+
+        Raises: RuntimeError if something about them works in torch's own backward only.
+        """
+        self.tensors: list[torch.Tensor] = [*tensors]
+        self.have_hooks = _IS_DISTRIBUTED and torch.distributed.is_initialized()
         """Hooks may wait for the accumulation itself: those of DDP, in C++, can't be seen."""
         if self.have_hooks and _has_sharded_modules():
             raise _refusal("a program with layers under FSDP")
+        for node in nodes:
+            leaf: torch.Tensor = node.variable  # type: ignore[attr-defined]
+            self.tensors.append(leaf)
+            self.have_hooks = self.have_hooks or (leaf is not always_needed and _has_hooks(node))
+        for leaf in self.tensors:
+            if getattr(leaf, "_is_flat_param", False):
+                raise _refusal("a layer under FSDP")
+            if hooks := list((leaf._backward_hooks or {}).values()):
+                if any(getattr(hook, "__module__", "") == "torch.autograd.graph" for hook in hooks):
+                    raise _refusal("a parameter in torch.autograd.graph.register_multi_grad_hook")
+                if self.have_hooks:
+                    raise _refusal(
+                        "a parameter with a hook of its own and others that wait for accumulation, as DDP's do,"
+                    )
+
+    @classmethod
+    def under(cls, loss: torch.Tensor) -> "Leaves":
+        """Look for them in the whole graph. Raises: RuntimeError if something in it works in torch's own backward
+        only."""
         if loss.grad_fn is None:
-            self.tensors.append(loss)
-            return
-        seen: set[torch.autograd.graph.Node] = {loss.grad_fn}
-        stack: list[torch.autograd.graph.Node] = [loss.grad_fn]
+            return cls((), (loss,))
+        found: list[Node] = []
+        seen: set[Node] = {loss.grad_fn}
+        stack: list[Node] = [loss.grad_fn]
         while stack:
             node = stack.pop()
-            if isinstance(node, _AccumulateGrad):
+            if isinstance(node, AccumulateGrad):
                 if node.variable.requires_grad:  # type: ignore[attr-defined]
-                    self.tensors.append(node.variable)  # type: ignore[attr-defined]
-                    self.have_hooks = self.have_hooks or _has_hooks(node)
+                    found.append(node)
             elif (what := _REFUSED.get(type(node).__name__)) is not None:
                 raise _refusal(what)
             for following, _ in node.next_functions:
                 if following is not None and following not in seen:
                     seen.add(following)
                     stack.append(following)
-        for leaf in self.tensors:
-            if getattr(leaf, "_is_flat_param", False):
-                raise _refusal("a layer under FSDP")
-            own = (leaf._backward_hooks or {}).values()
-            if any(getattr(hook, "__module__", "") == "torch.autograd.graph" for hook in list(own)):
-                raise _refusal("a parameter in torch.autograd.graph.register_multi_grad_hook")
-            if self.have_hooks and own:
-                raise _refusal("a parameter with a hook of its own and others that wait for accumulation, as DDP's do,")
+        return cls(found)
 
     def accumulate(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add them to ``.grad`` as the engine does, and its hooks fire; in an engine's thread, for they may block."""
@@ -67,6 +86,7 @@ class Leaves:
 
     def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add them to ``.grad``, or makes them it, and then calls the hooks that fire after accumulation."""
+        hooked: list[torch.Tensor] = []
         for leaf, grad in zip(self.tensors, gradients, strict=True):
             if grad is None:
                 continue
@@ -77,52 +97,26 @@ class Leaves:
                 leaf.grad = grad + leaf.grad if leaf.grad.is_sparse else leaf.grad + grad
             else:
                 leaf.grad.add_(grad)
-        filled = [leaf for leaf, grad in zip(self.tensors, gradients, strict=True) if grad is not None]
-        if any([leaf._post_accumulate_grad_hooks for leaf in filled]):
-            fire_post_accumulate_hooks(filled)
+            if leaf._post_accumulate_grad_hooks:
+                hooked.append(leaf)
+        if hooked:
+            fire_post_accumulate_hooks(hooked)
 
 
-class GraphCut(NamedTuple):
-    """The place where a graph falls into two parts."""
+def gradients_of(
+    root: torch.Tensor, leaves: Sequence[torch.Tensor], gradient: torch.Tensor | None, *, retain_graph: bool
+) -> Sequence[torch.Tensor | None]:
+    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does; without its checks where one is implied."""
+    if gradient is None and root.is_floating_point() and leaves:
+        seed = torch.ones_like(root, memory_format=torch.preserve_format)
+        return run_engine((root,), (seed,), leaves, retain_graph=retain_graph)
+    return torch.autograd.grad(root, leaves, gradient, retain_graph=retain_graph, allow_unused=True)
 
-    ends: list[torch.autograd.graph.Node]
-    """The last nodes of the first part."""
-    leaves: set[int]
-    """The ids of that part's leaves."""
-    kinds: frozenset[type]
-    """All nodes' types."""
 
-
-def find_cut(loss: torch.Tensor, above: type, below: type, *, most: int) -> GraphCut | None:
-    """Return where the nodes of kind `above` cut the graph of `loss`: each node belongs to the part from `loss` down to
-    them, or to the part from the nodes of kind `below`, which follow them, on.
-
-    None if there is no such place. None, too, for more than `most` nodes in a part, and for functions in Python besides
-    these, which may do anything, such as another backward.
-    """
-    upper: set[torch.autograd.graph.Node] = set()
-    lower: set[torch.autograd.graph.Node] = set()
-    ends: list[torch.autograd.graph.Node] = []
-    leaves: set[int] = set()
-    stack: list[torch.autograd.graph.Node | None] = [loss.grad_fn]
-    for part, kind in ((upper, above), (lower, below)):
-        while stack:
-            node = stack.pop()
-            if node is None or node in part:
-                continue
-            part.add(node)
-            if len(part) > most or (part is lower and node in upper):
-                return None
-            if type(node) is above and part is upper:
-                ends.append(node)
-            elif isinstance(node, torch.autograd.function.BackwardCFunction) and type(node) is not kind:
-                return None
-            else:
-                stack += [following for following, _ in node.next_functions]
-                if part is upper and isinstance(node, _AccumulateGrad):
-                    leaves.add(id(node.variable))  # type: ignore[attr-defined]
-        stack = [following for end in ends for following, _ in end.next_functions]
-    return GraphCut(ends, leaves, frozenset(map(type, upper | lower))) if ends else None
+def separate(gradients: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Copy what the engine hands out, which may be one tensor for two leaves, or an expanded one: ``.grad`` must be
+    neither."""
+    return [None if grad is None else grad.detach().clone() for grad in gradients]
 
 
 @torch.no_grad()
@@ -148,7 +142,7 @@ def wait_for_accumulation(leaf: torch.Tensor) -> bool:
     return accumulates is not None and _has_hooks(accumulates)
 
 
-def _has_hooks(node: torch.autograd.graph.Node) -> bool:
+def _has_hooks(node: Node) -> bool:
     for register in (node.register_hook, node.register_prehook):
         handle = register(_nothing)
         hooks = handle.hooks_dict_ref() or {}  # all that were registered

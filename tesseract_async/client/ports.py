@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 from tesseract_async.endpoint.call_table import Message
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.experts.directory import ExpertDirectory
-from tesseract_async.experts.thanks import Thanks
+from tesseract_async.experts.progress import Thanks
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import PeerAddress

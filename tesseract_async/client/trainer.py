@@ -2,21 +2,21 @@
 
 import asyncio
 import contextlib
-import copy
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.leaves import fire_post_accumulate_hooks, wait_for_accumulation
+from tesseract_async.client.batches import END, BatchSource, Sampler, TracksBatches, num_samples
+from tesseract_async.client.leaves import wait_for_accumulation
+from tesseract_async.client.model_copy import ModelCopy
 from tesseract_async.client.progress import ProgressOf
 from tesseract_async.client.scaling import Scaled
 from tesseract_async.errors import SchemaMismatch, TesseractError
-from tesseract_async.tasks import end
 
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
@@ -25,7 +25,6 @@ Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]
 """A loss of one element, alone or with named figures for the report."""
 LossOf = Callable[[M, B], Awaitable[Loss]]
 
-_END: Final = object()
 _SHARED_GRADIENTS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -47,33 +46,6 @@ class StepReport:
     """The number of its batch in `AsyncTrainer.run`, counted from 0; None outside of one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The figures that came with the loss."""
-
-
-class Sampler(Protocol):
-    """Anything that says where it stands among the samples, and can go on from there."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return where it stands."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> object:
-        """Go on from there."""
-
-
-@runtime_checkable
-class TracksBatches(Protocol):
-    """A sampler that is told what becomes of each batch: `SharedSampler`."""
-
-    def begin_run(self) -> int:
-        """Return the number of the first batch of the run that begins."""
-
-    def feed(self, batches: Iterable[B]) -> AsyncGenerator[B, None]:
-        """Yield the batches."""
-
-    def batch_ended(self, number: int, *, failed: bool) -> None:
-        """Take note of a batch."""
-
-    def end_run(self) -> None:
-        """Take note that all other batches are given up."""
 
 
 class AsyncTrainer(Generic[M]):
@@ -174,7 +146,7 @@ class AsyncTrainer(Generic[M]):
         self.seen = {"samples": 0, "tokens": 0}
         """Samples and tokens of the steps; tokens only where `loss_of` counts them."""
         self._slots = asyncio.Semaphore(in_flight if max_staleness is None else min(in_flight, max_staleness + 1))
-        self._idle: list[_ModelCopy[M]] = []
+        self._idle: list[ModelCopy[M]] = []
         self._begun_at: dict[int, int] = {}
         """Steps under way, in the order in which they began: the version that each has seen."""
         self._num_begun = 0
@@ -248,7 +220,7 @@ class AsyncTrainer(Generic[M]):
                 self._changed.clear()
                 await self._changed.wait()
             started = loop.time()
-            replica = self._idle.pop() if self._idle else _ModelCopy(self.module)
+            replica = self._idle.pop() if self._idle else ModelCopy(self.module)
             number = self._num_begun
             self._num_begun += 1
             self._begun_at[number] = self.version
@@ -271,7 +243,7 @@ class AsyncTrainer(Generic[M]):
                     mine.grad = None
                 self._idle.append(replica)
                 self._changed.set()
-            self.seen["samples"] += _num_samples(batch)
+            self.seen["samples"] += num_samples(batch)
             self.seen["tokens"] += num_tokens
             return StepReport(loss.detach(), staleness, self.version, loop.time() - started, metrics=figures)
 
@@ -297,7 +269,7 @@ class AsyncTrainer(Generic[M]):
         first_batch = 0 if tracks is None else tracks.begin_run()
         if tracks is not None and not isinstance(batches, AsyncIterable):
             batches = tracks.feed(batches)
-        source = _Source(batches)
+        source = BatchSource(batches)
         exhausted = False
         taking: asyncio.Future[Any] | None = None
         progress = ProgressOf(self.module if self.publish else None)
@@ -311,7 +283,7 @@ class AsyncTrainer(Generic[M]):
                     if not taking.done():
                         break
                     batch, taking = taking.result(), None
-                    if batch is _END:
+                    if batch is END:
                         exhausted = True
                     else:
                         task = asyncio.create_task(self._try_step(loss_of, batch))
@@ -380,7 +352,7 @@ class AsyncTrainer(Generic[M]):
         await backward(loss * scale, scaler=Scaled(float(scale)))
         return float(scale)
 
-    def _commit(self, replica: "_ModelCopy[M]", scale: float, loss: torch.Tensor) -> None:
+    def _commit(self, replica: "ModelCopy[M]", scale: float, loss: torch.Tensor) -> None:
         """Moves the gradients to the master and takes the step."""
         scaler = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
         try:
@@ -417,130 +389,12 @@ class AsyncTrainer(Generic[M]):
             await self._changed.wait()
 
 
-class _ModelCopy(Generic[M]):
-    """A copy of the master and who is whose in it, found once: looking for parameters costs more than copying them."""
-
-    def __init__(self, master: M) -> None:
-        self.module = _copied(master)
-        self._parameters = list(zip(self.module.parameters(), master.parameters(), strict=True))
-        self.parameters: list[torch.Tensor] = [mine for mine, _ in self._parameters]
-        self._masters: list[torch.Tensor] = [own for _, own in self._parameters]
-        self._modules = list(zip(self.module.modules(), master.modules(), strict=True))
-        # A module may put a new tensor where a buffer was: these are looked up by name each time.
-        self._buffers: list[tuple[nn.Module, nn.Module, str]] = []
-        seen: set[int] = set()
-        for module, own_module in self._modules:
-            for name, buffer in module._buffers.items():
-                if buffer is not None and id(buffer) not in seen:
-                    seen.add(id(buffer))
-                    self._buffers.append((module, own_module, name))
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        if self.parameters:
-            torch._foreach_copy_(self.parameters, self._masters)
-        for mine, own in self._parameters:
-            if mine.requires_grad != own.requires_grad:
-                mine.requires_grad_(own.requires_grad)
-        for module, master, name in self._buffers:
-            getattr(module, name).copy_(getattr(master, name))
-        for module, master in self._modules:
-            if module.training != master.training:
-                module.training = master.training
-
-    def give_gradients(self) -> None:
-        """Hand the gradients to the master, in place of its own, and fire its parameters' hooks, which copies lack."""
-        for mine, own in self._parameters:
-            grad, mine.grad = mine.grad, None
-            if grad is not None:
-                for hook in list((own._backward_hooks or {}).values()):
-                    grad = grad if (changed := hook(grad)) is None else changed
-            own.grad = grad
-        fire_post_accumulate_hooks(own for _, own in self._parameters if own.grad is not None)
-
-    @torch.no_grad()
-    def give_buffers(self) -> None:
-        """The master's become the copy's."""
-        for module, master, name in self._buffers:
-            getattr(master, name).copy_(getattr(module, name))
-
-
-def _copied(master: M) -> M:
-    try:
-        return copy.deepcopy(master)
-    except Exception as error:  # a module's own code may raise anything
-        raise TypeError(
-            f"AsyncTrainer copies the module for each step in flight, but {_uncopiable(master)} can't be copied: keep "
-            f"it outside of the module, or give its class a __deepcopy__ that returns itself ({error})"
-        ) from error
-
-
-def _uncopiable(master: nn.Module) -> str:
-    """The path of the first thing in it that can't be copied, and its type."""
-    for path, module in master.named_modules():
-        for name, value in vars(module).items():
-            if name != "_modules":
-                for key, item in value.items() if isinstance(value, dict) else [(name, value)]:
-                    try:
-                        copy.deepcopy(item)
-                    except Exception:  # any: it is the caller's object
-                        return f"its {'.'.join(filter(None, (path, str(key))))} (a {type(item).__name__})"
-    return f"a {type(master).__name__}"
-
-
 def _noted(error: BaseException, batch: int | None, others: Mapping[int, BaseException]) -> BaseException:
     also = "".join(f"; batch {number}: {type(other).__name__}" for number, other in sorted(others.items()))
     error.add_note(f"in AsyncTrainer.run, batch {batch} (counted from 0){also}")
     return error
 
 
-class _Source(Generic[B]):
-    """Batches as they are asked for. Asynchronous ones are made in one task, as their maker may expect."""
-
-    def __init__(self, batches: Iterable[B] | AsyncIterable[B]) -> None:
-        self._wanted: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
-        self._iterator: Iterator[B] | None = None
-        self._making: asyncio.Task[None] | None = None
-        if isinstance(batches, AsyncIterable):
-            self._making = asyncio.create_task(self._make(batches))
-        else:
-            self._iterator = iter(batches)
-
-    def take(self) -> asyncio.Future[Any]:
-        """Return the next batch, or `_END`, when it is there. One is asked for at a time."""
-        taking: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if self._iterator is None:
-            self._wanted.put_nowait(taking)
-            return taking
-        try:
-            taking.set_result(next(self._iterator, _END))
-        except Exception as error:  # the caller's own
-            taking.set_exception(error)
-        return taking
-
-    async def _make(self, batches: AsyncIterable[B]) -> None:
-        iterator = aiter(batches)
-        while True:
-            taking = await self._wanted.get()
-            try:
-                taking.set_result(await anext(iterator, _END))
-            except Exception as error:  # the caller's own
-                taking.set_exception(error)
-                return
-
-    async def aclose(self) -> None:
-        """Make no more."""
-        await end(self._making)
-
-
 def _kind_of(found: object) -> str:
     kinds = [type(one).__name__ for one in found] if isinstance(found, tuple) else []
     return f"({', '.join(kinds)})" if kinds else type(found).__name__
-
-
-def _num_samples(batch: object) -> int:
-    """Return the length of the first tensor in it; 0 if there is none."""
-    if isinstance(batch, torch.Tensor):
-        return len(batch) if batch.dim() else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((found for part in parts if (found := _num_samples(part))), 0)

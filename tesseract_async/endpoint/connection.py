@@ -169,18 +169,18 @@ class Connection:
     def _send(self, at_once: bool) -> None:
         """Send what waits, `at_once` small frames without another turn of the loop; a flush sends what can't be sent
         so."""
-        core = self.protocol.core
-        channel, lane = self._channels[MAIN], core.lanes[MAIN]
-        if core.life.num_on_bulk:  # the other channel is looked after from here
+        protocol = self.protocol
+        channel, lane = self._channels[MAIN], protocol.lanes[MAIN]
+        if protocol.life.num_on_bulk:  # the other channel is looked after from here
             self._arm_timer()
         if not at_once or self._flush_scheduled or channel is None or channel.paused or lane.large or not lane.small:
             self._schedule_flush()
             return
         try:
-            channel.write(lane.data_to_send(0, core.now))
+            channel.write(lane.data_to_send(0, protocol.now))
         except ProtocolError as error:
             self._loop.call_soon(self.abort, describe(error))
-        if self._budgets.changed or core.events or self.protocol.has_data():  # a flush sees to them
+        if self._budgets.changed or protocol.events or protocol.has_data():  # a flush sees to them
             self._schedule_flush()
 
     async def call_parts(
@@ -241,10 +241,10 @@ class Connection:
     def _look(self) -> None:
         if self._budgets.changed:
             self._budgets.deliver()
-        core = self.protocol.core
-        if not core.events:
+        events = self.protocol.events
+        if not events:
             return
-        events, core.events = core.events, []
+        self.protocol.events = []
         for event in events:
             match event:
                 case ReplyReceived() | PartReceived() | CallFailed():
@@ -258,9 +258,9 @@ class Connection:
                     elif isinstance(event, CallFailed):
                         sink.set_exception(event.error)
                     else:
-                        sink.set_result(Message(event.body, event.buffers))
+                        sink.set_result(tuple.__new__(Message, (event.body, event.buffers)))  # as in `heads`
                 case CallReceived():
-                    self.last_used = self._loop.time()
+                    self.last_used = self.protocol.now
                     if not self._handlers.received(event):
                         self._schedule_flush()
                     if self._timer is None or event.deadline < self._timer_at:
@@ -331,7 +331,7 @@ class Connection:
             await self._open_bulk(self)
         except Exception as error:  # whatever it is, the main channel carries the calls
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
-            self.protocol.core.bulk_failed(self._loop.time())
+            self.protocol.bulk_failed(self._loop.time())
 
     def _arm_timer(self) -> None:
         if self._lost_reason is not None:
@@ -435,7 +435,8 @@ class _LanePort:
 
     def buffer_updated(self, count: int) -> None:
         now = self._time()
-        self._protocol.received(count, now, lane=self._lane)
+        self._protocol.now = now
+        self._protocol.life.received(count, now, self._lane)
         self._reader.buffer_updated(count)
         connection = self._connection
         connection._look()
@@ -445,7 +446,7 @@ class _LanePort:
             if not self._turn_bytes:
                 connection._loop.call_soon(self._next_turn)
             self._turn_bytes += count + 1
-            if not self._paused and self._turn_bytes > self._protocol.pace.portion(now):
+            if not self._paused and self._turn_bytes > self._protocol.budgets.pace.portion(now):
                 # uvloop would go on for as long as the socket has any, and small calls would wait
                 self._paused = True
                 self._channel.pause_reading()

@@ -1,7 +1,8 @@
 """State that both halves of a connection (outgoing and incoming calls) share, and their large messages. No I/O."""
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from tesseract_async.endpoint.bounds import Bounds
@@ -95,12 +96,9 @@ class Arrival:
             self.progress = now
 
 
-class ConnectionCore:
-    """Lanes, flow control, time, events and large messages of one connection. `outgoing` and `incoming` are its calls.
-
-    `peer` is the other end's name in errors; `dialed`: whether this end opens the bulk lane. `chunk_finished` is
-    called after each chunk; `handlers` is to be filled with what takes the other kinds of frames.
-    """
+class ConnectionCore(ABC):
+    """Lanes, flow control, time, events and large messages of one connection. `peer` is the other end's name in errors;
+    `dialed`: whether this end opens the bulk lane."""
 
     def __init__(
         self,
@@ -112,9 +110,6 @@ class ConnectionCore:
         budgets: NodeBudgets,
         owner: Owner,
         now: float,
-        outgoing: Mapping[int, CallState],
-        incoming: Mapping[int, CallState],
-        chunk_finished: Callable[[int, int, int], None],
     ) -> None:
         self.peer = peer
         self.theirs = theirs
@@ -122,14 +117,15 @@ class ConnectionCore:
         self.budgets = budgets
         self.owner = owner
         self.now = now
-        self.handlers: dict[int, frames.FrameHandler] = {}
+        self.handlers: dict[int, frames.FrameHandler] = {frames.BULK: self._bulk_asked}
+        """By the kind of a frame that is no chunk; those that use the core add theirs."""
         main, bulk = (
             Lane(
                 index,
                 self.handlers,
                 pace=budgets.pace,
                 chunk_started=self._chunk_started,
-                chunk_finished=chunk_finished,
+                chunk_finished=self._chunk_finished,
             )
             for index in (MAIN, BULK)
         )
@@ -140,7 +136,8 @@ class ConnectionCore:
         """Deadlines of calls, a heap: time, stream, whether the call is our own. Some may have ended."""
         self.events: list[ConnectionEvent] = []
         self.arena = frames.Arena()
-        self._calls = {frames.CHUNK_REPLY: outgoing, frames.CHUNK_REQUEST: incoming}
+        self.calls: dict[int, Mapping[int, CallState]] = {}
+        """The outgoing and the incoming calls, by the kind of chunk that brings their messages here."""
         self._dialed = dialed
         self._bulk_wanted = False
         self._bulk_retry_at = 0.0
@@ -154,8 +151,8 @@ class ConnectionCore:
     def add_deadline(self, deadline: float, stream: int, *, own: bool) -> None:
         heap = self.deadlines
         heapq.heappush(heap, (deadline, stream, own))
-        if len(heap) > 64 and len(heap) > 4 * sum(map(len, self._calls.values())):  # most calls end long before
-            outgoing, incoming = self._calls.values()
+        if len(heap) > 64 and len(heap) > 4 * sum(map(len, self.calls.values())):  # most calls end long before
+            outgoing, incoming = self.calls.values()
             heap[:] = [entry for entry in heap if entry[1] in (outgoing if entry[2] else incoming)]
             heapq.heapify(heap)
 
@@ -245,7 +242,7 @@ class ConnectionCore:
 
     def _chunk_started(self, lane: int, kind: int, stream: int, length: int) -> frames.Assembly | None:
         """Return the message that a chunk belongs to, or None to skip it. Raises: ProtocolError."""
-        call = self._calls[kind].get(stream)
+        call = self.calls[kind].get(stream)
         if call is None or call.arrival is None or call.room is None:
             return None  # cancelled or expired meanwhile
         if call.arrival.lane.index != lane:  # two readers in one message would write over its end
@@ -257,10 +254,15 @@ class ConnectionCore:
             raise ProtocolError(f"a chunk of less than {frames.MIN_CHUNK} bytes is not its message's last")
         return assembly if call.room.fill(call.arrival.size - assembly.left + length) else None
 
-    def chunk_finished(self, kind: int, stream: int, length: int) -> CallState | None:
+    @abstractmethod
+    def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
+        """A chunk of so many bytes has come."""
+
+    def whole_after(self, kind: int, stream: int, length: int) -> CallState | None:
+        """Take note of a chunk that came; return the call whose message it has made whole, if it has."""
         if self.windows.measure(length, self.now, self.life.rtt):
             self.life.send_ping(self.now)
-        call = self._calls[kind].get(stream)
+        call = self.calls[kind].get(stream)
         if call is None or call.arrival is None or call.room is None or call.room.released:
             return None
         call.arrival.look(self.now)
@@ -296,10 +298,7 @@ class ConnectionCore:
         """
         now, stall_after = self.now, self.bounds.stall_after
         arrivals = [
-            (call, call.arrival)
-            for calls in self._calls.values()
-            for call in calls.values()
-            if call.arrival is not None
+            (call, call.arrival) for calls in self.calls.values() for call in calls.values() if call.arrival is not None
         ]
         moved = [0.0, 0.0]
         for _, arrival in arrivals:
@@ -330,7 +329,7 @@ class ConnectionCore:
         self._bulk_wanted = False
         self._bulk_retry_at = now + self.bounds.bulk_retry
 
-    def bulk_asked(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+    def _bulk_asked(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A BULK frame: the accepting side has a large message. Raises: ProtocolError if that is us."""
         self.count_idle()
         if not self._dialed:

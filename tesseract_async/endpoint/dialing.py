@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import os
+import random
 import ssl
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Final, TypeVar
@@ -31,6 +33,7 @@ from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.tls import TlsMachine
+from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.frames import FrameReader
 from tesseract_async.wire.heads import Hello
 
@@ -45,8 +48,8 @@ Result = TypeVar("Result")
 Established = Callable[[Channel, FrameReader, PeerID, Hello], None]
 
 
-class Dialer:
-    """Opens connections, and accepts those that others open. `make_connection` builds one that is not attached yet."""
+class Dialer(Uncopied, ABC):
+    """The part of `Endpoint` that opens connections, and accepts those that others open."""
 
     def __init__(
         self,
@@ -54,14 +57,15 @@ class Dialer:
         identity: Identity,
         transports: Sequence[Transport],
         settings: EndpointSettings,
-        pool: ConnectionPool,
         metrics: Metrics,
-        make_connection: Callable[[PeerID, Hello, PeerAddress | None, Pipe], Connection],
         grants: Callable[[], Sequence[bytes]],
         features: frozenset[str],
-        throttle: Throttle | None = None,
+        throttle: Throttle | None,
     ) -> None:
-        self._peer_id = identity.peer_id
+        self.identity = identity
+        self.peer_id = identity.peer_id
+        self.metrics = metrics
+        self.throttle = throttle
         self._contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
         if settings.security == "tls":
             self._contexts = make_contexts(identity)
@@ -69,14 +73,12 @@ class Dialer:
             logger.warning("security is off: nothing is encrypted, and peers can claim to be anybody")
         else:
             raise ValueError(f"security is 'tls' or 'plain', not {settings.security!r}")
-        self._transports = transports
+        self._transports = list(transports)
         self._bounds = bounds = settings.bounds
-        self._pool = pool
-        self._metrics = metrics
-        self._make_connection = make_connection
+        self._rng = random.Random()
+        self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
         self._grants = grants
         self._features = features
-        self._throttle = throttle
         self._dials: dict[PeerAddress, asyncio.Task[Connection]] = {}
         self._half_open: set[Handshake] = set()
         room = room_for(descriptor_limit())
@@ -89,8 +91,11 @@ class Dialer:
     def num_callers(self) -> int:
         return len(self._callers)
 
-    async def aclose(self) -> None:
-        self._closed = True
+    @abstractmethod
+    def _make_connection(self, peer_id: PeerID, hello: Hello, dialed: PeerAddress | None, pipe: Pipe) -> Connection:
+        """Return a connection that is not attached yet."""
+
+    async def _end_dials(self) -> None:
         dials = list(self._dials.values())
         for dial in dials:
             dial.cancel()
@@ -128,17 +133,17 @@ class Dialer:
 
     async def _dial(self, peer: PeerAddress) -> Connection:
         loop = asyncio.get_running_loop()
-        wait = self._pool.retry_at(peer) - loop.time()
+        wait = self.pool.retry_at(peer) - loop.time()
         if wait > 0:
             await asyncio.sleep(wait)
-            if (back := self._pool.find(peer)) is not None:  # it came by itself meanwhile, or was found elsewhere
+            if (back := self.pool.find(peer)) is not None:  # it came by itself meanwhile, or was found elsewhere
                 return back
         try:
             connection = await self.connect_through(peer, self.paths(peer))
         except PeerUnreachable:
-            self._pool.dial_failed(peer, loop.time())
+            self.pool.dial_failed(peer, loop.time())
             raise
-        self._pool.dial_succeeded(peer)
+        self.pool.dial_succeeded(peer)
         return connection
 
     async def connect_through(self, peer: PeerAddress, paths: Sequence[DialPath]) -> Connection:
@@ -155,7 +160,7 @@ class Dialer:
         await self._race(peer, paths, peer.peer_id, lambda: self._hello(os.urandom(16), bulk=False), established)
         return made[0]
 
-    async def open_bulk(self, connection: Connection) -> None:
+    async def _open_bulk(self, connection: Connection) -> None:
         """Open the second channel of a connection that was dialed here. Raises: PeerUnreachable."""
         peer = connection.dialed
         assert peer is not None
@@ -192,7 +197,7 @@ class Dialer:
 
         def finished(path: DialPath, error: BaseException | None) -> None:
             if error is not None:
-                self._metrics.count("endpoint_dials_failed", reason=reason_of(error))
+                self.metrics.count("endpoint_dials_failed", reason=reason_of(error))
             for transport in self._transports:
                 transport.path_finished(peer, path, error)
 
@@ -208,7 +213,7 @@ class Dialer:
             return
         welcome, victim = self._callers.enter(pipe, group_of(pipe.origin), asyncio.get_running_loop().time())
         if victim is not None or not welcome:
-            self._metrics.count("endpoint_handshakes_failed", reason="too_many")
+            self.metrics.count("endpoint_handshakes_failed", reason="too_many")
         if victim is not None:
             victim.abort()
         if welcome:
@@ -218,7 +223,7 @@ class Dialer:
 
     def _accepted(self, channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
         if hello.bulk:
-            connection = self._pool.find_session(peer_id, hello.session)
+            connection = self.pool.find_session(peer_id, hello.session)
             if connection is None or connection.has_bulk:
                 raise HandshakeFailed("hello", "a bulk channel belongs to no connection")
             connection.attach(BULK, channel, reader)
@@ -230,7 +235,7 @@ class Dialer:
     def _has_room(self, peer_id: PeerID, origin: str) -> bool:
         """Return whether one more connection may be accepted. Where there are too many, one of the largest crowd is
         dropped for it, an idle one if there is one."""
-        pool, bounds = self._pool, self._bounds
+        pool, bounds = self.pool, self._bounds
         if pool.num_connections_with(peer_id) >= bounds.max_connections_per_peer:
             return False
         full = pool.num_connections >= self._max_connections
@@ -258,7 +263,7 @@ class Dialer:
         if not idle and (crowd == mine or len(found) <= len(groups.get(mine, ())) + 1):
             return False
         victim = min(idle or found, key=lambda one: (one.protocol.was_called, one.last_used))
-        self._metrics.count("endpoint_connections_dropped", reason="crowd")
+        self.metrics.count("endpoint_connections_dropped", reason="crowd")
         victim.abort("it was idle, and there are too many")
         return True
 
@@ -266,7 +271,7 @@ class Dialer:
         bounds = self._bounds
         limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
         more = () if bulk else (tuple(self._grants()), self._features)
-        return Hello(session, bulk, self._peer_id, *limits, *more)
+        return Hello(session, bulk, self.peer_id, *limits, *more)
 
     def _handshake(
         self, pipe: Pipe, *, own: Hello | None, expected: PeerID | None, established: Established
@@ -284,7 +289,7 @@ class Dialer:
             expected=expected,
             established=established,
             timeout=self._bounds.handshake_timeout,
-            throttle=self._throttle,
+            throttle=self.throttle,
         )
         self._half_open.add(handshake)
         handshake.done.add_done_callback(lambda done: self._handshake_ended(handshake, pipe))
@@ -296,7 +301,7 @@ class Dialer:
         self._callers.leave(pipe)
         error = handshake.done.exception()
         if error is not None and not handshake.dialed:
-            self._metrics.count("endpoint_handshakes_failed", reason=reason_of(error))
+            self.metrics.count("endpoint_handshakes_failed", reason=reason_of(error))
             logger.info("a handshake with %s failed: %s", handshake.description, describe(error))
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -13,7 +12,6 @@ from tesseract_async.endpoint.bounds import EndpointSettings
 from tesseract_async.endpoint.budget import NodeBudgets
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, IncomingCall, Message
 from tesseract_async.endpoint.connection import Connection
-from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.dialing import Dialer
 from tesseract_async.endpoint.events import ReplyEvent, RequestUnseen
 from tesseract_async.endpoint.quotas import Quotas
@@ -23,7 +21,6 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.tasks import TaskSet
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport
 from tesseract_async.transport.throttle import Throttle
-from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import frames, heads
 from tesseract_async.wire.frames import Buffer
 from tesseract_async.wire.heads import Hello, RequestHead
@@ -55,7 +52,7 @@ class ConnectionInfo:
     """Calls under way in both directions."""
 
 
-class Endpoint(Uncopied):
+class Endpoint(Dialer):
     """Calls to other nodes, and answers to theirs, many at once over one connection per peer.
 
     Lives on one event loop: `start`, then `call` and `handle`, then `aclose`. `transports` say how others are reached.
@@ -80,42 +77,38 @@ class Endpoint(Uncopied):
         """`grants`: what this node shows to each peer it meets (`Hello.grants`). `on_grants` is called with what a peer
         shows, before any of its calls. `admits`: whether a peer that the policy allows may send large requests.
         `features`: what this node says it understands. `throttle`: what all connections keep to."""
-        self.identity = identity
-        self.peer_id = identity.peer_id
-        self.metrics = metrics if metrics is not None else Metrics()
-        self.policy = policy if policy is not None else Policy()
         settings = settings if settings is not None else EndpointSettings()
-        self._bounds = bounds = settings.bounds
-        self._transports = list(transports)
-        self._table = table if table is not None else CallTable(self.peer_id.short)
-        self._features = features
-        self.throttle = throttle
-        self.budgets = NodeBudgets(settings.max_receive_bytes)
-        """Memory that all connections share."""
-        self.quotas = Quotas(
-            lambda peer_id: self.policy.quota_of(peer_id),
-            refused=lambda reason: self.metrics.count("endpoint_calls_over_quota", reason=reason),
-        )
-        """The part of its quota that each peer has used."""
-        self._rng = random.Random()
-        self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
-        self.dialer = Dialer(
+        super().__init__(
             identity=identity,
-            transports=self._transports,
+            transports=transports,
             settings=settings,
-            pool=self.pool,
-            metrics=self.metrics,
-            make_connection=self._make_connection,
+            metrics=metrics if metrics is not None else Metrics(),
             grants=grants,
             features=features,
             throttle=throttle,
         )
+        self._table = table if table is not None else CallTable(self.peer_id.short)
+        self.budgets = NodeBudgets(settings.max_receive_bytes)
+        """Memory that all connections share."""
+        self.quotas = Quotas(
+            policy if policy is not None else Policy(),
+            refused=lambda reason: self.metrics.count("endpoint_calls_over_quota", reason=reason),
+        )
+        """The part of its quota that each peer has used."""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._closing = TaskSet("endpoint: close")
-        self._closed = False
         self._on_grants = on_grants
         self._admits = admits
+
+    @property
+    def policy(self) -> Policy:
+        """The rules on who may do what here; may be replaced at any time."""
+        return self.quotas.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self.quotas.policy = policy
 
     async def start(self, transports: Sequence[Transport] = ()) -> None:
         """Let every transport listen. `transports`: further ones, which need this endpoint to be built."""
@@ -130,7 +123,7 @@ class Endpoint(Uncopied):
             self._timer.cancel()
         for transport in self._transports:
             await transport.aclose()
-        await self.dialer.aclose()
+        await self._end_dials()
         closes = [connection.aclose("the node is closing") for connection in self.pool.connections()]
         await asyncio.gather(*closes, *self._closing, return_exceptions=True)
 
@@ -157,20 +150,18 @@ class Endpoint(Uncopied):
         """Calls of `method` get UnknownMethod from now on; those under way go on."""
         self._table.remove(method)
 
-    def accept(self, pipe: Pipe) -> None:
-        """Serve the peer at the other end of a pipe that it opened."""
-        self.dialer.accept(pipe)
-
     def _answer(self, call: IncomingCall) -> Answer:
         action = self._table.actions.get(call.method)
-        if action is not None and (error := self._refusal(call.peer_id, action)) is not None:
-            raise error
+        if action is not None and not self.quotas.policy.allows(call.peer_id, action):
+            raise self._refusal(call.peer_id, action)
         return self._table.find(call)(call)
 
-    def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
-        """Return why `peer_id` may not take this action (by a large request), and count the refusal; None if it may."""
-        if self.policy.allows(peer_id, action) and not (large and not self._admits(peer_id)):
-            return None
+    def _refusal_of_large(self, peer_id: PeerID) -> NotAllowed | None:
+        """Return why `peer_id` may send no large requests; None if it may."""
+        allowed = self.quotas.policy.allows(peer_id, "call") and self._admits(peer_id)
+        return None if allowed else self._refusal(peer_id, "call")
+
+    def _refusal(self, peer_id: PeerID, action: Action) -> NotAllowed:
         self.metrics.count("endpoint_calls_refused", action=action)
         return NotAllowed(f"{self.peer_id.short} does not let {peer_id.short} {action}: ask its owner")
 
@@ -200,11 +191,13 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = self._find(peer)
+            connection = self.pool.find(peer)
             if connection is None:
-                connection = await self.dialer.connect(peer, deadline=deadline, what=method)
+                connection = await self.connect(peer, deadline=deadline, what=method)
+            elif peer is not connection.known:
+                self._note_address(connection, peer)
             try:
-                future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+                future: asyncio.Future[Message] = asyncio.Future()
                 reserves = max_reply_bytes is not None
                 stream = connection.start_call(head, views, future, deadline=deadline, reserve_reply=reserves)
                 try:
@@ -249,7 +242,11 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = self._find(peer) or await self.dialer.connect(peer, deadline=deadline, what=method)
+            connection = self.pool.find(peer)
+            if connection is None:
+                connection = await self.connect(peer, deadline=deadline, what=method)
+            elif peer is not connection.known:
+                self._note_address(connection, peer)
             head = head._replace(time_left=max(deadline - asyncio.get_running_loop().time(), 0.001))
             parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
             try:
@@ -278,8 +275,10 @@ class Endpoint(Uncopied):
         `sink` is given each part as it comes, and last the reply's end or its failure: nothing is repeated. Returns a
         function that cancels the call, which does nothing once it is over. Raises: what starting a call raises.
         """
-        if (connection := self._find(peer)) is None:
+        if (connection := self.pool.find(peer)) is None:
             return None
+        if peer is not connection.known:
+            self._note_address(connection, peer)
         head, views, deadline = self._request(method, body, buffers, timeout, None, priority)
         return connection.call_into(head, views, sink, deadline=deadline)
 
@@ -299,17 +298,17 @@ class Endpoint(Uncopied):
         if priority:
             check_priority(priority)
         max_reply = self._bounds.max_message if max_reply_bytes is None else max_reply_bytes
-        head = RequestHead(method, timeout, priority, 0, max_reply, body)
-        return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout
+        head = tuple.__new__(RequestHead, (method, timeout, priority, 0, max_reply, body))  # as in `heads`
+        views: tuple[memoryview, ...] = tuple(map(frames.byte_view, map(memoryview, buffers)))  # type: ignore[arg-type]
+        return head, views, asyncio.get_running_loop().time() + timeout
 
-    def _find(self, peer: PeerAddress) -> Connection | None:
-        connection = self.pool.find(peer)
-        if connection is not None and peer is not connection.known and connection.known is not None:
+    def _note_address(self, connection: Connection, peer: PeerAddress) -> None:
+        """A call names a peer otherwise than the calls before it."""
+        if connection.known is not None:
             if peer != connection.known and peer.peer_id is not None:
                 for transport in self._transports:
                     transport.peer_known(peer)
             connection.known = peer
-        return connection
 
     def connections(self) -> list[ConnectionInfo]:
         return [
@@ -328,14 +327,6 @@ class Endpoint(Uncopied):
     def is_connected(self, peer_id: PeerID) -> bool:
         return self.pool.find(PeerAddress(peer_id, ())) is not None
 
-    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
-        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
-        take; None where there is none, or nothing was measured."""
-        connection = self.pool.find(peer)
-        if connection is None or connection.protocol.life.rtt is None:
-            return None
-        return connection.protocol.life.rtt, connection.protocol.windows.bytes_per_second
-
     def path_kind(self, peer_id: PeerID) -> str:
         """The first word of the path that calls to this peer take now, where this end opened it; else empty."""
         connection = self.pool.find(PeerAddress(peer_id, ()))
@@ -350,7 +341,7 @@ class Endpoint(Uncopied):
         Raises: PeerUnreachable.
         """
         old = [c for c in self.pool.connections() if c.peer_id == peer.peer_id and c.dialed is not None]
-        await self.dialer.connect_through(peer, self.dialer.paths(peer) if paths is None else paths)
+        await self.connect_through(peer, self.paths(peer) if paths is None else paths)
         for connection in old:
             connection.retired = True
 
@@ -367,13 +358,13 @@ class Endpoint(Uncopied):
             dialed=dialed,
             pipe=pipe,
             answer=self._answer,
-            open_bulk=self.dialer.open_bulk,
+            open_bulk=self._open_bulk,
             on_closed=self.pool.remove,
             budgets=self.budgets,
             bounds=self._bounds,
             metrics=self.metrics,
             quotas=self.quotas,
-            refusal=lambda: self._refusal(peer_id, "call", large=True),
+            refusal=lambda: self._refusal_of_large(peer_id),
         )
         if hello.grants:
             self._on_grants(peer_id, hello.grants)

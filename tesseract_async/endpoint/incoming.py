@@ -80,7 +80,6 @@ class IncomingCalls:
     def __init__(
         self,
         core: ConnectionCore,
-        calls: dict[int, ReceivedCall],
         *,
         quotas: Quotas | None,
         peer_id: PeerID,
@@ -90,7 +89,8 @@ class IncomingCalls:
         """The highest number of a call that the peer has made."""
         self.waiting = WaitingReplies(core.budgets.replies, core.owner, max_bytes=core.bounds.max_replies)
         self._core = core
-        self._calls = calls
+        self._calls: dict[int, ReceivedCall] = {}
+        core.calls[frames.CHUNK_REQUEST] = self._calls
         self._quotas = quotas
         self._peer_id = peer_id
         self._refusal = refusal

@@ -14,6 +14,10 @@ from tesseract_async.wire.heads import RequestHead
 
 class OutgoingCall(CallState):
     grant_kind = frames.GRANT_REPLY
+    head: RequestHead
+    buffers: tuple[memoryview, ...]
+    sizes: list[int]
+    deadline: float
     small = 0
     """Bytes counted against the peer's max_small."""
     reserved = 0
@@ -31,22 +35,14 @@ class OutgoingCall(CallState):
     untaken: tuple[Reservation, ...] = ()
     """Room of the parts that are here and that the caller has not taken."""
 
-    def __init__(
-        self, stream: int, head: RequestHead, buffers: tuple[memoryview, ...], sizes: list[int], deadline: float
-    ) -> None:
-        self.stream = stream
-        self.head = head
-        self.buffers = buffers
-        self.sizes = sizes
-        self.deadline = deadline
-
 
 class OutgoingCalls:
     """The calls made here on one connection, by number. Some wait until the peer's limits allow their requests."""
 
-    def __init__(self, core: ConnectionCore, calls: dict[int, OutgoingCall]) -> None:
+    def __init__(self, core: ConnectionCore) -> None:
         self._core = core
-        self._calls = calls
+        self._calls: dict[int, OutgoingCall] = {}
+        core.calls[frames.CHUNK_REPLY] = self._calls
         self._next_stream = 1
         self._waiting: deque[int] = deque()
         self._num_sent = 0
@@ -80,7 +76,9 @@ class OutgoingCalls:
             raise MessageTooLarge(head.max_reply, core.budgets.messages.total)
         stream = self._next_stream
         self._next_stream += 1
-        call = self._calls[stream] = OutgoingCall(stream, head, buffers, sizes, deadline)
+        call = self._calls[stream] = OutgoingCall()
+        call.stream, call.head, call.deadline = stream, head, deadline
+        call.buffers, call.sizes = buffers, sizes
         core.add_deadline(deadline, stream, own=True)
         if in_parts and heads.REPLY_PARTS in core.theirs.features:
             call.in_parts = True
@@ -301,7 +299,8 @@ class OutgoingCalls:
             self._core.events.append(PartReceived(call.stream, body, buffers))
             return
         else:
-            self._core.events.append(ReplyReceived(call.stream, body, buffers))
+            received = tuple.__new__(ReplyReceived, (call.stream, body, buffers))  # as in `heads`
+            self._core.events.append(received)
         self._end(call)
 
     def part_taken(self, stream: int) -> None:

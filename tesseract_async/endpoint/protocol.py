@@ -3,9 +3,10 @@
 A connection has a *main* lane and, from the first large message on, a *bulk* lane: two channels to the same peer, so
 that large messages never stand in a small one's way. Everything about one message travels on one lane, in order.
 
-Cycle of the driver: let the lane's `reader` receive, call `received`, take the core's `events`, send `data_to_send` of
-each lane, arm a timer for `timer_at`, and `deliver` what has changed in the node's budgets, of which other connections
-may hear by `room_changed`. Untrusted bytes raise only `ProtocolError`, from the readers; the driver closes then.
+Cycle of the driver: set `now`, tell `life` what came, let the lane's `reader` receive it, take
+`events`, send `data_to_send` of each lane, arm a timer for `timer_at`, and `deliver` what has changed in the node's
+budgets, of which other connections may hear by `room_changed`. Untrusted bytes raise only `ProtocolError`, from the
+readers; the driver closes then.
 """
 
 import heapq
@@ -25,7 +26,7 @@ from tesseract_async.wire import frames
 from tesseract_async.wire.heads import Hello
 
 
-class ConnectionProtocol:
+class ConnectionProtocol(ConnectionCore):
     """See the module. `hello` is the peer's. `budgets` are shared by the connections of a node; this one's part in them
     is `owner`'s. `quotas` counts the calls of `hello.peer_id`; `refusal` says why it may call nothing here, if so.
     """
@@ -43,38 +44,17 @@ class ConnectionProtocol:
         quotas: Quotas | None = None,
         refusal: Callable[[], RemoteError | None] | None = None,
     ) -> None:
-        self.peer = peer
-        """The other end's name in errors."""
-        self.pace = budgets.pace
         self.pong_due = False
         """True if a PING was not answered yet, on the main lane."""
         self._peer_saw: int | None = None  # the highest number of our calls that the peer saw, once it has closed
-        self._outgoing: dict[int, OutgoingCall] = {}
-        self._incoming: dict[int, ReceivedCall] = {}
-        self.core = core = ConnectionCore(
-            peer,
-            hello,
-            dialed=dialed,
-            bounds=bounds,
-            budgets=budgets,
-            owner=owner,
-            now=now,
-            outgoing=self._outgoing,
-            incoming=self._incoming,
-            chunk_finished=self._chunk_finished,
-        )
-        self.lanes = core.lanes
-        self.life = core.life
-        self.windows = core.windows
-        self.outgoing = OutgoingCalls(core, self._outgoing)
-        self.incoming = IncomingCalls(
-            core, self._incoming, quotas=quotas, peer_id=PeerID(hello.peer_id), refusal=refusal
-        )
+        super().__init__(peer, hello, dialed=dialed, bounds=bounds, budgets=budgets, owner=owner, now=now)
+        self.outgoing = OutgoingCalls(self)
+        self.incoming = IncomingCalls(self, quotas=quotas, peer_id=PeerID(hello.peer_id), refusal=refusal)
         self.reply = self.incoming.reply
         self.fail = self.incoming.fail
         self.start_call = self.outgoing.start
         self.cancel_call = self.outgoing.cancel
-        core.handlers |= {
+        self.handlers |= {
             frames.REQUEST: self.incoming.request_received,
             frames.REPLY: self.outgoing.reply_received,
             frames.BEGIN_REQUEST: self.incoming.request_announced,
@@ -87,7 +67,6 @@ class ConnectionProtocol:
             frames.PING: self._ping,
             frames.PONG: self._pong,
             frames.CLOSE: self._close,
-            frames.BULK: core.bulk_asked,
         }
         for lane in self.lanes:
             lane.sent = self.incoming.sent
@@ -99,10 +78,10 @@ class ConnectionProtocol:
 
     @property
     def num_calls(self) -> int:
-        return len(self._outgoing) + len(self._incoming)
+        return sum(map(len, self.calls.values()))
 
     def room_changed(self, room: Reservation, now: float) -> None:
-        self.core.now = now
+        self.now = now
         call = room.call
         if isinstance(call, OutgoingCall):
             self.outgoing.room_changed(call, room)
@@ -114,7 +93,7 @@ class ConnectionProtocol:
 
         The memoryviews are those of messages that may be cancelled later: copy or encrypt them at once.
         """
-        now = self.core.now
+        now = self.now
         if self.pong_due and lane == MAIN:
             self.pong_due = False
             self.life.send_pong(now)
@@ -136,46 +115,41 @@ class ConnectionProtocol:
         main, bulk = self.lanes
         return main.small_bytes + bulk.small_bytes + self.incoming.waiting.num_bytes
 
-    def received(self, count: int, now: float, *, lane: int = MAIN) -> None:
-        """Note that a lane's reader was given `count` bytes; any of them counts as life."""
-        self.core.now = now
-        self.life.received(count, now, lane)
-
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
-        call = self.core.chunk_finished(kind, stream, length)
+        call = self.whole_after(kind, stream, length)
         if isinstance(call, OutgoingCall):
             self.outgoing.arrived(call)
         elif isinstance(call, ReceivedCall):
             self.incoming.arrived(call)
 
     def _credit(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self.core.count_idle()
+        self.count_idle()
         self.windows.credited(stream)
 
     def _window(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self.core.count_idle()
+        self.count_idle()
         self.windows.told(stream)
 
     def _ping(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self.core.count_idle()
+        self.count_idle()
         if lane == MAIN:
             self.pong_due = True  # one for however many
         else:
             self.lanes[lane].put(frames.frame(frames.PONG))
 
     def _pong(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self.core.count_idle()
+        self.count_idle()
         if lane == MAIN:
-            self.life.pong_received(stream, self.core.now, answer=flags != frames.REPORT)
+            self.life.pong_received(stream, self.now, answer=flags != frames.REPORT)
         else:
-            self.life.bulk_moved(self.core.now)
+            self.life.bulk_moved(self.now)
 
     def _close(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._peer_saw = stream
-        self.core.events.append(PeerClosed(printable(bytes(payload[:500]).decode("utf-8", "replace"))))
+        self.events.append(PeerClosed(printable(bytes(payload[:500]).decode("utf-8", "replace"))))
 
     def timer_at(self) -> float:
-        deadlines, due = self.core.deadlines, self.life.timer_at()
+        deadlines, due = self.deadlines, self.life.timer_at()
         return min(due, deadlines[0][0]) if deadlines else due
 
     def handle_timer(self, now: float, *, late: float = 0.0) -> None:
@@ -183,15 +157,14 @@ class ConnectionProtocol:
 
         Raises: ConnectionLost for a peer that has been silent for too long.
         """
-        core = self.core
-        core.now = now
-        while core.deadlines and core.deadlines[0][0] <= now:
-            _, stream, own = heapq.heappop(core.deadlines)
+        self.now = now
+        while self.deadlines and self.deadlines[0][0] <= now:
+            _, stream, own = heapq.heappop(self.deadlines)
             if own:
                 self.outgoing.expire(stream)
             else:
                 self.incoming.cancel(stream)
-        for call in core.find_stalled():
+        for call in self.find_stalled():
             if isinstance(call, OutgoingCall):
                 self.outgoing.stalled(call)
             elif isinstance(call, ReceivedCall):
@@ -200,7 +173,7 @@ class ConnectionProtocol:
         if self.life.check(now, late):
             for lane in self.lanes:
                 lane.reader.release_scratch()
-            core.arena.release()
+            self.arena.release()
 
     def farewell(self, reason: str) -> None:
         close = frames.frame(frames.CLOSE, stream=self.incoming.last_seen, payload=reason.encode()[:500])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from tesseract_async.admission import Quota
+from tesseract_async.admission import Policy, Quota
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.token_bucket import TokenBucket
 
@@ -25,16 +25,16 @@ class Use:
 
 
 class Quotas:
-    """The use of all peers of a node. `quota_of` gives the quota of one, now; `refused` hears why a call was."""
+    """The use of all peers of a node. `policy` may be another at any time; `refused` hears why a call was."""
 
     def __init__(
         self,
-        quota_of: Callable[[PeerID], Quota | None],
+        policy: Policy,
         *,
         refused: Callable[[str], None] = lambda reason: None,
         max_peers: int = MAX_PEERS,
     ) -> None:
-        self._quota_of = quota_of
+        self.policy = policy
         self._refused = refused
         self._max_peers = max_peers
         self._uses: dict[PeerID, Use] = {}  # the one that was seen last is last
@@ -51,7 +51,7 @@ class Quotas:
         """A request of `num_bytes` is to be taken. Seconds until it may come back, or 0.0 if it may go on: it then
         counts until `end`. None if the peer has no quota: nothing is counted.
         """
-        quota = self._quota_of(peer_id)
+        quota = self.policy.quotas.get(peer_id, self.policy.quota)
         if quota is None:
             return None
         use = self._uses.pop(peer_id, None)

@@ -57,10 +57,6 @@ class Authority:
         self._weigh()
 
     @property
-    def mode(self) -> str:
-        return self.tag.mode
-
-    @property
     def lease(self) -> float:
         """Seconds of silence after which another server may become an expert's primary."""
         return self.run.manifest.lease
@@ -81,10 +77,6 @@ class Authority:
         does not mean that there was none. A manifest that does not say when it was signed counts as new."""
         created = self.run.manifest.created / 1000
         return EPOCH_ZERO < created < now - RECORDS_SECONDS
-
-    @property
-    def sync_every(self) -> float:
-        return self.run.manifest.sync_every
 
     def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool:
         """Return whether `peer_id` may act as `role`, for `uid` or (None) at all.

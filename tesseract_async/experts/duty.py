@@ -6,12 +6,12 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Membership, Poll
 from tesseract_async.experts.own_term import NEVER, PUBLISH_EVERY, OwnTerm
 from tesseract_async.experts.tenure_words import MAX_PAST, Command, Fetch, Look, Persist, Publish, RoleChanged, State
-from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind
+from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, sign_seal
 from tesseract_async.identity import Identity, PeerID
 
 
 class Duty:
-    """Base of `Tenure`, which says how a server becomes the primary."""
+    """Base of `Tenure`, which takes in answers and the time."""
 
     def __init__(
         self,
@@ -119,7 +119,16 @@ class Duty:
         if self.state is State.PRIMARY:
             members = own.choose(now, self._lease, self._member.may_succeed)
         own.number += 1
-        seal = self._member.sign_seal(own, root, size, version, successors=members, now=now)
+        seal = sign_seal(
+            *self._member.signer,
+            term=own.term,
+            number=own.number,
+            version=version,
+            root=root,
+            size=size,
+            time=own.time(now),
+            successors=members,
+        )
         self._member.held = seal
         self.lineage.add(seal, now=max(wall, EPOCH_ZERO + seal.time))
         own.sealed(seal)
@@ -146,6 +155,132 @@ class Duty:
         if self.is_primary(now) and held is not None and held.term == own.term.digest:
             if own.choose(now, self._lease, self._member.may_succeed) != own.named:
                 self.seal(held.root, held.size, held.version, now, wall)
+
+    # -- becoming the primary ------------------------------------------------------------------------------------------
+
+    def _stand(self, kind: TermKind, seal: Seal | None, now: float, wall: float, handover: bytes = b"") -> bool:
+        """Try to become primary from this Seal, where no appointment says otherwise."""
+        if self.is_twin or not self._member.may_stand(kind, seal, wall):
+            self._retry(now)
+            return False
+        epoch = self._member.next_epoch(seal, wall)
+        others = set() if seal is None else set(seal.members) - {self.me}
+        if kind is TermKind.TAKEOVER and others and self._member.num_needed > 1:
+            self.state = State.CANDIDATE  # its own vote is promised where a Term stands on it
+            self._look(now)  # should all others be gone, it must know that the network has nothing newer
+            self._ask_all("vote", others, epoch, now)
+            return True
+        return self._begin(kind, seal, epoch, now, wall, handover)
+
+    def _begin(
+        self, kind: TermKind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
+    ) -> bool:
+        """Sign a Term, and say so. Whether the evidence, votes or the signature of a handover, carries it."""
+        self._poll = None
+        term = self._member.sign_term(kind, seal, epoch, evidence) if self.may.write else None
+        if term is None:
+            self._give_up(now)
+            return False
+        # the members of the parent decide until a Seal with others is settled
+        others = seal.members if seal is not None and kind in (TermKind.TAKEOVER, TermKind.HANDOVER) else ()
+        self.state = State.CANDIDATE
+        votes = evidence.given if isinstance(evidence, Poll) else {}
+        self._own = OwnTerm(term, tuple(peer for peer in others if peer != self.me), votes, now=now)
+        self._member.promise(epoch, self.me, now)
+        # with nobody else to ask its own word counts, even where its line lies in the future by the present clock
+        self.lineage.add(term, now=wall if set(others) - {self.me} else max(wall, EPOCH_ZERO + epoch), has_term=True)
+        if kind is TermKind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
+            self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
+        self._persist()
+        self._publish(self._own, now)
+        if kind is TermKind.ADOPTION:
+            # two may adopt at once: both wait, and see each other
+            self._settle_at = self._member.settled_at(now)
+        elif self._is_elected:
+            self._patient_until = now + self._member.patience
+            self._beat(self._own, now)  # the network may take long: the members that it needs say it sooner
+        else:
+            self._commands.append(Look())
+        return True
+
+    @property
+    def _is_elected(self) -> bool:
+        """True if most of three members or more gave it their votes, or the last primary its word, and it waits until
+        most follow it."""
+        own = self._own
+        return self.state is State.CANDIDATE and own is not None and own.is_by_members and not own.term.is_weak
+
+    def _read_back(self, now: float, wall: float) -> None:
+        """The network holds its Term, and nothing above it."""
+        term = self.term
+        if term is None or self.lineage.best is not term or self.is_twin or self._is_elected:
+            return
+        is_half = term.kind is TermKind.TAKEOVER and self.held is not None
+        if not self.may.write or (is_half and 1 + len(term.voters) < self._member.num_needed):
+            self._give_up(now)
+            return
+        others = set() if self.held is None else set(self.held.members) - {self.me}
+        if term.is_weak and others:  # it may have been cut off itself until now: are they silent still?
+            self._ask_all("probe", others, term.epoch, now)
+            return
+        self._become_primary(now, wall)
+
+    def _become_primary(self, now: float, wall: float) -> None:
+        own, held = self._own, self.held
+        assert own is not None
+        self.state, self._has_own_steps = State.PRIMARY, True
+        own.beat_at = now
+        if now >= self._lease_until():
+            self._fence(now)
+        elif held is not None and own.term.seal is not None and held.digest == own.term.seal.digest:
+            # names successors before there is a new state for them to fetch: another may die soon
+            self.seal(held.root, held.size, held.version, now, wall)
+        self._say_role()
+
+    @property
+    def wanted_root(self) -> bytes | None:
+        """The root of the state with which the run's owner gives the expert to this server: install it, then say
+        `restored`. None if nothing is to be installed."""
+        appointment = None if self.is_twin else self._member.appointment()
+        return None if appointment is None else appointment.root
+
+    def restored(self, root: bytes, now: float, wall: float) -> None:
+        """The state of that root is installed: begin from it, if that is the owner's word still."""
+        if self.wanted_root == root:
+            self._appoint(now, wall, restored=True)
+
+    def _appoint(self, now: float, wall: float, *, restored: bool = False) -> None:
+        """Take what the run's owner gives to this server."""
+        appointment = None if self.is_twin else self._member.appointment()
+        if appointment is not None and (appointment.root is None or restored):
+            parent = None if restored else self.held  # nobody has a Seal of what was put aside
+            self._begin(TermKind.APPOINTED, parent, self._member.next_epoch(None, wall), now, wall)
+
+    def _beat(self, own: OwnTerm, now: float) -> None:
+        own.beat_at = now + self._lease / 6
+        kind = "rise" if self.state is State.FENCED else "beat"
+        hosts = [peer for peer in sorted(self._member.hosts) if peer != self.me]
+        self._commands += own.beats(kind, self._boot, self.lineage.seal_of(own.term), hosts, self._random)
+        if now - self._member.looked_at >= self._lease / 3:
+            self._look(now)
+
+    def _recover(self, now: float) -> None:
+        """Leave FENCED if a majority answers (of one or two members: the network) and nothing ranks higher."""
+        best, own = self.lineage.best, self._own
+        if own is None or best is not own.term or self.is_twin or best.epoch == self._member.handed_over:
+            return
+        may = own.is_by_members or self._member.looked_at >= own.fenced_at
+        if may and now < self._lease_until() and not self._member.is_bound(best, now):
+            self.state, self._has_own_steps = State.PRIMARY, True
+            self._say_role()
+
+    def _retry_adopting(self, now: float) -> None:
+        """Try again as soon as it may be adopted: nobody else is left to make way for."""
+        self._member.retry_at = max(now + 1.0, self._member.adopt_at)
+
+    def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float) -> None:
+        self._poll, sends = self._member.ask(kind, others, epoch, now)
+        self._commands += sends
 
     # -- giving way ----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Appointment
 from tesseract_async.experts.lineage import SKEW, Lineage
-from tesseract_async.experts.own_term import NEVER, NUM_SUCCESSORS, Age, OwnTerm
+from tesseract_async.experts.own_term import NEVER, NUM_SUCCESSORS, Age
 from tesseract_async.experts.tenure_words import Question, Send, State
 from tesseract_async.experts.terms import (
     EPOCH_ZERO,
@@ -23,10 +23,7 @@ from tesseract_async.experts.terms import (
     majority,
     next_epoch,
     read_vote,
-    sign_handover,
-    sign_seal,
     sign_term,
-    sign_vote,
 )
 from tesseract_async.identity import Identity, PeerID
 
@@ -121,9 +118,9 @@ class Membership:
         self._voted_for = b""
         self._promised_at = NEVER
         self._agreed_with: Term | None = None
-        self._identity = identity
+        self.signer = identity, authority.run_id
+        """The first arguments of `sign_vote`, `sign_seal` and the like."""
         self._authority = authority
-        self._run = authority.run_id
         self._boot = boot
         self._boots = {boot}
         self._started = wall - EPOCH_ZERO
@@ -337,13 +334,9 @@ class Membership:
             max(2, majority(len(members))) if is_past or self.held.digest == self.unsettled else majority(len(members))
         )
 
-    def sign_vote(self, peer: PeerID, epoch: int) -> Vote:
-        assert self.held is not None
-        return sign_vote(self._identity, self._run, uid=self.uid, epoch=epoch, candidate=peer, seal=self.held.age)
-
     def read_vote(self, peer: PeerID, blob: bytes, epoch: int) -> Vote | None:
         try:
-            vote = read_vote(blob, self._run)
+            vote = read_vote(blob, self._authority.run_id)
         except ProtocolError:
             return None
         assert self.held is not None
@@ -395,8 +388,7 @@ class Membership:
         votes = list(evidence.votes.values()) if isinstance(evidence, Poll) and kind is TermKind.TAKEOVER else []
         try:
             return sign_term(
-                self._identity,
-                self._run,
+                *self.signer,
                 uid=self.uid,
                 epoch=epoch,
                 boot=self._boot,
@@ -408,26 +400,6 @@ class Membership:
             )
         except ValueError:
             return None
-
-    def sign_seal(
-        self, own: OwnTerm, root: bytes, size: int, version: int, *, successors: tuple[PeerID, ...], now: float
-    ) -> Seal:
-        return sign_seal(
-            self._identity,
-            self._run,
-            term=own.term,
-            number=own.number,
-            version=version,
-            root=root,
-            size=size,
-            time=own.time(now),
-            successors=successors,
-        )
-
-    def sign_handover(self, heir: PeerID) -> bytes:
-        """Sign the expert over to `heir`, in the state whose file is here."""
-        assert self.held is not None
-        return sign_handover(self._identity, self._run, self.held, heir)
 
     # -- what survives the process -------------------------------------------------------------------------------------
 

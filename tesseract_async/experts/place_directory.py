@@ -10,8 +10,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.lineage import SKEW
 from tesseract_async.experts.manifest import addresses_within
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.placement import MemberPart, MemberRole, Place
-from tesseract_async.experts.places import decode_place, places_key, ranges_of
+from tesseract_async.experts.places import MemberPart, MemberRole, Place, decode_place, places_key, ranges_of
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.network.address_scope import AddressScope

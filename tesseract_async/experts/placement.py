@@ -12,15 +12,13 @@ import hashlib
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
 from functools import lru_cache
 from random import Random
 from typing import Final, NamedTuple
 
 from tesseract_async.experts.manifest import join_uid
-from tesseract_async.experts.own_term import MAX_BEHIND, NUM_SUCCESSORS
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.places import MemberRole, Place, Survey
 from tesseract_async.identity import PeerID
 
 MOVE_EVERY: Final = 600.0
@@ -46,187 +44,12 @@ HOT: Final = 0.85
 CALM: Final = 0.5
 GAIN: Final = 0.8
 """A move must leave its target with less than this share of the pressure that its source had."""
-WAIT_SECONDS: Final = 30.0
-"""Rows that wait are demand as if they had come within this time."""
 MAX_STEPS: Final = 8
 """Experts that a member takes at once."""
 MAX_BEGUN: Final = 64
 """Experts that are left to one member to begin at a time, whatever room it claims."""
 MAX_SCANNED: Final = 1 << 16
 """Uids of a grid that are looked at for experts that nobody has."""
-NEVER: Final = 1e9
-
-
-class MemberRole(IntEnum):
-    """The part of a member in an expert."""
-
-    HOLDS = 0
-    """The member has the file on disk."""
-    FOLLOWS = 1
-    """The member computes forwards, too."""
-    LEADS = 2
-
-
-class MemberPart(NamedTuple):
-    """One expert at one member, by its own word."""
-
-    role: MemberRole
-    epoch: int = 0
-    number: int = 0
-    """Epoch and number of the Seal whose file it has; 0: none yet."""
-    version: int = 0
-    """Steps in that state."""
-    rate: float = 0.0
-    """Rows computed each second, on average over half a minute."""
-    waiting: int = 0
-    """Rows that wait."""
-
-    @property
-    def has_file(self) -> bool:
-        return self.number > 0
-
-    @property
-    def age(self) -> tuple[int, int]:
-        return self.epoch, self.number
-
-    @property
-    def demand(self) -> float:
-        return self.rate + self.waiting / WAIT_SECONDS
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    peer: PeerID
-    room: int
-    """Experts that it computes at most; 0: it only holds."""
-    files: int
-    """Experts of which it has a state at most, those that it computes included."""
-    speed: float = 0.0
-    """Rows that it can compute each second."""
-    ranges: frozenset[str] = frozenset()
-    """Its address ranges; empty where addresses tell nothing."""
-    moved_ago: float = NEVER
-    """Seconds since it last took part in a move."""
-    uptime: float = 0.0
-    parts: Mapping[str, MemberPart] = field(default_factory=dict)
-
-    @property
-    def num_led(self) -> int:
-        return sum(part.role is MemberRole.LEADS for part in self.parts.values())
-
-    @property
-    def num_computed(self) -> int:
-        return sum(part.role is not MemberRole.HOLDS for part in self.parts.values())
-
-    @property
-    def can_lead(self) -> bool:
-        return self.num_led < self.room
-
-    @property
-    def pressure(self) -> float:
-        demand = sum(part.demand for part in self.parts.values())
-        return demand / self.speed if self.speed > 0 else 0.0
-
-
-class Standing(NamedTuple):
-    """The state of an expert in the swarm."""
-
-    primary: PeerID | None
-    followers: tuple[PeerID, ...]
-    holders: tuple[PeerID, ...]
-    version: int
-    """Steps in the newest state that more than its primary has; of its primary's, where nobody else has any."""
-    losses: int
-    """The number of members that may yet be lost, one after the other, before the expert is; -1: it is lost."""
-
-    @property
-    def word(self) -> str:
-        """``lost``, ``at risk`` (the next loss is its end), ``not led``, or ``safe``."""
-        if self.losses < 0:
-            return "lost"
-        if self.losses == 0:
-            return "at risk"
-        return "safe" if self.primary is not None else "not led"
-
-
-class Survey:
-    """All places at one moment, by expert."""
-
-    def __init__(self, places: Mapping[PeerID, Place], *, stuck: frozenset[tuple[PeerID, str]] = frozenset()) -> None:
-        """`stuck`: members that say they hold an expert, but have not got its file for long."""
-        self.places = places
-        self.parts: defaultdict[str, dict[PeerID, MemberPart]] = defaultdict(dict)
-        for peer, place in places.items():
-            for uid, part in place.parts.items():
-                if (peer, uid) not in stuck:
-                    self.parts[uid][peer] = part
-        self.alive = {
-            uid
-            for uid, parts in self.parts.items()
-            if any(one.has_file or one.role is MemberRole.LEADS for one in parts.values())
-        }
-        """Experts of which any member has a state."""
-        self.named = set(self.parts)
-        """Experts that any member names."""
-        self.holders = {peer for peer, place in places.items() if place.room == 0}
-        """Members that compute nothing."""
-        self.full = {peer for peer, place in places.items() if not place.can_lead}
-        """Members that lead as much as they have room for, or compute nothing."""
-
-    def shortage(self, num_copies: int) -> str:
-        """Return why these members cannot keep so many copies besides each primary, in words; empty if they can."""
-        num_members, num_experts = len(self.places), len(self.alive)
-        if num_members <= num_copies:
-            return f"members: {num_members}, too few for {num_copies} copies besides each primary"
-        room = sum(min(place.files, num_experts) for place in self.places.values())
-        if room >= (wanted := num_experts * (num_copies + 1)):
-            return ""
-        return f"the members have room for {room} states on disk, and all copies are {wanted}: more of them, or --hold"
-
-    def primary(self, uid: str) -> PeerID | None:
-        """Return the member that leads it, by the highest epoch."""
-        primaries = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is MemberRole.LEADS]
-        return max(primaries)[1] if primaries else None
-
-    def copies(self, uid: str) -> dict[PeerID, MemberPart]:
-        """Return the other members that have it, or are about to: not those that fell far behind the primary."""
-        primary = self.primary(uid)
-        others = {peer: part for peer, part in self.parts[uid].items() if peer != primary}
-        if primary is None:
-            return others
-        newest = self.parts[uid][primary]
-        return {
-            peer: part
-            for peer, part in others.items()
-            if not part.has_file  # on its way
-            or (part.epoch == newest.epoch and part.number >= newest.number - MAX_BEHIND)
-            or (part.epoch < newest.epoch and newest.number <= MAX_BEHIND)
-            or part.epoch > newest.epoch
-        }
-
-    def unfit(self, uid: str) -> frozenset[PeerID]:
-        """Return the members that could not lead it, and so are no good successors: those that only hold; where enough
-        others have it, also those that have no room left to compute it."""
-        parts = self.parts.get(uid, {})
-        computing = {peer for peer, part in parts.items() if part.role is not MemberRole.HOLDS}
-        able = [peer for peer in parts if peer in computing or peer not in self.full]
-        num_able = sum(parts[peer].has_file and parts[peer].role is not MemberRole.LEADS for peer in able)
-        return frozenset(self.full - computing if num_able >= NUM_SUCCESSORS else self.holders)
-
-    def standing(self, uid: str) -> Standing:
-        """Return who has it, and how safe it is."""
-        parts, primary = self.parts[uid], self.primary(uid)
-        have = {peer: part for peer, part in self.copies(uid).items() if part.has_file}
-        newest = max(have.values(), key=lambda part: part.age, default=None)
-        if newest is None and primary is not None:
-            newest = parts[primary]
-        return Standing(
-            primary,
-            tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.FOLLOWS)),
-            tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.HOLDS and part.has_file)),
-            0 if newest is None else newest.version,
-            len(have) + (primary is not None) - 1,
-        )
 
 
 class PlacementStep(NamedTuple):

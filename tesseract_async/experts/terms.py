@@ -54,7 +54,7 @@ class Seal:
     version: int
     """Optimizer steps in that state: for people, and never compared."""
     root: bytes
-    """`merkle.root_of` the file."""
+    """`pieces.root_of` the file."""
     size: int
     """Bytes of the file."""
     time: int

@@ -18,7 +18,7 @@ from tesseract_async.errors import ConnectionLost, NotAllowed, Overloaded, Proto
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers, preamble
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
-from tesseract_async.nat.offers import Description, Offer, OfferGuard, RelayBody, ReverseBody
+from tesseract_async.nat.offers import Description, Offer, OfferGuard
 from tesseract_async.nat.relay import meet_at_relay
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.tasks import TaskSet
@@ -106,18 +106,18 @@ class OfferAnswerer:
     async def _act(self, offer: Offer, origin: str, relays: Sequence[PeerAddress]) -> Mapping[str, object]:
         """Return the body of the answer. Raises: NotAllowed, ProtocolError."""
         if offer.kind == offers.REVERSE:
-            reverse = ReverseBody.unpack(offer.body)
+            named, token = offers.read_reverse(offer.body)
             # never dial a third party because a stranger wants it
-            addresses = [address for address in reverse.addresses if split_host_port(address)[0] == origin]
+            addresses = [address for address in named if split_host_port(address)[0] == origin]
             if not addresses or not self._scope.allows(origin):
                 raise NotAllowed(f"you speak from {origin}, and want to be dialed elsewhere")
-            self.tasks.spawn(self._dial(addresses[0], reverse.token))
+            self.tasks.spawn(self._dial(addresses[0], token))
             return {}
         if offer.kind == offers.RELAY:
-            meeting = RelayBody.unpack(offer.body)
+            meeting_point, token = offers.read_relay(offer.body)
             for relay in relays:
-                if relay.peer_id == meeting.relay:
-                    self.tasks.spawn(self._meet(relay, meeting.token))
+                if relay.peer_id == meeting_point:
+                    self.tasks.spawn(self._meet(relay, token))
                     return {}
             raise NotAllowed("that relay is none of my rendezvous nodes")
         return await self._negotiate(Description.unpack(offer.body), origin)

@@ -20,11 +20,11 @@ from tesseract_async.transport.token_bucket import RateLimiter, TokenBucket
 from tesseract_async.wire import packed
 
 REVERSE: Final = "reverse"
-"""Body: `ReverseBody`. Please dial me, I am reachable; the pipe is mine to open TLS on."""
+"""Body: addresses and a token. Please dial me, I am reachable; the pipe is mine to open TLS on."""
 CHANNEL: Final = "channel"
 """Body: `Description`, in the answer too. Let us punch a hole, at once and together."""
 RELAY: Final = "relay"
-"""Body: `RelayBody`. Please meet me at this relay."""
+"""Body: a relay and a token. Please meet me there."""
 KINDS: Final = (REVERSE, CHANNEL, RELAY)
 
 MAX_BYTES: Final = 4096
@@ -88,39 +88,17 @@ class Description:
         return cls(username, password, fingerprint, tuple(_candidate(one) for one in raw))
 
 
-@dataclass(frozen=True, slots=True)
-class ReverseBody:
-    """The addresses to dial, and the token to begin with (see `preamble`)."""
-
-    addresses: tuple[str, ...]
-    token: bytes
-
-    def pack(self) -> dict[str, object]:
-        return {"addresses": list(self.addresses), "token": self.token}
-
-    @classmethod
-    def unpack(cls, body: object) -> "ReverseBody":
-        """Untrusted. Raises: ProtocolError."""
-        addresses = field(body, "addresses", list)
-        if not 0 < len(addresses) <= MAX_ADDRESSES:
-            raise ProtocolError(f"1 to {MAX_ADDRESSES} addresses are given, not {len(addresses)}")
-        return cls(tuple(_address(one) for one in addresses), _token(body))
+def read_reverse(body: object) -> tuple[tuple[str, ...], bytes]:
+    """Return the addresses to dial, and the token to begin with (see `preamble`). Untrusted. Raises: ProtocolError."""
+    addresses = field(body, "addresses", list)
+    if not 0 < len(addresses) <= MAX_ADDRESSES:
+        raise ProtocolError(f"1 to {MAX_ADDRESSES} addresses are given, not {len(addresses)}")
+    return tuple(_address(one) for one in addresses), _token(body)
 
 
-@dataclass(frozen=True, slots=True)
-class RelayBody:
-    """The relay to meet at, and the token to begin with there."""
-
-    relay: PeerID
-    token: bytes
-
-    def pack(self) -> dict[str, object]:
-        return {"relay": bytes(self.relay), "token": self.token}
-
-    @classmethod
-    def unpack(cls, body: object) -> "RelayBody":
-        """Untrusted. Raises: ProtocolError."""
-        return cls(PeerID(field(body, "relay", bytes)), _token(body))
+def read_relay(body: object) -> tuple[PeerID, bytes]:
+    """Return the relay to meet at, and the token to begin with there. Untrusted. Raises: ProtocolError."""
+    return PeerID(field(body, "relay", bytes)), _token(body)
 
 
 def _token(body: object) -> bytes:

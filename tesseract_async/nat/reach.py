@@ -106,7 +106,7 @@ class Reach:
         self._endpoint = endpoint
         self._network = network
         self._metrics = metrics = endpoint.metrics
-        self._address = address
+        self.address = address
         self._is_declared_public = public
         self._on_change = on_change
         self._rng = random.Random()
@@ -253,7 +253,7 @@ class Reach:
     def report(self) -> list[str]:
         """Say what was found about this node's reachability, and what the user can do about it."""
         if not self.enabled:
-            return [f"This node listens on {self._address.host}: it serves this computer only."]
+            return [f"This node listens on {self.address.host}: it serves this computer only."]
         if self.role.doubt:
             return [self.role.doubt]
         is_client = self.reachability.tcp is False
@@ -344,13 +344,13 @@ class Reach:
         dialing = self._dial_back.check_all(contacts, check.ports)
         if not check.stun:
             return Observation(await dialing)
-        if 6 not in self._address.versions:
+        if 6 not in self.address.versions:
             dialed, (nat, seen_host) = await asyncio.gather(dialing, self._stun.look())
             return Observation(dialed, nat, seen_host)
         # helpers by IPv6 have named the IPv4 addresses at which they answer STUN
         dialed, (nat, seen_host) = await dialing, await self._stun.look()
         if nat == "unknown" and check.ports and self._own_v4() is not None:
-            await self._dial_back.learn(contacts, port=self._address.port)  # they may all have IPv6 alone
+            await self._dial_back.learn(contacts, port=self.address.port)  # they may all have IPv6 alone
             nat, seen_host = await self._stun.look()
         return Observation(dialed, nat, seen_host)
 
@@ -361,11 +361,11 @@ class Reach:
         return asyncio.get_running_loop().time()
 
     def _own_hosts(self) -> list[str]:
-        return own_addresses() if self._address.is_wildcard else [self._address.host]
+        return own_addresses() if self.address.is_wildcard else [self.address.host]
 
     def _own_v4(self) -> str | None:
-        if not self._address.is_wildcard and ":" not in self._address.host:
-            return self._address.host
+        if not self.address.is_wildcard and ":" not in self.address.host:
+            return self.address.host
         return address_towards(socket.AF_INET) or next((host for host in self._own_hosts() if ":" not in host), None)
 
 

@@ -21,7 +21,7 @@ from tesseract_async.lru import LRU
 from tesseract_async.nat import offers
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
 from tesseract_async.nat.offer_answerer import offer_tasks
-from tesseract_async.nat.offers import Description, OfferAnswer, RelayBody, ReverseBody
+from tesseract_async.nat.offers import Description, OfferAnswer
 from tesseract_async.nat.relay import meet_at_relay
 from tesseract_async.nat.rendezvous import RendezvousClient
 from tesseract_async.nat.role import RoleMachine
@@ -133,8 +133,8 @@ class NatTransport:
         self._expected[token] = arrived
         try:
             async with asyncio.timeout(self._offer_timeout):
-                body = ReverseBody(self._role.public_addresses[: offers.MAX_ADDRESSES], token)
-                await self._offer(peer, peer_id, offers.REVERSE, body.pack())
+                addresses = self._role.public_addresses[: offers.MAX_ADDRESSES]
+                await self._offer(peer, peer_id, offers.REVERSE, {"addresses": addresses, "token": token})
                 pipe = await arrived
         except BaseException:  # cancelled, too: the pipe has no owner
             if arrived.done() and not arrived.cancelled():
@@ -174,8 +174,8 @@ class NatTransport:
                 mine, theirs = await self._signalling.reserve_relay(via, timeout=self._offer_timeout)
                 pipe = await meet_at_relay(via, mine, scope=self._scope)
                 try:
-                    body = RelayBody(via.peer_id, theirs)
-                    await self._offer(peer, peer_id, offers.RELAY, body.pack(), via=[via])
+                    body = {"relay": bytes(via.peer_id), "token": theirs}
+                    await self._offer(peer, peer_id, offers.RELAY, body, via=[via])
                 except BaseException:  # cancelled, too: the pipe has no owner
                     pipe.abort()
                     raise

@@ -1,23 +1,25 @@
 """The core that all parts of a node build on: contacts, records, timers, calls and the outbox. Pure.
 
 The core imports none of the parts that use it (`joining`, `dial_back`, `holding`, `reading`, `writing`, `replication`).
-They hold the core; what one of them must hear from the core or from another goes through `Listener`.
+They hold the core; what one of them must hear from the core or from another goes through the core's abstract methods.
 """
 
 import hashlib
 import random as random_module
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import Protocol
 
 from tesseract_async.admission import Policy
-from tesseract_async.identity import Identity, PeerID, Verifier
+from tesseract_async.identity import Identity, PeerID, Verifier, verify
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.address_scope import PUBLIC, AddressScope, kind_of
 from tesseract_async.network.contacts import (
     ID_BYTES,
+    V4_BYTES,
+    V6_BYTES,
     Address,
     Contact,
     pack_address,
@@ -48,27 +50,8 @@ AnyOf = frozenset[PeerID] | None
 """The ids that may answer at an address; None: any."""
 
 
-class Listener(Protocol):
-    """The news that parts of a node must hear at once, from the core or from one another."""
-
-    def contact_proved(self, contact: Contact, now: float) -> None:
-        """A public contact that is not listed has proven its id: `Core.enter` lists it."""
-
-    def contact_listed(self, contact: Contact, now: float) -> None:
-        """A contact entered the routing table."""
-
-    def contact_left(self, contact: Contact, *, ask_again: bool) -> None:
-        """A contact is gone. `ask_again`: it was listed, and fell silent without a farewell."""
-
-    def first_contact_found(self, now: float) -> None:
-        """A contact can have this node dialed, which comes before anything else is sent."""
-
-    def found_public(self, now: float) -> None:
-        """A third node has dialed this one."""
-
-
 @dataclass(kw_only=True, eq=False)
-class Core:
+class Core(ABC):
     """The state of one node that all its parts share. `now` is loop time in seconds."""
 
     identity: Identity
@@ -77,14 +60,13 @@ class Core:
     metrics: Metrics
     wall_offset: float
     """Wall-clock time minus loop time. The driver keeps it true."""
-    verify: Verifier
-    policy: Policy
+    verify: Verifier = verify
+    policy: Policy = Policy()  # noqa: RUF009 (frozen)
     """The policy on whose records this node holds and hears (action ``host``)."""
-    scope: AddressScope
-    """The addresses to which this node may send on a stranger's word."""
-    address_bytes: tuple[int, ...]
+    scope: AddressScope = field(default_factory=AddressScope)
+    """The addresses to which this node may send on a stranger's word: only public ones by default."""
+    address_bytes: tuple[int, ...] = (V4_BYTES, V6_BYTES)
     """Lengths of the packed addresses that this node can send to."""
-    listener: Listener
     now: InitVar[float]
     is_declared_public: InitVar[bool]
 
@@ -107,6 +89,28 @@ class Core:
         self._unreachable: dict[bytes, float] = {}
         self._skews: deque[float] = deque(maxlen=15)
         self._skew_reported = False
+
+    # the news that parts of a node must hear at once, from the core or from one another
+
+    @abstractmethod
+    def contact_proved(self, contact: Contact, now: float) -> None:
+        """A public contact that is not listed has proven its id: `Core.enter` lists it."""
+
+    @abstractmethod
+    def contact_listed(self, contact: Contact, now: float) -> None:
+        """A contact entered the routing table."""
+
+    @abstractmethod
+    def contact_left(self, contact: Contact, *, ask_again: bool) -> None:
+        """A contact is gone. `ask_again`: it was listed, and fell silent without a farewell."""
+
+    @abstractmethod
+    def first_contact_found(self, now: float) -> None:
+        """A contact can have this node dialed, which comes before anything else is sent."""
+
+    @abstractmethod
+    def found_public(self, now: float) -> None:
+        """A third node has dialed this one."""
 
     @property
     def public(self) -> bool:
@@ -183,7 +187,7 @@ class Core:
             if self.table.get(contact.peer_id) is contact:
                 self.enter(contact, now)
             else:
-                self.listener.contact_proved(contact, now)
+                self.contact_proved(contact, now)
         self._rpcs.end(call, reply, now)
         return True
 
@@ -253,7 +257,7 @@ class Core:
         known = self.table.get(contact.peer_id)
         doubtful = self.table.add(contact, now)
         if known is not contact and self.table.get(contact.peer_id) is contact:
-            self.listener.contact_listed(contact, now)
+            self.contact_listed(contact, now)
         if doubtful is not None:
             self.ping(doubtful, now)
 
@@ -271,7 +275,7 @@ class Core:
             self.metrics.count("network_contacts_dropped", reason=reason)
         contact.proven = False
         self.table.remove(contact)
-        self.listener.contact_left(contact, ask_again=ask_again)
+        self.contact_left(contact, ask_again=ask_again)
 
     def keep_house(self, now: float) -> None:
         """Forget what is over, and look at the clock. Due every few seconds."""

@@ -178,7 +178,7 @@ class DatagramDialBack(Caller):
             self._core.outbox.role = role
             self._core.outbox.emit(NodeRoleChanged(role))
             if role == "public":
-                self._core.listener.found_public(now)
+                self._core.found_public(now)
 
 
 class Probation:

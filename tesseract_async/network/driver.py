@@ -53,7 +53,7 @@ class NetworkDriver(asyncio.DatagramProtocol):
         self.joined = asyncio.Event()
         self.isolated = asyncio.Event()
         self.isolated.set()
-        self._metrics = protocol.core.metrics
+        self._metrics = protocol.metrics
         self._loop = loop
         # uvloop reads many datagrams in a turn by itself
         self._sock = sock if isinstance(loop, asyncio.BaseEventLoop) else None
@@ -234,7 +234,7 @@ class NetworkDriver(asyncio.DatagramProtocol):
 
     def _update_clock(self) -> float:
         now = self._loop.time()
-        self.protocol.core.wall_offset = time.time() - now
+        self.protocol.wall_offset = time.time() - now
         return now
 
     def _handle_timer(self) -> None:

@@ -82,7 +82,7 @@ class NetworkMembership:
         if self._dial_wait_until is None:
             # the first contact is asked to have this node dialed before it writes to anybody else (see `dial_back`)
             self._dial_wait_until = now + FIRST_TIMEOUT
-            core.listener.first_contact_found(now)
+            core.first_contact_found(now)
             core.timers.start(self._dial_wait_until, self._look_again)
         elif not self._is_looking and now >= self._dial_wait_until:
             self._is_looking = True

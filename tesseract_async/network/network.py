@@ -112,7 +112,7 @@ class TesseractNetwork(Uncopied):
     @property
     def num_contacts(self) -> int:
         """Nodes in the routing table."""
-        return len(self._protocol.core.table) if self._protocol is not None else 0
+        return len(self._protocol.table) if self._protocol is not None else 0
 
     @property
     def role(self) -> str:
@@ -126,7 +126,7 @@ class TesseractNetwork(Uncopied):
         """Return up to `count` contacts, all public, nearest to this node first. UDP and TCP share the port number."""
         if self._protocol is None:
             return []
-        table = self._protocol.core.table
+        table = self._protocol.table
         return [
             PeerAddress(PeerID(contact.peer_id), (join_host_port(*contact.address),))
             for contact in table.closest(table.own_number, count)
@@ -146,7 +146,7 @@ class TesseractNetwork(Uncopied):
         if forced != self._forced_client:
             self._forced_client = forced
             if self._protocol is not None:
-                self._protocol.core.outbox.forced_client = forced
+                self._protocol.outbox.forced_client = forced
             self._on_role_change()
 
     async def start(
@@ -172,10 +172,10 @@ class TesseractNetwork(Uncopied):
             policy=self._policy,
             checks=self._checks,
             scope=self._scope if self._scope is not None else AddressScope([host]),
-            public=public or host == "::1" or host.startswith("127."),
+            is_declared_public=public or host == "::1" or host.startswith("127."),
             address_bytes=tuple(V6_BYTES if family == socket.AF_INET6 else V4_BYTES for family in speaks),
         )
-        protocol.core.outbox.forced_client = self._forced_client
+        protocol.outbox.forced_client = self._forced_client
         self._seeds = tuple(initial_peers)
         remembered = self._remembered_peers()
         self._has_seeds = bool(self._seeds or remembered)

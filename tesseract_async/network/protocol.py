@@ -8,16 +8,12 @@ by its reason in ``network_datagrams_dropped``; it raises nothing and changes no
 import hashlib
 import random as random_module
 from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
 
-from tesseract_async.admission import Policy
 from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVersion
-from tesseract_async.identity import Identity, SignedRecord, Verifier, verify
-from tesseract_async.metrics import Metrics
+from tesseract_async.identity import SignedRecord
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.network.contacts import (
-    V4_BYTES,
-    V6_BYTES,
     Address,
     Contact,
     pack_address,
@@ -34,7 +30,6 @@ from tesseract_async.network.operations import probe_density, refresh
 from tesseract_async.network.reading import Read
 from tesseract_async.network.replication import Replicator
 from tesseract_async.network.routing_table import K
-from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
 from tesseract_async.network.writing import Write
 
@@ -64,66 +59,37 @@ class Tokens:
             self._until = now + wire.TOKEN_LIFETIME
 
 
-class NetworkProtocol:
-    """One node of the DHT: its core, the parts that use it, and the news that they have for one another."""
+@dataclass(kw_only=True, eq=False)
+class NetworkProtocol(Core):
+    """One node of the DHT: the parts that use its core, and the news that they have for one another."""
 
-    def __init__(
-        self,
-        *,
-        identity: Identity,
-        settings: NetworkSettings,
-        random: random_module.Random,
-        metrics: Metrics,
-        now: float,
-        wall_offset: float,
-        public: bool,
-        verify: Verifier = verify,
-        policy: Policy = Policy(),  # noqa: B008 (frozen)
-        checks: Sequence[RecordCheck] = (),
-        scope: AddressScope | None = None,
-        address_bytes: tuple[int, ...] = (V4_BYTES, V6_BYTES),
-    ) -> None:
-        """`scope`: where this node may send on a stranger's word; to public addresses only by default.
+    checks: InitVar[Sequence[RecordCheck]] = ()
 
-        `address_bytes`: the lengths of the packed addresses that it can send to.
-        """
-        self.core = core = Core(
-            identity=identity,
-            settings=settings,
-            random=random,
-            metrics=metrics,
-            now=now,
-            wall_offset=wall_offset,
-            is_declared_public=public,
-            verify=verify,
-            policy=policy,
-            scope=scope if scope is not None else AddressScope(),
-            address_bytes=address_bytes,
-            listener=self,
-        )
-        self.holder = Holder(core, checks)
-        thirds = ThirdNodes(core)
-        self.dial_back = DatagramDialBack(core, thirds, now)
-        self.probation = Probation(core, thirds)
-        self.membership = NetworkMembership(core)
-        self._replicator = Replicator(core, now)
-        core.timers.start(now + HOUSEKEEPING_PERIOD * random.random(), self._keep_house)
-        self.tokens = Tokens(random, now=now)
+    def __post_init__(self, now: float, is_declared_public: bool, checks: Sequence[RecordCheck]) -> None:
+        super().__post_init__(now, is_declared_public)
+        self.holder = Holder(self, checks)
+        thirds = ThirdNodes(self)
+        self.dial_back = DatagramDialBack(self, thirds, now)
+        self.probation = Probation(self, thirds)
+        self.membership = NetworkMembership(self)
+        self._replicator = Replicator(self, now)
+        self.timers.start(now + HOUSEKEEPING_PERIOD * self.random.random(), self._keep_house)
+        self.tokens = Tokens(self.random, now=now)
         self._operations: dict[int, Read | Write] = {}
         self._num_operations = 0
 
     @property
     def role(self) -> str:
         """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
-        return self.core.outbox.role
+        return self.outbox.role
 
     def read(self, key: bytes, now: float) -> int:
         """Look up `key`; `ReadFinished` will carry the number returned."""
-        return self._start(Read(self.core, key), now)
+        return self._start(Read(self, key), now)
 
     def write(self, records: Sequence[SignedRecord], now: float) -> int:
         """Store this node's records, each on the k nodes closest to its key; `WriteFinished` will carry the number."""
-        return self._start(Write(self.core, records), now)
+        return self._start(Write(self, records), now)
 
     def cancel(self, operation: int) -> None:
         started = self._operations.pop(operation, None)
@@ -132,42 +98,41 @@ class NetworkProtocol:
 
     def leave(self, now: float) -> None:
         """Say farewell to all nodes that may list this one. Afterwards only `datagrams_to_send` is of use."""
-        for contact in self.core.table.contacts():
+        for contact in self.table.contacts():
             if contact.token_until > now:
-                self.core.outbox.send_one_way(wire.LEAVE, (), contact.address, contact.token, now)
+                self.outbox.send_one_way(wire.LEAVE, (), contact.address, contact.token, now)
 
     def receive_datagram(self, data: bytes, address: Address, now: float) -> None:
         """Take one datagram as it came from the network, from a numeric `address`."""
-        core = self.core
         try:
             if not address[1]:
                 raise ProtocolError("a datagram from port 0, where nobody can be answered")
             datagram = wire.decode(data)
-            if datagram.sender == core.own_id:
-                core.outbox.drop("own_id")
+            if datagram.sender == self.own_id:
+                self.outbox.drop("own_id")
             elif not datagram.kind & wire.REPLY:
                 self._receive_request(datagram, len(data), address, now)
-            elif core.receive_reply(datagram, address, now) and not core.joined and len(core.table):
+            elif self.receive_reply(datagram, address, now) and not self.joined and len(self.table):
                 self.membership.look_up_neighborhood((), now)
         except UnsupportedVersion:
-            core.outbox.drop("version")
+            self.outbox.drop("version")
         except InvalidRecord:
-            core.outbox.drop("invalid_record")
+            self.outbox.drop("invalid_record")
         except ProtocolError:
-            core.outbox.drop("malformed")
-        core.metrics.count("network_datagrams_received")
-        core.metrics.count("network_bytes_received", len(data))
+            self.outbox.drop("malformed")
+        self.metrics.count("network_datagrams_received")
+        self.metrics.count("network_bytes_received", len(data))
 
     def handle_timer(self, now: float) -> None:
-        self.core.timers.run(now)
+        self.timers.run(now)
 
     def datagrams_to_send(self) -> list[tuple[bytes, Address]]:
         """Return the datagrams to send, in order; each is handed out once."""
-        datagrams, self.core.outbox.datagrams = self.core.outbox.datagrams, []
+        datagrams, self.outbox.datagrams = self.outbox.datagrams, []
         return datagrams
 
     def events(self) -> list[NetworkEvent]:
-        events, self.core.outbox.events = self.core.outbox.events, []
+        events, self.outbox.events = self.outbox.events, []
         for event in events:
             if isinstance(event, ReadFinished | WriteFinished):
                 self._operations.pop(event.operation, None)
@@ -175,13 +140,13 @@ class NetworkProtocol:
 
     def timer_at(self) -> float:
         """Return the loop time at which `handle_timer` has something to do. It may change with every input."""
-        return self.core.timers.next_at()
+        return self.timers.next_at()
 
-    # News from one part for another (`core.Listener`)
+    # news from one part for another
 
     def contact_proved(self, contact: Contact, now: float) -> None:
         if not self.probation.holds(contact, now):
-            self.core.enter(contact, now)
+            self.enter(contact, now)
 
     def contact_listed(self, contact: Contact, now: float) -> None:
         self._replicator.newcomer(contact, now)
@@ -198,12 +163,11 @@ class NetworkProtocol:
         self.membership.look_up_neighborhood((), now)
 
     def _receive_request(self, datagram: wire.Datagram, length: int, address: Address, now: float) -> None:
-        core = self.core
         request = wire.read_request(datagram)
         packed_address = pack_address(address)
         address_proven = bool(request.token) and self.tokens.holds(request.token, packed_address)
-        if not core.limiter.allows(source_of(address), 5.0 if request.challenge else 1.0, now):
-            core.outbox.drop("rate")
+        if not self.limiter.allows(source_of(address), 5.0 if request.challenge else 1.0, now):
+            self.outbox.drop("rate")
             return
         if datagram.kind == wire.DIALED:
             # the only short one without a token: nobody replies to it
@@ -213,16 +177,16 @@ class NetworkProtocol:
         if not address_proven and length < MIN_REQUEST_BYTES:
             if request.token and datagram.kind not in wire.ONE_WAY:
                 self._reply(datagram, wire.FLAG_AGAIN, b"", (), address, now)
-            core.outbox.drop("token" if request.token else "unpadded")
+            self.outbox.drop("token" if request.token else "unpadded")
             return
         if datagram.kind in wire.ONE_WAY:
             self._heard_from(datagram, address, address_proven, now)
             if not address_proven:
-                core.outbox.drop("token")
+                self.outbox.drop("token")
             elif datagram.kind == wire.LEAVE:
-                core.farewell(datagram.sender, address)
+                self.farewell(datagram.sender, address)
             else:
-                asker = core.table.get(datagram.sender)
+                asker = self.table.get(datagram.sender)
                 # nodes that start together list one another within seconds
                 trusted = asker is not None and asker.address == address
                 trusted = trusted or datagram.sender + packed_address in self.probation.pending
@@ -235,11 +199,11 @@ class NetworkProtocol:
         proof = b""
         if request.challenge:
             statement = wire.proof_statement(
-                request.challenge, datagram.sender, core.own_id, unpack_address(packed_address)
+                request.challenge, datagram.sender, self.own_id, unpack_address(packed_address)
             )
-            proof = core.identity.public_key + core.identity.sign(statement)
-        if not core.public:
-            core.outbox.note_reply_sent(address, now)
+            proof = self.identity.public_key + self.identity.sign(statement)
+        if not self.public:
+            self.outbox.note_reply_sent(address, now)
         self._reply(datagram, 0, proof, results, address, now)
         # only now: a ping before the reply would look as if this node had written first (see `dial_back`)
         self._heard_from(datagram, address, address_proven, now)
@@ -259,13 +223,13 @@ class NetworkProtocol:
         if kind == wire.PING:
             return ()
         if kind == wire.FIND:
-            return self.core.closest_for(wire.read_key(request.arguments), sender, room)
+            return self.closest_for(wire.read_key(request.arguments), sender, room)
         if kind == wire.GET:
             return self.holder.get(wire.read_key(request.arguments), sender, room)
         if kind == wire.PAGE:
             key = wire.read_key(request.arguments)
             start, last = wire.read_range(request.arguments)
-            bodies, cursor = self.core.storage.page(key, start, last + 1, room)
+            bodies, cursor = self.storage.page(key, start, last + 1, room)
             return (cursor, bodies)
         if kind == wire.STORE:
             items = wire.read_items(request.arguments)
@@ -285,48 +249,46 @@ class NetworkProtocol:
         address: Address,
         now: float,
     ) -> None:
-        core, packed = self.core, pack_address(address)
-        body = (packed, self.tokens.give(packed), proof, core.wall(now), *results)
-        flags |= core.outbox.flags()
+        packed = pack_address(address)
+        body = (packed, self.tokens.give(packed), proof, self.wall(now), *results)
+        flags |= self.outbox.flags()
         kind = datagram.kind | wire.REPLY
-        core.outbox.send(wire.encode(kind, flags, datagram.transaction, core.own_id, body), address)
+        self.outbox.send(wire.encode(kind, flags, datagram.transaction, self.own_id, body), address)
 
     def _heard_from(self, datagram: wire.Datagram, address: Address, address_proven: bool, now: float) -> None:
-        core = self.core
         if datagram.flags & wire.FLAG_CLIENT:
             if address_proven:
                 self.dial_back.note_client(address)
             return
         raw = datagram.sender + pack_address(address)
-        contact = core.table.get(datagram.sender)
+        contact = self.table.get(datagram.sender)
         if contact is not None and contact.raw == raw:
             if address_proven:
                 contact.last_seen = now
-                core.table.add(contact, now)
+                self.table.add(contact, now)
             return
-        if not core.scope.answers(address[0]) or not core.admits(datagram.sender, address):
+        if not self.scope.answers(address[0]) or not self.admits(datagram.sender, address):
             return
         self.probation.wrote(address, now)
-        if contact is None and not core.table.wants(datagram.sender):
+        if contact is None and not self.table.wants(datagram.sender):
             return
         if address_proven:
-            core.heard_from(raw)
-        elif core.is_unreachable(raw, now):
+            self.heard_from(raw)
+        elif self.is_unreachable(raw, now):
             return
-        core.ping(core.contact_at(raw), now)
+        self.ping(self.contact_at(raw), now)
 
     def _keep_house(self, now: float) -> None:
-        core = self.core
-        core.timers.start(now + HOUSEKEEPING_PERIOD * core.jitter(), self._keep_house)
-        core.keep_house(now)
+        self.timers.start(now + HOUSEKEEPING_PERIOD * self.jitter(), self._keep_house)
+        self.keep_house(now)
         self.tokens.rotate(now)
-        if len(core.table) >= K and not core.density.was_sampled:
-            probe_density(core, now)
-        if core.joined:
-            last_lookups = [bucket.last_lookup for bucket in core.table.buckets]
+        if len(self.table) >= K and not self.density.was_sampled:
+            probe_density(self, now)
+        if self.joined:
+            last_lookups = [bucket.last_lookup for bucket in self.table.buckets]
             for index, last_lookup in enumerate(last_lookups):
                 if last_lookup <= now - REFRESH_PERIOD:
-                    refresh(core, index, now)
+                    refresh(self, index, now)
 
     def _start(self, operation: Read | Write, now: float) -> int:
         self._num_operations += 1

@@ -51,7 +51,7 @@ class SavedExpert(NamedTuple):
     version: int
     """Optimizer steps taken."""
     root: str
-    """The file's `experts.merkle.root_of`, in hexadecimal digits."""
+    """The file's `experts.pieces.root_of`, in hexadecimal digits."""
     origin: str
     """The role of the server that gave it; see `saver.Origin`."""
     is_whole: bool

@@ -24,6 +24,7 @@ from tesseract_async.identity import Identity
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.structure import Described, ParameterOf, describe_module, rebuild_module
 from tesseract_async.saving.folder import TRAINER, SavedExperts, SavedModel, open_folder, open_folder_or_make
+from tesseract_async.saving.moment import TrainerMoment
 from tesseract_async.saving.restorer import enter_owned, restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins, find_pieces, take_trunk
 from tesseract_async.shared_parameters import SharedParameters
@@ -32,6 +33,8 @@ M = TypeVar("M", bound=nn.Module)
 
 MAX_PAUSE: Final = 10.0
 """Seconds that a trainer pauses at most for the servers' answers; a step waits longer for an expert."""
+PUSH_PATIENCE: Final = 60.0
+"""Seconds that going back waits for a push that is under way."""
 MAX_TOLD: Final = 3
 """Experts that an error names."""
 
@@ -43,8 +46,6 @@ def save_model(
     *,
     trainer: AsyncTrainer[Any] | None = None,
     optimizers: bool = False,
-    num_at_once: int = 4,
-    timeout: float = 60.0,
 ) -> Any:
     """Write a model into a folder: gates, trunk, and every expert that its gates may choose; await it.
 
@@ -55,7 +56,6 @@ def save_model(
     - `trainer`: pauses at the save point, no longer than a step; its state is written, too. Experts whose servers do
       not answer meanwhile are `SaveReport.late`.
     - `optimizers`: with the experts' optimizers and journals, for `restore_model`. Takes the role ``host`` in a run.
-    - `num_at_once`: experts that are fetched at the same time. `timeout`: seconds for each piece of a state.
 
     Returns (or gives, when awaited) a `SaveReport`. With a `BackgroundNode` the call is plain.
 
@@ -64,7 +64,7 @@ def save_model(
     """
     if isinstance(model, SharedParameters) and isinstance(node, PlainCalls):
         model.flush()
-    save = _save(_node_of(node), model, Path(folder), trainer, optimizers, num_at_once, timeout)
+    save = _save(_node_of(node), model, Path(folder), trainer, optimizers)
     return deliver(node, save)
 
 
@@ -79,8 +79,6 @@ async def _save(
     folder: Path,
     trainer: AsyncTrainer[Any] | None,
     optimizers: bool,
-    num_at_once: int,
-    timeout: float,
 ) -> SaveReport:
     shared = given if isinstance(given, SharedParameters) else None
     own = given.model if isinstance(given, SharedParameters) else given
@@ -107,17 +105,18 @@ async def _save(
         origins |= await find_pieces(node, shared.pieces, len(shared.uids))
     if shared is not None and not shared.is_plain:
         await shared.flush()
-    async with SavePoint(node, origins, is_whole=optimizers, timeout=timeout) as point:
+    async with SavePoint(node, origins, is_whole=optimizers) as point:
         async with contextlib.AsyncExitStack() as paused:
             if trainer is not None:
                 await paused.enter_async_context(trainer.paused())
-            known = {} if shared is None else shared.known()
+            parts = () if shared is None else shared.parts
+            known = {part.uid: (part.copy.base[1], part.copy.merged()) for part in parts}
             await point.mark(within=math.inf if trainer is None else MAX_PAUSE)
             model = own if shared is None else shared.merged()
             tensors = {name: one.detach().cpu().clone() for name, one in _tensors_of(model).items()}
             state: dict[str, Any] = {} if trainer is None else {"trainer": trainer.state_dict()}
-            moment = shared.moment() if optimizers and shared is not None else None
-        report = await point.fetch(store, num_at_once=num_at_once)
+            moment = TrainerMoment(shared) if optimizers and shared is not None else None
+        report = await point.fetch(store)
     if shared is not None:  # of the moment at which the experts were taken
         tensors |= take_trunk(store, shared.uids, report, keeps=optimizers, known=known)
     if shared is not None and moment is not None:
@@ -248,7 +247,6 @@ def restore_model(
     *,
     trainer: AsyncTrainer[Any] | None = None,
     identity: Identity | None = None,
-    timeout: float = 60.0,
 ) -> Any:
     """Take the model, the trainer and the servers of its experts back to a save point; await it.
 
@@ -264,7 +262,7 @@ def restore_model(
     Raises: CheckpointError if the folder holds no such save point, or a server did not take its experts' states;
     TimeoutError if a push is not answered.
     """
-    return deliver(node, _restore(_node_of(node), model, open_folder(folder), trainer, identity, timeout))
+    return deliver(node, _restore(_node_of(node), model, open_folder(folder), trainer, identity))
 
 
 async def _restore(
@@ -273,7 +271,6 @@ async def _restore(
     saved: SavedModel,
     trainer: AsyncTrainer[Any] | None,
     identity: Identity | None,
-    timeout: float,
 ) -> dict[str, int]:
     state = saved.trainer() if TRAINER in saved.files else {}
     if trainer is not None and "trainer" not in state:
@@ -284,9 +281,9 @@ async def _restore(
     _filled(model, values)  # another model's folder is refused before servers go back to it
     owners = {} if identity is None else await enter_owned(node, saved, identity)
     if shared is not None:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(PUSH_PATIENCE):
             await shared.wait_answers()  # a push that is under way would count in the state that is gone back to
-    versions = await restore_experts(node, saved, owners=owners, timeout=timeout)
+    versions = await restore_experts(node, saved, owners=owners)
     _fill(model, values)
     if shared is not None and "shared" in state:
         await shared.rejoin(state["shared"])

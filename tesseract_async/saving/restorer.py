@@ -18,7 +18,7 @@ from tesseract_async.files import mapped
 from tesseract_async.identity import Identity
 from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
-from tesseract_async.saving.saver import patiently
+from tesseract_async.saving.saver import PIECE_TIMEOUT, patiently
 from tesseract_async.wire import messages
 
 MAX_TOLD: Final = 3
@@ -40,7 +40,6 @@ async def restore_experts(
     saved: SavedModel,
     *,
     owners: Mapping[str, RunOwner] | None = None,
-    timeout: float = 60.0,
 ) -> dict[str, int]:
     """Have every server go on from the states in a folder. Returns their versions by uid.
 
@@ -58,7 +57,7 @@ async def restore_experts(
             async with gate:
                 if not saved.experts[uid].is_whole:
                     raise CheckpointError(f"{uid} was saved without its optimizer")
-                await _restore(node, saved, uid, (owners or {}).get(split_uid(uid)[0]), timeout)
+                await _restore(node, saved, uid, (owners or {}).get(split_uid(uid)[0]))
                 versions[uid] = saved.experts[uid].version
                 experience_of(node).lineages.forget(uid)
         except (TesseractError, TimeoutError, OSError) as error:
@@ -75,7 +74,7 @@ async def restore_experts(
     return versions
 
 
-async def _restore(node: TesseractNode, saved: SavedModel, uid: str, owner: RunOwner | None, timeout: float) -> None:
+async def _restore(node: TesseractNode, saved: SavedModel, uid: str, owner: RunOwner | None) -> None:
     replicas = await node.directory.find(uid, even_failed=True)
     if not replicas:
         raise ExpertNotFound(f"nobody hosts {uid}")
@@ -83,15 +82,15 @@ async def _restore(node: TesseractNode, saved: SavedModel, uid: str, owner: RunO
     if (authority := node.trust.authority(prefix)) is None:
         # the primary last: its followers must not fetch from it what it is about to leave
         for replica in sorted(replicas, key=lambda one: one.primary):
-            await _send(node, replica, saved, timeout)
+            await _send(node, replica, saved)
         return
     if owner is None:
         raise CheckpointError(f"{uid} belongs to {authority.run.full_name}: its owner may restore it")
-    await _send(node, replicas[0], saved, timeout)
+    await _send(node, replicas[0], saved)
     await owner.appoint(ExpertPattern.parse(uid), replicas[0].peer.peer_id, root=bytes.fromhex(entry.root))
 
 
-async def _send(node: TesseractNode, replica: ExpertReplica, saved: SavedModel, timeout: float) -> None:
+async def _send(node: TesseractNode, replica: ExpertReplica, saved: SavedModel) -> None:
     entry = saved.experts[replica.uid]
     data = mapped(saved.path / entry.file)
     for start in range(0, len(data), PIECE_BYTES):
@@ -100,7 +99,7 @@ async def _send(node: TesseractNode, replica: ExpertReplica, saved: SavedModel, 
         send = partial(
             node.call_expert,
             *(replica.peer, messages.RESTORE, messages.encode(request), [part]),
-            timeout=timeout,
+            timeout=PIECE_TIMEOUT,
             idempotent=True,
         )
-        await patiently(send, timeout=timeout)
+        await patiently(send)

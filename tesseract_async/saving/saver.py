@@ -33,17 +33,15 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.pieces import LIST
+from tesseract_async.experts.pieces import LIST, root_of
 from tesseract_async.experts.place_directory import fetch_places
-from tesseract_async.experts.placement import MemberRole
+from tesseract_async.experts.places import MemberRole
 from tesseract_async.experts.terms import Seal
 from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.checkpoint import check_state, encode_state
-from tesseract_async.server.copies import ask_records
-from tesseract_async.server.fetching import ask_piece, fetch_sealed, fetch_state
+from tesseract_async.server.fetching import ask_piece, ask_records, fetch_sealed, fetch_state
 from tesseract_async.server.fragments import read_fragment, read_manifest
 from tesseract_async.server.other_replicas import read_replicas
 from tesseract_async.shared_pieces import SharedPieces
@@ -58,10 +56,13 @@ T = TypeVar("T")
 
 ROLES: Final = {MemberRole.LEADS: "primary", MemberRole.FOLLOWS: "follower", MemberRole.HOLDS: "holder"}
 NUM_MARKED_AT_ONCE: Final = 64
+NUM_FETCHED_AT_ONCE: Final = 4
+PIECE_TIMEOUT: Final = 60.0
+"""Seconds that a server has for each piece of a state: a megabyte takes a slow line most of them."""
 MAX_ASKED: Final = 64
 """Members that are asked for an expert's Seal."""
-PATIENCE: Final = 10.0
-"""Overloaded servers are asked again for so many times the timeout of a piece."""
+PATIENCE: Final = 10 * PIECE_TIMEOUT
+"""Seconds for which overloaded servers are asked again."""
 MAX_HELD_BYTES: Final = 64 << 20
 """Bytes of small states that came with the answer; beyond, they are asked for again."""
 MAX_SIZE_RATIO: Final = 4
@@ -131,13 +132,11 @@ async def _origins(
     return {uid: sorted(some.values(), key=rank, reverse=True) for uid, some in found.items() if some}
 
 
-async def find_pieces(
-    node: TesseractNode, pieces: SharedPieces, num: int | None = None, *, timeout: float = 60.0
-) -> dict[str, list[Origin]]:
+async def find_pieces(node: TesseractNode, pieces: SharedPieces, num: int | None = None) -> dict[str, list[Origin]]:
     """Return who has each of the `num` pieces of shared parameters, in their order, and each as `find_origins` does.
 
-    `num`: by default as the first piece says. `timeout`: seconds for each part of its state. Raises: ExpertNotFound if
-    nobody has one, outside of runs; of the first piece also in a run; what the network and the calls raise.
+    `num`: by default as the first piece says. Raises: ExpertNotFound if nobody has one, outside of runs; of the first
+    piece also in a run; what the network and the calls raise.
     """
     authority = node.trust.authority(pieces.prefix)
     pattern = ExpertPattern(pieces.prefix, (range(MAX_FRAGMENTS),))
@@ -150,8 +149,8 @@ async def find_pieces(
             holders = (await _origins(node, pattern, {})).get(first, [])
             if authority is None or not holders:
                 raise
-            seal, some = await find_seal(node, first, authority, holders, timeout=timeout)
-            data = await fetch_sealed(node, first, seal, [one.peer for one in some], timeout=timeout)
+            seal, some = await find_seal(node, first, authority, holders)
+            data = await fetch_sealed(node, first, seal, [one.peer for one in some], timeout=PIECE_TIMEOUT)
             tensors = check_state(first, data)["module"]
         num = len(read_manifest(tensors).layout.cuts)
     for uid in map(pieces.uid, range(num)):
@@ -166,7 +165,7 @@ async def find_pieces(
 
 
 async def find_seal(
-    node: TesseractNode, uid: str, authority: Authority, origins: Sequence[Origin], *, timeout: float
+    node: TesseractNode, uid: str, authority: Authority, origins: Sequence[Origin]
 ) -> tuple[Seal, list[Origin]]:
     """Return the newest Seal of the line that holds, as these show it, and those that show it.
 
@@ -178,7 +177,7 @@ async def find_seal(
 
     async def ask(origin: Origin) -> None:
         try:
-            shown = await ask_records(node, uid, origin.peer, timeout=timeout)
+            shown = await ask_records(node, uid, origin.peer, timeout=PIECE_TIMEOUT)
         except (TesseractError, TimeoutError) as error:
             logger.info("the Seal of %s at %s: %s", uid, origin.peer.short, describe(error))
             return
@@ -197,10 +196,10 @@ async def find_seal(
     return newest, [origin for seal, origin in seals if seal.root == newest.root]
 
 
-async def patiently(ask: Callable[[], Awaitable[T]], *, timeout: float) -> T:
-    """Return what `ask` gives, asking again where servers are overloaded. `timeout`: of one call."""
+async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """Return what `ask` gives, asking again where servers are overloaded."""
     loop = asyncio.get_running_loop()
-    end = loop.time() + PATIENCE * timeout
+    end = loop.time() + PATIENCE
     while True:
         try:
             return await ask()
@@ -254,18 +253,10 @@ def take_trunk(
 class SavePoint:
     """The states of some experts at one moment."""
 
-    def __init__(
-        self,
-        node: TesseractNode,
-        origins: Mapping[str, Sequence[Origin]],
-        *,
-        is_whole: bool = False,
-        timeout: float = 60.0,
-    ) -> None:
+    def __init__(self, node: TesseractNode, origins: Mapping[str, Sequence[Origin]], *, is_whole: bool = False) -> None:
         """`origins`: uid -> who has it, the preferred one first. `is_whole`: with optimizers and journals, which takes
-        the role ``host`` in a run. `timeout`: for each piece of a state.
-        """
-        self._node, self._origins, self._timeout = node, origins, timeout
+        the role ``host`` in a run."""
+        self._node, self._origins = node, origins
         self._is_whole, self._point = is_whole, os.urandom(16)
         self._marked: dict[str, tuple[Origin, messages.StateReply, bytes | memoryview | None]] = {}
         self._sealed: dict[str, tuple[Seal, list[Origin]]] = {}
@@ -293,7 +284,7 @@ class SavePoint:
                     if authority is not None and origin.role != "primary":
                         continue
                     try:
-                        head, data = await self._patiently(lambda origin=origin: self._ask(uid, origin))  # type: ignore[misc]
+                        head, data = await patiently(lambda origin=origin: self._ask(uid, origin))  # type: ignore[misc]
                         epoch, version = lineages.newest(uid)
                         if origin.age[0] <= epoch and head.version < version:
                             raise TooStale(f"{uid}: a state of version {head.version}, after {version} was answered")
@@ -310,7 +301,7 @@ class SavePoint:
                 others = [one for one in self._origins[uid] if one.role != "primary"]
                 if authority is not None and others:
                     try:
-                        self._sealed[uid] = await find_seal(self._node, uid, authority, others, timeout=self._timeout)
+                        self._sealed[uid] = await find_seal(self._node, uid, authority, others)
                         return
                     except (TesseractError, TimeoutError) as caught:
                         error = caught
@@ -323,29 +314,24 @@ class SavePoint:
 
     async def _ask(self, uid: str, origin: Origin) -> tuple[messages.StateReply, memoryview]:
         request = messages.StateRequest(uid, not self._is_whole, 0, messages.NO_ROOT, LIST, self._point)
-        head, data = await ask_piece(self._node, origin.peer, request, timeout=self._timeout)
+        head, data = await ask_piece(self._node, origin.peer, request, timeout=PIECE_TIMEOUT)
         if head.size == 0:
             raise ProtocolError(f"{origin.peer.short} does not have the state of {uid}")
         return head, data
 
-    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
-        return await patiently(ask, timeout=self._timeout)
-
-    async def fetch(
-        self, store: SavedModel, *, num_at_once: int = 4, progress: Callable[[str], None] = lambda uid: None
-    ) -> SaveReport:
+    async def fetch(self, store: SavedModel, *, progress: Callable[[str], None] = lambda uid: None) -> SaveReport:
         """Write what was marked into the folder; the index is the caller's to write.
 
         `progress` is called with each uid that is done or failed. Raises: OSError if the folder can't be written.
         """
         await asyncio.gather(*self._marking)
         report = SaveReport(failed=dict(self._failed), late=self._late - self._failed.keys())
-        gate, limits = asyncio.Semaphore(num_at_once), self._limits()
+        gate, limits = asyncio.Semaphore(NUM_FETCHED_AT_ONCE), self._limits()
 
         async def take(uid: str) -> None:
             if uid in self._sealed:
                 seal, origins = self._sealed.pop(uid)
-                data, origin = await self._patiently(lambda: self._fetch_sealed(uid, seal, origins)), origins[0]
+                data, origin = await patiently(lambda: self._fetch_sealed(uid, seal, origins)), origins[0]
                 root = root_of(data)
             else:
                 origin, head, marked = self._marked.pop(uid)
@@ -357,7 +343,7 @@ class SavePoint:
                 report.kept[uid] = known.version
                 return
             if not data:
-                fetched = await self._patiently(lambda: self._fetch(uid, origin))
+                fetched = await patiently(lambda: self._fetch(uid, origin))
                 if fetched is None or root_of(fetched) != root:
                     raise ProtocolError(f"{origin.peer.short} does not have {uid} as at the save point any more")
                 data = fetched
@@ -388,12 +374,12 @@ class SavePoint:
 
     async def _fetch(self, uid: str, origin: Origin) -> bytes | memoryview | None:
         return await fetch_state(
-            self._node, origin.peer, uid, weights_only=not self._is_whole, point=self._point, timeout=self._timeout
+            self._node, origin.peer, uid, weights_only=not self._is_whole, point=self._point, timeout=PIECE_TIMEOUT
         )
 
     async def _fetch_sealed(self, uid: str, seal: Seal, origins: Sequence[Origin]) -> bytes | memoryview:
         peers = [one.peer for one in origins]
-        data = await fetch_sealed(self._node, uid, seal, peers, timeout=self._timeout)
+        data = await fetch_sealed(self._node, uid, seal, peers, timeout=PIECE_TIMEOUT)
         if self._is_whole:
             return data
         state = check_state(uid, data)

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -26,7 +26,7 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.merkle import possession
+from tesseract_async.experts.pieces import possession
 from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.states import StateDict
@@ -66,20 +66,6 @@ class Contender:
     """Optimizer steps; None if the server does not answer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Past:
-    """The memory of this server about an expert."""
-
-    primary: PeerID | None = None
-    """The server that it follows."""
-    taken_from: PeerID | None = None
-    """The server that it took over from, unasked."""
-    is_new: bool = False
-    """True if it has been primary for a moment only, without a step, or stood still for a lease."""
-    has_waited: bool = True
-    """True if a better follower had the time to take over, and did not."""
-
-
 class BareRole(Enum):
     TRAIN = "train"
     """Be its primary."""
@@ -89,12 +75,21 @@ class BareRole(Enum):
 
 
 def decide(
-    me: Contender, others: Sequence[Contender], past: Past, *, listed: bool
+    me: Contender,
+    others: Sequence[Contender],
+    *,
+    listed: bool,
+    followed: PeerID | None = None,
+    taken_from: PeerID | None = None,
+    is_new: bool = False,
+    has_waited: bool = True,
 ) -> tuple[BareRole, Contender | None]:
     """Return this server's role, and which server it follows.
 
     `others`: replicas whose word may count, and of those that call themselves primary only the ones that answered
-    lately. `listed`: they are on an allow-list, so that their versions are believed.
+    lately. `listed`: they are on an allow-list, so that their versions are believed. `followed`: the server that this
+    one follows. `taken_from`: that it took over from, unasked. `is_new`: it has been primary for a moment only, without
+    a step, or stood still for a lease. `has_waited`: a better follower had the time to take over, and did not.
     """
     assert me.version is not None
     primaries = [other for other in others if other.primary]
@@ -103,13 +98,13 @@ def decide(
         if listed:
             better = [other for other in speaking if _rank(other) > _rank(me)]
         else:
-            better = speaking if past.is_new else [other for other in speaking if other.owner == past.taken_from]
+            better = speaking if is_new else [other for other in speaking if other.owner == taken_from]
         return (BareRole.FOLLOW, max(better, key=_rank)) if better else (BareRole.TRAIN, None)
     if primaries:
-        known = [other for other in primaries if other.owner == past.primary]
+        known = [other for other in primaries if other.owner == followed]
         return BareRole.FOLLOW, max((not listed and known) or primaries, key=_rank)
     better = [other for other in others if other.version is not None and _rank(other) > _rank(me)]
-    return (BareRole.WAIT if better and not past.has_waited else BareRole.TRAIN), None
+    return (BareRole.WAIT if better and not has_waited else BareRole.TRAIN), None
 
 
 def _rank(one: Contender) -> tuple[int, int]:
@@ -177,13 +172,18 @@ class BareNames:
         *,
         settings: ReplicaSettings,
         elapsed: Callable[[], float],
+        adopted: Mapping[str, PeerID | None],
     ) -> None:
-        """`source` sends the states of this server's experts; `elapsed` is that of `ReplicaKeeper`."""
+        """`source` sends the states of this server's experts; `elapsed` and `adopted` are those of `ReplicaKeeper`."""
         self._server, self._node, self._source = server, server.node, source
         self._settings, self._elapsed = settings, elapsed
         self._began = self._read_at = self._looked_at = elapsed()
         self._pulling, self._wake = asyncio.Lock(), asyncio.Event()
         self._experts = {uid: _BareExpert(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
+        for uid, one in self._experts.items():
+            if (giver := adopted.get(uid)) is not None and not one.hosted.is_restored:
+                one.synced_from, one.syncing = giver, Rhythm(settings.sync_every, self._began)
+                one.hosted.shared_version = one.hosted.version
         self._heard: dict[PeerID, float] = {}
         self._disputed: set[tuple[str, PeerID]] = set()
 
@@ -280,13 +280,15 @@ class BareNames:
             said = [Contender(owner_of(other), True, None) for other in rivals]  # whichever it is, no version matters
         else:
             said = await asyncio.gather(*map(look.contender, contenders))
-        past = Past(
-            primary=self.primary(uid),
+        role, chosen = decide(
+            Contender(self._node.peer_id, is_primary, version),
+            said,
+            listed=listed,
+            followed=self.primary(uid),
             taken_from=one.taken_from,
             is_new=now - one.primary_since < self._settings.lease and one.version_then in (None, version),
             has_waited=one.waiting_since is not None and now - one.waiting_since >= self._settings.check_every,
         )
-        role, chosen = decide(Contender(self._node.peer_id, is_primary, version), said, past, listed=listed)
         if role is BareRole.WAIT:
             one.waiting_since = one.waiting_since or now
             return

@@ -11,11 +11,13 @@ import json
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError, describe
+from tesseract_async.experts.pieces import leaves_of, root_from
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.spread_tensor import SpreadTensor
 from tesseract_async.runtime.states import JOURNAL_LENGTH, SAFETENSORS, StateDict
@@ -47,6 +49,15 @@ class EncodedState:
         self.num_held = self.size - spread
         """Bytes of it that are here."""
         self.is_spread = spread > 0
+
+    @cached_property
+    def leaves(self) -> Sequence[bytes]:
+        """`pieces.leaves_of` it, which takes a while the first time."""
+        return leaves_of(self)
+
+    @property
+    def root(self) -> bytes:
+        return root_from(self.leaves, self.size)
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         if self._head:

@@ -95,9 +95,10 @@ class VolunteerSettings:
     """Pause while other programs use more than this share of the processors, such as '30 %'. From 0 to 1, of all
     processors together, while somebody is at the machine."""
     pause_after: float = 5.0
-    """Pause once other programs have used more than that for this long. In seconds: opening a file is no reason."""
+    """Pause once other programs have used more than --pause-above-load for this long. In seconds: opening a file
+    is no reason."""
     resume_after: float = 60.0
-    """Resume once other programs have used less than that for this long. In seconds."""
+    """Resume once other programs have used less than --pause-above-load for this long. In seconds."""
 
     def __post_init__(self) -> None:
         for name in ("max_memory_bytes", "max_upload_rate", "max_download_rate", "data_quota_bytes"):

@@ -1,4 +1,5 @@
-"""Fetches experts' states in pieces: a sealed file from all who have it at once, a server's newest from that server."""
+"""Fetches experts' states in pieces: a sealed file from all who have it at once, a server's newest from that server; or
+a piece of a copy, to see who has it."""
 
 import asyncio
 import io
@@ -6,9 +7,10 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, BinaryIO, Final
 from weakref import WeakValueDictionary
 
@@ -20,10 +22,20 @@ from tesseract_async.errors import (
     TesseractError,
     describe,
 )
-from tesseract_async.experts.merkle import leaf_of
-from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, piece_size, split_list
-from tesseract_async.experts.terms import Seal
+from tesseract_async.experts.own_term import MAX_BEHIND
+from tesseract_async.experts.pieces import (
+    LIST,
+    PIECE_BYTES,
+    Ask,
+    PieceFetch,
+    leaf_of,
+    num_leaves,
+    piece_size,
+    split_list,
+)
+from tesseract_async.experts.terms import Seal, read_seal
 from tesseract_async.files import mapped_file
+from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
 from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.transport.base import PeerAddress
@@ -44,6 +56,10 @@ Aside = Callable[[Callable[[], Any]], Awaitable[Any]]
 """Runs work on files where it stops nobody."""
 
 
+async def _here(work: Callable[[], Any]) -> Any:
+    return work()
+
+
 class _NotThere(ProtocolError):
     """The source does not have the file, or not any more."""
 
@@ -54,26 +70,30 @@ class _Transfer:
     def __init__(
         self,
         node: TesseractNode,
-        uid: str,
-        fetch: PieceFetch[PeerAddress],
+        request: messages.StateRequest,
+        sources: Iterable[PeerAddress],
         into: BinaryIO,
         *,
-        weights_only: bool = False,
-        point: bytes = messages.NO_POINT,
+        size: int,
+        timeout: float,
         has_some: bool = False,
-        aside: Aside,
+        aside: Aside = _here,
     ) -> None:
-        self._node, self._uid, self._weights_only, self._aside = node, uid, weights_only, aside
-        self._point = point
-        self._fetch, self._into, self._has_some = fetch, into, has_some
+        """`request`: for any piece, with the file's root."""
+        self.fetch: PieceFetch[PeerAddress] = PieceFetch(request.root, size, silence=timeout + PIECE_BYTES / MIN_RATE)
+        for source in sources:
+            path = node.path(source)
+            self.fetch.add(source, rate=0.0 if path is None else path[1])
+        self._node, self._uid, self._request, self._aside = node, request.uid, request, aside
+        self._into, self._has_some, self._timeout = into, has_some, timeout + size / MIN_RATE
         self._tasks: dict[asyncio.Task[None], Ask[PeerAddress]] = {}
-        self._error: Exception = ProtocolError(f"nobody is known to have the state of {uid}")
+        self._error: Exception = ProtocolError(f"nobody is known to have the state of {request.uid}")
 
-    async def run(self, timeout: float) -> None:
+    async def run(self) -> None:
         """Fetch it. Raises: what the last source failed with; TimeoutError; OSError if `into` cannot be written."""
-        fetch, loop = self._fetch, asyncio.get_running_loop()
+        fetch, loop = self.fetch, asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(self._timeout):
                 while not fetch.is_done:
                     now = loop.time()
                     for source in fetch.leave_silent(now):
@@ -108,8 +128,8 @@ class _Transfer:
         self._withdraw(lambda ask: ask.source == source)
 
     async def _ask(self, ask: Ask[PeerAddress]) -> None:
-        fetch, (source, piece), loop = self._fetch, ask, asyncio.get_running_loop()
-        request = messages.StateRequest(self._uid, self._weights_only, 0, fetch.root, piece, self._point)
+        fetch, (source, piece), loop = self.fetch, ask, asyncio.get_running_loop()
+        request = self._request._replace(piece=piece)
         try:
             # a queue's last piece comes after the others
             head, data = await ask_piece(self._node, source, request, timeout=2 * fetch.silence)
@@ -128,7 +148,7 @@ class _Transfer:
 
     async def take(self, source: PeerAddress, piece: int, data: memoryview) -> None:
         """Check a piece, and put it where it belongs. Raises: ProtocolError for a wrong one; OSError."""
-        fetch, loop = self._fetch, asyncio.get_running_loop()
+        fetch, loop = self.fetch, asyncio.get_running_loop()
         is_list = piece == LIST and piece_size(LIST, fetch.size) != fetch.size
         leaves: list[bytes] = []
         had: set[int] = set()
@@ -154,7 +174,7 @@ class _Transfer:
 
     def _holds(self, number: int, leaf: bytes) -> bool:
         self._into.seek((number - 1) * PIECE_BYTES)
-        return leaf_of(self._into.read(piece_size(number, self._fetch.size))) == leaf
+        return leaf_of(self._into.read(piece_size(number, self.fetch.size))) == leaf
 
 
 async def ask_piece(
@@ -202,12 +222,12 @@ async def fetch_state(
             return None
         if head.size > max_bytes:
             raise ProtocolError(f"{uid}: a state of {head.size} bytes; at most {max_bytes} are fetched")
-        fetch = _plan(node, [peer], head.root, head.size, timeout)
         into = _anywhere(head.size)
-        transfer = _Transfer(node, uid, fetch, into, weights_only=weights_only, point=point, aside=_here)
+        piece = request._replace(min_version=0, root=head.root)
+        transfer = _Transfer(node, piece, [peer], into, size=head.size, timeout=timeout)
         await transfer.take(peer, LIST, first)
         try:
-            await transfer.run(timeout + head.size / MIN_RATE)
+            await transfer.run()
             return _content(into)
         except _NotThere:  # it has a newer copy now, and the one before is gone
             if left < 0:
@@ -225,8 +245,7 @@ async def fetch_sealed(
     if seal.size > MAX_STATE_BYTES:
         raise ProtocolError(f"{uid}: a state of {seal.size} bytes; at most {MAX_STATE_BYTES} are fetched")
     into = _anywhere(seal.size)
-    transfer = _Transfer(node, uid, _plan(node, sources, seal.root, seal.size, timeout), into, aside=_here)
-    await transfer.run(timeout + seal.size / MIN_RATE)
+    await _Transfer(node, _piece_of(uid, seal), sources, into, size=seal.size, timeout=timeout).run()
     return _content(into)
 
 
@@ -260,30 +279,28 @@ class SealFetcher:
             try:
                 with self._files.open_part(uid, seal.root) as part:
                     has_some = await self._aside(partial(_take_room, part, seal.size))
-                    fetch = _plan(self._node, sources, seal.root, seal.size, self._timeout)
-                    transfer = _Transfer(self._node, uid, fetch, part, has_some=has_some, aside=self._aside)
-                    await transfer.run(self._timeout + seal.size / MIN_RATE)
+                    transfer = _Transfer(
+                        self._node,
+                        _piece_of(uid, seal),
+                        sources,
+                        part,
+                        size=seal.size,
+                        timeout=self._timeout,
+                        has_some=has_some,
+                        aside=self._aside,
+                    )
+                    await transfer.run()
                     await self._aside(partial(_finish, part, durable=self._files.is_durable))
             except OSError as error:
                 if isinstance(error, TimeoutError):
                     raise
                 raise CheckpointError(f"the state of {uid} cannot be written here: {describe(error)}") from error
-            leaves = fetch.leaves or [leaf_of(await self._aside(Path(part.name).read_bytes))]
+            leaves = transfer.fetch.leaves or [leaf_of(await self._aside(Path(part.name).read_bytes))]
             return SealedFile(seal.root, seal.size, leaves, Path(part.name))
 
 
-def _plan(
-    node: TesseractNode, sources: Iterable[PeerAddress], root: bytes, size: int, timeout: float
-) -> PieceFetch[PeerAddress]:
-    fetch: PieceFetch[PeerAddress] = PieceFetch(root, size, silence=timeout + PIECE_BYTES / MIN_RATE)
-    for source in sources:
-        path = node.path(source)
-        fetch.add(source, rate=0.0 if path is None else path[1])
-    return fetch
-
-
-async def _here(work: Callable[[], Any]) -> Any:
-    return work()
+def _piece_of(uid: str, seal: Seal) -> messages.StateRequest:
+    return messages.StateRequest(uid, False, 0, seal.root, LIST)
 
 
 def _take_room(file: BinaryIO, size: int) -> bool:
@@ -300,3 +317,59 @@ def _finish(file: BinaryIO, *, durable: bool) -> None:
     file.flush()
     if durable:
         os.fsync(file.fileno())
+
+
+async def ask_records(node: TesseractNode, uid: str, peer: PeerAddress, *, timeout: float) -> list[bytes]:
+    """Return the Term by which a member goes, and the Seal whose file it says it has: untrusted, and unread.
+
+    Raises: as `TesseractNode.call_expert`.
+    """
+    question = messages.encode(messages.TenureRequest(uid, "probe", 0, [b"", b"", b""]))
+    reply = await node.call_expert(peer, messages.TENURE, question, timeout=timeout, idempotent=True)
+    return messages.decode(messages.TenureReply, reply.body).records
+
+
+async def ask_seal(node: TesseractNode, run: bytes, uid: str, peer: PeerAddress, *, timeout: float) -> Seal:
+    """Return the Seal whose file a member says it has. Raises: as `ask_records`; ProtocolError if it shows none."""
+    seal = read_seal([*await ask_records(node, uid, peer, timeout=timeout), b"", b""][1], run)
+    if seal.uid != uid:
+        raise ProtocolError(f"{peer.short} shows the Seal of another expert than {uid}")
+    return seal
+
+
+async def find_shown(
+    node: TesseractNode,
+    run: bytes,
+    newest: Seal,
+    peers: Mapping[PeerID, PeerAddress],
+    *,
+    timeout: float,
+    random: Random,
+) -> set[PeerID]:
+    """Return those of the `peers` that show a random piece of a file which the primary of `newest` sealed lately."""
+    uid = newest.uid
+
+    async def shows(address: PeerAddress) -> bool:
+        try:
+            seal = await ask_seal(node, run, uid, address, timeout=timeout)
+            if (seal.primary, seal.term) != (newest.primary, newest.term) or seal.number < newest.number - MAX_BEHIND:
+                raise ProtocolError(f"{address.short} has an old state of {uid}, or one that its primary did not seal")
+            plan: PieceFetch[PeerAddress] = PieceFetch(seal.root, seal.size, silence=timeout)
+            hashes = await ask(address, plan, LIST)
+            if num_leaves(seal.size) > 1:
+                plan.take_list(split_list(hashes))
+                await ask(address, plan, random.randrange(1, len(plan.leaves) + 1))
+        except (TesseractError, TimeoutError, OSError) as error:
+            logger.info("%s does not show the state of %s: %s", address.short, uid, describe(error))
+            return False
+        return True
+
+    async def ask(address: PeerAddress, plan: PieceFetch[PeerAddress], piece: int) -> memoryview:
+        request = messages.StateRequest(uid, False, 0, plan.root, piece)
+        _, data = await ask_piece(node, address, request, timeout=timeout)
+        if not plan.is_right(piece, data):
+            raise ProtocolError(f"{address.short} sent a wrong piece of the state of {uid}")
+        return data
+
+    found = await asyncio.gather(*map(shows, peers.values()))
+    return {peer for peer, is_shown in zip(peers, found, strict=True) if is_shown}

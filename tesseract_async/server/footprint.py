@@ -117,60 +117,43 @@ def plan_memory(limit: int, *, base: int, expert: Footprint, on_gpu: bool = Fals
 def measure(backend: ExpertBackend) -> Footprint:
     """Measure an expert by taking a step: for a backend that is not used afterwards. Raises what its module raises.
 
-    The largest batch runs on PyTorch's ``meta`` device, which takes no memory, while all tensors made are counted.
+    The largest batch runs on PyTorch's ``meta`` device, which takes no memory, while all tensors made are counted. Of a
+    spread expert, what each process has is measured.
     """
-    if backend.rebuild is not None:
-        return _measure_spread(backend, backend.rebuild)
-    settings = backend.settings
-    few = peak_of(backend, NUM_PROBE_ROWS, backend.device)
+    settings, rebuild, num = backend.settings, backend.rebuild, backend.num_processes
+    few = peak_of(backend, NUM_PROBE_ROWS, backend.device) if rebuild is None else 0
     found = backend.gradients(*probe(backend, 1, backend.device), training=True)
     for _ in range(settings.step_every):
         backend.step(found[1])
     if settings.lockstep:
         lockstep.step({backend.name: backend}, backend.version, "", {})
     state = {} if backend.optimizer is None else backend.optimizer.state_dict()["state"]
+    with torch.device("meta"):
+        whole = backend.module if rebuild is None else rebuild()
+    gradients = _num_bytes(backend.parameters)
     try:
-        batch = peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
+        on_meta = _on_meta(backend, None if rebuild is None else whole)
+        batch = peak_of(on_meta, backend.max_batch_size, torch.device("meta"))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         # it looks at the numbers themselves, or uses what ``meta`` does not have
-        logger.info("%s does not run on meta (%s): its memory is estimated", type(backend.module).__name__, error)
-        more = peak_of(backend, 2 * NUM_PROBE_ROWS, backend.device)
-        row = PROBE_MARGIN * max(0, more - few) / NUM_PROBE_ROWS
-        batch = more + int(row * max(0, backend.max_batch_size - 2 * NUM_PROBE_ROWS))
+        logger.info("%s does not run on meta (%s): its memory is estimated", type(whole).__name__, error)
+        if rebuild is None:
+            more = peak_of(backend, 2 * NUM_PROBE_ROWS, backend.device)
+            row = PROBE_MARGIN * max(0, more - few) / NUM_PROBE_ROWS
+            batch = more + int(row * max(0, backend.max_batch_size - 2 * NUM_PROBE_ROWS))
+        else:
+            batch = 2 * gradients
+    if rebuild is not None:  # its share, and two parts that are gathered at once, each with its gradient
+        part = max([_num_bytes(one.parameters()) for one in _parts_of(whole)], default=0)
+        batch = max(0, batch - gradients) // num + gradients // num + 4 * part
     return Footprint(
-        weights=_num_bytes((*backend.module.parameters(), *backend.module.buffers())),
-        gradients=_num_bytes(backend.parameters),
-        optimizer=_num_bytes(tree_leaves(state)),
+        weights=-(-_num_bytes((*whole.parameters(), *whole.buffers())) // num),
+        gradients=-(-gradients // num),
+        optimizer=-(-_num_bytes(tree_leaves(state)) // num),
         batch=int(KERNEL_MARGIN * batch),
         num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1 or settings.lockstep),
         journal_length=backend.journal_length,
         goes_back=not settings.lockstep,
-    )
-
-
-def _measure_spread(backend: ExpertBackend, rebuild: Callable[[], nn.Module]) -> Footprint:
-    """Measure what each process has of a spread expert: its share, and two parts that are gathered at once, each with
-    its gradient."""
-    found, settings = backend.gradients(*probe(backend, 1, backend.device), training=True), backend.settings
-    for _ in range(settings.step_every):
-        backend.step(found[1])
-    memory = tree_leaves({} if backend.optimizer is None else backend.optimizer.state_dict()["state"])
-    with torch.device("meta"):
-        whole = rebuild()
-    num = backend.num_processes
-    weights, gradients = _num_bytes((*whole.parameters(), *whole.buffers())), _num_bytes(backend.parameters)
-    part = max([_num_bytes(one.parameters()) for one in _parts_of(whole)], default=0)
-    try:
-        batch = peak_of(_on_meta(backend, whole), backend.max_batch_size, torch.device("meta"))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        logger.info("%s does not run on meta (%s): its memory is estimated", type(whole).__name__, error)
-        batch = 2 * gradients
-    return Footprint(
-        weights=-(-weights // num),
-        gradients=-(-gradients // num),
-        optimizer=-(-_num_bytes(memory) // num),
-        batch=int(KERNEL_MARGIN * (max(0, batch - gradients) // num + gradients // num + 4 * part)),
-        num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
     )
 
 

@@ -62,6 +62,8 @@ class HostedState:
         self._store, self._writer = store, writer
         self.saved: tuple[int, int] | None = None
         """The backend's `progress` in the newest checkpoint."""
+        self.is_restored = False
+        """True if it began from a checkpoint of this server's, whatever state its backend had before."""
 
     @property
     def version(self) -> int:
@@ -91,7 +93,7 @@ class HostedState:
                 f"{self._store.directory} was written for, in the same size, or choose another folder"
             ) from error
         if state is not None:
-            self.saved = self.backend.progress
+            self.saved, self.is_restored = self.backend.progress, True
             logger.info("%s continues at version %d", self.uid, self.backend.version)
 
     async def save(self) -> bool:

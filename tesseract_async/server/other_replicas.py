@@ -229,8 +229,9 @@ def check_fitting(uid: str, backend: ExpertBackend, file: bytes | memoryview) ->
 
 async def adopt_states(
     node: TesseractNode, backends: dict[str, ExpertBackend], *, settings: ReplicaSettings = DEFAULT_SETTINGS
-) -> set[str]:
-    """Load the state of each expert that another server trains already; return those, which this one will follow.
+) -> dict[str, PeerID | None]:
+    """Load the state of each expert that another server trains already; return those, which this one will follow, each
+    with the server whose state it has now (None in a run, where that comes later).
 
     For backends that no server has been given yet. Where nobody gives the state, this server begins by itself: the
     others may be gone (or be this very server, before it was killed).
@@ -238,7 +239,8 @@ async def adopt_states(
     Raises: ReplicaMismatch if the expert is something else there.
     """
     # experts of a run are followed by their records (`server.tenures`)
-    followed = {uid for uid in backends if node.trust.authority(split_uid(uid)[0]) is not None}
+    followed: dict[str, PeerID | None]
+    followed = {uid: None for uid in backends if node.trust.authority(split_uid(uid)[0]) is not None}
     gate = asyncio.Semaphore(NUM_AT_ONCE)
 
     async def take(uid: str, replica: ExpertReplica) -> bool:
@@ -264,14 +266,14 @@ async def adopt_states(
                     _check_schemas(uid, backends[uid], info, replica)
                 try:
                     if await take(uid, replica):
-                        followed.add(uid)
+                        followed[uid] = owner_of(replica)
                         return
                 except ReplicaMismatch:
                     raise
                 except (TesseractError, TimeoutError, RuntimeError, ValueError, LookupError, TypeError) as error:
                     logger.warning("the state of %s at %s: %s", uid, replica.peer.short, describe(error))
 
-    replicas = await read_replicas(node, backends.keys() - followed)
+    replicas = await read_replicas(node, backends.keys() - followed.keys())
     try:
         async with asyncio.TaskGroup() as group:
             for uid, some in replicas.items():

@@ -14,26 +14,24 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Permissions
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.place_directory import Places, fetch_places
-from tesseract_async.experts.placement import (
-    DROP_AFTER,
-    MAX_CHECKED,
+from tesseract_async.experts.placement import DROP_AFTER, MAX_CHECKED, STUCK_AFTER, Placement, PlacementStep
+from tesseract_async.experts.places import (
     NEVER,
-    STUCK_AFTER,
     MemberPart,
     MemberRole,
     Place,
-    Placement,
-    PlacementStep,
     Survey,
+    encode_place,
+    places_key,
+    ranges_of,
 )
-from tesseract_async.experts.places import encode_place, places_key, ranges_of
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import Seal, TermKind
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.capacity import Capacity
-from tesseract_async.server.copies import ask_seal, find_shown
+from tesseract_async.server.fetching import ask_seal, find_shown
 from tesseract_async.server.other_replicas import wall_clock
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper

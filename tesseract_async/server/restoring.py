@@ -11,8 +11,7 @@ from typing import BinaryIO, Final
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, NotAllowed, Overloaded, ProtocolError, RemoteError, describe
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.merkle import root_of
-from tesseract_async.experts.pieces import PIECE_BYTES
+from tesseract_async.experts.pieces import PIECE_BYTES, root_of
 from tesseract_async.files import mapped_file
 from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode

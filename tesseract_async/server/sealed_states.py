@@ -9,7 +9,7 @@ from typing import Final
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.merkle import leaves_of, possession, root_from
+from tesseract_async.experts.pieces import possession
 from tesseract_async.experts.tenure_words import Fetch, State
 from tesseract_async.experts.terms import Seal
 from tesseract_async.experts.trust import SHARED
@@ -156,7 +156,7 @@ class SealedStates:
             logger.info("%s could not be followed by its updates: %s", uid, describe(error))
             return False
         file = encode_state(backend.state() if hosted is None else await hosted.snapshot())
-        if await aside(lambda: root_from(leaves_of(file), file.size)) != seal.root:
+        if await aside(lambda: file.root) != seal.root:
             return False
         await aside(lambda: self.files.keep(uid, file))
         if hosted is not None:

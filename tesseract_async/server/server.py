@@ -21,7 +21,8 @@ from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.answering import ExpertCalls
 from tesseract_async.server.applying import Applying, ExpertShares
-from tesseract_async.server.fragments import FragmentBackend, FragmentCalls
+from tesseract_async.server.fragment_calls import FragmentCalls
+from tesseract_async.server.fragments import FragmentBackend
 from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.lockstep import LockstepCalls
 from tesseract_async.server.memory import CallerMemory, trim_heap

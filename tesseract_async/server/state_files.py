@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from typing import BinaryIO, Final
 from urllib.parse import quote, unquote
 
 from tesseract_async.errors import CheckpointError, describe
-from tesseract_async.experts.merkle import LEAF_BYTES, leaves_of, root_from, root_of
+from tesseract_async.experts.pieces import LEAF_BYTES, leaves_of, root_from, root_of
 from tesseract_async.files import mapped, sync_folder, write_whole
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import decode_state, encode_state
+from tesseract_async.server.checkpoint import EncodedState, decode_state, encode_state
 
 try:
     import fcntl
@@ -160,7 +160,7 @@ class SealedFile:
     root: bytes
     size: int
     leaves: Sequence[bytes]
-    """`merkle.leaves_of` it."""
+    """`pieces.leaves_of` it."""
     path: Path
 
     def read(self, offset: int, num_bytes: int) -> bytes:
@@ -212,20 +212,10 @@ class SealedFiles:
         if self._directory is not None:
             write_whole(expert_folder(self._directory, uid) / "tenure", [stored])
 
-    def keep(self, uid: str, pieces: Iterable[bytes | memoryview]) -> SealedFile:
-        """Write a file, and keep it and the one before. `pieces` are gone through twice. Raises: OSError."""
-        size = 0
-
-        def counted() -> Iterator[bytes | memoryview]:
-            nonlocal size
-            for one in pieces:
-                size += len(one)
-                yield one
-
-        leaves = leaves_of(counted())
-        root = root_from(leaves, size)
-        file = SealedFile(root, size, leaves, self._path(uid, root))
-        write_whole(file.path, pieces, durable=self.is_durable)
+    def keep(self, uid: str, state: EncodedState) -> SealedFile:
+        """Write a file, and keep it and the one before. Raises: OSError."""
+        file = SealedFile(state.root, state.size, state.leaves, self._path(uid, state.root))
+        write_whole(file.path, state, durable=self.is_durable)
         return self._list(uid, file)
 
     def take_in(self, uid: str, file: SealedFile) -> SealedFile:

@@ -18,7 +18,6 @@ from typing import Final, Protocol
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, describe
-from tesseract_async.experts.merkle import leaves_of, root_from
 from tesseract_async.experts.pieces import LIST, PIECE_BYTES
 from tesseract_async.files import write_whole
 from tesseract_async.identity import PeerID
@@ -83,18 +82,9 @@ class SealedState:
 @dataclass(slots=True)
 class _Copy:
     version: int
-    root: bytes
-    leaves: Sequence[bytes]
     file: EncodedState | SealedFile
     made: float
     used: float
-
-    @property
-    def size(self) -> int:
-        return self.file.size
-
-    def read(self, offset: int, num_bytes: int) -> bytes | memoryview:
-        return self.file.read(offset, num_bytes)
 
 
 _At = tuple[str, bool, PeerID | None, bytes]
@@ -108,19 +98,18 @@ class StateSource:
         self,
         aside: Aside,
         *,
-        max_bytes: int = MAX_COPIES_BYTES,
-        reuse: float = REUSE_SECONDS,
         throttle: Throttle | None = None,
         points_dir: Path | None = None,
     ) -> None:
-        """`aside` runs work where it stops nobody. `max_bytes`: of copies that are kept; beyond it, newcomers are told
-        to come back. `throttle`: the node's, of whose upload rate states get what other traffic leaves. `points_dir`:
-        where states at save points are written; None: where temporary files are.
+        """`aside` runs work where it stops nobody. `throttle`: the node's, of whose upload rate states get what other
+        traffic leaves. `points_dir`: where states at save points are written; None: where temporary files are.
         """
         self._leftover = Leftover(MAX_RATE, throttle)
         self._turn = asyncio.Lock()
         self._waiting: Counter[PeerID] = Counter()
-        self.max_bytes, self.reuse = max_bytes, reuse
+        self.max_bytes, self.reuse = MAX_COPIES_BYTES, REUSE_SECONDS
+        """Bytes of copies that are kept, beyond which newcomers are told to come back; seconds for which a copy counts
+        as the newest."""
         self._aside, self._points_dir = aside, points_dir
         self.find_sealed: Callable[[str, bytes], SealedFile | None] = lambda uid, root: None
         """The sealed file of an expert of a run that has this root."""
@@ -142,14 +131,14 @@ class StateSource:
         # a whole state takes more leave than weights alone
         sealed = None if request.weights_only else self.find_sealed(owner.uid, request.root)
         copy = None if sealed is not None else await self._find(owner, request, call.peer_id)
-        file = sealed or copy
+        file = sealed if copy is None else copy.file
         nothing = Message(messages.encode(messages.StateReply(owner.version, messages.NO_ROOT, 0, request.piece)))
         if file is None:
             return nothing
         await self._take_turn(call.peer_id, min(PIECE_BYTES, file.size))
         version = owner.version if copy is None else copy.version
-        if copy is not None and isinstance(copy.file, EncodedState) and not copy.file.is_spread:
-            return _piece(version, copy, request.piece)
+        if isinstance(file, EncodedState) and not file.is_spread:
+            return _piece(version, file, request.piece)
         try:
             reply: Message = await self._aside(lambda: _piece(version, file, request.piece))
         except FileNotFoundError:  # two newer ones were sealed meanwhile
@@ -186,7 +175,7 @@ class StateSource:
                     copy = await (self._make_point(owner, at, peer, now) if is_point else self._make(owner, at))
                     if is_point or self._making.get(key) is lock:  # `drop` did not come meanwhile
                         self._copies[at] = copy
-        if copy is None or request.root not in (messages.NO_ROOT, copy.root):
+        if copy is None or request.root not in (messages.NO_ROOT, copy.file.root):
             return None
         copy.used = now
         return copy
@@ -253,17 +242,17 @@ class StateSource:
         if path is not None:
             state = {**state, "structure": owner.structure()}
 
-        def write() -> tuple[EncodedState | SealedFile, Sequence[bytes]]:
+        def write() -> EncodedState | SealedFile:
             file = encode_state(state)
             if path is not None:
                 write_whole(path, file)
-            leaves = leaves_of(file)
-            return file if path is None else SealedFile(root_from(leaves, file.size), file.size, leaves, path), leaves
+            root = file.root
+            return file if path is None else SealedFile(root, file.size, file.leaves, path)
 
-        file, leaves = await self._aside(write)
+        file = await self._aside(write)
         now = asyncio.get_running_loop().time()
         self._sweep_later()
-        return _Copy(state["version"], root_from(leaves, file.size), leaves, file, now, now)
+        return _Copy(state["version"], file, now, now)
 
     def _sweep_later(self) -> None:
         if self._sweep is None:
@@ -292,7 +281,7 @@ def _weights_of(state: StateDict) -> StateDict:
     return {"module": module, "version": version}
 
 
-def _piece(version: int, file: SealedFile | _Copy, piece: int) -> Message:
+def _piece(version: int, file: SealedFile | EncodedState, piece: int) -> Message:
     """Read one. Raises: ProtocolError if there is none of that number; OSError."""
     if piece > len(file.leaves) or (piece == 1 and len(file.leaves) == 1):
         raise ProtocolError(f"a file of {file.size} bytes has no piece {piece}")

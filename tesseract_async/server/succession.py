@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
 from tesseract_async.errors import TesseractError, describe
@@ -40,8 +40,11 @@ class ReplicaKeeper(Succession):
         settings: ReplicaSettings = DEFAULT_SETTINGS,
         reuse: float = REUSE_SECONDS,
         elapsed: Callable[[], float] = boottime,
+        adopted: Mapping[str, PeerID | None] | None = None,
     ) -> None:
-        """`reuse`: seconds for which a copy of a state counts as the newest. `elapsed`: a clock such as `boottime`."""
+        """`reuse`: seconds for which a copy of a state counts as the newest. `elapsed`: a clock such as `boottime`.
+        `adopted`: what `adopt_states` returned: those states are not fetched again before they are due.
+        """
         self.settings = settings
         self._server, self._node = server, server.node
         self._source = server.states
@@ -50,7 +53,7 @@ class ReplicaKeeper(Succession):
         self._authorities = {uid: authority for uid, authority in found.items() if authority is not None}
         self.tenures = Tenures(server, call_timeout=settings.call_timeout, elapsed=elapsed)
         bare = [uid for uid in found if uid not in self._authorities]
-        self.bare = BareNames(server, bare, self._source, settings=settings, elapsed=elapsed)
+        self.bare = BareNames(server, bare, self._source, settings=settings, elapsed=elapsed, adopted=adopted or {})
         self._moving: dict[str, asyncio.Future[None]] = {}  # being handed over
         self._looking = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -58,7 +61,7 @@ class ReplicaKeeper(Succession):
     async def __aenter__(self) -> "ReplicaKeeper":
         self._server.succession = self
         self._server.handle(messages.TAKE_OVER, self.bare.take_over)
-        self._server.handle(messages.TENURE, self.tenures.answer)
+        self._server.handle(messages.TENURE, lambda hosted, call: self.tenures.answer(hosted.uid, call))
         self._server.restoring.lay_aside = self.tenures.files.lay_aside
         self._source.find_sealed, self.tenures.source = self.tenures.files.find, self._source
         await self.tenures.start(self._authorities)

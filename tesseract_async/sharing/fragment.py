@@ -9,8 +9,12 @@ Solved for what everybody knows, m' = (mu m + u) / (1 + mu): what quantizing u l
 
 The anchor is ahead of what the members had on average, by mu m': it is where the next differences are taken from. What
 is evaluated is `Fragment.merged`.
+
+A `Copy` is a trainer's side: it pushes anchor - local, goes on stepping, and adds new - sent when the answer comes,
+where `sent` are its values at the time of the push: what it learned meanwhile stays.
 """
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,14 +87,13 @@ class Fragment:
         momentum: torch.Tensor | None = None,
         updates: Sequence[Update] = (),
         before: bytes = UNKNOWN,
-        keeps_momentum: bool = True,
     ) -> None:
-        """`updates`: those that led here, and `before`, the root that they began at. `keeps_momentum`: it may `step`.
+        """`updates`: those that led here, and `before`, the root that they began at.
 
         Raises: ProtocolError if these do not fit one another.
         """
         self.cut, self.outer, self.version = cut, outer, version
-        self.has_momentum = keeps_momentum and cut.kind is MergeKind.STEPPED and outer.momentum > 0
+        self.has_momentum = cut.kind is MergeKind.STEPPED and outer.momentum > 0
         if momentum is None and self.has_momentum:
             momentum = torch.zeros_like(anchor)
         for tensor in (anchor, momentum):
@@ -111,6 +114,15 @@ class Fragment:
         # one tuple, so that other threads may look at it while a step is taken
         self._line: tuple[Update, ...] = (first, *updates)
         self._norms: dict[int, float] = {}
+
+    def copied(self, *, keeps_momentum: bool = True) -> "Fragment":
+        """Return one that goes on by itself; without momentum it can replay updates, and take no step. Tensors are
+        replaced, and never changed, so that both may have them."""
+        made = copy.copy(self)
+        made._norms = {}
+        if not keeps_momentum:
+            made.has_momentum, made.momentum = False, None
+        return made
 
     @property
     def updates(self) -> tuple[Update, ...]:
@@ -210,3 +222,60 @@ class Fragment:
     def _decoded(self, data: bytes) -> torch.Tensor:
         shape = (self.cut.numel,)
         return compression.decode(memoryview(bytearray(data)), self.cut.dtype, shape, self.outer.codec_of(self.cut))
+
+
+class Copy:
+    """One fragment at a trainer: the anchor that it knows, and the push that is under way."""
+
+    def __init__(self, fragment: Fragment, *, epoch: int = 0) -> None:
+        """`fragment`, and its `epoch`: as fetched from the fragment's hosts."""
+        self.epoch = epoch
+        # a trainer needs no momentum: updates hold it already
+        self._fragment = fragment.copied(keeps_momentum=False)
+        self.cut, self._outer = fragment.cut, fragment.outer
+        self.sent: torch.Tensor | None = None
+
+    @property
+    def base(self) -> tuple[int, int, bytes]:
+        """The epoch, version and root of the anchor: what a push builds on."""
+        return self.epoch, self._fragment.version, self._fragment.root
+
+    @property
+    def anchor(self) -> torch.Tensor:
+        """The swarm's values, as far as this trainer knows."""
+        return self._fragment.anchor
+
+    def merged(self) -> torch.Tensor:
+        """The swarm's values to evaluate; see `Fragment.merged`."""
+        return self._fragment.merged()
+
+    def push(self, local: torch.Tensor) -> bytes:
+        """Return the encoded difference of this trainer's values, which are kept until `merge`."""
+        assert self.sent is None
+        self.sent = local
+        values = local if self.cut.kind is MergeKind.NEWEST else self.anchor - local
+        return bytes(compression.encode(values, self._outer.codec_of(self.cut)))
+
+    def cancel(self) -> None:
+        """Forget the push under way: the next one holds what it held."""
+        self.sent = None
+
+    def merge(self, updates: Sequence[Update], *, epoch: int) -> torch.Tensor:
+        """Take the updates that answer the push, or that came without one. Returns what to add to the local values.
+
+        Raises: ProtocolError if they do not lead where they say, and changes nothing: fetch the state whole then, and
+        `rebase`.
+        """
+        sent = self.anchor if self.sent is None else self.sent
+        if self.sent is not None and (not updates or updates[-1].version <= self._fragment.version):
+            raise ProtocolError("a push was answered without its update")
+        self._fragment.replay(updates)
+        self.epoch, self.sent = epoch, None
+        return self.anchor - sent
+
+    def rebase(self, fragment: Fragment, *, epoch: int, counted: bool = False) -> torch.Tensor:
+        """Go on from another state. Returns what to add to the local values, whose difference stays to be pushed;
+        `counted`: the push under way is in that state."""
+        before = self.sent if counted and self.sent is not None else self.anchor
+        self._fragment, self.epoch, self.sent = fragment.copied(keeps_momentum=False), epoch, None
+        return self.anchor - before

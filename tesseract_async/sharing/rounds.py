@@ -1,7 +1,7 @@
 """Rounds: gathers the members' pushes of one fragment, and says when a round closes and what it comes to. Pure.
 
 A round opens with the first push. It closes when every peer that pushed or came in the last two rounds has pushed, or
-`deadline` after it opened: the members' median arrival plus four median deviations, at least `MIN_WAIT`, at most one
+`timeout` after it opened: the members' median arrival plus four median deviations, at least `MIN_WAIT`, at most one
 interval between rounds. A push that comes later counts in the next round. Each member counts as one of all that are
 known, also where it comes alone: differences of rounds that split would add up otherwise, where their mean is meant.
 
@@ -166,7 +166,7 @@ class Rounds:
         came = {peer for peer, until in self._came.items() if until > self._version}
         if came.union(*self._last_two, self._lately(now)) <= self._pushes.keys() and (came or not self._waits_first):
             return now
-        return self._opened[self._version] + self.deadline
+        return self._opened[self._version] + self.timeout
 
     @property
     def _period(self) -> float:
@@ -185,7 +185,8 @@ class Rounds:
         return {peer: one for peer, one in self._members.items() if now - one.at < window}
 
     @property
-    def deadline(self) -> float:
+    def timeout(self) -> float:
+        """Seconds after its first push at which a round closes in any case."""
         offsets = [at for one in islice(reversed(self._members.values()), MAX_TIMED) for at in one.offsets]
         median = statistics.median(offsets) if offsets else 0.0
         deviation = statistics.median(abs(one - median) for one in offsets) if offsets else 0.0

@@ -1,4 +1,4 @@
-"""Samples: which of an epoch's samples are free, on their way, and done: at the primary, and at one trainer. Pure.
+"""Samples: which of an epoch's samples are free, on their way, and done. Pure.
 
 Samples are places in the epoch's order, and travel as spans of an epoch. The `Ledger` hands them out. Each message of a
 trainer says all that it holds; so a reply that was lost costs nothing, and after a takeover the next primary, which
@@ -8,17 +8,16 @@ At other times a trainer ends only what it held before: that it has ended others
 """
 
 import math
-from bisect import bisect_left, bisect_right
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Final, NamedTuple
 
 import msgpack
 
 from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.identity import PeerID
+from tesseract_async.sharing.spans import MAX_SPANS, Piece, Spans
 
 LEASE_SECONDS: Final = 30.0
 """Seconds of silence after which a trainer's samples are handed out again."""
@@ -31,8 +30,6 @@ REST_SECONDS: Final = 2.0
 """Seconds for which it then gets nothing: others come first."""
 MAX_HELD: Final = 1 << 20
 """Samples that a trainer holds at a time."""
-MAX_SPANS: Final = 512
-"""Spans of a trainer, of a message, and of an epoch's free samples where trainers name what they hold."""
 MAX_TRAINERS: Final = 4096
 MAX_TRAINERS_OF_PEER: Final = 8
 MAX_OPEN: Final = 2
@@ -40,84 +37,8 @@ MAX_OPEN: Final = 2
 MAX_EPOCH: Final = 2**40
 STATE_BYTES: Final = 32 << 10
 
-Span = tuple[int, int]
-"""First and last but one."""
-Piece = tuple[int, int, int]
-"""An epoch's number, and a span of it."""
 TrainerName = tuple[PeerID, bytes]
 """A trainer: its peer, and the 16 random bytes of one start of its program."""
-
-
-class Spans:
-    """A set of whole numbers, as spans in ascending order that do not touch one another."""
-
-    __slots__ = ("_spans",)
-
-    def __init__(self, spans: Iterable[Span] = ()) -> None:
-        self._spans: list[Span] = []
-        for start, stop in spans:
-            self.add(start, stop)
-
-    def __iter__(self) -> Iterator[Span]:
-        return iter(self._spans)
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    @property
-    def num(self) -> int:
-        """The count of numbers."""
-        return sum(stop - start for start, stop in self._spans)
-
-    def add(self, start: int, stop: int) -> None:
-        """Put these in."""
-        if start >= stop:
-            return
-        first = last = bisect_left(self._spans, start, key=itemgetter(1))
-        while last < len(self._spans) and self._spans[last][0] <= stop:
-            start, stop = min(start, self._spans[last][0]), max(stop, self._spans[last][1])
-            last += 1
-        self._spans[first:last] = [(start, stop)]
-
-    def cut(self, start: int, stop: int) -> list[Span]:
-        """Take these out, as far as they are in. Returns those that were."""
-        if start >= stop:
-            return []
-        first = last = bisect_right(self._spans, start, key=itemgetter(1))
-        found, left = list[Span](), list[Span]()
-        while last < len(self._spans) and self._spans[last][0] < stop:
-            low, high = self._spans[last]
-            found.append((max(low, start), min(high, stop)))
-            left += [one for one in ((low, start), (stop, high)) if one[0] < one[1]]
-            last += 1
-        self._spans[first:last] = left
-        return found
-
-    def take(self, num: int, *, most: int) -> list[Span]:
-        """Take the first `num` out, in at most so many spans."""
-        found = list[Span]()
-        while num > 0 and self._spans and len(found) < most:
-            start, stop = self._spans[0]
-            found += self.cut(start, min(stop, start + num))
-            num -= found[-1][1] - found[-1][0]
-        return found
-
-
-def encode_pieces(pieces: Iterable[Piece]) -> list[int]:
-    """Return the pieces one after the other, as they travel."""
-    return [number for piece in pieces for number in piece]
-
-
-def decode_pieces(flat: object) -> list[Piece]:
-    """Read what `encode_pieces` made. Untrusted. Raises: ProtocolError."""
-    if type(flat) is not list or len(flat) > 3 * MAX_SPANS or len(flat) % 3:
-        raise ProtocolError("malformed samples")
-    if any(type(number) is not int or not 0 <= number < 2**48 for number in flat):
-        raise ProtocolError("malformed samples")
-    pieces = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
-    if any(start >= stop for _, start, stop in pieces):
-        raise ProtocolError("malformed samples")
-    return pieces
 
 
 class Report(NamedTuple):
@@ -366,163 +287,3 @@ def _decode(state: bytes) -> tuple[int, dict[int, _Epoch]]:
     except Exception:  # msgpack raises many kinds
         raise ProtocolError("malformed samples in the state of a fragment") from None
     return first, epochs
-
-
-class Share:
-    """A trainer's side: what it holds, and which batches it has begun and ended. See `Ledger`."""
-
-    def __init__(self, num_samples: int, *, batch_size: int, ahead: int) -> None:
-        """`batch_size`: samples of a batch; `ahead`: batches that are fetched before they are needed."""
-        self.num_samples, self.batch_size, self.ahead = num_samples, batch_size, ahead
-        self.epoch = 0
-        self.num_again = 0
-        """Samples that came here after somebody held them who did not end them."""
-        self.num_begun = 0
-        """Batches, ever."""
-        self._turn, self._session = 0, b""
-        self.queue: deque[Piece] = deque()
-        """Samples that wait to be taken."""
-        self.begun: dict[int, list[Piece]] = {}
-        """The samples of each batch that has not ended, by its number."""
-        self._filling: list[Piece] = []
-        self._done: list[Piece] = []
-        self._returned: list[Piece] = []
-        self.sent = (0, 0)
-        self._all_done: dict[int, Spans] = {}
-        self._is_iterating = False
-        self._is_over = self._is_dry = False
-
-    # ------------------------------------------------------------------------------------------------ the loop's side
-
-    def begin(self, epoch: int, *, gives_back: bool) -> None:
-        """Go through the samples of an epoch from now on. `gives_back`: the batches that have not ended."""
-        self.end()
-        if gives_back:
-            self.give_back()
-        self.epoch = epoch
-        self._is_iterating, self._is_over, self._is_dry = True, False, False
-
-    def end(self) -> None:
-        """Ask for no more, and give back what no batch has."""
-        self._is_iterating = False
-        self._returned += self.queue
-        self.queue.clear()
-        self.end_batch()
-
-    def give_back(self) -> None:
-        """Give back the batches that have not ended."""
-        for pieces in self.begun.values():
-            self._returned += pieces
-        self.begun.clear()
-
-    @property
-    def has_begun(self) -> bool:
-        """True if there are batches that have not ended."""
-        return bool(self.begun or self._filling)
-
-    @property
-    def is_filling(self) -> bool:
-        """True in the midst of a batch."""
-        return bool(self._filling)
-
-    def take(self) -> tuple[int, int] | None:
-        """Return the next sample, as epoch and place; None while there is none here."""
-        if not self.queue:
-            return None
-        epoch, start, stop = self.queue.popleft()
-        if start + 1 < stop:
-            self.queue.appendleft((epoch, start + 1, stop))
-        self._filling.append((epoch, start, start + 1))
-        if len(self._filling) == self.batch_size:
-            self.end_batch()
-        return epoch, start
-
-    @property
-    def is_over(self) -> bool:
-        """True if nothing more will come in this epoch."""
-        return not self.queue and (self._is_over or not self._is_iterating)
-
-    @property
-    def is_dry(self) -> bool:
-        """True if all that is left is on its way at others, or here."""
-        return not self.queue and self._is_dry
-
-    def end_batch(self) -> None:
-        """End the batch that is being filled, full or not."""
-        if self._filling:
-            self.begun[self.num_begun] = _joined(self._filling)
-            self.num_begun += 1
-            self._filling = []
-
-    def ended(self, number: int | None = None, *, failed: bool = False) -> None:
-        """A batch has ended, the oldest by default; one that failed taught nothing, and is handed out again."""
-        if number is None:
-            number = next(iter(self.begun), -1)
-        pieces = self.begun.pop(number, [])
-        if failed:
-            self._returned += pieces
-            return
-        self._done += pieces
-        for epoch, start, stop in pieces:
-            self._all_done.setdefault(epoch, Spans()).add(start, stop)
-
-    # ------------------------------------------------------------------------------------------------ the network's
-
-    @property
-    def wants(self) -> bool:
-        """True if it is time to ask for more."""
-        low = 2 * sum(stop - start for _, start, stop in self.queue) <= self.ahead * self.batch_size
-        return self._is_iterating and not self._is_over and low
-
-    @property
-    def has_news(self) -> bool:
-        """True if there is something to tell."""
-        return bool(self._done or self._returned)
-
-    def report(self) -> tuple[int, Report]:
-        """Return the next message, and its number. One is under way at a time."""
-        self._turn += 1
-        queued = sum(stop - start for _, start, stop in self.queue)
-        wanted = self.ahead * self.batch_size - queued if self.wants else 0
-        begun = [piece for pieces in self.begun.values() for piece in pieces]
-        held = _joined([*self.queue, *begun, *self._filling])[:MAX_SPANS]
-        done, returned = self._done[:MAX_SPANS], self._returned[:MAX_SPANS]
-        self.sent = len(done), len(returned)
-        return self._turn, Report(self.epoch, self.num_samples, max(0, wanted), held, done, returned)
-
-    def granted(self, session: bytes, report: Report, grant: Allotment) -> None:
-        """Take the answer to the last message. `session` names the ledger: a new one is told all that was done."""
-        num_done, num_returned = self.sent
-        del self._done[:num_done], self._returned[:num_returned]
-        if session != self._session:
-            if self._session:
-                self._done = [
-                    (at, *span) for at, spans in self._all_done.items() if at >= grant.first for span in spans
-                ]
-            self._session = session
-        # a takeover may go back to a state in which an epoch was not over
-        self._all_done = {at: spans for at, spans in self._all_done.items() if at >= grant.first - MAX_OPEN}
-        lost: dict[int, Spans] = {}
-        for epoch, start, stop in grant.gone:
-            lost.setdefault(epoch, Spans()).add(start, stop)
-        if lost:
-            kept = [(at, Spans([(start, stop)])) for at, start, stop in self.queue]
-            for at, spans in kept:
-                for start, stop in lost.get(at, ()):
-                    spans.cut(start, stop)
-            self.queue = deque((at, *span) for at, spans in kept for span in spans)
-        if not self._is_iterating or report.epoch != self.epoch:
-            self._returned += grant.pieces
-            return
-        self.queue += grant.pieces
-        self.num_again += grant.again
-        self._is_over = grant.first > self.epoch
-        self._is_dry = report.wanted > 0 and not grant.pieces and not grant.waits
-
-
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
-    """Return the same samples in as few pieces as can be."""
-    epochs: dict[int, Spans] = {}
-    for epoch, start, stop in pieces:
-        epochs.setdefault(epoch, Spans()).add(start, stop)
-    return [(epoch, *span) for epoch, spans in epochs.items() for span in spans]

@@ -99,10 +99,10 @@ class SimulatedNode:
     def sign(
         self, key: str, value: Value, *, ttl: float, subkey: str | None = None, tombstone: bool = False
     ) -> SignedRecord:
-        wall = self.protocol.core.wall(self.network.clock.now)
+        wall = self.protocol.wall(self.network.clock.now)
         self._sequence = max(self._sequence + 1, int(wall * 1e6))
         return SignedRecord.sign(
-            self.protocol.core.identity,
+            self.protocol.identity,
             _digest(key),
             subkey=subkey,
             sequence=self._sequence,
@@ -129,7 +129,7 @@ class SimulatedNode:
                     done(event)
             else:
                 self.events.append(event)
-                self.joined = isinstance(event, Joined) or (self.joined and self.protocol.core.joined)
+                self.joined = isinstance(event, Joined) or (self.joined and self.protocol.joined)
         for data, target in self.protocol.datagrams_to_send():
             self.num_sent += 1
             self.num_bytes_sent += len(data)
@@ -223,7 +223,7 @@ class SimulatedNetwork:
             metrics=Metrics(),
             now=self.clock.now,
             wall_offset=WALL_AT_START + clock_skew,
-            public=public,
+            is_declared_public=public,
             verify=self.verify,
             scope=AddressScope([address[0]]),
         )
@@ -256,15 +256,15 @@ class SimulatedNetwork:
         Joining ten thousand nodes one by one takes an hour; this takes seconds.
         """
         nodes = [self.add_node(protocol=protocol_of(index)) for index in range(count)]
-        ordered = sorted(nodes, key=lambda node: node.protocol.core.table.own_number)
-        numbers = [node.protocol.core.table.own_number for node in ordered]
-        templates = [Contact(node.protocol.core.own_id, node.address) for node in ordered]
+        ordered = sorted(nodes, key=lambda node: node.protocol.table.own_number)
+        numbers = [node.protocol.table.own_number for node in ordered]
+        templates = [Contact(node.protocol.own_id, node.address) for node in ordered]
         samples = []
         for index in range(5):
             number = int.from_bytes(_digest(f"sample {index}"), "big")
             samples.append((number, sorted(templates, key=lambda contact: contact.number ^ number)[:K]))  # noqa: B023
         for node in nodes:
-            table = node.protocol.core.table
+            table = node.protocol.table
             low, high = 0, count
             for depth in range(ID_BITS):
                 if high - low <= 1:
@@ -284,9 +284,9 @@ class SimulatedNetwork:
                     contact.proven = True
                     contact.last_seen = self.clock.now
                     table.add(contact, self.clock.now)
-            node.protocol.core.joined = True
+            node.protocol.joined = True
             for number, closest in samples:
-                node.protocol.core.density.note(number, closest)
+                node.protocol.density.note(number, closest)
         return nodes
 
     def kill(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
@@ -364,7 +364,7 @@ class SimulatedNetwork:
 
     def value_of(self, node: SimulatedNode, finished: ReadFinished) -> Value:
         """Return None, a single value, or a dictionary, as `TesseractNetwork.get` does."""
-        wall = node.protocol.core.wall(self.clock.now)
+        wall = node.protocol.wall(self.clock.now)
         live = (record for record in finished.records if not record.tombstone and record.expiration > wall)
         return single_view(
             [Entry("", one.subkey, one.owner, one.sequence, one.expiration, msgpack.unpackb(one.value)) for one in live]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,20 +20,20 @@ from tesseract_async.server.fetching import fetch_state
 from tesseract_async.transformers.families import library
 from tesseract_async.transformers.operator import RemoteLayer
 from tesseract_async.transformers.remote import is_stand_in, lockstep_of, remote_layers
+from tesseract_async.transformers.shards import INDEX, SINGLE, files_of
 
-INDEX: Final = "model.safetensors.index.json"
-_SINGLE: Final = "model.safetensors"
 _REST: Final = "model-rest.safetensors"
 _AT_ONCE: Final = 8
+_TIMEOUT: Final = 60.0
+"""Seconds that a server has for each piece of an expert's state."""
 
 
-def export_checkpoint(model: nn.Module, folder: str | Path, *, timeout: float = 60.0) -> None:
+def export_checkpoint(model: nn.Module, folder: str | Path) -> None:
     """Write the model with its remote experts into a new `folder`, as its checkpoint was: plain Transformers opens it.
 
     Names and layout are those that ``save_pretrained`` of the whole model would give, and the experts' dtype is the
     model's. In lockstep all experts are of the model's step; otherwise each is as new as when it is asked for. The
-    folder comes into being whole, or not at all. At most one layer's experts are in memory. `timeout`: seconds for each
-    piece of an expert's state.
+    folder comes into being whole, or not at all. At most one layer's experts are in memory.
 
     Raises: ValueError for a model without remote experts, with an adapter (merge it first), and if a server's experts
     are not of the model's step or shape; FileExistsError; what fetching raises; OSError.
@@ -56,14 +55,17 @@ def export_checkpoint(model: nn.Module, folder: str | Path, *, timeout: float = 
         rest = {name: tensor for name, tensor in model.state_dict().items() if not is_stand_in(name)}
         model.save_pretrained(partial, state_dict=rest)  # type: ignore[operator]
         _forget_remote(partial / "config.json")
-        files = _files(partial)
+        files = files_of(partial)
+        if SINGLE in files.values():
+            (partial / SINGLE).rename(partial / _REST)
+            files = dict.fromkeys(files, _REST)
         conversions = vars(model).pop("_weight_conversions", None)  # those of the rest alone
         try:
             for path, experts in layers.items():
                 layer: RemoteLayer = vars(experts)["tesseract_layer"]
                 own = vars(experts)["tesseract_shapes"]
                 shapes = {name: shape[1:] for name, (shape, _) in own.items()}
-                fused = layer.node.run(_fetch(layer, shapes, round, timeout))
+                fused = layer.node.run(_fetch(layer, shapes, round))
                 fused = {name: x.to(own[name][1]) for name, x in fused.items()}
                 named = revert_weight_conversion(model, {f"{path}.{name}": x for name, x in fused.items()})
                 file = f"model-experts-{len(set(files.values())):05d}.safetensors"
@@ -81,9 +83,7 @@ def export_checkpoint(model: nn.Module, folder: str | Path, *, timeout: float = 
         raise
 
 
-async def _fetch(
-    layer: RemoteLayer, shapes: Mapping[str, torch.Size], round: int | None, timeout: float
-) -> dict[str, torch.Tensor]:
+async def _fetch(layer: RemoteLayer, shapes: Mapping[str, torch.Size], round: int | None) -> dict[str, torch.Tensor]:
     gate = asyncio.Semaphore(_AT_ONCE)
     replicas = await layer.pool.replicas()
 
@@ -93,7 +93,7 @@ async def _fetch(
             found = replicas.get(number)
             if not found:
                 raise ExpertNotFound(f"no live server hosts the expert {uid}: nothing was exported")
-            state = await _state(layer.node.node, uid, found, round, timeout)
+            state = await _state(layer.node.node, uid, found, round)
             if {name: x.shape for name, x in state.items()} != shapes:
                 raise ValueError(f"{uid} is not an expert of this model: its parameters have other names or shapes")
             return state
@@ -103,14 +103,14 @@ async def _fetch(
 
 
 async def _state(
-    node: TesseractNode, uid: str, replicas: Sequence[ExpertReplica], round: int | None, timeout: float
+    node: TesseractNode, uid: str, replicas: Sequence[ExpertReplica], round: int | None
 ) -> Mapping[str, torch.Tensor]:
     """An expert's parameters, after the step `round` if that is not None."""
     peer = next((replica for replica in replicas if replica.primary), replicas[0]).peer
-    version = (await fetch_info(node, uid, peer, timeout=timeout)).version
+    version = (await fetch_info(node, uid, peer, timeout=_TIMEOUT)).version
     while True:
         try:
-            file = await fetch_state(node, peer, uid, weights_only=True, min_version=version, timeout=timeout)
+            file = await fetch_state(node, peer, uid, weights_only=True, min_version=version, timeout=_TIMEOUT)
             break
         except Overloaded as error:  # it holds as many copies as it may, for others too
             await asyncio.sleep(error.retry_after or 1.0)
@@ -120,16 +120,6 @@ async def _state(
         raise ValueError(f"{uid} has taken {took} steps, and this model {round}: nothing was exported")
     module: Mapping[str, torch.Tensor] = state["module"]
     return module
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """Name of each tensor of the rest -> name of its file."""
-    if (folder / INDEX).exists():
-        files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        return files
-    (folder / _SINGLE).rename(folder / _REST)
-    with safe_open(folder / _REST, "pt") as file:
-        return dict.fromkeys(file.keys(), _REST)
 
 
 def _forget_remote(file: Path) -> None:

@@ -6,10 +6,8 @@ are, Transformers knows: nothing is listed here but those that people will ask f
 """
 
 import re
-from collections.abc import Callable
 from typing import Any, Final
 
-import torch
 from torch import nn
 
 LEAST_VERSION: Final = (5, 12)
@@ -40,17 +38,6 @@ def library() -> Any:
 def is_experts(module: nn.Module) -> bool:
     """Return whether Transformers dispatches this module's forward through its registry of experts functions."""
     return hasattr(module, "_apply_gate") and hasattr(module, "is_concatenated") and hasattr(module, "num_experts")
-
-
-def num_experts_of(experts: Any) -> int:
-    """Return how many experts such a module has, which Transformers does not type."""
-    return int(experts.num_experts)
-
-
-def gate_of(experts: Any) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-    """Return the function by which the family gates, as a function of a module with the family's attributes."""
-    gate: Callable[[nn.Module, torch.Tensor], torch.Tensor] = type(experts)._apply_gate
-    return gate
 
 
 def experts_of(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:

@@ -48,25 +48,7 @@ class RemoteLayer(Uncopied):
         """The latest of a compiled graph, which drops the token if it means to run the forward again."""
         _layers[self.number] = self
 
-    def ask(
-        self,
-        x: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        training: bool,
-        *,
-        differentiable: bool,
-    ) -> PoolAnswer:
-        """The layer's weighted sum for rows `x`. Raises: as `ExpertPool.forward`."""
-        self._set_training(training)
-        return self.node.run(self.pool.ask(x, index, weights, differentiable=differentiable))
-
-    def answer(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, training: bool) -> torch.Tensor:
-        """As `ask`, where no backward may follow."""
-        self._set_training(training)
-        return self.pool.answer(x, index, weights)
-
-    def _set_training(self, training: bool) -> None:
+    def set_training(self, training: bool) -> None:
         if self.pool.training is not training:
             self.pool.train(training)
 
@@ -121,7 +103,8 @@ def experts(
         warnings.warn(_REENTRANT, stacklevel=2)
     if not len(x):
         return torch.zeros_like(x), torch.zeros(1, dtype=torch.int64)
-    answer = remote.ask(x, index, weights, training, differentiable=differentiable)
+    remote.set_training(training)
+    answer = remote.node.run(remote.pool.ask(x, index, weights, differentiable=differentiable))
     if not differentiable:
         return answer.answer, torch.zeros(1, dtype=torch.int64)
     call = _LayerCall(remote, given, answer)

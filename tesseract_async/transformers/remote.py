@@ -42,7 +42,8 @@ def experts_forward(
     if not torch.compiler.is_compiling():
         layer.lockstep.belongs_to(stand_in)
         if not torch.is_grad_enabled() and len(hidden_states):  # no graph, no operator
-            found: torch.Tensor = layer.answer(hidden_states, top_k_index, top_k_weights, module.training)
+            layer.set_training(module.training)
+            found: torch.Tensor = layer.pool.answer(hidden_states, top_k_index, top_k_weights)
             return found
     answer: tuple[torch.Tensor, torch.Tensor] = operator.experts(
         hidden_states,

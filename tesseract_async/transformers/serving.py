@@ -17,7 +17,7 @@ from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.run import Scalar
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.server.registry import Built, expert_builder
-from tesseract_async.transformers.families import gate_of, is_experts, library, num_experts_of
+from tesseract_async.transformers.families import is_experts, library
 from tesseract_async.transformers.shards import Checkpoint
 from tesseract_async.wire.tensors import DTYPE_NAMES, DTYPES, TensorSpec
 
@@ -46,7 +46,8 @@ class CheckpointExpert(nn.Module):
                 setattr(self, name, value)
         if isinstance(act := getattr(family, "act_fn", None), nn.Module):
             self.act_fn = _copied(act)  # its own: one that is shared would take its mode from another expert
-        self.apply_gate = gate_of(family)
+        kind: Any = type(family)
+        self.apply_gate = kind._apply_gate  # a function of a module with the family's attributes
         self.row_dtype = dtype
         for name, x in tensors.items():
             self.register_parameter(name, nn.Parameter(x, requires_grad=trains))
@@ -166,9 +167,9 @@ def _described(experts: nn.Module) -> dict[str, Scalar]:
         value is None or isinstance(value, bool | int | float | str) for value in read.values()
     ):
         raise ValueError(f"{kind.__name__} cannot be described in a run's manifest")
-    for name in [name for name, value in read.items() if value == num_experts_of(experts)]:
+    for name in [name for name, value in read.items() if value == vars(experts)["num_experts"]]:
         alone = read | {name: 1}
-        if num_experts_of(_made(kind, _Config(alone))) == 1:
+        if vars(_made(kind, _Config(alone)))["num_experts"] == 1:
             return {"family": f"{package.rpartition('.')[2]}.{kind.__name__}", **alone}
     raise ValueError(f"{kind.__name__} do not say how many they are")
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from tesseract_async.transformers.families import check_config, experts_of, library, num_experts_of
+from tesseract_async.transformers.families import check_config, experts_of, library
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -45,7 +45,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files: dict[str, str] = _files(folder)
+        self.files: dict[str, str] = files_of(folder)
         """Name of each tensor -> name of its file."""
         transformers = library()
         try:
@@ -62,7 +62,7 @@ class Checkpoint:
         except Exception as error:
             raise ValueError(f"{folder} holds no causal language model: {first_line(error)}") from None
         self.layers = {
-            number: Layer(path, module, num_experts_of(module))
+            number: Layer(path, module, vars(module)["num_experts"])
             for number, (path, module) in experts_of(self._skeleton).items()
         }
         self._layer_of = {
@@ -279,7 +279,7 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _files(folder: Path) -> dict[str, str]:
+def files_of(folder: Path) -> dict[str, str]:
     """Return the file of each tensor. Raises: ValueError."""
     from safetensors import SafetensorError, safe_open
 

@@ -171,9 +171,12 @@ class Channel:
                 if not self._open:
                     self._handshake()
                 while self._open and not self._closed:
-                    if not (count := self._tls.read_into(self.receiver.get_buffer())):
+                    buffer = self.receiver.get_buffer()
+                    if not (count := self._tls.read_into(buffer)):
                         break
                     self.receiver.buffer_updated(count)
+                    if count < len(buffer) and not self._tls.ciphertext.pending:
+                        break  # what came is read to its end
         except EOFError:
             self.close()
         except ProtocolError as error:

@@ -60,6 +60,7 @@ class TcpPipe(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
         self._transport = transport
+        self.write = transport.write  # type: ignore[method-assign]
         # low=0: resume_writing means that no memory is on loan any more
         transport.set_write_buffer_limits(high=HIGH_WATER, low=0)
         peer = transport.get_extra_info("peername")
@@ -99,6 +100,7 @@ class TcpPipe(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        del self.write
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.pipe_lost(exc)
@@ -131,8 +133,7 @@ class TcpPipe(asyncio.BufferedProtocol):
         self._early += data
 
     def write(self, data: bytes | memoryview) -> None:
-        if self._transport is not None:
-            self._transport.write(data)
+        pass  # the transport's own, while there is one
 
     @property
     def unsent(self) -> int:

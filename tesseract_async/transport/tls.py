@@ -11,18 +11,19 @@ from tesseract_async.transport.certificates import ALPN, peer_id_of
 class TlsMachine:
     """One end of a TLS connection. The peer's bytes raise only `ProtocolError`; after one the machine is dead."""
 
-    __slots__ = ("peer_id", "receive_data", "data_to_send", "_incoming", "_outgoing", "_tls", "_expected")
+    __slots__ = ("peer_id", "receive_data", "data_to_send", "ciphertext", "_outgoing", "_tls", "_expected")
 
     def __init__(self, context: ssl.SSLContext, *, server_side: bool, expected: PeerID | None = None) -> None:
         self.peer_id: PeerID | None = None
         """The peer at the other end; None until the handshake is done."""
-        self._incoming = ssl.MemoryBIO()
+        self.ciphertext = ssl.MemoryBIO()
+        """The part of what `receive_data` took that was not read yet."""
         self._outgoing = ssl.MemoryBIO()
-        self.receive_data: Callable[[memoryview], int] = self._incoming.write
+        self.receive_data: Callable[[memoryview], int] = self.ciphertext.write
         """Takes ciphertext of the pipe's."""
         self.data_to_send: Callable[[], bytes] = self._outgoing.read
         """Returns ciphertext for the pipe; empty if there is none."""
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._tls = context.wrap_bio(self.ciphertext, self._outgoing, server_side=server_side)
         self._expected = expected
 
     def handshake(self) -> bool:
@@ -50,7 +51,7 @@ class TlsMachine:
     def read_into(self, buffer: memoryview) -> int:
         """Plaintext bytes written into `buffer`; 0 if more ciphertext is needed. Raises: ProtocolError; EOFError."""
         tls = self._tls
-        if not self._incoming.pending and not tls.pending():
+        if not self.ciphertext.pending and not tls.pending():
             return 0
         try:
             count = tls.read(len(buffer), buffer)
@@ -68,7 +69,7 @@ class TlsMachine:
         """Encrypt `data` at once; its memory is free again on return. Raises: ProtocolError."""
         try:
             view = memoryview(data)
-            while len(view):
+            while view:
                 view = view[self._tls.write(view) :]
         except ssl.SSLError as error:
             raise ProtocolError(f"TLS: {error.reason or error}") from None

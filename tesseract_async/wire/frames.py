@@ -9,6 +9,7 @@ Everything here takes untrusted bytes and raises only `ProtocolError`; sizes are
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from typing import Final, Protocol
 
 import msgpack
@@ -83,10 +84,8 @@ def frame(kind: int, *, stream: int = 0, flags: int = 0, payload: bytes = b"") -
     return HEADER.pack(kind, flags, 0, len(payload), stream) + payload
 
 
-def byte_view(buffer: Buffer) -> memoryview:
-    """The bytes of a C-contiguous buffer, without a copy. Raises: TypeError, ValueError for anything else."""
-    view = memoryview(buffer)
-    return view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")
+byte_view: Final[Callable[[memoryview], memoryview]] = methodcaller("cast", "B")
+"""Returns the bytes of a C-contiguous view, without a copy. Raises: TypeError for any other."""
 
 
 def encode_table(head_bytes: int, sizes: Sequence[int]) -> bytes:
@@ -209,11 +208,12 @@ def pack(value: Value) -> bytes:
         data: bytes = packer.pack(value)
     except OverflowError as error:
         raise ValueError(f"an integer is too large for msgpack: {error}") from None
-    if len(data) <= MAX_SMALL:  # one that has packed more keeps the memory for it
+    size = len(data)
+    if size <= MAX_SMALL:  # one that has packed more keeps the memory for it
         _packers.append(packer)
-    if len(data) > MAX_HEAD:
-        raise ValueError(f"a body of {len(data)} bytes is too large (at most {MAX_HEAD}): send data as buffers")
-    if len(data) > packed.MAX_ITEMS:
+    if size > MAX_HEAD:
+        raise ValueError(f"a body of {size} bytes is too large (at most {MAX_HEAD}): send data as buffers")
+    if size > packed.MAX_ITEMS:
         try:
             packed.count_items(data)
         except ProtocolError as error:

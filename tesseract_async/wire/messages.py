@@ -20,7 +20,7 @@ with the expert's uid, by which they find its handler. Tensors travel next to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar
 
 from tesseract_async.errors import ProtocolError
@@ -145,7 +145,7 @@ class TakeOverReply(NamedTuple):
 
     version: int
     proof: bytes | None = None
-    """The first 16 bytes of `experts.merkle.possession` of the file."""
+    """The first 16 bytes of `experts.pieces.possession` of the file."""
 
 
 class TenureRequest(NamedTuple):
@@ -180,7 +180,7 @@ class StateRequest(NamedTuple):
     min_version: int
     """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
     root: Root
-    """The file, by `experts.merkle.root_of`; `NO_ROOT` for the newest."""
+    """The file, by `experts.pieces.root_of`; `NO_ROOT` for the newest."""
     piece: int
     point: bytes = NO_POINT
     """16 random bytes: the state at the moment when the caller asks under this id first. It is written down, and says
@@ -266,7 +266,7 @@ class SamplesRequest(NamedTuple):
     num_samples: int
     wanted: int
     held: list[Value]
-    """Pieces, as `sharing.samples.encode_pieces` gives them; so are the next."""
+    """Pieces, as `sharing.spans.encode_pieces` gives them; so are the next."""
     done: list[Value]
     returned: list[Value]
 
@@ -312,27 +312,30 @@ class LockstepReply(NamedTuple):
 
 Body = TypeVar("Body", bound=tuple[Value, ...])
 
-_CHECKS: dict[str, Callable[[Value], bool]] = {
-    "int": range(2**63).__contains__,
-    "float": lambda value: value >= 0,
-    "Root": lambda value: type(value) is bytes and len(value) == 32,
-    "bytes | None": lambda value: value is None or (type(value) is bytes and len(value) == 16),
-    "list[Value] | dict[str, Value]": lambda value: (
-        type(value) is list or (type(value) is dict and all(type(key) is str for key in value))
-    ),
-    "dict[str, Value]": lambda value: type(value) is dict and all(type(key) is str for key in value),
+
+def _has_text_keys(value: Value) -> bool:
+    return type(value) is list or all(type(key) is str for key in value)
+
+
+_Kind = tuple[tuple[type, ...], range | None, Callable[[Value], bool] | None]
+"""The types that a value has exactly, its lengths (None has none), and a check."""
+_KINDS: Final[dict[str, _Kind]] = {
+    "str": ((str,), range(MAX_UID_LENGTH + 1), None),
+    "int": ((int,), None, range(2**63).__contains__),
+    "float": ((float,), None, lambda value: value >= 0),
+    "bool": ((bool,), None, None),
+    "bytes": ((bytes,), range(16, 17), None),
+    "bytes | None": ((bytes, type(None)), range(16, 17), None),
+    "Root": ((bytes,), range(32, 33), None),
+    "list[Value]": ((list,), None, None),
+    "list[Value] | dict[str, Value]": ((list, dict), None, _has_text_keys),
+    "dict[str, Value]": ((dict,), None, _has_text_keys),
 }
-_LENGTHS: dict[str, range] = {"str": range(MAX_UID_LENGTH + 1), "bytes": range(16, 17)}
-"""Lengths that values have, after their types were looked at."""
-_TYPES: dict[str, type] = {"str": str, "int": int, "bytes": bytes, "bool": bool, "list[Value]": list, "float": float}
-"""Types that values have exactly."""
 _MISSING: Final = object()
-_Field = tuple[str, Value, type | None, range | None, Callable[[Value], bool] | None]
-"""Name, default, exact type, lengths, check."""
-_FIELDS: dict[type, list[_Field]] = {
+_FIELDS: Final[dict[type, list[tuple[str, Value, _Kind]]]] = {
     # the annotations are strings here, kept as forward references
     kind: [
-        (name, kind._field_defaults.get(name, _MISSING), _TYPES.get(of), _LENGTHS.get(of), _CHECKS.get(of))
+        (name, kind._field_defaults.get(name, _MISSING), _KINDS[of])
         for name, of in ((name, annotation.__forward_arg__) for name, annotation in kind.__annotations__.items())
     ]
     for kind in [*globals().values()]
@@ -349,15 +352,15 @@ def decode(kind: type[Body], body: Value) -> Body:
 
     Raises: ProtocolError for a missing field or a value of the wrong type.
     """
-    fields: Sequence[_Field] = _FIELDS[kind]
+    fields = _FIELDS[kind]
     if type(body) is not list:
         raise ProtocolError(f"{kind.__name__}: the body is not a list")
     if len(body) < len(fields):
         body = [*body, *[field[1] for field in fields[len(body) :]]]
-    for (name, _, of, lengths, check), value in zip(fields, body, strict=False):
+    for (name, _, (types, lengths, check)), value in zip(fields, body, strict=False):
         if (
-            (of is not None and type(value) is not of)
-            or (lengths is not None and len(value) not in lengths)
+            type(value) not in types
+            or (lengths is not None and value is not None and len(value) not in lengths)
             or (check is not None and not check(value))
         ):
             raise ProtocolError(f"{kind.__name__}: {name} is missing or malformed")

@@ -29,8 +29,7 @@ from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.answering import journal_key
 from tesseract_async.server.fragments import MAX_STEPS, FragmentBackend
 from tesseract_async.shared_pieces import PAUSE, PUSH_TIMEOUT
-from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import Fragment, Outer, Update
+from tesseract_async.sharing.fragment import Copy, Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.sharing.rounds import Rounds, judge
@@ -286,7 +285,7 @@ class Trainer:
             fragment = host.backend.fragment
             if world.given.shares:  # else it trains its own, from first values of its own
                 layout.write(self.model, cut, fragment.anchor)
-            self.copies.append(Copy(cut, world.manifest.outer, fragment.anchor.clone(), version=fragment.version))
+            self.copies.append(Copy(Fragment(cut, world.manifest.outer, fragment.anchor, version=fragment.version)))
             host.rounds.expect(self.peer)
         self.optimizer = torch.optim.Adam(self.model.parameters(), SIZES["lr"])
         self.steps, num = 0, len(layout.cuts)
@@ -351,7 +350,8 @@ class Trainer:
         del self.asks[ask.number]
         own = self.copies[ask.number]
         if whole is not None:
-            change = own.rebase(whole[0], version=whole[1], epoch=0, counted=counted)
+            state = Fragment(own.cut, self.world.manifest.outer, whole[0], version=whole[1])
+            change = own.rebase(state, epoch=0, counted=counted)
             if not counted:  # its base was too old
                 self.due[ask.number] = self.steps
         else:

@@ -46,8 +46,8 @@ def lookups(size: int) -> dict[str, float]:
     # upkeep: what one round of refreshing all buckets costs everybody, for one node
     before = sum(node.num_bytes_sent for node in nodes)
     for node in network.random.sample(nodes, NUM_REFRESHED):
-        for index in range(len(node.protocol.core.table.buckets)):
-            refresh(node.protocol.core, index, network.clock.now)
+        for index in range(len(node.protocol.table.buckets)):
+            refresh(node.protocol, index, network.clock.now)
         node.cycle()
         network.run(0.1)
     network.run(2.0)
@@ -58,7 +58,7 @@ def lookups(size: int) -> dict[str, float]:
         "seconds": seconds / NUM_LOOKUPS,
         "datagrams": num_datagrams,
         "bytes_per_lookup": sent,
-        "contacts": sum(len(node.protocol.core.table) for node in nodes) / size,
+        "contacts": sum(len(node.protocol.table) for node in nodes) / size,
         "upkeep_bytes_per_second": refreshed / REFRESH_PERIOD,
     }
 
@@ -77,22 +77,22 @@ def memory(num_contacts_seen: int, num_records: int) -> tuple[float, int]:
         metrics=Metrics(),
         now=0.0,
         wall_offset=wall,
-        public=True,
+        is_declared_public=True,
     )
     for index in range(num_contacts_seen):
         peer_id = rng.randbytes(32)
-        if machine.core.table.wants(peer_id):
+        if machine.table.wants(peer_id):
             contact = Contact(peer_id, (f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}", 4000))
             contact.proven = True
-            machine.core.table.add(contact, 0.0)
+            machine.table.add(contact, 0.0)
     for index in range(num_records):
         record = SignedRecord.sign(
             owners[index % 20], rng.randbytes(32), sequence=1, expiration=wall + 600, value=bytes(60)
         )
-        machine.core.storage.add(record, wall)
+        machine.storage.add(record, wall)
     used = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    return used, len(machine.core.table)
+    return used, len(machine.table)
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:

@@ -95,7 +95,7 @@ def liars(size: int, count: int) -> None:
         return Conspiracy if index % 5 == 0 else NetworkProtocol
 
     nodes = network.add_settled_swarm(size, protocol_of=protocol_of)
-    Conspiracy.accomplices += [Contact(node.protocol.core.own_id, node.address) for node in nodes[::5]]
+    Conspiracy.accomplices += [Contact(node.protocol.own_id, node.address) for node in nodes[::5]]
     honest = [node for index, node in enumerate(nodes) if index % 5]
     stored(network, honest, count)
     found, _, _ = reads(network, honest, count)

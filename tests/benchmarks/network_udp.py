@@ -102,7 +102,7 @@ async def grid(num_servers: int, max_seconds: float) -> None:
         )
         for holder in holders:
             assert holder._protocol is not None
-            holder._protocol.core.storage.put(record)
+            holder._protocol.storage.put(record)
     before = client.metrics.total("network_bytes_received")
     watch = Watch()
     await asyncio.sleep(0)

@@ -21,6 +21,7 @@ import torch
 
 import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.server.checkpoint import EncodedState
 from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.server.state_transfer import SealedState, StateSource
@@ -74,7 +75,7 @@ async def fetch(num: int, size: int, *, freeze_after: float = float("inf")) -> f
     """Seconds for a file of this size from so many sources, of which the first freezes."""
     with tempfile.TemporaryDirectory() as folder:
         files = SealedFiles(Path(folder, "theirs"))
-        file = files.keep(UID, [os.urandom(size)])
+        file = files.keep(UID, EncodedState(os.urandom(size), []))
         seal: Any = SimpleNamespace(root=file.root, size=file.size)
         async with contextlib.AsyncExitStack() as stack:
             guest = await stack.enter_async_context(ta.TesseractNode())
@@ -120,7 +121,7 @@ async def beside_training(taker: Child, seconds: float) -> None:
             ta.TesseractServer(host, {UID: make_backend(TRAINED)}) as server,
         ):
             files = SealedFiles(Path(folder))
-            file = files.keep(UID, [os.urandom(256 << 20)])
+            file = files.keep(UID, EncodedState(os.urandom(256 << 20), []))
             states = StateSource(server.call_aside)
             states.find_sealed = files.find
             server.handle(messages.STATE, states.answer)

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.volunteer_options import volunteer_options
+from tesseract_async.cli.serve_options import volunteer_options
 from tesseract_async.server.contract import Hours, VolunteerSettings
 
 

@@ -192,7 +192,7 @@ async def test_volunteers_host_what_trainers_share(stem: Stem, tmp_path: Path) -
             ("run", "create", "digits", "--grid", "2", "--identity", "x", "--training", "magic=3"),
             "training options",
         ),
-        (("save", "--run", "digits", "--out", "x"), "the swarm that has the model"),
+        (("save", "--run", "digits", "--out", "x"), "Missing option '--initial-peers'"),
     ],
 )
 def test_mistakes_are_sentences(

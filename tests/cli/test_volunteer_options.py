@@ -7,8 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from tesseract_async.cli.building import make_builder
-from tesseract_async.cli.serve_options import ServeOptions, serve_options
-from tesseract_async.cli.volunteer_options import volunteer_options
+from tesseract_async.cli.serve_options import ServeOptions, serve_options, volunteer_options
 from tesseract_async.server.contract import VolunteerSettings
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.settings import CallOptions, MixtureSettings
 from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten, RemoteError, TooStale
-from tesseract_async.experts.thanks import Thanks
+from tesseract_async.experts.progress import Thanks
 from tesseract_async.metrics import Metrics
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages, packed

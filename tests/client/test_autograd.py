@@ -10,8 +10,9 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from tesseract_async.client import autograd
+from tesseract_async.client import halves, remote_call
 from tesseract_async.client.autograd import backward
+from tesseract_async.client.gradient_requests import num_steps
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed
 from tesseract_async.wire.messages import BACKWARD, INFO
@@ -121,7 +122,7 @@ async def test_what_is_local_and_small_needs_no_other_thread(node: FakeNode, mon
     here, started = await gradients(loss, *leaves)
     assert not started and node.count(BACKWARD) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(autograd, "MAX_NODES_HERE", 3)
+        patch.setattr(halves, "MAX_NODES_HERE", 3)
         there, started = await gradients(loss, *leaves)
     assert started and node.count(BACKWARD) == 4
     assert all(one is not None for one in here)
@@ -130,7 +131,7 @@ async def test_what_is_local_and_small_needs_no_other_thread(node: FakeNode, mon
     assert started, "h is reached beside the experts, too"
     _, started = await gradients((await first(y)).sum(), *leaves)
     assert started, "one expert follows another"
-    monkeypatch.setattr(autograd, "MAX_SECONDS_HERE", 0.0)
+    monkeypatch.setattr(halves, "MAX_SECONDS_HERE", 0.0)
     _, started = await gradients(loss, *leaves)
     assert started, "it took longer than it may"
 
@@ -155,7 +156,7 @@ async def test_a_failure_here_and_a_backward_within_one(node: FakeNode) -> None:
     assert x.grad is None and not node.num_open
     node.fault = None
     await backward(loss)
-    assert x.grad is not None and autograd.num_steps() == 0
+    assert x.grad is not None and num_steps() == 0
 
 
 async def test_a_hook_may_go_back_through_an_expert_of_another_loop(node: FakeNode) -> None:
@@ -213,7 +214,7 @@ async def test_all_of_a_layer_are_under_way_at_once_in_backward(node: FakeNode) 
 
 async def test_torch_still_lets_issue_go_first(node: FakeNode) -> None:
     y = await (await expert_at(node))(torch.randn(1, 8))
-    assert y.grad_fn._sequence_nr() == autograd._ISSUE_FIRST
+    assert y.grad_fn._sequence_nr() == remote_call._ISSUE_FIRST
 
 
 async def test_it_accumulates_like_torch(node: FakeNode) -> None:
@@ -264,7 +265,7 @@ async def test_a_failed_gradient_request_leaves_grad_untouched(node: FakeNode) -
     with pytest.raises(ConnectionLost):
         await backward(loss)
     assert all(p.grad is None for p in linear.parameters())
-    assert not autograd.num_steps()
+    assert not num_steps()
 
 
 @pytest.mark.both_loops
@@ -279,7 +280,7 @@ async def test_cancelling_leaves_grad_untouched_and_ends_the_calls(node: FakeNod
     with pytest.raises(asyncio.CancelledError):
         await task
     assert node.num_open == 0 and node.num_cancelled == 3
-    assert linear.weight.grad is None and not autograd.num_steps()
+    assert linear.weight.grad is None and not num_steps()
 
 
 async def test_a_timeout_around_backward(node: FakeNode) -> None:
@@ -416,7 +417,7 @@ async def test_what_a_node_of_ones_own_remembers_is_no_leaf() -> None:
 
 LEAVES_IN_THE_MIDST = """
 import asyncio, threading, time, torch
-from tesseract_async.client.autograd import run_in_engine_thread
+from tesseract_async.client.engine_threads import run_in_engine_thread
 
 class Slow(torch.autograd.Function):
     @staticmethod
@@ -460,10 +461,10 @@ for block in (torch.inference_mode, torch.no_grad, Off, lambda: torch.device("me
             getattr(ta, name)
         from tests.client.fake_node import FakeNode
         gate = ta.GatingFunction(FakeNode(), uid_prefix="ffn", grid_size=(2,), in_features=4)
-    autograd = sys.modules["tesseract_async.client.autograd"]
-    needed = autograd._always_needed
+    leaves = sys.modules["tesseract_async.client.leaves"]
+    needed = leaves.always_needed
     assert needed.requires_grad and not needed.is_inference() and needed.device.type == "cpu", block
-    assert sys.modules["tesseract_async.client.leaves"]._AccumulateGrad.__name__ == "AccumulateGrad"
+    assert leaves.AccumulateGrad.__name__ == "AccumulateGrad"
     assert not gate.proj.weight.is_inference() and gate.proj.weight.requires_grad
 
 node = FakeNode()

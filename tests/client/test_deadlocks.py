@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from tesseract_async.client import autograd
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.gradient_requests import num_steps
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire.messages import BACKWARD
@@ -121,7 +121,7 @@ def test_the_loop_ends_during_backward() -> None:
         del task  # the end of main finds it still running
 
     asyncio.run(main())
-    assert node.num_open == 0 and not autograd.num_steps()
+    assert node.num_open == 0 and not num_steps()
 
 
 class Slow(torch.autograd.Function):
@@ -144,7 +144,7 @@ async def test_cancelled_before_a_request_went_out_none_goes_out(node: FakeNode)
     y = await expert(linear(torch.ones(2, 8)))
     Slow.go = threading.Event()
     task = asyncio.create_task(backward(Slow.apply(y).sum()))  # type: ignore[no-untyped-call]
-    await until(lambda: autograd.num_steps() > 0)
+    await until(lambda: num_steps() > 0)
     task.cancel()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -181,7 +181,7 @@ async def test_cancelled_at_every_await(node: FakeNode, caplog: pytest.LogCaptur
         except asyncio.CancelledError:
             num_cancelled += 1
             assert linear.weight.grad is None
-        assert node.num_open == 0 and not autograd.num_steps()
+        assert node.num_open == 0 and not num_steps()
     assert num_cancelled > 10
     gc.collect()  # what nobody looked at is logged when it is collected
     assert not caplog.records
@@ -199,7 +199,7 @@ async def test_what_a_cancelled_backward_had_under_way_has_ended_with_it(node: F
         try:
             await asyncio.Event().wait()
         finally:
-            await until(lambda: not autograd.num_steps())  # the engine's thread has left
+            await until(lambda: not num_steps())  # the engine's thread has left
             for _ in range(5):
                 await asyncio.sleep(0)
 

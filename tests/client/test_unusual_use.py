@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.client import autograd
+from tesseract_async.client import engine_threads, remote_call
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.beam_search import best_cells
 from tesseract_async.client.gating_function import GatingFunction
@@ -107,14 +107,14 @@ async def test_another_default_device_changes_nothing(node: FakeNode, monkeypatc
     expert = RemoteExpert(node, "ffn.0.0")
     gate = gate_with(node, "ffn", grid_size=(4, 4), in_features=8, k_best=2, latency_weight=0.1, rescale_backward=True)
     tokens: list[torch.device] = []
-    recorded = autograd._recorded
+    recorded = remote_call.recorded
 
     def watched(function: type[torch.autograd.Function], *args: Any) -> tuple[torch.Tensor, ...]:
-        if function is autograd._Issue:
+        if function is remote_call._Issue:
             tokens.append(args[1].device)
         return recorded(function, *args)
 
-    monkeypatch.setattr(autograd, "_recorded", watched)
+    monkeypatch.setattr(remote_call, "recorded", watched)
     x = torch.randn(2, 8, requires_grad=True)
     full = np.stack(np.divmod(np.arange(64 * 64), 64), 1)  # so many that they are chosen by prefix
     scores = torch.randn(3, 128)
@@ -184,8 +184,8 @@ async def test_in_a_forked_process_backward_says_so_and_threads_are_new(node: Fa
 
     def child(say: Callable[[str], None]) -> None:
         ran: asyncio.Future[Any] = asyncio.Future(loop=asyncio.new_event_loop())
-        autograd.run_in_engine_thread(lambda: say("ran, "), ran)
-        autograd._threads.wait_idle(5.0)
+        engine_threads.run_in_engine_thread(lambda: say("ran, "), ran)
+        engine_threads._threads.wait_idle(5.0)
         y.sum().backward()
 
     said = told_by_a_child(child)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from tesseract_async.client import autograd
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.trainer import AsyncTrainer
@@ -380,7 +379,7 @@ async def live_through(script: list[tuple[float, Fault]], *, num_steps: int, in_
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
     # each backward that was answered took one step at its expert; those of lost and hung ones too, if they arrived
     assert sum(hosted.version for hosted in node.hosted.values()) <= node.count(BACKWARD)
-    assert node.num_open == 0 and not autograd.num_steps() and len(asyncio.all_tasks()) == 1
+    assert node.num_open == 0 and not num_steps() and len(asyncio.all_tasks()) == 1
     assert objects[1] <= objects[0] + 40, objects  # one more for each step would be beyond that
     node.calls.clear()
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from tesseract_async.client import autograd
+from tesseract_async.client.gradient_requests import GradientRequest
 from tesseract_async.testing import VirtualClock
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ class Engine:
         self.num_jobs = 0
         self.most_jobs = 0
         self._waiting: list[Any] = []
-        submit, wait = autograd.run_in_engine_thread, autograd._GradientRequest.wait
+        submit, wait = autograd.run_in_engine_thread, GradientRequest.wait
 
         def counted_submit(work: Any, outcome: asyncio.Future[Any]) -> None:
             self.num_jobs += 1
@@ -42,7 +43,7 @@ class Engine:
                 self._waiting.remove(request)
 
         monkeypatch.setattr(autograd, "run_in_engine_thread", counted_submit)
-        monkeypatch.setattr(autograd._GradientRequest, "wait", watched_wait)
+        monkeypatch.setattr(GradientRequest, "wait", watched_wait)
 
     def _ended(self, outcome: object) -> None:
         self.num_jobs -= 1

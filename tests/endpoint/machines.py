@@ -27,7 +27,7 @@ def contents(size: int) -> bytes:
 
 def taken(machine: ConnectionProtocol) -> list[ConnectionEvent]:
     """The events since the last time."""
-    events, machine.core.events = machine.core.events, []
+    events, machine.events = machine.events, []
     return events
 
 
@@ -85,7 +85,8 @@ class Side:
             count = min(len(buffer), len(view), step or len(view))
             buffer[:count] = view[:count]
             view = view[count:]
-            self.machine.received(count, now, lane=lane)
+            self.machine.now = now
+            self.machine.life.received(count, now, lane)
             reader.buffer_updated(count)
             self.look()
 

@@ -298,7 +298,7 @@ def test_old_deadlines_are_forgotten() -> None:
         pair.server.machine.reply(pair.received().stream, None, (), now=0.0)
         pair.settle()
         pair.client.take()
-    assert all(len(side.machine.core.deadlines) <= 70 for side in (pair.client, pair.server))
+    assert all(len(side.machine.deadlines) <= 70 for side in (pair.client, pair.server))
 
 
 def test_higher_priority_goes_first_and_equals_share() -> None:
@@ -319,7 +319,7 @@ def test_the_dialer_opens_the_bulk_lane_when_either_side_needs_it() -> None:
     pair = Pair(bulk=False)
     pair.call(MIB)
     assert BulkWanted() in taken(pair.client.machine)
-    pair.client.machine.core.bulk_failed(0.0)
+    pair.client.machine.bulk_failed(0.0)
     pair.settle()
     call = pair.received()
     pair.server.machine.reply(call.stream, None, call.buffers, now=0.0)
@@ -371,7 +371,7 @@ def test_a_bulk_lane_that_stands_still_is_noticed_while_main_lives() -> None:
     while pair.carry(pair.client, MAIN) or pair.carry(pair.server, MAIN):
         pass
     pair.now = 37.5
-    machine.received(1, pair.now)
+    machine.life.received(1, pair.now, MAIN)
     with pytest.raises(ConnectionLost, match="bulk channel has stood still"):
         machine.handle_timer(pair.now)
 
@@ -380,7 +380,7 @@ def test_a_main_lane_that_stands_still_is_noticed_while_bulk_lives() -> None:
     machine = Pair().client.machine
     machine.handle_timer(3.0)
     for now in (5.0, 10.0, 14.9):
-        machine.received(10, now, lane=BULK)
+        machine.life.received(10, now, BULK)
         assert machine.timer_at() == pytest.approx(min(now + 9.0, 15.0))
         machine.handle_timer(now)
     with pytest.raises(ConnectionLost):

@@ -32,7 +32,7 @@ PEER = Identity.from_seed(b"q" * 32).peer_id
 def test_over_any_time_no_more_passes_than_promised(
     asked: list[tuple[float, int, int]], calls: float, num_bytes: float, period: float
 ) -> None:
-    quotas = Quotas(lambda _: Quota(calls=calls, num_bytes=num_bytes, period=period))
+    quotas = Quotas(Policy(quota=Quota(calls=calls, num_bytes=num_bytes, period=period)))
     now, passed = 0.0, []
     for pause, request, reply in asked:
         now += pause
@@ -57,7 +57,7 @@ def test_over_any_time_no_more_passes_than_promised(
 
 def test_use_is_remembered_for_a_bounded_number_of_peers() -> None:
     reasons: list[str] = []
-    quotas = Quotas(lambda _: Quota(calls=1, concurrent=1), refused=reasons.append, max_peers=100)
+    quotas = Quotas(Policy(quota=Quota(calls=1, concurrent=1)), refused=reasons.append, max_peers=100)
     peers = [PeerID(index.to_bytes(32, "big")) for index in range(1000)]
     assert quotas.begin(peers[0], 1, 0.0) == 0.0
     for peer in peers[1:]:
@@ -70,7 +70,7 @@ def test_use_is_remembered_for_a_bounded_number_of_peers() -> None:
 
 def test_a_call_for_several_things_counts_for_each() -> None:
     reasons: list[str] = []
-    quotas = Quotas(lambda peer: Quota(calls=6) if peer == PEER else None, refused=reasons.append)
+    quotas = Quotas(Policy(quotas={PEER: Quota(calls=6)}), refused=reasons.append)
     assert quotas.begin(PEER, 1, 0.0) == 0.0
     assert [quotas.add(PEER, 0.0) for _ in range(5)] == [0.0] * 5
     assert quotas.add(PEER, 0.0) == pytest.approx(10.0) == quotas.begin(PEER, 1, 0.0)
@@ -80,7 +80,7 @@ def test_a_call_for_several_things_counts_for_each() -> None:
 
 def test_quotas_may_differ_by_peer_and_be_none() -> None:
     policy = Policy(quota=Quota(calls=1), quotas={PEER: None})
-    quotas = Quotas(policy.quota_of)
+    quotas = Quotas(policy)
     assert [quotas.begin(PEER, 1, 0.0) for _ in range(3)] == [None] * 3 and len(quotas) == 0
     other = PeerID(bytes(32))
     assert quotas.begin(other, 1, 0.0) == 0.0 and quotas.begin(other, 1, 0.0) == pytest.approx(60.0)
@@ -96,7 +96,7 @@ def failed(pair: Pair) -> Overloaded:
 
 
 def test_what_is_too_much_is_refused_before_anything_is_done_and_comes_back_with_time() -> None:
-    quotas = Quotas(lambda _: Quota(num_bytes=4 * MIB, period=100.0))
+    quotas = Quotas(Policy(quota=Quota(num_bytes=4 * MIB, period=100.0)))
     pair = Pair(quotas=quotas, server=dataclasses.replace(SETTINGS, window_bytes=0))
     for _ in range(2):
         pair.call(3 * MIB)
@@ -120,7 +120,7 @@ def test_what_is_too_much_is_refused_before_anything_is_done_and_comes_back_with
 
 
 def test_replies_count_and_a_refused_message_in_the_standing_window_gives_its_room_back() -> None:
-    quotas = Quotas(lambda _: Quota(num_bytes=8 * MIB, period=1000.0))
+    quotas = Quotas(Policy(quota=Quota(num_bytes=8 * MIB, period=1000.0)))
     pair = Pair(quotas=quotas)
     pair.call(MIB)  # opens the window
     pair.settle()
@@ -139,7 +139,7 @@ def test_replies_count_and_a_refused_message_in_the_standing_window_gives_its_ro
 
 @pytest.mark.parametrize("how", ["answered", "cancelled", "failed", "lost"])
 def test_calls_under_way_are_counted_until_they_end_however(how: str) -> None:
-    quotas = Quotas(lambda _: Quota(concurrent=2))
+    quotas = Quotas(Policy(quota=Quota(concurrent=2)))
     pair = Pair(quotas=quotas)
     streams = [pair.call(10), pair.call(2 * MIB)]
     pair.settle()

@@ -5,8 +5,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tesseract_async.experts.merkle import num_leaves
-from tesseract_async.experts.pieces import LIST, MAX_UNDER_WAY, Ask, PieceFetch, piece_size
+from tesseract_async.experts.pieces import LIST, MAX_UNDER_WAY, Ask, PieceFetch, num_leaves, piece_size
 
 MBIT = 1e6 / 8
 SILENCE = 42.0

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from tesseract_async.experts.merkle import LEAF_BYTES, leaves_of, possession, root_of
+from tesseract_async.experts.pieces import LEAF_BYTES, leaves_of, possession, root_of
 
 SIZES = [0, 1, 4096, LEAF_BYTES - 1, LEAF_BYTES, LEAF_BYTES + 1, 3 * LEAF_BYTES, 5 * LEAF_BYTES + 7]
 

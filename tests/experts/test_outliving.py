@@ -7,7 +7,8 @@ from random import Random
 import pytest
 
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.placement import MemberPart, MemberRole, Place, Placement, Survey, assign
+from tesseract_async.experts.placement import Placement, assign
+from tesseract_async.experts.places import MemberPart, MemberRole, Place, Survey
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.identity import PeerID
 from tests.experts.tenure_world import Server, World, identity

@@ -7,8 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tesseract_async.experts.merkle import leaves_of, num_leaves, root_from, root_of
-from tesseract_async.experts.pieces import LIST, PIECE_BYTES, Ask, PieceFetch, piece_size, split_list
+from tesseract_async.experts.pieces import (
+    LIST,
+    PIECE_BYTES,
+    Ask,
+    PieceFetch,
+    leaves_of,
+    num_leaves,
+    piece_size,
+    root_from,
+    root_of,
+    split_list,
+)
 from tests.experts.piece_world import MBIT, ROUND_TRIP, SILENCE, Place, Simulation, throttled
 
 

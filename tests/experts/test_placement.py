@@ -10,23 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tesseract_async.experts.own_term import MAX_BEHIND
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.placement import (
     CHECK_EVERY,
     DROP_AFTER,
-    MAX_BEHIND,
     MOVE_EVERY,
     STAY,
     STUCK_AFTER,
-    MemberPart,
-    MemberRole,
-    Place,
     Placement,
     PlacementStep,
-    Survey,
     assign,
     score,
 )
+from tesseract_async.experts.places import MemberPart, MemberRole, Place, Survey
 from tesseract_async.identity import PeerID
 
 GRID = ExpertPattern.parse("ffn.[0:64]")

@@ -10,8 +10,16 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, sign_grant
 from tesseract_async.experts.place_directory import MAX_PARTS, read_places
-from tesseract_async.experts.placement import MemberPart, MemberRole, Place, Survey
-from tesseract_async.experts.places import decode_place, encode_place, places_key, ranges_of
+from tesseract_async.experts.places import (
+    MemberPart,
+    MemberRole,
+    Place,
+    Survey,
+    decode_place,
+    encode_place,
+    places_key,
+    ranges_of,
+)
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO
 from tesseract_async.experts.trust import Trust, belongs_under_its_key

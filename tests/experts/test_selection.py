@@ -3,10 +3,10 @@
 import pytest
 
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.choice import EXPIRED, Selection, select_experts
 from tesseract_async.experts.grants import sign_grant
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest, sign_run
-from tesseract_async.experts.selection import EXPIRED, Selection, select_experts
 from tesseract_async.identity import Identity
 
 NOW = 2e9

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tesseract_async.admission import Policy
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import sign_grant
+from tesseract_async.experts.progress import HOUR, MAX_PARTS, SERVERS_PER_PART, Thanks, publish_thanks, read_thanks
 from tesseract_async.experts.run import RunManifest, sign_run
-from tesseract_async.experts.thanks import HOUR, MAX_PARTS, SERVERS_PER_PART, Thanks, publish_thanks, read_thanks
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.network.values import encode_value
 from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer

@@ -104,7 +104,7 @@ async def test_one_peer_cannot_open_connections_without_a_bound() -> None:
     async with serving(settings) as (server, address), client_of(settings) as client:
         transport = TcpTransport()
         for index in range(4):
-            opening = client.dialer.connect_through(address, transport.paths(address))
+            opening = client.connect_through(address, transport.paths(address))
             if index < 3:
                 await opening
             else:
@@ -126,7 +126,7 @@ async def test_silent_visitors_never_keep_newcomers_out() -> None:
             ]
             for _, writer in visitors:
                 stack.callback(writer.transport.abort)
-            await until(lambda: server.dialer.num_callers == 12)
+            await until(lambda: server.num_callers == 12)
             assert (await client.call(address, "echo", 1, timeout=30)).body == 1
 
 
@@ -138,7 +138,7 @@ async def test_idle_connections_of_a_crowd_make_room_for_newcomers() -> None:
             for _ in range(5):
                 await stack.enter_async_context(RawPeer.connected(address))
             with pytest.raises(PeerUnreachable):  # nobody has been idle for long
-                await new.dialer.connect_through(address, TcpTransport().paths(address))
+                await new.connect_through(address, TcpTransport().paths(address))
             let_pass(2.0)
             assert (await old.call(address, "echo", 2, timeout=30)).body == 2
             assert (await new.call(address, "echo", 3, timeout=30)).body == 3
@@ -274,7 +274,7 @@ async def test_a_thousand_idle_connections_cost_little_and_disturb_nobody() -> N
         transport = TcpTransport()
         for _ in range(20):
             paths = transport.paths(address)
-            await asyncio.gather(*(client.dialer.connect_through(address, paths) for _ in range(50)))
+            await asyncio.gather(*(client.connect_through(address, paths) for _ in range(50)))
         assert len(server.connections()) == len(client.connections()) == 1000
         loop = asyncio.get_running_loop()
         for connection in (*server.pool.connections(), *client.pool.connections()):

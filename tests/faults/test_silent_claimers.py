@@ -11,9 +11,9 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.settings import MixtureSettings
+from tesseract_async.experts.node_calls import EXPERT_METHODS
 from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.metrics import Metrics
-from tesseract_async.node import EXPERT_METHODS
 
 UID = "ffn.0.0"
 

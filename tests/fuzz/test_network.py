@@ -92,7 +92,7 @@ def bombard(seed: int, count: int) -> None:
     corpus = genuine(network, nodes)
     rng = random.Random(seed)
     victim = nodes[3].protocol
-    before = {item.body for item in victim.core.storage}
+    before = {item.body for item in victim.storage}
     sources = [node.address for node in nodes] + [(f"9.8.{index}.7", 1000 + index) for index in range(40)]
     for number, data in enumerate(inputs(rng, corpus, count)):
         if number % 50 == 0:
@@ -104,12 +104,12 @@ def bombard(seed: int, count: int) -> None:
         for sent, _ in victim.datagrams_to_send():
             assert len(sent) <= 1200
         victim.events()
-    assert victim.core.metrics.total("network_datagrams_dropped") > count / 2
-    assert len(victim.core.known) <= 2048 and len(victim.core.pings.in_progress) <= 64
+    assert victim.metrics.total("network_datagrams_dropped") > count / 2
+    assert len(victim.known) <= 2048 and len(victim.pings.in_progress) <= 64
     # nothing got in that its owner had not signed
-    for record in victim.core.storage:
+    for record in victim.storage:
         assert record.body in before or SignedRecord.decode(record.key, record.body, verify=network.verify)
-    reasons = {dict(labels)["reason"] for (name, labels) in victim.core.metrics.counters if name.endswith("_dropped")}
+    reasons = {dict(labels)["reason"] for (name, labels) in victim.metrics.counters if name.endswith("_dropped")}
     assert reasons >= {"malformed", "unasked", "unpadded", "token"}, reasons
 
 

@@ -95,21 +95,20 @@ def fuzz_status(pick: random.Random) -> None:
 
 
 def fuzz_offers(pick: random.Random) -> None:
-    kind = pick.choice((offers.Description, offers.ReverseBody, offers.RelayBody))
-    samples = {
-        offers.Description: DESCRIPTION.pack(),
-        offers.ReverseBody: offers.ReverseBody(("203.0.113.1:5",), bytes(16)).pack(),
-        offers.RelayBody: offers.RelayBody(BOB.peer_id, bytes(16)).pack(),
-    }
-    body = samples[kind]
+    samples: list[tuple[Callable[[object], object], dict[str, object]]] = [
+        (offers.Description.unpack, DESCRIPTION.pack()),
+        (offers.read_reverse, {"addresses": ["203.0.113.1:5"], "token": bytes(16)}),
+        (offers.read_relay, {"relay": bytes(BOB.peer_id), "token": bytes(16)}),
+    ]
+    read, body = pick.choice(samples)
     body[pick.choice(list(body))] = value(pick)
     if pick.random() < 0.5:
         body = copy.deepcopy(body)
-        if kind is offers.Description and type(body["candidates"]) is list:
-            for candidate in body["candidates"][:1]:
+        if type(candidates := body.get("candidates")) is list:
+            for candidate in candidates[:1]:
                 if type(candidate) is list and candidate:
                     candidate[pick.randrange(len(candidate))] = value(pick)
-    kind.unpack(body if pick.random() < 0.95 else value(pick))
+    read(body if pick.random() < 0.95 else value(pick))
 
 
 def fuzz_sealed_offers(pick: random.Random) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tesseract_async.admission import Quota
+from tesseract_async.admission import Policy, Quota
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import CallReceived, PartReceived, PartWanted
@@ -78,7 +78,7 @@ class Holder:
 
 def fuzz_machine(pick: random.Random) -> None:
     """Both roles of a connection take mutated frames of every kind."""
-    quotas = Quotas(lambda _: QUOTA)
+    quotas = Quotas(Policy(quota=QUOTA))
     budgets = NodeBudgets(2**23)
     budgets.replies.total = pick.choice((2**18, 2**22))
     holder = Holder()
@@ -135,7 +135,8 @@ def fuzz_machine(pick: random.Random) -> None:
             count = min(len(buffer), len(view), pick.choice((7, 60, 60, 3000, 2**20)))
             buffer[:count] = view[:count]
             view = view[count:]
-            side.received(count, now, lane=lane)
+            side.now = now
+            side.life.received(count, now, lane)
             reader.buffer_updated(count)
             budgets.deliver()
             for event in taken(side):

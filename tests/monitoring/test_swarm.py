@@ -18,7 +18,7 @@ import tesseract_async as ta
 from tesseract_async.cli import swarm_picture as picture
 from tesseract_async.errors import PeerUnreachable
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.placement import MemberPart, MemberRole, Place
+from tesseract_async.experts.places import MemberPart, MemberRole, Place
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard

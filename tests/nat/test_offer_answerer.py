@@ -10,7 +10,7 @@ import pytest
 from tesseract_async.errors import InvalidRecord, NotAllowed, Overloaded, ProtocolError
 from tesseract_async.nat import offers
 from tesseract_async.nat.hole_punching import HolePuncher
-from tesseract_async.nat.offers import MAX_PER_SENDER, Description, RelayBody, ReverseBody
+from tesseract_async.nat.offers import MAX_PER_SENDER, Description
 from tesseract_async.transport.base import Pipe
 from tests.nat.test_hole_punching import description
 from tests.nat.town import path, town
@@ -26,7 +26,7 @@ async def end(pipe: Pipe) -> None:
 
 async def test_forged_stale_and_repeated_offers_are_refused_and_counted() -> None:
     async with town(3) as (eve, asked, other):
-        body = ReverseBody((eve.address,), bytes(16)).pack()
+        body = {"addresses": [eve.address], "token": bytes(16)}
         good = eve.offer(asked.peer_id, offers.REVERSE, body)
         answer = asked.answer
         for data in (b"", b"x" * 200, good[:-1], good[:70] + bytes([good[70] ^ 1]) + good[71:]):
@@ -50,12 +50,12 @@ async def test_forged_stale_and_repeated_offers_are_refused_and_counted() -> Non
 
 async def test_nobody_is_dialed_at_a_strangers_wish() -> None:
     async with town(3) as (eve, asked, _):
-        body = ReverseBody(("203.0.113.9:80",), bytes(16)).pack()
+        body = {"addresses": ["203.0.113.9:80"], "token": bytes(16)}
         data = eve.offer(asked.peer_id, offers.REVERSE, body)
         answer = await asked.answer(data)
         read = offers.decode_answer(answer, data, sender=asked.peer_id, recipient=eve.peer_id)
         assert not read.accepted and "elsewhere" in read.reason
-        data = eve.offer(asked.peer_id, offers.RELAY, RelayBody(eve.peer_id, bytes(16)).pack())
+        data = eve.offer(asked.peer_id, offers.RELAY, {"relay": bytes(eve.peer_id), "token": bytes(16)})
         answer = await asked.answer(data)
         read = offers.decode_answer(answer, data, sender=asked.peer_id, recipient=eve.peer_id)
         assert not read.accepted and "rendezvous" in read.reason
@@ -68,7 +68,7 @@ async def test_a_flood_of_offers_meets_a_bound() -> None:
         accepted, refused = 0, 0
         for sender in (eve,):
             for _ in range(MAX_PER_SENDER + 5):
-                body = ReverseBody(("203.0.113.9:80",), bytes(16)).pack()
+                body = {"addresses": ["203.0.113.9:80"], "token": bytes(16)}
                 try:
                     await asked.answer(sender.offer(asked.peer_id, offers.REVERSE, body))
                     accepted += 1

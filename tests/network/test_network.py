@@ -516,7 +516,7 @@ async def driven() -> AsyncIterator[tuple[NetworkDriver, socket.socket]]:
         metrics=Metrics(),
         now=loop.time(),
         wall_offset=0.0,
-        public=True,
+        is_declared_public=True,
     )
     with bound() as sock:
         driver = NetworkDriver(protocol, loop, sock, has_seeds=False, on_role_change=lambda: None)
@@ -531,16 +531,16 @@ async def driven() -> AsyncIterator[tuple[NetworkDriver, socket.socket]]:
 async def test_what_a_socket_cannot_send_to_is_counted() -> None:
     """The machine leaves such addresses out; but should it ever want to."""
     async with driven() as (driver, _):
-        driver.protocol.core.outbox.send(b"x", ("::1", 9))
+        driver.protocol.outbox.send(b"x", ("::1", 9))
         driver.cycle()
-        await until(lambda: driver.protocol.core.metrics.total("network_send_errors") == 1)
+        await until(lambda: driver.protocol.metrics.total("network_send_errors") == 1)
 
 
 @pytest.mark.both_loops
 async def test_many_datagrams_are_read_in_one_turn_of_the_loop_but_not_all() -> None:
     """In a busy process a turn is long: one for each datagram, and answers come seconds late."""
     async with driven() as (driver, sock):
-        metrics, num_sent = driver.protocol.core.metrics, 3 * MAX_PER_TURN
+        metrics, num_sent = driver.protocol.metrics, 3 * MAX_PER_TURN
         with bound() as sender:
             for _ in range(num_sent):
                 sender.sendto(b"x", sock.getsockname())

@@ -21,7 +21,7 @@ def machine(seed: int) -> NetworkProtocol:
         metrics=Metrics(),
         now=0.0,
         wall_offset=1_700_000_000.0,
-        public=True,  # all of them say so
+        is_declared_public=True,  # all of them say so
     )
 
 
@@ -36,14 +36,14 @@ class Town:
         for address in (B, C):
             self.machines[address].membership.set_seeds([(A, None)], 0.0)
         self.run(20.0)
-        assert all(len(self.machines[address].core.table) == 2 for address in (A, B, C))
+        assert all(len(self.machines[address].table) == 2 for address in (A, B, C))
         x = self.machines[X]
-        x.core.outbox.note_sent(A, self.now)
+        x.outbox.note_sent(A, self.now)
         data = wire.encode_request(
             wire.PING,
-            x.core.outbox.flags(),
+            x.outbox.flags(),
             bytes(8),
-            x.core.own_id,
+            x.own_id,
             token=b"",
             challenge=bytes(wire.CHALLENGE_BYTES),
             arguments=(),
@@ -75,7 +75,7 @@ class Town:
 
     @property
     def listed(self) -> bool:
-        return self.machines[X].core.own_id in self.machines[A].core.table
+        return self.machines[X].own_id in self.machines[A].table
 
 
 def test_a_newcomer_that_a_third_node_can_dial_is_listed() -> None:
@@ -90,7 +90,7 @@ def test_a_newcomer_that_lies_about_it_is_not_listed() -> None:
     town = Town(gateway=True)
     town.run(60.0)
     assert not town.listed
-    assert town.machines[A].core.metrics.total("network_contacts_dropped") == 1
+    assert town.machines[A].metrics.total("network_contacts_dropped") == 1
     assert not town.machines[A].probation.pending and not town.machines[A].probation.nonces
 
 
@@ -118,7 +118,7 @@ def test_a_newcomer_that_fell_silent_before_it_was_dialed_is_not_listed_by_that(
     a = town.machines[A]
     (nonce,) = a.probation.nonces
     contact, _ = a.probation.pending[a.probation.nonces[nonce]]
-    a.core.lost(contact, town.now)
+    a.lost(contact, town.now)
     a.receive_datagram(wire.encode(wire.DIALED, 0, bytes(8), contact.peer_id, (b"", b"", nonce)), X, town.now)
     assert not town.listed
     assert not a.probation.holds(contact, town.now), "it is listed as soon as it proves its id again"
@@ -128,7 +128,7 @@ def test_nobody_is_made_to_write_to_third_parties() -> None:
     town = Town(gateway=False)
     x = town.machines[X]
     x.datagrams_to_send()
-    dialed = wire.encode(wire.DIALED, 0, bytes(8), x.core.own_id, (b"", b"", bytes(8), pack_address(("9.9.9.9", 9))))
+    dialed = wire.encode(wire.DIALED, 0, bytes(8), x.own_id, (b"", b"", bytes(8), pack_address(("9.9.9.9", 9))))
     x.receive_datagram(dialed, C, town.now)
     assert ("9.9.9.9", 9) not in [target for _, target in x.datagrams_to_send()]
 

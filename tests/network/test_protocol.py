@@ -42,7 +42,7 @@ def machine(
         metrics=Metrics(),
         now=0.0,
         wall_offset=WALL + skew,
-        public=public,
+        is_declared_public=public,
         scope=AddressScope(["10.0.0.7"]),
         policy=policy,
     )
@@ -81,15 +81,13 @@ class Pair:
 
 
 def dropped(protocol: NetworkProtocol, reason: str) -> float:
-    return protocol.core.metrics.counters.get(("network_datagrams_dropped", (("reason", reason),)), 0)
+    return protocol.metrics.counters.get(("network_datagrams_dropped", (("reason", reason),)), 0)
 
 
 def record(
     owner: NetworkProtocol, *, sequence: int = 1, ttl: float = 600.0, size: int = 1, **more: Any
 ) -> SignedRecord:
-    return SignedRecord.sign(
-        owner.core.identity, KEY, sequence=sequence, expiration=WALL + ttl, value=bytes(size), **more
-    )
+    return SignedRecord.sign(owner.identity, KEY, sequence=sequence, expiration=WALL + ttl, value=bytes(size), **more)
 
 
 def request(kind: int, *arguments: Any, token: bytes = b"", challenge: bytes = b"", flags: int = 0) -> bytes:
@@ -126,7 +124,7 @@ def test_two_machines_find_each_other_and_share_values() -> None:
 
 def test_a_seed_with_another_id_than_expected_is_not_joined_through() -> None:
     pair = Pair()
-    pair.a.membership.set_seeds([(B, pair.a.core.identity.peer_id)], 0.0)
+    pair.a.membership.set_seeds([(B, pair.a.identity.peer_id)], 0.0)
     pair.a.handle_timer(0.0)
     pair.exchange()
     assert dropped(pair.a, "wrong_id") == 1
@@ -153,7 +151,7 @@ def test_a_lost_request_is_sent_again_with_the_same_transaction_and_then_given_u
         pair.a.handle_timer(now)
         sent += [data for data, _ in pair.a.datagrams_to_send() if wire.decode(data).kind == wire.GET]
     assert len(sent) == 3 and len(set(sent)) == 1
-    assert len(pair.a.core.table) == 0
+    assert len(pair.a.table) == 0
 
 
 def test_a_node_alone_asks_its_seeds_and_old_contacts_forever_and_comes_back() -> None:
@@ -166,33 +164,31 @@ def test_a_node_alone_asks_its_seeds_and_old_contacts_forever_and_comes_back() -
         pair.now = max(pair.a.timer_at(), pair.now)
         pair.a.handle_timer(pair.now)
         asked += len(pair.a.datagrams_to_send())
-    assert not pair.a.core.joined and asked > 10
+    assert not pair.a.joined and asked > 10
     pair.now = pair.a.timer_at()
-    while not pair.a.core.joined:
+    while not pair.a.joined:
         pair.a.handle_timer(pair.now)
         pair.exchange()
         pair.now = pair.a.timer_at()
         assert pair.now < 1000.0
-    assert len(pair.a.core.table) == 1
+    assert len(pair.a.table) == 1
 
 
 def test_a_farewell_needs_a_token() -> None:
     pair = Pair()
     pair.join()
     for token in (b"", bytes(8)):
-        forged = wire.encode_request(
-            wire.LEAVE, 0, bytes(8), pair.b.core.own_id, token=token, challenge=b"", arguments=()
-        )
+        forged = wire.encode_request(wire.LEAVE, 0, bytes(8), pair.b.own_id, token=token, challenge=b"", arguments=())
         pair.a.receive_datagram(forged, B, 0.0)
-    assert len(pair.a.core.table) == 1 and dropped(pair.a, "token") == 2
+    assert len(pair.a.table) == 1 and dropped(pair.a, "token") == 2
     # a token proves an address, not an id: nobody says farewell in another's name
     token = pair.a.tokens.give(pack_address(STRANGER))
-    forged = wire.encode_request(wire.LEAVE, 0, bytes(8), pair.b.core.own_id, token=token, challenge=b"", arguments=())
+    forged = wire.encode_request(wire.LEAVE, 0, bytes(8), pair.b.own_id, token=token, challenge=b"", arguments=())
     pair.a.receive_datagram(forged, STRANGER, 0.0)
-    assert len(pair.a.core.table) == 1
+    assert len(pair.a.table) == 1
     pair.b.leave(0.0)
     pair.exchange()
-    assert len(pair.a.core.table) == 0
+    assert len(pair.a.table) == 0
 
 
 def test_stores_need_a_token_and_get_one() -> None:
@@ -238,7 +234,7 @@ def test_a_holder_that_restarted_gives_a_new_token_and_the_call_goes_on() -> Non
 def test_a_reply_to_an_unproven_address_is_no_amplifier(length: int) -> None:
     holder = machine(1)
     for index in range(8):
-        holder.core.storage.add(record(machine(3), sequence=index + 1, size=100, subkey=str(index)), WALL)
+        holder.storage.add(record(machine(3), sequence=index + 1, size=100, subkey=str(index)), WALL)
     short = wire.encode(
         wire.GET, wire.FLAG_CLIENT, bytes(8), bytes([7] * 32), (b"", bytes(16), KEY, bytes(length - 60))
     )
@@ -252,12 +248,12 @@ def test_wrong_signatures_forged_replies_and_replies_nobody_asked_for_are_counte
     pair.join()
     item = bytearray(record(pair.b).body)
     item[10] ^= 1
-    token = next(iter(pair.a.core.table.contacts())).token
+    token = next(iter(pair.a.table.contacts())).token
     stored = wire.encode_request(
-        wire.STORE, 0, bytes(8), pair.a.core.own_id, token=token, challenge=b"", arguments=([KEY + bytes(item)],)
+        wire.STORE, 0, bytes(8), pair.a.own_id, token=token, challenge=b"", arguments=([KEY + bytes(item)],)
     )
     pair.b.receive_datagram(stored, A, 0.0)
-    assert dropped(pair.b, "invalid_record") == 1 and pair.b.core.storage.num_entries == 0
+    assert dropped(pair.b, "invalid_record") == 1 and pair.b.storage.num_entries == 0
     pair.b.datagrams_to_send()
     pair.a.read(bytes(range(32)), 0.0)
     ((question, _),) = pair.a.datagrams_to_send()
@@ -273,7 +269,7 @@ def test_wrong_signatures_forged_replies_and_replies_nobody_asked_for_are_counte
 
 def test_a_node_that_answers_in_another_s_name_never_enters_the_table() -> None:
     a, liar = machine(1), machine(2)
-    liar.core.own_id = bytes([9] * 32)  # it has no key for this id
+    liar.own_id = bytes([9] * 32)  # it has no key for this id
     a.membership.set_seeds([(B, None)], 0.0)
     a.handle_timer(0.0)
     for data, _ in a.datagrams_to_send():
@@ -282,7 +278,7 @@ def test_a_node_that_answers_in_another_s_name_never_enters_the_table() -> None:
         if address == A:
             a.receive_datagram(data, B, 0.0)
     assert dropped(a, "proof") == 1
-    assert len(a.core.table) == 0
+    assert len(a.table) == 0
 
 
 def test_a_flood_from_one_source_is_cut_off_and_others_are_served() -> None:
@@ -306,13 +302,13 @@ def test_any_number_of_ids_of_one_range_take_no_place_and_no_memory(count: int) 
         pings += sum(1 for sent, _ in holder.datagrams_to_send() if wire.decode(sent).kind == wire.PING)
     # unproven ids cost a bounded number of pings and stay out of the table
     assert pings <= 64
-    assert len(holder.core.table) == 0
-    assert len(holder.core.known) <= 2048 and len(holder.core.pings.in_progress) <= 64
+    assert len(holder.table) == 0
+    assert len(holder.known) <= 2048 and len(holder.pings.in_progress) <= 64
 
 
 def test_a_policy_decides_whose_records_are_held() -> None:
     friend, other = machine(3), machine(4)
-    holder = machine(1, policy=Policy(hosts=[friend.core.identity.peer_id]))
+    holder = machine(1, policy=Policy(hosts=[friend.identity.peer_id]))
     holder.receive_datagram(request(wire.PING), STRANGER, 0.0)
     token = reply_of(holder).token
     for owner, outcome in ((friend, StoreOutcome.STORED), (other, StoreOutcome.REFUSED)):
@@ -326,17 +322,17 @@ def test_a_client_is_served_and_never_listed_and_holds_nothing() -> None:
     pair.a = machine(1, public=False)
     pair.a.membership.end_dial_wait()
     pair.join()
-    assert len(pair.a.core.table) == 1 and len(pair.b.core.table) == 0
+    assert len(pair.a.table) == 1 and len(pair.b.table) == 0
     number = pair.a.write([record(pair.a)], 0.0)
     pair.exchange()
     assert WriteFinished(number, [1], [0]) in pair.a.events()
-    assert pair.a.core.storage.num_entries == 0
+    assert pair.a.storage.num_entries == 0
     # also not where somebody insists
     item = record(pair.b)
     stores = request(wire.STORE, [item.key + item.body], token=pair.a.tokens.give(pack_address(STRANGER)))
     pair.a.receive_datagram(stores, STRANGER, 0.0)
     assert wire.read_outcomes(reply_of(pair.a).results, 1) == [StoreOutcome.REFUSED]
-    assert pair.a.core.storage.num_entries == 0
+    assert pair.a.storage.num_entries == 0
 
 
 def test_a_client_that_others_were_told_of_is_not_listed_either() -> None:
@@ -344,29 +340,29 @@ def test_a_client_that_others_were_told_of_is_not_listed_either() -> None:
     pair.b = machine(2, public=False)
     pair.b.membership.end_dial_wait()
     pair.join()  # by the address given as a seed: it answers, and says what it is
-    assert pair.a.core.metrics.snapshot()["network_datagrams_received"] >= 1
-    assert len(pair.a.core.table) == 0
+    assert pair.a.metrics.snapshot()["network_datagrams_received"] >= 1
+    assert len(pair.a.table) == 0
 
 
 def test_what_has_expired_is_dropped_without_being_asked_for() -> None:
     holder = machine(1)
-    holder.core.storage.put(record(machine(3), ttl=20.0))
+    holder.storage.put(record(machine(3), ttl=20.0))
     while (at := holder.timer_at()) < 49.0:
         holder.handle_timer(at)
-    assert holder.core.storage.num_entries == 1, "clocks differ"
+    assert holder.storage.num_entries == 1, "clocks differ"
     while (at := holder.timer_at()) < 80.0:
         holder.handle_timer(at)
-    assert holder.core.storage.num_entries == 0
+    assert holder.storage.num_entries == 0
 
 
 def test_contacts_of_a_kind_of_ip_that_a_node_does_not_speak_are_left_out() -> None:
     subject, teller = machine(1), Contact(bytes([3] * 32), B)
     told = [Contact(bytes([4] * 32), ("2606:4700::7", 4000)), Contact(bytes([5] * 32), ("8.8.8.7", 4000))]
     v4, v6 = pack_contacts(told, 1000)
-    subject.core.scope = AddressScope()
+    subject.scope = AddressScope()
     for lengths, expected in (((V4_BYTES, V6_BYTES), told), ((V4_BYTES,), told[1:]), ((V6_BYTES,), told[:1])):
-        subject.core.address_bytes = lengths
-        found = subject.core.contacts_from(teller, v4, v6, 0.0)
+        subject.address_bytes = lengths
+        found = subject.contacts_from(teller, v4, v6, 0.0)
         assert {contact.raw for contact in found} == {contact.raw for contact in expected}
 
 
@@ -427,14 +423,14 @@ def test_a_node_that_a_third_one_can_dial_becomes_public() -> None:
     assert trio.machines[A].role == "unknown"
     trio.run(10.0)
     assert NodeRoleChanged("public") in trio.machines[A].events()
-    assert trio.machines[A].core.own_id in trio.machines[B].core.table
+    assert trio.machines[A].own_id in trio.machines[B].table
 
 
 def test_a_node_behind_a_gateway_becomes_a_client_and_is_listed_by_nobody() -> None:
     trio = Trio()
     trio.run(60.0, filtered=True)
     assert NodeRoleChanged("client") in trio.machines[A].events()
-    assert all(trio.machines[A].core.own_id not in trio.machines[other].core.table for other in (B, STRANGER))
+    assert all(trio.machines[A].own_id not in trio.machines[other].table for other in (B, STRANGER))
 
 
 def test_a_client_is_asked_for_its_token_before_it_dials_and_a_flood_of_that_is_bounded() -> None:
@@ -461,7 +457,7 @@ def test_a_client_is_asked_for_its_token_before_it_dials_and_a_flood_of_that_is_
 def test_a_third_node_it_wrote_to_before_proves_nothing() -> None:
     trio = Trio()
     node = trio.machines[A]
-    node.core.outbox.note_sent(STRANGER, 0.0)
+    node.outbox.note_sent(STRANGER, 0.0)
     trio.run(10.0)
     assert node.role != "public"
 
@@ -470,10 +466,10 @@ def test_a_third_node_it_wrote_to_before_proves_nothing() -> None:
 def test_a_node_that_dialed_for_others_is_not_proven_by_those_it_dialed(role: str) -> None:
     """A client that dials opens its own gateway. For who is public that means nothing, and others could make it so."""
     node = machine(1, public=False)
-    node.core.outbox.role = role
+    node.outbox.role = role
     listed = Contact(bytes([7] * 32), B)
     listed.proven = True
-    node.core.table.add(listed, 0.0)
+    node.table.add(listed, 0.0)
     order = request(wire.DIAL_FOR, pack_address(STRANGER), bytes(8), token=node.tokens.give(pack_address(B)))
     node.receive_datagram(order, B, 0.0)
     assert STRANGER in [to for _, to in node.datagrams_to_send()]
@@ -491,27 +487,27 @@ def test_a_node_that_dialed_for_others_is_not_proven_by_those_it_dialed(role: st
 def test_newly_closer_nodes_get_copies_and_only_of_what_they_lack() -> None:
     pair = Pair()
     for index in range(3):
-        pair.a.core.storage.add(record(pair.a, subkey=str(index)), WALL)
-    pair.b.core.storage.add(record(pair.a, subkey="0"), WALL)
+        pair.a.storage.add(record(pair.a, subkey=str(index)), WALL)
+    pair.b.storage.add(record(pair.a, subkey="0"), WALL)
     pair.join()
     for _ in range(5):
         pair.now += 0.1
         pair.a.handle_timer(pair.now)
         pair.exchange()
-    assert pair.b.core.storage.num_entries == 3
-    assert pair.a.core.metrics.total("network_records_copied") == 2
+    assert pair.b.storage.num_entries == 3
+    assert pair.a.metrics.total("network_records_copied") == 2
 
 
 def test_a_reader_repairs_a_holder_that_lags() -> None:
     pair = Pair()
     pair.join()
-    pair.a.core.storage.add(record(pair.b, sequence=1), WALL)
-    pair.b.core.storage.add(record(pair.b, sequence=2), WALL)
+    pair.a.storage.add(record(pair.b, sequence=1), WALL)
+    pair.b.storage.add(record(pair.b, sequence=2), WALL)
     pair.b.read(KEY, 0.0)
     pair.exchange()
     (event,) = [event for event in pair.b.events() if isinstance(event, ReadFinished)]
     assert [item.sequence for item in event.records] == [2]
-    assert [item.sequence for item in pair.a.core.storage.records(KEY)] == [2]
+    assert [item.sequence for item in pair.a.storage.records(KEY)] == [2]
 
 
 def test_a_client_whose_gateway_gives_it_another_port_is_served_as_before() -> None:
@@ -520,7 +516,7 @@ def test_a_client_whose_gateway_gives_it_another_port_is_served_as_before() -> N
     pair.a.membership.end_dial_wait()
     pair.join()
     for index in range(4):
-        pair.b.core.storage.add(record(pair.b, subkey=str(index), size=100), WALL)
+        pair.b.storage.add(record(pair.b, subkey=str(index), size=100), WALL)
     number = pair.a.read(KEY, 0.0)
     moved = (A[0], A[1] + 1)
     events = []
@@ -540,14 +536,14 @@ def test_a_holder_that_sends_forged_pages_is_passed_over() -> None:
     pair = Pair()
     pair.join()
     for index in range(20):
-        pair.b.core.storage.add(record(pair.b, subkey=str(index), size=100), WALL)
-    genuine = pair.b.core.storage.page
+        pair.b.storage.add(record(pair.b, subkey=str(index), size=100), WALL)
+    genuine = pair.b.storage.page
 
     def forged(key: bytes, start: int, end: int, room: int) -> tuple[list[bytes], int | None]:
         bodies, cursor = genuine(key, start, end, room)
         return [bytes([body[0] ^ 1]) + body[1:] for body in bodies], cursor
 
-    pair.b.core.storage.page = forged  # type: ignore[method-assign]
+    pair.b.storage.page = forged  # type: ignore[method-assign]
     pair.a.read(KEY, 0.0)
     events = []
     while not events:
@@ -562,9 +558,9 @@ def test_a_holder_that_sends_forged_pages_is_passed_over() -> None:
 
 def test_a_slice_of_copying_survives_the_loss_of_everybody() -> None:
     pair = Pair()
-    pair.a.core.storage.add(record(pair.a), WALL)
+    pair.a.storage.add(record(pair.a), WALL)
     pair.join()
-    pair.a.core.table.remove(pair.a.core.table.contacts()[0])
+    pair.a.table.remove(pair.a.table.contacts()[0])
     while pair.now < 2500.0:
         pair.now = pair.a.timer_at()
         pair.a.handle_timer(pair.now)
@@ -581,11 +577,11 @@ def test_after_the_own_loop_stood_still_nobody_is_judged_before_the_socket_is_re
     # the replies lie in the socket while this loop stands still, again and again
     for now in (20.0, 40.0, 60.0):
         pair.a.handle_timer(now)
-        assert len(pair.a.core.table) == 1
+        assert len(pair.a.table) == 1
     for data, _ in answers:
         pair.a.receive_datagram(data, B, 60.0)
     assert any(isinstance(event, ReadFinished) for event in pair.a.events())
-    assert len(pair.a.core.table) == 1
+    assert len(pair.a.table) == 1
 
 
 def test_a_dead_holder_is_not_waited_for_until_its_request_is_repeated() -> None:
@@ -647,21 +643,21 @@ def test_holders_of_one_address_range_count_as_one(host: str, least: int, most: 
     """Nine holders with equal digests: of nine networks, a few answers do; of one network, all are asked."""
     reader = machine(1)
     holders = {(host.format(index), 4000): machine(10 + index) for index in range(1, 10)}
-    named = [Contact(holder.core.own_id, address) for address, holder in holders.items()]
+    named = [Contact(holder.own_id, address) for address, holder in holders.items()]
     everybody: dict[Address, NetworkProtocol] = dict(holders)
     for holder in holders.values():
-        holder.core.storage.add(record(reader), WALL)
+        holder.storage.add(record(reader), WALL)
     for index in range(3):  # no path of a lookup hears of more than three of one range
 
         class Teller(LyingProtocol):
             accomplices = named[3 * index : 3 * index + 3]
 
         teller = machine(30 + index, kind=Teller)
-        known = Contact(teller.core.own_id, (f"9.9.{index}.9", 4000))
+        known = Contact(teller.own_id, (f"9.9.{index}.9", 4000))
         known.proven = True
-        reader.core.table.add(known, 0.0)
+        reader.table.add(known, 0.0)
         everybody[known.address] = teller
-    reader.core.scope = AddressScope()
+    reader.scope = AddressScope()
     reader.read(KEY, 0.0)
     asked: set[Address] = set()
     events: list[Any] = []
@@ -684,9 +680,9 @@ def test_a_seed_that_names_nobody_new_costs_one_rpc() -> None:
     addresses = {(f"10.0.1.{index}", 4000): other for index, other in enumerate(others)}
     seed_address, seed = next(iter(addresses.items()))
     for address, other in list(addresses.items())[1:]:
-        listed = Contact(other.core.own_id, address)
+        listed = Contact(other.own_id, address)
         listed.proven = True
-        seed.core.table.add(listed, 0.0)
+        seed.table.add(listed, 0.0)
 
     def exchange() -> list[int]:
         kinds = []
@@ -702,16 +698,16 @@ def test_a_seed_that_names_nobody_new_costs_one_rpc() -> None:
     node.membership.set_seeds([(seed_address, None)], 0.0)
     node.handle_timer(0.0)
     exchange()
-    assert len(node.core.table) == 8
+    assert len(node.table) == 8
     newcomer = machine(99)
     addresses[("10.0.1.99", 4000)] = newcomer
-    listed = Contact(newcomer.core.own_id, ("10.0.1.99", 4000))
+    listed = Contact(newcomer.own_id, ("10.0.1.99", 4000))
     listed.proven = True
-    seed.core.table.add(listed, 0.0)
+    seed.table.add(listed, 0.0)
     node.membership.ask_seeds(0.0)
     # it is new and near (so small a network is all neighborhood): whom it knows is looked up
     assert exchange().count(wire.FIND) > 2
-    assert newcomer.core.own_id in node.core.table
+    assert newcomer.own_id in node.table
     node.membership.ask_seeds(0.0)
     assert exchange() == [wire.FIND], "nobody new"
 
@@ -719,9 +715,9 @@ def test_a_seed_that_names_nobody_new_costs_one_rpc() -> None:
 def test_calls_under_way_are_bounded_and_the_others_wait_their_turn() -> None:
     pair = Pair()
     pair.join()
-    (other,) = pair.a.core.table.contacts()
+    (other,) = pair.a.table.contacts()
     for index in range(MAX_CALLS + 100):
-        pair.a.core.call(Caller(), wire.FIND, (index.to_bytes(32, "big"),), other, 0.0)
+        pair.a.call(Caller(), wire.FIND, (index.to_bytes(32, "big"),), other, 0.0)
     sent = pair.a.datagrams_to_send()
     assert len(sent) == MAX_CALLS
     targets = set()
@@ -746,11 +742,11 @@ def test_a_bucket_that_no_lookup_went_through_is_refreshed_and_one_that_was_used
             pair.now = min(pair.a.timer_at(), until)
             pair.a.handle_timer(pair.now)
             if used:
-                pair.a.read(pair.a.core.own_id[:31] + b"x", pair.now)
+                pair.a.read(pair.a.own_id[:31] + b"x", pair.now)
             for data, _ in pair.exchange():
                 sent = wire.decode(data)
                 # seeds are asked for this node's own id meanwhile
-                if sent.kind == wire.FIND and wire.read_request(sent).arguments[0] != pair.a.core.own_id:
+                if sent.kind == wire.FIND and wire.read_request(sent).arguments[0] != pair.a.own_id:
                     looked_up.append(pair.now)
 
     run(0.9 * REFRESH_PERIOD, used=False)
@@ -763,10 +759,10 @@ def test_a_bucket_that_no_lookup_went_through_is_refreshed_and_one_that_was_used
 
 def test_pages_are_asked_for_several_at_a_time_and_no_more_than_that() -> None:
     pair = Pair()
-    pair.a.core.outbox.forced_client = True
+    pair.a.outbox.forced_client = True
     pair.join()
     for index in range(500):
-        pair.b.core.storage.put(record(pair.b, subkey=str(index), size=100))
+        pair.b.storage.put(record(pair.b, subkey=str(index), size=100))
     pair.a.read(KEY, 0.0)
     waiting: list[bytes] = []
     most, events = 0, []
@@ -791,7 +787,7 @@ def table_of(node: NetworkProtocol, *addresses: Address) -> list[Contact]:
     contacts = [Contact(bytes([0x70 + index] * 32), address) for index, address in enumerate(addresses)]
     for contact in contacts:
         contact.proven = True
-        node.core.table.add(contact, 0.0)
+        node.table.add(contact, 0.0)
     return contacts
 
 
@@ -803,8 +799,8 @@ PRIVATE_TARGETS += [("::1", 22), ("fe80::1", 9), ("64:ff9b::a00:1", 80), ("2002:
 def test_nobody_makes_a_public_node_send_to_private_addresses(target: Address) -> None:
     """Not by asking it to dial, not by naming a contact there, and not by writing from there."""
     node = machine(1)
-    node.core.scope = AddressScope(["8.8.4.4"])
-    node.core.address_bytes = (V4_BYTES, V6_BYTES)
+    node.scope = AddressScope(["8.8.4.4"])
+    node.address_bytes = (V4_BYTES, V6_BYTES)
     friend = ("9.9.9.9", 4000)
     (liar,) = table_of(node, friend)
     token = node.tokens.give(pack_address(friend))
@@ -832,7 +828,7 @@ def test_nobody_makes_a_public_node_send_to_private_addresses(target: Address) -
 
 def test_dialing_for_others_is_for_listed_contacts_and_has_bounds() -> None:
     node = machine(1)
-    node.core.scope = AddressScope(["8.8.4.4"])
+    node.scope = AddressScope(["8.8.4.4"])
     friend, victim = ("9.9.9.9", 4000), ("8.8.8.8", 53)
     (liar,) = table_of(node, friend)
 
@@ -870,7 +866,7 @@ def test_one_place_that_many_contacts_are_said_to_live_at_is_asked_a_few_times()
             failed.append(call)
 
     for victim in victims:
-        node.core.call(Asker(), wire.FIND, (KEY,), victim, 0.0)
+        node.call(Asker(), wire.FIND, (KEY,), victim, 0.0)
     assert not failed, "never before the call returns"
     node.handle_timer(0.0)
     assert len(node.datagrams_to_send()) == 12 and len(failed) == len(victims) - 12
@@ -885,15 +881,15 @@ def test_a_node_holds_what_belongs_near_it_and_nothing_else() -> None:
 
     def store(key: bytes) -> StoreOutcome:
         one = SignedRecord.sign(
-            writer.protocol.core.identity,
+            writer.protocol.identity,
             key,
             sequence=1,
-            expiration=node.core.wall(network.clock.now) + 60.0,
+            expiration=node.wall(network.clock.now) + 60.0,
             value=b"\1",
         )
         return node.holder.store(key, one.body, bytes(32), address, network.clock.now)
 
-    own = node.core.table.own_number
+    own = node.table.own_number
     # as near as one of the k holders is in a network of 1,000
     near = [(own ^ rng.randrange(2**256 // 50)).to_bytes(32, "big") for _ in range(100)]
     assert [store(key) for key in near] == [StoreOutcome.STORED] * 100

@@ -13,7 +13,7 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async import errors
-from tesseract_async.node import EXPERT_METHODS
+from tesseract_async.experts.node_calls import EXPERT_METHODS
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.server.server import ServerSettings
 from tesseract_async.wire import messages

@@ -15,7 +15,8 @@ from tesseract_async.experts.manifest import join_uid
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import Identity
 from tesseract_async.saving.folder import SavedExperts, open_folder
-from tesseract_async.server.fragments import FragmentBackend, FragmentCalls
+from tesseract_async.server.fragment_calls import FragmentCalls
+from tesseract_async.server.fragments import FragmentBackend
 from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.sharing.fragment import Fragment, Outer
 from tesseract_async.sharing.layout import Layout

@@ -20,8 +20,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, ExpertNotFound, Overloaded, TooStale
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.placement import MemberPart, MemberRole, Place
-from tesseract_async.experts.places import encode_place, places_key
+from tesseract_async.experts.places import MemberPart, MemberRole, Place, encode_place, places_key
 from tesseract_async.experts.publisher import ExpertPublisher
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, sign_seal, sign_term
@@ -94,11 +93,11 @@ class Swarm:
 
 
 async def save(
-    guest: ta.TesseractNode, run: SignedRun, origins: Any, folder: Path, *, timeout: float = 60.0, progress: Any = None
+    guest: ta.TesseractNode, run: SignedRun, origins: Any, folder: Path, *, progress: Any = None
 ) -> SaveReport:
     store = open_folder_or_make(folder)
     store.add_run(run)
-    point = SavePoint(guest, origins, timeout=timeout)
+    point = SavePoint(guest, origins)
     await point.mark()
     report = await point.fetch(store, progress=progress or (lambda uid: None))
     store.write_index()
@@ -148,7 +147,7 @@ async def test_a_dead_server_is_passed_over_and_what_nobody_gives_is_told(
 ) -> None:
     nobody = PeerAddress(ta.Identity.from_seed(b"n" * 32).peer_id, ("127.0.0.1:9",))
     origins = swarm.origins("ffn.0.0", before=nobody) | swarm.origins("ffn.0.1")
-    report = await save(swarm.guest, run, origins, tmp_path, timeout=30.0)
+    report = await save(swarm.guest, run, origins, tmp_path)
     assert report.taken == {"ffn.0.0": 0}
     assert isinstance(report.failed["ffn.0.1"], ExpertNotFound)
     assert list(SavedExperts(tmp_path)) == ["ffn.0.0"]
@@ -325,12 +324,12 @@ async def test_what_holders_give_is_the_newest_that_a_primary_signed_whatever_so
         swapped.source.find_sealed = lambda uid, root: swapped.files.keep(uid, encode_state(garbage.state()))
         liar.keep("ffn.0.0", garbage.state(), number=2**31, signer=liar.node.identity)
         origins = [liar.origin(2**31), swapped.origin(2), old.origin(2**20), honest.origin(2)]
-        report = await save(guest, run, {"ffn.0.0": origins}, tmp_path / "out", timeout=10.0)
+        report = await save(guest, run, {"ffn.0.0": origins}, tmp_path / "out")
         assert report.taken == {"ffn.0.0": 3} and not report.failed
         with torch.no_grad():
             found = SavedExperts(tmp_path / "out")["ffn.0.0"](torch.ones(1, 8))
             assert torch.equal(found, newest.forward([torch.ones(1, 8)])[0])
-        report = await save(guest, run, {"ffn.0.0": origins[:1]}, tmp_path / "alone", timeout=10.0)
+        report = await save(guest, run, {"ffn.0.0": origins[:1]}, tmp_path / "alone")
         assert "nobody shows a state" in str(report.failed["ffn.0.0"])
 
 

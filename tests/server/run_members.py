@@ -13,7 +13,7 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
-from tesseract_async.experts.placement import Standing, Survey
+from tesseract_async.experts.places import Standing, Survey
 from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.server.capacity import Capacity

@@ -12,10 +12,10 @@ from tesseract_async.endpoint.call_table import CallHandler, CallTable
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import RemoteError
 from tesseract_async.experts.manifest import decode_manifest, join_uid
+from tesseract_async.experts.node_calls import EXPERT_METHODS
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.apply import APPLY

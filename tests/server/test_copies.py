@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tesseract_async.experts.merkle import root_of
+from tesseract_async.experts.pieces import root_of
 from tesseract_async.experts.terms import Seal, TermKind, sign_seal, sign_term
-from tesseract_async.server.copies import find_shown
+from tesseract_async.server.fetching import find_shown
 from tesseract_async.transport.base import PeerAddress
 from tests.experts.tenure_world import RUN, UID, identity
 
@@ -34,8 +34,8 @@ async def test_a_piece_of_what_another_signed_in_the_primarys_term_shows_nothing
     async def ask_piece(node: Any, peer: PeerAddress, request: Any, *, timeout: float) -> tuple[None, memoryview]:
         return None, memoryview(FILES[shown[peer.addresses[0]].primary])
 
-    monkeypatch.setattr("tesseract_async.server.copies.ask_seal", ask_seal)
-    monkeypatch.setattr("tesseract_async.server.copies.ask_piece", ask_piece)
+    monkeypatch.setattr("tesseract_async.server.fetching.ask_seal", ask_seal)
+    monkeypatch.setattr("tesseract_async.server.fetching.ask_piece", ask_piece)
     peers = {identity(number).peer_id: PeerAddress(None, (where,)) for number, where in enumerate(shown, 10)}
     node: Any = SimpleNamespace()
     found = await find_shown(node, RUN, sealed(PRIMARY, 7), peers, timeout=1.0, random=Random(1))

@@ -22,6 +22,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.experts.pieces import PIECE_BYTES
 from tesseract_async.identity import Identity
+from tesseract_async.server.checkpoint import EncodedState
 from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.state_files import SealedFile, SealedFiles, expert_folder
 from tesseract_async.server.state_transfer import SealedState, StateSource
@@ -48,7 +49,7 @@ class Swarm:
 
     def __init__(self, folder: Path, num_places: int = 3) -> None:
         self.files = SealedFiles(folder / "theirs")
-        file = self.files.keep(UID, [FILE])
+        file = self.files.keep(UID, EncodedState(FILE, []))
         self.seal: Any = SimpleNamespace(root=file.root, size=file.size)
         self.faults: dict[PeerAddress, Fault] = {}
         self.asked: Counter[tuple[PeerAddress, int]] = Counter()
@@ -264,7 +265,7 @@ async def test_two_who_want_one_file_fetch_it_once(tmp_path: Path) -> None:
 
 def test_an_expert_that_was_given_up_leaves_no_part_of_a_file_behind(tmp_path: Path) -> None:
     files = SealedFiles(tmp_path)
-    files.keep("ffn.0", [b"state"])
+    files.keep("ffn.0", EncodedState(b"state", []))
     with files.open_part("ffn.0", b"1" * 32) as part:
         files.forget("ffn.0")
         assert os.path.exists(part.name), "it is being written"

@@ -29,8 +29,7 @@ from tesseract_async.server.fragments import (
     read_manifest,
     read_updates,
 )
-from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import LAST, NEWCOMERS, Fragment, Outer, Update
+from tesseract_async.sharing.fragment import LAST, NEWCOMERS, Copy, Fragment, Outer, Update
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.sharing.rounds import Rounds, judge
@@ -49,7 +48,7 @@ def make_backend(number: int = 0, manifest: SharedManifest = MANIFEST) -> Fragme
 def pushed(backend: FragmentBackend, seed: int, peer: PeerID = PEERS[0]) -> bytes:
     """Have a round of one push close; returns its call id."""
     values = torch.randn(backend.fragment.cut.numel, generator=torch.Generator().manual_seed(seed))
-    copy = Copy(backend.fragment.cut, MANIFEST.outer, backend.fragment.anchor, version=backend.version)
+    copy = Copy(backend.fragment)
     call_id, rounds = seed.to_bytes(16, "big"), Rounds(backend.version, max_steps=100)
     rounds.add(judge(peer, call_id, 3, copy.push(values), backend.fragment.cut, MANIFEST.outer), backend.version, 0.0)
     backend.close_round(rounds, rounds.close(), ledger(seed).encode())
@@ -194,7 +193,7 @@ def test_a_primary_that_lies_to_a_trainer_changes_nothing(
     version: int, steps: int, roots: list[Any], buffers: list[bytes]
 ) -> None:
     cut = MANIFEST.layout.cuts[0]
-    copy = Copy(cut, MANIFEST.outer, torch.zeros(cut.numel), version=3)
+    copy = Copy(Fragment(cut, MANIFEST.outer, torch.zeros(cut.numel), version=3))
     base = copy.base
     reply = messages.UpdatesReply(True, True, 1, version, steps, roots)
     with pytest.raises(ProtocolError):
@@ -317,7 +316,7 @@ class Trainer:
         self.world, self.peer = world, peer
         cut = MANIFEST.layout.cuts[0]
         self.local = torch.zeros(cut.numel)
-        self.copy = Copy(cut, MANIFEST.outer, torch.zeros(cut.numel), version=0, epoch=1)
+        self.copy = Copy(Fragment(cut, MANIFEST.outer, torch.zeros(cut.numel)), epoch=1)
         self.push: Push | None = None
         self.num_merged = 0
         world.after(world.random.random(), self.step)
@@ -346,7 +345,8 @@ class Trainer:
         self.push = None
         if reply.whole is not None:
             anchor, version = reply.whole
-            self.local += self.copy.rebase(anchor, version=version, epoch=reply.epoch, counted=reply.counted)
+            whole = Fragment(self.copy.cut, MANIFEST.outer, anchor, version=version)
+            self.local += self.copy.rebase(whole, epoch=reply.epoch, counted=reply.counted)
         else:
             self.local += self.copy.merge(reply.updates or (), epoch=reply.epoch)
             self.num_merged += 1

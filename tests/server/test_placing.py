@@ -8,8 +8,8 @@ import torch
 import tesseract_async as ta
 from tesseract_async.errors import ExpertNotFound
 from tesseract_async.experts.membership import Permissions
-from tesseract_async.experts.placement import MemberPart, MemberRole, Place, Survey, score
-from tesseract_async.experts.places import encode_place, places_key
+from tesseract_async.experts.placement import score
+from tesseract_async.experts.places import MemberPart, MemberRole, Place, Survey, encode_place, places_key
 from tesseract_async.wire import messages
 from tests.server.run_members import Member, identity_of, joined, make_run, member, standings, until
 

@@ -499,10 +499,39 @@ async def test_a_newcomer_adopts_what_others_trained() -> None:
         async with ta.TesseractNode(initial_peers=[first.node.address]) as node:
             await node.network.wait_joined(30.0)
             backends = {UID: make_backend(1), "ffn.1": make_backend(2)}
-            assert await adopt_states(node, backends, settings=BY_HAND) == {UID}
+            assert set(await adopt_states(node, backends, settings=BY_HAND)) == {UID}
             theirs = first.server.experts[UID].module.state_dict()
             assert all(torch.equal(theirs[name], value) for name, value in backends[UID].module.state_dict().items())
             assert backends[UID].version == 1 and backends["ffn.1"].version == 0
+
+
+async def test_a_state_that_was_adopted_is_not_fetched_again_and_no_step_of_its_own_is_kept(tmp_path: Path) -> None:
+    async with volunteer(seed=5) as first:
+        await backward(first.node, first)
+        async with ta.TesseractNode(initial_peers=[first.node.address]) as node:
+            await node.network.wait_joined(30.0)
+            backends = {UID: make_backend(1)}
+            adopted = await adopt_states(node, backends, settings=BY_HAND)
+            assert adopted == {UID: first.node.peer_id}
+            server = ta.TesseractServer(
+                node, backends, followers=adopted, publisher_settings=PUBLISHER, checkpoint_dir=tmp_path
+            )
+            async with server, ReplicaKeeper(server, settings=BY_HAND, adopted=adopted) as keeper:
+                assert keeper.primary(UID) == first.node.peer_id and not node.metrics.total("states_pulled")
+                await backward(first.node, first)
+                keeper.bare.forget(UID)  # as if it were due
+                await keeper.look()
+                assert server.experts[UID].version == 2 and node.metrics.total("states_pulled") == 1
+            assert not kept_in(tmp_path), "its steps are all the primary's"
+        async with ta.TesseractNode(initial_peers=[first.node.address]) as node:
+            await node.network.wait_joined(30.0)
+            backends = {UID: make_backend(1)}
+            adopted = await adopt_states(node, backends, settings=BY_HAND)
+            server = ta.TesseractServer(
+                node, backends, followers=adopted, publisher_settings=PUBLISHER, checkpoint_dir=tmp_path
+            )
+            async with server, ReplicaKeeper(server, settings=BY_HAND, adopted=adopted):
+                assert node.metrics.total("states_pulled") == 1, "it began from a checkpoint of its own"
 
 
 async def test_a_server_that_would_host_something_else_does_not_start() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tesseract_async.errors import CheckpointError
-from tesseract_async.experts.merkle import root_of
+from tesseract_async.experts.pieces import root_of
+from tesseract_async.server.checkpoint import EncodedState
 from tesseract_async.server.state_files import CheckpointStore, SealedFiles, stored_uids
 from tests.disks import full_disk
 from tests.server.test_checkpoint import same, state
@@ -124,7 +125,7 @@ def test_the_last_two_files_are_kept_and_found_again(tmp_path: Path) -> None:
     files = SealedFiles(tmp_path)
     states = [bytes([n]) * 1000 for n in range(3)]
     for data in states:
-        files.keep("ffn.0", [data[:7], data[7:]])
+        files.keep("ffn.0", EncodedState(data, []))
     files.remember("ffn.0", b"promised")
     assert files.find("ffn.0", root_of(states[0])) is None
     for data in states[1:]:
@@ -139,7 +140,7 @@ def test_the_last_two_files_are_kept_and_found_again(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_not_taken_for_the_one_that_was_sealed(tmp_path: Path) -> None:
     files = SealedFiles(tmp_path)
-    root = files.keep("ffn.0", [b"state"]).root
+    root = files.keep("ffn.0", EncodedState(b"state", [])).root
     (path,) = tmp_path.rglob("*.sealed")
     path.write_bytes(b"stale")
     again = SealedFiles(tmp_path)
@@ -151,7 +152,7 @@ def test_without_a_folder_nothing_stays() -> None:
     files = SealedFiles(None)
     assert files.load("ffn.0") is None
     files.remember("ffn.0", b"promised")
-    root = files.keep("ffn.0", [b"state"]).root
+    root = files.keep("ffn.0", EncodedState(b"state", [])).root
     found = files.find("ffn.0", root)
     assert found is not None and found.path.exists() and found.map() == b"state"
     files.close()
@@ -173,7 +174,7 @@ def test_files_that_go_with_the_process_do_not_wait_for_the_disk(
     waits: list[int] = []
     monkeypatch.setattr(os, "fsync", waits.append)
     files = SealedFiles(None if is_temporary else tmp_path)
-    files.keep("ffn.0", [b"a state"])
+    files.keep("ffn.0", EncodedState(b"a state", []))
     assert bool(waits) != is_temporary
     files.close()
 
@@ -181,7 +182,7 @@ def test_files_that_go_with_the_process_do_not_wait_for_the_disk(
 def test_a_folder_that_is_asked_for_after_the_end_goes_with_its_owner_and_warns_of_nothing() -> None:
     files = SealedFiles(None)
     files.close()
-    path = files.keep("ffn.0", [b"state"]).path
+    path = files.keep("ffn.0", EncodedState(b"state", [])).path
     assert path.exists()
     del files
     gc.collect()

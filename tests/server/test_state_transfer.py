@@ -17,7 +17,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError
 from tesseract_async.experts.pieces import PIECE_BYTES
 from tesseract_async.server import checkpoint
-from tesseract_async.server.checkpoint import check_state, difference, largest_state
+from tesseract_async.server.checkpoint import EncodedState, check_state, difference, largest_state
 from tesseract_async.server.fetching import MIN_RATE, NUM_RETRIES, fetch_state
 from tesseract_async.server.state_files import SealedFiles
 from tesseract_async.server.state_transfer import (
@@ -67,7 +67,8 @@ class StateNode(ServingNode):
         self.requests: list[messages.StateRequest] = []
         self.before: Callable[[messages.StateRequest], None] = lambda request: None
         self.after: Callable[[Message], Message] = lambda reply: reply
-        self.source = StateSource(self.aside, max_bytes=max_bytes)
+        self.source = StateSource(self.aside)
+        self.source.max_bytes = max_bytes
         self.host_expert("ffn.0", {messages.STATE: self.answer})
 
     @property
@@ -103,7 +104,7 @@ def node() -> Any:
 
 async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
-    file = files.keep("ffn.0", [b"file"])
+    file = files.keep("ffn.0", EncodedState(b"file", []))
     node.source.find_sealed = files.find
     for weights_only in (False, True):
         request = messages.StateRequest("ffn.0", weights_only, 0, file.root, 0)
@@ -114,7 +115,7 @@ async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Pat
 
 async def test_a_sealed_file_that_is_dropped_while_it_is_asked_for_is_not_there(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
-    file = files.keep("ffn.0", [b"file"])
+    file = files.keep("ffn.0", EncodedState(b"file", []))
     node.source.find_sealed = files.find
     file.path.unlink()
     request = messages.StateRequest("ffn.0", False, 0, file.root, 0)
@@ -137,7 +138,7 @@ async def test_whoever_only_holds_a_sealed_state_gives_its_weights(tmp_path: Pat
     assert weights is not None
     state = check_state("ffn.1", weights, weights_only=True)
     assert state["version"] == 1 and torch.equal(state["module"]["weight"], node.backend.module.weight)
-    files.keep("ffn.0", [b"what a primary that lies has sealed"])
+    files.keep("ffn.0", EncodedState(b"what a primary that lies has sealed", []))
     owner = SealedState("ffn.0", 2, files.newest("ffn.0"), node.aside)  # type: ignore[arg-type]
     node.source.drop("ffn.0")
     with pytest.raises(ProtocolError, match="cannot be read"):
@@ -177,7 +178,7 @@ async def test_a_copy_that_was_being_made_when_it_was_dropped_is_given_to_nobody
 @in_made_up_time
 async def test_whoever_asks_for_much_or_gives_up_takes_little_from_the_others(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
-    file = files.keep("ffn.0", [bytes(4 * PIECE_BYTES)])
+    file = files.keep("ffn.0", EncodedState(bytes(4 * PIECE_BYTES), []))
     node.source.find_sealed = files.find
     body = messages.encode(messages.StateRequest("ffn.0", False, 0, file.root, 1))
 
@@ -241,7 +242,7 @@ async def test_save_points_are_few_and_hold_what_was_there(tmp_path: Path) -> No
 async def test_a_piece_that_a_file_does_not_have(node: StateNode) -> None:
     size = 3 * PIECE_BYTES + 5
     sealed = SealedFiles(None)
-    big, small = sealed.keep("big", [bytes(size)]), sealed.keep("small", [b"s"])
+    big, small = sealed.keep("big", EncodedState(bytes(size), [])), sealed.keep("small", EncodedState(b"s", []))
     node.source.find_sealed = lambda uid, root: {big.root: big, small.root: small}[root]
     for root, piece in ((big.root, 5), (big.root, 2**40), (small.root, 1)):
         request = messages.StateRequest("ffn.0", False, 0, root, piece)

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.sharing.copy import Copy
-from tesseract_async.sharing.fragment import KEPT_UPDATES, Fragment, Outer, Update, anchor_root
+from tesseract_async.sharing.fragment import KEPT_UPDATES, Copy, Fragment, Outer, Update, anchor_root
 from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.wire import compression
 
@@ -36,7 +35,7 @@ def test_the_rule_is_sgd_with_nesterovs_momentum() -> None:
 def test_what_is_evaluated_is_where_the_members_were() -> None:
     """The anchor is ahead of that, by the momentum."""
     outer, begun = Outer(codec="none"), noise(0)
-    fragment, copy = Fragment(STEPPED, outer, begun), Copy(STEPPED, outer, begun.clone(), version=0)
+    fragment, copy = Fragment(STEPPED, outer, begun), Copy(Fragment(STEPPED, outer, begun.clone()))
     assert torch.equal(fragment.merged(), begun)
     fragment.step(noise(1))
     assert torch.allclose(fragment.merged(), begun - noise(1), atol=1e-6)
@@ -62,7 +61,7 @@ def test_equal_versions_have_equal_bits_whatever_way_they_came(data: st.DataObje
     )
     primary = Fragment(STEPPED, outer, noise(0))
     hosts = [Fragment(STEPPED, outer, noise(0)) for _ in range(3)]
-    trainer = Copy(STEPPED, outer, noise(0), version=0)
+    trainer = Copy(Fragment(STEPPED, outer, noise(0)))
     local = noise(0)
     for step in range(data.draw(st.integers(1, 14))):
         primary.step(noise(step + 1) * 0.01)
@@ -86,7 +85,7 @@ def test_equal_versions_have_equal_bits_whatever_way_they_came(data: st.DataObje
     since = primary.since(*trainer.base[1:])
     if since is None:
         assert primary.version > KEPT_UPDATES
-        local += trainer.rebase(primary.anchor.clone(), version=primary.version, epoch=2, updates=primary.updates)
+        local += trainer.rebase(primary, epoch=2)
     else:
         local += trainer.merge(since, epoch=2)
     assert trainer.base == (2, primary.version, primary.root)
@@ -97,7 +96,7 @@ def test_equal_versions_have_equal_bits_whatever_way_they_came(data: st.DataObje
 @pytest.mark.parametrize("steps", [1, 3])
 def test_alone_without_codec_and_momentum_it_equals_plain_training(steps: int) -> None:
     outer = Outer(momentum=0.0, codec="none")
-    primary, copy = Fragment(STEPPED, outer, noise(0)), Copy(STEPPED, outer, noise(0), version=0)
+    primary, copy = Fragment(STEPPED, outer, noise(0)), Copy(Fragment(STEPPED, outer, noise(0)))
     plain, local = noise(0), noise(0)
     for step in range(30):
         plain -= 0.01 * noise(step)
@@ -114,7 +113,7 @@ def test_alone_without_codec_and_momentum_it_equals_plain_training(steps: int) -
 
 def test_what_a_trainer_learned_while_its_push_travelled_stays() -> None:
     outer = Outer(momentum=0.5)
-    primary, copy = Fragment(STEPPED, outer, torch.zeros(300)), Copy(STEPPED, outer, torch.zeros(300), version=0)
+    primary, copy = Fragment(STEPPED, outer, torch.zeros(300)), Copy(Fragment(STEPPED, outer, torch.zeros(300)))
     local = torch.full((300,), 1.0)
     copy.push(local.clone())
     local += 5.0  # later steps
@@ -122,7 +121,7 @@ def test_what_a_trainer_learned_while_its_push_travelled_stays() -> None:
     local += copy.merge(primary.since(*copy.base[1:]) or (), epoch=1)
     assert torch.allclose(local, primary.anchor + 5.0)
     before = copy.anchor
-    local += copy.rebase(torch.full((300,), 100.0), version=50, epoch=3)
+    local += copy.rebase(Fragment(STEPPED, outer, torch.full((300,), 100.0), version=50), epoch=3)
     assert torch.allclose(local - 100.0, primary.anchor + 5.0 - before, atol=1e-5)
 
 
@@ -146,7 +145,7 @@ def test_updates_that_lie_change_nothing() -> None:
         assert host.momentum is not None and not host.momentum.any()
     host.replay(good)
     assert host.root == primary.root
-    copy = Copy(STEPPED, outer, noise(0), version=0)
+    copy = Copy(Fragment(STEPPED, outer, noise(0)))
     copy.push(noise(9))
     for updates in [*lies, []]:
         with pytest.raises(ProtocolError):
@@ -184,12 +183,12 @@ def test_states_that_do_not_fit_are_refused(make: object) -> None:
 def test_integers_take_the_newest_values_exactly() -> None:
     cut = Cut(MergeKind.NEWEST, 0, 2)
     fragment = Fragment(cut, Outer(), torch.tensor([1, 2]))
-    copy = Copy(cut, Outer(), torch.tensor([1, 2]), version=0)
+    copy = Copy(Fragment(cut, Outer(), torch.tensor([1, 2])))
     local = torch.tensor([5, 2**60 + 1])
     copy.push(local.clone())
     fragment.step(torch.tensor([7, 2**60 + 3]))
     local[0] += 2  # what is counted while the push travels stays
     local += copy.merge(fragment.since(*copy.base[1:]) or (), epoch=1)
     assert torch.equal(local, torch.tensor([9, 2**60 + 3]))
-    local += copy.rebase(torch.tensor([10, 2**60]), version=50, epoch=3)
+    local += copy.rebase(Fragment(cut, Outer(), torch.tensor([10, 2**60]), version=50), epoch=3)
     assert torch.equal(local, torch.tensor([12, 2**60]))

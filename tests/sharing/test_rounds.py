@@ -120,20 +120,20 @@ def test_members_that_come_in_rounds_of_their_own_count_as_in_one() -> None:
 def test_late_pushes_count_in_the_next_round_and_lengthen_the_wait() -> None:
     rounds = Rounds(0, max_steps=64)
     version, now = 0, 0.0
-    deadlines = []
+    timeouts = []
     for _ in range(12):
         rounds.add(push(0), version, now)
         if version:
             for late in (1, 2):  # their base is that of the last round: 20.5 s after it opened
                 rounds.add(push(late), version - 1, now + 0.5)
         rounds.close()
-        deadlines.append(rounds.deadline)
+        timeouts.append(rounds.timeout)
         version, now = version + 1, now + 20.0
-    assert deadlines[0] == MIN_WAIT and deadlines[-1] == 20.0  # at most one interval between rounds
+    assert timeouts[0] == MIN_WAIT and timeouts[-1] == 20.0  # at most one interval between rounds
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.floats(0, 20)), min_size=1, max_size=60))
-def test_the_deadline_is_that_of_the_offsets_seen(arrivals: list[tuple[int, float]]) -> None:
+def test_the_timeout_is_that_of_the_offsets_seen(arrivals: list[tuple[int, float]]) -> None:
     rounds, now, version = Rounds(0, max_steps=64), 0.0, 0
     seen, last, periods = defaultdict[int, list[float]](list), dict[int, float](), dict[int, float]()
     opened, interval, members = 0.0, module.FIRST_INTERVAL, [frozenset[PeerID](), frozenset[PeerID]()]

@@ -22,14 +22,11 @@ from tesseract_async.sharing.samples import (
     STATE_BYTES,
     Allotment,
     Ledger,
-    Piece,
     Report,
-    Share,
-    Spans,
     TrainerName,
-    decode_pieces,
-    encode_pieces,
 )
+from tesseract_async.sharing.share import Share
+from tesseract_async.sharing.spans import Piece, Spans, decode_pieces, encode_pieces
 
 PEERS = [Identity.from_seed(bytes([n]) * 32).peer_id for n in range(1, 7)]
 NAMES: list[TrainerName] = [(peer, bytes(16)) for peer in PEERS]

@@ -40,7 +40,7 @@ class Siege:
     def surround(self, num_ranges: int) -> list[SimulatedNode]:
         """Liars join, two of each address range (more would be no holders), and name one another from then on."""
         network = self.network
-        nearest = max(common_prefix(node.protocol.core.table.own_number, TARGET) for node in self.honest)
+        nearest = max(common_prefix(node.protocol.table.own_number, TARGET) for node in self.honest)
         liars: list[SimulatedNode] = []
         while len(liars) < 2 * num_ranges:
             self.num_hashes += 1
@@ -52,7 +52,7 @@ class Siege:
             seed = self.random.choice(self.honest)
             liars.append(network.add_node([seed], identity=identity, address=address, protocol=self.liar))
             network.run(0.2)
-        self.liar.accomplices += [Contact(node.protocol.core.own_id, node.address) for node in liars]
+        self.liar.accomplices += [Contact(node.protocol.own_id, node.address) for node in liars]
         network.run(60.0)
         return liars
 
@@ -74,8 +74,8 @@ class Siege:
         return node
 
     def honest_holders(self, subkey: str, *, owner: SimulatedNode) -> int:
-        peer_id, key = owner.protocol.core.identity.peer_id, hashlib.sha256(KEY.encode()).digest()
-        held = [node.protocol.core.storage.records(key) for node in self.honest]
+        peer_id, key = owner.protocol.identity.peer_id, hashlib.sha256(KEY.encode()).digest()
+        held = [node.protocol.storage.records(key) for node in self.honest]
         return sum(any((one.subkey, one.owner) == (subkey, peer_id) for one in records) for records in held)
 
 
@@ -83,12 +83,12 @@ def besiege(num_honest: int, num_ranges: int, *, copying: bool) -> None:
     siege = Siege(num_honest=num_honest, seed=3)
     siege.store("before", 1, by=5)
     siege.store("renewed", "old", by=7)
-    early = [node for node in siege.honest if node.protocol.core.storage.records(hashlib.sha256(KEY.encode()).digest())]
+    early = [node for node in siege.honest if node.protocol.storage.records(hashlib.sha256(KEY.encode()).digest())]
     liars = siege.surround(num_ranges)
     # the liars hold what was there before, and say so: all of them the same
     for liar in liars:
-        for record in early[0].protocol.core.storage.records(hashlib.sha256(KEY.encode()).digest()):
-            liar.protocol.core.storage.put(record)
+        for record in early[0].protocol.storage.records(hashlib.sha256(KEY.encode()).digest()):
+            liar.protocol.storage.put(record)
     siege.store("during", 2, by=9)
     siege.store("renewed", "new", by=7)
     assert siege.honest_holders("during", owner=siege.honest[9]) >= 10
@@ -125,7 +125,7 @@ def test_no_region_is_searched_where_ids_are_chance() -> None:
         assert network.store(writer, f"key {index}", index, ttl=600.0) == 20
         assert network.get(reader, f"key {index}") == index
         assert network.get(reader, f"absent {index}") is None
-    searched = sum(node.protocol.core.metrics.total("network_regions_searched") for node in nodes)
+    searched = sum(node.protocol.metrics.total("network_regions_searched") for node in nodes)
     assert searched <= 3, "of 300 lookups"
 
 
@@ -133,4 +133,4 @@ def test_the_first_nodes_sample_the_network_once_it_has_grown() -> None:
     network = SimulatedNetwork(seed=1, latency=0.02, public_addresses=True)
     nodes = network.add_swarm(60)
     network.run(60.0)
-    assert all(node.protocol.core.density.was_sampled for node in nodes)
+    assert all(node.protocol.density.was_sampled for node in nodes)

@@ -29,11 +29,11 @@ QUICK = NetworkSettings(republish_period=30.0)
 
 def together(nodes: list[SimulatedNode]) -> bool:
     """Return True if every node can reach every other by following contacts."""
-    by_id = {node.protocol.core.own_id: node for node in nodes}
-    reached = {nodes[0].protocol.core.own_id}
+    by_id = {node.protocol.own_id: node for node in nodes}
+    reached = {nodes[0].protocol.own_id}
     border = [nodes[0]]
     while border:
-        for contact in border.pop().protocol.core.table.contacts():
+        for contact in border.pop().protocol.table.contacts():
             if contact.peer_id in by_id and contact.peer_id not in reached:
                 reached.add(contact.peer_id)
                 border.append(by_id[contact.peer_id])
@@ -82,9 +82,7 @@ def four_peers(seed: int) -> None:
         network.add_node(seeds, address=addresses[index])
         network.run(rng.choice([0.0, 0.0, 0.0005, 0.01, 1.0]))
     nodes = network.alive()
-    assert network.clock.run_until(lambda: all(len(node.protocol.core.table) == 3 for node in nodes), timeout=60.0), (
-        seed
-    )
+    assert network.clock.run_until(lambda: all(len(node.protocol.table) == 3 for node in nodes), timeout=60.0), seed
     writer, reader = rng.sample(nodes, 2)
     assert network.store(writer, "key", seed, ttl=60.0) == 4
     assert network.get(reader, "key") == seed
@@ -123,9 +121,9 @@ def test_a_partition_heals_by_itself() -> None:
     network.run(5.0)
     FaultScript([(0.0, Partition(0.4)), (300.0, Heal())]).apply(network)
     network.run(299.0)
-    assert any(len(node.protocol.core.table) < 11 for node in nodes)
+    assert any(len(node.protocol.table) < 11 for node in nodes)
     network.run(1.0)
-    assert network.clock.run_until(lambda: all(len(node.protocol.core.table) == 11 for node in nodes), timeout=300.0)
+    assert network.clock.run_until(lambda: all(len(node.protocol.table) == 11 for node in nodes), timeout=300.0)
 
 
 def test_a_node_that_lost_everybody_comes_back_by_itself() -> None:
@@ -135,9 +133,9 @@ def test_a_node_that_lost_everybody_comes_back_by_itself() -> None:
     network.run(5.0)
     network.partition([nodes[3]])
     network.run(1000.0)
-    assert len(nodes[3].protocol.core.table) == 0
+    assert len(nodes[3].protocol.table) == 0
     network.heal()
-    assert network.clock.run_until(lambda: nodes[3].protocol.core.joined, timeout=60.0)
+    assert network.clock.run_until(lambda: nodes[3].protocol.joined, timeout=60.0)
 
 
 def test_loss_duplication_and_reordering_lose_no_record() -> None:
@@ -163,7 +161,7 @@ def test_records_outlive_a_third_of_the_nodes_and_their_copies_come_back() -> No
     network.run(90.0)
     for index in range(10):
         key = living[0].sign(f"key {index}", 0, ttl=1.0).key
-        assert sum(bool(node.protocol.core.storage.records(key)) for node in living) >= 18
+        assert sum(bool(node.protocol.storage.records(key)) for node in living) >= 18
 
 
 @pytest.mark.parametrize("count, rounds", [(15, 8), pytest.param(60, 40, marks=pytest.mark.slow)])
@@ -192,7 +190,7 @@ def test_withdrawn_and_replaced_entries_do_not_come_back() -> None:
     network.store(other, "key", 2, ttl=600.0, subkey="b")
     # three holders miss the withdrawal
     key = owner.sign("key", 0, ttl=1.0).key
-    deaf = [node for node in nodes if node.protocol.core.storage.records(key) and node not in (owner, other)][:3]
+    deaf = [node for node in nodes if node.protocol.storage.records(key) and node not in (owner, other)][:3]
     network.partition([node for node in nodes if node not in deaf], deaf)
     network.withdraw(owner, "key", ttl=630.0, subkey="a")
     network.heal()
@@ -211,12 +209,12 @@ def test_clients_behind_gateways_are_served_and_listed_by_nobody() -> None:
     network.run(60.0)
     assert reachable.protocol.role == "public"
     assert {node.protocol.role for node in clients} == {"client"}
-    listed = {contact.peer_id for node in network.alive() for contact in node.protocol.core.table.contacts()}
-    assert reachable.protocol.core.own_id in listed
-    assert not listed & {node.protocol.core.own_id for node in clients}
+    listed = {contact.peer_id for node in network.alive() for contact in node.protocol.table.contacts()}
+    assert reachable.protocol.own_id in listed
+    assert not listed & {node.protocol.own_id for node in clients}
     assert network.store(clients[0], "key", 1, ttl=600.0) >= 12
     assert network.get(clients[1], "key") == 1
-    assert not any(node.protocol.core.storage.num_entries for node in clients)
+    assert not any(node.protocol.storage.num_entries for node in clients)
 
 
 @pytest.mark.parametrize("public_addresses", [False, True])
@@ -239,7 +237,7 @@ def test_nodes_that_start_together_know_each_other_after_seconds(public_addresse
     first = network.add_node()
     nodes = [network.add_node([first]) for _ in range(15)]
     network.run(5.0)
-    assert min(len(node.protocol.core.table) for node in nodes) == 15
+    assert min(len(node.protocol.table) for node in nodes) == 15
     network.run(55.0)
     before = network.num_datagrams
     network.run(600.0)
@@ -254,21 +252,21 @@ def test_a_newcomer_lists_many_although_its_seed_has_no_place_for_it(latency: fl
     for _ in range(3):
         newcomer = network.add_node([network.random.choice(swarm)])
         network.run(10.0)
-        assert len(newcomer.protocol.core.table) >= 40
-        assert not newcomer.protocol.core.metrics.total("network_contacts_dropped")
+        assert len(newcomer.protocol.table) >= 40
+        assert not newcomer.protocol.metrics.total("network_contacts_dropped")
 
 
 def test_a_node_that_is_cut_off_while_it_would_look_again_comes_back_as_soon() -> None:
     network = SimulatedNetwork(seed=4, latency=0.02)
     first = network.add_node()
     node = network.add_node([first])
-    assert network.clock.run_until(lambda: node.protocol.core.joined, timeout=5.0)
+    assert network.clock.run_until(lambda: node.protocol.joined, timeout=5.0)
     network.partition([node])
-    node.protocol.core.lost(node.protocol.core.table.contacts()[0], network.clock.now)
+    node.protocol.lost(node.protocol.table.contacts()[0], network.clock.now)
     network.run(20.0)
-    assert not node.protocol.core.joined
+    assert not node.protocol.joined
     network.heal()
-    assert network.clock.run_until(lambda: node.protocol.core.joined, timeout=40.0)
+    assert network.clock.run_until(lambda: node.protocol.joined, timeout=40.0)
 
 
 def test_a_read_on_a_quick_network_asks_hardly_more_than_it_needs() -> None:
@@ -297,7 +295,7 @@ def test_clocks_half_a_minute_apart_do_no_harm() -> None:
     for index in range(10):
         assert network.get(nodes[9 - index], f"key {index}") == index
     network.run(15.0)
-    assert all("network_clock_skew_seconds" in node.protocol.core.metrics.snapshot() for node in nodes)
+    assert all("network_clock_skew_seconds" in node.protocol.metrics.snapshot() for node in nodes)
     assert not any(isinstance(event, ClockSkewed) for node in nodes for event in node.events), "nobody is bothered"
 
 
@@ -334,7 +332,7 @@ def test_liars_do_not_hide_records(latency: float) -> None:
         return Conspiracy if index % 5 == 0 else NetworkProtocol
 
     nodes = network.add_settled_swarm(150, protocol_of=protocol_of)
-    Conspiracy.accomplices += [Contact(node.protocol.core.own_id, node.address) for node in nodes[::5]]
+    Conspiracy.accomplices += [Contact(node.protocol.own_id, node.address) for node in nodes[::5]]
     honest = [node for index, node in enumerate(nodes) if index % 5]
     rng = network.random
     for index in range(50):
@@ -355,8 +353,8 @@ def test_an_attacker_s_ids_around_a_key_from_one_range_do_not_hide_it() -> None:
         fakes.append(contact)
     for node in nodes:
         for fake in fakes:
-            node.protocol.core.table.add(fake, 0.0)
-        assert sum(fake.peer_id in node.protocol.core.table for fake in fakes) <= 2
+            node.protocol.table.add(fake, 0.0)
+        assert sum(fake.peer_id in node.protocol.table for fake in fakes) <= 2
     network.store(nodes[5], "key", 1, ttl=600.0)
     assert network.get(nodes[77], "key") == 1
 
@@ -365,8 +363,8 @@ def test_a_settled_swarm_is_what_joining_leads_to() -> None:
     network = SimulatedNetwork(seed=14)
     nodes = network.add_settled_swarm(200)
     for node in network.random.sample(nodes, 10):
-        table = node.protocol.core.table
-        near = sorted((item.protocol.core.table.own_number for item in nodes), key=lambda n: n ^ table.own_number)[1:21]
+        table = node.protocol.table
+        near = sorted((item.protocol.table.own_number for item in nodes), key=lambda n: n ^ table.own_number)[1:21]
         assert {contact.number for contact in table.closest(table.own_number, 20)} == set(near)
 
 

@@ -18,6 +18,8 @@ NUM_PIXELS = 64
 NUM_CLASSES = 10
 HIDDEN_FEATURES = 128
 NUM_TRAINERS = 2
+VICTIM = "server 2"
+"""The server that is killed, where there is more than one."""
 REQUIRED_ACCURACY = 0.97
 
 KILL_AT = 1 / 3
@@ -56,7 +58,7 @@ class DemoOptions:
     num_servers: Annotated[int, click.IntRange(1, 16), Flag("--servers")] = 3
     """Spread the 16 experts over this many servers."""
     seed: Annotated[int, click.IntRange(0, 2**32 - 1)] = 0
-    """Draw batches and first weights from this seed."""
+    """Train with other random numbers for each number given here."""
     freeze_experts: bool = False
     """Keep the experts from learning, for comparison: accuracy stays below 0.6. This is what gates alone can do."""
 
