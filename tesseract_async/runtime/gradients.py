@@ -65,7 +65,7 @@ def norms_of(tensors: Sequence[torch.Tensor]) -> list[float]:
         [x if x.dtype in _PLAIN and x.layout is torch.strided else for_norm(x) for x in tensors]
     )
     if len({(x.dtype, x.device) for x in norms}) > 1:  # optimizers may count their steps on the CPU
-        norms = [x.to(tensors[0].device, torch.float64) for x in norms]
+        norms = tuple([x.to(tensors[0].device, torch.float64) for x in norms])
     found: list[float] = torch.stack(norms).tolist()
     return found
 
