@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
-from tesseract_async.runtime import optimizers, randomness, states
+from tesseract_async.runtime import optimizers, randomness, states, stepping
 from tesseract_async.runtime.gradients import (
     GatheredGradients,
     Gradients,
@@ -331,7 +331,7 @@ class ExpertBackend:
             optimizers.check_optimizer(self.module, optimizer)
             if scheduler is not None:
                 optimizers.check_scheduler(optimizer, scheduler)
-            optimizers.fuse(optimizer)
+            stepping.fuse(optimizer)
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def _say(self, sentences: Sequence[str]) -> None:
@@ -491,7 +491,7 @@ class ExpertBackend:
                     )
 
     def _apply(self, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
-        optimizers.take_step(optimizer, self.parameters, gradients, self.settings.clip_gradient_norm)
+        stepping.take_step(optimizer, self.parameters, gradients, self.settings.clip_gradient_norm)
 
     def to(self, device: torch.device) -> None:
         """Move the module and the optimizer's state."""
@@ -581,7 +581,7 @@ def step_together(steps: Sequence[tuple[ExpertBackend, Gradients, Sequence[bytes
 
     Each must step at once (`steps_at_once`). Raises what an optimizer raises; their state is then undefined.
     """
-    optimizers.take_steps(
+    stepping.take_steps(
         [backend.optimizer for backend, _, _ in steps if backend.optimizer is not None],
         [gradients for _, gradients, _ in steps],
         steps[0][0].settings.clip_gradient_norm,
@@ -596,6 +596,13 @@ def step_together(steps: Sequence[tuple[ExpertBackend, Gradients, Sequence[bytes
             applied[call_id] = version
         if len(applied) > states.JOURNAL_LENGTH:  # as long as it may be: none of them is in lockstep
             backend._journal(())
+
+
+def weights_norms(backends: Sequence[ExpertBackend]) -> list[float]:
+    """Return `ExpertBackend.weights_norm` of each, after one wait for the device."""
+    weights = [[x.detach() for x in backend.parameters] for backend in backends]
+    norms = iter(norms_of([x for own in weights for x in own]))
+    return [math.hypot(*itertools.islice(norms, len(own))) for own in weights]
 
 
 def trained_norms(backends: Sequence[ExpertBackend]) -> list[tuple[float, bool]]:

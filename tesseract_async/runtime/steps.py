@@ -17,11 +17,11 @@ import torch
 
 from tesseract_async.errors import ExpertFailed, Overloaded, describe
 from tesseract_async.runtime.attempts import Attempt
-from tesseract_async.runtime.backend import ExpertBackend, step_together, trained_norms
+from tesseract_async.runtime.backend import ExpertBackend, step_together, trained_norms, weights_norms
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.norms import CHECKED_ABOVE, GROWTH, UNDONE_ABOVE
-from tesseract_async.runtime.optimizers import rule_of
 from tesseract_async.runtime.states import StateDict
+from tesseract_async.runtime.stepping import rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Steps:
         for due in by_rule.values():
             before = _changes([step for _, step in due])
             new = [step.backend for _, step in due if not step.backend.norms.is_settled]
-            weights = dict(zip(new, trained_norms(new), strict=True))
+            weights = dict(zip(new, weights_norms(new), strict=True))
             try:
                 step_together([(step.backend, step.summed, step.call_ids) for _, step in due])
             except BaseException as error:  # those that it did not reach step alone
@@ -147,8 +147,7 @@ class Steps:
             large = _doubtful([(step.backend, [one]) for one, step in due])
             broken = set()
             for backend, (norm, is_sound) in zip(large, trained_norms(large), strict=True):
-                before_it, _ = weights.get(backend, (math.inf, True))
-                if not is_sound or norm > GROWTH * (before_it + 1):
+                if not is_sound or norm > GROWTH * (weights.get(backend, math.inf) + 1):
                     broken.add(backend)
             for one, step in due:
                 try:

@@ -1,6 +1,7 @@
 """ExpertBackend: schemas, gradients without side effects, and states that travel."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import SchemaMismatch
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, trained_norms
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, trained_norms, weights_norms
 from tesseract_async.runtime.gradients import add_gradients
 from tesseract_async.runtime.watching import call_watched
 from tesseract_async.wire.tensors import TensorSpec
@@ -372,4 +373,5 @@ def test_norms_of_several_experts_are_those_of_each() -> None:
     assert [is_sound for _, is_sound in found] == [True, True, False, True, False]
     expected = [backend.weights_norm() for backend in experts]
     assert [norm for norm, _ in found] == pytest.approx(expected, nan_ok=True)
-    assert trained_norms([]) == []
+    assert weights_norms(experts)[3] == math.inf and weights_norms(experts)[:2] == pytest.approx(expected[:2])
+    assert trained_norms([]) == weights_norms([]) == []
