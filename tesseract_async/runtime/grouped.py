@@ -35,7 +35,7 @@ from tesseract_async.runtime.backend import ExpertBackend, may_be_grouped
 from tesseract_async.runtime.costs import BatchCost, GroupChoice
 from tesseract_async.runtime.gradients import Gradients, backpropagate, run_engine, weight_gradients, weighted
 from tesseract_async.runtime.module_runner import as_leaf
-from tesseract_async.runtime.ragged import Column, Layout, Ragged, Unfit, stacked
+from tesseract_async.runtime.ragged import Column, PaddedRows, Ragged, Unfit, stacked
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 
@@ -318,7 +318,7 @@ class ExpertKind:
 
         Raises: Unfit, if the module is not one that can be computed so.
         """
-        layout = Layout(counts, counts) if self.is_ragged else Layout.even(counts, extra=self.num_extra_rows)
+        layout = PaddedRows(counts, counts) if self.is_ragged else PaddedRows.even(counts, extra=self.num_extra_rows)
         with torch.no_grad():
             outputs = self._call(_columns(members), [layout.padded(x) for x in inputs], layout.counts, training)
         return [layout.own(x) for x in outputs]
@@ -342,9 +342,9 @@ class ExpertKind:
         columns = _columns(members)
         stacks = self._stacks(columns, parameters)
         if not self.is_ragged:
-            layout = Layout.even(counts, extra=self.num_extra_rows)
+            layout = PaddedRows.even(counts, extra=self.num_extra_rows)
         else:
-            layout = Layout.stepped(counts) if stacks else Layout(counts, counts)
+            layout = PaddedRows.stepped(counts) if stacks else PaddedRows(counts, counts)
         leaves = [as_leaf(layout.padded(x)) for x in inputs]
         with torch.enable_grad():
             outputs = self._call({**columns, **stacks}, leaves, layout.counts, training)

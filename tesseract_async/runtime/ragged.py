@@ -1,7 +1,7 @@
 """Layers that multiply each expert's rows, which lie one expert's after the other's, by its own weights.
 
 Where the weights are stacked, rows of experts that have equally many are multiplied in one call, so that rows are
-padded to be so (`Layout`); elsewhere no weight is copied, and each expert's rows meet its own in a call of their own.
+padded to be so (`PaddedRows`); elsewhere no weight is copied, and each expert's rows meet its own in a call of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Unfit(Exception):
     """This module can't be computed in this way."""
 
 
-class Layout:
+class PaddedRows:
     """How many rows each expert has once copies of its last row are added, and where its own are then found."""
 
     def __init__(self, counts: Sequence[int], padded: Sequence[int]) -> None:
@@ -48,12 +48,12 @@ class Layout:
 
     @classmethod
     def even(cls, counts: Sequence[int], *, extra: int = 0) -> Self:
-        """Return the layout in which all have equally many rows, and `extra` ones."""
+        """Return those of which all have equally many rows, and `extra` ones."""
         return cls(counts, [max(counts) + extra] * len(counts))
 
     @classmethod
     def stepped(cls, counts: Sequence[int]) -> Self:
-        """Return one in which neighbors have equally many rows where that adds few. Best if the counts are sorted."""
+        """Return those of which neighbors have equally many rows where that adds few. Best if the counts are sorted."""
         padded: list[int] = []
         first, total, most = 0, 0, 0
         for number, count in enumerate(counts):

@@ -4,28 +4,33 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tesseract_async.runtime.ragged import Layout, Ragged
+from tesseract_async.runtime.ragged import PaddedRows, Ragged
 
 
 @pytest.mark.parametrize("counts", [[1], [4, 4, 4], [1, 2, 3, 30, 31, 40], [7, 1, 7], [5, 6, 6, 7, 8, 9]])
 def test_rows_that_are_added_are_copies_and_found_by_nobody(counts: list[int]) -> None:
     x = torch.randn(sum(counts), 3)
-    for layout in (Layout.stepped(counts), Layout.even(counts, extra=1), Layout.even(counts), Layout(counts, counts)):
-        padded = layout.padded(x)
-        assert len(padded) == sum(layout.counts) and torch.equal(layout.own(padded), x)
-        for given, own, count in zip(x.split(counts), padded.split([*layout.counts]), counts, strict=True):
+    for rows in (
+        PaddedRows.stepped(counts),
+        PaddedRows.even(counts, extra=1),
+        PaddedRows.even(counts),
+        PaddedRows(counts, counts),
+    ):
+        padded = rows.padded(x)
+        assert len(padded) == sum(rows.counts) and torch.equal(rows.own(padded), x)
+        for given, own, count in zip(x.split(counts), padded.split([*rows.counts]), counts, strict=True):
             assert torch.equal(own[:count], given) and bool((own[count:] == given[-1]).all())
-        gradients = layout.with_zeros(x)
-        assert torch.equal(layout.own(gradients), x)
+        gradients = rows.with_zeros(x)
+        assert torch.equal(rows.own(gradients), x)
         assert float(gradients.abs().sum()) == pytest.approx(float(x.abs().sum())), "what was added has no gradient"
 
 
 def test_few_rows_are_added_where_neighbors_have_about_equally_many() -> None:
     counts = [20, 22, 25, 27, 29, 30, 32, 33, 40, 41]
-    padded = Layout.stepped(counts).counts
+    padded = PaddedRows.stepped(counts).counts
     assert sum(padded) <= 1.3 * sum(counts) and len({*padded}) <= 3
-    assert Layout.stepped([8] * 5).counts == [8] * 5
-    assert sum(Layout.stepped([1, 100]).counts) == 101
+    assert PaddedRows.stepped([8] * 5).counts == [8] * 5
+    assert sum(PaddedRows.stepped([1, 100]).counts) == 101
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
