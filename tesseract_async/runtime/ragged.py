@@ -1,7 +1,8 @@
 """Layers that multiply each expert's rows, which lie one expert's after the other's, by its own weights.
 
 Where the weights are stacked, rows of experts that have equally many are multiplied in one call, so that rows are
-padded to be so (`PaddedRows`); elsewhere no weight is copied, and each expert's rows meet its own in a call of their own.
+padded to be so (`PaddedRows`). Elsewhere no weight is copied, and each expert's rows meet its own in a call of their
+own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Unfit(Exception):
 
 
 class PaddedRows:
-    """How many rows each expert has once copies of its last row are added, and where its own are then found."""
+    """The rows of several experts, to which copies of each one's last row are added."""
 
     def __init__(self, counts: Sequence[int], padded: Sequence[int]) -> None:
         """`counts`: rows of each; `padded`: as many or more."""
@@ -48,12 +49,12 @@ class PaddedRows:
 
     @classmethod
     def even(cls, counts: Sequence[int], *, extra: int = 0) -> Self:
-        """Return those of which all have equally many rows, and `extra` ones."""
+        """Pad all to the largest count, and `extra` rows."""
         return cls(counts, [max(counts) + extra] * len(counts))
 
     @classmethod
     def stepped(cls, counts: Sequence[int]) -> Self:
-        """Return those of which neighbors have equally many rows where that adds few. Best if the counts are sorted."""
+        """Pad neighbors to be equally many where that adds few rows. Best if the counts are sorted."""
         padded: list[int] = []
         first, total, most = 0, 0, 0
         for number, count in enumerate(counts):
