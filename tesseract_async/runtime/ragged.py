@@ -65,17 +65,24 @@ class PaddedRows:
         return cls(counts, padded + [most] * (len(counts) - first))
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self._place is None else x.index_select(0, self._place.to(x.device))
+        if self._place is None:
+            return x
+        self._place = self._place.to(x.device)
+        return x.index_select(0, self._place)
 
     def with_zeros(self, x: torch.Tensor) -> torch.Tensor:
         """Return gradients of padded rows, where those that were added have none."""
         if self._place is None:
             return x
-        return x.new_zeros(len(self._place), *x.shape[1:]).index_copy_(0, self._own.to(x.device), x)
+        self._own = self._own.to(x.device)
+        return x.new_zeros(len(self._place), *x.shape[1:]).index_copy_(0, self._own, x)
 
     def own(self, x: torch.Tensor) -> torch.Tensor:
         """Return the given rows among padded ones."""
-        return x if self._place is None else x.index_select(0, self._own.to(x.device))
+        if self._place is None:
+            return x
+        self._own = self._own.to(x.device)  # once: it is the same device each time
+        return x.index_select(0, self._own)
 
 
 def stacked(column: Column) -> torch.Tensor:
