@@ -103,6 +103,7 @@ MUST_BE_PURE = {
     "server/contract.py",
     "server/parts.py",
     "client/beam_search.py",
+    "client/blocks.py",
     "client/dispatch.py",
     "client/grouping.py",
     "client/latency.py",

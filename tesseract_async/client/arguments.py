@@ -85,12 +85,19 @@ class Arguments:
 
 def present(inputs: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], list[int]]:
     """Return the tensors, and the places of those that are absent."""
-    return [x for x in inputs if x is not None], [place for place, x in enumerate(inputs) if x is None]
+    tensors: list[torch.Tensor] = []
+    places: list[int] = []
+    for place, x in enumerate(inputs):
+        if x is None:
+            places.append(place)
+        else:
+            tensors.append(x)
+    return tensors, places
 
 
-def with_absent(tensors: Iterable[torch.Tensor], places: Sequence[int]) -> list[torch.Tensor | None]:
+def with_absent(tensors: Sequence[torch.Tensor | None], places: Sequence[int]) -> list[torch.Tensor | None]:
     """Undo `present`."""
-    inputs: list[torch.Tensor | None] = [*tensors]
+    inputs = [*tensors]
     for place in places:
         inputs.insert(place, None)
     return inputs

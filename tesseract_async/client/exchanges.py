@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from tesseract_async.client.experience import Experience
 from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt, call_forward, fetch_info, unpack_fitting
+from tesseract_async.endpoint.call_table import Message
 from tesseract_async.errors import ExpertNotFound, InputsForgotten, TesseractError, TooStale, describe
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.encoding import pack
@@ -40,7 +40,7 @@ def eligible(uid: str, replicas: Sequence[ExpertReplica], max_staleness: int | N
 class Exchange(Generic[T]):
     """A question to one expert, which any of some replicas may answer."""
 
-    is_timed: ClassVar[bool] = False
+    is_timed = False
     """True if its duration tells how long a forward takes there."""
 
     num_bytes = 0
@@ -60,31 +60,27 @@ class Exchange(Generic[T]):
         """Look at what `send` gave. Raises: TooStale."""
 
 
-@dataclass(slots=True, eq=False)
 class SchemaExchange(Exchange[ExpertSchema]):
-    experience: Experience
-    uid: str
+    def __init__(self, experience: Experience, uid: str) -> None:
+        self.experience, self.uid = experience, uid
 
     async def send(self, replica: ExpertReplica, timeout: float) -> ExpertSchema:
         return ExpertSchema.decode(await fetch_info(self.experience.node, self.uid, replica.peer, timeout=timeout))
 
 
-@dataclass(slots=True, eq=False)
 class ForwardExchange(Exchange[Forwarded]):
     """One forward, whose answer may be no older than its options say; a share of the answers is audited."""
 
-    experience: Experience
-    forward: Forward
-    inputs: Sequence[torch.Tensor | None]
-    """On the CPU; they fit the schema and must not change before the end."""
-    is_timed: ClassVar[bool] = True
-    _primaries: list[PeerAddress] = field(default_factory=list, init=False)
+    is_timed = True
+    _primaries: Sequence[PeerAddress] = ()
     """The primaries, where the age of others' answers is to be checked."""
 
-    def __post_init__(self) -> None:
-        assert self.inputs[0] is not None
-        num_rows = self.inputs[0].shape[0]
-        self.num_bytes, self.gives = num_rows * self.forward.schema.row_bytes, (num_rows, 0)
+    def __init__(self, experience: Experience, forward: Forward, inputs: Sequence[torch.Tensor | None]) -> None:
+        """`inputs`: on the CPU; they fit the schema and must not change before the end."""
+        assert inputs[0] is not None
+        self.experience, self.forward, self.inputs = experience, forward, inputs
+        num_rows = inputs[0].shape[0]
+        self.num_bytes, self.gives = num_rows * forward.schema.row_bytes, (num_rows, 0)
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         max_staleness = self.forward.options.max_staleness
@@ -129,29 +125,43 @@ class ForwardExchange(Exchange[Forwarded]):
         return outputs, receipt
 
 
-@dataclass(slots=True, eq=False)
 class BackwardExchange(Exchange[list[torch.Tensor | None]]):
     """The gradients of one forward; the expert takes one optimizer step, whichever replicas are asked however often."""
 
-    experience: Experience
-    forward: Forward
-    receipt: Receipt
-    inputs: Sequence[torch.Tensor | None]
-    output_gradients: Sequence[torch.Tensor | None]
-    call_id: bytes = field(default_factory=new_name)
     gives = 0, 1
+
+    def __init__(
+        self,
+        experience: Experience,
+        forward: Forward,
+        receipt: Receipt,
+        inputs: Sequence[torch.Tensor | None],
+        output_gradients: Sequence[torch.Tensor | None],
+    ) -> None:
+        self.experience, self.forward, self.receipt = experience, forward, receipt
+        self.inputs, self.output_gradients = inputs, output_gradients
+        self.call_id = new_name()
 
     async def send(self, replica: ExpertReplica, timeout: float) -> list[torch.Tensor | None]:
         """The inputs' gradients (None where there is none), on the CPU. See `Exchange.send`."""
         cached = self.receipt.inputs_cached if replica.peer == self.receipt.peer else None
-        if cached is not None:
-            try:
-                return await self._call(replica, timeout, cached)
-            except InputsForgotten:
-                pass  # then they travel once more
-        return await self._call(replica, timeout, None)
+        try:
+            reply = await self._call(replica, timeout, cached)
+        except InputsForgotten:
+            if cached is None:
+                raise
+            reply = await self._call(replica, timeout, None)  # they travel once more
+        decoded = messages.decode(messages.BackwardReply, reply.body)
+        self.experience.lineages.take(replica, decoded.epoch, decoded.version)
+        specs = self.forward.schema.input_specs
+        assert self.inputs[0] is not None
+        num_rows = self.inputs[0].shape[0]
+        plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=num_rows)
+        if plain is not None:
+            return [*plain]
+        return await unpack_fitting(self.forward.uid, decoded.tensors, reply.buffers, specs, num_rows)
 
-    async def _call(self, replica: ExpertReplica, timeout: float, cached: bytes | None) -> list[torch.Tensor | None]:
+    async def _call(self, replica: ExpertReplica, timeout: float, cached: bytes | None) -> Message:
         forward = self.forward
         sent = [] if cached is not None else self.inputs
         codecs = forward.schema.settle(forward.options.codecs)
@@ -170,7 +180,7 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
             reply_codec=codecs.gradients,
             inputs_cached=cached,
         )
-        reply = await self.experience.node.call_expert(
+        return await self.experience.node.call_expert(
             replica.peer,
             BACKWARD,
             messages.encode(request),
@@ -179,12 +189,3 @@ class BackwardExchange(Exchange[list[torch.Tensor | None]]):
             idempotent=True,  # under one call id it is applied once
             priority=forward.options.priority,
         )
-        decoded = messages.decode(messages.BackwardReply, reply.body)
-        self.experience.lineages.take(replica, decoded.epoch, decoded.version)
-        specs = forward.schema.input_specs
-        assert self.inputs[0] is not None
-        num_rows = self.inputs[0].shape[0]
-        plain = unpack_plain(decoded.tensors, reply.buffers, specs, num_rows=num_rows)
-        if plain is not None:
-            return [*plain]
-        return await unpack_fitting(forward.uid, decoded.tensors, reply.buffers, specs, num_rows)

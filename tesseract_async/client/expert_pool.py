@@ -29,7 +29,6 @@ from tesseract_async.errors import ExpertNotFound, NotEnoughExperts, ProtocolErr
 from tesseract_async.experts.grid import ExpertReplica, GridView
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.tasks import in_time
-from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import Structure, describe_schema, unflatten
 
 _NUM_LAYERS: Final = 1 << 16
@@ -313,7 +312,6 @@ class ExpertPool(nn.Module):
             )
         inputs = arguments.fit(schema, f"the pool {self.uid_prefix}")
         schema, (tensors, absent) = schema.sized(inputs), present(inputs)
-        settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
         dispatch = StrictForward(candidates, pairs, len(values), timeout=settings.forward_timeout)
         call = MixtureCall(
             dispatch, self._experience, schema=schema, mode=mode, settings=settings, is_normalized=False, absent=absent

@@ -13,6 +13,7 @@ from tesseract_async.client.dispatch import ForwardDispatch
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import SchemaMismatch
 from tesseract_async.experts.manifest import is_prefix
+from tesseract_async.runtime.gradients import per_row
 from tesseract_async.wire.tensors import Structure, describe_structure, flatten, unflatten
 
 
@@ -143,7 +144,7 @@ class Gate(nn.Module):
         num_answers_R = torch.from_numpy(dispatch.num_answers_R).to(device)
         has_enough_R = num_answers_R >= max(1, self.k_min)
         factor_R = torch.where(has_enough_R, self._factor(scores_RS, weights_R, dispatch), 0.0)
-        outputs = [scaled(total, factor_R).to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
+        outputs = [(total * per_row(factor_R, total)).to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
         if leading_shape is not None:
             outputs = [output.reshape(*leading_shape, *output.shape[1:]) for output in outputs]
         loss = None
@@ -186,7 +187,3 @@ class Gate(nn.Module):
 def sound(scores_RS: torch.Tensor) -> torch.Tensor:
     """The scores as choosing takes them: on the CPU, outside of the graph, finite."""
     return torch.nan_to_num(scores_RS.detach().cpu(), nan=-1e30, posinf=1e30, neginf=-1e30)
-
-
-def scaled(total: torch.Tensor, factor_R: torch.Tensor) -> torch.Tensor:
-    return total * factor_R.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))

@@ -22,7 +22,6 @@ from tesseract_async.client.routing import uid_at
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import MixtureSettings, check_max_staleness
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
-from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import Structure, describe_schema
 
 
@@ -213,7 +212,6 @@ class GatingFunction(Gate):
             )
         inputs = arguments.fit(schema, f"the grid {self.uid_prefix}")
         schema, (tensors, absent) = schema.sized(inputs), present(inputs)
-        settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
         patience = self._experience.patience("forward", settings)
         dispatch = ForwardDispatch(
             candidates, sound_RS, k_best=self.k_best, k_min=self.k_min, settings=settings, patience=patience

@@ -118,7 +118,7 @@ class GradientRequest:
         """Go on in a task of the loop, on which this is called."""
         if self.is_done:  # cancelled before it began, or skipped
             return
-        self.task = self.call.loop.create_task(isolated(self._work(), modes=NO_GRAD, steady=True))
+        self.task = self.call.loop.create_task(isolated(self._work(), modes=NO_GRAD))
         self.task.add_done_callback(self._finish)
 
     async def run(self) -> None:

@@ -45,8 +45,11 @@ class _Switch:
     # Inference mode can only be set by a guard, which restores what it found when it is left.
     _guard: torch.inference_mode | None = None
 
-    def to(self, modes: Modes, *, now: Modes) -> None:
-        """Sets `modes`, where `now` are the thread's."""
+    def to(self, modes: Modes) -> Modes:
+        """Set `modes`. Return those in which the thread was."""
+        now = found = Modes.current()
+        if now is modes:
+            return found
         if now.inference != modes.inference:
             if self._guard is not None:
                 guard, self._guard = self._guard, None
@@ -61,6 +64,7 @@ class _Switch:
             torch.set_autocast_cache_enabled(modes.autocast_cache)
         if now.grad != modes.grad:
             torch._C._set_grad_enabled(modes.grad)
+        return found
 
     @staticmethod
     def _set_autocast(now: Modes, modes: Modes) -> None:
@@ -78,61 +82,48 @@ class _Switch:
                 torch.set_autocast_dtype(device, wanted[device])
 
 
-def isolated(
-    coroutine: Coroutine[object, object, T], *, modes: Modes | None = None, steady: bool = False
-) -> Coroutine[object, object, T]:
+def isolated(coroutine: Coroutine[object, object, T], *, modes: Modes | None = None) -> Coroutine[object, object, T]:
     """Return the same coroutine with separate torch modes: other tasks do not see what it switches.
 
     It starts in the modes of the moment when `isolated` is called (or in `modes`). While it is suspended the thread
     is in the modes that it was found in, or, where it is awaited inside a task, in torch's defaults; afterwards the
     awaiting code goes on in the modes that it had. Results, errors and cancellation pass through.
-
-    `steady`: whenever it is suspended, and at its end, it is in the modes in which it started: they need not be read.
     """
     own: list[object] = []
-    wrapped = _isolate(coroutine, Modes.current() if modes is None else modes, own, steady)
+    wrapped = _isolate(coroutine, Modes.current() if modes is None else modes, own)
     own.append(wrapped)
     return wrapped
 
 
-async def _isolate(coroutine: Coroutine[object, object, T], mine: Modes, own: list[object], steady: bool) -> T:
+async def _isolate(coroutine: Coroutine[object, object, T], mine: Modes, own: list[object]) -> T:
     task = asyncio.current_task()
     is_task = task is not None and task.get_coro() is own[0]
     own.clear()  # it names this very coroutine: a cycle, left alone
     del task  # it will know the error that knows this frame, where it fails
-    return await _trampoline(coroutine, mine, is_task, steady)
+    return await _trampoline(coroutine, mine, is_task)
 
 
 @types.coroutine
-def _trampoline(
-    coroutine: Coroutine[object, object, T], mine: Modes, is_task: bool, steady: bool
-) -> Generator[object, object, T]:
+def _trampoline(coroutine: Coroutine[object, object, T], mine: Modes, is_task: bool) -> Generator[object, object, T]:
     switch = _Switch()
-    now = entered = Modes.current()
+    entered = switch.to(mine)
     outside = entered if is_task else DEFAULT
     value: object = None
     error: BaseException | None = None
     while True:
-        if now is not mine:
-            switch.to(mine, now=now)
         try:
             waiting_for = coroutine.send(value) if error is None else coroutine.throw(error)
         except BaseException as end:  # StopIteration among them; all are passed on
-            now, found = mine if steady else Modes.current(), outside if is_task else entered
-            if now is not found:
-                switch.to(found, now=now)
+            switch.to(outside if is_task else entered)
             if isinstance(end, StopIteration):
                 result: T = end.value
                 return result
             error = None  # what was thrown in here knows this frame: a cycle
             raise
-        if not steady:
-            mine = Modes.current()
-        if mine is not outside:
-            switch.to(outside, now=mine)
+        mine = switch.to(outside)
         error = None
         try:
             value = yield waiting_for
         except BaseException as thrown:  # it belongs to the coroutine, whatever it is
             error = thrown
-        now = outside = Modes.current()
+        outside = switch.to(mine)

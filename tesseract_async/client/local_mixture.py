@@ -10,12 +10,13 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from tesseract_async.client.dispatch import ExpertCall, ForwardDispatch
-from tesseract_async.client.gate import Gate, Mixed, scaled, sound
+from tesseract_async.client.gate import Gate, Mixed, sound
 from tesseract_async.client.latency import Patience
 from tesseract_async.client.routing import Candidates, LiveGrid
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import NotEnoughExperts
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.runtime.gradients import per_row
 from tesseract_async.wire.tensors import Structure, flatten
 
 
@@ -126,7 +127,7 @@ class LocalMixture(Gate):
                     for leaf in leaves
                 ]
             sums = [
-                total.index_add(0, at, scaled(leaf.to(total.dtype), weight_L))
+                total.index_add(0, at, leaf.to(total.dtype) * per_row(weight_L, total))
                 for total, leaf in zip(sums, leaves, strict=True)
             ]
             if len(call.rows):

@@ -6,76 +6,41 @@ replies say. What travels, and what becomes of the sums, is the business of its 
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Coroutine, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from tesseract_async.client.blocks import OptionalTensors, RowBlock
 from tesseract_async.client.dispatch import CallsUnderWay, ExpertCall
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema, unpack_fitting
 from tesseract_async.client.failover import HEDGE_SECONDS, report, watched
 from tesseract_async.client.grouping import Grouping, Request
 from tesseract_async.client.latency import ABANDON_SECONDS
-from tesseract_async.client.routing import Candidates, Indices
-from tesseract_async.client.settings import CallOptions
+from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.endpoint.call_table import Message
 from tesseract_async.errors import ExpertFailed, TesseractError, TooStale
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.manifest import Coordinates, split_uid
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.runtime.encoding import pack
 from tesseract_async.runtime.gradients import are_finite, per_row
 from tesseract_async.tasks import end
-from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Weights, decode_part, encode_request
-from tesseract_async.wire.codecs import settle
+from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Integers, decode_part, encode_request, numbered
 from tesseract_async.wire.tensors import TensorSpec
 
-OptionalTensors = list[torch.Tensor | None]
-Values = npt.NDArray[np.floating]
 
+class PartSums(NamedTuple):
+    """A part's sums, and what they are about."""
 
-@dataclass(slots=True, eq=False)
-class RowBlock:
-    """The rows that travel in one message, each once, and the pairs of an expert and a row."""
-
-    calls: list[ExpertCall]
-    """In the order of their coordinates."""
-    coords: Coordinates
-    rows: Indices
-    """``[R]``: rows of the batch, ascending."""
-    offsets: Indices
-    """``[E + 1]``: the pairs of each call."""
-    rows_P: Indices
-    """The row of the batch for each pair."""
-    numbers_P: Indices
-    """The row of the block for each pair."""
-    weights_P: Weights
-    scales_R: Values | None = None
-    """The unit of each row's weights."""
-    kept: bytes | None = None
-    """Names the block, as long as its server keeps it."""
-
-    @classmethod
-    def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> "RowBlock":
-        """The block of these calls for a batch of `num_rows`; the weights are for the caller to set."""
-        experts = np.array([call.expert for call in calls], dtype=np.int64)
-        coords = candidates.grid.coords_ND[experts]
-        order = np.lexsort(coords.T[::-1])
-        given = list(calls)
-        calls = [given[i] for i in order.tolist()]
-        rows_P = np.concatenate([call.rows for call in calls])
-        is_there = np.zeros(num_rows, dtype=np.bool_)
-        is_there[rows_P] = True
-        rows = np.flatnonzero(is_there)
-        offsets = np.zeros(len(calls) + 1, dtype=np.int64)
-        np.cumsum([len(call.rows) for call in calls], out=offsets[1:])
-        numbers_P = (is_there.cumsum() - 1)[rows_P]
-        return cls(calls, coords[order], rows, offsets, rows_P, numbers_P, np.empty(0, dtype=np.float32))
-
-    def experts_P(self) -> Indices:
-        """Return the expert of each pair, by its number among the candidates."""
-        return np.repeat([call.expert for call in self.calls], np.diff(self.offsets))
+    pairs: Integers
+    """Pairs of the block."""
+    numbers: Integers
+    """Rows of the block: those of the sums."""
+    at_P: Integers
+    """The row of the sums for each pair."""
+    sums: OptionalTensors
 
 
 class Pass:
@@ -93,14 +58,12 @@ class Pass:
         *,
         schema: ExpertSchema,
         mode: CallMode,
-        options: CallOptions,
-        timeout: float,
+        settings: MixtureSettings,
     ) -> None:
-        """`timeout`: seconds for all messages."""
-        self.experience, self.calls = experience, calls
-        self.schema, self.mode, self.options = schema, mode, options
-        self.codecs = settle(schema.codecs, options.codecs)
-        self._timeout = timeout
+        self.experience, self.calls, self.schema, self.mode, self.settings = experience, calls, schema, mode, settings
+        self.codecs = schema.settle(settings.calls.codecs)  # raises before anybody is asked
+        self._is_backward = calls.direction == "backward"
+        self.timeout = settings.backward_timeout if self._is_backward else settings.forward_timeout
         self._deadline = 0.0
         self._grouping = Grouping(
             calls, rank=self.rank, key=self.key, hedge_after=self._hedge_after, is_strict=calls.is_strict
@@ -116,21 +79,17 @@ class Pass:
     def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
         raise NotImplementedError
 
-    async def pack(self, request: Request) -> tuple[RowBlock, ApplyRequest, Sequence[memoryview]]:
-        """Return the message for the calls that are open in `request`, and the buffers of its tensors."""
+    async def pack(self, request: Request) -> tuple[RowBlock, OptionalTensors, OptionalTensors]:
+        """Return the message for the calls that are open in `request`: its block, inputs, and in a backward gradients.
+        Without inputs, those of the block that its server keeps."""
         raise NotImplementedError
 
-    def add(
-        self, block: RowBlock, request: Request, part: ApplyPart, pairs: Indices, rows: Indices, sums: OptionalTensors
-    ) -> None:
-        """Take in a part that is about these pairs of the block, with sums of these rows of the batch."""
+    def add(self, request: Request, block: RowBlock, part: ApplyPart, own: PartSums) -> None:
+        """Take in the answers of a part."""
         raise NotImplementedError
 
     def failed(self, call: ExpertCall, replica: ExpertReplica, error: BaseException) -> None:
         report(self.experience, replica, error)
-
-    def settled(self, call: ExpertCall, replica: ExpertReplica, seconds: float, path: float) -> None:
-        """Learn from an answer that took so long, `path` seconds of it on the way."""
 
     def cancelled(self, request: Request, now: float) -> None:
         """Learn from a message that was given up before it was answered in full."""
@@ -146,7 +105,7 @@ class Pass:
         searching: asyncio.Task[None] | None = None
         with stalls.watching():
             started, stalled = loop.time(), stalls.seconds
-            self._deadline = started + self._timeout
+            self._deadline = started + self.timeout
             calls.start(started)
             try:
                 while True:
@@ -184,9 +143,11 @@ class Pass:
         self._news.set()
 
     async def _wait(self, until: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(until):
-                await self._news.wait()
+        timer = asyncio.get_running_loop().call_at(until, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            timer.cancel()
         self._news.clear()
         self._raise(self._failure)
 
@@ -219,9 +180,29 @@ class Pass:
     async def _exchange(self, request: Request, timeout: float) -> None:
         if not request.open:  # others answered between the decision to ask and this task's first turn
             return
-        block, asked, tensors = await self.pack(request)
+        block, inputs, gradients = await self.pack(request)
+        codecs, is_backward = self.codecs, self._is_backward
+        each = [codecs.inputs] * len(inputs) + [codecs.gradients] * len(gradients)
+        metas, tensors = await pack([*inputs, *gradients], each)
         if not request.open:
             return
+        asked = ApplyRequest(
+            prefix=self.calls.candidates.prefix,
+            experts=block.coords.astype(np.uint32),
+            ids=block.ids,
+            versions=np.array(block.versions, dtype=np.int64),
+            offsets=block.offsets,
+            rows=block.numbers_P.astype(np.int32),
+            weights=block.weights_P,
+            tensors=metas,
+            num_inputs=len(inputs),
+            backward=is_backward,
+            training=self.mode.training,
+            keep=self.mode.differentiable and not is_backward,
+            seed=self.mode.seed,
+            reply_codec=codecs.gradients if is_backward else codecs.outputs,
+            kept=block.kept if is_backward else None,
+        )
         body, numbers = encode_request(asked)
         parts = self.experience.node.apply_experts(
             request.peer,
@@ -229,7 +210,7 @@ class Pass:
             body,
             (*numbers, *tensors),
             timeout=timeout,
-            priority=self.options.priority,
+            priority=self.settings.calls.priority,
         )
         async with contextlib.aclosing(parts):
             async for message in parts:
@@ -238,12 +219,13 @@ class Pass:
 
     async def _take(self, request: Request, block: RowBlock, asked: ApplyRequest, message: Message) -> None:
         """Take in a part. Raises: ProtocolError if it does not fit."""
-        experience, loop = self.experience, asyncio.get_running_loop()
+        experience = self.experience
         part, buffers = decode_part(message.body, message.buffers, asked)
-        rows = asked.rows_of(part.experts)
+        pairs = asked.pairs(part.experts)
+        numbers, at_P = numbered(asked.rows[pairs])
         sums: OptionalTensors = []
         if len(part.experts):
-            sums = await unpack_fitting("a server", part.tensors, buffers, self.reply_specs, len(rows))
+            sums = await unpack_fitting("a server", part.tensors, buffers, self.reply_specs, len(numbers))
         if (scales := asked.scales_of(part.experts)) is not None:
             sums = [None if x is None else x * per_row(torch.from_numpy(scales), x) for x in sums]
         if self.calls.is_over:
@@ -252,34 +234,26 @@ class Pass:
         errors: dict[ExpertCall, BaseException] = {block.calls[place]: failure for place, failure in part.failures}
         if not (are_finite(sums) and np.isfinite(part.weight_gradients).all()):
             errors |= {call: ExpertFailed(f"{call.uid} answered {self.what} that are not finite") for call in calls}
-        versions, epochs = part.versions.tolist(), part.epochs.tolist()
-        least = asked.versions[part.experts].tolist()
-        for call, version, epoch, needed in zip(calls, versions, epochs, least, strict=True):
+        least = None if asked.backward else asked.versions[part.experts].tolist()
+        for at, (version, epoch) in enumerate(zip(part.versions.tolist(), part.epochs.tolist(), strict=True)):
             try:
-                experience.lineages.take(request.asked[call], epoch, version)
-                if version < needed and not asked.backward:
-                    raise TooStale(f"{call.uid} answered at version {version}; {needed} is asked for")
+                experience.lineages.take(request.asked[calls[at]], epoch, version)
+                if least is not None and version < least[at]:
+                    raise TooStale(f"{calls[at].uid} answered at version {version}; {least[at]} is asked for")
             except TooStale as stale:
-                errors[call] = stale
+                errors[calls[at]] = stale
         for call, error in errors.items():
             self.failed(call, request.asked[call], error)
-        now = loop.time()
         if part.kept is not None:
             block.kept = part.kept
-        if not self._grouping.part(request, calls, errors, now) or not calls:
+        if not self._grouping.part(request, calls, errors, asyncio.get_running_loop().time()) or not calls:
             return
-        path = experience.path_seconds(request.asked[calls[0]], self._num_bytes(block))
-        given = (0, len(calls)) if asked.backward else (len(rows), 0)
+        given = (0, len(calls)) if asked.backward else (len(numbers), 0)
         experience.node.thanks.add(split_uid(calls[0].uid)[0], request.peer.peer_id, *given)
-        for call in calls:
-            self.settled(call, request.asked[call], now - request.sent, path)
         if experience.node.directory.has_doubts:
             for call in calls:
                 experience.node.directory.report_answer(request.asked[call])
-        self.add(block, request, part, asked.pairs(part.experts), block.rows[rows], sums)
-
-    def _num_bytes(self, block: RowBlock) -> int:
-        return len(block.rows) * self.schema.row_bytes
+        self.add(request, block, part, PartSums(pairs, numbers, at_P, sums))
 
     async def _look_up(self, calls: Sequence[ExpertCall]) -> None:
         async def find(call: ExpertCall) -> Sequence[ExpertReplica]:

@@ -146,7 +146,7 @@ class RemoteExpert(nn.Module):
         if not self.training and self._eval_staleness is not None:
             options = dataclasses.replace(options, max_staleness=self._eval_staleness)
         call = self._call(Arguments.now(args, kwargs, training=self.training), options)
-        return deliver(self._node, isolated(call, modes=NO_GRAD, steady=True))
+        return deliver(self._node, isolated(call, modes=NO_GRAD))
 
     @property
     def audits(self) -> Audits:
@@ -189,23 +189,13 @@ class RemoteExpert(nn.Module):
                 tensors, absent = present(inputs)
                 outputs = await remote_call(_ExpertCall(self, forward, absent), tensors, versions=arguments.versions)
             else:
-                outputs, _ = await self._forward(forward, inputs)
+                outputs = await _ExpertCall(self, forward).forward(inputs)
                 arguments.versions.check()
         except SchemaMismatch:
             if self._known.schema is schema:
                 self._known.schema = None  # its servers refuse what the schema says: it is another expert now
             raise
         return unflatten(schema.outputs, outputs)
-
-    async def _forward(
-        self, forward: Forward, inputs: Sequence[torch.Tensor | None]
-    ) -> tuple[list[torch.Tensor], Receipt]:
-        assert inputs[0] is not None
-        outputs, receipt = await self.ask(ForwardExchange(self._experience, forward, inputs))
-        self.__dict__["version"] = receipt.version  # a module looks for parameters in whatever it is assigned
-        if not inputs[0].is_cpu:
-            outputs = [output.to(inputs[0].device) for output in outputs]
-        return outputs, receipt
 
     async def _other_schema(self, schema: ExpertSchema, arguments: Arguments) -> ExpertSchema | None:
         """Another schema that the arguments fit, of a server that says that it is the primary, too, or of the expert as
@@ -282,27 +272,35 @@ class RemoteExpert(nn.Module):
 class _ExpertCall:
     """One call of one expert: where its forward was answered, and how its backward goes (see `autograd.Remote`)."""
 
-    def __init__(self, expert: RemoteExpert, forward: Forward, absent: Sequence[int]) -> None:
-        """`absent`: the places of optional inputs that are None."""
+    def __init__(self, expert: RemoteExpert, forward: Forward, absent: Sequence[int] = ()) -> None:
+        """`absent`: the places of optional inputs that were None, and are left out."""
         self.timeout = expert.backward_timeout
         self._expert = expert
         self._experience = expert._experience
         self._forward, self._absent = forward, absent
         self._receipt: Receipt | None = None
 
-    async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        outputs, self._receipt = await self._expert._forward(self._forward, with_absent(inputs, self._absent))
+    async def forward(self, inputs: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        exchange = ForwardExchange(self._experience, self._forward, with_absent(inputs, self._absent))
+        outputs, receipt = await self._expert.ask(exchange)
+        self._receipt = receipt
+        self._expert.__dict__["version"] = receipt.version  # a module looks for parameters in whatever it is assigned
+        if (first := inputs[0]) is not None and not first.is_cpu:
+            outputs = [output.to(first.device) for output in outputs]
         return outputs
 
     async def backward(
         self, inputs: Sequence[torch.Tensor], output_gradients: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        if all(gradient is None for gradient in output_gradients):
+        if not present(output_gradients)[0]:
             return [None] * len(inputs)
         self._experience.node.check_running()
         assert self._receipt is not None
         given = with_absent(inputs, self._absent)
         exchange = BackwardExchange(self._experience, self._forward, self._receipt, given, output_gradients)
-        replicas = await self._expert.find()
+        expert, experience = self._expert, self._experience
+        replicas = experience.node.directory.known(expert.uid) or await expert.find()
         gradients = await ask_primary(self._experience, replicas, exchange, timeout=self.timeout)
-        return [gradient for gradient, x in zip(gradients, given, strict=True) if x is not None]
+        for place in reversed(self._absent):
+            del gradients[place]
+        return gradients

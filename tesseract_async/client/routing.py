@@ -177,7 +177,10 @@ class Candidates:
 
     def replicas_of(self, expert: int) -> Sequence[ExpertReplica]:
         """The servers that host the expert, the primary first; none where nobody is known to."""
-        return self.replicas.get(self.grid.coords[expert], ())
+        try:
+            return self.replicas[self.grid.coords[expert]]
+        except KeyError:
+            return ()
 
 
 def uid_at(prefix: str, coords: Sequence[int]) -> str:

@@ -58,13 +58,13 @@ class Servers:
         self.prefix, self.replicas, self.schema = prefix, replicas, schema
         (answered, *_) = schema.output_specs
         self.sum_spec = TensorSpec(answered.least_shape, torch.promote_types(answered.dtype, torch.float32))
-        self.numbers: dict[PeerAddress, int] = {}
         self.server: dict[int, int] = {}
         """The number of the server to ask for each hosted expert."""
         self.first: dict[int, ExpertReplica] = {}
         """The replica of each expert on that server."""
         self.has_others: set[int] = set()
         """Experts that several servers host."""
+        numbers: dict[PeerAddress, int] = {}
         fastest: dict[tuple[PeerAddress, ...], int] = {}  # many experts share their servers
         for (expert,), found in replicas.items():
             if len(found) > 1:
@@ -76,7 +76,7 @@ class Servers:
                 self.first[expert] = found[fastest[peers]]
             else:
                 self.first[expert] = found[0]
-            self.server[expert] = self.numbers.setdefault(self.first[expert].peer, len(self.numbers))
+            self.server[expert] = numbers.setdefault(self.first[expert].peer, len(numbers))
         self.renew_at = now + _CHOSEN_SECONDS if self.has_others else math.inf
         """The time from which others may be faster (the loop's)."""
         self.seen: dict[int, tuple[int, int]] = {}
@@ -96,27 +96,77 @@ class Servers:
         )
 
 
-class EncodedRequest:
-    """A request to one server, encoded, and the rows of the input that it covers (None: all)."""
+class AskedServer:
+    """One server of a pass: the request to it, encoded, and its answer while it comes."""
 
-    __slots__ = ("replicas", "request", "body", "buffers", "rows", "num_rows")
+    __slots__ = (
+        *("replicas", "request", "body", "buffers", "rows", "num_rows"),
+        *("parts", "sums", "straight", "cancel", "is_open", "seconds", "_places"),
+    )
 
     def __init__(
-        self,
-        replicas: list[ExpertReplica],
-        request: ApplyRequest,
-        buffers: list[memoryview],
-        rows: list[int] | None,
-        num_rows: int,
+        self, replicas: list[ExpertReplica], request: ApplyRequest, tensors: list[memoryview], rows: list[int] | None
     ) -> None:
-        self.replicas, self.request, self.rows, self.num_rows = replicas, request, rows, num_rows
+        """`rows`: those of the input that it covers; None: all."""
+        self.replicas, self.request, self.rows, self.num_rows = replicas, request, rows, request.num_rows
         self.body, numbers = encode_request(request)
-        self.buffers = (*numbers, *buffers)
+        self.buffers = (*numbers, *tensors)
+        self.parts: list[ApplyPart] = []
+        self.sums: list[tuple[list[int] | None, torch.Tensor]] = []
+        """Rows of the batch (None: all), and sums for them."""
+        self.straight: Straight
+        self.cancel: Callable[[], None] = lambda: None
+        self.is_open = False
+        """True from when it is sent until the answer is there, or fails."""
+        self.seconds = 0.0
+        """The seconds that it took, once it is there."""
+        self._places: set[int] = set()
+
+    def heard(self, event: ReplyEvent) -> None:
+        """Take in what comes of the call."""
+        if not self.is_open:
+            return
+        if isinstance(event, CallFailed):
+            self.is_open = False
+            self.straight.end()
+            return
+        self.is_open = is_more = type(event) is PartReceived
+        try:
+            if is_more or not self._places or event.body is not None:
+                self._take(event)
+        except (ProtocolError, TesseractError):
+            self.is_open = True  # it is cancelled
+            self.straight.end()
+            return
+        if not is_more:
+            if len(self._places) == len(self.replicas):
+                self.straight.replied(self)
+            else:
+                self.straight.end()
+
+    def _take(self, event: PartReceived | ReplyReceived) -> None:
+        """Take in a part. Raises: ProtocolError for one that is not all that it should be."""
+        request, spec = self.request, self.straight._servers.sum_spec
+        part, buffers = decode_part(event.body, event.buffers, request)
+        places = part.experts.tolist()
+        if part.failures or not places or not self._places.isdisjoint(places):
+            raise ProtocolError("not an answer of all that are asked")
+        self._places.update(places)
+        numbers = None if len(places) == len(request.ids) else request.rows_of(part.experts).tolist()
+        rows, num_rows = self.rows, self.num_rows
+        if numbers is not None and len(numbers) < num_rows:
+            rows = numbers if rows is None else [rows[number] for number in numbers]
+            num_rows = len(numbers)
+        found = unpack_plain(part.tensors, buffers, (spec,), num_rows=num_rows)
+        if found is None:
+            raise ProtocolError("a server answered numbers that do not fit the schema")
+        self.parts.append(part)
+        self.sums.append((rows, found[0]))
 
 
 def questions(
     servers: Servers, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-) -> list[EncodedRequest] | None:
+) -> list[AskedServer] | None:
     """Return a question per server; None if `mixture` must make this pass. `index` and `weights` are unchecked."""
     shares: dict[int, dict[int, tuple[list[int], list[float]]]] = {}
     first, server, total = servers.first, servers.server, 0.0
@@ -162,8 +212,7 @@ def questions(
             seed=0,
             reply_codec="none",
         )
-        replicas = [first[expert] for expert in experts]
-        made.append(EncodedRequest(replicas, request, buffers, rows, num_rows if rows is None else len(rows)))
+        made.append(AskedServer([first[expert] for expert in experts], request, buffers, rows))
     return made
 
 
@@ -174,7 +223,7 @@ class Straight:
         self,
         experience: Experience,
         servers: Servers,
-        asked: list[EncodedRequest],
+        asked: list[AskedServer],
         *,
         num_rows: int,
         options: CallOptions,
@@ -193,7 +242,6 @@ class Straight:
         self._experience, self._servers, self._asked = experience, servers, asked
         self._num_rows, self._options, self._timeout = num_rows, options, timeout
         self._holds = holds
-        self._replies: list[_Reply] = []
         self._num_open = len(asked)
         self._done: Callable[[], object] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -209,26 +257,25 @@ class Straight:
                 return
             self.is_sent = True
             for question in self._asked:
-                reply = _Reply(self, question)
                 peer, uids = question.replicas[0].peer, [replica.uid for replica in question.replicas]
                 endpoint = node.endpoint_towards(peer, APPLY, uids)
                 if endpoint is None:  # this node itself
                     self.end()
                     return
+                question.straight, question.is_open = self, True
                 cancel = endpoint.call_into(
                     peer,
                     APPLY,
                     question.body,
                     question.buffers,
-                    reply.heard,
+                    question.heard,
                     timeout=self._timeout,
                     priority=self._options.priority,
                 )
                 if cancel is None:  # not connected
                     self.end()
                     return
-                reply.cancel = cancel
-                self._replies.append(reply)
+                question.cancel = cancel
         except Exception:  # it is met again, and told, where the pass is made anew
             self.end()
             return
@@ -248,9 +295,9 @@ class Straight:
 
     def _hedge(self) -> None:
         """Another server is worth asking. Those that are silent would have taken at least so long."""
-        for reply in self._replies:
-            if reply.is_open:
-                self._observe(reply, asyncio.get_running_loop().time() - self._began, answered=False)
+        for question in self._asked:
+            if question.is_open:
+                self._observe(question, asyncio.get_running_loop().time() - self._began, answered=False)
         self.is_late = True
         self.end()
 
@@ -263,20 +310,20 @@ class Straight:
         if self._timer is not None:
             self._timer.cancel()
         try:
-            for reply in self._replies:
-                if reply.is_open:
-                    reply.is_open = False
-                    reply.cancel()
+            for question in self._asked:
+                if question.is_open:
+                    question.is_open = False
+                    question.cancel()
             if not self._num_open:
                 self._sum()
         finally:  # a thread waits for it
             done()
 
-    def replied(self, reply: "_Reply") -> None:
+    def replied(self, question: AskedServer) -> None:
         """All of one server's answer is there."""
-        reply.seconds = asyncio.get_running_loop().time() - self._began
+        question.seconds = asyncio.get_running_loop().time() - self._began
         try:
-            self._check_lineages(reply)
+            self._check_lineages(question)
         except TooStale:
             self.end()
             return
@@ -284,11 +331,11 @@ class Straight:
         if not self._num_open:
             self.end()
 
-    def _check_lineages(self, reply: "_Reply") -> None:
+    def _check_lineages(self, question: AskedServer) -> None:
         """Raises: TooStale for an answer that does not count."""
-        lineages, seen, replicas = self._experience.lineages, self._servers.seen, reply.question.replicas
-        numbers = reply.question.request.experts[:, 0].tolist()
-        for part in reply.parts:
+        lineages, seen, replicas = self._experience.lineages, self._servers.seen, question.replicas
+        numbers = question.request.experts[:, 0].tolist()
+        for part in question.parts:
             for place, epoch, version in zip(
                 part.experts.tolist(), part.epochs.tolist(), part.versions.tolist(), strict=True
             ):
@@ -296,20 +343,20 @@ class Straight:
                     lineages.take(replicas[place], epoch, version)
                     seen[numbers[place]] = epoch, version
 
-    def _learn(self, reply: "_Reply") -> None:
+    def _learn(self, question: AskedServer) -> None:
         """Learn from an answer that counts."""
-        node, replicas = self._experience.node, reply.question.replicas
-        prefix, num_rows = self._servers.prefix.partition(".")[0], reply.question.num_rows
+        node, replicas = self._experience.node, question.replicas
+        prefix, num_rows = self._servers.prefix.partition(".")[0], question.num_rows
         node.thanks.add(prefix, replicas[0].peer.peer_id, num_rows, 0)
         if self._servers.has_others:
-            self._observe(reply, reply.seconds)
+            self._observe(question, question.seconds)
         if node.directory.has_doubts:
             for replica in replicas:
                 node.directory.report_answer(replica)
 
-    def _observe(self, reply: "_Reply", seconds: float, *, answered: bool = True) -> None:
+    def _observe(self, question: AskedServer, seconds: float, *, answered: bool = True) -> None:
         """Note how long a server took over experts that others host, too."""
-        experience, others, question = self._experience, self._servers.has_others, reply.question
+        experience, others = self._experience, self._servers.has_others
         num_bytes = question.num_rows * self._servers.schema.row_bytes
         path = experience.path_seconds(question.replicas[0], num_bytes)
         for expert, replica in zip(question.request.experts[:, 0].tolist(), question.replicas, strict=True):
@@ -318,8 +365,8 @@ class Straight:
 
     def _sum(self) -> None:
         total, spec = None, self._servers.sum_spec
-        for reply in self._replies:
-            for rows, own in reply.sums:
+        for question in self._asked:
+            for rows, own in question.sums:
                 if total is None and rows is None:
                     total = own
                     continue
@@ -331,66 +378,8 @@ class Straight:
                     total[rows] += own
         if total is not None and are_finite((total,)):
             self.answer = total.to(self._servers.schema.output_specs[0].dtype)
-            for reply in self._replies:
-                self._learn(reply)
-
-
-class _Reply:
-    """One server's answer while it comes."""
-
-    __slots__ = ("question", "parts", "sums", "cancel", "is_open", "seconds", "_straight", "_places")
-
-    def __init__(self, straight: Straight, question: EncodedRequest) -> None:
-        self.question, self._straight = question, straight
-        self.parts: list[ApplyPart] = []
-        self.sums: list[tuple[list[int] | None, torch.Tensor]] = []
-        """Rows of the batch (None: all), and sums for them."""
-        self.cancel: Callable[[], None] = lambda: None
-        self.is_open = True
-        self.seconds = 0.0
-        """The seconds that it took, once it is there."""
-        self._places: set[int] = set()
-
-    def heard(self, event: ReplyEvent) -> None:
-        """Take in what comes of the call."""
-        if not self.is_open:
-            return
-        if isinstance(event, CallFailed):
-            self.is_open = False
-            self._straight.end()
-            return
-        self.is_open = is_more = type(event) is PartReceived
-        try:
-            if is_more or not self._places or event.body is not None:
-                self._take(event)
-        except (ProtocolError, TesseractError):
-            self.is_open = True  # it is cancelled
-            self._straight.end()
-            return
-        if not is_more:
-            if len(self._places) == len(self.question.replicas):
-                self._straight.replied(self)
-            else:
-                self._straight.end()
-
-    def _take(self, event: PartReceived | ReplyReceived) -> None:
-        """Take in a part. Raises: ProtocolError for one that is not all that it should be."""
-        request, spec = self.question.request, self._straight._servers.sum_spec
-        part, buffers = decode_part(event.body, event.buffers, request)
-        places = part.experts.tolist()
-        if part.failures or not places or not self._places.isdisjoint(places):
-            raise ProtocolError("not an answer of all that are asked")
-        self._places.update(places)
-        numbers = None if len(places) == len(request.ids) else request.rows_of(part.experts).tolist()
-        rows, num_rows = self.question.rows, self.question.num_rows
-        if numbers is not None and len(numbers) < num_rows:
-            rows = numbers if rows is None else [rows[number] for number in numbers]
-            num_rows = len(numbers)
-        found = unpack_plain(part.tensors, buffers, (spec,), num_rows=num_rows)
-        if found is None:
-            raise ProtocolError("a server answered numbers that do not fit the schema")
-        self.parts.append(part)
-        self.sums.append((rows, found[0]))
+            for question in self._asked:
+                self._learn(question)
 
 
 def may_go(schema: ExpertSchema, options: CallOptions) -> bool:

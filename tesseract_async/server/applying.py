@@ -164,7 +164,8 @@ class Wave:
         self._shares: list[_Share] = []
         self._inputs: Sequence[torch.Tensor | None] = ()
         self._gradients: Sequence[torch.Tensor | None] = ()
-        self._weights = torch.from_numpy(request.weights)
+        self._weights: Sequence[torch.Tensor] = ()
+        """Backward: of each expert's pairs."""
         self._checked: tuple[str, Sequence[torch.Tensor | None], Gradients] | None = None
         self._owner = calls.owner(call)
         self._held: dict[TesseractRuntime, int] = {}
@@ -197,9 +198,11 @@ class Wave:
         tensors = await unpack(request.tensors, buffers)
         self._inputs = tensors[: request.num_inputs]
         self._gradients = tensors[request.num_inputs :]
-        rows = torch.from_numpy(request.rows).long()
+        sizes = (request.offsets[1:] - request.offsets[:-1]).tolist()
+        each = torch.from_numpy(request.rows).long().split_with_sizes(sizes)  # half the time of slices
+        if request.backward:
+            self._weights = torch.from_numpy(request.weights).split_with_sizes(sizes)
         row_bytes = self._bytes_per_row(first)
-        offsets = request.offsets.tolist()
         self._entered = [*dict.fromkeys([door.calls for door in doors.values()])]
         for calls in self._entered:
             calls.entered()
@@ -211,10 +214,8 @@ class Wave:
                 for runtime in runtimes:
                     gathering.enter_context(runtime.gathering())
                 for expert, door in some:
-                    start, stop = offsets[expert], offsets[expert + 1]
-                    num_rows = stop - start
-                    num_bytes = row_bytes * num_rows + SHARE_BYTES
-                    share = _Share(expert, door, rows[start:stop], num_rows, num_bytes)
+                    num_bytes = row_bytes * sizes[expert] + SHARE_BYTES
+                    share = _Share(expert, door, each[expert], sizes[expert], num_bytes)
                     self._shares.append(share)
                     self._begin(share)
             if left:
@@ -314,7 +315,6 @@ class Wave:
             return
         if begun is None:
             inputs, gradients = self._block_for(hosted)
-            start = int(request.offsets[expert])
             begun = calls.begin_backward(
                 key,
                 hosted,
@@ -326,7 +326,7 @@ class Wave:
                 seed=request.seed,
                 forward_version=int(request.versions[expert]),
                 rows=share.rows,
-                weights=self._weights[start : start + share.num_rows],
+                weights=self._weights[expert],
                 num_bytes=share.num_bytes,
                 owner=self._owner,
             )

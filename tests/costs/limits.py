@@ -10,19 +10,19 @@ MARGIN: Final = 0.03
 
 LIMITS: Final[dict[str, float]] = {
     # one expert call of one row of 1,024 numbers, without gradients, over TLS, one at a time, on asyncio's loop
-    "client: Python calls per small call": 172,
-    "client: C calls per small call": 199,
+    "client: Python calls per small call": 168,
+    "client: C calls per small call": 209,
     "server: Python calls per small call": 124,
     "server: C calls per small call": 158,
     "client: turns of the loop per small call": 2,
     "server: turns of the loop per small call": 2,
     # the same, eight at once
-    "client: Python calls per small call of eight at once": 169,
-    "client: C calls per small call of eight at once": 188,
+    "client: Python calls per small call of eight at once": 166,
+    "client: C calls per small call of eight at once": 200,
     "server: Python calls per small call of eight at once": 82,
     "server: C calls per small call of eight at once": 101,
     # the same, one at a time, forward and backward; at the client all of it runs in the loop's thread
-    "client: Python calls per forward and backward": 434,
+    "client: Python calls per forward and backward": 367,
     "server: Python calls per forward and backward": 334,
     "client: turns of the loop per forward and backward": 4,
     "server: turns of the loop per forward and backward": 4,
@@ -40,8 +40,8 @@ LIMITS: Final[dict[str, float]] = {
     "messages per gate pass, forward": 4,
     "messages per gate pass, backward": 4,
     # a pass of 32 experts on one server, 8 rows each, forward and backward, without TLS on asyncio's loop
-    "caller: Python calls per expert of a pass, both ways": 90,
-    "server: Python calls per expert of a pass, both ways": 98.5,
+    "caller: Python calls per expert of a pass, both ways": 81.6,
+    "server: Python calls per expert of a pass, both ways": 97.25,
     "device: Python calls per expert of a pass, both ways": 33.5,
     # one row through eight of 32 experts, four on each of two servers; of the servers and their devices: both together
     "caller: Python calls per layer and token": 48,
