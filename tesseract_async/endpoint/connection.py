@@ -258,9 +258,9 @@ class Connection:
                     elif isinstance(event, CallFailed):
                         sink.set_exception(event.error)
                     else:
-                        sink.set_result(Message(event.body, event.buffers))
+                        sink.set_result(tuple.__new__(Message, (event.body, event.buffers)))  # as in `heads`
                 case CallReceived():
-                    self.last_used = self._loop.time()
+                    self.last_used = self.protocol.now
                     if not self._handlers.received(event):
                         self._schedule_flush()
                     if self._timer is None or event.deadline < self._timer_at:

@@ -197,7 +197,7 @@ class Endpoint(Dialer):
             elif peer is not connection.known:
                 self._note_address(connection, peer)
             try:
-                future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+                future: asyncio.Future[Message] = asyncio.Future()
                 reserves = max_reply_bytes is not None
                 stream = connection.start_call(head, views, future, deadline=deadline, reserve_reply=reserves)
                 try:
@@ -298,7 +298,7 @@ class Endpoint(Dialer):
         if priority:
             check_priority(priority)
         max_reply = self._bounds.max_message if max_reply_bytes is None else max_reply_bytes
-        head = RequestHead(method, timeout, priority, 0, max_reply, body)
+        head = tuple.__new__(RequestHead, (method, timeout, priority, 0, max_reply, body))  # as in `heads`
         views: tuple[memoryview, ...] = tuple(map(frames.byte_view, map(memoryview, buffers)))  # type: ignore[arg-type]
         return head, views, asyncio.get_running_loop().time() + timeout
 
@@ -326,14 +326,6 @@ class Endpoint(Dialer):
 
     def is_connected(self, peer_id: PeerID) -> bool:
         return self.pool.find(PeerAddress(peer_id, ())) is not None
-
-    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
-        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
-        take; None where there is none, or nothing was measured."""
-        connection = self.pool.find(peer)
-        if connection is None or connection.protocol.life.rtt is None:
-            return None
-        return connection.protocol.life.rtt, connection.protocol.windows.bytes_per_second
 
     def path_kind(self, peer_id: PeerID) -> str:
         """The first word of the path that calls to this peer take now, where this end opened it; else empty."""

@@ -299,7 +299,8 @@ class OutgoingCalls:
             self._core.events.append(PartReceived(call.stream, body, buffers))
             return
         else:
-            self._core.events.append(ReplyReceived(call.stream, body, buffers))
+            received = tuple.__new__(ReplyReceived, (call.stream, body, buffers))  # as in `heads`
+            self._core.events.append(received)
         self._end(call)
 
     def part_taken(self, stream: int) -> None:

@@ -126,7 +126,10 @@ class NodeCalls(Uncopied):
         would take; None if there is none, or nothing was measured. To this node itself it takes no time."""
         if peer.peer_id == self.identity.peer_id:
             return 0.0, 0.0
-        return None if self._endpoint is None else self._endpoint.path(peer)
+        connection = None if self._endpoint is None else self._endpoint.pool.find(peer)
+        if connection is None or connection.protocol.life.rtt is None:
+            return None
+        return connection.protocol.life.rtt, connection.protocol.windows.bytes_per_second
 
     def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
         """Answer ``expert.*`` calls for `uid`, from the network or from this node, by their method's handler.

@@ -69,7 +69,7 @@ class TlsMachine:
         """Encrypt `data` at once; its memory is free again on return. Raises: ProtocolError."""
         try:
             view = memoryview(data)
-            while len(view):
+            while view:
                 view = view[self._tls.write(view) :]
         except ssl.SSLError as error:
             raise ProtocolError(f"TLS: {error.reason or error}") from None

@@ -208,11 +208,12 @@ def pack(value: Value) -> bytes:
         data: bytes = packer.pack(value)
     except OverflowError as error:
         raise ValueError(f"an integer is too large for msgpack: {error}") from None
-    if len(data) <= MAX_SMALL:  # one that has packed more keeps the memory for it
+    size = len(data)
+    if size <= MAX_SMALL:  # one that has packed more keeps the memory for it
         _packers.append(packer)
-    if len(data) > MAX_HEAD:
-        raise ValueError(f"a body of {len(data)} bytes is too large (at most {MAX_HEAD}): send data as buffers")
-    if len(data) > packed.MAX_ITEMS:
+    if size > MAX_HEAD:
+        raise ValueError(f"a body of {size} bytes is too large (at most {MAX_HEAD}): send data as buffers")
+    if size > packed.MAX_ITEMS:
         try:
             packed.count_items(data)
         except ProtocolError as error:
