@@ -151,7 +151,7 @@ class ExpertCalls:
             if num_rows_of(inputs):
                 return await self._submit(hosted, call, request, inputs)
             empty = [torch.empty(0, *spec.least_shape, dtype=spec.dtype) for spec in output_specs]
-            inputs_cached = self._keep(hosted, inputs, call) if request.keep_inputs else None
+            inputs_cached = self._keep(hosted, inputs, call, self.owner(call)) if request.keep_inputs else None
             reply = messages.ForwardReply([], backend.version, inputs_cached, hosted.epoch)
             return _message(reply, *pack_tensors(empty, request.reply_codec))
 
@@ -162,6 +162,7 @@ class ExpertCalls:
         request: messages.ForwardRequest,
         inputs: Sequence[torch.Tensor | None],
     ) -> Deferred[Message]:
+        owner = self.owner(call)
         work = hosted.runtime.submit(
             hosted.backend,
             inputs,
@@ -169,7 +170,7 @@ class ExpertCalls:
             seed=request.seed,
             deadline=call.deadline,
             priority=call.priority and priority_of(call),
-            peer=self.owner(call),
+            peer=owner,
         )
         versions = versions_of(inputs) if request.keep_inputs else []
         self._num_active += 1
@@ -182,7 +183,7 @@ class ExpertCalls:
                 raise told_of(error, call.method) from None
             # where a module wrote them, the backward brings them again
             keeps = request.keep_inputs and versions == versions_of(inputs)
-            inputs_cached = self._keep(hosted, inputs, call) if keeps else None
+            inputs_cached = self._keep(hosted, inputs, call, owner) if keeps else None
             reply = messages.ForwardReply([], answer.version, inputs_cached, hosted.epoch)
             return self._reply(reply, answer, request.reply_codec)
 
@@ -204,16 +205,17 @@ class ExpertCalls:
             raise told_of(error, call.method) from None
         uid, backend = hosted.uid, hosted.backend
         backend.settings.codecs.check("gradients", request.reply_codec, expert=uid)
-        begun = self.begun_backward((uid, journal_key(call.peer_id, request.call_id)))
+        key = uid, journal_key(call.peer_id, request.call_id)
+        begun = self.begun_backward(key)
         if begun is None:
             specs = specs_of_backward(backend, request.tensors, request.num_inputs)
             plain = unpack_plain(request.tensors, call.buffers, specs)
             if plain is not None:
                 hosted.runtime.gather_turn()
-                begun = self._begin_backward(hosted, call, request, plain)
+                begun = self._begin_backward(key, hosted, call, request, plain)
         if isinstance(begun, BackwardUnderWay):
             return self._share(hosted, call, request, begun)
-        return self._backward(hosted, call, request, begun)
+        return self._backward(key, hosted, call, request, begun)
 
     async def _backward_once_it_leads(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer a backward of an expert that somebody else trains, should that have changed; else say who does."""
@@ -223,6 +225,7 @@ class ExpertCalls:
 
     async def _backward(
         self,
+        key: CallKey,
         hosted: HostedState,
         call: IncomingCall,
         request: messages.BackwardRequest,
@@ -236,8 +239,7 @@ class ExpertCalls:
                 check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
                 tensors = await unpack(request.tensors, call.buffers)
                 # the same call may have come meanwhile
-                begun = self.begun_backward((uid, journal_key(call.peer_id, request.call_id)))
-                begun = begun or self._begin_backward(hosted, call, request, tensors)
+                begun = self.begun_backward(key) or self._begin_backward(key, hosted, call, request, tensors)
             if isinstance(begun, BackwardUnderWay):
                 return await self._share(hosted, call, request, begun)
             reply = self._backward_reply(hosted, call, request, begun)
@@ -302,6 +304,7 @@ class ExpertCalls:
 
     def _begin_backward(
         self,
+        key: CallKey,
         hosted: HostedState,
         call: IncomingCall,
         request: messages.BackwardRequest,
@@ -318,7 +321,7 @@ class ExpertCalls:
             zeros = [None if x is None else torch.zeros_like(x) for x in numbers]
             return WorkResult(zeros, backend.version)
         return self.begin_backward(
-            (uid, journal_key(call.peer_id, request.call_id)),
+            key,
             hosted,
             call,
             inputs,
@@ -464,10 +467,12 @@ class ExpertCalls:
         if hosted.is_primary:
             self._expected.expect(name, hosted.uid, call.peer_id, asyncio.get_running_loop().time())
 
-    def _keep(self, hosted: HostedState, inputs: Sequence[torch.Tensor | None], call: IncomingCall) -> bytes | None:
+    def _keep(
+        self, hosted: HostedState, inputs: Sequence[torch.Tensor | None], call: IncomingCall, owner: Hashable
+    ) -> bytes | None:
         name = new_name()
         self.expect_backward(name, hosted, call)
-        return name if self.memory.keep_inputs(name, inputs, self.owner(call)) else None
+        return name if self.memory.keep_inputs(name, inputs, owner) else None
 
 
 def _message(
@@ -495,7 +500,11 @@ def journal_key(trainer: PeerID, call_id: bytes) -> bytes:
 
 def versions_of(inputs: Sequence[torch.Tensor | None]) -> list[int]:
     """Return the tensors' in-place versions."""
-    return [x._version for x in inputs if x is not None]
+    versions = []
+    for x in inputs:  # no comprehension: another call of a function, before Python 3.12
+        if x is not None:
+            versions.append(x._version)
+    return versions
 
 
 def num_rows_of(inputs: Sequence[torch.Tensor | None]) -> int:
@@ -524,14 +533,9 @@ def check_inputs(
     if backend.varies:
         size = wire.size_of(backend.input_specs, [None if x is None else x.shape for x in tensors])
     specs, output_specs = backend.specs(size)
-    num_rows = {
-        # a 0-d tensor has no rows, and fits none
-        -1 if x.dtype != spec.dtype or not x.dim() or x.shape[1:] != spec.shape else x.shape[0]
-        for x, spec in zip(tensors, specs, strict=False)
-        if x is not None
-    }
-    absent = [spec for x, spec in zip(tensors, specs, strict=False) if x is None]
-    if len(tensors) == len(specs) and len(num_rows) == 1 and -1 not in num_rows and all(one.optional for one in absent):
+    first = tensors[0] if tensors else None
+    num_rows = first.shape[0] if first is not None and first.dim() else -1  # a 0-d tensor has no rows, and fits none
+    if _all_fit(tensors, specs, num_rows):
         return tensors, output_specs
     raise _mismatch(uid, backend.inputs_schema, tensors)
 
@@ -545,13 +549,24 @@ def check_gradients(
 ) -> Gradients:
     """Return the output gradients of an untrusted call: each absent, or like the output. Raises: SchemaMismatch."""
     num_rows = num_rows_of(inputs)
-    fits = len(tensors) == len(specs) and all(
-        tensor is None or (tensor.dtype == spec.dtype and tensor.shape == (num_rows, *spec.shape))
-        for tensor, spec in zip(tensors, specs, strict=True)
-    )
-    if not fits:
+    if not _all_fit(tensors, specs, num_rows, may_lack=True):
         raise _mismatch(f"backward of {uid}, for {num_rows} rows,", backend.outputs_schema, tensors)
     return tensors
+
+
+def _all_fit(
+    tensors: Sequence[torch.Tensor | None], specs: Sequence[wire.TensorSpec], num_rows: int, *, may_lack: bool = False
+) -> bool:
+    """Return whether each has so many rows of its spec. Optional ones may be absent; all, if they `may_lack`."""
+    if len(tensors) != len(specs):
+        return False
+    for x, spec in zip(tensors, specs, strict=True):
+        if x is None:
+            if not (may_lack or spec.optional):
+                return False
+        elif x.dtype != spec.dtype or x.shape != (num_rows, *spec.shape):
+            return False
+    return True
 
 
 def _mismatch(what: str, schema: wire.Schema, tensors: Sequence[torch.Tensor | None]) -> SchemaMismatch:

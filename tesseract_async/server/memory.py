@@ -63,7 +63,8 @@ class Memory(Generic[Key, Value]):
 
     def put(self, key: Key, value: Value, *, owner: Hashable = None, now: float = 0.0) -> bool:
         """Remember an entry as the newest. False if it is beyond the budget, alone or because of younger entries."""
-        self.pop(key)
+        if key in self._entries:
+            self.pop(key)
         num_bytes = self._num_bytes_of(value)
         if num_bytes > self.max_bytes:
             return False
@@ -118,14 +119,10 @@ class CallerMemory:
 
     def keep_inputs(self, name: bytes, inputs: Sequence[torch.Tensor | None], owner: Hashable) -> bool:
         """Keep a forward's inputs. False if they are beyond the budget."""
-        self._sweep_later()
-        owned = [None if x is None else alone(x) for x in inputs]
-        return self.inputs.put(name, owned, owner=owner, now=_now())
+        return self._keep(self.inputs, name, alone(inputs), owner)
 
     def keep_answer(self, key: CallKey, answer: WorkResult, owner: Hashable) -> None:
-        owned = WorkResult([None if x is None else alone(x) for x in answer.tensors], answer.version)
-        self.answers.put(key, owned, owner=owner, now=_now())
-        self._sweep_later()
+        self._keep(self.answers, key, WorkResult(alone(answer.tensors), answer.version), owner)
 
     def forget(self) -> int:
         """Drop everything: callers can send it again, or have it computed again. Returns the bytes."""
@@ -137,16 +134,18 @@ class CallerMemory:
         if self._sweep is not None:
             self._sweep.cancel()
 
-    def _sweep_later(self) -> None:
+    def _keep(self, memory: Memory[Key, Value], key: Key, value: Value, owner: Hashable) -> bool:
+        loop = asyncio.get_running_loop()
         if self._sweep is None:
-            self._sweep = asyncio.get_running_loop().call_later(KEEP_SECONDS / 8, self._sweep_now)
+            self._sweep = loop.call_later(KEEP_SECONDS / 8, self._sweep_now)
+        return memory.put(key, value, owner=owner, now=loop.time())
 
     def _sweep_now(self) -> None:
-        self._sweep = None
-        self.inputs.expire(_now())
-        self.answers.expire(_now())
-        if self.inputs or self.answers:
-            self._sweep_later()
+        loop = asyncio.get_running_loop()
+        self.inputs.expire(loop.time())
+        self.answers.expire(loop.time())
+        again = self.inputs or self.answers
+        self._sweep = loop.call_later(KEEP_SECONDS / 8, self._sweep_now) if again else None
 
 
 @dataclass(slots=True)
@@ -231,10 +230,14 @@ def _slowest(before: float | None, lag: float) -> float:
     return lag if before is None else max(lag, DECAY * before + (1 - DECAY) * lag)
 
 
-def alone(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that keeps no more memory alive than its own: rows of a batch are copied, and small tensors,
+def alone(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Return tensors that keep no more memory alive than their own: rows of a batch are copied, and small tensors,
     which lie in a block with others."""
-    return x.clone() if x.nbytes < SMALL_BYTES or x.untyped_storage().nbytes() > x.nbytes else x
+    owned: list[torch.Tensor | None] = []
+    for x in tensors:
+        shares = x is not None and (x.nbytes < SMALL_BYTES or x.untyped_storage().nbytes() > x.nbytes)
+        owned.append(x.clone() if shares and x is not None else x)
+    return owned
 
 
 def trim_heap() -> None:
@@ -247,8 +250,8 @@ def trim_heap() -> None:
 
 def _num_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
     """Return the bytes of remembering them: small tensors are mostly objects, and those of strangers may be empty."""
-    return ENTRY_BYTES + sum([TENSOR_BYTES + tensor.nbytes for tensor in tensors if tensor is not None])
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
+    num_bytes = ENTRY_BYTES
+    for x in tensors:
+        if x is not None:
+            num_bytes += TENSOR_BYTES + x.nbytes
+    return num_bytes

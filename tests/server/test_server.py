@@ -222,10 +222,10 @@ async def test_what_is_kept_holds_no_more_than_it_counts() -> None:
         tracemalloc.stop()
         memory.close()
     batch = torch.zeros(4096, 64)
-    mine = alone(batch[:1])
+    (mine,) = alone([batch[:1]])
     assert mine.untyped_storage().nbytes() == 256
     large = torch.zeros(4096, 64)
-    assert alone(large) is large, "what stands alone already is not copied"
+    assert alone([large])[0] is large, "what stands alone already is not copied"
 
 
 async def test_what_is_kept_ends(node: ServingNode) -> None:
