@@ -10,24 +10,24 @@ MARGIN: Final = 0.03
 
 LIMITS: Final[dict[str, float]] = {
     # one expert call of one row of 1,024 numbers, without gradients, over TLS, one at a time, on asyncio's loop
-    "client: Python calls per small call": 168,
-    "client: C calls per small call": 209,
-    "server: Python calls per small call": 124,
+    "client: Python calls per small call": 163,
+    "client: C calls per small call": 205,
+    "server: Python calls per small call": 116,
     "server: C calls per small call": 158,
     "client: turns of the loop per small call": 2,
     "server: turns of the loop per small call": 2,
     # the same, eight at once
-    "client: Python calls per small call of eight at once": 166,
+    "client: Python calls per small call of eight at once": 162,
     "client: C calls per small call of eight at once": 200,
-    "server: Python calls per small call of eight at once": 82,
+    "server: Python calls per small call of eight at once": 77,
     "server: C calls per small call of eight at once": 101,
     # the same, one at a time, forward and backward; at the client all of it runs in the loop's thread
-    "client: Python calls per forward and backward": 367,
-    "server: Python calls per forward and backward": 334,
+    "client: Python calls per forward and backward": 358,
+    "server: Python calls per forward and backward": 302,
     "client: turns of the loop per forward and backward": 4,
     "server: turns of the loop per forward and backward": 4,
     # the package's own functions that such a call passes at its client and its server, each counted once
-    "functions that a forward passes, both ends": 141,
+    "functions that a forward passes, both ends": 132,
     "files that a forward passes, both ends": 47,
     # and what travels and stays
     "frames per small call, both ways": 2,
