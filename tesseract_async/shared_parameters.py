@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from tesseract_async.client.ports import PlainCalls
-from tesseract_async.endpoint.call_table import Message
 from tesseract_async.errors import (
     TesseractError,
     describe,
@@ -247,10 +246,6 @@ class SharedParameters(Uncopied, Generic[M]):
 
         loop.call_soon_threadsafe(self._beside.spawn, work)
         return loop
-
-    async def ask_first(self, method: str, request: messages.SamplesRequest) -> Message:
-        """Ask the primary of the first piece. Raises: what the call raises."""
-        return await self.pieces.ask(request.uid, method, request, b"")
 
     # ------------------------------------------------------------------------------------------------ a trainer's calls
 

@@ -260,7 +260,7 @@ class SharedSampler(Uncopied, Sampler[int]):
             [*encode_pieces(report.done)],
             [*encode_pieces(report.returned)],
         )
-        message = await self.shared.ask_first(messages.SAMPLES, request)
+        message = await self.shared.pieces.ask(request.uid, messages.SAMPLES, request, b"")
         reply = messages.decode(messages.SamplesReply, message.body)
         grant = Allotment(decode_pieces(reply.pieces), reply.again, decode_pieces(reply.gone), reply.first, reply.waits)
         with self._news:

@@ -22,7 +22,7 @@ from tesseract_async.errors import ConnectionLost, Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest, RunMismatch, SignedRun, sign_run
-from tesseract_async.server import fragments
+from tesseract_async.server import fragment_calls, fragments
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.fetching import fetch_state
 from tesseract_async.server.other_replicas import ReplicaSettings
@@ -534,14 +534,14 @@ def test_the_program_of_the_page_runs() -> None:
 
 async def test_of_a_flood_of_pushes_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    judge, loop, is_measured = fragments.judge, asyncio.get_running_loop(), asyncio.Event()
+    judge, loop, is_measured = fragment_calls.judge, asyncio.get_running_loop(), asyncio.Event()
 
     def noted_judge(*some: Any) -> Any:  # in the device thread, later than the refusals of the others if it pleases
         measured.append(1)
         loop.call_soon_threadsafe(is_measured.set)
         return judge(*some)
 
-    monkeypatch.setattr(fragments, "judge", noted_judge)
+    monkeypatch.setattr(fragment_calls, "judge", noted_judge)
     async with (
         sharing(make_model(1), every=1) as (node, shared),
         ta.TesseractNode(initial_peers=[node.address]) as liar,

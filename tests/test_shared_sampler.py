@@ -100,7 +100,11 @@ class OneLedger:
     async def step(self) -> None:
         self.sampler.stepped()
 
-    async def ask_first(self, method: str, request: messages.SamplesRequest) -> Message:
+    @property
+    def pieces(self) -> "OneLedger":
+        return self
+
+    async def ask(self, uid: str, method: str, request: messages.SamplesRequest, data: bytes) -> Message:
         _, trainer, turn, epoch, num_samples, wanted, *pieces = request
         report = Report(epoch, num_samples, wanted, *map(decode_pieces, pieces))
         grant = self.ledger.report((self.peer, trainer), turn, report, asyncio.get_running_loop().time())

@@ -27,6 +27,9 @@ Values = npt.NDArray[np.floating]
 
 _MAX_GAP: Final = 30.0
 """Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
+_MAX_LEAD: Final = 10.0
+"""A row's sum keeps its unit until a message's unit is the exponential of this times as large: float32 holds that, and
+most sums are never scaled again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,8 +46,6 @@ class RowBlock:
     numbers_P: Indices
     """The row of the block for each pair."""
     weights_P: Weights
-    ids: Sequence[bytes] = ()
-    """The ids by which servers know the calls."""
     versions: Sequence[int] = ()
     """One for each call: see `ApplyRequest.versions`."""
     units_R: Values | None = None
@@ -92,15 +93,15 @@ class RowBlock:
 
 
 class WeightedSums:
-    """The sums of the answers to a forward's messages, part by part, relative to the greatest unit of a row so far."""
+    """The sums of the answers to a forward's messages, part by part."""
 
     def __init__(self, sums: list[torch.Tensor], dtype: np.dtype[np.floating], *, is_normalized: bool) -> None:
         """`sums`: zeros, one tensor for each output. `dtype`: of the values."""
         self.sums, self._is_normalized = sums, is_normalized
         self.weights_R: Values = np.zeros(len(sums[0]), dtype=dtype)
-        """The sum of the weights of those that answered a row, for a normalized sum relative to `top_R`."""
-        self.top_R: Values = np.full(len(sums[0]), -np.inf, dtype=dtype)
-        """The logarithm of a row's unit; minus infinity for a row without answers."""
+        """The sum of the weights of those that answered a row."""
+        self.units_R: Values = np.full(len(sums[0]), -np.inf, dtype=dtype)
+        """The logarithm of the unit of a row's weights, if the sum is normalized; minus infinity without answers."""
 
     def add(self, block: RowBlock, pairs: Integers, numbers: Integers, at_P: Integers, sums: OptionalTensors) -> None:
         """Take in the sums of these rows of the block (by their numbers), which are about these of its pairs, each of
@@ -108,10 +109,11 @@ class WeightedSums:
         rows, weights_P = block.rows[numbers], block.weights_P[pairs]
         factors_R = None if block.units_R is None else block.units_R[numbers]
         if factors_R is not None and self._is_normalized:
-            before, units_R = self.top_R[rows], factors_R
-            self.top_R[rows] = top = np.maximum(before, units_R)
-            factors_R = np.exp(units_R - top)
-            grown = np.flatnonzero((before < units_R) & (before > -np.inf))  # the others stay, or hold nothing yet
+            before, units_R = self.units_R[rows], factors_R
+            grown_R = before < units_R - _MAX_LEAD
+            self.units_R[rows] = now_R = np.where(grown_R, units_R, before)
+            factors_R = np.exp(units_R - now_R)
+            grown = np.flatnonzero(grown_R & (before > -np.inf))  # the others stay, or hold nothing yet
             if len(grown):
                 at, shrunk = rows[grown], np.exp(before[grown] - units_R[grown])
                 self.weights_R[at] *= shrunk
@@ -130,7 +132,7 @@ class WeightedSums:
             return block.weights_P
         if self._is_normalized:
             total_R = np.maximum(self.weights_R[block.rows], np.finfo(np.float32).tiny)
-            factors_R = np.exp(np.minimum(factors_R - self.top_R[block.rows], 0)) / total_R
+            factors_R = np.exp(np.minimum(factors_R - self.units_R[block.rows], _MAX_LEAD)) / total_R
         return block.weights_P * factors_R[block.numbers_P]
 
 

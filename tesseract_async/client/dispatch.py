@@ -12,7 +12,7 @@ those who want all answers or an error. Suffixes of names: R rows, K experts wan
 import math
 import statistics
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from tesseract_async.client.latency import ABANDON_SECONDS, BLOCK_SECONDS, Patie
 from tesseract_async.client.routing import Candidates, Indices, group, within_capacity
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import NotEnoughExperts, Overloaded, describe
+from tesseract_async.wire.names import new_name
 
 Direction = Literal["forward", "backward"]
 
@@ -41,6 +42,8 @@ class ExpertCall:
     uid: str
     rows: Indices
     sent: float
+    id: bytes = field(default_factory=new_name)
+    """Names what is asked, wherever and however often, and again in the backward: see `ApplyRequest.ids`."""
     expected: float | None = None
     """Seconds that it usually takes, set by the sender; None if that is not known."""
     grace: float = 0.0
@@ -499,7 +502,8 @@ class BackwardDispatch(CallsUnderWay):
     def start(self, now: float) -> None:
         super().start(now)
         for answer in self._forward.answers:
-            call = ExpertCall(answer.expert, answer.uid, answer.rows, now)
+            call = ExpertCall(answer.expert, answer.uid, answer.rows, now, answer.id or new_name())
+            answer.id = b""  # another backward is another step
             self.forward_calls[call] = answer
             self._send(call)
         self._num_first = len(self._fresh)

@@ -76,6 +76,8 @@ class Instructions(NamedTuple):
     """Nothing is open in them any more."""
     look_up: Sequence[ExpertCall]
     """`Grouping.found` should be told who hosts these now."""
+    strange: Sequence[tuple[ExpertReplica, SchemaMismatch]]
+    """Replicas that refused what another one of the same expert answered, and how."""
 
 
 @dataclass(slots=True, eq=False)
@@ -134,11 +136,6 @@ class Grouping:
         others = [one for one in known if one.primary and one.peer is not peer and one.peer != peer]
         return [*request.open.values(), *others] if others else []
 
-    def take_strange(self) -> list[tuple[ExpertReplica, SchemaMismatch]]:
-        """Return, once, the replicas that refused what another one of the same expert answered, and how."""
-        strange, self._strange = self._strange, []
-        return strange
-
     def timer_at(self) -> float:
         """Return when to ask `step` next if nothing happens before. Each event may change it."""
         hedge_at = min((request.hedge_at for request in self._open), default=math.inf)
@@ -147,12 +144,13 @@ class Grouping:
     def step(self, now: float, *, stalled: float = 0.0) -> Instructions:
         """Decide, after any event or when the timer is due. `stalled`: see `CallsUnderWay.calls_to_send`."""
         send: list[Request] = []
+        strange, self._strange = self._strange, []
         while True:
             for call in self.calls.calls_to_send(now, stalled=stalled):
                 search = self._searches[call] = _Search()
                 self._take(call, search, None, now)
             if self.calls.is_over:
-                return Instructions((), (), ())
+                return Instructions((), (), (), strange)
             for request in self._open:
                 if now >= request.hedge_at:
                     request.hedge_at = math.inf
@@ -164,7 +162,7 @@ class Grouping:
         for call in look_up:
             del self._pausing[call]
         cancel, self._cancel = self._cancel, []
-        return Instructions(send, cancel, look_up)
+        return Instructions(send, cancel, look_up, strange)
 
     def part(
         self,

@@ -26,7 +26,6 @@ from tesseract_async.errors import InputsForgotten, TesseractError, TooStale, de
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.gradients import per_row
 from tesseract_async.wire.apply import ApplyPart
-from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec
 
 
@@ -43,8 +42,8 @@ class MixtureCall:
     """See `autograd.Remote`. The inputs are those of the experts, and last the matrix of the values, ``[rows, ...]``.
 
     The outputs are the sums, one for each output of the experts, at least float32, and last the sum of the weights of
-    those that answered each row, ``[rows]``; of weights relative to the row's greatest value if it is normalized: then
-    the sums count as divided by it, and in no other way may a loss depend on it.
+    those that answered each row, ``[rows]``; in a unit of the row's own if it is normalized: then the sums count as
+    divided by it, and in no other way may a loss depend on it.
     """
 
     def __init__(
@@ -68,8 +67,6 @@ class MixtureCall:
         self.total: WeightedSums | None = None
         """The forward's, without the sums themselves: the weights that they are divided by."""
         self.answers: dict[ExpertCall, _Answer] = {}
-        self.ids: dict[ExpertCall, bytes] = {}
-        """The ids by which servers know calls, until their backward begins: a second one gets new ids."""
         self._search, self._absent = search, absent
 
     @property
@@ -158,7 +155,6 @@ class _ForwardPass(Pass):
         block = RowBlock.of(request.open, self.calls.candidates, len(self._matrix))
         is_audited = self._audited.get(block.calls[0], False)
         block.weigh(self._matrix, self.calls.candidates, is_normalized=self._call.is_normalized, is_bare=is_audited)
-        block.ids = [self._call.ids.setdefault(call, new_name()) for call in block.calls]
         block.versions = [versions.get(call, 0) for call in block.calls]
         return block, rows_of(self._inputs, block.rows), []
 
@@ -241,7 +237,6 @@ class _BackwardPass(Pass):
             TensorSpec(spec.shape, _sum_dtype(spec.dtype)) if x is not None and _is_differentiable(spec.dtype) else None
             for x, spec in zip(inputs, call.schema.input_specs, strict=True)
         ]
-        self._ids: dict[ExpertCall, bytes] = {}
         self._totals: list[torch.Tensor | None] = [None] * len(self._inputs)
         self._pairs: list[tuple[Indices, Indices, Values, Values]] = []
         """Rows, experts, weights, and the weights' gradients: of each part."""
@@ -253,11 +248,14 @@ class _BackwardPass(Pass):
             return found
         known = self.calls.candidates.replicas_of(call.expert)
         self.experience.expect_backward(call, known, self.settings)
-        self._ids[call] = self._call.ids.pop(self._forward_calls[call], b"") or new_name()
         return known
 
+    def _answer(self, call: ExpertCall) -> _Answer:
+        """Return the answer that a call differentiates."""
+        return self._call.answers[self._forward_calls[call]]
+
     def _kept_at(self, call: ExpertCall, replica: ExpertReplica) -> RowBlock | None:
-        answer = self._call.answers[self._forward_calls[call]]
+        answer = self._answer(call)
         return answer.block if answer.block.kept is not None and answer.replica.peer == replica.peer else None
 
     def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
@@ -266,7 +264,7 @@ class _BackwardPass(Pass):
 
     async def pack(self, request: Request) -> tuple[RowBlock, OptionalTensors, OptionalTensors]:
         block = RowBlock.of(request.open, self.calls.candidates, len(self._values))
-        answers = [self._call.answers[self._forward_calls[call]] for call in block.calls]
+        answers = [self._answer(call) for call in block.calls]
         kept = self._kept_at(*next(iter(request.open.items())))
         if kept is not None:
             block.rows, block.kept = kept.rows, kept.kept
@@ -275,7 +273,6 @@ class _BackwardPass(Pass):
             self._weights[sent] = self._total.weights_of(sent)
         weights = [self._weights[answer.block][answer.block.pairs(answer.place)] for answer in answers]
         block.weights_P = np.concatenate(weights).astype(np.float32)
-        block.ids = [self._ids[call] for call in block.calls]
         block.versions = [answer.version for answer in answers]
         rows = torch.from_numpy(block.rows)
         gradients = [
@@ -286,7 +283,7 @@ class _BackwardPass(Pass):
 
     def failed(self, call: ExpertCall, replica: ExpertReplica, error: BaseException) -> None:
         if isinstance(error, InputsForgotten):
-            self._call.answers[self._forward_calls[call]].block.kept = None
+            self._answer(call).block.kept = None
         super().failed(call, replica, error)
 
     def add(self, request: Request, block: RowBlock, part: ApplyPart, own: PartSums) -> None:

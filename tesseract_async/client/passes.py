@@ -110,7 +110,7 @@ class Pass:
             try:
                 while True:
                     step = grouping.step(loop.time(), stalled=stalls.seconds - stalled)
-                    for replica, mismatch in grouping.take_strange():
+                    for replica, mismatch in step.strange:
                         self.experience.ignore(replica, mismatch)
                     if calls.is_over:
                         break
@@ -189,7 +189,7 @@ class Pass:
         asked = ApplyRequest(
             prefix=self.calls.candidates.prefix,
             experts=block.coords.astype(np.uint32),
-            ids=block.ids,
+            ids=[call.id for call in block.calls],
             versions=np.array(block.versions, dtype=np.int64),
             offsets=block.offsets,
             rows=block.numbers_P.astype(np.int32),

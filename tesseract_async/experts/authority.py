@@ -4,6 +4,7 @@ All that it learns may come from anybody, in any order, as often as they like: w
 another run, or signed by somebody whose word does not count there, changes nothing.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -194,10 +195,8 @@ class Authority:
             raise ProtocolError("these are not the records of a run")
         authority = cls(RUNS.read(first[1:]))
         for record in rest:
-            try:
+            with contextlib.suppress(ProtocolError):
                 authority.learn(record)
-            except ProtocolError:
-                continue
         return authority
 
     def next_number(self, signer: PeerID) -> int:

@@ -1,8 +1,6 @@
 """The places of a run's members, read from the network."""
 
 import asyncio
-import time
-from collections.abc import Iterable
 from typing import Final
 
 from tesseract_async.errors import ProtocolError
@@ -14,7 +12,6 @@ from tesseract_async.experts.places import MemberPart, MemberRole, Place, decode
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.network.address_scope import AddressScope
-from tesseract_async.network.entries import Entry
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport.base import PeerAddress
 
@@ -34,25 +31,14 @@ async def fetch_places(
     *,
     pattern: ExpertPattern | None = None,
 ) -> tuple[Places, dict[PeerID, PeerAddress]]:
-    """Return the places of all members of a run but this one, and their addresses. `pattern`: of what they host, by
-    default the run's experts. Raises: what the network raises."""
+    """Return the places of all members of a run but this one, and their addresses. Untrusted: what does not fit is left
+    out, and the loop is let run in between. `pattern`: of what they host, by default the run's experts.
+
+    Raises: what the network raises.
+    """
     pattern = authority.run.manifest.pattern if pattern is None else pattern
     entries = await network.get_entries(places_key(pattern.prefix, authority.tag))
-    others = [entry for entry in entries if entry.owner != network.peer_id]
-    return await read_places(others, authority, pattern, trust=trust, scope=scope, now=time.time())
-
-
-async def read_places(
-    entries: Iterable[Entry],
-    authority: Authority,
-    pattern: ExpertPattern,
-    *,
-    trust: Trust,
-    scope: AddressScope,
-    now: float,
-) -> tuple[Places, dict[PeerID, PeerAddress]]:
-    """Return the places of those who may host in the run, and their addresses. Untrusted: what does not fit is left
-    out, and the loop is let run in between. `now`: wall-clock seconds."""
+    now = trust.clock()
     places: Places = {}
     addresses: dict[PeerID, PeerAddress] = {}
     num_parts: dict[PeerID, int] = {}
@@ -61,9 +47,9 @@ async def read_places(
         owner = entry.owner
         if number % 16 == 15:
             await asyncio.sleep(0)
-        if entry.expiration <= now or num_parts.get(owner, 0) >= MAX_PARTS or not trust.may_be_read(owner):
+        if owner == network.peer_id or (owner not in places and len(places) >= MAX_MEMBERS):
             continue
-        if owner not in places and len(places) >= MAX_MEMBERS:
+        if entry.expiration <= now or num_parts.get(owner, 0) >= MAX_PARTS or not trust.may_be_read(owner):
             continue
         try:
             part = decode_place(entry.value)

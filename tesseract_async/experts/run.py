@@ -265,14 +265,10 @@ def _are_options(value: object) -> bool:
     return all(names) and all(map(_is_option, value.values()))
 
 
-def _are_delegates(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) <= MAX_DELEGATES and all(type(grant) is bytes for grant in value)
-
-
-def _are_shards(value: object) -> bool:
-    if not isinstance(value, tuple) or len(value) > MAX_SHARDS:
+def _are_bytes(value: object, most: int, length: int | None = None) -> bool:
+    if not isinstance(value, tuple) or len(value) > most:
         return False
-    return all(type(digest) is bytes and len(digest) == 32 for digest in value)
+    return all(type(one) is bytes and length in (None, len(one)) for one in value)
 
 
 def _are_seconds(value: object) -> bool:
@@ -294,8 +290,8 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     **dict.fromkeys(("sizes", "optimizer_options", "schedule_options", "training", "codecs"), _OPTIONS),
     **dict.fromkeys(("seed", "created"), (_is_number, "is a number, 0 or more")),
     "mode": (lambda value: value in MODES[1:], f"is one of {', '.join(MODES[1:])}"),
-    "delegates": (_are_delegates, f"are at most {MAX_DELEGATES} signed grants"),
-    "shards": (_are_shards, f"are at most {MAX_SHARDS} digests of 32 bytes"),
+    "delegates": (lambda value: _are_bytes(value, MAX_DELEGATES), f"are at most {MAX_DELEGATES} signed grants"),
+    "shards": (lambda value: _are_bytes(value, MAX_SHARDS, 32), f"are at most {MAX_SHARDS} digests of 32 bytes"),
     "first": (lambda value: _is_number(value, 0, MAX_COORDINATE), "is a number, 0 or more"),
     "genesis": (
         lambda value: type(value) is str and _GENESIS.fullmatch(value) is not None,

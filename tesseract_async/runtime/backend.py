@@ -22,13 +22,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
-from tesseract_async.runtime import optimizers, randomness, states
+from tesseract_async.runtime import optimizers, randomness, states, stepping
 from tesseract_async.runtime.gradients import (
     GatheredGradients,
     Gradients,
     add_gradients,
     are_finite,
+    backpropagate,
     norm_of,
+    norms_of,
     run_engine,
     weight_gradients,
     weighted,
@@ -329,7 +331,7 @@ class ExpertBackend:
             optimizers.check_optimizer(self.module, optimizer)
             if scheduler is not None:
                 optimizers.check_scheduler(optimizer, scheduler)
-            optimizers.fuse(optimizer)
+            stepping.fuse(optimizer)
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def _say(self, sentences: Sequence[str]) -> None:
@@ -465,6 +467,7 @@ class ExpertBackend:
         return are_finite(self._trained())
 
     def _trained(self) -> list[torch.Tensor]:
+        """Return the numbers that the optimizer steps, then those that it remembers."""
         states = () if self.optimizer is None else self.optimizer.state.values()
         remembered = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
         return [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
@@ -488,7 +491,7 @@ class ExpertBackend:
                     )
 
     def _apply(self, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
-        optimizers.take_step(optimizer, self.parameters, gradients, self.settings.clip_gradient_norm)
+        stepping.take_step(optimizer, self.parameters, gradients, self.settings.clip_gradient_norm)
 
     def to(self, device: torch.device) -> None:
         """Move the module and the optimizer's state."""
@@ -578,7 +581,7 @@ def step_together(steps: Sequence[tuple[ExpertBackend, Gradients, Sequence[bytes
 
     Each must step at once (`steps_at_once`). Raises what an optimizer raises; their state is then undefined.
     """
-    optimizers.take_steps(
+    stepping.take_steps(
         [backend.optimizer for backend, _, _ in steps if backend.optimizer is not None],
         [gradients for _, gradients, _ in steps],
         steps[0][0].settings.clip_gradient_norm,
@@ -595,26 +598,21 @@ def step_together(steps: Sequence[tuple[ExpertBackend, Gradients, Sequence[bytes
             backend._journal(())
 
 
-def backpropagate(
-    outputs: Sequence[torch.Tensor],
-    output_gradients: Gradients,
-    sources: Sequence[torch.Tensor],
-    run: Callable[..., Sequence[torch.Tensor | None]],
-) -> list[torch.Tensor | None]:
-    """Return the gradients of `sources`, None for those that have none. Raises: ValueError for one that fits no output.
+def weights_norms(backends: Sequence[ExpertBackend]) -> list[float]:
+    """Return `ExpertBackend.weights_norm` of each, after one wait for the device."""
+    weights = [[x.detach() for x in backend.parameters] for backend in backends]
+    norms = iter(norms_of([x for own in weights for x in own]))
+    return [math.hypot(*itertools.islice(norms, len(own))) for own in weights]
 
-    `run`: does it for outputs and sources that require gradients.
-    """
-    roots: list[torch.Tensor] = []
-    seeds: list[torch.Tensor] = []
-    for output, gradient in zip(outputs, output_gradients, strict=True):
-        if gradient is not None and output.requires_grad:
-            if gradient.shape != output.shape or gradient.is_complex() != output.is_complex():
-                raise ValueError(f"a gradient of {gradient.shape} for an output of {output.shape}")
-            roots.append(output)
-            seeds.append(gradient)
-    wanted = [one for one in sources if one.requires_grad]  # not before: the module itself may freeze parameters
-    if not roots or not wanted:
-        return [None] * len(sources)
-    found = iter(run(roots, seeds, wanted))
-    return [next(found) if one.requires_grad else None for one in sources]
+
+def trained_norms(backends: Sequence[ExpertBackend]) -> list[tuple[float, bool]]:
+    """Return `ExpertBackend.weights_norm` and `ExpertBackend.is_sound` of each, after one wait for the device."""
+    trained = [backend._trained() for backend in backends]
+    norms, found = iter(norms_of([x for own in trained for x in own])), []
+    for backend, own in zip(backends, trained, strict=True):
+        each = [*itertools.islice(norms, len(own))]
+        if math.isfinite(sum(each)):
+            found.append((math.hypot(*each[: len(backend.parameters)]), True))
+        else:  # perhaps a square overflowed
+            found.append((backend.weights_norm(), backend.is_sound()))
+    return found

@@ -62,7 +62,9 @@ class BatchCost:
 PATIENCE: Final = 2.0
 """Passes whose time may be lost to trying the slower way before one is chosen: many if the ways differ by little."""
 MARGIN: Final = 0.95
-"""The other way is chosen if it takes less than this share of the time. Each alone is the first choice."""
+"""The other way is chosen if it takes less than this share of the time."""
+TRIED_SHARE: Final = 0.05
+"""Share of the time of passes of one size that trying the slower way may take until one is chosen."""
 RETRIED_SHARE: Final = 0.01
 """Share of all time that looking again at what was not chosen may take."""
 _PAIRS: Final = 48
@@ -71,15 +73,19 @@ _PAIRS: Final = 48
 class GroupChoice:
     """The choice whether batches of several experts of one kind are computed in one pass, by what that took.
 
-    Sizes are told apart by their powers of four. For each, both ways take turns until trying the slower one has cost
-    enough; then the faster one is taken, and the other is looked at again from time to time: what pays may change with
-    what else is going on. Compared are pairs of passes that ran one after the other, for the machine is not equally
-    busy at all times; and the faster half of each way, for by chance a pass takes ten times as long.
+    Sizes are told apart by their powers of four. Each begins with the way that is expected to be the faster one. The
+    other is tried in the second pass, and again as soon as trials have cost little: one that seems faster is taken at
+    once, one that seems hardly slower is tried every other time, and one that seems much slower seldom. Once trials
+    have told enough, the other way is only looked at from time to time: what else is going on may change what pays.
+    Compared are pairs of passes that ran one after the other, for the machine is not equally busy at all times; and the
+    faster half of each way, for by chance a pass takes ten times as long.
     """
 
-    __slots__ = ("_sizes", "spent", "_lost")
+    __slots__ = ("_expected", "_sizes", "spent", "_lost")
 
-    def __init__(self) -> None:
+    def __init__(self, *, expected: bool = False) -> None:
+        """`expected`: true if one pass for all is expected to be the faster way."""
+        self._expected = expected
         self._sizes: dict[tuple[int, int], _Size] = {}
         self.spent = 0.0
         """Seconds of all batches, also of those that shared no pass for want of others: these its owner adds."""
@@ -92,8 +98,9 @@ class GroupChoice:
     def is_together(self, num_batches: int, num_rows: int) -> bool:
         """Return the way for so many batches of so many rows in all."""
         size = self._size(num_batches, num_rows)
-        tries_other = size.tried is None and (not size.is_known or self._may_retry())
-        return size.pays != tries_other
+        if size.tried is not None:
+            return size.pays
+        return size.pays != (self._may_retry() if size.is_known else size.lost < TRIED_SHARE * size.spent)
 
     def loses(self, num_batches: int, num_rows: int) -> bool:
         """Return whether passes of so many batches are known to be slower together."""
@@ -111,7 +118,7 @@ class GroupChoice:
         return self._lost < RETRIED_SHARE * self.spent
 
     def _size(self, num_batches: int, num_rows: int) -> "_Size":
-        return self._sizes.setdefault(_size_of(num_batches, num_rows), _Size())
+        return self._sizes.setdefault(_size_of(num_batches, num_rows), _Size(self._expected))
 
 
 def _size_of(num_batches: int, num_rows: int) -> tuple[int, int]:
@@ -122,18 +129,20 @@ def _size_of(num_batches: int, num_rows: int) -> tuple[int, int]:
 class _Size:
     """The seconds per batch that passes of about one size took."""
 
-    __slots__ = ("pairs", "tried", "is_known", "pays", "waste")
+    __slots__ = ("pairs", "tried", "is_known", "pays", "waste", "spent", "lost")
 
-    def __init__(self) -> None:
+    def __init__(self, pays: bool) -> None:
         self.pairs: deque[tuple[float, float]] = deque(maxlen=_PAIRS)
         """Seconds alone, and together."""
         self.tried: float | None = None
         """Seconds in the way not chosen, until the next pass in the other one makes a pair with them. The pass before a
         trial is no measure: those that took long by chance make room for one."""
         self.is_known = False
-        self.pays = False
+        self.pays = pays
         self.waste = 0.0
         """Share of the time of a pass in the way not chosen that counts as lost."""
+        self.spent = self.lost = 0.0
+        """Seconds of all passes, and what trials have lost of them."""
 
     @property
     def wants_more(self) -> bool:
@@ -141,6 +150,7 @@ class _Size:
         return self.pays or not self.is_known or self.tried is not None
 
     def add(self, together: bool, seconds: float) -> None:
+        self.spent += seconds
         if together != self.pays:
             self.tried = seconds
         elif self.tried is not None:
@@ -153,4 +163,5 @@ class _Size:
             if other < MARGIN * chosen:
                 self.pays, chosen, other = not self.pays, other, chosen
             self.waste = 1.0 - min(MARGIN, chosen / other if other else 0.0)
+            self.lost += self.waste * other / ((len(pairs) + 1) // 2)
             self.is_known = len(pairs) * self.waste >= PATIENCE

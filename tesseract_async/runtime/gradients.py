@@ -1,7 +1,7 @@
 """Gradients as lists of tensors: their sum, norm and finiteness, and the trimmed mean over peers."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import zip_longest
 from typing import Final
 
@@ -55,6 +55,19 @@ def norm_of(tensors: Gradients) -> float:
     if not norms[0].is_cpu and len({norm.device for norm in norms}) == 1:
         return float(torch.linalg.vector_norm(torch.stack([x.double() for x in norms])))  # one wait for the device
     return math.hypot(*map(float, norms))
+
+
+def norms_of(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Return the norm of each, as `norm_of` does of all, after one wait for the device."""
+    if not tensors:
+        return []
+    norms = torch._foreach_norm(
+        [x if x.dtype in _PLAIN and x.layout is torch.strided else for_norm(x) for x in tensors]
+    )
+    if len({(x.dtype, x.device) for x in norms}) > 1:  # optimizers may count their steps on the CPU
+        norms = tuple([x.to(tensors[0].device, torch.float64) for x in norms])
+    found: list[float] = torch.stack(norms).tolist()
+    return found
 
 
 def are_finite(tensors: Gradients) -> bool:
@@ -214,3 +227,28 @@ def run_engine(
         allow_unreachable=True,
         accumulate_grad=False,
     )
+
+
+def backpropagate(
+    outputs: Sequence[torch.Tensor],
+    output_gradients: Gradients,
+    sources: Sequence[torch.Tensor],
+    run: Callable[..., Sequence[torch.Tensor | None]],
+) -> list[torch.Tensor | None]:
+    """Return the gradients of `sources`, None for those that have none. Raises: ValueError for one that fits no output.
+
+    `run`: does it for outputs and sources that require gradients.
+    """
+    roots: list[torch.Tensor] = []
+    seeds: list[torch.Tensor] = []
+    for output, gradient in zip(outputs, output_gradients, strict=True):
+        if gradient is not None and output.requires_grad:
+            if gradient.shape != output.shape or gradient.is_complex() != output.is_complex():
+                raise ValueError(f"a gradient of {gradient.shape} for an output of {output.shape}")
+            roots.append(output)
+            seeds.append(gradient)
+    wanted = [one for one in sources if one.requires_grad]  # not before: the module itself may freeze parameters
+    if not roots or not wanted:
+        return [None] * len(sources)
+    found = iter(run(roots, seeds, wanted))
+    return [next(found) if one.requires_grad else None for one in sources]

@@ -4,9 +4,10 @@ Experts are of one kind if they differ in numbers only: the same classes, plain 
 ways, by the device:
 
 - On a CPU, the module is called once with the rows of all experts, one expert's after the other's, and *ragged*
-  parameters: where a layer multiplies by a weight, each expert's rows meet its own. No weight is copied, unless all are
-  so small that ``grouped_mm`` over a stack of them is faster. It takes layers that treat each row alone, which an
-  expert's must; operations on parameters other than those listed here raise, and the second way is taken.
+  parameters: where a layer multiplies by a weight, each expert's rows meet its own (`runtime.ragged`). No weight is
+  copied, unless gradients are computed and all are so small that products with a stack of them are faster. It takes
+  layers that treat each row alone, which an expert's must; operations on parameters that are not listed there raise,
+  and the second way is taken.
 - On other devices, or for other modules: parameters are stacked, each expert's rows padded to equally many with copies
   of its last row, and ``torch.func.vmap`` calls the module. A stack costs little where memory is fast.
 
@@ -26,16 +27,15 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.func import vmap
-from torch.nn import functional as F
 
-from tesseract_async.runtime.backend import ExpertBackend, backpropagate, may_be_grouped
+from tesseract_async.runtime.backend import ExpertBackend, may_be_grouped
 from tesseract_async.runtime.costs import BatchCost, GroupChoice
-from tesseract_async.runtime.gradients import Gradients, run_engine, weight_gradients, weighted
+from tesseract_async.runtime.gradients import Gradients, backpropagate, run_engine, weight_gradients, weighted
 from tesseract_async.runtime.module_runner import as_leaf
+from tesseract_async.runtime.ragged import Column, PaddedRows, Ragged, Unfit, stacked
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 
@@ -44,11 +44,7 @@ logger = logging.getLogger(__name__)
 MAX_BYTES: Final = 8 << 20
 """Bytes of an expert's parameters and buffers: computing a larger one takes so long that calling it costs nothing."""
 _STACKED_BYTES: Final = 256 << 10
-"""Up to this size of one weight, ``grouped_mm`` over a stack of them pays where gradients are computed."""
-_STACKED_BYTES_FORWARD: Final = 64 << 10
-"""The same without gradients, where there is less to gain from a copy."""
-_LONG_ROWS: Final = range(256, 10_001)
-"""Lengths of a weight's row for which a call costs little in comparison, and OpenBLAS wakes no other threads."""
+"""Up to this size of one weight, a stack of them pays on a CPU where gradients are computed."""
 _MAX_CHANGES: Final = 3
 """Changes of what makes an expert one of a kind after which it is computed alone: it keeps state there."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,17 +54,13 @@ _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 Way = Callable[..., list[torch.Tensor]]
 
 
-class Unfit(Exception):
-    """This module can't be computed in this way."""
-
-
 class Group:
     """Experts that may share a pass: of one kind, in one direction and mode. Made by `Groups`."""
 
     def __init__(self, kind: ExpertKind, training: bool) -> None:
         self.kind = kind
         self.training = training
-        self.choice = GroupChoice()
+        self.choice = GroupChoice(expected=kind.is_light)
         self.cost = BatchCost()
         """The cost of one expert's rows, learned from all of them: experts of one kind take equally long."""
         self.checked: Way | None = None
@@ -305,6 +297,8 @@ class ExpertKind:
         """The function that computes them; None once every way has failed."""
         if example.device.type == "cpu" and self._autocast is None:
             self.way = self._ragged
+        self.is_light = self.way != self._ragged or all([x.nbytes <= _STACKED_BYTES for _, _, _, x in self._slots])
+        """True if one pass is expected to be faster than one for each: its layers take less time than their calls."""
         self.name = example.name
 
     @property
@@ -324,8 +318,10 @@ class ExpertKind:
 
         Raises: Unfit, if the module is not one that can be computed so.
         """
+        layout = PaddedRows(counts, counts) if self.is_ragged else PaddedRows.even(counts, extra=self.num_extra_rows)
         with torch.no_grad():
-            return self._call(_columns(members), {}, inputs, counts, training)
+            outputs = self._call(_columns(members), [layout.padded(x) for x in inputs], layout.counts, training)
+        return [layout.own(x) for x in outputs]
 
     def gradients(
         self,
@@ -343,15 +339,22 @@ class ExpertKind:
         Returns gradients of the inputs, and of each one's `parameters`; where these are parts of stacks, one for each
         parameter, also the stacks.
         """
-        leaves, columns = [as_leaf(x) for x in inputs], _columns(members)
+        columns = _columns(members)
         stacks = self._stacks(columns, parameters)
+        if not self.is_ragged:
+            layout = PaddedRows.even(counts, extra=self.num_extra_rows)
+        else:
+            layout = PaddedRows.stepped(counts) if stacks else PaddedRows(counts, counts)
+        leaves = [as_leaf(layout.padded(x)) for x in inputs]
         with torch.enable_grad():
-            outputs = self._call(columns, stacks, leaves, counts, training)
+            outputs = self._call({**columns, **stacks}, leaves, layout.counts, training)
         sources = [*leaves, *(stacks.values() if stacks else [x for own in parameters for x in own])]
-        found = backpropagate(outputs, weighted(output_gradients, weights), sources, run_engine)
-        of_inputs, rest = found[: len(leaves)], found[len(leaves) :]
+        given = [None if x is None else layout.with_zeros(x) for x in weighted(output_gradients, weights)]
+        found = backpropagate(outputs, given, sources, run_engine)
+        of_inputs, rest = [None if x is None else layout.own(x) for x in found[: len(leaves)]], found[len(leaves) :]
         if weights is not None:
-            of_inputs.append(weight_gradients(outputs, output_gradients, weights))
+            own = [layout.own(x.detach()) for x in outputs]
+            of_inputs.append(weight_gradients(own, output_gradients, weights))
         if stacks:
             rest = [None if x is None else x.contiguous() for x in rest]
             parts = [[None] * len(members) if x is None else x.unbind() for x in rest]
@@ -383,19 +386,18 @@ class ExpertKind:
 
     def _call(
         self,
-        columns: Mapping[str, list[torch.Tensor]],
-        stacks: Mapping[str, torch.Tensor],
+        table: Mapping[str, Column],
         inputs: Sequence[torch.Tensor],
         counts: Sequence[int],
         training: bool,
     ) -> list[torch.Tensor]:
-        """`columns`: the experts' tensors. `stacks`: those of them that are stacked already."""
+        """`table`: the experts' tensors by name. `counts`: rows of each, padded ones included."""
         if self.way is None:
             raise Unfit
         if self._skeleton.training != training:
             self._skeleton.train(training)
         versions = [x._version for x in inputs]
-        outputs = self.way({**columns, **stacks}, inputs, counts)
+        outputs = self.way(table, inputs, counts)
         if versions != [x._version for x in inputs]:
             raise Unfit("it writes its inputs")
         for own, names, values, num_attributes in self._attributes:
@@ -423,188 +425,23 @@ class ExpertKind:
         return wire.flatten_like(self._outputs_schema, outputs, what="this expert's output")
 
     def _ragged(
-        self, table: Mapping[str, _Column], inputs: Sequence[torch.Tensor], counts: Sequence[int]
+        self, table: Mapping[str, Column], inputs: Sequence[torch.Tensor], counts: Sequence[int]
     ) -> list[torch.Tensor]:
-        outputs = self._apply({name: _Ragged.of(each, counts) for name, each in table.items()}, inputs)
-        if any([type(x) is _Ragged or x.shape[0] != inputs[0].shape[0] for x in outputs]):
+        outputs = self._apply({name: Ragged.of(each, counts) for name, each in table.items()}, inputs)
+        if any([type(x) is Ragged or x.shape[0] != inputs[0].shape[0] for x in outputs]):
             raise Unfit
         return outputs
 
     def _vmapped(
-        self, table: Mapping[str, _Column], inputs: Sequence[torch.Tensor], counts: Sequence[int]
+        self, table: Mapping[str, Column], inputs: Sequence[torch.Tensor], counts: Sequence[int]
     ) -> list[torch.Tensor]:
-        stacked = {name: _stacked(column) for name, column in table.items()}
-        versions = [x._version for x in stacked.values()]
-        num, most = len(counts), max(counts) + self.num_extra_rows
-        taken = None
-        if min(counts) < most:
-            # each expert's rows, then copies of its last one; and where they are found afterwards
-            last = torch.tensor(counts)[:, None] - 1
-            place = torch.arange(most)[None].minimum(last) + (last + 1).cumsum(0) - (last + 1)
-            taken = (torch.arange(most)[None] <= last).view(-1).nonzero()[:, 0].to(inputs[0].device)
-            inputs = [x.index_select(0, place.view(-1).to(x.device)) for x in inputs]
-        folded = [x.view(num, most, *x.shape[1:]) for x in inputs]
-        outputs = vmap(lambda own, *rows: tuple(self._apply(own, rows)))(stacked, *folded)
-        if versions != [x._version for x in stacked.values()]:
+        stacks = {name: stacked(column) for name, column in table.items()}
+        versions = [x._version for x in stacks.values()]
+        folded = [x.view(len(counts), counts[0], *x.shape[1:]) for x in inputs]
+        outputs = vmap(lambda own, *rows: tuple(self._apply(own, rows)))(stacks, *folded)
+        if versions != [x._version for x in stacks.values()]:
             raise Unfit("it changes its buffers")
-        flat = [x.reshape(num * x.shape[1], *x.shape[2:]) for x in outputs]
-        if flat[0].shape[0] != num * most:
+        flat = [x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in outputs]
+        if flat[0].shape[0] != inputs[0].shape[0]:
             raise Unfit
-        return flat if taken is None else [x.index_select(0, taken) for x in flat]
-
-
-_Column = list[torch.Tensor] | torch.Tensor
-"""One parameter of several experts: each one's, or a stack of all."""
-
-
-def _stacked(column: _Column) -> torch.Tensor:
-    return torch.stack(column) if isinstance(column, list) else column
-
-
-class _Ragged(torch.Tensor):
-    """One parameter of several experts. With rows, it acts on each one's rows; to all else it says Unfit."""
-
-    column: _Column
-    counts: Sequence[int]
-    one: torch.Tensor
-    """The first expert's."""
-
-    @staticmethod
-    def of(column: _Column, counts: Sequence[int]) -> _Ragged:
-        one = column[0]
-        made = torch.empty(one.shape, dtype=one.dtype, device="meta").as_subclass(_Ragged)
-        made.column, made.counts, made.one = column, counts, one
-        return made
-
-    @property
-    def each(self) -> Sequence[torch.Tensor]:
-        return self.column if isinstance(self.column, list) else self.column.unbind()
-
-    def beside(self, num_dims: int) -> torch.Tensor:
-        """Return it row by row, to be broadcast against a tensor of so many dimensions."""
-        rows = _stacked(self.column).repeat_interleave(torch.tensor(self.counts), 0, output_size=sum(self.counts))
-        missing = num_dims - rows.dim()
-        if missing < 0:
-            raise Unfit
-        return rows.view(rows.shape[0], *[1] * missing, *rows.shape[1:])
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _RAGGED_LAYERS:
-                return _RAGGED_LAYERS[func](*args, **kwargs)
-            name = getattr(func, "__name__", "")
-            if name == "__get__":  # shape, dtype, device
-                return func(args[0].one)
-            if name in ("dim", "size", "numel"):
-                return func(args[0].one, *args[1:], **kwargs)
-            if name in _ELEMENTWISE and len(args) == 2 and not kwargs:
-                plain = [x for x in args if isinstance(x, torch.Tensor) and not isinstance(x, _Ragged)]
-                if len(plain) == 1:
-                    return func(*(x.beside(plain[0].dim()) if isinstance(x, _Ragged) else x for x in args))
-        raise Unfit(f"{name} of a parameter")
-
-
-_ELEMENTWISE: Final = frozenset(
-    {"add", "sub", "mul", "div", "true_divide"}
-    | {f"__{side}{name}__" for side in ("", "r") for name in ("add", "sub", "mul", "truediv")}
-)
-
-
-def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
-    if isinstance(x, _Ragged) or not isinstance(weight, _Ragged) or not isinstance(bias, _Ragged | None):
-        raise Unfit
-    inner = x.shape[1:-1].numel()
-    flat = x.reshape(-1, x.shape[-1])
-    counts = [count * inner for count in weight.counts]
-    one = weight.one
-    limit = _STACKED_BYTES if torch.is_grad_enabled() else _STACKED_BYTES_FORWARD
-    if one.nbytes <= limit and _fits_grouped_mm(one):
-        offsets = torch.tensor(counts).cumsum(0).int()
-        y = F.grouped_mm(flat, _stacked(weight.column).mT, offs=offsets)
-        if bias is not None:
-            y = y + _stacked(bias.column).repeat_interleave(torch.tensor(counts), 0, output_size=len(flat))
-    else:
-        apply: Any = _EachLinear.apply  # untyped
-        call = apply if torch.is_grad_enabled() else _each_linear
-        y = call(flat, counts, len(counts), *weight.each, *(bias.each if bias is not None else ()))
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _fits_grouped_mm(weight: torch.Tensor) -> bool:
-    aligned = all([size * weight.element_size() % 16 == 0 for size in weight.shape])
-    return hasattr(F, "grouped_mm") and aligned and weight.dtype == torch.float32
-
-
-def _reads_fast(weight: torch.Tensor) -> bool:
-    """Return whether NumPy multiplies this weight by a vector in the time that reading it takes: half of that of
-    PyTorch's library where the weight is not in the processor's cache, and no more where it is (measured on AMD)."""
-    is_plain = weight.dtype in (torch.float32, torch.float64) and weight.is_contiguous()
-    return is_plain and weight.shape[1] in _LONG_ROWS and hasattr(np, "vecdot")
-
-
-def _each_linear(x: torch.Tensor, counts: list[int], num: int, *tensors: torch.Tensor) -> torch.Tensor:
-    """``F.linear`` of each expert's rows with its own weight, which stays where it is: `num` weights, then biases."""
-    weights, biases = tensors[:num], tensors[num:]
-    y = x.new_empty(x.shape[0], weights[0].shape[0])
-    if len(counts) == len(x):  # a row for each
-        if _reads_fast(weights[0]):
-            with np.errstate(all="ignore"):  # what is not finite is looked for in answers
-                for row, sums, weight in zip(x.detach().numpy(), y.numpy(), weights, strict=True):
-                    np.vecdot(weight.detach().numpy(), row, out=sums)
-        else:  # a vector takes a call of torch less than a matrix, and no longer
-            for own, out, weight in zip(x.unbind(), y.unbind(), weights, strict=True):
-                torch.mv(weight, own, out=out)
-        return y.add_(torch.stack(biases)) if biases else y
-    rows, into = x.split_with_sizes(counts), y.split_with_sizes(counts)
-    if biases:
-        for own, out, weight, bias in zip(rows, into, weights, biases, strict=True):
-            torch.addmm(bias, own, weight.t(), out=out)
-    else:
-        for own, out, weight in zip(rows, into, weights, strict=True):
-            torch.mm(own, weight.t(), out=out)
-    return y
-
-
-class _EachLinear(torch.autograd.Function):
-    """The same in a graph."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, counts: list[int], num: int, *tensors: torch.Tensor) -> torch.Tensor:
-        y, weights, biases = _each_linear(x, counts, num, *tensors), tensors[:num], tensors[num:]
-        ctx.save_for_backward(x, *weights)
-        ctx.counts, ctx.has_bias = counts, bool(biases)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        x, *weights = ctx.saved_tensors
-        rows, gradients = torch.split(x, ctx.counts), torch.split(gradient, ctx.counts)
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = torch.empty_like(x)
-            for g, weight, out in zip(gradients, weights, torch.split(of_x, ctx.counts), strict=True):
-                torch.mm(g, weight, out=out)
-        needs = iter(ctx.needs_input_grad[3:])
-        of_weights = [torch.mm(g.t(), own) if next(needs) else None for g, own in zip(gradients, rows, strict=True)]
-        of_biases = [g.sum(0) if next(needs) else None for g in gradients] if ctx.has_bias else []
-        return of_x, None, None, *of_weights, *of_biases
-
-
-def _layer_norm(x: torch.Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> torch.Tensor:
-    y = F.layer_norm(x, shape, eps=eps)
-    y = y if weight is None else y * weight.beside(x.dim())
-    return y if bias is None else y + bias.beside(x.dim())
-
-
-def _rms_norm(x: torch.Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
-    y = F.rms_norm(x, shape, eps=eps)
-    return y if weight is None else y * weight.beside(x.dim())
-
-
-_RAGGED_LAYERS: Final[Mapping[Any, Callable[..., torch.Tensor]]] = types.MappingProxyType(
-    {F.linear: _linear, F.layer_norm: _layer_norm, F.rms_norm: _rms_norm}
-)
+        return flat

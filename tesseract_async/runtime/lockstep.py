@@ -14,7 +14,7 @@ import torch
 
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.gradients import Gradients
-from tesseract_async.runtime.optimizers import rule_of, take_steps
+from tesseract_async.runtime.stepping import rule_of, take_steps
 
 _AT_ONCE: Final = 64 << 20
 """Bytes of parameters that are stepped in one computation: their scaled gradients are held meanwhile."""

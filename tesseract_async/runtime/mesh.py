@@ -25,7 +25,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.lr_scheduler import LRScheduler
 
-from tesseract_async.runtime import optimizers
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.runtime.gradients import Gradients, add_gradients, are_finite, norm_of
 from tesseract_async.runtime.mesh_agreement import Agreement
@@ -34,6 +33,7 @@ from tesseract_async.runtime.mesh_job import groups_of, link_of_job, on_cpu
 from tesseract_async.runtime.mesh_plans import Plan, check_torch, fsdp
 from tesseract_async.runtime.mesh_states import SpreadStates, broadcast, described, local, raw
 from tesseract_async.runtime.module_runner import ModuleRunner
+from tesseract_async.runtime.stepping import take_step
 from tesseract_async.runtime.watching import copies
 from tesseract_async.wire.packed import Value
 from tesseract_async.wire.tensors import Schema
@@ -305,7 +305,7 @@ class MeshBackend(SpreadStates):
         whole = [
             x if x is None else like(one, x) for one, x in itertools.zip_longest(self.parameters, gradients)
         ]  # fewer, if groups were added since
-        optimizers.take_step(optimizer, self.parameters, whole, None)
+        take_step(optimizer, self.parameters, whole, None)
 
     def _take_optimizer(self, optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> None:
         super()._take_optimizer(optimizer, scheduler)

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Hashable, Sequence
 from functools import partial
+from operator import attrgetter
+from typing import Final
 
 import torch
 
@@ -11,6 +13,8 @@ from tesseract_async.runtime.batcher import Batch
 from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.together import GroupExecutor, Together
 from tesseract_async.runtime.work import JointWork
+
+_NUM_ROWS: Final = attrgetter("num_rows")
 
 QueueKind = tuple[ExpertBackend, bool, bool, bool, bool, Hashable]
 """The name of a queue, whose requests may share a batch: one expert's backwards or forwards, in training or not, that
@@ -47,7 +51,8 @@ class DevicePass:
         """Bring the batches to the device, which then takes them through `launch`, `complete` and `outcomes`."""
         self._began = time.thread_time()
         if self.trial is not None and len(self.batches) > 1:
-            self.together = together = executor.stage_together(self.trial.group, [each.slices for each in self.batches])
+            alike = sorted(self.batches, key=_NUM_ROWS)  # those with equally many rows are multiplied at once
+            self.together = together = executor.stage_together(self.trial.group, [each.slices for each in alike])
             self.launch = partial(executor.launch_together, together)
             self.complete = partial(executor.complete_together, together)
             self.outcomes = partial(executor.outcomes_together, together)

@@ -17,11 +17,11 @@ import torch
 
 from tesseract_async.errors import ExpertFailed, Overloaded, describe
 from tesseract_async.runtime.attempts import Attempt
-from tesseract_async.runtime.backend import ExpertBackend, step_together
+from tesseract_async.runtime.backend import ExpertBackend, step_together, trained_norms, weights_norms
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.norms import CHECKED_ABOVE, GROWTH, UNDONE_ABOVE
-from tesseract_async.runtime.optimizers import rule_of
 from tesseract_async.runtime.states import StateDict
+from tesseract_async.runtime.stepping import rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ class Step(NamedTuple):
     summed: Gradients
     call_ids: list[bytes]
     peer: Hashable
-    weights: float
-    """The norm of the weights before it."""
 
 
 class _GoodState(NamedTuple):
@@ -96,18 +94,21 @@ class Steps:
             backend.step(summed, call_ids)
             return None
         self._refresh_good_state(backend)
-        weights = math.inf if backend.norms.is_settled else backend.weights_norm()
-        return Step(backend, summed, call_ids, work.peer, weights)
+        return Step(backend, summed, call_ids, work.peer)
 
     def take(self, step: Step, good: Sequence[Attempt]) -> int:
         backend = step.backend
+        weights = math.inf if backend.norms.is_settled else backend.weights_norm()
         try:
             version = backend.step(step.summed, step.call_ids, peer=step.peer)
         except Overloaded:
             raise
         except BaseException as error:  # an optimizer may raise anything
             raise self._undo(step, error) from None
-        self._check_step(backend, good, step.weights)
+        is_sound = not _doubtful([(backend, good)]) or (
+            backend.is_sound() and backend.weights_norm() <= GROWTH * (weights + 1)
+        )
+        self._check_step(backend, good, is_sound)
         return version
 
     def take_together(self, attempts: Sequence[Attempt]) -> None:
@@ -130,6 +131,8 @@ class Steps:
                 one.outcomes |= dict.fromkeys(one.works, error)
         for due in by_rule.values():
             before = _changes([step for _, step in due])
+            new = [step.backend for _, step in due if not step.backend.norms.is_settled]
+            weights = dict(zip(new, weights_norms(new), strict=True))
             try:
                 step_together([(step.backend, step.summed, step.call_ids) for _, step in due])
             except BaseException as error:  # those that it did not reach step alone
@@ -141,9 +144,14 @@ class Steps:
                     except BaseException as own:  # an optimizer may raise anything
                         one.outcomes |= dict.fromkeys(one.works, own)
                 continue
+            large = _doubtful([(step.backend, [one]) for one, step in due])
+            broken = set()
+            for backend, (norm, is_sound) in zip(large, trained_norms(large), strict=True):
+                if not is_sound or norm > GROWTH * (weights.get(backend, math.inf) + 1):
+                    broken.add(backend)
             for one, step in due:
                 try:
-                    self._check_step(step.backend, [one], step.weights)
+                    self._check_step(step.backend, [one], step.backend not in broken)
                 except BaseException as error:  # told to those who asked
                     one.outcomes |= dict.fromkeys(one.works, error)
 
@@ -151,20 +159,15 @@ class Steps:
         logger.error("the optimizer of an expert raised; its last good state is loaded", exc_info=error)
         return self._reload(step.backend, f"the expert's optimizer raised {describe(error)}")
 
-    def _check_step(self, backend: ExpertBackend, good: Sequence[Attempt], weights: float) -> None:
-        """Undo a step that broke the expert; `weights`: their norm before. Raises: ExpertFailed, for its senders."""
-        norms, usual = backend.norms, backend.norms.usual
-        limited = backend.settings.max_gradient_norm is not None
-        high = CHECKED_ABOVE * usual if usual is not None and norms.is_settled else 0.0
-        is_large = False
-        for one in good:  # no comprehension: it is a call more for each expert
-            is_large = is_large or one.norm > high * len(one.slices)
-        if limited and is_large:
-            if not backend.is_sound() or backend.weights_norm() > GROWTH * (weights + 1):
-                raise self._reload(backend, "this step made the expert's weights or its optimizer's moments overflow")
+    def _check_step(self, backend: ExpertBackend, good: Sequence[Attempt], is_sound: bool) -> None:
+        """Undo a step unless the expert `is_sound` after it. Raises: ExpertFailed, for its senders."""
+        norms = backend.norms
+        if not is_sound:
+            raise self._reload(backend, "this step made the expert's weights or its optimizer's moments overflow")
         settled = False
         for one in good:
             settled = norms.observe(one.works[0].peer, one.norm / len(one.slices)) or settled
+        limited = backend.settings.max_gradient_norm is not None
         if limited and settled and norms.first > UNDONE_ABOVE * (norms.usual or math.inf):
             raise self._reload(backend, "this expert's first gradient was far larger than all others")
 
@@ -193,6 +196,21 @@ class Steps:
         backend.norms = norms
         logger.warning("%s; it went back to version %d", reason, backend.version)
         return ExpertFailed(f"{reason}; the expert went back to version {backend.version}")
+
+
+def _doubtful(steps: Sequence[tuple[ExpertBackend, Sequence[Attempt]]]) -> list[ExpertBackend]:
+    """Return the experts that a step on these gradients may have broken: all of the first ones may."""
+    found = []
+    for backend, good in steps:  # no call for each expert
+        norms, usual = backend.norms, backend.norms.usual
+        if backend.settings.max_gradient_norm is None:
+            continue
+        high = CHECKED_ABOVE * usual if usual is not None and norms.is_settled else 0.0
+        for one in good:
+            if one.norm > high * len(one.slices):
+                found.append(backend)
+                break
+    return found
 
 
 def _changes(steps: Sequence[Step]) -> list[list[int]]:

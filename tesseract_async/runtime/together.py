@@ -16,7 +16,8 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import RowSlice
 from tesseract_async.runtime.executor import Executor
 from tesseract_async.runtime.gradients import Gradients, are_finite, for_norm, per_row
-from tesseract_async.runtime.grouped import Group, Groups, Member, Unfit
+from tesseract_async.runtime.grouped import Group, Groups, Member
+from tesseract_async.runtime.ragged import Unfit
 from tesseract_async.runtime.rows import columns, divided, joined, presence
 from tesseract_async.runtime.staging import Staging, Transfer
 from tesseract_async.runtime.watching import generator_states, have_moved

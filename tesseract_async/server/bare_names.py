@@ -206,10 +206,19 @@ class BareNames:
                 self._tell_dispute(uid, [owner_of(other) for other in strange[:4]])
 
     async def settle(self) -> None:
-        """Settle all roles. Raises: as `read`."""
+        """Settle all roles; notice if this server was suspended or cut off before: another may have taken over.
+
+        Raises: as `read`.
+        """
+        longest = self._settings.lease + self._settings.check_every
         with contextlib.closing(_Look(self._node, self._settings.call_timeout / 5)) as look:
-            await self._beat()
-            if self._elapsed() - self._looked_at > self._settings.lease + self._settings.check_every:
+            await self.read(self._experts)
+            now = self._elapsed()
+            if now - self._read_at > longest:
+                for one in self._experts.values():
+                    one.primary_since, one.version_then = now, None
+            self._read_at = now
+            if now - self._looked_at > longest:
                 self._heard.clear()  # by then a look that is slow itself, for others' silence, has not stood still
             wanted = [one for one in self._experts.values() if one.others or not one.hosted.is_primary]
             await self._each(lambda one: self._settle(one, look), wanted)
@@ -252,18 +261,6 @@ class BareNames:
         async with asyncio.TaskGroup() as group:
             for one in experts:
                 group.create_task(carry_out(one))
-
-    async def _beat(self) -> None:
-        """Read who is there, and notice if this server was suspended or cut off since: another may have taken over.
-
-        Raises: as `read`.
-        """
-        await self.read(self._experts)
-        now = self._elapsed()
-        if now - self._read_at > self._settings.lease + self._settings.check_every:
-            for one in self._experts.values():
-                one.primary_since, one.version_then = now, None
-        self._read_at = now
 
     async def _settle(self, one: _BareExpert, look: _Look) -> None:
         uid, is_primary, version = one.hosted.uid, one.hosted.is_primary, one.hosted.backend.version

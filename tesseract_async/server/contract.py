@@ -85,8 +85,8 @@ class VolunteerSettings:
     max_download_rate: float | None = None
     """Receive at most this fast, such as '50 Mbit/s'. In bytes per second, from all peers together."""
     data_quota_bytes: int | None = None
-    """Rest after this much traffic in a --quota-period. In bytes, sent and received together; the server rests until
-    the next period begins."""
+    """Rest after this much traffic in a --quota-period, such as '200 GB'. In bytes, sent and received together; the
+    server rests until the next period begins."""
     quota_period: Period = "month"
     """Count --data-quota over this time. A week begins on Monday; days are those of local time."""
     hours: tuple[Hours, ...] = ()

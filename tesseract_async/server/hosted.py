@@ -1,6 +1,7 @@
 """HostedState: one expert of a server, with its role, its state and its checkpoints."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -148,3 +149,30 @@ class HostedState:
             await self.snapshot()
         except UNFIT as error:
             raise CheckpointError(f"the state does not fit {self.uid}: {describe(error)}") from error
+
+
+def check_experts(experts: Mapping[str, ExpertBackend], *, host: object = None) -> None:
+    """Refuse what is no backend, one that a server other than `host` has, and two that train the same weights.
+
+    Raises: TypeError, ValueError.
+    """
+    if not isinstance(experts, Mapping) or not all(isinstance(uid, str) for uid in experts):
+        raise TypeError("experts maps uids to ExpertBackends, such as {'ffn.3.7': backend}")
+    for uid, one in experts.items():
+        if not isinstance(one, ExpertBackend):
+            raise TypeError(f"{uid} takes an ExpertBackend, with module and schemas; got {type(one).__name__}")
+    owner: dict[int, str] = {}
+    any_trains = any(backend.trains for backend in experts.values())
+    for trains in (True, False):
+        for uid, backend in experts.items():
+            if backend.host not in (None, host):
+                raise ValueError(f"{uid}: another server hosts this ExpertBackend now; make one for each server")
+            if backend.trains != trains:
+                continue
+            # frozen weights may be shared with other frozen ones
+            for part in (backend, *(backend.module.parameters() if any_trains else ())):
+                other = owner.setdefault(id(part), uid) if trains or part is backend else owner.get(id(part), uid)
+                if other != uid:
+                    raise ValueError(
+                        f"{other} and {uid} train the same weights; make an ExpertBackend for each, of its own module"
+                    )

@@ -36,7 +36,7 @@ from tesseract_async.server.other_replicas import wall_clock
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.sharing.layout import MAX_FRAGMENTS
-from tesseract_async.tasks import TaskSet
+from tesseract_async.tasks import TaskSet, in_time
 from tesseract_async.transport.base import PeerAddress
 
 logger = logging.getLogger(__name__)
@@ -157,12 +157,13 @@ class Placing:
 
     async def wait_settled(self, timeout: float) -> bool:
         """Return once there is nothing left to take at the moment; False if that is not so within `timeout` seconds."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while not self._is_settled:
-                    self._looked.clear()
-                    await self._looked.wait()
-        return self._is_settled
+
+        async def wait() -> None:
+            while not self._is_settled:
+                self._looked.clear()
+                await self._looked.wait()
+
+        return await in_time(wait(), timeout)
 
     async def look(self) -> None:
         """Read the others' places, do what falls to this member, and publish its own.

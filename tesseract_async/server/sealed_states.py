@@ -86,14 +86,10 @@ class SealedStates:
             versions.popleft()
         return versions[0][1] if versions[0][0] <= now - RETRY_SECONDS else -1
 
-    # -- shown -----------------------------------------------------------------------------------------------------
-
     async def possession(self, uid: str, seal: Seal, nonce: bytes) -> bytes:
         """Return the proof that this server has the file; empty if it does not."""
         file = self.files.find(uid, seal.root)
         return b"" if file is None else await self._server.call_aside(lambda: possession(file.map(), nonce))
-
-    # -- from others -----------------------------------------------------------------------------------------------
 
     async def pull(self, expert: Tenured, command: Fetch, stack: contextlib.AsyncExitStack) -> bool:
         """Take the sealed state, from this server's own files or from others. False if it is not wanted any more.

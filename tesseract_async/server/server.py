@@ -23,7 +23,7 @@ from tesseract_async.server.answering import ExpertCalls
 from tesseract_async.server.applying import Applying, ExpertShares
 from tesseract_async.server.fragment_calls import FragmentCalls
 from tesseract_async.server.fragments import FragmentBackend
-from tesseract_async.server.hosted import HostedState, Succession
+from tesseract_async.server.hosted import HostedState, Succession, check_experts
 from tesseract_async.server.lockstep import LockstepCalls
 from tesseract_async.server.memory import CallerMemory, trim_heap
 from tesseract_async.server.restoring import Restoring
@@ -100,14 +100,9 @@ class TesseractServer(Uncopied):
                 f"a server needs a TesseractNode, not a {type(node).__name__}; with a BackgroundNode it is "
                 "entered by node.entered(TesseractServer(node.node, experts))"
             )
-        if not isinstance(experts, Mapping) or not all(isinstance(uid, str) for uid in experts):
-            raise TypeError("experts maps uids to ExpertBackends, such as {'ffn.3.7': backend}")
         if not checkpoint_period > 0:
             raise ValueError(f"checkpoint_period is a number of seconds above 0, not {checkpoint_period}")
-        for uid, one in experts.items():
-            if not isinstance(one, ExpertBackend):
-                raise TypeError(f"{uid} takes an ExpertBackend, with module and schemas; got {type(one).__name__}")
-        _check_separate(experts)
+        check_experts(experts)
         if unknown := set(followers) - experts.keys():
             raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
         self.node, self.experts = node, dict(experts)
@@ -182,7 +177,7 @@ class TesseractServer(Uncopied):
         if self._is_started:
             raise RuntimeError("this server was started before; make a new one")
         self.node.check_running()
-        _check_separate(self.experts)
+        check_experts(self.experts)
         self._is_started = True
         for uid, backend in self.experts.items():
             backend.host, backend.name = self, uid
@@ -404,7 +399,7 @@ class TesseractServer(Uncopied):
             raise ValueError(f"{uid} is hosted here already, or this server is closed")
         runtime = min(self.runtimes, key=lambda one: sum(hosted.runtime is one for hosted in self.hosted.values()))
         hosted = self._host(uid, backend, runtime)
-        _check_separate({**self.experts, uid: backend}, host=self)
+        check_experts({**self.experts, uid: backend}, host=self)
         backend.host, backend.name = self, uid
         try:
             await runtime.call(lambda: backend.to(runtime.device))
@@ -468,22 +463,3 @@ class TesseractServer(Uncopied):
 def _move(backends: Sequence[ExpertBackend], device: torch.device) -> None:
     for one in backends:
         one.to(device)
-
-
-def _check_separate(experts: Mapping[str, ExpertBackend], *, host: object = None) -> None:
-    """Refuse a backend that a server other than `host` has, and two that train the same weights. Raises: ValueError."""
-    owner: dict[int, str] = {}
-    any_trains = any(backend.trains for backend in experts.values())
-    for trains in (True, False):
-        for uid, backend in experts.items():
-            if backend.host not in (None, host):
-                raise ValueError(f"{uid}: another server hosts this ExpertBackend now; make one for each server")
-            if backend.trains != trains:
-                continue
-            # frozen weights may be shared with other frozen ones
-            for one in (backend, *(backend.module.parameters() if any_trains else ())):
-                other = owner.setdefault(id(one), uid) if trains or one is backend else owner.get(id(one), uid)
-                if other != uid:
-                    raise ValueError(
-                        f"{other} and {uid} train the same weights; make an ExpertBackend for each, of its own module"
-                    )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError, describe
@@ -24,6 +24,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import EncodedState, check_state, encode_state
 from tesseract_async.server.fetching import Aside
+from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.state_files import SealedFile
 from tesseract_async.sharing.fragment import KEPT_UPDATES, LAST, NEWCOMERS
 from tesseract_async.transport.throttle import Leftover, Throttle
@@ -46,24 +47,9 @@ REUSE_SECONDS: Final = 2.0
 """A copy younger than this serves a peer that asks for the newest: ten followers cost one copy."""
 
 
-class StateOwner(Protocol):
-    """The owner of an expert's state: a hosted expert, or a file of it."""
-
-    @property
-    def uid(self) -> str: ...
-
-    @property
-    def version(self) -> int: ...
-
-    async def snapshot(self) -> StateDict: ...
-
-    def structure(self) -> StateDict | None:
-        """Return how its module is built (`runtime.structure`), as far as it is known."""
-
-
 @dataclass(frozen=True, slots=True)
 class SealedState:
-    """An expert that is here as a sealed file alone: a `StateOwner` for those who only hold it."""
+    """An expert that is here as a sealed file alone: as those have it who only hold it."""
 
     uid: str
     version: int
@@ -77,6 +63,9 @@ class SealedState:
 
     def structure(self) -> None:
         """None: a file does not tell."""
+
+
+StateOwner = HostedState | SealedState
 
 
 @dataclass(slots=True)

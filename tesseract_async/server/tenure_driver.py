@@ -37,7 +37,7 @@ from tesseract_async.server.sealed_states import SealedStates
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.server.tenured import Tenured
-from tesseract_async.tasks import TaskSet
+from tesseract_async.tasks import TaskSet, in_time
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -133,9 +133,7 @@ class TenureDriver:
         try:
             until = self._elapsed() + expert.authority.lease  # nobody trains it meanwhile
             await self._carry_out(expert)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(expert.authority.lease):
-                    await self._server.calls.wait_backwards(uid)
+            await in_time(self._server.calls.wait_backwards(uid), expert.authority.lease)
             if self._elapsed() >= until or (seal := await self._seal(expert)) is None:
                 return False
             for heir in heirs:

@@ -1,7 +1,6 @@
 """`Tenured`: an expert of a run at one server: its `Tenure`, and what the server does for it."""
 
 import asyncio
-import contextlib
 import math
 from collections import deque
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.server.hosted import HostedState
+from tesseract_async.tasks import in_time
 
 
 @dataclass(slots=True)
@@ -46,12 +46,13 @@ class Tenured:
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while not condition(self.tenure):
-                    self.changed.clear()
-                    await self.changed.wait()
-        return condition(self.tenure)
+
+        async def wait() -> None:
+            while not condition(self.tenure):
+                self.changed.clear()
+                await self.changed.wait()
+
+        return await in_time(wait(), timeout) or condition(self.tenure)
 
     @property
     def has_moved(self) -> bool:

@@ -29,6 +29,7 @@ from tesseract_async.server.state_files import stored_uids
 from tesseract_async.server.state_transfer import SealedState
 from tesseract_async.server.tenure_driver import TenureDriver
 from tesseract_async.server.tenured import Tenured
+from tesseract_async.tasks import in_time
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -255,9 +256,7 @@ class Tenures(TenureDriver):
                     "lineage_forks", sum(one.tenure.lineage.num_forks for one in self._experts.values())
                 )
             due = min((expert.tenure.timer_at() for expert in self._experts.values()), default=math.inf)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(1.0, max(0.01, due - now))):
-                    await self._wake.wait()
+            await in_time(self._wake.wait(), min(1.0, max(0.01, due - now)))
             self._wake.clear()
             await asyncio.sleep(0.02)  # one turn for all that came at once
             for expert in list(self._experts.values()):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
 from typing import Final
 
 import msgpack
@@ -187,7 +188,7 @@ class Layout:
         """Return a copy of the fragment's values on the CPU, in `cut.dtype`."""
         out = torch.empty(cut.numel, dtype=cut.dtype, device="cpu")
         for name, start, stop, at in self._parts(cut):
-            out[at : at + stop - start] = _tensor_of(model, name).detach().reshape(-1)[start:stop]
+            out[at : at + stop - start] = attrgetter(name)(model).detach().reshape(-1)[start:stop]
         return out
 
     def add(self, model: nn.Module, cut: Cut, change: torch.Tensor) -> torch.Tensor | None:
@@ -205,7 +206,7 @@ class Layout:
         lost = None
         with torch.no_grad():
             for name, start, stop, at in self._parts(cut):
-                tensor, part = _tensor_of(model, name).detach(), values[at : at + stop - start]
+                tensor, part = attrgetter(name)(model).detach(), values[at : at + stop - start]
                 flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
                 here = flat[start:stop]
                 if here.is_floating_point() and here.element_size() < 4:
@@ -241,19 +242,6 @@ def _tensors_of(model: nn.Module) -> Mapping[str, torch.Tensor]:
         if name in kept and id(tensor) not in seen:
             found[name] = tensor
     return found
-
-
-def _tensor_of(model: nn.Module, name: str) -> torch.Tensor:
-    """Return the one of `_tensors_of` that has this name now, without a look at all others."""
-    *path, last = name.split(".")
-    module: nn.Module | None = model
-    for part in path:
-        module = None if module is None else module._modules.get(part)
-    found: torch.Tensor | None = None
-    if module is not None:
-        found = module._parameters.get(last)
-        found = module._buffers.get(last) if found is None else found
-    return _tensors_of(model)[name] if found is None else found
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ model's configuration; where the first weights come from, by the SHA-256 of each
 import importlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -51,13 +51,6 @@ class CheckpointExpert(nn.Module):
         self.row_dtype = dtype
         for name, x in tensors.items():
             self.register_parameter(name, nn.Parameter(x, requires_grad=trains))
-
-    def another(self, tensors: Mapping[str, torch.Tensor], *, trains: bool) -> Self:
-        """Return one that differs in its `tensors` only, in an eighth of the time."""
-        made = _copied(self)
-        made._modules = {name: _copied(part) for name, part in self._modules.items() if part is not None}
-        made._parameters = {name: nn.Parameter(x, requires_grad=trains) for name, x in tensors.items()}
-        return made
 
     @property
     def outputs_schema(self) -> TensorSpec:
@@ -200,22 +193,17 @@ class CheckpointExperts:
         numbers = {layer: sorted(found) for layer, found in sorted(wanted.items())}
         read = self.checkpoint.read(numbers, self._master)
         made: dict[str, ExpertBackend] = {}
-        first: dict[Hashable, tuple[CheckpointExpert, ExpertBackend]] = {}
+        first: dict[Hashable, ExpertBackend] = {}
         for layer, experts in numbers.items():
             family, tensors = self.checkpoint.layers[layer].module, read.pop(layer)
             kind = _kind_of(family), *((name, x.shape[1:]) for name, x in tensors.items())
             columns = [x.unbind() for x in tensors.values()]
             for expert, *own in zip(experts, *columns, strict=True):
                 named, uid = dict(zip(tensors, own, strict=True)), wanted[layer][expert]
-                module, like = first.get(kind, (None, None))
-                if module is None:
-                    module = CheckpointExpert(family, named, self._dtype, trains=trains)
-                else:
-                    module = module.another(named, trains=trains)
+                like, module = first.get(kind), CheckpointExpert(family, named, self._dtype, trains=trains)
                 built = module, (module.outputs_schema,) if like is None else like.args_schema
                 backend = made[uid] = make(uid, lambda built=built: built, like)  # type: ignore[misc]
-                if like is None:
-                    first[kind] = module, backend
+                first.setdefault(kind, backend)
         return made
 
 

@@ -20,8 +20,9 @@ with the expert's uid, by which they find its handler. Tensors travel next to th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.wire.packed import Value
@@ -332,15 +333,22 @@ _KINDS: Final[dict[str, _Kind]] = {
     "dict[str, Value]": ((dict,), None, _has_text_keys),
 }
 _MISSING: Final = object()
-_FIELDS: Final[dict[type, list[tuple[str, Value, _Kind]]]] = {
+
+
+_Form = tuple[list[Value], frozenset[tuple[type, ...]], list[tuple[int, range | None, Callable[[Value], bool] | None]]]
+"""Defaults of a message's fields; all that their types may be together, which is looked up at once, in half the time of
+one by one; and the places of those with lengths or a check, and these."""
+
+
+def _form_of(message: Any) -> _Form:
     # the annotations are strings here, kept as forward references
-    kind: [
-        (name, kind._field_defaults.get(name, _MISSING), _KINDS[of])
-        for name, of in ((name, annotation.__forward_arg__) for name, annotation in kind.__annotations__.items())
-    ]
-    for kind in [*globals().values()]
-    if hasattr(kind, "_field_defaults")
-}
+    kinds = [_KINDS[one.__forward_arg__] for one in message.__annotations__.values()]
+    defaults = [message._field_defaults.get(name, _MISSING) for name in message._fields]
+    types = frozenset(itertools.product(*(of for of, _, _ in kinds)))
+    return defaults, types, [(at, lengths, check) for at, (_, lengths, check) in enumerate(kinds) if lengths or check]
+
+
+_FORMS: Final = {one: _form_of(one) for one in [*globals().values()] if hasattr(one, "_fields")}
 
 
 encode: Callable[[tuple[Value, ...]], list[Value]] = list
@@ -352,19 +360,24 @@ def decode(kind: type[Body], body: Value) -> Body:
 
     Raises: ProtocolError for a missing field or a value of the wrong type.
     """
-    fields = _FIELDS[kind]
+    defaults, types, looks = _FORMS[kind]
     if type(body) is not list:
         raise ProtocolError(f"{kind.__name__}: the body is not a list")
-    if len(body) < len(fields):
-        body = [*body, *[field[1] for field in fields[len(body) :]]]
-    for (name, _, (types, lengths, check)), value in zip(fields, body, strict=False):
-        if (
-            type(value) not in types
-            or (lengths is not None and value is not None and len(value) not in lengths)
-            or (check is not None and not check(value))
-        ):
-            raise ProtocolError(f"{kind.__name__}: {name} is missing or malformed")
-    made: Body = tuple.__new__(kind, body[: len(fields)])
+    if len(body) != len(defaults):
+        body = [*body[: len(defaults)], *defaults[len(body) :]]
+    wrong = -1
+    if tuple(map(type, body)) not in types:
+        wrong = next(at for at, value in enumerate(body) if all(type(value) is not one[at] for one in types))
+    else:
+        for at, lengths, check in looks:
+            value = body[at]
+            if lengths is not None and value is not None and len(value) not in lengths:
+                wrong = at
+            elif check is not None and not check(value):
+                wrong = at
+    if wrong >= 0:
+        raise ProtocolError(f"{kind.__name__}: {kind._fields[wrong]} is missing or malformed")  # type: ignore[attr-defined]
+    made: Body = tuple.__new__(kind, body)
     return made
 
 

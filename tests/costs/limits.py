@@ -13,22 +13,22 @@ LIMITS: Final[dict[str, float]] = {
     "client: Python calls per small call": 163,
     "client: C calls per small call": 205,
     "server: Python calls per small call": 116,
-    "server: C calls per small call": 158,
+    "server: C calls per small call": 157,
     "client: turns of the loop per small call": 2,
     "server: turns of the loop per small call": 2,
     # the same, eight at once
     "client: Python calls per small call of eight at once": 162,
-    "client: C calls per small call of eight at once": 200,
+    "client: C calls per small call of eight at once": 198,
     "server: Python calls per small call of eight at once": 77,
-    "server: C calls per small call of eight at once": 101,
+    "server: C calls per small call of eight at once": 98,
     # the same, one at a time, forward and backward; at the client all of it runs in the loop's thread
-    "client: Python calls per forward and backward": 358,
+    "client: Python calls per forward and backward": 356,
     "server: Python calls per forward and backward": 302,
     "client: turns of the loop per forward and backward": 4,
     "server: turns of the loop per forward and backward": 4,
     # the package's own functions that such a call passes at its client and its server, each counted once
     "functions that a forward passes, both ends": 132,
-    "files that a forward passes, both ends": 47,
+    "files that a forward passes, both ends": 46,
     # and what travels and stays
     "frames per small call, both ways": 2,
     "bytes per small call, both ways": 8351,

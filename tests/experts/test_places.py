@@ -1,6 +1,8 @@
 """What members of a run say they have: there and back, from strangers, and under the key where it belongs."""
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, sign_grant
-from tesseract_async.experts.place_directory import MAX_PARTS, read_places
+from tesseract_async.experts.place_directory import MAX_PARTS, fetch_places
 from tesseract_async.experts.places import (
     MemberPart,
     MemberRole,
@@ -60,12 +62,16 @@ def entry(value: bytes, identity: Identity = MEMBER, subkey: str = "0") -> Entry
 async def read(entries: list[Entry]) -> dict[PeerID, Place]:
     scope = AddressScope()
     scope.set_own(["127.0.0.1"])
-    trust = Trust(OWNER.peer_id)
+    trust = Trust(OWNER.peer_id, clock=lambda: NOW)
     authority = Authority(RUN)
     trust.add(authority)
-    places, addresses = await read_places(
-        entries, authority, authority.run.manifest.pattern, trust=trust, scope=scope, now=NOW
-    )
+
+    async def get_entries(key: str) -> list[Entry]:
+        assert key == KEY
+        return entries
+
+    network: Any = SimpleNamespace(peer_id=OWNER.peer_id, get_entries=get_entries)
+    places, addresses = await fetch_places(network, trust, authority, scope)
     assert places.keys() == addresses.keys()
     return places
 

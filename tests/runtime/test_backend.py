@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import SchemaMismatch
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, trained_norms, weights_norms
 from tesseract_async.runtime.gradients import add_gradients
 from tesseract_async.runtime.watching import call_watched
 from tesseract_async.wire.tensors import TensorSpec
@@ -355,3 +355,22 @@ def test_another_expert_of_its_kind_is_its_own_and_is_not_watched_again(monkeypa
     assert second.state()["module"].keys() == first.state()["module"].keys()
     with pytest.raises(ValueError, match="not parameters of the expert.s module"):
         first.another(modules[2], optimizer=make(modules[1]))
+
+
+def test_norms_of_several_experts_are_those_of_each() -> None:
+    pairs = [nested() for _ in range(5)]
+    experts = [backend for _, backend in pairs]
+    for backend in experts[1:]:
+        _, of_parameters = backend.gradients(inputs(5), [torch.ones(5, 3), None, None])
+        backend.step(of_parameters)
+    with torch.no_grad():
+        pairs[2][0].linear.weight.fill_(torch.nan)
+        pairs[3][0].linear.weight.fill_(1e30)  # its square overflows
+    experts[4].optimizer.state[pairs[4][0].linear.weight]["exp_avg"].fill_(torch.inf)  # type: ignore[union-attr]
+    found = trained_norms(experts)
+    assert [is_sound for _, is_sound in found] == [backend.is_sound() for backend in experts]
+    assert [is_sound for _, is_sound in found] == [True, True, False, True, False]
+    expected = [backend.weights_norm() for backend in experts]
+    assert [norm for norm, _ in found] == pytest.approx(expected, nan_ok=True)
+    assert weights_norms(experts) == pytest.approx(expected, nan_ok=True)
+    assert trained_norms([]) == weights_norms([]) == []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tesseract_async.runtime.batcher import Batcher
-from tesseract_async.runtime.costs import BatchCost, GroupChoice
+from tesseract_async.runtime.costs import TRIED_SHARE, BatchCost, GroupChoice
 from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.queues import ExpertQueues
 
@@ -81,7 +81,7 @@ class Alike:
 
 def test_a_joint_forward_is_expected_to_take_what_each_expert_takes_for_its_rows() -> None:
     queues, experts = ExpertQueues(Batcher(), groups_experts=True), [Alike() for _ in range(4)]
-    kind: Any = SimpleNamespace(way="ragged", is_ragged=True)
+    kind: Any = SimpleNamespace(way="ragged", is_ragged=True, is_light=False)
     group = Group(kind, training=False)
     group.checked = kind.way
     for one in experts:
@@ -98,15 +98,29 @@ def test_a_joint_forward_is_expected_to_take_what_each_expert_takes_for_its_rows
         assert (queues.of_joint(experts, counts, 4.4e-3) is not None) is is_faster  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("expected", [True, False])
+@pytest.mark.parametrize("is_faster", [True, False])
+@pytest.mark.parametrize("times", [1.2, 2.0, 3.0])
+def test_the_first_passes_lose_little_to_trials(times: float, is_faster: bool, expected: bool) -> None:
+    seconds, choice, ways = {is_faster: 1.0, not is_faster: times}, GroupChoice(expected=expected), []
+    for _ in range(60):
+        ways.append(choice.is_together(16, 512))
+        choice.add(16, 512, ways[-1], seconds[ways[-1]])
+    assert ways[0] is expected and ways[1] is not expected, "both are looked at soon"
+    num_slow = sum(way is not is_faster for way in ways)
+    assert num_slow * (times - 1.0) <= TRIED_SHARE * 60 + 3 * (times - 1.0)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("expected", [True, False])
 @pytest.mark.parametrize("is_faster", [True, False])
 @pytest.mark.parametrize("times", [1.15, 3.0])
-def test_chance_does_not_choose_whether_experts_share_a_pass(times: float, is_faster: bool) -> None:
+def test_chance_does_not_choose_whether_experts_share_a_pass(times: float, is_faster: bool, expected: bool) -> None:
     """As on a busy machine: half of the passes take over 1.2 times as long as they could, one in 50 up to ten times."""
     seconds = {is_faster: 1.0, not is_faster: times}
     num_right, lost, spent = 0, 0.0, 0.0
     for seed in range(100):
-        chance, choice = random.Random(seed), GroupChoice()
+        chance, choice = random.Random(seed), GroupChoice(expected=expected)
         for _ in range(1500):
             factor = chance.expovariate(3.0) + (chance.uniform(1.0, 10.0) if chance.random() < 0.02 else 1.0)
             if choice.gathers():

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from tesseract_async.runtime import optimizers
+from tesseract_async.runtime import stepping
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.executor import Executor
-from tesseract_async.runtime.optimizers import rule_of
+from tesseract_async.runtime.stepping import rule_of
 from tesseract_async.runtime.work import WorkResult
 from tesseract_async.server import checkpoint
 from tesseract_async.wire.tensors import TensorSpec
@@ -381,21 +381,21 @@ def test_an_adam_that_is_stepped_by_its_kernel_alone_is_pytorchs(
     theirs.load_state_dict(mine.state_dict())
     options = {"lr": 0.1, "betas": (0.8, 0.99), "weight_decay": 0.3, "maximize": True}
     own, other = kind(mine.parameters(), **options), kind(theirs.parameters(), **options, fused=True)
-    optimizers.fuse(own)
+    stepping.fuse(own)
     schedules = [lr_scheduler.ExponentialLR(one, 0.5) for one in (own, other)]
-    by_kernel, run_fused = set[int](), optimizers._run_fused
+    by_kernel, run_fused = set[int](), stepping._run_fused
 
     def watched(*args: Any) -> None:
         by_kernel.add(number)
         run_fused(*args)
 
-    monkeypatch.setattr(optimizers, "_run_fused", watched)
+    monkeypatch.setattr(stepping, "_run_fused", watched)
     for number in range(4):
         gradients = [None if number == 2 and x.dim() == 1 else torch.randn_like(x) for x in mine.parameters()]
         for x, gradient in zip(theirs.parameters(), gradients, strict=True):
             x.grad = gradient
         other.step()
-        optimizers.take_step(own, list(mine.parameters()), gradients, None)
+        stepping.take_step(own, list(mine.parameters()), gradients, None)
         for schedule in schedules:
             schedule.step()
         for x, y in zip(mine.parameters(), theirs.parameters(), strict=True):
