@@ -18,7 +18,7 @@ class Quota:
     """A limit to what one peer may ask of a node; None: as much as it likes.
 
     After a rest a peer may use a whole period's worth at once; what it used comes back evenly. So over any time t it
-    gets at most ``1 + t / period`` times the figures below, and one message. What is more is refused with
+    gets at most ``1 + t / period`` times the figures below, and one message. Anything more is refused with
     `errors.Overloaded`, whose ``retry_after`` says when to come back.
 
     Raises: ValueError for a figure that is not positive.

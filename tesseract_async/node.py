@@ -68,7 +68,7 @@ class TesseractNode(NodeCalls):
     - `announce`: the ``"host:port"`` that others should dial, if it differs from what this node listens on.
     - `public`: this is the first node of a swarm, and all others can reach it. Later nodes find out by themselves.
     - `upnp`: asks the router to let others in, as most home routers do when asked (``pip install -e '.[upnp]'``).
-      Others still have to confirm that it does.
+      Other nodes still check that it worked.
     - `relay`: whether this node, if others can dial it, relays for peers that cannot connect otherwise. The traffic is
       limited (`RelaySettings`), and encrypted between those peers.
     - `security`: ``"plain"`` neither authenticates nor encrypts; for a trusted local network, at both ends.

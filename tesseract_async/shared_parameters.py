@@ -87,7 +87,7 @@ class SharedParameters(Uncopied, Generic[M]):
     Entering gives the model the swarm's values, or begins the run with the model's own. From then on every `every`
     steps each piece of the parameters is sent as a difference, and what all trainers learned is added, inside `step`
     only. With an `AsyncTrainer`, `model` is its module. In a plain loop, no graph over the parameters may be alive at
-    `step`: PyTorch raises an error about versions at its next backward then.
+    `step`: PyTorch would raise an error about versions at the next backward.
 
     With a `BackgroundNode` it is entered by a plain ``with``, and calls give results instead of awaitables.
     """

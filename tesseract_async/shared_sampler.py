@@ -46,8 +46,8 @@ class SharedSampler(Uncopied, Sampler[int]):
                 optimizer.step()
                 shared.step()
 
-    Batches end one after the other, with each ``shared.step()``. An `AsyncTrainer` that is given the sampler says of
-    each batch that it has ended, and a batch that failed is handed out again. So are those of trainers that die, or end
+    Batches end one after the other, with each ``shared.step()``. An `AsyncTrainer` that is given the sampler tells it
+    when each batch has ended, and a batch that failed is handed out again. So are those of trainers that die, or finish
     nothing for ten minutes: `num_again` counts the ones that came here.
     """
 
@@ -94,7 +94,7 @@ class SharedSampler(Uncopied, Sampler[int]):
 
     @property
     def num_again(self) -> int:
-        """Samples that came here after another trainer held them who did not end them."""
+        """Samples that came here after another trainer had received them and not finished them."""
         return self._share.num_again
 
     def set_epoch(self, epoch: int) -> None:

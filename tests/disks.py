@@ -3,36 +3,56 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tesseract_async import files
-
 
 @contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """Inside, nothing written stays: the system says so when it is asked to make sure."""
+def syncing(act: Callable[[], None], folder: Path | None = None, named: str = "*") -> Iterator[None]:
+    """Inside, `act` runs, and may raise, when the system is to make sure that a file is on the disk: any file, or one
+    in `folder` whose name matches."""
+    sync = os.fsync
 
-    def refuse(_: int) -> None:
-        raise OSError(28, "No space left on device")
+    def acted(handle: int) -> None:
+        there = folder.rglob(named) if folder is not None else ()
+        if folder is None or any(os.path.samestat(os.fstat(handle), one.stat()) for one in there):
+            act()
+        sync(handle)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", refuse)
+        patch.setattr(os, "fsync", acted)
         yield
 
 
 @contextlib.contextmanager
-def read_only_disk() -> Iterator[None]:
-    """Inside, the package opens no file for writing."""
+def full_disk(folder: Path | None = None, named: str = "*") -> Iterator[list[str]]:
+    """Inside, nothing written stays (see `syncing`): the system says so when it is asked to make sure. Gives a list
+    that grows with each refusal."""
+    refused: list[str] = []
 
-    def refuse(*_: Any) -> Any:
-        raise OSError(30, "Read-only file system")
+    def refuse() -> None:
+        refused.append(named)
+        raise OSError(28, "No space left on device")
+
+    with syncing(refuse, folder, named):
+        yield refused
+
+
+@contextlib.contextmanager
+def read_only_disk() -> Iterator[None]:
+    """Inside, no file is opened for writing."""
+    real = open
+
+    def refuse(file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if {*mode} & {*"wax+"}:
+            raise OSError(30, "Read-only file system")
+        return real(file, mode, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "open", refuse, raising=False)
+        patch.setattr("builtins.open", refuse)
         yield
 
 

@@ -1,6 +1,6 @@
 """A Python that has PyTorch loaded, and forks: a command started this way costs a tenth of a second, not four.
 
-What it starts ends with it, and it ends with the process that made it, however that comes: whoever kills a test run
+What it starts ends with it, and it ends with the process that made it, however that comes: killing a test run
 finds nothing left behind.
 """
 
@@ -47,7 +47,7 @@ def forked():
         if asked not in ready:
             continue
         text, files, _, _ = socket.recv_fds(asked, 65536, 4)
-        if not text:  # whoever asked is gone
+        if not text:  # the process that asked is gone
             for number in children:
                 for kill in (os.killpg, os.kill):  # it may not have a session of its own yet
                     with contextlib.suppress(ProcessLookupError):
@@ -111,7 +111,7 @@ class Stem:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        self._wait: Callable[[], object] = process.wait
+        self._reap: Callable[[], object] = process.wait
 
     @classmethod
     def forked(cls) -> Self:
@@ -126,13 +126,13 @@ class Stem:
             exec(_CODE, {"__name__": "__main__"})
             sys.exit()
         theirs.close()
-        made._wait = lambda: os.waitpid(number, 0)
+        made._reap = lambda: os.waitpid(number, 0)
         return made
 
     def close(self) -> None:
         """Ends it, and all that it has started."""
         self._socket.close()
-        self._wait()
+        self._reap()
 
     def fork(self, *argv: str, files: Sequence[int], folder: Path, environment: dict[str, str], **more: object) -> int:
         """Does what `start` says, with these files as its own first three; to the fourth its exit status is told.

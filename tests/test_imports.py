@@ -244,7 +244,7 @@ PROCESS_WIDE = {
     "server/state_files.py": {"_held"},  # some file systems' locks are a process's
     "transport/channel.py": {"_blocks"},  # a buffer for each event loop, gone with it
     "transformers/operator.py": {"_calls", "_layers"},  # an operator of torch is given numbers, no objects
-    "wire/frames.py": {"_packers"},  # at hand for whoever packs next
+    "wire/frames.py": {"_packers"},  # at hand for the next message
     "wire/names.py": {"_names"},  # random numbers in store, thrown away after a fork
 }
 GLOBAL = re.compile(

@@ -13,12 +13,13 @@ from tesseract_async.admission import Policy
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.experts.node_calls import EXPERT_METHODS
 from tesseract_async.identity import PeerID
-from tesseract_async.network import network
+from tesseract_async.network.network import ASK_OTHERWISE_AFTER
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import frames
 from tesseract_async.wire.apply import APPLY
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, TAKE_OVER
+from tests.faults.serving import let_pass
 
 pytestmark = pytest.mark.both_loops
 
@@ -248,11 +249,8 @@ async def test_a_node_on_loopback_says_that_seeds_elsewhere_are_out_of_its_reach
     ],
     ids=["another version", "nobody"],
 )
-async def test_a_seed_that_is_silent_by_udp_is_asked_by_tcp(
-    monkeypatch: pytest.MonkeyPatch, hello: bytes | None, said: str
-) -> None:
+async def test_a_seed_that_is_silent_by_udp_is_asked_by_tcp(hello: bytes | None, said: str) -> None:
     """An old version takes no datagram for one: only its hello tells."""
-    monkeypatch.setattr(network, "ASK_OTHERWISE_AFTER", 0.0)
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if hello is not None:
@@ -265,6 +263,8 @@ async def test_a_seed_that_is_silent_by_udp_is_asked_by_tcp(
             port = listener.sockets[0].getsockname()[1]
             silent.bind(("127.0.0.1", port))
             async with ta.TesseractNode(initial_peers=[f"127.0.0.1:{port}"], security="plain") as node:
+                await asyncio.sleep(0)  # it has asked by UDP
+                let_pass(ASK_OTHERWISE_AFTER)
                 async with asyncio.timeout(30):
                     while said not in str(node.network.trouble):  # noqa: ASYNC110 (nothing announces it)
                         await asyncio.sleep(0.01)

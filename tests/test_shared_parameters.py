@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async import shared_part, shared_pieces
+from tesseract_async import shared_pieces
 from tesseract_async.errors import ConnectionLost, Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.pattern import ExpertPattern
@@ -34,6 +34,7 @@ from tesseract_async.sharing import rounds
 from tesseract_async.sharing.fragment import LAST, NEWCOMERS
 from tesseract_async.sharing.layout import Layout, LayoutMismatch, MergeKind
 from tesseract_async.wire import messages
+from tests.scripted_node import ScriptedNode
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
 
@@ -79,8 +80,8 @@ def weight(model: nn.Module) -> torch.Tensor:
 @contextlib.asynccontextmanager
 async def sharing(
     model: nn.Module, *seeds: str, every: int = 4, **more: object
-) -> AsyncIterator[tuple[ta.TesseractNode, SharedParameters[nn.Module]]]:
-    async with ta.TesseractNode(initial_peers=seeds) as node:
+) -> AsyncIterator[tuple[ScriptedNode, SharedParameters[nn.Module]]]:
+    async with ScriptedNode(initial_peers=seeds) as node:
         shared = SharedParameters(node, model, run="tiny", every=every, replicas=REPLICAS, **more)  # type: ignore[arg-type]
         async with shared:
             yield node, shared
@@ -94,13 +95,19 @@ async def steps(shared: SharedParameters[nn.Module], num: int, seed: int) -> Non
         await asyncio.sleep(0.001)
 
 
+def all_sent(shared: SharedParameters[nn.Module]) -> bool:
+    """Whether what it learned up to its last step counts, in every piece."""
+    state = shared.state_dict()
+    return {then for _, then in state["parts"]} == {state["steps"]}
+
+
 async def test_two_trainers_end_with_one_model() -> None:
     one, other = make_model(1), make_model(2)
     async with sharing(one) as (seed, first), sharing(other, seed.address) as (_, second):
         assert same(one, other)
         await asyncio.gather(steps(first, 8, 1), steps(second, 8, 2))
         await asyncio.gather(first.flush(), second.flush())
-        assert first._is_shared and second._is_shared
+        assert all_sent(first) and all_sent(second)
         before = [part.copy.base[1] for part in second.parts]
         # the second time only takes what the other one sent last
         await asyncio.gather(first.flush(), second.flush())
@@ -161,20 +168,19 @@ async def test_a_step_waits_for_nobody_and_lost_calls_count_once() -> None:
         await dying.__aexit__(ConnectionError, ConnectionError(), None)
 
 
-async def test_the_report_says_which_pieces_have_no_primary(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ask, is_gone, answered = make_model(1), shared_pieces.SharedPieces.ask, False, 0
+async def test_the_report_says_which_pieces_have_no_primary() -> None:
+    model, is_gone, answered = make_model(1), False, 0
 
-    async def failing(pieces: Any, uid: str, *some: Any) -> Any:
+    async def failing(call: Any, peer: Any, method: str, body: Any, *rest: Any, **options: Any) -> Any:
         nonlocal answered
-        if is_gone and uid.endswith(".1"):
+        if is_gone and body[0].endswith(".1"):
             raise ConnectionLost("peer", "its computer is off")
-        message = await ask(pieces, uid, *some)
+        message = await call(peer, method, body, *rest, **options)
         answered += 1
         return message
 
-    monkeypatch.setattr(shared_pieces.SharedPieces, "ask", failing)
-    monkeypatch.setattr(shared_part, "PAUSE", 0.01)
-    async with sharing(model, every=1) as (_, shared):
+    async with sharing(model, every=1) as (node, shared):
+        node.on_call = failing
         is_gone, answered, started = True, 0, time.monotonic()
         assert not (await shared.step()).without_primary
         while answered < len(shared.uids) - 1:  # noqa: ASYNC110
@@ -196,13 +202,12 @@ async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -
         await steps(first, 1, 1)
         await first.flush()
         pushes: list[int] = []
-        call = node.call_expert
 
-        async def counted(peer: Any, method: str, body: Any = None, buffers: Any = (), **options: Any) -> Any:
+        async def counted(call: Any, peer: Any, method: str, body: Any, buffers: Any, **options: Any) -> Any:
             pushes.extend([len(buffers)] if method == messages.PUSH else [])
             return await call(peer, method, body, buffers, **options)
 
-        monkeypatch.setattr(node, "call_expert", counted)
+        node.on_call = counted
         await steps(second, 1, 2)
         await second.flush()
         assert sum(pushes) == len(second.parts) < len(pushes)
@@ -217,11 +222,11 @@ async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytes
             await first.flush()
         await steps(second, 1, 20)
         await second.flush()
-        assert second._is_shared and second.steps == 10
+        assert all_sent(second) and second.steps == 10
         part = second.parts[0]
         part.steps_sent += 1  # a push of later steps, which is not counted
         second._add(part, Arrived(part.steps, torch.zeros(part.copy.cut.numel)))
-        assert part.due_at == second._own_steps  # the next step pushes again
+        assert part.due_at == second.state_dict()["steps"]  # the next step pushes again
 
 
 async def test_a_state_that_the_primary_does_not_have_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,17 +253,15 @@ async def test_a_state_that_the_primary_does_not_have_is_not_taken(monkeypatch: 
         assert lies and torch.allclose(weight(second.model), before, atol=0.1)
 
 
-async def test_who_waited_for_the_others_pushes_later_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ask, others_push = make_model(1), shared_pieces.SharedPieces.ask, asyncio.Event()
+async def test_who_waited_for_the_others_pushes_later_the_next_time() -> None:
+    model, others_push = make_model(1), asyncio.Event()
 
-    async def waiting(*some: Any) -> Any:
+    async def waiting(call: Any, *some: Any, **options: Any) -> Any:
         await others_push.wait()
-        return await ask(*some)
+        return await call(*some, **options)
 
-    monkeypatch.setattr(shared_pieces.SharedPieces, "ask", waiting)
-    others_push.set()
-    async with sharing(model, every=16) as (_, shared):
-        others_push.clear()
+    async with sharing(model, every=16) as (node, shared):
+        node.on_call = waiting
         part = shared.parts[0]
         first = part.due_at
         await steps(shared, first + 8, 1)
@@ -267,7 +270,7 @@ async def test_who_waited_for_the_others_pushes_later_the_next_time(monkeypatch:
         await steps(shared, 1, 2)
         assert part.due_at == first + 16 + 4  # nine steps after its push the answer was added
         # never later than one push may count as
-        shared.every, part.steps_sent = fragments.MAX_STEPS, shared._own_steps - 8
+        shared.every, part.steps_sent = fragments.MAX_STEPS, shared.state_dict()["steps"] - 8
         shared._add(part, Arrived(part.steps, torch.zeros(part.copy.cut.numel), counted=True))
         assert part.due_at == first + 16 + 4
 
@@ -693,7 +696,9 @@ async def test_in_a_run_a_follower_takes_over_and_no_push_counts_twice() -> None
 
 
 @contextlib.asynccontextmanager
-async def fragment_server(number: int, run: SignedRun, room: int, *seeds: str) -> AsyncIterator[ReplicaKeeper]:
+async def fragment_server(
+    number: int, run: SignedRun, room: int, *seeds: str
+) -> AsyncIterator[tuple[ta.TesseractServer, ReplicaKeeper]]:
     async with member(number, run, ("host",), *seeds) as node:
         server, authority = ta.TesseractServer(node, {}), node.trust.authority("ffn")
         assert authority is not None
@@ -702,7 +707,7 @@ async def fragment_server(number: int, run: SignedRun, room: int, *seeds: str) -
             ReplicaKeeper(server, settings=ReplicaSettings(check_every=0.5, call_timeout=5.0)) as keeper,
             Placing.of_fragments(server, keeper, authority, room, 16),
         ):
-            yield keeper
+            yield server, keeper
 
 
 @pytest.mark.slow
@@ -718,11 +723,11 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
         model = make_model(1)
         first = await leaving.enter_async_context(SharedParameters(node, model, run=run, every=2, host=True))
         rooms = {2: 16, 3: 16, 4: 0}
-        keepers = [
+        servers = [
             await stack.enter_async_context(fragment_server(number, run, room, bootstrap.address))
             for number, room in rooms.items()
         ]
-        holder = keepers[-1]
+        holder, keepers = servers[-1][0], [keeper for _, keeper in servers]
 
         def have(version: int) -> bool:
             held = [
@@ -735,7 +740,7 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
         async with asyncio.timeout(60.0):
             while not have(0):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
-            assert not holder._server.experts
+            assert not holder.experts
             for round_ in range(3):
                 await steps(first, 2, round_)
                 await first.flush()
@@ -743,7 +748,7 @@ async def test_the_runs_servers_lead_follow_and_hold_what_trainers_share() -> No
             while not have(version):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             # a holder has the file, and follows by updates as others do
-            assert holder._node.metrics.total("fragments_replayed") > 0
+            assert holder.node.metrics.total("fragments_replayed") > 0
             merged, model = first.merged(), anchored(first)
             await leaving.aclose()
             node = await stack.enter_async_context(member(5, run, ("share",), bootstrap.address))

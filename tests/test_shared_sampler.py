@@ -17,7 +17,6 @@ from tesseract_async.endpoint.endpoint import Message
 from tesseract_async.errors import Overloaded, RemoteError
 from tesseract_async.identity import Identity
 from tesseract_async.server.other_replicas import ReplicaSettings
-from tesseract_async.shared_sampler import _running_loop
 from tesseract_async.sharing.samples import Ledger, Report
 from tesseract_async.sharing.spans import decode_pieces, encode_pieces
 from tesseract_async.wire import messages
@@ -92,8 +91,9 @@ class OneLedger:
         self.sampler = sampler
 
     def spawn(self, work: Coroutine[object, object, None]) -> asyncio.AbstractEventLoop:
-        loop = asyncio.get_running_loop() if _running_loop() else self.loop
-        self.loop = loop
+        with contextlib.suppress(RuntimeError):  # in a loader's thread no loop runs
+            self.loop = asyncio.get_running_loop()
+        loop = self.loop
         loop.call_soon_threadsafe(lambda: self.tasks.append(loop.create_task(work)))
         return loop
 

@@ -1,4 +1,4 @@
-"""Whoever kills a test run finds nothing left behind."""
+"""Killing a test run leaves nothing behind."""
 
 import os
 import signal

@@ -42,7 +42,7 @@ async def test_a_copy_of_a_module_shares_what_exists_once() -> None:
         for twin in (copy.deepcopy(model), copy.copy(model)):
             for name in set(held) - {"expert", "gate"}:
                 assert twin.held[name] is held[name], name
-        assert copy.deepcopy(model).held["expert"]._node is node  # type: ignore[attr-defined]
+        assert copy.deepcopy(model).held["expert"].audits is model.held["expert"].audits  # which are the node's
         trainer = ta.AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1), in_flight=2)
 
         async def loss_of(replica: Holder, x: torch.Tensor) -> torch.Tensor:

@@ -124,12 +124,12 @@ class ExpertPool(nn.Module):
         return self._experience.audits
 
     def take_for_like(self, other: "ExpertPool") -> None:
-        """Believe what the experts of `other` say they take and answer for these, too, such as those of another layer
+        """Take the schema of the experts of `other` for that of these, too, such as those of another layer
         of one model. Should a call fail for that, these are asked themselves, and it is made again."""
         self._schemas = self._borrowed = other._schemas
 
     async def watch(self) -> None:
-        """Begin to look who hosts these experts, with which the first call would begin. On the node's loop."""
+        """Begin to look up who hosts these experts, which the first call would do otherwise. On the node's loop."""
         self._experience.node.directory.watch(self._prefix, self._size)
 
     @uncompiled

@@ -112,8 +112,8 @@ class GatingFunction(Gate):
         return self._experience.audits
 
     def eval(self, *, max_staleness: int | None = None) -> Self:
-        """Evaluation mode, as of any module. `max_staleness`: what holds in it, until `eval` is called again; None:
-        what the gate was made with. Raises: ValueError."""
+        """Evaluation mode, as of any module. `max_staleness`: that of this mode, until `eval` is called again; None:
+        the one that the gate was made with. Raises: ValueError."""
         check_max_staleness(max_staleness)
         self._eval_staleness = max_staleness
         return super().eval()

@@ -111,7 +111,7 @@ class GradientRequest:
         self.is_done = True
         try:
             self._waiting.release()
-        except RuntimeError:  # whoever waited was let go before
+        except RuntimeError:  # the waiting thread was let go before
             pass
 
     def begin(self) -> None:

@@ -122,8 +122,8 @@ class RemoteExpert(nn.Module):
         return twin
 
     def eval(self, *, max_staleness: int | None = None) -> Self:
-        """Evaluation mode, as of any module. `max_staleness`: what holds in it, until `eval` or `with_options` says
-        otherwise; None: what held before. Raises: ValueError."""
+        """Evaluation mode, as of any module. `max_staleness`: that of this mode, until `eval` or `with_options` sets
+        another; None: the one from before. Raises: ValueError."""
         check_max_staleness(max_staleness)
         self._eval_staleness = max_staleness
         return super().eval()
@@ -212,7 +212,7 @@ class RemoteExpert(nn.Module):
         return None
 
     async def ask(self, exchange: Exchange[T]) -> T:
-        """`ask_best` of the replicas known; if none of them lives any more, of those that are found then.
+        """Ask the best of the known replicas (`ask_best`); if none of them lives any more, look for others.
 
         A server that came back at another address is known by its old one until a call there has failed. Where all
         failed lately, others are looked for again while these do not answer.

@@ -55,7 +55,7 @@ class AsyncTrainer(Generic[M]):
     its gradients move to the master and the optimizer steps, in one turn of the loop. Gradients are thus up to
     ``in_flight - 1`` steps stale, and more where steps differ in length. `max_staleness` bounds that: at most
     ``max_staleness + 1`` steps are under way, and those that get far ahead wait for those that began early. Stale
-    gradients bear shorter steps: with a small model, dividing the learning rate by the square root of `in_flight` is a
+    gradients need smaller steps: with a small model, dividing the learning rate by the square root of `in_flight` is a
     good start.
 
     ::
@@ -69,7 +69,7 @@ class AsyncTrainer(Generic[M]):
         async for report in trainer.run(loss_of, batches):
             print(report.loss.item(), report.staleness)
 
-    A step that the swarm lets down, say because no expert was alive for too long, ends the run; with
+    A step that fails because of the swarm, such as for want of a live expert, ends the run; with
     ``trainer.run(..., max_failures=10)`` it is reported with its `error`, and only the eleventh in a row is raised.
 
     `loss_of` may return figures with the loss, ``return loss, {"accuracy": accuracy}``; they come in the report.

@@ -54,7 +54,7 @@ class TesseractNetwork(Uncopied):
     A *key* holds a single value, or a dictionary from subkeys to values. Entries are signed by the node that stores
     them, expire, and are told apart by (key, subkey, owner): nobody overwrites another's. A node without seeds is a
     network of one until others come. With seeds, reads and writes wait for the first of them to answer, at most
-    `NetworkSettings.join_timeout`; then they do with what there is.
+    `NetworkSettings.join_timeout`; then they make do with what there is.
 
     Cancelling a read or a write ends it here; what holders have taken by then stays with them. Both raise RuntimeError
     while the network is not running, and ConnectionAbortedError if it is closed meanwhile.
@@ -202,14 +202,14 @@ class TesseractNetwork(Uncopied):
     async def wait_joined(self, timeout: float | None = None) -> bool:
         """Wait until at least one other node is known, and return True; False after `timeout` seconds.
 
-        True at once where no seeds were given: then others come to us.
+        True at once where no seeds were given: then others come to this node.
         """
         driver = self._running()
         return not self._has_seeds or await in_time(driver.joined.wait(), timeout)
 
     @property
     def wrong_seeds(self) -> list[str]:
-        """A clause for each seed that was given with a peer id, and proves to have another. Nothing is said to it."""
+        """A clause for each seed that was given with a peer id, and proves to have another. Nothing is sent to it."""
         return self._driver.wrong_seeds if self._driver is not None else []
 
     @property
@@ -328,7 +328,7 @@ class TesseractNetwork(Uncopied):
     async def withdraw(self, key: str, *, subkey: str | None = None) -> int:
         """Withdraw this node's entry, by a signed tombstone that its holders keep until the entry has expired.
 
-        Return how many nodes hold the tombstone. An entry of before a restart is looked up first.
+        Return how many nodes hold the tombstone. An entry from before a restart is looked up first.
         """
         await self._ready()
         if self._muted:

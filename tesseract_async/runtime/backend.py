@@ -117,8 +117,8 @@ class ExpertBackend:
     - `module`: takes tensors with rows first, and returns tensors (nested in tuples, lists, dicts as it likes) with as
       many rows. Rows must not influence one another: they meet other people's rows in a batch.
     - `optimizer`: steps the module's parameters after each backward batch; None freezes the expert, which then still
-      passes gradients on to its inputs. A function makes it when it is needed first: PyTorch's first optimizer takes a
-      second of imports, which need not pass before the expert can be found.
+      passes gradients on to its inputs. A function is called when the optimizer is first needed: PyTorch's
+      first optimizer takes a second of imports, which need not pass before the expert can be found.
     - `scheduler`: of the optimizer's learning rate; stepped once per optimizer step. Where the optimizer is made by a
       function, this is one, too, which takes the optimizer.
     - `args_schema`: the positional arguments, as nested `TensorSpec`s, which leave the rows out. A size may vary from
@@ -320,7 +320,7 @@ class ExpertBackend:
     # -- Computing: on the runtime's thread only -------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Make the optimizer, if that is yet to be done. Raises what that raises."""
+        """Make the optimizer, if there is none yet. Raises what that raises."""
         if self._make_optimizer is None or self.optimizer is not None:
             return
         optimizer = self._make_optimizer()

@@ -176,7 +176,7 @@ class TesseractRuntime(Uncopied):
         - `num_bytes`: what counts as its memory, if that is not the tensors given: a share of a block.
 
         The tensors must not change until then. The answer is ExpertFailed, Overloaded or TimeoutError where there is
-        no result; who no longer waits for it calls `withdraw`. Raises: Overloaded.
+        no result; a caller that no longer waits for it calls `withdraw`. Raises: Overloaded.
         """
         if (loop := self._loop) is None:
             raise RuntimeError("this runtime was not started")
@@ -378,12 +378,12 @@ class TesseractRuntime(Uncopied):
                 self._bell.release()
 
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
-        """Return how many rows of an expert were computed since it is held here, and how many wait."""
+        """Return how many rows of an expert were computed since it came here, and how many wait."""
         figures = self.figures.get(backend)
         return 0 if figures is None else figures.num_rows, self._queues.num_waiting_rows(backend)
 
     def forget(self, backend: ExpertBackend) -> None:
-        """Hold an expert no longer that is not computed here any more."""
+        """Let go of an expert that is no longer computed here."""
         self._queues.forget(backend)
         self.figures.pop(backend, None)
 

@@ -27,15 +27,11 @@ from tesseract_async.server import at_once
 from tesseract_async.server.answering import (
     BackwardUnderWay,
     ExpertCalls,
-    check_codecs,
-    check_gradients,
-    check_growth,
-    check_inputs,
     journal_key,
     priority_of,
-    specs_of_backward,
     told_of,
 )
+from tesseract_async.server.checks import check_codecs, check_gradients, check_growth, check_inputs, specs_of_backward
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.parts import MAX_PARTS, Parts
 from tesseract_async.tasks import TaskSet

@@ -64,7 +64,7 @@ def expert_builder(builder: Builder) -> Builder:
     its arguments. Volunteers that allow your module (``--allow-module``) run it with sizes that the run's author chose:
     nothing else of the module can be named. It is called on PyTorch's ``meta`` device first, to see what it takes.
 
-    Raises: TypeError for what is no function at the top of a module, ValueError for a private name.
+    Raises: TypeError for anything but a function at the top level of a module, ValueError for a private name.
     """
     if not inspect.isfunction(builder) or builder.__qualname__ != builder.__name__:
         raise TypeError(f"an expert's builder is a function at the top of its module, not {builder!r}")

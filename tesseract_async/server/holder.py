@@ -24,9 +24,9 @@ async def holding(
     allowed_modules: Collection[str] = (),
     grant: str | None = None,
 ) -> AsyncIterator[Placing]:
-    """Keep states of a run's experts on disk meanwhile: for trainers, and for nodes that only route and store.
+    """Keep states of a run's experts on disk inside the block: for trainers, and for nodes that only route and store.
 
-    At most `max_bytes` are kept in `folder`, by default a temporary one. Which experts' they are follows from what
+    At most `max_bytes` are kept in `folder`, by default a temporary one. Which experts these are depends on what
     other members have (`experts.placement`). The node needs a grant with the role ``host``, unless the run is open;
     `grant` is as in `TesseractNode.join_run`. One expert is built, to know what its state looks like: code by import
     path only from `allowed_modules`.

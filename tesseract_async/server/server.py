@@ -331,7 +331,7 @@ class TesseractServer(Uncopied):
             await self._publisher.withdraw()
 
     async def announce(self) -> None:
-        """Publish the present roles, after `set_primary` without. Nothing is published while the server pauses."""
+        """Publish the present roles, after calls of `set_primary` that did not. A paused server publishes nothing."""
         if self._publisher is not None and not self.is_paused and not self._closed:
             roles = {uid: one.is_primary for uid, one in self.hosted.items()}
             await self._publisher.declare(roles, epochs={uid: one.epoch for uid, one in self.hosted.items()})
@@ -417,7 +417,7 @@ class TesseractServer(Uncopied):
         return hosted
 
     async def remove(self, uid: str) -> None:
-        """Host this expert no longer; what it learned here and nobody else has is saved first. `announce` follows.
+        """Stop hosting this expert; what it learned here and nobody else has is saved first. `announce` follows.
 
         Raises: CheckpointError, and then it stays; KeyError if it is not hosted.
         """

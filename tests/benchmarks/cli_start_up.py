@@ -2,7 +2,7 @@
 
 The server hosts 16 `ffn` experts of width 1024, 1.6 GB of weights, and joins a bootstrap node. Measured from before its
 process starts: until it says ``ready``, until another node reads it in the directory, until a first row is answered,
-and until a first gradient is applied. `import torch` is measured beside it: what no server can go below.
+and until a first gradient is applied. `import torch` is measured as well: what no server can go below.
 """
 
 import argparse

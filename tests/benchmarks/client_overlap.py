@@ -36,7 +36,7 @@ async def two_layers(node: FaultyNode, experts: list[ta.RemoteExpert]) -> None:
 
 
 async def chains(node: FaultyNode, experts: list[ta.RemoteExpert]) -> None:
-    """Four chains of unequal latency beside each other: the longest is the critical path."""
+    """Four chains of unequal latency next to each other: the longest is the critical path."""
     delays = {expert.uid: delay for expert, delay in zip(experts, CHAINS, strict=False)}
     node.fate = lambda method, uid: delays[uid]
     first = torch.nn.Linear(WIDTH, WIDTH)

@@ -1,11 +1,11 @@
-"""An honest trainer's processor time and Python calls per step, of this checkout beside another one.
+"""An honest trainer's processor time and Python calls per step, of this checkout and another one.
 
     python -m tests.benchmarks.honest_step OTHER_CHECKOUT     # for instance one made with `git worktree add`
 
 A step is forward, backward and optimizer of a gate over eight experts, of which each row takes four; both nodes, client
-and server, are in one process, so its processor time is that of the whole step. Both checkouts run beside each other,
+and server, are in one process, so its processor time is that of the whole step. Both checkouts run next to each other,
 each in a process of its own that computes only when it is its turn, and short turns alternate: what slows the machine
-down slows both. Function calls are counted beside, since they do not depend on the machine: all of them, and those of
+down slows both. Function calls are counted as well, since they do not depend on the machine: all of them, and those of
 one small call of one expert. Without another checkout, this one's figures are printed alone.
 """
 

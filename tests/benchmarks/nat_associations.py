@@ -1,4 +1,4 @@
-"""Are several associations beside one another faster than one? Two processes, whose datagrams take a given time.
+"""Are several associations next to one another faster than one? Two processes, whose datagrams take a given time.
 
 On a short way the processor holds them up, and both processes' share of one is told: that is what this measures. What
 windows and losses do on a long way, `nat_links` tells without noise; here it is seen with real sockets. Each round

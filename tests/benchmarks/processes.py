@@ -159,7 +159,7 @@ def wait_for_stop(pipe: Connection) -> None:
 
 
 def in_thread(target: Callable[[], None]) -> threading.Thread:
-    """Starts a daemon thread: for a child that watches its pipe beside an event loop."""
+    """Starts a daemon thread: for a child that watches its pipe while an event loop runs."""
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     return thread

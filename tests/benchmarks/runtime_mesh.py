@@ -1,7 +1,7 @@
 """What it costs to spread an expert over processes: memory of each, the leader's overhead per command, idleness.
 
 An expert of 12 layers of 1024 x 1024 with Adam, over 1, 2 and 4 processes (gloo): the most that a process had at once
-while it was built, trained, and trained beside a copy of its state. An empty command next to a round trip over a bare
+while it was built, trained, and trained while its state was copied. An empty command next to a round trip over a bare
 socket.
 """
 

@@ -46,7 +46,7 @@ def make_backend(load: Load) -> ta.ExpertBackend:
 
 
 async def stop_asked(pipe: Connection) -> None:
-    """Waits, beside a running loop, until the parent process says stop."""
+    """Waits, while a loop runs, until the parent process says stop."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
 

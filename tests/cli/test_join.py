@@ -43,7 +43,7 @@ def invite(*seeds: str, ends: float = 2**33) -> str:
 
 
 async def run(*arguments: str) -> Result:
-    """The command in a thread with a loop of its own, beside the swarm of the test."""
+    """The command in a thread with a loop of its own, next to the swarm of the test."""
     return await asyncio.to_thread(CliRunner().invoke, main, list(arguments))
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.client import background
 from tesseract_async.errors import ExpertNotFound
 from tesseract_async.network.entries import StoreItem
 from tests.client.forked import told_by_a_child
@@ -139,7 +138,7 @@ async def test_misuse_says_so() -> None:
             late()
 
 
-def test_waiting_ends_with_its_caller_and_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_ends_with_its_caller_and_with_the_node() -> None:
     cancelled = threading.Event()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     node = ta.BackgroundNode().start()
@@ -148,7 +147,6 @@ def test_waiting_ends_with_its_caller_and_with_the_node(monkeypatch: pytest.Monk
             main = threading.main_thread().ident or 0
             node.wait(lambda done: signal.pthread_kill(main, signal.SIGINT), cancelled.set)
         assert cancelled.wait(60)
-        monkeypatch.setattr(background, "_LOOK_SECONDS", 0.01)
         closing = threading.Thread(target=node.close)
         with pytest.raises(RuntimeError, match="not running"):
             node.wait(lambda done: closing.start(), lambda: None)

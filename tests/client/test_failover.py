@@ -240,7 +240,7 @@ def test_patience_is_learned_from_how_far_answers_scatter() -> None:
 @pytest.mark.parametrize("rival", [True, False], ids=["rival", "follower"])
 @in_made_up_time
 async def test_a_silent_primary_is_left_only_for_one_that_claims_the_same(node: FakeNode, rival: bool) -> None:
-    """A primary whose loop stands still for 6 s, beside a follower that speaks: it is waited for. Where both say that
+    """A primary whose loop stands still for 6 s, next to a follower that speaks: it is waited for. Where both say that
     they lead, the one that speaks is asked."""
     hosted = node.host("ffn.0", nn.Linear(8, 8), peers=("first",), lr=0.1)
     node.directory.add("ffn.0", "second", primary=rival)

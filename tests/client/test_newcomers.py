@@ -59,7 +59,7 @@ X = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
 
 @pytest.mark.parametrize("on_missing", ["raise", "zero"])
 @pytest.mark.parametrize("what", ["a new expert", "one that failed"])
-def test_whoever_comes_while_all_others_have_failed_is_asked(what: str, on_missing: str) -> None:
+def test_a_replica_that_comes_while_all_others_have_failed_is_asked(what: str, on_missing: str) -> None:
     async def main() -> None:
         node = FakeNode()
         host(node, 0, 1)
@@ -112,7 +112,7 @@ def test_if_nobody_comes_on_missing_decides_at_the_time_out() -> None:
 @pytest.mark.parametrize(
     "error,settings",
     [
-        (lambda: ExpertFailed("not a number"), {}),  # whoever comes would say the same
+        (lambda: ExpertFailed("not a number"), {}),  # any other replica would say the same
         (lost, {"refill": False}),
         (lost, {"capacity_factor": 1.0}),
     ],

@@ -265,6 +265,7 @@ def begun(copies: str = "") -> tuple[Straight, Wire, list[int], torch.Tensor]:
     over: list[int] = []
     straight.begin(lambda: over.append(1))
     assert len(wire.sent) == 2 and not over
+    wire.experience, wire.asked = experience, asked
     return straight, wire, over, x
 
 
@@ -334,9 +335,9 @@ async def test_a_server_that_keeps_silent_is_remembered_as_slow() -> None:
     await asyncio.sleep(HEDGE_SECONDS + 1)
     assert over == [1] and straight.answer is None and wire.num_cancelled == 1
     assert straight.is_late and straight.seconds == pytest.approx(HEDGE_SECONDS)
-    book, silent = straight._experience.latencies, straight._asked[1].replicas[0]
+    book, silent = wire.experience.latencies, wire.asked[1].replicas[0]
     assert (book.expected(replica_key(silent)) or 0) >= HEDGE_SECONDS
-    assert book.expected(replica_key(straight._asked[0].replicas[0])) is None, "it is asked anew"
+    assert book.expected(replica_key(wire.asked[0].replicas[0])) is None, "it is asked anew"
     assert not wire.thanked
 
 

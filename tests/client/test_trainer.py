@@ -330,7 +330,7 @@ async def test_what_cannot_be_copied_is_named(model: Model, name: str, value: An
 
 
 async def test_a_saved_and_loaded_trainer_goes_on_as_if_it_had_never_stopped(node: FakeNode, model: Model) -> None:
-    """Optimizer, schedule, clipping and the sampler's position; the model's own state is saved beside it."""
+    """Optimizer, schedule, clipping and the sampler's position; the model's own state is saved next to it."""
 
     class Numbers:
         def __init__(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.client import engine_threads, remote_call
+from tesseract_async.client import engine_threads
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.beam_search import best_cells
 from tesseract_async.client.gating_function import GatingFunction
@@ -22,6 +22,7 @@ from tesseract_async.wire.messages import BACKWARD
 from tesseract_async.wire.tensors import TensorSpec, pack_tensors, unpack_tensors
 from tests.client.fake_node import FakeNode, gate_with, seeded
 from tests.client.forked import told_by_a_child
+from tests.client.made import Made
 
 
 def expert_at(node: FakeNode) -> tuple[RemoteExpert, nn.Module]:
@@ -100,25 +101,16 @@ async def test_hooks_and_retained_gradients(node: FakeNode) -> None:
     torch.testing.assert_close(y.grad, torch.full((2, 8), 3.0))
 
 
-async def test_another_default_device_changes_nothing(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_another_default_device_changes_nothing(node: FakeNode) -> None:
     """As after ``torch.set_default_device("cuda")``: what the machinery makes for itself lies on the CPU."""
     for i in range(4):
         node.host(f"ffn.{i}.{i}", nn.Linear(8, 8))
     expert = RemoteExpert(node, "ffn.0.0")
     gate = gate_with(node, "ffn", grid_size=(4, 4), in_features=8, k_best=2, latency_weight=0.1, rescale_backward=True)
-    tokens: list[torch.device] = []
-    recorded = remote_call.recorded
-
-    def watched(function: type[torch.autograd.Function], *args: Any) -> tuple[torch.Tensor, ...]:
-        if function is remote_call._Issue:
-            tokens.append(args[1].device)
-        return recorded(function, *args)
-
-    monkeypatch.setattr(remote_call, "recorded", watched)
     x = torch.randn(2, 8, requires_grad=True)
     full = np.stack(np.divmod(np.arange(64 * 64), 64), 1)  # so many that they are chosen by prefix
     scores = torch.randn(3, 128)
-    with torch.device("meta"):
+    with torch.device("meta"), Made() as made:
         assert LiveGrid(full, (64, 64)).top_k(scores, 2).shape == best_cells(scores, (64, 64), 2).shape[:2] == (3, 2)
         for codec in ("uint8", "uint8_blockwise", "bf16"):
             (decoded,) = unpack_tensors(*pack_tensors([scores], codec))
@@ -127,7 +119,7 @@ async def test_another_default_device_changes_nothing(node: FakeNode, monkeypatc
         loss = y.sum()
         await backward(loss, retain_graph=True)
         assert len((await gate.choose(x))[0]) == 2
-    assert y.device.type == "cpu" and {device.type for device in tokens} == {"cpu"}
+    assert y.device.type == "cpu" and made.devices == {"cpu"}
     assert x.grad is not None and gate.proj.weight.grad is not None
 
     def plain() -> None:

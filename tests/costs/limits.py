@@ -23,7 +23,7 @@ LIMITS: Final[dict[str, float]] = {
     "server: C calls per small call of eight at once": 98,
     # the same, one at a time, forward and backward; at the client all of it runs in the loop's thread
     "client: Python calls per forward and backward": 356,
-    "server: Python calls per forward and backward": 316,
+    "server: Python calls per forward and backward": 302,
     "client: turns of the loop per forward and backward": 4,
     "server: turns of the loop per forward and backward": 4,
     # the package's own functions that such a call passes at its client and its server, each counted once

@@ -25,7 +25,7 @@ def test_silent_crowds_of_many_addresses_never_keep_a_newcomer_out() -> None:
     guest = 0
     for step in range(2000):
         now = step * 0.01
-        for host in range(20):  # whoever was sent away comes again at once
+        for host in range(20):  # those sent away come again at once
             guest += 1
             welcome, victim = room.enter(guest, host, now)
             if welcome:

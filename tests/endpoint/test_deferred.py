@@ -45,10 +45,12 @@ async def call(client: Endpoint, address: PeerAddress, timeout: float = 30.0) ->
 async def test_many_are_answered_in_any_order_without_a_task() -> None:
     async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
         answers = Answers(server)
+        await client.call(address, "echo", timeout=30)  # it is connected
+        others = asyncio.all_tasks()
         calls = [asyncio.create_task(call(client, address)) for _ in range(8)]
         await until(lambda: len(answers.futures) == 8)
         (connection,) = server.pool.connections()
-        assert not connection._handlers.tasks
+        assert asyncio.all_tasks() - others <= {*calls}
         for number, future in reversed([*enumerate(answers.futures)]):
             future.set_result(Message(number, (memoryview(bytes([number])),)))
         replies = await asyncio.gather(*calls)
@@ -72,10 +74,11 @@ async def test_what_follows_may_be_another_future() -> None:
             return Deferred(first, finish=finish, cancel=lambda: cancelled.append(0))
 
         server.handle("twice", answer)
+        await client.call(address, "echo", timeout=30)  # it is connected
+        others = asyncio.all_tasks()
         task = asyncio.create_task(client.call(address, "twice", timeout=30))
         await until(lambda: len(then) == 1)
-        (connection,) = server.pool.connections()
-        assert not connection._handlers.tasks
+        assert asyncio.all_tasks() - others <= {task}
         then[0].set_result(Message("then"))
         assert (await task).body == "then"
         task = asyncio.create_task(client.call(address, "twice", timeout=30))

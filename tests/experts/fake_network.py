@@ -43,7 +43,7 @@ class FakeSwarm:
         self._changed = asyncio.Event()
 
     def touch(self) -> None:
-        """Something happened: whoever waits in `until` looks again."""
+        """Something happened: all that wait in `until` look again."""
         self._changed.set()
         self._changed = asyncio.Event()
 

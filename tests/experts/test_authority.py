@@ -166,7 +166,7 @@ def test_a_revoked_peer_does_not_come_back_by_the_invite_that_it_has() -> None:
         assert view.learn(revoke(OWNER, MEMBER, since=since)[0]) and not may(view, MEMBER)
         again = grant(INVITE, MEMBER, "host", serial=MAX_SERIAL - 1, via=INVITATION)
         assert not view.learn_grant(again.blob) and not may(view, MEMBER)
-        unseen = authority()  # whoever revokes need not have seen the grant
+        unseen = authority()  # the member that revokes need not have seen the grant
         assert unseen.learn(revoke(OWNER, MEMBER)[0]) and not unseen.learn_grant(again.blob)
         if since < MAX_SERIAL:
             assert view.learn_grant(grant(OWNER, MEMBER, serial=since).blob) and may(view, MEMBER)

@@ -140,7 +140,7 @@ def test_a_run_is_shared_out_led_once_each_and_held_at_three_other_places() -> N
     assert len(world.did) == before, "then nothing changes"
 
 
-def test_what_is_lost_is_replaced_at_the_next_look_whoever_is_primary() -> None:
+def test_what_is_lost_is_replaced_at_the_next_look_whichever_server_is_primary() -> None:
     world = World([place(n, room=12) for n in range(12)])
     for _ in range(40):
         world.tick()

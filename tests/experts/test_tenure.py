@@ -560,7 +560,7 @@ def adoption(seed: int, lease: float, *, left: int) -> float:
 def test_an_orphan_is_led_again_two_leases_after_its_primary_died(lease: float, left: int, seeds: int) -> None:
     took = sorted(adoption(seed, lease, left=left) for seed in range(seeds))
     assert took[int(0.99 * seeds)] <= 2 * lease + 1e-6, took  # looked at twice a second
-    assert took[0] >= 1.5 * lease, "its members come first, and whoever stood still for a moment"
+    assert took[0] >= 1.5 * lease, "its members come first, and those that stood still for a moment"
 
 
 def seconds_until_led(world: World) -> float:
@@ -850,7 +850,7 @@ def test_a_successor_replaces_the_dead_primary_among_its_members_at_once() -> No
         world.run(LEASE / 3)
 
 
-def test_a_newcomer_is_told_of_the_newest_seal_by_whoever_has_its_file() -> None:
+def test_a_newcomer_is_told_of_the_newest_seal_by_a_holder_of_its_file() -> None:
     world = World(3, 3)
     first, second, newcomer = world.servers
     first.start()

@@ -72,10 +72,10 @@ def test_training_goes_on_from_the_newest_certified_state_that_came_back(
         assert all(server.machine.primary == leader.peer for server in came)
     else:
         assert leader.machine.term is not None
-        assert world.now - 3 * DAY > 10 * world.authority.lease, "whoever has a state was waited for"
+        assert world.now - 3 * DAY > 10 * world.authority.lease, "servers that have a state were waited for"
 
 
-def test_newcomers_wait_for_whoever_has_a_state() -> None:
+def test_newcomers_wait_for_servers_that_have_a_state() -> None:
     world, (first, *_), (newcomer, _) = stopped(5)
     newcomer.start()
     world.run(9 * world.authority.lease)

@@ -28,6 +28,7 @@ from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
+from tests.scripted_node import Instead
 
 UID = "ffn.0.0"
 SETTINGS = ReplicaSettings(check_every=0.1, sync_every=0.2, lease=1.0, call_timeout=2.5)
@@ -172,19 +173,14 @@ async def test_where_members_are_listed_a_strangers_claims_change_nothing(tmp_pa
 
 
 @pytest.mark.parametrize("path", ["tcp 8.8.8.8:4000", "tcp 203.0.113.9:4000", "relay 10.0.0.9:4000", "tcp"])
-async def test_one_that_names_a_near_address_and_comes_from_elsewhere_is_not_followed(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_that_names_a_near_address_and_comes_from_elsewhere_is_not_followed(path: str) -> None:
     async with ta.TesseractNode() as honest, stranger([honest.address], 5) as evil:
         await evil.claim(primary=True)
 
-        def connections() -> list[ConnectionInfo]:
-            return [ConnectionInfo(evil.node.peer_id, path, False, None, 0.0, 0)]
-
-        monkeypatch.setattr(honest.endpoint, "connections", connections)
-        assert not await adopt_states(honest, {UID: make_backend()}, settings=SETTINGS)
+        connections = [ConnectionInfo(evil.node.peer_id, path, False, None, 0.0, 0)]
+        node: Any = Instead(honest, endpoint=Instead(honest.endpoint, connections=lambda: connections))
+        assert not await adopt_states(node, {UID: make_backend()}, settings=SETTINGS)
         assert evil.asked[messages.INFO] == 1 and evil.asked[messages.STATE] == 0
-        monkeypatch.undo()
         assert set(await adopt_states(honest, {UID: make_backend()}, settings=SETTINGS)) == {UID}
 
 
@@ -248,13 +244,16 @@ async def test_a_lease_ends_also_where_each_look_takes_longer() -> None:
             await until(lambda: follower.is_primary(UID))
 
 
-async def test_asking_a_server_to_lead_costs_it_no_look_at_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with server([]) as (honest, _), server([honest.node.address], follow=True) as (follower, _):
+async def test_asking_a_server_to_lead_costs_it_no_look_at_the_network() -> None:
+    lazy = ReplicaSettings(check_every=1000.0, sync_every=1000.0)
+    async with (
+        server([], settings=lazy) as (honest, _),
+        server([honest.node.address], follow=True, settings=lazy) as (follower, _),
+    ):
         async with ta.TesseractNode(initial_peers=[honest.node.address]) as evil:
             body = messages.encode(messages.TakeOverRequest(UID, bytes(16)))
             for victim in (honest, follower):
                 before = victim.node.metrics.total("network_lookups")
-                monkeypatch.setattr(victim.node.network, "get_entries", None)
                 for _ in range(5):
                     with pytest.raises(NotAllowed):
                         await evil.call_expert(victim.node.peer_address, messages.TAKE_OVER, body, timeout=10.0)

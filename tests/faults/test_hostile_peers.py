@@ -159,7 +159,7 @@ async def test_one_range_gets_a_part_of_the_connections(monkeypatch: pytest.Monk
 
 
 async def test_a_process_with_few_descriptors_keeps_some_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialing, "descriptor_limit", lambda: 60)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (60, 60))
     async with serving(PLAIN) as (server, address), contextlib.AsyncExitStack() as stack:
         with pytest.raises(asyncio.IncompleteReadError):
             for _ in range(60):

@@ -1,4 +1,4 @@
-"""A stranger who asks for much, urgently and with high priority, beside an honest trainer: real nodes, one server."""
+"""A stranger who asks for much, urgently and with high priority, next to an honest trainer: real nodes, one server."""
 
 import asyncio
 import contextlib

@@ -115,7 +115,7 @@ async def member(identity: ta.Identity, kind: str, seeds: list[str], *roles: Rol
 
 @contextlib.asynccontextmanager
 async def closed(kind: str) -> AsyncIterator[Swarm]:
-    """A server, a trainer, and a stranger beside them that claims their expert in every way."""
+    """A server, a trainer, and a stranger that claims their expert in every way."""
     async with member(SERVER, kind, []) as node:
         server = ta.TesseractServer(node, {UID: make_backend()}, publisher_settings=PUBLISHER)
         async with (

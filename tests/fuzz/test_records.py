@@ -1,4 +1,4 @@
-"""What strangers publish, offer and answer beside calls: decoders raise their documented error or nothing."""
+"""What strangers publish, offer and answer besides calls: decoders raise their documented error or nothing."""
 
 import copy
 import random

@@ -1,4 +1,4 @@
-"""The runtime on a CUDA device: the same results as on the CPU, copies beside computing, graphs, halving."""
+"""The runtime on a CUDA device: the same results as on the CPU, copies during computing, graphs, halving."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -140,7 +140,7 @@ def test_copies_and_computing_overlap() -> None:
     ]
     copies = [(start, end) for name, start, end in spans if "Memcpy HtoD" in name]
     kernels = [(start, end) for name, start, end in spans if "gemm" in name.lower() or "cutlass" in name.lower()]
-    assert any(a < d and c < b for a, b in copies for c, d in kernels), "no copy ran beside a kernel"
+    assert any(a < d and c < b for a, b in copies for c, d in kernels), "no copy ran during a kernel"
 
 
 async def test_experts_in_one_pass_on_the_gpu_equal_those_one_by_one() -> None:

@@ -16,17 +16,21 @@ from rich.console import Console
 
 import tesseract_async as ta
 from tesseract_async.cli import swarm_picture as picture
-from tesseract_async.errors import PeerUnreachable
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import ExpertFailed, PeerUnreachable
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.places import MemberPart, MemberRole, Place
+from tesseract_async.experts.run import SignedRun
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
-from tesseract_async.monitoring.observer import SHOW_DEAD_FOR
+from tesseract_async.monitoring.observer import SHOW_DEAD_FOR, THANKS_EVERY
 from tesseract_async.monitoring.prometheus import render
+from tesseract_async.monitoring.status import METHOD
 from tesseract_async.transport.base import PeerAddress
 from tests.faults.serving import let_pass
-from tests.server.run_members import joined, make_run
+from tests.scripted_node import Instead
+from tests.server.run_members import joined, make_run, say
 
 pytestmark = pytest.mark.both_loops
 
@@ -69,19 +73,20 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 await publish_progress(host, "ffn", step=3, loss=0.5, seen=15, unit="tokens", trainer="one")
                 await publish_progress(host, "ffn", step=3, loss=0.25, trainer="merged")
                 await observer.look()
-                state = json.loads(json.dumps(observer.state()))
+                state, told = json.loads(json.dumps(observer.state())), observer.peers[host.peer_id].status
+                assert told is not None
                 grid = only(state["grids"])
                 assert grid["size"] == [2, 3]
                 assert [(cell[0], cell[2], cell[3]) for cell in grid["experts"]] == [([0, 0], 1, 0), ([1, 2], 1, 3)]
                 peer = only(state["peers"])
-                assert peer["peer_id"] == str(host.peer_id) and peer["name"] == "attic" and observer._parameters() == 6
+                assert peer["peer_id"] == str(host.peer_id) and peer["name"] == "attic" and told.num_parameters == 6
                 assert "cores" in peer["hardware"] and peer["memory"] > 0 and peer["left_ago"] is None
                 page = observer.expert("ffn.1.2")
                 assert only(page["servers"])["num_calls"] == 6 and only(page["servers"])["slow_seconds"] > 0
                 assert only(page["versions"])[1] in (0, 3)
                 assert [one["uid"] for one in observer.server(host.peer_id)["experts"]] == ["ffn.0.0", "ffn.1.2"]
                 await publish_progress(node, "ffn", step=3, loss=0.5, trainer="two")
-                observer._thanks_read_at = -math.inf
+                let_pass(THANKS_EVERY)
                 await observer.read_thanks()
                 thanked = only(observer.contributors())
                 assert (thanked["name"], thanked["rows"], thanked["steps"]) == ("attic", 15, 3)
@@ -172,17 +177,18 @@ async def test_a_program_that_tells_no_figures_is_there_all_the_same() -> None:
         assert not [sentence for _, sentence, _ in observer.log if "answer" in sentence]
 
 
-async def test_a_dead_server_counts_no_more_and_is_shown_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_dead_server_counts_no_more_and_is_shown_for_a_while() -> None:
     async def dead(*_: object, **__: object) -> object:
         raise PeerUnreachable("x", {"tcp 127.0.0.1:1": ConnectionRefusedError(111, "Connect call failed")})
 
     async with ta.TesseractNode() as seed, ta.TesseractNode(initial_peers=[seed.address]) as node:
         async with volunteer("ffn.0.0", "ffn.0.1", seeds=(seed.address,)) as host:
-            observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:1].[0:2]")], period=30.0)
+            seen: Any = Instead(node, endpoint=Instead(node.endpoint))
+            observer = SwarmObserver(seen, patterns=[ExpertPattern.parse("ffn.[0:1].[0:2]")], period=30.0)
             await node.directory.wait_warm("ffn")
             await observer.look()
             assert observer.state()["totals"]["experts"] == 2
-            monkeypatch.setattr("tesseract_async.monitoring.observer.ask_status", dead)
+            seen.endpoint.call = dead
             await observer.look()
             state = observer.state()
             assert len(only(state["grids"])["experts"]) == 2, "its manifests have not expired"
@@ -211,27 +217,46 @@ class Hosted(list[int]):
         return [SimpleNamespace(peer=address, uid=f"ffn.{self[row]}")]
 
 
+class Grids:
+    """A directory that finds the first of some views of a grid."""
+
+    def __init__(self, views: list[Hosted]) -> None:
+        self.views = views
+
+    def watch(self, *_: object) -> None:
+        pass
+
+    def live(self, *_: object) -> Hosted:
+        return self.views[0]
+
+    async def refresh(self, prefix: str) -> None:
+        pass
+
+
 async def test_an_event_says_what_a_server_took_and_gave_up() -> None:
     views = [Hosted([0, 1]), Hosted([0, 1, 2]), Hosted([0, 5, 6]), Hosted([5])]
-    node: Any = SimpleNamespace(directory=SimpleNamespace(watch=lambda *_: None, live=lambda *_: views[0]))
-    observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:9]")])
-    while views:
-        observer._note_members()
-        del views[0]
-    said = [sentence.partition(" ")[2] for _, sentence, _ in observer.log]
+    async with ta.TesseractNode() as node:
+        seen: Any = Instead(node, directory=Grids(views))
+        observer = SwarmObserver(seen, patterns=[ExpertPattern.parse("ffn.[0:9]")], period=0.5)
+        while views:
+            await observer.look()
+            del views[0]
+    said = [sentence.partition(" ")[2] for _, sentence, kind in observer.log if kind == "changed"]
     assert said == ["took 1 expert: 3 now", "took 2 experts and gave 2 experts up: 3 now", "gave 2 experts up: 1 now"]
 
 
-async def test_one_look_misses_a_member_of_a_run_that_died_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = PeerID(bytes(32))
+async def placed(run: SignedRun, seed: ta.TesseractNode) -> PeerID:
+    """A member that led an expert and died: its place is there still."""
+    async with joined(run, 60, [seed.address]) as member:
+        await say(member, Place(member.peer_id, 1, 1, parts={"ffn.0": MemberPart(MemberRole.LEADS, number=1)}))
+        return member.peer_id
 
-    async def read(*_: object) -> tuple[dict[PeerID, Place], object]:
-        return {dead: Place(dead, 1, 1, parts={"ffn.0": MemberPart(MemberRole.LEADS, number=1)})}, None
 
-    monkeypatch.setattr("tesseract_async.monitoring.observer.fetch_places", read)
+async def test_one_look_misses_a_member_of_a_run_that_died_before_it() -> None:
     run = make_run(1)
     async with ta.TesseractNode() as node:
         await node.join_run(run)
+        dead = await placed(run, node)
         observer = SwarmObserver(node, patterns=[run.manifest.pattern], period=30.0)
         await observer.look()
         await observer.look()
@@ -239,18 +264,15 @@ async def test_one_look_misses_a_member_of_a_run_that_died_before_it(monkeypatch
         assert line[1].startswith(f"{dead.short} should lead an expert, and is not found") and line[2] == "failed"
 
 
-async def test_an_expert_that_no_member_has_any_more_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def read(*_: object) -> tuple[dict[PeerID, Place], object]:
-        peer = PeerID(bytes(32))
-        return {peer: Place(peer, 1, 1, parts={"ffn.0": MemberPart(MemberRole.LEADS, number=1)})}, None
-
-    monkeypatch.setattr("tesseract_async.monitoring.observer.fetch_places", read)
-    run = make_run(2)
+async def test_an_expert_that_no_member_has_any_more_is_lost() -> None:
+    run, views = make_run(2), [Hosted([1, 7]), Hosted([])]  # one that the run has, and one that a member only names
     async with ta.TesseractNode() as node:
         await node.join_run(run)
-        observer = SwarmObserver(node, patterns=[run.manifest.pattern], period=30.0)
+        await placed(run, node)
+        seen: Any = Instead(node, directory=Grids(views))
+        observer = SwarmObserver(seen, patterns=[run.manifest.pattern], period=0.5)
         await observer.look()
-        observer._seen["ffn"] = {(1,), (7,)}  # one that the run has, and one that a member only names
+        del views[0]
         await observer.look()
         state = observer.state()
         assert (state["run"]["losses"], state["run"]["at_risk"]) == (-1, 2)
@@ -353,8 +375,19 @@ async def test_what_strangers_publish_is_bounded() -> None:
             await observer.look()
             names = [name.split(maxsplit=1)[1] for name in observer.losses]
             assert "\\x1b[2J\\u202eevil" in names and max(map(len, names)) == 48
-            observer._note("x" * 10_000, "failed")
-            assert len(observer.log[-1][1]) == 240
+
+
+async def test_what_a_server_answers_with_is_cut() -> None:
+    async def wordy(call: IncomingCall) -> Message:
+        raise ExpertFailed("x" * 10_000)
+
+    async with volunteer("ffn.0") as host, ta.TesseractNode(initial_peers=[host.address]) as node:
+        host.endpoint.unhandle(METHOD)
+        host.endpoint.handle(METHOD, wordy)
+        observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:1]")], period=30.0)
+        await node.directory.wait_warm("ffn")
+        await observer.look()
+        assert "xxx" in observer.log[-1][1] and len(observer.log[-1][1]) == 240
 
 
 def test_a_period_is_positive() -> None:

@@ -3,7 +3,7 @@
 Public hosts sit on the bridge with an address of 203.0.113.0/24 (RFC 5737). A host behind a NAT sits alone in a private
 network, whose router masquerades:
 
-- ``"keeping"``: the router keeps the port that the host used, whomever it talks to: holes can be punched;
+- ``"keeping"``: the router keeps the port that the host used, whatever host it talks to: holes can be punched;
 - ``"symmetric"``: it takes a new random port for each destination: holes cannot be punched.
 
 Further words of a host's kind: ``"v6"`` gives it (and its router) IPv6 as well, from 2001:db8::/32 (RFC 3849), without
@@ -266,7 +266,7 @@ class Lab:
                         self._in(on_bridge, f"ip -6 route add 2001:db8:{number:x}::/64 via 2001:db8::{number:x}")
 
     def _add_upnp(self, name: str) -> None:
-        """The router maps ports for whoever asks from inside."""
+        """The router maps ports for all that ask from inside."""
         router = f"{name}-nat"
         rules = """
             table inet miniupnpd {

@@ -208,7 +208,7 @@ async def obey_all(member: Member, path: str) -> None:
         writer.close()
 
     async with await asyncio.start_unix_server(serve, path):
-        os.write(1, f"{os.path.basename(path)}\n".encode())  # in one piece, beside the others
+        os.write(1, f"{os.path.basename(path)}\n".encode())  # in one piece, between the others' lines
         await stopped.wait()
 
 

@@ -1,4 +1,4 @@
-"""IPv6 beside a NAT, routers that map ports, an outside STUN server, and paths that become better."""
+"""IPv6 next to a NAT, routers that map ports, an outside STUN server, and paths that become better."""
 
 import os
 import sys

@@ -16,7 +16,6 @@ from tesseract_async.nat.dial_back import DialBack
 from tesseract_async.nat.port_mapping import PortTaken
 from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.nat.role import ListeningAddress, Reachability
-from tesseract_async.nat.webrtc import pipe as webrtc
 from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
@@ -190,7 +189,7 @@ async def test_a_client_node_imports_aiortc_in_a_thread_if_it_punches_holes(
             loop.call_soon_threadsafe(imported.put_nowait, (name, on_loop))
 
     monkeypatch.delitem(sys.modules, "tesseract_async.nat.webrtc.association", raising=False)
-    monkeypatch.setattr(webrtc.importlib, "import_module", note)
+    monkeypatch.setattr("importlib.import_module", note)
     settings = ReachSettings(on_loopback=True, client=True, punch_holes=punch_holes)
     async with reaching(Network(), settings=settings) as (reach, _, _), asyncio.timeout(30):
         if punch_holes:

@@ -53,7 +53,7 @@ def test_the_number_of_splices_is_limited_and_shared(most: int) -> None:
         counts.append(count)
     assert len(ledger) == sum(counts) == most and counts[0] <= most / 3 + 1
     if most == 256:
-        assert all(counts[:10]), "whoever takes all it can get leaves some to the next ones"
+        assert all(counts[:10]), "one that takes all it can get leaves some to the next ones"
     assert first is not None
     ledger.remove(first)
     ledger.remove(first)

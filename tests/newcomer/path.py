@@ -52,7 +52,7 @@ class Newcomer:
 
 @contextlib.contextmanager
 def terminal(*words: str, folder: Path, log: Path) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs beside; told to leave at the end."""
+    """A command that runs in the background; told to leave at the end."""
     with log.open("w") as errors:
         process = subprocess.Popen(
             words,

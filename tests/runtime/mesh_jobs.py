@@ -58,7 +58,7 @@ STORE_TIMEOUT: Final = timedelta(seconds=30)
 def make_store() -> int:
     """The port of what torchrun keeps over all restarts, in a process of its own, which ends with this one.
 
-    Its thread works while others connect, and holds locks of libraries: a process forked beside it may find one taken
+    Its thread works while others connect, and holds locks of libraries: a process forked meanwhile may find one taken
     that nobody will ever give back, and hang.
     """
     ours, its = os.pipe()

@@ -244,7 +244,7 @@ class Crowd:
         )
 
     def run(self, seconds: float) -> None:
-        """Answers; whoever was answered, or waited in vain, asks again at once."""
+        """Answers; a caller that was answered, or waited in vain, asks again at once."""
         end = self.now + seconds
         while self.now < end:
             again = self.batcher.pop_expired(self.now)

@@ -113,7 +113,7 @@ async def test_each_process_has_its_share_of_the_memory(stem: Stem, size: int) -
     (found,) = await run(stem, "memory", size, str(WIDTH), str(NUM_LAYERS), measures=True)
     weights = NUM_LAYERS * UNIT
     slack = 4 << 20
-    # weights, gradients, and Adam's two moments; a part that is gathered has its gradient beside it
+    # weights, gradients, and Adam's two moments; a part that is gathered has its gradient next to it
     assert max(found["built"]) <= weights / size + 2 * 2 * UNIT + slack
     assert max(found["trained"]) <= 4 * weights / size + 2 * UNIT + slack
     assert max(found["written"]) <= 7 * weights / size + 2 * 2 * UNIT + slack  # with a copy of the state

@@ -423,7 +423,7 @@ async def test_a_push_from_before_does_not_count_in_a_state_that_was_gone_back_t
 
 @pytest.mark.slow
 async def test_four_trainers_go_on_from_a_save_point_as_if_they_had_never_stopped(tmp_path: Path) -> None:
-    """Where each waits for its answers, rounds close when all four have pushed, whoever is first."""
+    """Where each waits for its answers, rounds close when all four have pushed, in whatever order."""
 
     def make(number: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(number)

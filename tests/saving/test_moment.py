@@ -1,23 +1,21 @@
 """What is saved is of one moment: shared parameters, and the experts that were trained with them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import tesseract_async as ta
+from tesseract_async.endpoint.call_table import CallHandler
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.experts.manifest import join_uid
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import Identity
 from tesseract_async.saving.folder import SavedExperts, open_folder
-from tesseract_async.server.fragment_calls import FragmentCalls
 from tesseract_async.server.fragments import FragmentBackend
-from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.sharing.fragment import Fragment, Outer
 from tesseract_async.sharing.layout import Layout
 from tesseract_async.sharing.manifest import SharedManifest
@@ -63,28 +61,37 @@ class Training:
         assert values == {float(experts.index[uid].version)} == {float(experts[uid].state_dict()["bias"][0])} != {0.0}
 
 
-@pytest.fixture
-async def swarm(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Training, str]]:
-    """One that takes a step between any two answers, except those that begin a save point."""
-    training = Training()
+class SteppingNode(ta.TesseractNode):
+    """Its swarm takes a step between any two answers, except those that begin a save point."""
 
-    def stepping(function: Callable[..., Any], *, of_call: int) -> Callable[..., Any]:
-        async def answer(*args: Any) -> Message:
-            call: IncomingCall = args[of_call]
-            if (
-                call.method != messages.STATE
-                or messages.decode(messages.StateRequest, call.body).point == messages.NO_POINT
-            ):
-                training.step()
-            message: Message = await function(*args)
+    def __init__(self, training: Training) -> None:
+        super().__init__()
+        self.training = training
+
+    def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
+        stepping = {
+            method: self._stepping(handlers[method]) for method in {messages.STATE, messages.PULL} & {*handlers}
+        }
+        super().host_expert(uid, {**handlers, **stepping})
+
+    def _stepping(self, handler: CallHandler) -> CallHandler:
+        async def stepping(call: IncomingCall) -> Message:
+            request = messages.decode(messages.StateRequest, call.body) if call.method == messages.STATE else None
+            if request is None or request.point == messages.NO_POINT:
+                self.training.step()
+            answer = handler(call)
+            assert isinstance(answer, Awaitable)
+            message: Message = await answer
             return message
 
-        return answer
+        return stepping
 
-    monkeypatch.setattr(StateSource, "answer", stepping(StateSource.answer, of_call=2))
-    monkeypatch.setattr(FragmentCalls, "pull", stepping(FragmentCalls.pull, of_call=2))
+
+@pytest.fixture
+async def swarm() -> AsyncIterator[tuple[Training, str]]:
+    training = Training()
     uids = {join_uid("tiny" + SHARED, (number,)): piece for number, piece in enumerate(training.pieces)}
-    async with ta.TesseractNode() as host, ta.TesseractServer(host, {"ffn.0": training.expert, **uids}):
+    async with SteppingNode(training) as host, ta.TesseractServer(host, {"ffn.0": training.expert, **uids}):
         yield training, host.address
 
 

@@ -26,7 +26,6 @@ from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO, Seal, Term, TermKind, sign_seal, sign_term
 from tesseract_async.experts.trust import SHARED
 from tesseract_async.runtime.structure import describe_module
-from tesseract_async.saving import saver
 from tesseract_async.saving.folder import SavedExperts, open_folder_or_make
 from tesseract_async.saving.restorer import restore_experts
 from tesseract_async.saving.saver import Origin, SavePoint, SaveReport, find_origins, find_pieces, take_trunk
@@ -207,9 +206,8 @@ async def test_a_state_that_is_older_than_what_was_answered_is_not_taken(
 
 
 async def test_a_state_that_is_far_larger_than_others_is_not_fetched(
-    swarm: Swarm, run: SignedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swarm: Swarm, run: SignedRun, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(saver, "SLACK_BYTES", 0)
     num_asked = 0
 
     async def lie(call: IncomingCall) -> Message:

@@ -13,13 +13,14 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
-from tesseract_async.experts.places import Standing, Survey
+from tesseract_async.experts.places import Place, Standing, Survey, encode_place, places_key
 from tesseract_async.experts.publisher import PublisherSettings
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
 from tesseract_async.server.capacity import Capacity
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.placing import Placing
 from tesseract_async.server.succession import ReplicaKeeper
+from tests.scripted_node import ScriptedNode
 
 OWNER = ta.Identity.from_seed(bytes([99]) * 32)
 LEASE = 2.0
@@ -48,9 +49,14 @@ class Member:
     """A node that takes part in a run, as many of its experts as fall to it."""
 
     def __init__(
-        self, server: ta.TesseractServer, keeper: ReplicaKeeper, placing: Placing, authority: Authority
+        self,
+        node: ScriptedNode,
+        server: ta.TesseractServer,
+        keeper: ReplicaKeeper,
+        placing: Placing,
+        authority: Authority,
     ) -> None:
-        self.server, self.keeper, self.placing, self.node = server, keeper, placing, server.node
+        self.server, self.keeper, self.placing, self.node = server, keeper, placing, node
         self.authority = authority
 
     def leads(self, uid: str) -> bool:
@@ -66,9 +72,7 @@ class Member:
 
     async def kill(self) -> None:
         """As by SIGKILL: its sockets are gone, nothing is said, and no task goes on."""
-        driver = self.node.network._driver
-        assert driver is not None and driver._transport is not None
-        driver._transport.abort()
+        self.node.network._driver._transport.abort()
         for connection in self.node.endpoint.pool.connections():
             for channel in connection._channels:
                 if channel is not None:
@@ -85,13 +89,15 @@ def identity_of(number: int) -> ta.Identity:
 
 
 @contextlib.asynccontextmanager
-async def joined(run: SignedRun, number: int, seeds: list[str]) -> AsyncIterator[ta.TesseractNode]:
+async def joined(
+    run: SignedRun, number: int, seeds: list[str], *, kind: type[ScriptedNode] = ScriptedNode
+) -> AsyncIterator[ScriptedNode]:
     identity = identity_of(number)
     now = int(time.time())
     assert run.tag is not None
     run_id = run.tag.run_id("ffn")
     grant = sign_grant(OWNER, run_id, identity.peer_id, ("host", "train"), serial=now, not_after=now + GRANT_SECONDS)
-    async with ta.TesseractNode(initial_peers=seeds, identity=identity) as node:
+    async with kind(initial_peers=seeds, identity=identity) as node:
         await node.join_run(run, grant=grant_text(grant))
         if seeds:
             await node.network.wait_joined(30.0)
@@ -108,8 +114,9 @@ async def member(
     files: int = 16,
     folder: Path | None = None,
     build: Callable[[str], ta.ExpertBackend] = build,
+    kind: type[ScriptedNode] = ScriptedNode,
 ) -> AsyncIterator[Member]:
-    async with joined(run, number, seeds) as node:
+    async with joined(run, number, seeds, kind=kind) as node:
         server = ta.TesseractServer(node, {}, checkpoint_dir=folder, publisher_settings=PUBLISHER)
         async with server, ReplicaKeeper(server, settings=SETTINGS) as keeper:
             authority = node.trust.authority("ffn")
@@ -118,7 +125,16 @@ async def member(
                 server, keeper, authority, Capacity(room, files, 1000.0), build=build, template=build("ffn.0")
             )
             async with placing:
-                yield Member(server, keeper, placing, authority)
+                yield Member(node, server, keeper, placing, authority)
+
+
+async def say(liar: ta.TesseractNode, place: Place) -> None:
+    """Publish a place that is not so."""
+    authority = liar.trust.authority("ffn")
+    assert authority is not None
+    grant = liar.trust.own_grant("ffn")
+    parts = encode_place(place, prefix="ffn", tag=authority.tag, grant=grant, addresses=[liar.address])
+    await liar.network.store(places_key("ffn", authority.tag), parts[0], ttl=60.0, subkey="0")
 
 
 async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

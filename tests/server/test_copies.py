@@ -4,12 +4,12 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
+from tesseract_async.endpoint.endpoint import Message
 from tesseract_async.experts.pieces import root_of
 from tesseract_async.experts.terms import Seal, TermKind, sign_seal, sign_term
 from tesseract_async.server.fetching import find_shown
 from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire import messages
 from tests.experts.tenure_world import RUN, UID, identity
 
 PRIMARY, LIAR = identity(1), identity(2)
@@ -23,20 +23,17 @@ def sealed(who: Any, number: int) -> Seal:
     return sign_seal(who, RUN, term=TERM, number=number, **state)
 
 
-async def test_a_piece_of_what_another_signed_in_the_primarys_term_shows_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_piece_of_what_another_signed_in_the_primarys_term_shows_nothing() -> None:
     shown = {"10.0.0.1:1": sealed(PRIMARY, 7), "10.0.0.2:1": sealed(LIAR, 9), "10.0.0.3:1": sealed(PRIMARY, 3)}
 
-    async def ask_seal(node: Any, run: bytes, uid: str, peer: PeerAddress, *, timeout: float) -> Seal:
-        return shown[peer.addresses[0]]
+    async def call_expert(peer: PeerAddress, method: str, *_: Any, **__: Any) -> Message:
+        seal = shown[peer.addresses[0]]
+        if method == messages.TENURE:
+            return Message(messages.encode(messages.TenureReply(False, [], [b"", seal.blob])))
+        data = FILES[seal.primary]
+        return Message(messages.encode(messages.StateReply(1, root_of(data), len(data), 0)), (memoryview(data),))
 
-    async def ask_piece(node: Any, peer: PeerAddress, request: Any, *, timeout: float) -> tuple[None, memoryview]:
-        return None, memoryview(FILES[shown[peer.addresses[0]].primary])
-
-    monkeypatch.setattr("tesseract_async.server.fetching.ask_seal", ask_seal)
-    monkeypatch.setattr("tesseract_async.server.fetching.ask_piece", ask_piece)
     peers = {identity(number).peer_id: PeerAddress(None, (where,)) for number, where in enumerate(shown, 10)}
-    node: Any = SimpleNamespace()
+    node: Any = SimpleNamespace(call_expert=call_expert)
     found = await find_shown(node, RUN, sealed(PRIMARY, 7), peers, timeout=1.0, random=Random(1))
     assert found == {identity(10).peer_id}

@@ -17,9 +17,7 @@ from torch import nn
 
 from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.identity import Identity, PeerID
-from tesseract_async.runtime import states
-from tesseract_async.runtime.states import StateDict
-from tesseract_async.server import fragments
+from tesseract_async.runtime.states import JOURNAL_LENGTH, StateDict
 from tesseract_async.server.answering import journal_key
 from tesseract_async.server.checkpoint import check_state, encode_state, largest_state
 from tesseract_async.server.fragments import (
@@ -171,16 +169,16 @@ def test_files_that_lie_are_refused(key: str, value: object) -> None:
         pushed(other, 2)
 
 
-def test_a_journal_from_elsewhere_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (states, fragments):
-        monkeypatch.setattr(module, "JOURNAL_LENGTH", 8)
-    state = make_backend().state()
-    state["applied"] |= {"ids": torch.arange(16 * 20, dtype=torch.uint8), "versions": torch.full((20,), 2**40)}
+def test_a_journal_from_elsewhere_is_bounded() -> None:
+    state, num = make_backend().state(), JOURNAL_LENGTH + 12
+    ids = b"".join(number.to_bytes(16, "big") for number in range(num))
+    state["applied"] |= {"ids": torch.frombuffer(bytearray(ids), dtype=torch.uint8)}
+    state["applied"] |= {"versions": torch.full((num,), 2**40)}
     other = FragmentBackend.of_file("x.0", b"".join(encode_state(state)))
-    assert len(other.applied) == 8 and list(other.applied)[-1] == bytes(range(48, 64))
+    assert len(other.applied) == JOURNAL_LENGTH and list(other.applied)[-1] == ids[-16:]
     for seed in range(20):
-        pushed(other, seed)
-        assert len(other.applied) <= 8
+        pushed(other, num + seed)
+        assert len(other.applied) <= JOURNAL_LENGTH
 
 
 @given(

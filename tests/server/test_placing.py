@@ -1,6 +1,7 @@
 """Servers of a run that take, hold and give up experts by themselves, on real nodes."""
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import tesseract_async as ta
 from tesseract_async.errors import ExpertNotFound
 from tesseract_async.experts.membership import Permissions
 from tesseract_async.experts.placement import score
-from tesseract_async.experts.places import MemberPart, MemberRole, Place, Survey, encode_place, places_key
+from tesseract_async.experts.places import MemberPart, MemberRole, Place, Survey, places_key
 from tesseract_async.wire import messages
-from tests.server.run_members import Member, identity_of, joined, make_run, member, standings, until
+from tests.scripted_node import ScriptedNode
+from tests.server.run_members import Member, identity_of, joined, make_run, member, say, standings, until
 
 X = torch.ones(2, 4)
 
@@ -36,33 +38,44 @@ async def test_a_run_shares_itself_out_and_a_killed_server_is_made_up_for() -> N
             await until(lambda: all(one.losses >= 2 for one in standings(rest, 4)))
 
 
-async def test_a_file_answers_until_its_expert_can_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_answers_until_its_expert_can_be_computed() -> None:
     done: list[str] = []
-    prepare, unhost = ta.ExpertBackend.prepare, ta.TesseractNode.unhost_expert
-    monkeypatch.setattr(ta.ExpertBackend, "prepare", lambda self: (done.append("prepared"), prepare(self))[1])
-    monkeypatch.setattr(
-        ta.TesseractNode, "unhost_expert", lambda self, uid: (done.append("left"), unhost(self, uid))[1]
-    )
-    async with member(make_run(1), 1, [], room=1) as one:
+
+    class Node(ScriptedNode):
+        def unhost_expert(self, uid: str) -> None:
+            done.append("left")
+            super().unhost_expert(uid)
+
+    class Backend(ta.ExpertBackend):
+        def prepare(self) -> None:
+            done.append("prepared")
+            super().prepare()
+
+    def build(uid: str) -> ta.ExpertBackend:
+        return Backend(torch.nn.Linear(4, 4), args_schema=(ta.TensorSpec((4,)),))
+
+    async with member(make_run(1), 1, [], room=1, build=build, kind=Node) as one:
         await until(lambda: one.leads("ffn.0"))
         assert done == ["prepared", "left"]
 
 
-async def test_a_member_goes_on_after_a_moment_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_member_goes_on_after_a_moment_without_an_address() -> None:
     looks = 0
 
-    async def fails() -> None:
+    async def fails(read: Any, key: str) -> Any:
         nonlocal looks
+        if key != places_key("ffn", one.authority.tag):
+            return await read(key)
         looks += 1
         raise ValueError("no address")
 
     async with member(make_run(1), 1, [], room=0) as one:
-        monkeypatch.setattr(one.placing, "look", fails)
+        one.node.on_read = fails
         await until(lambda: looks >= 2)
 
 
 @pytest.mark.slow
-async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor() -> None:
     run = make_run(1, num_replicas=2)
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(member(run, 1, [], room=1))
@@ -77,13 +90,13 @@ async def test_a_member_that_only_holds_has_the_state_and_is_nobodys_successor(m
         (standing,) = standings([first, holder], 1)
         assert (standing.losses, standing.word, standing.holders) == (1, "safe", (holder.node.peer_id,))
 
-        async def nobody(*_: object, **more: object) -> tuple[dict[object, object], dict[object, object]]:
-            return {}, {}
+        async def nobody(read: Any, key: str) -> Any:
+            return [] if key == places_key("ffn", first.authority.tag) else await read(key)
 
-        with monkeypatch.context() as patch:  # nor does it become one by a look that misses its place
-            patch.setattr("tesseract_async.server.placing.fetch_places", nobody)
-            await first.placing.look()
-            assert holder.node.peer_id in first.keeper.tenures.tenure("ffn.0").may.passive
+        first.node.on_read = nobody  # nor does it become one by a look that misses its place
+        await first.placing.look()
+        assert holder.node.peer_id in first.keeper.tenures.tenure("ffn.0").may.passive
+        first.node.on_read = None
         # who comes next gets the state, be it from the holder alone
         await first.kill()
         heir = await stack.enter_async_context(member(run, 3, [holder.node.address], room=1))
@@ -205,15 +218,6 @@ async def test_a_copy_that_is_said_but_not_shown_is_made_up_for(monkeypatch: pyt
         second = await stack.enter_async_context(member(run, 2, [first.node.address], room=1))
         await until(lambda: liar.peer_id in second.placing.places and uid not in second.keeper.tenures.uids())
         await until(lambda: uid in second.keeper.tenures.uids() and second.version(uid) >= 0)
-
-
-async def say(liar: ta.TesseractNode, place: Place) -> None:
-    """Publish a place that is not so."""
-    authority = liar.trust.authority("ffn")
-    assert authority is not None
-    grant = liar.trust.own_grant("ffn")
-    parts = encode_place(place, prefix="ffn", tag=authority.tag, grant=grant, addresses=[liar.address])
-    await liar.network.store(places_key("ffn", authority.tag), parts[0], ttl=60.0, subkey="0")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from tesseract_async.server.state_transfer import REUSE_SECONDS
 from tesseract_async.server.succession import ReplicaKeeper, boottime
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
+from tests.scripted_node import ScriptedNode
 
 UID = "ffn.0"
 BY_HAND = ReplicaSettings(check_every=1000.0, sync_every=1000.0, call_timeout=30.0)
@@ -40,9 +41,7 @@ def make_backend(seed: int = 0, module: nn.Module | None = None) -> ta.ExpertBac
 class Volunteer:
     """A node with a server of one expert."""
 
-    def __init__(
-        self, node: ta.TesseractNode, server: ta.TesseractServer, settings: ReplicaSettings, reuse: float
-    ) -> None:
+    def __init__(self, node: ScriptedNode, server: ta.TesseractServer, settings: ReplicaSettings, reuse: float) -> None:
         self.node, self.server = node, server
         self.skipped = 0.0
         """Seconds by which its clock is ahead."""
@@ -71,7 +70,7 @@ async def volunteer(
     reuse: float = 0.0,
     follows: Sequence[str] = (),
 ) -> AsyncIterator[Volunteer]:
-    async with ta.TesseractNode(initial_peers=peers, identity=identity, policy=policy) as node:
+    async with ScriptedNode(initial_peers=peers, identity=identity, policy=policy) as node:
         await node.network.wait_joined(30.0)
         backends = {UID: make_backend(seed, module)} | {uid: make_backend() for uid in follows}
         server = ta.TesseractServer(
@@ -218,7 +217,7 @@ async def test_one_that_stood_still_follows_who_took_over_and_keeps_its_own_step
 
 @pytest.mark.parametrize("is_cut_off", [False, True])
 async def test_pulling_a_state_for_longer_than_a_lease_is_not_standing_still(
-    is_cut_off: bool, monkeypatch: pytest.MonkeyPatch
+    is_cut_off: bool,
 ) -> None:
     """A primary that follows others for another expert stays primary, unless it was cut off meanwhile."""
     quick = dataclasses.replace(BY_HAND, check_every=0.01)
@@ -229,15 +228,14 @@ async def test_pulling_a_state_for_longer_than_a_lease_is_not_standing_still(
         await backward(rival.node, one)
         for uid in (UID, "ffn.1"):
             await rival.server.set_primary(uid, True)
-        call, read = one.node.call_expert, one.node.network.get_entries
         has_read = asyncio.Event()
 
-        async def reading(key: Any) -> Any:
+        async def reading(read: Any, key: Any) -> Any:
             found = await read(key)
             has_read.set()
             return found
 
-        async def slow(peer: Any, method: str, *rest: Any, **more: Any) -> Any:
+        async def slow(call: Any, peer: Any, method: str, *rest: Any, **more: Any) -> Any:
             for _ in range(5 if method == messages.STATE else 0):
                 one.skipped += 300.0 if is_cut_off else 20.0
                 for _ in range(2):  # the second one has begun after the clock went on
@@ -245,8 +243,7 @@ async def test_pulling_a_state_for_longer_than_a_lease_is_not_standing_still(
                     await has_read.wait()
             return await call(peer, method, *rest, **more)
 
-        monkeypatch.setattr(one.node.network, "get_entries", reading)
-        monkeypatch.setattr(one.node, "call_expert", slow)
+        one.node.on_read, one.node.on_call = reading, slow
         one.keeper.bare.forget("ffn.1")
         async with asyncio.timeout(30):
             await one.keeper.look()
@@ -254,15 +251,15 @@ async def test_pulling_a_state_for_longer_than_a_lease_is_not_standing_still(
         assert one.leads is not is_cut_off and one.node.metrics.total("states_pulled") > 0
 
 
-async def test_waiting_for_the_state_of_one_that_is_gone_puts_off_no_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_for_the_state_of_one_that_is_gone_puts_off_no_takeover() -> None:
     async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
 
-        async def gone(peer: Any, method: str, *rest: Any, **more: Any) -> Any:
+        async def gone(call: Any, peer: Any, method: str, *rest: Any, **more: Any) -> Any:
             if method == messages.STATE:
                 second.skipped += 2000.0  # as many experts' time-outs would take: as if it had stood still
             raise TimeoutError
 
-        monkeypatch.setattr(second.node, "call_expert", gone)
+        second.node.on_call = gone
         second.keeper.bare.forget(UID)
         await second.keeper.look()
         assert not second.leads, "it may be busy"
@@ -272,7 +269,7 @@ async def test_waiting_for_the_state_of_one_that_is_gone_puts_off_no_takeover(mo
 
 
 async def test_who_gives_an_expert_back_goes_on_from_its_primarys_state_though_that_has_fewer_steps(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     async with (
         volunteer() as first,
@@ -282,11 +279,11 @@ async def test_who_gives_an_expert_back_goes_on_from_its_primarys_state_though_t
         async def cut_off(*_: Any, **__: Any) -> Any:
             raise TimeoutError
 
-        with monkeypatch.context() as patched:
-            patched.setattr(second.node, "call_expert", cut_off)
-            await second.keeper.look()
-            second.skipped += 100.0  # longer than a lease
-            await second.keeper.look()
+        second.node.on_call = cut_off
+        await second.keeper.look()
+        second.skipped += 100.0  # longer than a lease
+        await second.keeper.look()
+        second.node.on_call = None
         assert second.leads
         await backward(first.node, second)
         await second.keeper.look()
@@ -294,16 +291,15 @@ async def test_who_gives_an_expert_back_goes_on_from_its_primarys_state_though_t
         assert kept_in(tmp_path) == ["000000000001.aside"]
 
 
-async def test_a_slow_state_puts_off_no_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_state_puts_off_no_takeover() -> None:
     quick = dataclasses.replace(BY_HAND, check_every=0.01)
     async with (
         volunteer(follows=["ffn.1"]) as first,
         volunteer([first.node.address], follow=True, follows=["ffn.1"], settings=quick) as second,
     ):
-        call, read = second.node.call_expert, second.node.network.get_entries
         waits, has_read = asyncio.Event(), asyncio.Event()
 
-        async def slow(peer: Any, method: str, *rest: Any, **more: Any) -> Any:
+        async def slow(call: Any, peer: Any, method: str, *rest: Any, **more: Any) -> Any:
             if method == messages.STATE:
                 waits.set()
                 await asyncio.Event().wait()
@@ -311,13 +307,12 @@ async def test_a_slow_state_puts_off_no_takeover(monkeypatch: pytest.MonkeyPatch
                 raise TimeoutError
             return await call(peer, method, *rest, **more)
 
-        async def reading(key: Any) -> Any:
+        async def reading(read: Any, key: Any) -> Any:
             found = await read(key)
             has_read.set()
             return found
 
-        monkeypatch.setattr(second.node, "call_expert", slow)
-        monkeypatch.setattr(second.node.network, "get_entries", reading)
+        second.node.on_call, second.node.on_read = slow, reading
         second.keeper.bare.forget("ffn.1")
         async with asyncio.timeout(30):
             await waits.wait()
@@ -383,13 +378,13 @@ async def test_after_a_handover_an_old_manifest_of_the_one_before_starts_no_quar
         assert (await read_replicas(second.node, [UID]))[UID][0].primary
         assert await first.keeper.hand_over() == 1
 
-        async def read_stale(key: str) -> Any:
+        async def read_stale(read: Any, key: str) -> Any:
             return stale
 
         # equal steps and the lower id: without the handover, the second one would give way
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(second.node.network, "get_entries", read_stale)
-            await second.keeper.look()
+        second.node.on_read = read_stale
+        await second.keeper.look()
+        second.node.on_read = None
         await first.keeper.look()
         assert second.leads and not first.leads
         (found,) = (await read_replicas(second.node, [UID]))[UID]
@@ -443,22 +438,18 @@ async def test_without_a_follower_it_stays_primary() -> None:
         assert only.leads and await backward(only.node, only) == 1
 
 
-async def test_a_network_that_does_not_answer_delays_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_network_that_does_not_answer_delays_nobody_for_long() -> None:
     settings = dataclasses.replace(BY_HAND, call_timeout=0.05)
     async with ta.TesseractNode() as other, volunteer([other.address], settings=settings) as first:
 
-        async def hang(key: str) -> Any:
+        async def hang(read: Any, key: str) -> Any:
             await asyncio.Event().wait()
 
-        monkeypatch.setattr(first.node.network, "get_entries", hang)
+        first.node.on_read = hang
         for asked in (first.keeper.look, first.keeper.hand_over):
             with pytest.raises(TimeoutError):
                 await asked()
-
-        async def alone(timeout: float | None = None) -> bool:
-            return False
-
-        monkeypatch.setattr(first.node.network, "wait_joined", alone)
+        first.node.is_cut_off = True
         assert await first.keeper.hand_over() == 0
 
 

@@ -147,9 +147,8 @@ async def test_gradients_that_do_not_fit_are_refused(node: ServingNode, server: 
 
 @pytest.mark.parametrize("dtype, width, codec", [("float64", 8, "uint8"), ("float32", 9, "bf16"), ("float32", 8, "x")])
 async def test_what_does_not_fit_is_not_unpacked_where_that_takes_more_memory(
-    node: ServingNode, server: TesseractServer, monkeypatch: pytest.MonkeyPatch, dtype: str, width: int, codec: str
+    node: ServingNode, server: TesseractServer, dtype: str, width: int, codec: str
 ) -> None:
-    monkeypatch.setattr(wire.compression, "decode", None)
     meta = [dtype, [1000, width], codec]
     metas = [["float32", [1000, 8], codec], meta] if (dtype, width) == ("float32", 8) else [meta]
     with pytest.raises(SchemaMismatch, match="ffn.0 takes .*; got"):

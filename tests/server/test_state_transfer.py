@@ -60,14 +60,14 @@ async def fetch(node: Any, peer: PeerAddress, *, weights_only: bool = False, **c
 class StateNode(ServingNode):
     """Hosts the state of one expert; `before` may look at each request, or raise."""
 
-    def __init__(self, *, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, *, max_bytes: int = 1 << 30, points_dir: Path | None = None) -> None:
         super().__init__()
         self.backend = make_backend()
         self.num_snapshots = 0
         self.requests: list[messages.StateRequest] = []
         self.before: Callable[[messages.StateRequest], None] = lambda request: None
         self.after: Callable[[Message], Message] = lambda reply: reply
-        self.source = StateSource(self.aside)
+        self.source = StateSource(self.aside, points_dir=points_dir)
         self.source.max_bytes = max_bytes
         self.host_expert("ffn.0", {messages.STATE: self.answer})
 
@@ -102,7 +102,7 @@ def node() -> Any:
     node.source.close()
 
 
-async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Path) -> None:
+async def test_a_peer_that_may_have_weights_alone_gets_no_sealed_state(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
     file = files.keep("ffn.0", EncodedState(b"file", []))
     node.source.find_sealed = files.find
@@ -124,7 +124,7 @@ async def test_a_sealed_file_that_is_dropped_while_it_is_asked_for_is_not_there(
     assert not reply.buffers and messages.decode(messages.StateReply, reply.body).size == 0
 
 
-async def test_whoever_only_holds_a_sealed_state_gives_its_weights(tmp_path: Path) -> None:
+async def test_a_holder_of_a_sealed_state_gives_its_weights(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
     train(node.backend)
     file = files.keep("ffn.0", checkpoint.encode_state(node.backend.state()))
@@ -176,7 +176,7 @@ async def test_a_copy_that_was_being_made_when_it_was_dropped_is_given_to_nobody
 
 
 @in_made_up_time
-async def test_whoever_asks_for_much_or_gives_up_takes_little_from_the_others(tmp_path: Path) -> None:
+async def test_a_peer_that_asks_for_much_or_gives_up_takes_little_from_the_others(tmp_path: Path) -> None:
     node, files = StateNode(), SealedFiles(tmp_path)
     file = files.keep("ffn.0", EncodedState(bytes(4 * PIECE_BYTES), []))
     node.source.find_sealed = files.find
@@ -206,8 +206,7 @@ async def test_whoever_asks_for_much_or_gives_up_takes_little_from_the_others(tm
 
 @in_made_up_time
 async def test_save_points_are_few_and_hold_what_was_there(tmp_path: Path) -> None:
-    node = StateNode()
-    node.source._points_dir = tmp_path
+    node = StateNode(points_dir=tmp_path)
 
     async def ask(peer: bytes, point: int) -> int:
         request = messages.StateRequest("ffn.0", True, 0, messages.NO_ROOT, 0, point.to_bytes(16, "big"))

@@ -6,7 +6,7 @@ import itertools
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,6 +35,7 @@ from tesseract_async.server.tenures import AUTHORITY_PERIOD, MAX_WAITING, RETRY_
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
+from tests.disks import full_disk, syncing
 
 UID = "ffn.0.0"
 OWNER, *HOSTS = (ta.Identity.from_seed(bytes([n]) * 32) for n in range(21, 26))
@@ -184,7 +185,7 @@ async def test_a_killed_primary_is_replaced_within_a_lease_and_stays_aside_when_
 
 @pytest.mark.slow
 async def test_a_member_whose_disk_is_full_does_not_lead_until_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ahead = 0.0
     async with contextlib.AsyncExitStack() as stack:
@@ -196,37 +197,21 @@ async def test_a_member_whose_disk_is_full_does_not_lead_until_there_is_room(
         await until(lambda: second.tenure.state is State.FOLLOWING and bool(first.tenure.members))
         await first.keeper.tenures.aclose()
         await first.node.endpoint.aclose()
-        refused = 0
-
-        def refuse_for_want_of_room(uid: str, stored: bytes) -> None:
-            nonlocal refused
-            refused += 1
-            raise OSError(28, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(second.keeper.tenures.files, "remember", refuse_for_want_of_room)
+        with full_disk(tmp_path / "b", "tenure.unfinished") as refused:
             ahead = 2 * LEASE
             await until(lambda: "says nothing until its disk takes it" in caplog.text)
             await until(lambda: second.tenure.state is State.FOLLOWING)
             for seconds in (2 * LEASE, AUTHORITY_PERIOD):  # whatever was due by the first is done by the second
-                ahead, seen = ahead + seconds, refused
-                await until(lambda seen=seen: refused > seen)  # type: ignore[misc]
+                ahead, seen = ahead + seconds, len(refused)
+                await until(lambda seen=seen: len(refused) > seen)  # type: ignore[misc]
                 assert not second.leads
         await until(lambda: second.leads)
         with contextlib.suppress(Exception):
             await killed.aclose()
 
 
-@contextlib.contextmanager
-def full(one: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Its disk takes no sealed file."""
-
-    def refuse(uid: str, pieces: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(one.keeper.tenures.files, "keep", refuse)
-        yield
+SEALING = "*.sealed.unfinished"
+"""The files in which a host seals a state."""
 
 
 def is_unsealed(one: Host) -> bool:
@@ -234,15 +219,15 @@ def is_unsealed(one: Host) -> bool:
 
 
 @pytest.mark.slow
-async def test_a_primary_that_cannot_seal_leaves_the_expert_to_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_primary_that_cannot_seal_leaves_the_expert_to_its_successor(tmp_path: Path) -> None:
     async with contextlib.AsyncExitStack() as stack:
         seed = await stack.enter_async_context(ta.TesseractNode())
-        first = await stack.enter_async_context(host(HOSTS[0], [seed.address]))
+        first = await stack.enter_async_context(host(HOSTS[0], [seed.address], tmp_path))
         second = await stack.enter_async_context(host(HOSTS[1], [seed.address]))
         trainer = await stack.enter_async_context(member(HOSTS[2], [seed.address]))
         await train(trainer, 3)
         await until(lambda: bool(first.tenure.members) and second.version == 3)
-        with full(first, monkeypatch):
+        with full_disk(tmp_path, SEALING):
             await train(trainer, 1)
             await until(lambda: is_unsealed(first))
             assert not first.leads, "what it trained now would be in nobody's file"
@@ -256,10 +241,10 @@ async def test_a_primary_that_cannot_seal_leaves_the_expert_to_its_successor(mon
 
 
 async def test_one_alone_that_cannot_seal_trains_on_and_seals_as_soon_as_there_is_room(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with host(HOSTS[0], []) as first:
-        with full(first, monkeypatch):
+    async with host(HOSTS[0], [], tmp_path) as first:
+        with full_disk(tmp_path, SEALING):
             await train(first.node, 1)
             await until(lambda: is_unsealed(first))
             assert "trains on: what it trains now is lost if it dies" in caplog.text
@@ -270,21 +255,19 @@ async def test_one_alone_that_cannot_seal_trains_on_and_seals_as_soon_as_there_i
 
 
 async def test_a_state_that_was_written_as_the_lease_ended_is_sealed_later(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with host(HOSTS[0], []) as first:
-        keep, written = first.keeper.tenures.files.keep, threading.Event()
+    async with host(HOSTS[0], [], tmp_path) as first:
+        written = threading.Event()
 
-        def fenced_meanwhile(uid: str, pieces: Any) -> Any:
+        def fenced_meanwhile() -> None:
             first.tenure.state = State.FENCED
             written.set()
-            return keep(uid, pieces)
 
-        with full(first, monkeypatch):
+        with full_disk(tmp_path, SEALING):
             await train(first.node, 1)
             await until(lambda: "could not be sealed" in caplog.text)
-        with monkeypatch.context() as patch:
-            patch.setattr(first.keeper.tenures.files, "keep", fenced_meanwhile)
+        with syncing(fenced_meanwhile, tmp_path, SEALING):
             await until(written.is_set)
         await until(lambda: first.tenure.held is not None and first.tenure.held.version == 1)
 
@@ -329,10 +312,15 @@ async def test_an_heir_that_is_dead_is_not_said_to_lack_the_state(caplog: pytest
         assert f"could not be handed over to {second.node.peer_id.short}: it does not answer" in caplog.text
 
 
-async def test_not_all_backwards_wait_for_the_next_primary(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with host(HOSTS[0], []) as first:
-        monkeypatch.setattr(first.tenure, "misses_primary", lambda now: True)
-        monkeypatch.setattr(first.server.hosted[UID], "is_primary", False)
+async def test_not_all_backwards_wait_for_the_next_primary() -> None:
+    stands_at: float | None = None
+    async with contextlib.AsyncExitStack() as stack:
+        primary = await stack.enter_async_context(host(HOSTS[0], []))
+        clock = lambda: boottime() if stands_at is None else stands_at  # noqa: E731
+        first = await stack.enter_async_context(host(HOSTS[1], [primary.node.address], elapsed=clock))
+        await until(lambda: first.tenure.state is State.FOLLOWING)
+        await primary.keeper.tenures.aclose()
+        stands_at = boottime() + 0.75 * LEASE  # it misses its primary, whose lease has not ended
         asked = [asyncio.create_task(first.keeper.find_primary(UID)) for _ in range(MAX_WAITING + 10)]
         done, pending = await asyncio.wait(asked, timeout=0.5)
         assert {one.result()[1] for one in done} == {RETRY_SECONDS} and len(pending) == MAX_WAITING

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.identity import PeerID
-from tesseract_async.sharing import rounds as module
 from tesseract_async.sharing.fragment import Fragment, Outer
 from tesseract_async.sharing.layout import Cut, MergeKind
-from tesseract_async.sharing.rounds import MIN_WAIT, Push, Rounds, judge
+from tesseract_async.sharing.rounds import FIRST_INTERVAL, MAX_MEMBERS, MIN_WAIT, Push, Rounds, judge
 from tesseract_async.wire import compression
 
 CUT = Cut(MergeKind.STEPPED, 0, 40)
@@ -136,7 +135,7 @@ def test_late_pushes_count_in_the_next_round_and_lengthen_the_wait() -> None:
 def test_the_timeout_is_that_of_the_offsets_seen(arrivals: list[tuple[int, float]]) -> None:
     rounds, now, version = Rounds(0, max_steps=64), 0.0, 0
     seen, last, periods = defaultdict[int, list[float]](list), dict[int, float](), dict[int, float]()
-    opened, interval, members = 0.0, module.FIRST_INTERVAL, [frozenset[PeerID](), frozenset[PeerID]()]
+    opened, interval, members = 0.0, FIRST_INTERVAL, [frozenset[PeerID](), frozenset[PeerID]()]
     present: set[PeerID] = set()
     for peer, wait in arrivals:
         now += wait
@@ -160,7 +159,7 @@ def test_the_timeout_is_that_of_the_offsets_seen(arrivals: list[tuple[int, float
         median = statistics.median(recent)
         spread = statistics.median([abs(one - median) for one in recent])
         expected = opened + min(max(2.0, median + 4 * spread), max(2.0, interval, period))
-        window = 2 * (period or module.FIRST_INTERVAL) if len(last) >= 3 else 0.0
+        window = 2 * (period or FIRST_INTERVAL) if len(last) >= 3 else 0.0
         lately = {PEERS[one] for one, at in last.items() if now - at < window}
         if members[0] | members[1] | lately <= present:
             expected = now
@@ -313,12 +312,15 @@ def test_what_does_not_fit_is_refused() -> None:
             judge(PEERS[0], bytes(16), 1, data, CUT, OUTER)
 
 
-def test_a_round_holds_a_bounded_number_of_members(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_MEMBERS", 3)
-    rounds = Rounds(0, max_steps=64)
-    for peer in range(3):
-        rounds.add(push(peer), 0, 0.0)
+def test_a_round_holds_a_bounded_number_of_members() -> None:
+    rounds, data = Rounds(0, max_steps=64), bytes(compression.encode(torch.ones(40), "none"))
+
+    def push_of(number: int) -> Push:
+        return judge(PeerID(number.to_bytes(32, "big")), number.to_bytes(16, "big"), 32, data, CUT, OUTER)
+
+    for number in range(MAX_MEMBERS):
+        rounds.add(push_of(number), 0, 0.0)
     with pytest.raises(Overloaded, match="as many members"):
-        rounds.add(push(3), 0, 0.0)
-    assert len(rounds.close()) == 3
-    rounds.add(push(3), 1, 1.0)
+        rounds.add(push_of(MAX_MEMBERS), 0, 0.0)
+    assert len(rounds.close()) == MAX_MEMBERS
+    rounds.add(push_of(MAX_MEMBERS), 1, 1.0)

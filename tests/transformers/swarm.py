@@ -1,4 +1,4 @@
-"""Servers with the experts of a tiny checkpoint, and a node beside them."""
+"""Servers with the experts of a tiny checkpoint, and a node next to them."""
 
 import contextlib
 from collections.abc import Callable, Iterator

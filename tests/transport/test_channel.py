@@ -13,7 +13,7 @@ def buffer_of_a_channel() -> memoryview:
 
 
 async def test_channels_of_one_loop_share_their_block_and_those_of_two_loops_do_not() -> None:
-    """Two nodes in two threads, such as a BackgroundNode beside one's own, receive at the same time."""
+    """Two nodes in two threads, such as a BackgroundNode next to one's own, receive at the same time."""
 
     async def elsewhere() -> memoryview:
         return buffer_of_a_channel()

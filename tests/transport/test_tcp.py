@@ -79,10 +79,11 @@ async def test_the_address_that_worked_comes_first() -> None:
     assert order(replace(peer, addresses=("[::1]:2",))) == ["[::1]:2"]
     transport.path_finished(peer, by_name["tcp 10.0.0.2:1"], OSError())
     assert order()[0] == "[::1]:2"
-    for _ in range(MAX_REMEMBERED + 1):
-        other = replace(peer, peer_id=PeerID(os.urandom(32)))
+    others = [replace(peer, peer_id=PeerID(os.urandom(32))) for _ in range(MAX_REMEMBERED + 1)]
+    for other in others:
         transport.path_finished(other, by_name["tcp 10.0.0.2:1"], None)
-    assert len(transport._worked) == MAX_REMEMBERED
+    first, *remembered = [order(other)[0] for other in others]
+    assert first == "[::1]:2" and {*remembered} == {"10.0.0.2:1"}
 
 
 @needs_both_kinds_of_ip

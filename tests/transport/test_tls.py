@@ -1,17 +1,19 @@
 """The TLS machine: two of them joined by function calls, and impostors."""
 
 import ssl
+from datetime import datetime
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.x509.oid import NameOID
 
 from tesseract_async.errors import HandshakeFailed, ProtocolError
 from tesseract_async.identity import Identity, PeerID
-from tesseract_async.transport import certificates
-from tesseract_async.transport.certificates import make_contexts, peer_id_of
+from tesseract_async.transport.certificates import ALPN, make_contexts, peer_id_of
 from tesseract_async.transport.tls import TlsMachine
 
 ALICE, BOB = Identity.from_seed(b"a" * 32), Identity.from_seed(b"b" * 32)
@@ -124,7 +126,7 @@ def test_without_a_certificate_nobody_gets_in() -> None:
     bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     bare.check_hostname = False
     bare.verify_mode = ssl.CERT_NONE
-    bare.set_alpn_protocols([certificates.ALPN])
+    bare.set_alpn_protocols([ALPN])
     client, server = machines(dialing=bare)
     with pytest.raises(HandshakeFailed):
         shake(client, server)
@@ -144,8 +146,15 @@ def test_old_versions_and_other_applications_are_refused() -> None:
         assert server.peer_id is None
 
 
-def certificate_of(key: Any) -> bytes:
-    return certificates._certificate("node", key, ca=False).public_bytes(serialization.Encoding.DER)
+PUBLISHED = Ed25519PrivateKey.from_private_bytes(b"this secret is published: no CA.")
+
+
+def certificate_of(key: Any, encoding: serialization.Encoding = serialization.Encoding.DER) -> bytes:
+    """As anybody can make one, since the key that signs is known to all."""
+    node, issuer = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("node", "tesseract"))
+    builder = x509.CertificateBuilder().subject_name(node).issuer_name(issuer).public_key(key).serial_number(7)
+    builder = builder.not_valid_before(datetime(2000, 1, 1)).not_valid_after(datetime(9999, 12, 31))
+    return builder.sign(PUBLISHED, None).public_bytes(encoding)
 
 
 def test_only_ed25519_keys_that_are_not_published_name_a_peer() -> None:
@@ -155,7 +164,7 @@ def test_only_ed25519_keys_that_are_not_published_name_a_peer() -> None:
         b"",
         b"\x30\x03\x02\x01\x01",
         certificate_of(ec.generate_private_key(ec.SECP256R1()).public_key()),
-        certificate_of(certificates._CA_KEY.public_key()),
+        certificate_of(PUBLISHED.public_key()),
     ):
         with pytest.raises(HandshakeFailed) as caught:
             peer_id_of(certificate)
@@ -163,9 +172,8 @@ def test_only_ed25519_keys_that_are_not_published_name_a_peer() -> None:
 
 
 def test_a_certificate_without_its_key_is_of_no_use(tmp_path: Any) -> None:
-    stolen = certificates._certificate(
-        "node", Ed25519PrivateKey.from_private_bytes(b"b" * 32).public_key(), ca=False
-    ).public_bytes(serialization.Encoding.PEM)
+    bobs = Ed25519PrivateKey.from_private_bytes(b"b" * 32).public_key()
+    stolen = certificate_of(bobs, serialization.Encoding.PEM)
     (tmp_path / "stolen.pem").write_bytes(ALICE.private_pem() + stolen)
     with pytest.raises(ssl.SSLError):
         make_contexts(ALICE)[0].load_cert_chain(tmp_path / "stolen.pem")

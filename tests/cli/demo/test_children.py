@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tesseract_async.cli.demo import children as module
-from tesseract_async.cli.demo.children import Child, ChildFailed, children
+from tesseract_async.cli.demo.children import LEAVE_TIMEOUT, Child, ChildFailed, children
+from tests.faults.serving import let_pass
 
 READY = "import json, sys; print('chatter'); print(json.dumps({'event': 'ready', 'pid': 1}), flush=True); "
 STAYS = READY + "sys.stdin.read()"
@@ -74,11 +74,14 @@ async def test_a_killed_process_is_no_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-async def test_who_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEAVE_TIMEOUT", 0.1)
+async def test_who_does_not_listen_is_killed(tmp_path: Path) -> None:
     async with children() as family:
         subject = await start(family, tmp_path, STUBBORN)
         await subject.ready(timeout=30)
+        leaving = asyncio.create_task(subject.aclose())
+        await asyncio.sleep(0)  # it was told
+        let_pass(LEAVE_TIMEOUT)
+        await leaving
     assert not lives(subject.process.pid)
 
 

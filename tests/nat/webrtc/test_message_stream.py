@@ -66,7 +66,7 @@ def test_a_larger_window_is_granted_at_the_start() -> None:
     assert other.held == 4 * INITIAL_CREDIT
 
 
-def test_whoever_ignores_the_window_breaks_the_rules() -> None:
+def test_a_sender_that_ignores_the_window_breaks_the_rules() -> None:
     stream = make()
     for _ in range(INITIAL_CREDIT // MESSAGE_BYTES):
         stream.receive(bytes(MESSAGE_BYTES))

@@ -57,7 +57,7 @@ async def test_a_dead_server_holds_up_nobody() -> None:
 
 @needs_ipv6_loopback
 async def test_few_candidates_are_told() -> None:
-    """An offer has a bound; IPv6 addresses are offered beside the others."""
+    """An offer has a bound; IPv6 addresses are offered along with the others."""
     made = negotiation(None, PATIENT, ("127.0.0.1", "::1"))
     found = await made.gather()
     assert {one.host for one in found.candidates} == {"127.0.0.1", "::1"}
