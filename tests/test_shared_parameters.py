@@ -22,19 +22,21 @@ from tesseract_async.errors import ConnectionLost, Overloaded
 from tesseract_async.experts.grants import GRANT_SECONDS, Role, grant_text, sign_grant
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest, RunMismatch, SignedRun, sign_run
-from tesseract_async.server import fragment_calls, fragments
+from tesseract_async.server import fragments
 from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.fetching import fetch_state
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.placing import Placing
 from tesseract_async.server.succession import ReplicaKeeper
-from tesseract_async.shared_parameters import SharedParameters, SharingReport
+from tesseract_async.shared_parameters import DEFAULT_REPLICAS, SharedParameters, SharingReport
 from tesseract_async.shared_part import Arrived
 from tesseract_async.sharing import rounds
 from tesseract_async.sharing.fragment import LAST, NEWCOMERS
 from tesseract_async.sharing.layout import Layout, LayoutMismatch, MergeKind
 from tesseract_async.wire import messages
 from tests.scripted_node import ScriptedNode
+from tests.sharing.hurried import hurried
+from tests.watching import watched
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
 
@@ -79,10 +81,10 @@ def weight(model: nn.Module) -> torch.Tensor:
 
 @contextlib.asynccontextmanager
 async def sharing(
-    model: nn.Module, *seeds: str, every: int = 4, **more: object
+    model: nn.Module, *seeds: str, every: int = 4, replicas: ReplicaSettings = REPLICAS, **more: object
 ) -> AsyncIterator[tuple[ScriptedNode, SharedParameters[nn.Module]]]:
     async with ScriptedNode(initial_peers=seeds) as node:
-        shared = SharedParameters(node, model, run="tiny", every=every, replicas=REPLICAS, **more)  # type: ignore[arg-type]
+        shared = SharedParameters(node, model, run="tiny", every=every, replicas=replicas, **more)  # type: ignore[arg-type]
         async with shared:
             yield node, shared
 
@@ -93,6 +95,14 @@ async def steps(shared: SharedParameters[nn.Module], num: int, seed: int) -> Non
         train(shared.model, optimizer, 1000 * seed + step)
         await shared.step()
         await asyncio.sleep(0.001)
+
+
+@contextlib.asynccontextmanager
+async def two_trainers() -> AsyncIterator[tuple[SharedParameters[nn.Module], SharedParameters[nn.Module]]]:
+    """With leases that outlast the seconds that `hurried` skips."""
+    async with sharing(make_model(1), every=1, replicas=DEFAULT_REPLICAS) as (seed, first):
+        async with sharing(make_model(2), seed.address, replicas=DEFAULT_REPLICAS) as (_, second):
+            yield first, second
 
 
 def all_sent(shared: SharedParameters[nn.Module]) -> bool:
@@ -203,8 +213,10 @@ async def test_a_push_that_waits_travels_once() -> None:
         pushes: list[int] = []
 
         async def counted(call: Any, peer: Any, method: str, body: Any, buffers: Any, **options: Any) -> Any:
-            pushes.extend([len(buffers)] if method == messages.PUSH else [])
-            return await call(peer, method, body, buffers, **options | {"timeout": 0.3})
+            if method == messages.PUSH:
+                pushes.append(len(buffers))
+                options["timeout"] = 0.3
+            return await call(peer, method, body, buffers, **options)
 
         node.on_call = counted
         await steps(second, 1, 2)
@@ -212,15 +224,14 @@ async def test_a_push_that_waits_travels_once() -> None:
         assert sum(pushes) == len(second.parts) < len(pushes)
 
 
-async def test_what_was_learned_on_a_base_that_is_gone_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_was_learned_on_a_base_that_is_gone_counts() -> None:
     """A trainer that pushes more than eight times between two pushes of another one must not shut it out."""
-    monkeypatch.setattr(rounds, "MIN_WAIT", 0.01)
-    async with sharing(make_model(1), every=1) as (seed, first), sharing(make_model(2), seed.address) as (_, second):
+    async with two_trainers() as (first, second):
         for number in range(9):
             await steps(first, 1, number)
-            await first.flush()
+            await hurried(first.flush())
         await steps(second, 1, 20)
-        await second.flush()
+        await hurried(second.flush())
         assert all_sent(second) and second.steps == 10
         part = second.parts[0]
         part.steps_sent += 1  # a push of later steps, which is not counted
@@ -239,17 +250,17 @@ async def test_a_state_that_the_primary_does_not_have_is_not_taken(monkeypatch: 
             tensors["anchor"] += 1e30
         return tensors, version
 
-    monkeypatch.setattr(rounds, "MIN_WAIT", 0.01)
-    async with sharing(make_model(1), every=1) as (seed, first), sharing(make_model(2), seed.address) as (_, second):
+    async with two_trainers() as (first, second):
         for number in range(9):
             await steps(first, 1, number)
-            await first.flush()
+            await hurried(first.flush())
         before = weight(first.model).clone()
         monkeypatch.setattr(shared_pieces.SharedPieces, "fetch_state", lying)
         await steps(second, 1, 20)  # its base is too old: the state is fetched whole
-        await second.wait_answers()
+        await hurried(second.wait_answers())
         await second.step()
         assert lies and torch.allclose(weight(second.model), before, atol=0.1)
+        await hurried(second.flush(), first.flush())
 
 
 async def test_who_waited_for_the_others_pushes_later_the_next_time() -> None:
@@ -408,12 +419,13 @@ async def test_a_run_may_name_the_values_that_its_trainers_begin_with() -> None:
                 assert same(second.merged(), shared.merged())
 
 
-def test_with_a_background_node_calls_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, threads = make_model(1), set()
-    for name in ("read", "add"):
-        plain = getattr(Layout, name)
-        monkeypatch.setattr(Layout, name, lambda *some, f=plain: (threads.add(threading.get_ident()), f(*some))[1])
-    with ta.BackgroundNode() as node, ta.SharedParameters(node, model, run="plain", every=2) as shared:
+def test_with_a_background_node_calls_are_plain() -> None:
+    model = make_model(1)
+    with (
+        watched(Layout.read, Layout.add) as seen,
+        ta.BackgroundNode() as node,
+        ta.SharedParameters(node, model, run="plain", every=2) as shared,
+    ):
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for step in range(6):
             train(model, optimizer, step)
@@ -423,7 +435,8 @@ def test_with_a_background_node_calls_are_plain(monkeypatch: pytest.MonkeyPatch)
         assert shared.steps == 6 and close(anchored(shared), model)
         pieces = len(shared.uids)
         assert repr(shared) == f"SharedParameters('plain', every=2, pieces={pieces}, steps=6)"
-    assert threads == {threading.get_ident()}  # the model is touched by nobody else
+    assert seen.num(Layout.read) and seen.num(Layout.add)
+    assert {one.thread for one in seen.calls} == {threading.get_ident()}  # the model is touched by nobody else
 
 
 @pytest.mark.slow
@@ -534,16 +547,7 @@ def test_the_program_of_the_page_runs() -> None:
     exec(snippets()[0], {})
 
 
-async def test_of_a_flood_of_pushes_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[int] = []
-    judge, loop, is_measured = fragment_calls.judge, asyncio.get_running_loop(), asyncio.Event()
-
-    def noted_judge(*some: Any) -> Any:  # in the device thread, later than the refusals of the others if it pleases
-        measured.append(1)
-        loop.call_soon_threadsafe(is_measured.set)
-        return judge(*some)
-
-    monkeypatch.setattr(fragment_calls, "judge", noted_judge)
+async def test_of_a_flood_of_pushes_one_is_measured() -> None:
     async with (
         sharing(make_model(1), every=1) as (node, shared),
         ta.TesseractNode(initial_peers=[node.address]) as liar,
@@ -555,23 +559,27 @@ async def test_of_a_flood_of_pushes_one_is_measured(monkeypatch: pytest.MonkeyPa
         (replica,) = await liar.directory.find(part.uid)
         data = part.copy.push(part.copy.anchor.clone())
         part.copy.cancel()
-        before = len(measured)
-        is_measured.clear()
-        calls = [
-            asyncio.create_task(
-                liar.call_expert(
-                    replica.peer, messages.PUSH, [part.uid, number.to_bytes(16), version, root, 1], [data], timeout=9.0
+        with watched(rounds.judge) as seen:
+            calls = [
+                asyncio.create_task(
+                    liar.call_expert(
+                        replica.peer,
+                        messages.PUSH,
+                        [part.uid, number.to_bytes(16), version, root, 1],
+                        [data],
+                        timeout=9.0,
+                    )
                 )
-            )
-            for number in range(30)
-        ]
-        while len(done := [call for call in calls if call.done()]) < 29:
-            await asyncio.wait([call for call in calls if not call.done()], return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait_for(is_measured.wait(), 9.0)
-        assert len(measured) == before + 1 and all(isinstance(call.exception(), Overloaded) for call in done)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+                for number in range(30)
+            ]
+            while len(done := [call for call in calls if call.done()]) < 29:
+                await asyncio.wait([call for call in calls if not call.done()], return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(9.0):
+                await seen.wait(rounds.judge, 1)
+            assert seen.num(rounds.judge) == 1 and all(isinstance(call.exception(), Overloaded) for call in done)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
 
 
 class Odd(nn.Module):

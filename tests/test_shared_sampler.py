@@ -18,8 +18,10 @@ from tesseract_async.errors import Overloaded, RemoteError
 from tesseract_async.identity import Identity
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.sharing.samples import Ledger, Report
+from tesseract_async.sharing.share import Share
 from tesseract_async.sharing.spans import decode_pieces, encode_pieces
 from tesseract_async.wire import messages
+from tests.watching import watched
 
 REPLICAS = ReplicaSettings(sync_every=0.3, check_every=0.3, lease=1.0, call_timeout=2.0)
 NUM = 50
@@ -186,8 +188,9 @@ async def test_what_a_primary_leaves_undone_is_taken_by_others() -> None:
         _, other = await stack.enter_async_context(sampling(bootstrap.address))
         feed = one.feed(one)
         first = [await anext(feed) for _ in range(8)]
-        await one.shared.step()  # ends the first four
-        await one._report()
+        with watched(Share.granted) as seen:
+            await one.shared.step()  # ends the first four
+            await seen.wait(Share.granted, 2)  # the second of these reports began after it
         await one.shared.flush()  # a round closes, with what is done
         await feed.aclose()
         await leaving.aclose()  # the pieces are handed over

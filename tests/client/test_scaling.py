@@ -324,9 +324,14 @@ def test_scaling_itself_is_as_torch_does_it() -> None:
     gradient.sum().backward()
     torch.testing.assert_close(leaf.grad, torch.full((2,), 4.0))
     torch.testing.assert_close(torch.func.grad(lambda x: scaler.scale(x.sum()))(torch.ones(2)), torch.full((2,), 2.0))
-    for _ in range(2 * scaling._MAX_NOTED):
-        scaling._note(leaf, leaf)
-    assert len(scaling._noted) <= scaling._MAX_NOTED
+
+
+def test_scales_of_passes_that_are_long_over_are_not_kept() -> None:
+    scaler, leaf, passes = scaler_of(2.0), torch.ones((), requires_grad=True), list[int]()
+    leaf.register_hook(lambda _: passes.append(torch._C._current_graph_task_id()))
+    for _ in range(5000):
+        scaler.scale(leaf * 2.0).backward()
+    assert scaling.noted_scale(passes[-1]) == 2.0 and scaling.noted_scale(passes[0]) is None
 
 
 @pytest.mark.parametrize("kind", [list, tuple, iter])

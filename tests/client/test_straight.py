@@ -30,18 +30,23 @@ from tesseract_async.wire.tensors import TensorSpec, pack_tensors
 from tests.client.fake_node import FakeReplica
 from tests.client.virtual_time import in_made_up_time
 from tests.faults.serving import let_pass
+from tests.watching import watched
 
 NUM_EXPERTS, WIDTH, ROWS = 6, 8, 3
 
 
 class Sour(nn.Module):
-    """Answers what is not a number where the first of a row is above 100."""
+    """Answers what is not a number where the first of a row is above 100, while all of them are let."""
+
+    goes_on = threading.Event()
+    goes_on.set()
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.goes_on.wait(60)
         y: torch.Tensor = self.inner(x)
         return torch.where(x[:, :1] > 100, torch.nan, y)
 
@@ -160,7 +165,10 @@ def goes_straight(pool: ta.ExpertPool, *given: torch.Tensor) -> bool:
 def test_news_of_the_network_and_other_servers_take_one_pass_at_most_another_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Straight, "_hedge_after", lambda _: None)  # this machine may be slow
+    def unhurried() -> None:
+        monkeypatch.setattr(Straight, "_hedge_after", lambda _: None)  # this machine may be slow
+
+    unhurried()
     with swarm([[*range(NUM_EXPERTS)], [*range(NUM_EXPERTS)]]) as (node, _):
         node.node.directory.refresh_period = 3600.0  # what is news, this test says
         pool = ta.ExpertPool(node, "m.0", num_experts=NUM_EXPERTS).eval()
@@ -173,28 +181,27 @@ def test_news_of_the_network_and_other_servers_take_one_pass_at_most_another_way
         assert goes_straight(pool, *given)
         node.run(pass_by(1.5))  # the fastest server is looked for again
         assert goes_straight(pool, *given) and goes_straight(pool, *given)
-        begin = Straight.begin
+        monkeypatch.undo()
+        ask = pool.ask
 
-        def begin_late(self: Straight, done: Callable[[], object]) -> None:
-            begin(self, done)
-            self._hedge()  # before anything of an answer can be read
+        def ask_and_go_on(*some: Any, **options: Any) -> Any:
+            Sour.goes_on.set()
+            return ask(*some, **options)
 
-        monkeypatch.setattr(Straight, "begin", begin_late)
-        assert not goes_straight(pool, *given)
-        monkeypatch.setattr(Straight, "begin", begin)
+        Sour.goes_on.clear()
+        with mock.patch.object(pool, "ask", side_effect=ask_and_go_on) as asked:
+            pool.answer(*given)
+        assert asked.called, "it took too long"
+        unhurried()
         assert goes_straight(pool, *given), "that was no failure"
 
 
-def test_both_ways_together_keep_the_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    timeouts: list[float] = []
-
-    class Noting(StrictForward):
-        def __init__(self, *args: Any, timeout: float) -> None:
-            timeouts.append(timeout)
-            super().__init__(*args, timeout=timeout)
-
-    monkeypatch.setattr("tesseract_async.client.expert_pool.StrictForward", Noting)
-    with ta.BackgroundNode() as host, ta.BackgroundNode(initial_peers=[host.address]) as node:
+def test_both_ways_together_keep_the_time_out() -> None:
+    with (
+        watched(StrictForward.__init__) as seen,
+        ta.BackgroundNode() as host,
+        ta.BackgroundNode(initial_peers=[host.address]) as node,
+    ):
         backends = {"m.0.0": ta.ExpertBackend(modules()[0], args_schema=(TensorSpec((WIDTH,)),))}
         with host.entered(ta.TesseractServer(host.node, backends)) as server:
             pool = ta.ExpertPool(node, "m.0", num_experts=1).eval()
@@ -217,6 +224,7 @@ def test_both_ways_together_keep_the_time_out(monkeypatch: pytest.MonkeyPatch) -
             finally:
                 released.set()
                 blocked.join()
+    timeouts = [one.arguments["timeout"] for one in seen.calls]
     assert timeouts[0] == 30.0 and timeouts[-1] == pytest.approx(0.05)
 
 

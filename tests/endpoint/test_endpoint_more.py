@@ -8,9 +8,9 @@ import socket
 import pytest
 
 from tesseract_async.admission import Policy
-from tesseract_async.endpoint import handlers
 from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
+from tesseract_async.endpoint.handlers import STARTS_PER_TURN
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, NotAllowed, PeerUnreachable, RemoteError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress
@@ -306,28 +306,21 @@ async def test_connections_are_limited_in_number_and_those_that_are_open_go_on()
         assert (await clients[2].call(address, "echo", 3, timeout=30)).body == 3
 
 
-async def test_a_call_cancelled_before_its_turn_is_never_handled(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_cancelled_before_its_turn_is_never_handled() -> None:
     handled = []
 
     async def note(call: IncomingCall) -> Message:
-        handled.append(call.body)
+        handled.append(bytes(call.buffers[0]))
         return Message()
 
-    async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
+    async with serving(PLAIN) as (server, address), RawPeer.connected(address) as peer:
         server.handle("note", note)
-        await client.call(address, "note", "first", timeout=30)
-        (connection,) = server.pool.connections()
-        with monkeypatch.context() as patch:
-            patch.setattr(handlers, "STARTS_PER_TURN", 0)
-            task = asyncio.create_task(client.call(address, "note", "cancelled", timeout=30))
-            async with asyncio.timeout(30):
-                while not connection.protocol.num_calls:  # noqa: ASYNC110 (nothing announces that a call waits)
-                    await asyncio.sleep(0)
-                task.cancel()
-                while connection.protocol.num_calls:  # noqa: ASYNC110 (nor that its cancel has come)
-                    await asyncio.sleep(0)
-        await client.call(address, "note", "last", timeout=30)
-        assert handled == ["first", "last"]
+        first = [peer.request(stream, b"first", method="note") for stream in range(1, STARTS_PER_TURN + 1)]
+        stream = STARTS_PER_TURN + 1
+        cancelled = peer.request(stream, b"cancelled", method="note") + frames.frame(frames.CANCEL, stream=stream)
+        peer.writer.write(b"".join(first) + cancelled + peer.request(stream + 1, b"last", method="note"))
+        await until(lambda: b"last" in handled)
+        assert handled == [b"first"] * STARTS_PER_TURN + [b"last"]
 
 
 async def test_half_open_channels_are_limited_in_number() -> None:

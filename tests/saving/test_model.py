@@ -21,7 +21,9 @@ from tesseract_async.saving.folder import SavedExperts, open_folder
 from tesseract_async.saving.model import restore_model
 from tesseract_async.saving.saver import SavePoint
 from tesseract_async.server.server import ServerSettings
-from tesseract_async.sharing import rounds
+from tesseract_async.sharing.rounds import Rounds
+from tests.sharing.hurried import hurried
+from tests.watching import watched
 
 WIDTH, GRID = 6, (2, 2)
 HERE = __name__
@@ -357,14 +359,13 @@ async def test_a_trainer_is_saved_as_it_belongs_to_its_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pushes: bool
 ) -> None:
     """Others' rounds close between its last answer and the save point, with a push of its own or without one."""
-    monkeypatch.setattr(rounds, "MIN_WAIT", 0.05)
     mark = SavePoint.mark
 
     async def later(point: SavePoint, **options: Any) -> None:
         if pushes:
             await learn(first)
         await learn(second)
-        await asyncio.gather(second.wait_answers(), first.wait_answers())
+        await hurried(second.wait_answers(), first.wait_answers())
         await mark(point, **options)
 
     async with two_trainers() as (node, (first, second)):
@@ -383,23 +384,7 @@ async def test_a_trainer_is_saved_as_it_belongs_to_its_pieces(
 
 
 @pytest.mark.slow
-async def test_a_push_from_before_does_not_count_in_a_state_that_was_gone_back_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rounds, "MIN_WAIT", 0.5)
-    added, closed = list[Any](), list[int]()
-    add, close = rounds.Rounds.add, rounds.Rounds.close
-
-    def counted(self: rounds.Rounds, push: rounds.Push, *some: Any) -> None:
-        add(self, push, *some)
-        added.append(push.peer)
-
-    def closing(self: rounds.Rounds) -> list[rounds.Push]:
-        closed.append(self.version)
-        return close(self)
-
-    monkeypatch.setattr(rounds.Rounds, "add", counted)
-    monkeypatch.setattr(rounds.Rounds, "close", closing)
+async def test_a_push_from_before_does_not_count_in_a_state_that_was_gone_back_to(tmp_path: Path) -> None:
     async with two_trainers() as (node, (first, second)):
         for one in (first, second):
             await learn(one)
@@ -407,16 +392,13 @@ async def test_a_push_from_before_does_not_count_in_a_state_that_was_gone_back_t
         await ta.save_model(node, first, tmp_path / "saved", optimizers=True)
         saved, num = [part.copy.base[1:] for part in first.parts], len(first.uids)
         for one in (first, second):
-            added.clear()
-            closed.clear()
-            await learn(one)
-            while len(added) < num:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            for task in second._asking:  # it is gone; its push is there
-                task.cancel()
-            await ta.restore_model(node, first, tmp_path / "saved")
-            while len(closed) < num:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+            with watched(Rounds.add, Rounds.close) as seen:
+                await learn(one)
+                await seen.wait(Rounds.add, num)
+                for task in second._asking:  # it is gone; its push is there
+                    task.cancel()
+                await ta.restore_model(node, first, tmp_path / "saved")
+                await hurried(seen.wait(Rounds.close, num))
             await first.flush()
             assert [part.copy.base[1:] for part in first.parts] == saved
 

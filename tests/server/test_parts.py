@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import ExpertFailed, Overloaded
 from tesseract_async.runtime.work import WorkResult
-from tesseract_async.server import parts
 from tesseract_async.server.parts import FIRST_PAUSE, MAX_PARTS, Parts
 from tesseract_async.wire.apply import ApplyPart, ApplyRequest
 from tests.wire.test_apply import requests
@@ -56,41 +55,53 @@ def test_parts_are_the_sums_of_what_was_answered(data: st.DataObject) -> None:
     results = {e: answer(request, e, dtype, absent=data.draw(st.booleans())) for e in range(num_experts)}
     now, taken_at, named = 10.0, 10.0, []
     num_parts = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "_STACKED_BYTES", data.draw(st.sampled_from((0, 2**20))))
-        left = list(order)
-        while not gathered.is_over:
-            due_at = gathered.due_at()
-            assert (due_at == -math.inf) == (not left)
-            if left and (due_at > now or data.draw(st.booleans())):
-                expert = left.pop()
-                if expert in fails:
-                    gathered.failed(expert, Overloaded("full", retry_after=1.0))
-                else:
-                    gathered.answered(expert, results[expert], epoch=expert)
-                now += data.draw(st.sampled_from((0.0, 0.001, 0.01, 1.0)))
-                continue
-            assert not left or now - taken_at >= FIRST_PAUSE - 1e-9
-            now = taken_at = max(now, due_at)
-            part, sums = gathered.take(now)
-            num_parts += 1
-            named += [*part.experts.tolist(), *(expert for expert, _ in part.failures)]
-            assert part.experts.tolist() == sorted(part.experts.tolist())
-            assert part.versions.tolist() == [100 + expert for expert in part.experts.tolist()]
-            assert part.epochs.tolist() == part.experts.tolist()
-            assert {expert for expert, _ in part.failures} <= fails
-            if len(part.experts):
-                expected = [by_hand(request, part, results, index) for index in range(2)]
-                for one, other in zip(sums, expected, strict=True):
-                    assert (one is None) == (other is None)
-                    if one is not None:
-                        assert one.dtype == other.dtype and torch.equal(one, other)  # type: ignore[union-attr]
-                pieces = [results[expert].tensors[-1] for expert in part.experts.tolist()] if request.backward else []
-                assert part.weight_gradients.tolist() == [value for piece in pieces for value in piece.tolist()]  # type: ignore[union-attr]
+    left = list(order)
+    while not gathered.is_over:
+        due_at = gathered.due_at()
+        assert (due_at == -math.inf) == (not left)
+        if left and (due_at > now or data.draw(st.booleans())):
+            expert = left.pop()
+            if expert in fails:
+                gathered.failed(expert, Overloaded("full", retry_after=1.0))
             else:
-                assert not sums and not len(part.weight_gradients)
+                gathered.answered(expert, results[expert], epoch=expert)
+            now += data.draw(st.sampled_from((0.0, 0.001, 0.01, 1.0)))
+            continue
+        assert not left or now - taken_at >= FIRST_PAUSE - 1e-9
+        now = taken_at = max(now, due_at)
+        part, sums = gathered.take(now)
+        num_parts += 1
+        named += [*part.experts.tolist(), *(expert for expert, _ in part.failures)]
+        assert part.experts.tolist() == sorted(part.experts.tolist())
+        assert part.versions.tolist() == [100 + expert for expert in part.experts.tolist()]
+        assert part.epochs.tolist() == part.experts.tolist()
+        assert {expert for expert, _ in part.failures} <= fails
+        if len(part.experts):
+            expected = [by_hand(request, part, results, index) for index in range(2)]
+            for one, other in zip(sums, expected, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    assert one.dtype == other.dtype and torch.equal(one, other)  # type: ignore[union-attr]
+            pieces = [results[expert].tensors[-1] for expert in part.experts.tolist()] if request.backward else []
+            assert part.weight_gradients.tolist() == [value for piece in pieces for value in piece.tolist()]  # type: ignore[union-attr]
+        else:
+            assert not sums and not len(part.weight_gradients)
     assert sorted(named) == list(range(num_experts)) and num_parts <= MAX_PARTS
     assert gathered.num_bytes == 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_large_answers_are_added_one_by_one(backward: bool) -> None:
+    request = sample(3, backward=backward)
+    gathered = Parts(request, now=0.0)
+    results = {
+        e: WorkResult([torch.randn(1, 60_000) for _ in range(1 + backward)], version=e) for e in range(len(request.ids))
+    }
+    for e, result in results.items():
+        gathered.answered(e, result, epoch=e)
+    part, sums = gathered.take(gathered.due_at())
+    assert part.experts.tolist() == [0, 1, 2]
+    assert len(sums) and torch.equal(sums[0], by_hand(request, part, results, 0))  # type: ignore[arg-type]
 
 
 def sample(num_experts: int, *, backward: bool = False) -> ApplyRequest:
