@@ -27,9 +27,9 @@ Values = npt.NDArray[np.floating]
 
 _MAX_GAP: Final = 30.0
 """Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
-_MAX_LEAD: Final = 10.0
-"""A row's sum keeps its unit until a message's unit is the exponential of this times as large: float32 holds that, and
-most sums are never scaled again."""
+_MAX_LEAD: Final = 3.0
+"""A row's sum keeps its unit until a message's unit is the exponential of this times as large: most sums are never
+scaled again, and float32 holds answers of up to 1e36."""
 
 
 @dataclass(slots=True, eq=False)
