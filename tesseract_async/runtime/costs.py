@@ -75,9 +75,9 @@ class GroupChoice:
     """The choice whether batches of several experts of one kind are computed in one pass, by what that took.
 
     Sizes are told apart by their powers of four. Each begins with the way that is expected to be the faster one. The
-    other is tried in the second pass and the fourth, and again as soon as trials have cost little: one that seems faster
-    is taken at once, and the slower one seems, the seldomer it is tried. Once trials have told enough, the other way is
-    only looked at from time to time: what else is going on may change what pays.
+    other is tried in the second pass and the fourth, and again as soon as trials have cost little: the slower it seems,
+    the more rarely. One that seems faster is taken at once. Once trials have told enough, the other way is only looked
+    at from time to time: what else is going on may change what pays.
     Compared are pairs of passes that ran one after the other, for the machine is not equally busy at all times; and the
     faster half of each way, for by chance a pass takes ten times as long.
     """
