@@ -122,17 +122,18 @@ def works(model: Any) -> dict[str, Callable[[], object]]:
 
 
 def delay(model: Any, round_trip: float) -> None:
-    """Have each layer's forwards take longer by that many seconds."""
+    """Have each layer's forwards without gradients take longer by that many seconds."""
     from tesseract_async.transformers.remote import remote_layers
 
     for module in remote_layers(model).values():
         pool = vars(module)["tesseract_layer"].pool
 
-        def later(*args: Any, ask: Any = type(pool).ask.__get__(pool), **options: Any) -> Any:
-            time.sleep(round_trip)  # in the caller's thread
-            return ask(*args, **options)
+        def later(*args: Any, answer: Any = type(pool).answer.__get__(pool)) -> torch.Tensor:
+            time.sleep(round_trip)
+            found: torch.Tensor = answer(*args)
+            return found
 
-        pool.ask = later
+        pool.answer = later
 
 
 def main() -> None:
