@@ -17,7 +17,7 @@ LISTS: Final = ("allow", "allow_file", "allow_training")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccessOptions:
-    """Lists of those who may ask, and what each of them may ask for."""
+    """The peers that may ask, and how much each of them may ask for."""
 
     allow: Annotated[tuple[frozenset[PeerID], ...], PEERS, Flag(metavar="PEER_ID")] = ()
     """Let only this peer call, train and store here, not everybody."""
@@ -63,7 +63,7 @@ class AccessOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerAccessOptions(AccessOptions):
-    """The same, for a node that experts are trained on."""
+    """The same for a node that hosts experts, and who may train them."""
 
     allow_training: Annotated[tuple[frozenset[PeerID], ...], PEERS, Flag(metavar="PEER_ID")] = ()
     """Let only this peer change weights here; others may still ask for forward passes."""

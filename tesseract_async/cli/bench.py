@@ -1,4 +1,4 @@
-"""`tesseract bench`: what this machine would contribute."""
+"""`tesseract bench`: measures what this machine would contribute."""
 
 import json
 import time
@@ -47,7 +47,9 @@ async def command(
     torch.set_num_threads(threads)
     backend = make_backend(expert_class, sizes={"in_features": in_features})
     if len(backend.input_specs) != 1:
-        raise ValueError(f"{expert_class} takes {len(backend.input_specs)} tensors; bench measures experts of one")
+        raise ValueError(
+            f"{expert_class} takes {len(backend.input_specs)} tensors; bench measures experts that take one"
+        )
     spec = backend.input_specs[0]
     x = torch.randn(rows, *spec.least_shape, dtype=spec.dtype)
 

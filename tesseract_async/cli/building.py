@@ -29,7 +29,8 @@ AUTOCAST: Final = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_builder(serving: ServeOptions, limits: VolunteerSettings, *, keeps_learning_rate: bool) -> ExpertBuilder:
-    """Return what builds the experts. Blocking with ``--shard``. `keeps_learning_rate`: over a checkpoint's.
+    """Return the builder of the experts. Blocks with ``--shard``. `keeps_learning_rate`: the given rate wins over a
+    checkpoint's.
 
     Raises: ValueError, TimeoutError, where they cannot be spread.
     """
@@ -56,7 +57,8 @@ class ExpertBuilder:
     """The link to the other processes, if experts are spread."""
 
     def __init__(self, serving: ServeOptions, computing: Mapping[str, object], max_bytes: int | None) -> None:
-        """`computing`: how this computer computes (`BackendSettings`). `max_bytes`: of an expert; None: what fits."""
+        """`computing`: how this computer computes (`BackendSettings`). `max_bytes`: the largest size of an expert;
+        None: what fits."""
         self._serving, self._computing, self._max_bytes = serving, computing, max_bytes
         self.devices: Sequence[str] = serving.devices
 

@@ -1,4 +1,4 @@
-"""`tesseract call UID`: try an expert."""
+"""`tesseract call UID`: tries an expert."""
 
 import json
 import time

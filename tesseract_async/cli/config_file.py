@@ -16,7 +16,7 @@ from tesseract_async.cli.types import EXISTING_FILE
 def read_config(path: Path, command: click.Command) -> dict[str, object]:
     """Return the file's values by the parameter names of `command`.
 
-    Raises: ValueError with a sentence for a file that is not TOML, an unknown option, or one that stands twice.
+    Raises: ValueError with a sentence for a file that is not TOML, an unknown option, or one that is given twice.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def read_config(path: Path, command: click.Command) -> dict[str, object]:
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"{path}: {name} is not an option of this command{hint}")
             if option.name in found:
-                raise ValueError(f"{path}: {name} stands twice")
+                raise ValueError(f"{path}: {name} is given twice")
             if isinstance(one, list) and not option.multiple:
                 raise ValueError(f"{path}: {name} takes one value, not a list")
             found[option.name] = [one] if option.multiple and not isinstance(one, list) else one

@@ -1,4 +1,4 @@
-"""`tesseract doctor`: what on this machine would keep it from taking part, each with what to do."""
+"""`tesseract doctor`: finds what would keep this machine from taking part, and says what to do about it."""
 
 import asyncio
 import dataclasses
@@ -54,9 +54,10 @@ class Check:
 @initial_peers_option(help_text="Try to reach this node, too")
 @click.option(
     "--host",
-    help="Check this address to listen on; by default 127.0.0.1, or all addresses if a node to reach is elsewhere.",
+    help="Check whether a node can listen on this address; by default 127.0.0.1, or all addresses if a node to "
+    "reach is elsewhere.",
 )
-@click.option("--port", default=0, type=PORT, help="Check this port to listen on; 0 takes a free one.")
+@click.option("--port", default=0, type=PORT, help="Check whether a node can listen on this port; 0 takes a free one.")
 @click.option("--upnp", is_flag=True, help="Ask the router to let connections in, and check whether that helps.")
 @click.option("--checkpoint-dir", default=".", type=FOLDER, help="Check the free space of this folder.")
 @json_option
@@ -212,7 +213,7 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool, is_quick: bool =
 
 
 def _cause(error: Exception) -> str:
-    """Return why a seed was not reached, which the check names already."""
+    """Return why a seed was not reached. The check names the seed already."""
     attempts = error.attempts.values() if isinstance(error, PeerUnreachable) else ()
     return "; ".join(dict.fromkeys(map(sentence_of, attempts))) or sentence_of(error)
 

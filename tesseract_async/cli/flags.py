@@ -1,4 +1,4 @@
-"""Options of commands: `grouped` makes them of the fields of a settings class, so that each is declared once."""
+"""Options of commands: `grouped` makes them from the fields of a settings class, so that each is declared once."""
 
 import ast
 import functools
@@ -18,18 +18,18 @@ Decorator = Callable[[Function], Function]
 SECTIONS: Final = ("What matters first", "Experts", "Run", "Limits", "Network", "Advanced")
 FIRST: Final = SECTIONS[0]
 KINDS: Final = {"_bytes": SIZE, "_rate": RATE, "_load": SHARE, "_after": SECONDS}
-"""Click types of fields by how their names end, where their annotations hold none. Flags go without the first two of
-these ends, since their values have units."""
+"""Click types of fields whose annotations hold none, by how the fields' names end. Flags leave out the first two of
+these endings, since their values have units."""
 SEVERAL: Final = "; may be given several times."
 NO_FLAG: Final = "no flag"
-"""Stands in the annotation of a field that is none: another option gives its value."""
+"""Marks, in its annotation, a field that has no flag: another option gives its value."""
 
 
 class Flag:
-    """Says in the annotation of a field, ``Annotated[bool, Flag("--open")]``, what else there is to say of its flag."""
+    """Holds further properties of a field's flag, in the field's annotation: ``Annotated[bool, Flag("--open")]``."""
 
     def __init__(self, *names: str, **more: Any) -> None:
-        """`names`: where they are not the field's. `more`: what else `click.option` takes."""
+        """`names`: the flag's, where they differ from the field's. `more`: other arguments of `click.option`."""
         self.names = names
         self.more = more
 
@@ -68,8 +68,8 @@ def options_of(settings: type) -> dict[str, Decorator]:
 
 
 def _first_sentences(settings: type) -> dict[str, str]:
-    """Return how the docstrings of a class's fields begin, by name: Python keeps these in its source only. None where a
-    program was packed without it."""
+    """Return the first sentences of the docstrings of a class's fields, by name. Python keeps these docstrings only in
+    the source: None where a program was packed without it."""
     found: dict[str, str] = {}
     for one in reversed(settings.__mro__[:-1]):
         try:
@@ -85,7 +85,7 @@ def _first_sentences(settings: type) -> dict[str, str]:
 
 
 def _click_type(kind: object) -> object:
-    """Return what click reads a value of this kind by; None where it is to see from the default."""
+    """Return the click type for values of this kind; None where click can tell it from the default."""
     arguments = [one for one in get_args(kind) if one is not type(None)]
     if get_origin(kind) is Literal:
         return click.Choice(arguments)
@@ -120,9 +120,9 @@ def grouped(
 ) -> Decorator:
     """Return a decorator that gives a command `options` and those of the settings class `make`.
 
-    It calls `make` with their values when the command runs, which gets the result as its argument `name`, in place of
-    the values that `make` has parameters for. `make` may be a function instead, which, without a `name`, is called for
-    what it does. A ValueError that it raises is a usage error. `made` turns what `make` returns into what the command
+    When the command runs, `make` is called with their values, and the command gets the result as its argument `name`,
+    in place of the values that `make` has parameters for. `make` may also be a function; without a `name`, it is called
+    for its effect. A ValueError that it raises is a usage error. `made` turns what `make` returns into what the command
     gets. `sections`: those of the help, by the fields with which they begin.
     """
     parameters = inspect.signature(make).parameters.keys()

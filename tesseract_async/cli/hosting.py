@@ -59,7 +59,7 @@ FIND_ATTEMPTS: Final = 5
 REFUSING_SECONDS: Final = 0.3
 """Seconds for which a server whose mesh is lost still says so to its callers."""
 MAX_NAMED: Final = 256
-"""Experts that a line for programs names, the first ones: there may be thousands, and pipes are small."""
+"""The most experts that a line for programs names: there may be thousands, and pipes are small."""
 SETTLE_TIMEOUT: Final = 20.0
 """Seconds that a server waits until it has taken what its run lacks, before it says that it is ready."""
 
@@ -271,8 +271,8 @@ class Hosting:
     async def _choose(self) -> tuple[list[str], ExpertClaim | None]:
         """Return the uids to host, and the reservation to release once they are declared.
 
-        In a run without patterns these are the ones that were computed here before; what else is lacking there, the
-        server takes later (`server.placing`).
+        In a run without patterns these are the ones that were computed here before; the server takes others that the
+        run lacks later (`server.placing`).
         """
         stored = stored_uids(self.serving.checkpoint_dir)
         if self._authority is not None and self.serving.checkpoint_dir is not None:
@@ -351,7 +351,8 @@ class Hosting:
             await end(watcher)
 
     async def _watch_mesh(self, link: MeshLink) -> None:
-        """End the process once the mesh is lost: its thread may hang, and what started it starts it again."""
+        """End the process once the mesh is lost: its thread may hang, and the program that started it starts it
+        again."""
         reason = await link.wait_lost()
         click.echo(f"Error: {reason}; this process ends, to be started again", err=True)
         say("lost", reason=reason)

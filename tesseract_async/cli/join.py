@@ -1,4 +1,4 @@
-"""`tesseract join`: all that lies between an invite and a computer that takes part."""
+"""`tesseract join`: everything that it takes to get from an invite to a computer that takes part."""
 
 import asyncio
 import contextlib

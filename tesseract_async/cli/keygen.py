@@ -23,7 +23,7 @@ def command(*, file: Path, show: bool) -> None:
             identity = Identity.generate()
             identity.save(file)
     except FileExistsError:
-        raise click.ClickException(f"{file} exists: it is not overwritten. --show prints its peer id") from None
+        raise click.ClickException(f"{file} exists, and is not overwritten. --show prints its peer id") from None
     except FileNotFoundError:
         sentence = f"there is no file {file}" if show else f"{file} cannot be written: choose another folder"
         raise click.ClickException(sentence) from None

@@ -78,7 +78,7 @@ run_option = click.option(
     "--run",
     "run_name",
     metavar="NAME[@PEER_ID]",
-    help="Look at the experts of this training run, not at those of none.",
+    help="Look at the experts of this training run, instead of experts that belong to no run.",
 )
 patterns_argument = click.argument("patterns", nargs=-1, type=PATTERN)
 
@@ -112,14 +112,14 @@ class ExpertOptions:
     max_batch_size: Annotated[int, ROWS] = 4096
     """Compute at most this many rows of input at once."""
     seed: int = 0
-    """Begin with other first weights for each number given here, and with the same ones for the same number."""
+    """Draw the experts' first weights from this seed; the same seed gives the same weights."""
 
     def __post_init__(self) -> None:
         """Raises: click.UsageError."""
         if self.hf_checkpoint is None and (self.dtype or self.master):
-            raise click.UsageError("--dtype and --master go with --hf-checkpoint")
+            raise click.UsageError("--dtype and --master need --hf-checkpoint")
         if self.schedule is None and self.schedule_option:
-            raise click.UsageError("--schedule-option goes with --schedule")
+            raise click.UsageError("--schedule-option needs --schedule")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,9 +204,9 @@ visit_options = chain(grouped("visit", Visit, initial_peers_option(required=True
 
 
 def host_towards(seeds: Sequence[str]) -> str:
-    """Return what to listen on where the user did not say: loopback if all seeds are there, else every interface.
+    """Return the address to listen on if the user gave none: loopback if all seeds are there, else every interface.
 
-    From a socket on loopback nothing leaves this computer. Raises: ValueError for a malformed seed.
+    A socket on loopback cannot reach other computers. Raises: ValueError for a malformed seed.
     """
     hosts = [split_host_port(address)[0] for seed in seeds for address in PeerAddress.parse(seed).addresses]
     local, speaks_v6 = all(map(is_loopback, hosts)), any(":" in host for host in hosts)

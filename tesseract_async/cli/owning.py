@@ -149,11 +149,14 @@ async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], ow
         raise click.UsageError("say whom to revoke: PEER_IDs, or --invite PEER_ID")
     async with owner.acting() as acting:
         if acting.authority.delegates.keys() & set(members):
-            click.echo("with a delegate go the peers that it let in, and what it revoked no longer counts", err=True)
+            click.echo(
+                "revoking a delegate removes the peers that it let in, and undoes its own revocations",
+                err=True,
+            )
         await acting.revoke(members, invites)
         run = acting.authority.run.full_name
     if members:
-        click.echo(f"{counted(len(members), 'peer')} may take no more part in {run}", err=True)
+        click.echo(f"{counted(len(members), 'peer')} may no longer take part in {run}", err=True)
     if invites:
         said = f"{counted(len(invites), 'invite')} of {run} revoked: everybody who came by one may take no more part"
         click.echo(said, err=True)
@@ -181,7 +184,9 @@ async def appoint(*, experts: ExpertPattern, member: PeerID | str, root: bytes |
     or to one that a server has put aside; its log names the root.
     """
     if root is not None and (experts.num_uids != 1 or isinstance(member, str)):
-        raise click.UsageError("--state is of one expert, and of the PEER_ID that keeps it")
+        raise click.UsageError(
+            "--state needs one expert instead of a pattern of several, and the PEER_ID that keeps this state"
+        )
     primary = None if isinstance(member, str) else member
     async with owner.acting() as acting:
         signed = await acting.appoint(experts, primary, root=root)
@@ -201,8 +206,8 @@ async def appoint(*, experts: ExpertPattern, member: PeerID | str, root: bytes |
 async def status(*, as_json: bool, owner: OwnerOptions) -> int:
     """Show who takes part in the run.
 
-    That is: how many experts are alive and how safe they are, contributors of the last day, grants and when they end,
-    delegates, who was revoked, and appointments.
+    It shows how many experts are alive and how safe they are, contributors of the last day, grants and when they end,
+    delegates, revoked peers, and appointments.
     """
     async with owner.opened() as (node, keeper):
         authority = keeper.authority
@@ -273,11 +278,13 @@ def backup_key(*, file: Path, identity: Path, restore: bool, passphrase: str) ->
             found = Identity.load(identity)
             found.save(file, passphrase=secret)
     except FileExistsError as error:
-        raise click.ClickException(f"{error.filename} exists: it is not overwritten") from None
+        raise click.ClickException(f"{error.filename} exists, and is not overwritten") from None
     except OSError as error:
         raise click.ClickException(f"{error.filename}: {error.strerror}") from None
     except (ValueError, TypeError):
-        raise click.ClickException(f"{file if restore else identity} holds no Ed25519 key that this opens") from None
+        raise click.ClickException(
+            f"{file if restore else identity} holds no Ed25519 key, or the passphrase is wrong"
+        ) from None
     click.echo(str(found.peer_id))
 
 

@@ -139,8 +139,8 @@ async def until_told_to_leave(*, tell_ready: Callable[[], None] | None = None) -
 
 @contextlib.contextmanager
 def importing(*, without: Sequence[str] = ()) -> Iterator[None]:
-    """Import torch, or build experts, without the garbage collector: neither makes garbage, and the search takes a
-    sixth of the time of imports, and a third of that of thousands of experts.
+    """Import torch, or build experts, without the garbage collector: neither makes garbage, and looking for it takes a
+    sixth of the time of the imports, and a third of the time of building thousands of experts.
 
     `without`: packages that look as if they were not installed meanwhile, for what imports them only if they are.
     """
@@ -187,8 +187,8 @@ def say(event: str, /, on_terminal: object = False, **facts: object) -> None:
 
 
 class _Lines:
-    """Lines on their way to a pipe, written as far as it takes them at once; the loop looks again for the rest. Of a
-    program that does not read, those that no longer fit in `MAX_UNREAD_BYTES` are dropped."""
+    """Lines on their way to a pipe. What the pipe takes is written at once, and the loop tries again for the rest. If
+    the program does not read, lines that no longer fit in `MAX_UNREAD_BYTES` are dropped."""
 
     def __init__(self) -> None:
         self._left = bytearray()
@@ -221,7 +221,7 @@ class _Lines:
             self._write(loop)
 
     def write(self, timeout: float = 0.0) -> None:
-        """Write what is left, as far as it is read until then. Raises: OSError."""
+        """Write what is left, as far as the program reads it in time. Raises: OSError."""
         until = time.monotonic() + timeout
         try:
             while self._left:
@@ -239,7 +239,7 @@ _lines = _Lines()
 
 
 class TextLines(logging.Formatter):
-    """Lines for people, on a terminal, which a stranger's words must not command."""
+    """Lines for people, on a terminal. Text from strangers must not control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

@@ -17,7 +17,7 @@ from tesseract_async.experts.trust import SHARED
 from tesseract_async.identity import Identity
 
 MAX_TOLD: Final = 8
-"""Experts that are named to people, of those that went otherwise than they should; the line for programs names all."""
+"""The most experts that are named to people when something went wrong with them; the line for programs names all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ async def save(*, options: SaveOptions, visit: Visit) -> int:
     parts = [take_trunk(store, uids, report, keeps=options.optimizers) for uids in trunks]
     tensors = {name: one for part in parts for name, one in part.items()}
     if len(tensors) < sum(map(len, parts)):
-        raise click.UsageError("two of the models that are shared have tensors of one name: save each by itself")
+        raise click.UsageError("two of the shared models have tensors of the same name: save each by itself")
     if tensors:
         store.put_tensors(tensors)
     num_shared = sum(one.numel() for one in tensors.values())

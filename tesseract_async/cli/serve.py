@@ -53,13 +53,15 @@ async def command(
     network, and their weights are saved. SIGUSR1 saves them at once.
     """
     if serving.grant is not None and (serving.run_name is None or node.identity is None):
-        raise click.UsageError("--grant goes with --run NAME and with --identity FILE, whose grant it is")
+        raise click.UsageError("--grant needs --run NAME, and the --identity FILE that it was given to")
 
     def is_given(name: str) -> bool:
         return click.get_current_context().get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
     if serving.hf_checkpoint is not None and is_given("expert_class"):
-        raise click.UsageError("--hf-checkpoint goes without --expert-class: its experts are the checkpoint's")
+        raise click.UsageError(
+            "--hf-checkpoint cannot be combined with --expert-class: the experts are the checkpoint's"
+        )
     if serving.hf_checkpoint is not None and not is_given("optimizer"):
         serving = dataclasses.replace(serving, optimizer="adamw")  # as Transformers trains
     if ":" in f"{serving.expert_class}{serving.shard}" or serving.allowed_modules:

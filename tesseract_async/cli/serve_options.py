@@ -81,14 +81,18 @@ class ServeOptions(ExpertOptions):
         if self.shard is not None and (
             self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1 or self.step == "lockstep"
         ):
-            raise click.UsageError("--shard goes with one --device, without --compile, --cuda-graphs, --step lockstep")
+            raise click.UsageError(
+                "--shard takes one --device, and cannot be combined with --compile, --cuda-graphs or --step lockstep"
+            )
         if self.hf_checkpoint is not None and (self.shard or self.sizes or self.autocast):
-            raise click.UsageError("--hf-checkpoint goes without --shard, --size and --autocast (say --dtype)")
+            raise click.UsageError(
+                "--hf-checkpoint cannot be combined with --shard, --size or --autocast (use --dtype)"
+            )
         for pattern in self.patterns if self.num_experts is None else ():
             if (size := pattern.num_uids) > MAX_EXPERTS:
                 raise click.BadParameter(
-                    f"{pattern} are {size} experts; one server hosts at most {MAX_EXPERTS}: say --num-experts to "
-                    "choose some",
+                    f"{pattern} stands for {size} experts; one server hosts at most {MAX_EXPERTS}: say "
+                    "--num-experts to choose some",
                     param_hint="--experts",
                 )
 

@@ -47,7 +47,7 @@ class RunOptions(ExpertOptions):
     learning_rate: Annotated[float, LEARNING_RATE] = 1e-3
     """Train at this rate."""
     seed: Annotated[int, click.IntRange(0, 2**63 - 1)] = 0
-    """Begin with other first weights for each number given here, and with the same ones for the same number."""
+    """Draw the experts' first weights from this seed; the same seed gives the same weights."""
     is_open: Annotated[bool, Flag("--open")] = False
     """Let everybody host and train, not only those with a grant."""
     delegates: Annotated[tuple[PeerID, ...], Flag("--delegate", metavar="PEER_ID")] = ()
@@ -75,7 +75,7 @@ class RunOptions(ExpertOptions):
 @click.option(
     "--once",
     is_flag=True,
-    help="Make the run known and end; unless a server takes part within the hour, it is forgotten.",
+    help="Publish the run and exit; unless a server takes part within the hour, the run is forgotten.",
 )
 @node_options
 @config_option

@@ -26,7 +26,7 @@ except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 SCROLLS = {"j": 1, "k": -1, "\x1b[b": 1, "\x1b[a": -1, "\x1b[6~": 10, "\x1b[5~": -10}
-"""Lines that a key scrolls: j and k, the arrows, page down and up."""
+"""The number of lines that each key scrolls: j and k, the arrows, page down and up."""
 _KEY = re.compile(r"\x1b\[[0-9]*[A-Za-z~]|.", re.DOTALL)
 MAX_LOOKS = 4
 """The most looks that `--once` takes until it has met a server."""
@@ -60,7 +60,7 @@ async def command(
     answered last. A server that died stays in the list for an hour, dimmed.
     """
     if as_json and not once:
-        raise click.UsageError("--json goes with --once")
+        raise click.UsageError("--json needs --once")
 
     console = Console()
     signs, is_dumb = signs_for(console.encoding), console.is_terminal and console.is_dumb_terminal

@@ -4,8 +4,8 @@ torchrun ends with status 1 whenever a signal tells it to end, even if all of it
 Here SIGTERM and Ctrl-C only reach the processes: once all of them have ended by themselves, torchrun finds its work
 done, and its status is 0.
 
-torchrun's store takes anybody's words, on all interfaces, and torchrun unpickles some of them. With ``--standalone``,
-only this machine reaches it here, and gloo.
+torchrun's store accepts data from anybody, on all interfaces, and torchrun unpickles some of it. Here, with
+``--standalone``, only this machine reaches the store and gloo.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _stay_local(options: argparse.Namespace) -> None:
-    """Let the processes of this machine meet where no other machine reaches."""
+    """Let the processes of this machine meet at an address that no other machine reaches."""
     rendezvous_handler_registry.register(_LocalBackend.name, _make_local_handler)
     options.standalone, options.rdzv_backend, options.rdzv_endpoint = False, _LocalBackend.name, f"{LOCAL}:0"
     options.rdzv_id, options.local_addr = str(uuid.uuid4()), LOCAL

@@ -134,7 +134,7 @@ SHARE: Final = Parsed("share", partial(_amount, units=_SHARES, what="a share, su
 """A share of one: ``30 %`` or ``0.3``."""
 SECONDS: Final = seconds()
 PERIOD: Final = seconds(least=0.001)
-"""Seconds between two of something."""
+"""Seconds from one time to the next: a period is at least 1 ms."""
 ADDRESS: Final = Parsed("address", _address)
 METRICS_ADDRESS: Final = Parsed("address", lambda text: _address(text if ":" in text else f"127.0.0.1:{text}"))
 """``HOST:PORT``; a port alone is one of this computer's loopback."""
@@ -153,7 +153,7 @@ PAIR: Final = Parsed("pair", _pair)
 
 
 class Number(click.FloatRange):
-    """A finite number in a range: "nan" and "inf" are numbers to Python, but amounts of nothing."""
+    """A finite number in a range: "nan" and "inf" are numbers to Python, but no amounts."""
 
     def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
@@ -166,7 +166,7 @@ LEARNING_RATE: Final = Number(0)
 
 
 class UserPath(click.Path):
-    """A path in which ``~`` is the user's folder also where no shell has seen it, as in a file of options."""
+    """A path in which ``~`` means the user's folder even where no shell has expanded it, as in a file of options."""
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None

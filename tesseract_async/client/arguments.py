@@ -1,4 +1,4 @@
-"""A call's arguments as they are when it is made: later changes in place are noticed, or do not reach a copy."""
+"""The arguments of a call, as they were when it was made: a later change in place is noticed, or does not reach it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ _CHANGED = (
 
 with torch.inference_mode(False):  # this module may be imported in the midst of anything
     _drawn = torch.empty((), dtype=torch.int64, device="cpu")
-    """For seeds: making it takes longer than drawing. Threads that draw at the same time may get the same seed."""
+    """The tensor that seeds are drawn into; kept, because making one takes longer than drawing. Threads that draw at
+    the same time may get the same seed."""
 
 
 class Versions:
@@ -44,15 +45,15 @@ class Arguments:
     versions: Versions
     mode: CallMode
     casts: bool
-    """Autocast is on where the tensors are: floating-point ones are cast to the schema's dtypes."""
+    """True if autocast is on for the tensors' device: floating-point ones are then cast to the schema's dtypes."""
 
     @classmethod
     def now(cls, args: tuple[Structure, ...], kwargs: Mapping[str, Structure], *, training: bool) -> "Arguments":
         """Read grad mode and autocast, draw a seed if `training`, and hold the arguments in new plain structures.
 
-        Tensors that may change without another version are copied. The seed comes from torch's generator of the CPU:
-        `torch.manual_seed`, `torch.set_rng_state` and `torch.random.fork_rng` do to remote dropout what they do to
-        local one.
+        Tensors that may change without another version are copied. The seed comes from torch's CPU generator, so
+        `torch.manual_seed`, `torch.set_rng_state` and `torch.random.fork_rng` act on remote dropout as they do on local
+        dropout.
         """
         tensors: list[torch.Tensor] = []
         taken = tuple(map(_taken, args, repeat(tensors)))

@@ -40,10 +40,10 @@ TOLERANCES: Final = {
     "uint8": 0.2,
     "int4_blockwise": 0.3,
 }
-"""By the codec that the outputs came in. Kernels, threads, devices and autocast to bf16 stay below .01; see
-`tests/benchmarks/client_audits.py`."""
+"""The deviation below which answers count as equal, by the codec in which the outputs came. Kernels, threads, devices
+and autocast to bf16 stay below .01; see `tests/benchmarks/client_audits.py`."""
 _HALF_TOLERANCE: Final = 0.04
-"""For outputs that are 16 bits wide."""
+"""The deviation below which answers count as equal, for outputs that are 16 bits wide."""
 
 
 class Verdict(Enum):
@@ -56,7 +56,7 @@ class Verdict(Enum):
     UNCHECKED = "unchecked"
     """No other replica was at that version, or none answered."""
     SKIPPED = "skipped"
-    """Too much waited for audits already."""
+    """Too many bytes were waiting for audits already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class _Sample:
 
 
 class Audits:
-    """The audits of one node's calls: as many as the calls' options say."""
+    """The audits of one node's calls, at the share that the calls' options set."""
 
     def __init__(self, node: Node, *, random: Random | None = None) -> None:
         self._node = node
@@ -157,7 +157,8 @@ class Audits:
     async def _decide(
         self, sample: _Sample, other: PeerAddress, theirs: Outputs, others: Sequence[PeerAddress]
     ) -> Verdict:
-        """Decide which of two is wrong: the one that contradicts itself, or else the one that a third contradicts."""
+        """Decide which of two peers is wrong: one that contradicts itself, or else one that a third peer
+        contradicts."""
         again, theirs_again = await asyncio.gather(self._ask(sample, sample.receipt.peer), self._ask(sample, other))
         lies = again is not None and _differ(sample, again)
         they_lie = theirs_again is not None and deviation(theirs, theirs_again) > tolerance(sample.forward, theirs)
@@ -217,7 +218,7 @@ class Audits:
         )
 
     async def _ask(self, sample: _Sample, peer: PeerAddress) -> Outputs | None:
-        """The answer of this peer to the same question, at the same version; None without one."""
+        """Return this peer's answer to the same question, at the same version; None if it gives none."""
         try:
             outputs, receipt = await call_forward(
                 self._node, sample.forward, peer, sample.inputs, timeout=sample.timeout
@@ -229,7 +230,7 @@ class Audits:
 
 def deviation(left: Outputs, right: Outputs) -> float:
     """Return how far two answers are apart: the largest distance of a row, relative to its size and that of rows in
-    general. So neither a single wrong row is lost among many, nor does a row near zero count for much.
+    general. So a single wrong row is not lost among many, and a row near zero does not count for much.
     """
     worst = 0.0
     for a, b in zip(left, right, strict=True):

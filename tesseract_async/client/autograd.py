@@ -1,8 +1,8 @@
 """`backward` without blocking the loop.
 
 The engine runs in a thread, which waits for the gradients of remote calls (see `remote_call`). Where these calls cut
-the graph in two and what is local takes little, no other thread is needed: the loop's runs the engine down to them,
-goes on with other things, and runs it from their answers on (see `halves`).
+the graph in two and the local work is small, no other thread is needed: the loop's thread runs the engine down to the
+calls, turns to other things, and runs the engine on from their answers (see `halves`).
 """
 
 import asyncio
@@ -33,22 +33,22 @@ def backward(
     The engine runs in a separate thread; gradients are added to the leaves' ``.grad`` in the awaiting task, in one
     turn of the loop and all or nothing: after an error or a cancellation every ``.grad`` is as before. Experts whose
     servers had answered by then have taken their step. Cancelling fails the gradient requests under way and returns
-    once the thread has left, which waits for a local operation in progress but for nothing remote.
+    once the thread has ended: it waits for a local operation in progress, but for nothing remote.
 
-    Where what is local is small, the engine runs in the awaiting task instead, up to the calls and on from their
+    Where the local work is small, the engine runs in the awaiting task instead: down to the calls, and on from their
     answers. So a hook must not wait for what needs the loop, such as another backward through a remote expert.
 
     Hooks that fire after accumulation (`register_post_accumulate_grad_hook`) fire in that turn, too. Where others may
     wait for it (on ``AccumulateGrad``; DistributedDataParallel's, as soon as `torch.distributed` is initialized), the
     engine's thread adds the gradients once all of them are there.
 
-    `gradient` is needed where `loss` is not a scalar, as in ``Tensor.backward``; with `retain_graph` the graph can be
-    gone through again, and its experts then take another step. `scaler`: the `torch.amp.GradScaler` whose ``scale``
-    gave `loss`. What travels is divided by its scale, what comes back multiplied; where gradients overflowed, nothing
-    travels, and the local ones become NaN, at which the scaler skips its step.
+    `gradient` is needed where `loss` is not a scalar, as in ``Tensor.backward``; with `retain_graph`, backward can go
+    through the graph again, and its experts then take another step. `scaler`: the `torch.amp.GradScaler` whose
+    ``scale`` gave `loss`. Gradients are divided by its scale before they travel, and multiplied by it when they come
+    back. Where they overflowed, none travel, and the local ones become NaN, so that the scaler skips its step.
 
     Raises: TypeError or RuntimeError for a loss without a graph; RuntimeError for a graph that only torch's own
-    backward goes through (FSDP, reentrant checkpoints); ExpertFailed for gradients that are not finite, and what else a
+    backward goes through (FSDP, reentrant checkpoints); ExpertFailed for gradients that are not finite; whatever else a
     remote expert's backward raises.
     """
     if isinstance(gradient, torch.Tensor):
@@ -94,8 +94,8 @@ async def _backward(
 def _run(
     step: BackwardStep, loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool, stream: Any
 ) -> tuple[Leaves, list[torch.Tensor | None]]:
-    """Return the leaves under `loss` and what is left to add to each, in separate memory. In an engine's thread, which
-    continues the CUDA stream of the awaiting one."""
+    """Return the leaves under `loss` and what is left to add to each, in separate memory. Runs in an engine's thread,
+    which continues the CUDA stream of the awaiting thread."""
     engine_thread.step = step
     try:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):

@@ -1,7 +1,7 @@
-"""`BackgroundNode`: a node for scripts and notebooks. One of three files that cross threads.
+"""`BackgroundNode`: a node for scripts and notebooks. One of the files that cross threads.
 
-The node runs on an event loop in a separate thread. The package's modules notice that their node is such a one, and
-give results instead of awaitables; ``loss.backward()`` works as always, as it does not run on the loop's thread.
+The node runs on an event loop in a separate thread. The package's modules notice that their node is such a node, and
+return results instead of awaitables; ``loss.backward()`` works as always, because it does not run on the loop's thread.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class BackgroundNode(PlainCalls):
         self._thread: threading.Thread | None = None
 
     def start(self) -> Self:
-        """Start the thread and the node in it. Raises: RuntimeError if started before; as `TesseractNode.start`."""
+        """Start the thread and the node in it. Raises: RuntimeError if started before; what `TesseractNode.start`
+        raises."""
         if self._thread is not None:
             raise RuntimeError("this node was started before; make a new one")
         started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
@@ -96,7 +97,7 @@ class BackgroundNode(PlainCalls):
         return self
 
     def close(self) -> None:
-        """Say farewell and stop the loop and its thread; calls under way in other threads fail. Twice is fine.
+        """Say farewell and stop the loop and its thread; calls under way in other threads fail. May be called twice.
 
         Raises: RuntimeError on the node's own thread.
         """
@@ -166,8 +167,8 @@ class BackgroundNode(PlainCalls):
             raise
 
     def wait(self, begin: Callable[[Callable[[], object]], None], cancel: Callable[[], None]) -> None:
-        """Have ``begin(done)``, which raises nothing, called on the node's loop, and return once it has called
-        ``done``, once; blocks meanwhile. Interrupting has `cancel` called there.
+        """Call ``begin(done)`` on the node's loop, and block until it has called ``done``, which it does exactly once.
+        It must not raise. An interrupt calls `cancel` on the loop.
 
         Raises: RuntimeError as `run`.
         """
@@ -183,7 +184,7 @@ class BackgroundNode(PlainCalls):
             raise
 
     def begin(self, coroutine: Coroutine[object, object, None]) -> None:
-        """Have the coroutine, which raises nothing, run on the node's loop, and do not wait for it.
+        """Run the coroutine, which must not raise, on the node's loop, without waiting for it.
 
         Raises: RuntimeError as `run`.
         """

@@ -1,4 +1,4 @@
-"""The batches of a training: where they come from, who is told of them, and how many samples one has."""
+"""The batches of a training run: where they come from, who is told how they ended, and how many samples one has."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
@@ -18,10 +18,10 @@ class Sampler(Protocol):
     """Anything that says where it stands among the samples, and can go on from there."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return where it stands."""
+        """Return its position among the samples."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> object:
-        """Go on from there."""
+        """Go on from a position that `state_dict` returned."""
 
 
 @runtime_checkable
@@ -42,7 +42,8 @@ class TracksBatches(Protocol):
 
 
 class BatchSource(Generic[B]):
-    """Batches as they are asked for. Asynchronous ones are made in one task, as their maker may expect."""
+    """Gives batches as they are asked for. An asynchronous iterator runs in one task throughout, as its author may
+    expect."""
 
     def __init__(self, batches: Iterable[B] | AsyncIterable[B]) -> None:
         self._wanted: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
@@ -54,7 +55,7 @@ class BatchSource(Generic[B]):
             self._iterator = iter(batches)
 
     def take(self) -> asyncio.Future[Any]:
-        """Return the next batch, or `END`, when it is there. One is asked for at a time."""
+        """Return a future of the next batch, or of `END`. Only one may be asked for at a time."""
         taking: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self._iterator is None:
             self._wanted.put_nowait(taking)
@@ -76,12 +77,12 @@ class BatchSource(Generic[B]):
                 return
 
     async def aclose(self) -> None:
-        """Make no more."""
+        """Make no more batches."""
         await end(self._making)
 
 
 def num_samples(batch: object) -> int:
-    """Return the length of the first tensor in it; 0 if there is none."""
+    """Return the length of the first tensor in a batch; 0 if there is none."""
     if isinstance(batch, torch.Tensor):
         return len(batch) if batch.dim() else 1
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()

@@ -7,13 +7,13 @@ import torch
 
 _SPARSE_AFTER = 64
 _SPARSE_SHARE = 0.25
-"""A search ends early if less than this share of so many cells or more live."""
+"""A search ends early if less than this share of the cells live, once at least `_SPARSE_AFTER` cells are known."""
 
 
 def best_cells(scores_RS: torch.Tensor, grid_size: Sequence[int], k: int) -> torch.Tensor:
     """The `k` best cells of the whole grid for every row, hosted or not: coordinates ``[R, K, D]``, best first.
 
-    A beam of width `k` over the dimensions; as scores add up, it is exact. For grids too large to hold.
+    Uses a beam of width `k` over the dimensions, which is exact because scores add up. For grids too large to hold.
     """
     parts = torch.split(scores_RS, list(grid_size), dim=1)
     num_rows = len(scores_RS)
@@ -31,9 +31,9 @@ def best_cells(scores_RS: torch.Tensor, grid_size: Sequence[int], k: int) -> tor
 class BeamSearch:
     """Finds every row's `k` best live experts by asking about cells, best first: for a directory that is not warm.
 
-    Ask about `wanted()`, tell what lives with `learn`, until `wanted` gives nothing more. It ends early after
-    `max_asked` cells, or where few of those asked live: then `is_exact` is False, and reading the whole grid is less
-    work than asking on.
+    Ask about the cells of `wanted()` and pass on with `learn` which of them live, until `wanted` returns nothing more.
+    The search ends early after `max_asked` cells, or where few of the cells asked about live: then `is_exact` is False,
+    and reading the whole grid is less work than asking further.
     """
 
     def __init__(self, scores_RS: torch.Tensor, grid_size: Sequence[int], *, k: int, max_asked: int = 512) -> None:
@@ -44,7 +44,7 @@ class BeamSearch:
         self._beam = k
         self._alive: dict[tuple[int, ...], bool] = {}
         self.is_exact = not len(scores_RS)
-        """The `k` best live experts of every row are known, or all that live if these are fewer."""
+        """True if the `k` best live experts of every row are known, or all that live if these are fewer."""
 
     def wanted(self, limit: int = 64) -> list[tuple[int, ...]]:
         """At most `limit` cells to ask about next, those that most rows need first; empty once the search is over."""

@@ -1,9 +1,9 @@
 """The rows and experts of one message of a pass, and their weights. Pure.
 
-An expert's *value* for a row is an entry of a matrix, or the sum of some, as a gate's scores are. For a normalized sum
-the weight is the exponential of the value. Weights leave before it is known who will answer: those of a message are
-relative to the greatest value that it has for the row, its *unit*, and the caller divides by the weights of those that
-answered. Otherwise the value is the weight.
+An expert's *value* for a row is an entry of a matrix, or the sum of several, as a gate's scores are. For a normalized
+sum the weight is the exponential of the value. Weights are sent before it is known who will answer. Those in a message
+are therefore relative to the greatest value that the message has for the row, the row's *unit*, and the caller divides
+by the weights of those that answered. For other sums, the value is the weight.
 
 Suffixes of names: R rows, E experts, P pairs of an expert and a row.
 """
@@ -28,8 +28,8 @@ Values = npt.NDArray[np.floating]
 _MAX_GAP: Final = 30.0
 """Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
 _MAX_LEAD: Final = 10.0
-"""A row's sum keeps its unit until a message's unit is the exponential of this times as large: float32 holds that, and
-most sums are never scaled again."""
+"""A row's sum keeps its unit until a message comes whose unit is larger by the exponential of this: float32 can hold
+that, and most sums are never rescaled."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,21 +37,21 @@ class RowBlock:
     """The rows that travel in one message, each once, and the pairs of an expert and a row."""
 
     calls: list[ExpertCall]
-    """In the order of their coordinates."""
+    """The calls, in the order of their experts' coordinates."""
     coords: Coordinates
     rows: Indices
     """``[R]``: rows of the batch, ascending."""
     offsets: Indices
-    """``[E + 1]``: the pairs of each call."""
+    """``[E + 1]``: where the pairs of each call begin and end."""
     numbers_P: Indices
     """The row of the block for each pair."""
     weights_P: Weights
     versions: Sequence[int] = ()
     """One for each call: see `ApplyRequest.versions`."""
     units_R: Values | None = None
-    """The unit of each row's weights: its logarithm, if the sum is normalized."""
+    """The logarithm of the unit of each row's weights, if the sum is normalized."""
     kept: bytes | None = None
-    """Names the block, as long as its server keeps it."""
+    """The block's name, for as long as its server keeps it."""
 
     @classmethod
     def of(cls, calls: Collection[ExpertCall], candidates: Candidates, num_rows: int) -> "RowBlock":
@@ -76,8 +76,8 @@ class RowBlock:
         return slice(self.offsets[place], self.offsets[place + 1])
 
     def weigh(self, matrix: Values, candidates: Candidates, *, is_normalized: bool, is_bare: bool) -> None:
-        """Set the weights by the experts' values. With `is_bare` the answer of an expert that is alone here comes as it
-        is, and is weighted then."""
+        """Set the weights by the experts' values. With `is_bare`, the answer of an expert that is alone here comes back
+        unweighted, and is weighted afterwards."""
         rows_P, columns_PD = self.rows[self.numbers_P], candidates.grid.columns_ND.numpy()[self.experts_P()]
         values_P = matrix[rows_P, columns_PD[:, 0]]
         for column in range(1, columns_PD.shape[1]):
@@ -104,8 +104,8 @@ class WeightedSums:
         """The logarithm of the unit of a row's weights, if the sum is normalized; minus infinity without answers."""
 
     def add(self, block: RowBlock, pairs: Integers, numbers: Integers, at_P: Integers, sums: OptionalTensors) -> None:
-        """Take in the sums of these rows of the block (by their numbers), which are about these of its pairs, each of
-        the row `at_P` of the sums."""
+        """Add the sums of these rows of the block (given by their numbers). They cover these of its pairs; `at_P` is
+        each pair's row among the sums."""
         rows, weights_P = block.rows[numbers], block.weights_P[pairs]
         factors_R = None if block.units_R is None else block.units_R[numbers]
         if factors_R is not None and self._is_normalized:
@@ -127,7 +127,7 @@ class WeightedSums:
                 total.index_add_(0, torch.from_numpy(rows), addend)
 
     def weights_of(self, block: RowBlock) -> Values:
-        """Return what the weights of a message of this forward were in the end, of the rows that were answered."""
+        """Return the final weights of a message of this forward, for the rows that were answered."""
         if (factors_R := block.units_R) is None:
             return block.weights_P
         if self._is_normalized:
@@ -137,7 +137,7 @@ class WeightedSums:
 
 
 def rows_of(tensors: OptionalTensors, rows: Indices) -> OptionalTensors:
-    """Return these rows of each; the tensors themselves where that is all of them."""
+    """Return these rows of each tensor; the tensors themselves where that is every row."""
     if tensors[0] is not None and len(rows) == len(tensors[0]):
         return list(tensors)
     at = torch.from_numpy(rows)

@@ -4,9 +4,9 @@ A machine for each direction. Each is told what happened and when (`start`, `ans
 `came`), and says which calls are to be sent (`calls_to_send`), when it wants to look at the clock again (`timer_at`)
 and whether the pass `is_over`. Times are points on the caller's clock, in seconds.
 
-An `ExpertCall` describes what one expert is asked; `grouping` puts together what one server is. `StrictForward` is for
-those who want all answers or an error. Suffixes of names: R rows, K experts wanted, N experts, T experts tried, L lines
-(pairs of a row and an expert).
+An `ExpertCall` describes what one expert is asked; `grouping` combines the calls that go to one server. `StrictForward`
+is for callers that want all answers or an error. Suffixes of names: R rows, K experts wanted, N experts, T experts
+tried, L lines (pairs of a row and an expert).
 """
 
 import math
@@ -29,7 +29,7 @@ Direction = Literal["forward", "backward"]
 
 _MIN_PATIENCE_SECONDS: Final = 0.02
 _MAX_SHARE: Final = 4.0
-"""A call with more rows than the others gets at most so many times their time."""
+"""A call with more rows than the others is given at most this many times as long."""
 
 
 _SENT: Final = {"forward": "answer", "backward": "gradient"}
@@ -43,17 +43,18 @@ class ExpertCall:
     rows: Indices
     sent: float
     id: bytes = field(default_factory=new_name)
-    """Names what is asked, wherever and however often, and again in the backward: see `ApplyRequest.ids`."""
+    """Identifies what is asked, wherever and however often it is asked, and again in the backward: see
+    `ApplyRequest.ids`."""
     expected: float | None = None
     """Seconds that it usually takes, set by the sender; None if that is not known."""
     grace: float = 0.0
-    """Seconds for which it is still waited for when it is slow and all rows have enough answers; set by the sender."""
+    """Seconds to go on waiting for it when it is slow and all rows have enough answers; set by the sender."""
     is_slow: bool = False
     """True if it takes longer than usual: its rows are sent elsewhere, and only rows that need it wait for it."""
     seconds: float = 0.0
     """Seconds until it was answered or given up."""
     error: BaseException | None = None
-    """The first one that a replica answered, or that kept it from being asked; set by the sender."""
+    """The first error that a replica answered, or that kept a replica from being asked; set by the sender."""
 
 
 class CallsUnderWay:
@@ -64,12 +65,12 @@ class CallsUnderWay:
     """True if it fails with the first call that fails: nothing is left out."""
 
     def __init__(self, candidates: Candidates, num_rows: int, *, timeout: float, patience: Patience) -> None:
-        """`timeout`: seconds for the whole pass. A call is slow if it takes longer than what is usual by more than its
-        share `patience` of it."""
+        """`timeout`: seconds for the whole pass. A call is slow if it exceeds the usual time by more than the share
+        `patience` of that time."""
         self.candidates = candidates
         self.is_over = False
         self.rows_in_need: torch.Tensor | None = None
-        """``bool[rows]``: the rows that have tried all experts, to no avail. `came` should be told of further ones."""
+        """``bool[rows]``: the rows that have tried all experts in vain. Report further experts to `came`."""
         self.answers: list[ExpertCall] = []
         self.given_up: list[ExpertCall] = []
         """The calls that had not ended when the pass was over."""
@@ -98,11 +99,11 @@ class CallsUnderWay:
         """Answers and experts left out when that was worked out."""
 
     def start(self, now: float) -> None:
-        """The pass begins. Once only."""
+        """Begin the pass. Call it once."""
         self._started, self.deadline = now, now + self._timeout
 
     def answered(self, calls: Sequence[ExpertCall], now: float) -> None:
-        """The answers of these calls came. What follows from that, `calls_to_send` says."""
+        """Note that the answers of these calls came. `calls_to_send` says what follows from that."""
         self.num_answers_R += self._ended(calls, now)
         self.answers += calls
         if self.errors:
@@ -140,8 +141,8 @@ class CallsUnderWay:
         raise NotImplementedError
 
     def usual_seconds(self, calls: Iterable[ExpertCall]) -> list[float | None]:
-        """Seconds that each of `calls` may well take: as long as it usually does, and as others of its size took; None
-        if nothing is known."""
+        """Return the seconds that each of `calls` may reasonably take, by what it usually takes and what others of its
+        size took; None if nothing is known."""
         if self._usual is None:
             return [call.expected for call in calls]
         seconds, num_rows = self._usual
@@ -251,10 +252,10 @@ class ForwardDispatch(CallsUnderWay):
         self._k_best = k_best
         self._settings = settings
         self._may_come = settings.refill and k_min > 0 and settings.capacity_factor is None
-        """Rows that have tried every expert wait for others; else they are given up."""
+        """True if rows that have tried every expert wait for others; if False, they are given up."""
         num_rows, num_live = len(scores_RS), len(candidates)
         self._num_open_R: Indices = np.zeros(num_rows, dtype=np.int64)
-        """Calls under way, slow ones included."""
+        """Each row's calls under way, slow ones included."""
         self._num_slow_R: Indices = np.zeros(num_rows, dtype=np.int64)
         self._has_tried_all_R: npt.NDArray[np.bool_] = np.zeros(num_rows, dtype=np.bool_)
         self._tried_RT: Indices = np.empty((num_rows, 0), dtype=np.int64)
@@ -303,7 +304,8 @@ class ForwardDispatch(CallsUnderWay):
             self._free_again[call.expert] = max(free_at, self._free_again.get(call.expert, free_at))
 
     def came(self, candidates: Candidates, experts: Collection[int]) -> None:
-        """`candidates` are those of before, under the same numbers, and those that came; `experts` came or came back.
+        """Take in further experts: `candidates` are those known before, under the same numbers, and new ones; `experts`
+        are the numbers of those that came or came back.
 
         If `experts` is empty, rows that have tried all are given up.
         """
@@ -438,7 +440,7 @@ class ForwardDispatch(CallsUnderWay):
 
 
 class StrictForward(CallsUnderWay):
-    """Calls all of whose answers are needed."""
+    """The forward of calls whose answers are all needed."""
 
     direction = "forward"
     is_strict = True

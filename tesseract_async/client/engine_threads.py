@@ -24,12 +24,12 @@ class _Inbox:
         self._filled.acquire()
 
     def put(self, job: Callable[[], None]) -> None:
-        """Give it one; it must be empty."""
+        """Put in a job; the inbox must be empty."""
         self._job = job
         self._filled.release()
 
     def get(self, timeout: float = -1) -> Callable[[], None] | None:
-        """Wait for it, at most so many seconds (-1: for as long as it takes). None where none came."""
+        """Wait for a job, at most this many seconds (-1: without a limit). Return None if none came."""
         if not self._filled.acquire(timeout=timeout):
             return None
         job, self._job = self._job, None

@@ -44,7 +44,7 @@ class Exchange(Generic[T]):
     """True if its duration tells how long a forward takes there."""
 
     num_bytes = 0
-    """Uncompressed bytes both ways together; 0 if it is little."""
+    """Uncompressed bytes both ways together; 0 if they are few."""
     gives = 0, 0
     """Rows and optimizer steps that its answer is worth (`experts.progress`)."""
 

@@ -40,7 +40,7 @@ _GRACE_SHARE: Final = 0.05
 
 
 def experience_of(given: Node | PlainCalls) -> "Experience":
-    """The node's, made when it is first asked for."""
+    """Return the node's `Experience`, which is made when it is first asked for."""
     node = given.node if isinstance(given, PlainCalls) else given
     if not isinstance(node.client_state, Experience):
         node.client_state = Experience(node)
@@ -89,7 +89,8 @@ class Experience(Uncopied):
         return sorted(replicas, key=order)
 
     def ignore(self, replica: ExpertReplica, mismatch: SchemaMismatch) -> None:
-        """A replica hosts something else under its uid than what others answer for. One log line for each server."""
+        """Ignore a replica that hosts something other under its uid than the other servers do. Logs one line for each
+        server."""
         if (peer := replica.peer.peer_id) not in self._ignored:
             logger.warning(
                 "ignoring the replica of %s at %s (and others there), which takes something else than the primary: %s",
@@ -110,7 +111,7 @@ class Experience(Uncopied):
     def expect_forward(
         self, call: ExpertCall, replicas: Sequence[ExpertReplica], num_bytes: int, settings: MixtureSettings
     ) -> None:
-        """Notes in `call` how long it usually takes, and for how long it is waited for beyond that."""
+        """Set in `call` how long it usually takes, and how long to wait for it beyond that."""
         is_new, call.expected = True, None
         for replica in replicas:
             key = replica_key(replica)
@@ -120,7 +121,7 @@ class Experience(Uncopied):
         self._set_grace(call, "forward", is_new, settings, settings.forward_timeout)
 
     def expect_backward(self, call: ExpertCall, replicas: Sequence[ExpertReplica], settings: MixtureSettings) -> None:
-        """The same for its gradient."""
+        """Do the same for the call of its gradient."""
         key = call.uid, "backward"
         call.expected = self.latencies.usual(key)
         # of several that claim to be the primary, those that are silent are found out within the longer time
@@ -134,7 +135,7 @@ class Experience(Uncopied):
             call.grace = min(FIRST_GRACE_SECONDS if is_new else self._grace[direction], timeout / 3)
 
     def learn(self, calls: CallsUnderWay, seconds: float) -> None:
-        """Takes in a pass that took so long: how far its answers scattered, and who was waited for in vain."""
+        """Learn from a pass that took this long: how far its answers scattered, and who was waited for in vain."""
         direction, late = calls.direction, calls.late
         ended = [*calls.answers, *late]
         seen = [call.seconds for call in ended]
@@ -181,8 +182,8 @@ class GridExperience:
         return torch.tensor(seconds, device="cpu") * -weight
 
     def learn(self, calls: CallsUnderWay, row_bytes: int) -> None:
-        """Takes in how a forward went: latencies, replicas of another schema, and experts that never answer, which
-        count as failed in the end."""
+        """Learn from a forward: latencies, replicas of another schema, and experts that never answer, which count as
+        failed in the end."""
         candidates, directory = calls.candidates, self._of_node.node.directory
         for ended, has_answered in ((calls.answers, True), (calls.given_up, False)):
             for call in ended:
@@ -219,7 +220,7 @@ class LeftOut:
         self._said_at = dict.fromkeys(self._since, -math.inf)
 
     def note(self, direction: Direction, errors: Mapping[str, BaseException]) -> None:
-        """A pass ended without these experts: uid -> why. Each counts in the metric ``answers_left_out``.
+        """Note that a pass ended without these experts: uid -> why. Each counts in the metric ``answers_left_out``.
 
         At most once a minute, the log gets a warning about those that live, and a line at INFO about those that do not.
         """

@@ -45,8 +45,8 @@ class PoolAnswer:
     _dtype: torch.dtype
 
     async def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of `x` and `weights`, of `gradient` of the answer; trains the experts. Each time is another
-        step. Raises: NotEnoughExperts.
+        """Return the gradients of `x` and `weights`, given the answer's `gradient`; trains the experts. Each call is
+        another step. Raises: NotEnoughExperts.
         """
         x = self._inputs[0]
         of_x, of_values = await isolated(self._call.backward(self._inputs, [gradient, None]), modes=NO_GRAD)
@@ -104,9 +104,9 @@ class ExpertPool(nn.Module):
         self._grid = LiveGrid(np.arange(num_experts, dtype=np.int64)[:, None], (num_experts,))
         self._schemas = SchemaVote(self._experience, timeout=timeout)
         self._borrowed: SchemaVote | None = None
-        """That of another pool, whose experts are taken to be like these."""
+        """The schema of another pool, whose experts are assumed to be like these."""
         self._view: tuple[GridView, dict[tuple[int, ...], Sequence[ExpertReplica]]] | None = None
-        """The latest one of the directory, and of it the replicas of these experts."""
+        """The directory's latest view, and the replicas of these experts in it."""
         self._servers: straight.Servers | None = None
         """The servers that small passes ask without a `mixture`, if they do."""
         self._rests_until = -math.inf
@@ -124,8 +124,8 @@ class ExpertPool(nn.Module):
         return self._experience.audits
 
     def take_for_like(self, other: "ExpertPool") -> None:
-        """Take the schema of the experts of `other` for that of these, too, such as those of another layer
-        of one model. Should a call fail for that, these are asked themselves, and it is made again."""
+        """Assume that these experts have the schema of those of `other`, such as another layer of the same model. If a
+        call fails because of that, these experts are asked for theirs, and the call is made again."""
         self._schemas = self._borrowed = other._schemas
 
     async def watch(self) -> None:
@@ -187,7 +187,7 @@ class ExpertPool(nn.Module):
         return self._node.run(self.ask(x, index, weights, differentiable=False, timeout=timeout)).answer
 
     def _straight(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> straight.Straight | None:
-        """The pass of such a call, if it may go that way."""
+        """Return the short way (`straight`) for such a call, if it may take it."""
         servers, settings = self._servers, self._settings
         if servers is None or servers.schema is not self._schemas.known or self.training:
             return None

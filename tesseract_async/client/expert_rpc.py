@@ -94,10 +94,10 @@ class ExpertSchema:
             raise ProtocolError("an expert's arguments are a tuple and a map of schemas")
         specs, answered = flatten((args, kwargs)), flatten(outputs)
         if not specs or not answered:
-            raise ProtocolError("an expert without tensors to take or to give")
+            raise ProtocolError("an expert that takes no tensors, or returns none")
         first = next((spec for spec in specs if spec.varies), specs[0])
         if specs[0].optional or first.optional or any(spec.optional for spec in answered):
-            raise ProtocolError("optional tensors where there has to be one")
+            raise ProtocolError("an optional tensor where one is required")
         if first is specs[0] and not first.varies and any(spec.varies for spec in answered):
             raise ProtocolError("an output whose size varies, of inputs whose sizes do not")
         return cls(args, kwargs, outputs, info.max_batch_size, CodecPolicy.decode(info.codecs))
@@ -181,8 +181,8 @@ async def call_forward(
 async def unpack_fitting(
     who: str, metas: Value, buffers: Sequence[memoryview], specs: Sequence[TensorSpec | None], num_rows: int
 ) -> list[torch.Tensor | None]:
-    """The tensors of an answer, each of its spec or absent, as those without a spec are. What would take more memory,
-    unpacked, than what fits is refused before. Raises: ProtocolError."""
+    """Return the tensors of an answer: each fits its spec, or is absent if it has none. An answer that would take more
+    memory than a fitting one is refused before it is unpacked. Raises: ProtocolError."""
     if not may_unpack(metas, specs):
         got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
         takes = shortened(", ".join(map(str, specs)))

@@ -33,7 +33,7 @@ _MAX_HANDOVERS: Final = 5
 HEDGE_SECONDS: Final = 0.75
 """Seconds after which the next replica is asked, where it is not known how long the first may take."""
 _PROBE_SECONDS: Final = 2.0
-"""A server that has not even answered a question by then, where another has, counts as silent."""
+"""Seconds after which a server that has not even answered a small question counts as silent, if another one has."""
 
 
 def ask_best(
@@ -42,7 +42,7 @@ def ask_best(
     """Ask the replica that is expected to answer first; the others when it fails, or is slower than 95 % of its calls.
 
     The first answer counts, the calls still under way are cancelled. Silent and broken replicas are reported to the
-    directory, and those that refuse as SchemaMismatch what another one answers.
+    directory, and so are those that refuse, with SchemaMismatch, what another one answers.
 
     Raises: the first error if none answers; at once an error that another replica would repeat (the expert's own);
     TimeoutError.
@@ -229,7 +229,7 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
 
 
 def report(experience: Experience, replica: ExpertReplica, error: BaseException) -> None:
-    """Learn from a replica's failure: tell the directory, or ask others for a while."""
+    """Learn from a replica's failure: tell the directory, or prefer others for a while."""
     if isinstance(error, NotPrimary):  # another leads, or will in a moment: what is remembered of the expert lacks that
         experience.node.directory.report_outdated(replica.uid)
         return

@@ -88,7 +88,7 @@ class Gate(nn.Module):
     def _rows(
         self, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]
     ) -> tuple[tuple[Structure, ...], Mapping[str, Structure], torch.Size | None]:
-        """Arguments and keyword arguments with one routed row per line, and the shape that lines came from."""
+        """Return all arguments with one routed row per line, and the shape that the lines came from."""
         x = args[0]
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"the gate takes a tensor, not a {type(x).__name__}")
@@ -185,5 +185,5 @@ class Gate(nn.Module):
 
 
 def sound(scores_RS: torch.Tensor) -> torch.Tensor:
-    """The scores as choosing takes them: on the CPU, outside of the graph, finite."""
+    """Return the scores in the form that choosing needs: on the CPU, outside of the graph, finite."""
     return torch.nan_to_num(scores_RS.detach().cpu(), nan=-1e30, posinf=1e30, neginf=-1e30)

@@ -179,7 +179,7 @@ class GatingFunction(Gate):
     def _start(
         self, x: torch.Tensor, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]
     ) -> Coroutine[object, object, Mixed]:
-        """Everything that belongs to the moment of the call: scores, modes, seed."""
+        """Collect everything that belongs to the moment of the call: scores, modes, seed."""
         refuse_wrappers()
         self._node.check_running()
         arguments = Arguments.now((x, *args), kwargs, training=self.training)

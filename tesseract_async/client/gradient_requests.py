@@ -115,7 +115,7 @@ class GradientRequest:
             pass
 
     def begin(self) -> None:
-        """Go on in a task of the loop, on which this is called."""
+        """Go on in a task of the loop. Call this on that loop."""
         if self.is_done:  # cancelled before it began, or skipped
             return
         self.task = self.call.loop.create_task(isolated(self._work(), modes=NO_GRAD))
@@ -163,7 +163,7 @@ class GradientRequest:
             self.task.cancel()
 
     def check(self) -> None:
-        """Raise what the remote backward raised, and forget it: it knows this frame, a cycle."""
+        """Raise what the remote backward raised, and forget it: it refers to this frame, which would be a cycle."""
         error, self._error = self._error, None
         if error is not None:
             try:
@@ -229,7 +229,7 @@ class BackwardStep:
 
 
 engine_thread = threading.local()
-"""Its `step`, where there is one: the `backward` for which this thread runs the engine."""
+"""Per thread: its `step` is the `backward` for which the thread runs the engine, if it runs one."""
 steps: dict[int, BackwardStep] = {}
 """By graph task: how a node learns which `backward` it runs in."""
 

@@ -48,7 +48,7 @@ class GridSearch(Uncopied):
         k_best: int,
         settings: MixtureSettings,
     ) -> None:
-        """See `GatingFunction`. Experts are waited for as long as for a forward."""
+        """See `GatingFunction`. Waits for experts as long as a forward may take."""
         self.experience = experience
         self.prefix = prefix
         self.grid_size = grid_size
@@ -57,14 +57,15 @@ class GridSearch(Uncopied):
         self._timeout = settings.forward_timeout
         self._latency_weight = settings.latency_weight
         self._cell_by_cell = settings.search == "beam"
-        """Experts are searched for cell by cell; not any more once the grid turned out too sparse for that."""
+        """True while experts are searched for cell by cell, until the grid turns out to be too sparse for that."""
         self._prepared: tuple[GridView | FoundView, LiveGrid] | None = None
 
     async def candidates(self, scores_RS: torch.Tensor) -> Candidates:
-        """The live experts: all of them, or before the directory knows them the best ones of these rows by a search.
+        """Return the live experts: all of them or, while the directory does not know them yet, the best for these rows
+        by a search.
 
         With ``search="beam"`` there is only the search, until it meets a grid so sparse that reading it is less work.
-        While no expert lives, one is waited for; in the end there may be none.
+        While no expert lives, this waits for one; in the end there may be none.
 
         Raises: NotEnoughExperts if the directory could not be read in time.
         """
@@ -151,7 +152,7 @@ class GridSearch(Uncopied):
         return view
 
     async def _first_view(self, scores_RS: torch.Tensor, deadline: float, *, search: bool) -> GridView | FoundView:
-        """The first view of a watched grid, or what a search finds sooner.
+        """Return the first view of a watched grid, or what a search finds sooner.
 
         Raises: NotEnoughExperts if there is neither in time.
         """
@@ -182,8 +183,8 @@ class GridSearch(Uncopied):
         raise NotEnoughExperts(1, len(scores_RS), {self.prefix: cold})
 
     async def _search(self, scores_RS: torch.Tensor, deadline: float, *, k: int | None = None) -> FoundView:
-        """The `k` (`k_best`) best of each row, or those of them found by then. A cell that the network says nothing
-        about counts as empty."""
+        """Return the `k` (`k_best`) best of each row, or those found by the deadline. A cell that the network says
+        nothing about counts as empty."""
         machine = BeamSearch(scores_RS, self.grid_size, k=k or self._k_best)
         found: dict[tuple[int, ...], Sequence[ExpertReplica]] = {}
         trouble: dict[str, BaseException] = {}

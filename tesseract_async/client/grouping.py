@@ -1,12 +1,12 @@
 """One message per server: the calls of a pass grouped by who is asked, and who is asked next. Pure: no loop, no clock.
 
 `dispatch` decides which experts a pass asks about which rows; `Grouping` decides at which server. All that go to one
-server at one moment become one `Request`. It is answered in parts, each of them about some of its experts: those are
-settled, and what is asked again elsewhere names the others only. The rows of a call are never split or put together
-with others', so that what identifies it holds wherever it is sent.
+server at one moment become one `Request`. It is answered in parts, each about some of its experts. These are settled
+then, and a request that is sent elsewhere names only the others. The rows of a call are never split, or merged with
+another call's, so that the call's id holds wherever it is sent.
 
 In forward any replica may answer; the next one is asked when one fails, or is slower than it usually is. In backward
-the primary does; where it fails, the expert is looked up anew.
+the primary answers; where it fails, the expert is looked up anew.
 """
 
 import itertools
@@ -41,14 +41,14 @@ REPLICA_FAULTS: Final = (
 )
 """Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
 MAX_LOOKUPS: Final = 5
-"""An expert is looked up anew so often at most."""
+"""An expert is looked up anew at most this many times."""
 GONE_SECONDS: Final = 0.8
-"""An expert none of whose servers says a word about it for so long is gone: it is not looked up any more. A server that
-stood still for a moment is there again by then."""
+"""An expert is gone, and no longer looked up, once none of its servers has said anything about it for this long. A
+server that stood still for a moment is back by then."""
 
 
 def may_pass(error: BaseException) -> bool:
-    """Return whether the same call may well succeed elsewhere or later: not what the expert itself says no to."""
+    """Return whether the same call may succeed elsewhere or later; not if the expert itself refused it."""
     return isinstance(error, REPLICA_FAULTS) or (isinstance(error, RemoteError) and error.retryable)
 
 
@@ -73,9 +73,9 @@ class Request:
 class Instructions(NamedTuple):
     send: Sequence[Request]
     cancel: Sequence[Request]
-    """Nothing is open in them any more."""
+    """The requests to cancel: nothing in them is open any more."""
     look_up: Sequence[ExpertCall]
-    """`Grouping.found` should be told who hosts these now."""
+    """The calls to look up: tell `Grouping.found` who hosts them now."""
     strange: Sequence[tuple[ExpertReplica, SchemaMismatch]]
     """Replicas that refused what another one of the same expert answered, and how."""
 
@@ -88,7 +88,7 @@ class _Search:
     requests: list[Request] = field(default_factory=list)
     """The requests in which it is open."""
     strange: list[tuple[ExpertReplica, SchemaMismatch]] = field(default_factory=list)
-    """Replicas that take something else."""
+    """Replicas that refused the call because they take something else."""
     num_lookups: int = 0
     look_up_at: float = -math.inf
     gone_at: float = math.inf
@@ -171,10 +171,10 @@ class Grouping:
         errors: Mapping[ExpertCall, BaseException],
         now: float,
     ) -> bool:
-        """A part came: one sum over the answers of `settled`; the calls in `errors` failed.
+        """Take in a part: one sum over the answers of `settled`. The calls in `errors` failed.
 
-        Returns whether the sum counts: not if it holds an answer that came from elsewhere meanwhile, or one that must
-        not count (it is in `errors`, too). The others are asked again then.
+        Returns whether the sum counts. It does not if it holds an answer that has meanwhile come from elsewhere, or one
+        that must not count (it is in `errors`, too); the other calls are then asked again.
         """
         counts = all([call in request.open and call not in errors for call in settled])
         for call in settled:
@@ -207,7 +207,7 @@ class Grouping:
         return search.gone_at if (search := self._searches.get(call)) is not None else -math.inf
 
     def found(self, call: ExpertCall, replicas: Sequence[ExpertReplica], now: float) -> None:
-        """The replicas of a call that was to be looked up; none if that failed, too."""
+        """Take in the replicas of a call that was looked up; none if the look-up failed, too."""
         if (search := self._searches.get(call)) is not None:
             search.num_lookups = search.num_lookups + 1 if replicas else MAX_LOOKUPS
             self._take(call, search, replicas, now)

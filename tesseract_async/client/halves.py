@@ -52,10 +52,10 @@ class Halves(NamedTuple):
 
 def find_cut(loss: torch.Tensor) -> GraphCut | None:
     """Return where the remote calls' `_Issue`s cut the graph of `loss`: each node belongs to the part from `loss` down
-    to them, or to the part from the `_Await`s, which follow them, on.
+    to them, or to the part that begins at the `_Await`s, which follow them.
 
-    None if there is no such place. None, too, for many nodes in a part, and for functions in Python besides these,
-    which may do anything, such as another backward.
+    Returns None if there is no such place, if a part has many nodes, or if it holds other functions in Python, which
+    may do anything, such as another backward.
     """
     upper: set[Node] = set()
     lower: set[Node] = set()

@@ -18,7 +18,7 @@ _MAX_SLOWDOWN = 4.0
 _MAX_KEYS = 65_536
 MIN_PATIENCE, MAX_PATIENCE = 0.25, 1.5
 MAX_PATIENCE_ALONE = 4.0
-"""The most before others of a pass have answered: those that wait in one queue are late together."""
+"""The most patience before others of a pass have answered: calls that wait in one queue are late together."""
 _PATIENCE_MARGIN = 1.4
 FIRST_GRACE_SECONDS = 3.0
 """The factor for experts that were never asked before: a first pass may load, compile and allocate."""
@@ -82,8 +82,8 @@ class LatencyBook:
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 
     def observe(self, key: Hashable, seconds: float, *, path: float = 0.0, answered: bool = True) -> None:
-        """A call to `key` took this long, or had taken it when it was given up (not `answered`); `path` seconds of it
-        on the way."""
+        """Note that a call to `key` took this long, or had when it was given up (not `answered`); `path` seconds of
+        that were spent on the way."""
         record = self._records.get(key)
         if record is None:
             record = self._records[key] = _Record()
@@ -128,7 +128,8 @@ class LatencyBook:
         return record is not None and record.blocked_until > now
 
     def p95(self, key: Hashable) -> float | None:
-        """95 % of recent calls to `key` took at most this long; of all calls where it is little known; or None."""
+        """Return the seconds that 95 % of recent calls to `key` took at most; of all calls, if it is little known; or
+        None."""
         record = self._records.get(key)
         recent = self._all if record is None or len(record.recent) < _MIN_FOR_QUANTILE else record.recent
         if len(recent) < _MIN_FOR_QUANTILE:

@@ -38,7 +38,7 @@ class Leaves:
         """
         self.tensors: list[torch.Tensor] = [*tensors]
         self.have_hooks = _IS_DISTRIBUTED and torch.distributed.is_initialized()
-        """Hooks may wait for the accumulation itself: those of DDP, in C++, can't be seen."""
+        """True if hooks may wait for the accumulation itself: those of DDP are in C++ and can't be seen."""
         if self.have_hooks and _has_sharded_modules():
             raise _refusal("a program with layers under FSDP")
         for node in nodes:
@@ -58,8 +58,8 @@ class Leaves:
 
     @classmethod
     def under(cls, loss: torch.Tensor) -> "Leaves":
-        """Look for them in the whole graph. Raises: RuntimeError if something in it works in torch's own backward
-        only."""
+        """Find the leaves by searching the whole graph. Raises: RuntimeError if something in it works in torch's own
+        backward only."""
         if loss.grad_fn is None:
             return cls((), (loss,))
         found: list[Node] = []
@@ -79,13 +79,15 @@ class Leaves:
         return cls(found)
 
     def accumulate(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Add them to ``.grad`` as the engine does, and its hooks fire; in an engine's thread, for they may block."""
+        """Add the gradients to ``.grad`` as the engine does, hooks included; in an engine's thread, since hooks may
+        block."""
         pairs = [(leaf, grad) for leaf, grad in zip(self.tensors, gradients, strict=True) if grad is not None]
         if pairs:
             torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
 
     def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Add them to ``.grad``, or makes them it, and then calls the hooks that fire after accumulation."""
+        """Add the gradients to ``.grad``, or make them the ``.grad``, and then call the hooks that fire after
+        accumulation."""
         hooked: list[torch.Tensor] = []
         for leaf, grad in zip(self.tensors, gradients, strict=True):
             if grad is None:

@@ -54,5 +54,5 @@ class Lineages:
         return self._seen.get(uid, (0, 0))
 
     def forget(self, uid: str) -> None:
-        """The expert goes back to an older state."""
+        """Forget what was seen of an expert, which goes back to an older state."""
         self._seen.pop(uid, None)

@@ -39,11 +39,12 @@ class _Answer:
 
 
 class MixtureCall:
-    """See `autograd.Remote`. The inputs are those of the experts, and last the matrix of the values, ``[rows, ...]``.
+    """See `autograd.Remote`. The inputs are those of the experts, followed by the matrix of the values, ``[rows,
+    ...]``.
 
-    The outputs are the sums, one for each output of the experts, at least float32, and last the sum of the weights of
-    those that answered each row, ``[rows]``; in a unit of the row's own if it is normalized: then the sums count as
-    divided by it, and in no other way may a loss depend on it.
+    The outputs are the sums, one for each output of the experts, at least float32, followed by the sum of the weights
+    of those that answered each row, ``[rows]``. Those of a normalized sum are in a unit of the row's own: a loss may
+    depend only on the sums divided by the sum of the weights.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class _ForwardPass(Pass):
         return self.experience.by_expectation(replicas, now, num_bytes, primary_first=self.mode.differentiable)
 
     def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
-        """An expert whose answer is audited is asked apart: of a sum nobody could say who was wrong."""
+        """An expert whose answer is audited is asked separately: in a sum, nobody could say who was wrong."""
         server = replica.peer.peer_id or replica.peer
         if self.settings.calls.audit_share:
             if call not in self._audited:

@@ -12,7 +12,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class ModelCopy(Generic[M]):
-    """A copy of the master and who is whose in it, found once: looking for parameters costs more than copying them."""
+    """A copy of the master, and which of its tensors stands for which of the master's. That is worked out once: looking
+    for parameters costs more than copying them."""
 
     def __init__(self, master: M) -> None:
         self.module = _copied(master)
@@ -54,7 +55,7 @@ class ModelCopy(Generic[M]):
 
     @torch.no_grad()
     def give_buffers(self) -> None:
-        """The master's become the copy's."""
+        """Set the master's buffers to the copy's values."""
         for module, master, name in self._buffers:
             getattr(master, name).copy_(getattr(module, name))
 

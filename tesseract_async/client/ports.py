@@ -36,7 +36,7 @@ class Node(Protocol):
     def check_running(self) -> None: ...
 
     def distrust(self, peer_id: PeerID, reason: str) -> None:
-        """Believes and asks that peer no more."""
+        """Stop believing that peer, and stop asking it."""
 
     def at_close(self, aclose: Callable[[], Coroutine[object, object, None]]) -> None:
         """Awaits ``aclose()`` when the node closes."""
@@ -90,11 +90,11 @@ class PlainCalls(Uncopied):
         raise NotImplementedError
 
     def wait(self, begin: Callable[[Callable[[], object]], None], cancel: Callable[[], None]) -> None:
-        """Have ``begin(done)`` called on the node's loop, and return once it has called ``done``; blocks meanwhile."""
+        """Call ``begin(done)`` on the node's loop, and block until it has called ``done``."""
         raise NotImplementedError
 
     def begin(self, coroutine: Coroutine[object, object, None]) -> None:
-        """Have the coroutine run on the node's loop, and do not wait for it."""
+        """Run the coroutine on the node's loop, without waiting for it."""
         raise NotImplementedError
 
 

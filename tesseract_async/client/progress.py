@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 PERIOD = 5.0
 """Seconds between two publications."""
 MAX_GRIDS = 16
-"""Grids of one module that are told of."""
+"""The most grids of one module whose loss is published."""
 
 
 class ProgressOf:

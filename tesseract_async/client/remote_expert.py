@@ -242,7 +242,7 @@ class RemoteExpert(nn.Module):
             return await self._experience.node.directory.find(self.uid)
 
     async def _found_before(self, asking: asyncio.Task[T]) -> Sequence[ExpertReplica]:
-        """Return live replicas, once there are any, unless `asking`, which is ended then, is over before."""
+        """Return live replicas once there are any, and end `asking`; return none if `asking` is over before."""
         found: Sequence[ExpertReplica] = ()
         try:
             while not found and not (await asyncio.wait([asking], timeout=LOOK_AGAIN_SECONDS))[0]:

@@ -1,4 +1,4 @@
-"""The schema of a grid's experts: the word of most of the first few that answer."""
+"""The schema of a grid's experts, as most of the first few that answer state it."""
 
 import asyncio
 from collections import Counter
@@ -27,13 +27,15 @@ class SchemaVote(Uncopied):
     def __init__(self, experience: Experience, *, timeout: float) -> None:
         """`timeout`: seconds for all that is asked."""
         self.known: ExpertSchema | None = None
-        """None before the first call, and once no expert took what it says: they are other experts then."""
+        """The schema that won; None before the first call, and again once no expert took what it says: they are other
+        experts then."""
         self._experience = experience
         self._timeout = timeout
         self._asking: asyncio.Lock | None = None
 
     async def schema(self, candidates: Candidates, scores_RS: torch.Tensor, arguments: Arguments) -> ExpertSchema:
-        """The schema of most, among those that the arguments fit. If they fit none, the word of most, this once.
+        """Return the most frequent schema among those that the arguments fit. If they fit none, the most frequent of
+        all, this once.
 
         Raises: NotEnoughExperts if no expert lives, or none answers in time.
         """
@@ -75,8 +77,8 @@ class SchemaVote(Uncopied):
     async def _witnesses(
         self, candidates: Candidates, experts: Sequence[int], timeout: float, errors: dict[str, BaseException]
     ) -> list[ExpertSchema]:
-        """The answers of the primaries of these experts (of others where there is none); once one has answered, the
-        silent ones are waited for a moment only."""
+        """Return the answers of the primaries of these experts (of followers where there is none); once one has
+        answered, it waits for the others only a moment."""
         loop = asyncio.get_running_loop()
         tasks: dict[asyncio.Task[ExpertSchema], str] = {}
         told: list[ExpertSchema] = []
@@ -109,7 +111,8 @@ class SchemaVote(Uncopied):
 
 
 def _most(schemas: Sequence[ExpertSchema]) -> ExpertSchema:
-    """Return the most frequent one, in the codecs that most of these accept; of equals the first."""
+    """Return the most frequent schema, with the codecs that most of these accept; among equally frequent ones, the
+    first."""
     keys = [(repr((schema.inputs, schema.outputs)), schema.codecs) for schema in schemas]
     votes: Counter[object] = Counter([*keys, *(shapes for shapes, _ in keys)])
     return max(zip(keys, schemas, strict=True), key=lambda one: (votes[one[0][0]], votes[one[0]]))[1]

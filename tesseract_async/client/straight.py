@@ -1,4 +1,4 @@
-"""The straight way of a small forward whose experts must all answer, such as a token's: one message to each server, one
+"""The short way for a small forward whose experts must all answer, such as one token's: one message to each server, one
 answer from each, and their sum. No tasks, and a timer only where another server could be asked.
 
 Most passes of a model that generates go this way. Whatever is unusual (an expert that nobody is known to host, a server
@@ -39,7 +39,7 @@ _AGAIN_SECONDS: Final = 1.0
 
 
 def seconds_for_another(timeout: float) -> float:
-    """Return how much of a timeout this way leaves."""
+    """Return how much of a timeout is kept for making the pass anew."""
     return min(_AGAIN_SECONDS, timeout / 4)
 
 
@@ -294,7 +294,8 @@ class Straight:
         return max([HEDGE_SECONDS if one is None else one for one in known], default=None)
 
     def _hedge(self) -> None:
-        """Another server is worth asking. Those that are silent would have taken at least so long."""
+        """End the pass, because another server is worth asking. Those that are silent would have taken at least this
+        long."""
         for question in self._asked:
             if question.is_open:
                 self._observe(question, asyncio.get_running_loop().time() - self._began, answered=False)

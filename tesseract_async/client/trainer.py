@@ -121,7 +121,7 @@ class AsyncTrainer(Generic[M]):
             raise ValueError("the scheduler is another optimizer's")
         for name, part in module.named_modules():
             if shared := _SHARED_GRADIENTS.intersection(cls.__name__ for cls in type(part).__mro__):
-                raise ValueError(f"AsyncTrainer trains copies, which a {shared.pop()} has not: unwrap {name or 'it'}")
+                raise ValueError(f"AsyncTrainer trains copies, and a {shared.pop()} has none: unwrap {name or 'it'}")
         self._parameters = list(module.parameters())
         own = {id(parameter) for parameter in self._parameters}
         if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):

@@ -87,7 +87,7 @@ def test_one_value_may_stand_without_brackets(tmp_path: Path) -> None:
         ("num-expert = 3", "did you mean num_experts?"),
         ("[limits]\nspeed = 3", "speed is not an option of this command"),
         ("config = 'other.toml'", "config is not an option"),
-        ("num-experts = 3\n[join]\nnum_experts = 4", "stands twice"),
+        ("num-experts = 3\n[join]\nnum_experts = 4", "is given twice"),
         ("num-experts = [3]", "takes one value"),
         ("num-experts = 'many'", "not a valid integer"),
         ("max-upload = '10 MB'", "20 Mbit/s or 2 MB/s"),

@@ -140,7 +140,7 @@ def test_a_key_is_backed_up_and_restored(tmp_path: Path) -> None:
     assert Identity.load(again).peer_id == identity.peer_id
     for arguments in ((backup, "--identity", owner), (backup, "--identity", again, "--restore")):
         status, told = run(*arguments, "--passphrase", "open")
-        assert status == 1 and "exists: it is not overwritten" in told
+        assert status == 1 and "exists, and is not overwritten" in told
     assert "No such file" in run("nowhere", "--identity", again, "--restore", "--passphrase", "x")[1]
 
 

@@ -48,7 +48,7 @@ def test_steps_are_taken_as_the_flags_say() -> None:
     (group,) = backend.optimizer.param_groups
     assert (group["weight_decay"], group["lr"]) == (0.25, 0.05)
     refused = CliRunner().invoke(command, ["--experts", "ffn.0", "--schedule-option", "num_steps=3"])
-    assert refused.exit_code == 2 and "--schedule-option goes with --schedule" in refused.output
+    assert refused.exit_code == 2 and "--schedule-option needs --schedule" in refused.output
     serving = dataclasses.replace(seen[0], training=(("journal", 1),))
     with pytest.raises(ValueError, match="unknown training options: journal"):
         make_builder(serving, VolunteerSettings(), keeps_learning_rate=False).build("ffn.0", None)

@@ -18,14 +18,15 @@ FactListener = Callable[[str, Facts], None]
 
 
 class ChildFailed(Exception):
-    """A process of the demo ended when it should not have; the sentence holds the end of what it said."""
+    """A process of the demo ended when it should not have. The message holds the last lines that it printed."""
 
 
 class Child:
     """A process that prints lines of JSON, each with an ``event``.
 
-    Its standard input is a pipe whose other end we hold: it ends when we do, however that happens. It has a session of
-    its own, so a Ctrl-C at the terminal reaches us only, and we tell it to leave.
+    Its standard input is a pipe whose other end this process holds, so it ends when this process does, however that
+    happens. It has a session of its own, so that a Ctrl-C at the terminal reaches this process only, which then tells
+    it to leave.
     """
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, *, log: Path, on_event: FactListener) -> None:

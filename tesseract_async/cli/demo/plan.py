@@ -58,7 +58,7 @@ class DemoOptions:
     num_servers: Annotated[int, click.IntRange(1, 16), Flag("--servers")] = 3
     """Spread the 16 experts over this many servers."""
     seed: Annotated[int, click.IntRange(0, 2**32 - 1)] = 0
-    """Train with other random numbers for each number given here."""
+    """Draw the training's random numbers from this seed."""
     freeze_experts: bool = False
     """Keep the experts from learning, for comparison: accuracy stays below 0.6. This is what gates alone can do."""
 

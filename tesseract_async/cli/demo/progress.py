@@ -10,7 +10,7 @@ from tesseract_async.cli.demo import plan
 class Trainer:
     step: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=10))
-    """Those of the last steps."""
+    """The losses of the last steps."""
     seconds: float = 0.0
     """From the start to its last step that was not lost."""
     accuracies: list[tuple[float, float]] = field(default_factory=list)

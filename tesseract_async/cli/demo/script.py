@@ -1,4 +1,4 @@
-"""The course of the demo: start everything, kill a server on the way, start it again, wait for the end."""
+"""The course of the demo: it starts everything, kills a server on the way, starts it again, and waits for the end."""
 
 import asyncio
 import json

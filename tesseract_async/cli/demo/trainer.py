@@ -1,8 +1,8 @@
 """One trainer of the demo, a process of its own: ``python -m tesseract_async.cli.demo.trainer '{"seed": 0, ...}'``.
 
-It holds nothing that learns but its gate, which it shares with the other trainers: pixels go into the mixture, and what
-comes out are the logits. So whatever accuracy it reaches beyond what a gate over random experts does, the experts
-learned. The accuracy is that of the gate that all trainers made together.
+It holds nothing that learns but its gate, which it shares with the other trainers: pixels go into the mixture, and
+logits come out. So any accuracy beyond that of a gate over random experts is what the experts learned. The accuracy is
+that of the gate that all trainers made together.
 
 It reports in lines of JSON on standard output: ``ready``, one ``step`` after the other, ``done``.
 """
