@@ -127,8 +127,9 @@ def delay(model: Any, round_trip: float) -> None:
 
     for module in remote_layers(model).values():
         pool = vars(module)["tesseract_layer"].pool
+        answer = type(pool).answer.__get__(pool)
 
-        def later(*args: Any, answer: Any = type(pool).answer.__get__(pool)) -> torch.Tensor:
+        def later(*args: Any, answer: Any = answer) -> torch.Tensor:
             time.sleep(round_trip)
             found: torch.Tensor = answer(*args)
             return found
