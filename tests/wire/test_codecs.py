@@ -1,4 +1,4 @@
-"""What an expert accepts and what a caller prefers: they settle on what loses no more than was preferred, or say why."""
+"""What an expert accepts and what a caller prefers: they settle on what loses no more than that, or say why."""
 
 import itertools
 
