@@ -294,8 +294,8 @@ class Lineage:
     def _weigh(self, terms: Sequence[Term], roots: Mapping[bytes, bytes]) -> Counter[bytes]:
         """Count the hosts that follow each tree, by the epochs that they name, be it of a Term that no longer counts.
 
-        Anybody may begin a tree with an epoch that stands in another. Then it is that of who names it for the Term that
-        it signed itself, and else of the tree that this server goes by.
+        Anybody may begin a tree with an epoch that stands in another. Such an epoch counts for the tree of the Term
+        that the host who names it has signed, and otherwise for the tree that this server goes by.
         """
         home = None if self._home is None else roots.get(self._home)
         weights: Counter[bytes] = Counter()

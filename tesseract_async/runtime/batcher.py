@@ -21,10 +21,10 @@ Order
 
 Convoys
     Requests that are computed together are answered together, travel together, and come back together, and nothing on
-    their way spreads them again: the device idles between two crowds. Two rules work against that. A batch is no larger
-    than pays: while the device keeps up, it takes no more requests once the fixed cost of a batch is a small share of
-    its whole cost. And short batches whose answers lead to long ones (forwards, to backwards) have a head start, so
-    that crowds meet where they are taken apart most slowly.
+    their way spreads them again: the device idles between two crowds. Two rules work against that. A batch stops
+    growing where more rows save nothing: while the device keeps up, it takes no more requests once the fixed cost of a
+    batch is a small share of its whole cost. And short batches whose answers lead to long ones (forwards, to backwards)
+    have a head start, so that crowds meet where they are taken apart most slowly.
 
 Groups
     Batches of several queues may be computed in one pass, where their owner has put these queues into one group. A pass
