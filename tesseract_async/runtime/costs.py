@@ -14,7 +14,7 @@ class BatchCost:
     """A straight line through (1 / rows, seconds / rows) of the last fifty batches or so, old ones weighing less.
 
     In these coordinates the errors of small and of large batches, which grow with their seconds, weigh the same. A
-    batch that took several times what the line says (something else used the machine) counts as three times of it.
+    batch that took several times what the line says (something else used the machine) counts as three times that.
     """
 
     __slots__ = ("seconds_per_row", "_count", "_x", "_y", "_xx", "_xy", "_each", "_per_row", "_is_known")
@@ -49,7 +49,8 @@ class BatchCost:
         self._is_known = True
 
     def seconds(self, num_rows: float) -> float:
-        """Return what a batch of so many rows is expected to take: more, while it is unknown what its rows share."""
+        """Return the seconds that a batch of this many rows is expected to take: too many, while its fixed cost is
+        unknown."""
         return self._each + self._per_row * num_rows if self._is_known else self.seconds_per_row * num_rows
 
     def rows_until(self, share: float) -> float:
@@ -60,13 +61,14 @@ class BatchCost:
 
 
 PATIENCE: Final = 2.0
-"""Passes whose time may be lost to trying the slower way before one is chosen: many if the ways differ by little."""
+"""The time of this many passes may be lost to trying the slower way before one way is chosen: many if the ways differ
+by little."""
 MARGIN: Final = 0.95
 """The other way is chosen if it takes less than this share of the time."""
 TRIED_SHARE: Final = 0.05
 """Share of the time of passes of one size that trying the slower way may take until one is chosen."""
 RETRIED_SHARE: Final = 0.01
-"""Share of all time that looking again at what was not chosen may take."""
+"""The most time, as a share of all, that trying the rejected way again may take."""
 _PAIRS: Final = 48
 
 
@@ -75,10 +77,10 @@ class GroupChoice:
 
     Sizes are told apart by their powers of four. Each begins with the way that is expected to be the faster one. The
     other is tried in the second pass, and again as soon as trials have cost little: one that seems faster is taken at
-    once, one that seems hardly slower is tried every other time, and one that seems much slower seldom. Once trials
-    have told enough, the other way is only looked at from time to time: what else is going on may change what pays.
-    Compared are pairs of passes that ran one after the other, for the machine is not equally busy at all times; and the
-    faster half of each way, for by chance a pass takes ten times as long.
+    once, one that seems hardly slower is tried every other time, and one that seems much slower is tried seldom. After
+    enough trials, the other way is only tried from time to time, since other work of the machine may change which way
+    is faster. Pairs of passes that ran one after the other are compared, because the machine is not equally busy at all
+    times; and only the faster half of each way, because a pass may by chance take ten times as long.
     """
 
     __slots__ = ("_expected", "_sizes", "spent", "_lost")
@@ -88,7 +90,7 @@ class GroupChoice:
         self._expected = expected
         self._sizes: dict[tuple[int, int], _Size] = {}
         self.spent = 0.0
-        """Seconds of all batches, also of those that shared no pass for want of others: these its owner adds."""
+        """Seconds of all batches. The owner adds those of batches that found no others to share a pass with."""
         self._lost = 0.0
 
     def gathers(self) -> bool:
@@ -96,7 +98,7 @@ class GroupChoice:
         return not self._sizes or self._may_retry() or any([one.wants_more for one in self._sizes.values()])
 
     def is_together(self, num_batches: int, num_rows: int) -> bool:
-        """Return the way for so many batches of so many rows in all."""
+        """Return whether this many batches, of this many rows in all, should be computed in one pass."""
         size = self._size(num_batches, num_rows)
         if size.tried is not None:
             return size.pays
@@ -133,7 +135,7 @@ class _Size:
 
     def __init__(self, pays: bool) -> None:
         self.pairs: deque[tuple[float, float]] = deque(maxlen=_PAIRS)
-        """Seconds alone, and together."""
+        """Pairs of seconds: of a pass alone, and of one together."""
         self.tried: float | None = None
         """Seconds in the way not chosen, until the next pass in the other one makes a pair with them. The pass before a
         trial is no measure: those that took long by chance make room for one."""
