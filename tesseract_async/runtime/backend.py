@@ -489,7 +489,7 @@ class ExpertBackend:
                     self._schedule_ended = True
                     kind = type(self.scheduler).__name__
                     logger.warning(
-                        "%s: the learning rate stays as it is from now on: %s raised %s",
+                        "%s: the rate stays as it is from now on: %s raised %s",
                         self.name,
                         kind,
                         describe(error),
