@@ -109,7 +109,7 @@ MUST_BE_PURE = {
     "client/latency.py",
     "cli/swarm_picture.py",
 }
-THREADS_ALLOWED = {"runtime/runtime.py", "client/background.py"}
+THREADS_ALLOWED = {"runtime/runtime.py", "runtime/wake_ups.py", "client/background.py"}
 # Torch's engine runs in threads, which wait for what the loop brings.
 THREADS_ALLOWED |= {"client/engine_threads.py", "client/gradient_requests.py"}
 # The codecs of large tensors only, functions that share nothing: their threads are not the loop's default executor.

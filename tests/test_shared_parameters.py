@@ -194,9 +194,8 @@ async def test_the_report_says_which_pieces_have_no_primary() -> None:
 
 
 @pytest.mark.slow
-async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_push_that_waits_travels_once() -> None:
     """A round waits two seconds for a trainer that is gone; who asks meanwhile does not send again."""
-    monkeypatch.setattr(shared_pieces, "PUSH_TIMEOUT", 0.3)
     one, other = make_model(1), make_model(2)
     async with sharing(one, every=1) as (seed, first), sharing(other, seed.address) as (node, second):
         await steps(first, 1, 1)
@@ -205,7 +204,7 @@ async def test_a_push_that_waits_travels_once(monkeypatch: pytest.MonkeyPatch) -
 
         async def counted(call: Any, peer: Any, method: str, body: Any, buffers: Any, **options: Any) -> Any:
             pushes.extend([len(buffers)] if method == messages.PUSH else [])
-            return await call(peer, method, body, buffers, **options)
+            return await call(peer, method, body, buffers, **options | {"timeout": 0.3})
 
         node.on_call = counted
         await steps(second, 1, 2)

@@ -158,6 +158,11 @@ class NetworkDriver(asyncio.DatagramProtocol):
             self._transport.close()
             await self._closed
 
+    def abort(self) -> None:
+        """End the socket now, without a farewell and what is still to be sent."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.DatagramTransport, transport)
         if self._is_over:  # its opening was cancelled: uvloop opens it all the same

@@ -1,4 +1,4 @@
-"""TesseractRuntime: one thread per device, and the only place where the event loop and that thread meet.
+"""TesseractRuntime: one thread per device, where the event loop and that thread meet.
 
 The loop adds requests to the batcher and the thread takes batches out, both under one lock that is held for
 microseconds; so the thread never waits for the loop to hand it the next batch, however busy the loop is. A finished
@@ -33,6 +33,7 @@ from tesseract_async.runtime.queues import ExpertQueues
 from tesseract_async.runtime.staging import Staging, staging_for
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.together import GroupExecutor
+from tesseract_async.runtime.wake_ups import Bell, Mailbox
 from tesseract_async.runtime.work import JointWork, Work, WorkResult
 from tesseract_async.tasks import PromptFuture
 from tesseract_async.uncopied import Uncopied
@@ -93,12 +94,7 @@ class TesseractRuntime(Uncopied):
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
-        # held until the idle thread is to wake. No SimpleQueue: if the thread loses the processor at the wrong moment,
-        # its get(timeout) waits forever (seen with CPython 3.11); and a Queue takes six Python calls
-        self._bell = threading.Lock()
-        self._bell.acquire()
-        self._posted: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
-        self._delivers = False  # True if the loop was woken for what is posted
+        self._bell, self._mailbox = Bell(), Mailbox()
         self._num_gathering = 0
         self._is_gathering = False  # within one turn of the loop: nothing is awaited meanwhile
         self._gathers = False  # until the end of this turn
@@ -118,7 +114,7 @@ class TesseractRuntime(Uncopied):
         """Start the thread. Raises: RuntimeError the second time; ValueError for a device that is not here."""
         if self._thread is not None:
             raise RuntimeError("this runtime was started before")
-        self._loop = asyncio.get_running_loop()
+        self._loop = self._mailbox.loop = asyncio.get_running_loop()
         self._stopped = self._loop.create_future()
         ready: asyncio.Future[None] = self._loop.create_future()
         # a daemon, because a program that dies without closing its node must not hang at exit
@@ -359,9 +355,9 @@ class TesseractRuntime(Uncopied):
             try:
                 result = function(executor)
             except BaseException as error:  # it is handed to the awaiting task
-                self._post(_set_error, future, error)
+                self._mailbox.post(_set_error, future, error)
             else:
-                self._post(_set_result, future, result)
+                self._mailbox.post(_set_result, future, result)
 
         with self._lock:
             if self._closing:
@@ -376,8 +372,7 @@ class TesseractRuntime(Uncopied):
         """Wake the thread if it is idle. Call it under the lock."""
         if self._is_idle and not self._num_gathering:
             self._is_idle = False
-            if self._bell.locked():
-                self._bell.release()
+            self._bell.ring()
 
     def rows_of(self, backend: ExpertBackend) -> tuple[int, int]:
         """Return how many rows of an expert were computed since it came here, and how many wait."""
@@ -417,11 +412,11 @@ class TesseractRuntime(Uncopied):
                 torch.set_num_threads(self.settings.num_threads)
             executor = GroupExecutor(self._make_staging(self.device))
         except BaseException as error:  # it is raised by `start`
-            self._post(_set_error, ready, error)
+            self._mailbox.post(_set_error, ready, error)
         else:
-            self._post(_set_result, ready, None)
+            self._mailbox.post(_set_result, ready, None)
             self._work(executor)
-        self._post(_set_result, self._stopped, None)
+        self._mailbox.post(_set_result, self._stopped, None)
 
     def _work(self, executor: GroupExecutor) -> None:
         """Compute until the runtime closes. Where copies overlap, a pass is staged while another one computes."""
@@ -435,7 +430,9 @@ class TesseractRuntime(Uncopied):
                 job, batches, expired, closed = self._next(wait=running is None)
                 left.extend(passes(batches))
             if expired:
-                self._post(_fail, expired, partial(TimeoutError, "the deadline passed before the expert was free"))
+                self._mailbox.post(
+                    _fail, expired, partial(TimeoutError, "the deadline passed before the expert was free")
+                )
             staged = left.popleft() if left else None
             if staged is not None:
                 staged.stage(executor)
@@ -478,7 +475,7 @@ class TesseractRuntime(Uncopied):
                     return None, [], expired, self._closing and not expired
                 timer_at = self._batcher.timer_at()
                 self._is_idle = True
-            self._bell.acquire(timeout=-1 if timer_at is None else min(max(timer_at - now, 0), threading.TIMEOUT_MAX))
+            self._bell.wait(None if timer_at is None else timer_at - now)
 
     def _finish(self, executor: GroupExecutor, computed: DevicePass) -> None:
         batches, outcomes = computed.batches, computed.outcomes()
@@ -491,33 +488,12 @@ class TesseractRuntime(Uncopied):
             self._busy_seconds += now - (self._busy_since or now)
             self._num_running -= len(batches)
             self._busy_since = now if self._num_running else None
-        self._post(self._deliver, batches, outcomes, now - batches[0].started)
+        self._mailbox.post(self._deliver, batches, outcomes, now - batches[0].started)
         computed.learn(executor, seconds)
         for batch in batches:
             if batch.queue in self._queues.ungrouped:
                 find_group(executor, batch)
                 self._queues.found(batch.queue)
-
-    def _post(self, function: Callable[..., None], *args: object) -> None:
-        """Let the loop call this. Waking it is a system call: what is posted until it looks shares one."""
-        self._posted.append((function, args))
-        if not self._delivers:
-            self._delivers = True
-            assert self._loop is not None
-            try:
-                self._loop.call_soon_threadsafe(self._call_posted)
-            except RuntimeError:  # the loop was closed before this runtime
-                pass
-
-    def _call_posted(self) -> None:
-        self._delivers = False  # before looking: what is posted from now on wakes the loop again
-        try:
-            while self._posted:
-                function, args = self._posted.popleft()
-                function(*args)
-        finally:
-            if self._posted:  # one failed; it is logged, and the others must not wait for it
-                asyncio.get_running_loop().call_soon(self._call_posted)
 
 
 # -- On the loop again -------------------------------------------------------------------------------------------------

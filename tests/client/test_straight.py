@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.client import straight as straight_way
 from tesseract_async.client.dispatch import StrictForward
 from tesseract_async.client.experience import Experience, replica_key
 from tesseract_async.client.expert_rpc import ExpertSchema
@@ -30,6 +29,7 @@ from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec, pack_tensors
 from tests.client.fake_node import FakeReplica
 from tests.client.virtual_time import in_made_up_time
+from tests.faults.serving import let_pass
 
 NUM_EXPERTS, WIDTH, ROWS = 6, 8, 3
 
@@ -147,6 +147,10 @@ def test_a_lost_connection_costs_nothing_but_time() -> None:
             torch.testing.assert_close(pool.answer(x, index, weights), expected, rtol=0, atol=1e-5)
 
 
+async def pass_by(seconds: float) -> None:
+    let_pass(seconds)
+
+
 def goes_straight(pool: ta.ExpertPool, *given: torch.Tensor) -> bool:
     with mock.patch.object(pool, "ask", wraps=pool.ask) as asked:
         pool.answer(*given)
@@ -167,9 +171,7 @@ def test_news_of_the_network_and_other_servers_take_one_pass_at_most_another_way
         node.run(node.node.directory.refresh("m"))  # as it does every ten seconds
         assert not goes_straight(pool, *given)
         assert goes_straight(pool, *given)
-        monkeypatch.setattr(straight_way, "_CHOSEN_SECONDS", -1.0)  # the fastest server is looked for again and again
-        assert pool._servers is not None
-        pool._servers.renew_at = 0.0
+        node.run(pass_by(1.5))  # the fastest server is looked for again
         assert goes_straight(pool, *given) and goes_straight(pool, *given)
         begin = Straight.begin
 

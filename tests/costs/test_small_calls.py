@@ -191,21 +191,14 @@ async def test_wake_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     async with swarm() as found:
         runtime, loop = found.server.runtimes[0], found.thread.loop
         num: collections.Counter[str] = collections.Counter()
-        wake, bell, test_thread = loop.call_soon_threadsafe, runtime._bell, threading.get_ident()
+        wake, test_thread = loop.call_soon_threadsafe, threading.get_ident()
 
         def counted_wake(*args: Any, **options: Any) -> Any:
             num["loop"] += threading.get_ident() != test_thread
             return wake(*args, **options)
 
-        class CountedBell:
-            locked, acquire = bell.locked, bell.acquire
-
-            def release(self) -> None:
-                num["thread"] += 1
-                bell.release()
-
         monkeypatch.setattr(loop, "call_soon_threadsafe", counted_wake)
-        monkeypatch.setattr(runtime, "_bell", CountedBell())
+        await found.thread.profile(True)
         for _ in range(5):
             held, free = threading.Event(), threading.Event()
 
@@ -215,6 +208,7 @@ async def test_wake_ups(monkeypatch: pytest.MonkeyPatch) -> None:
 
             num_before = runtime.statistics().num_batches
             num.clear()
+            rings = (await found.thread.snapshot())["Bell.ring"]
             holding = found.thread.run(runtime.call(hold))
             assert await asyncio.to_thread(held.wait, 60)
             calls = [asyncio.ensure_future(found.call()) for _ in range(8)]
@@ -225,4 +219,8 @@ async def test_wake_ups(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.gather(holding, *calls)
             num_ended = runtime.statistics().num_batches - num_before + 1  # with the one that held the device
             check("wake-ups of the loop per batch that ends", num["loop"] / num_ended)
-            check("wake-ups of the device's thread until it idles again", num["thread"])
+            check(
+                "wake-ups of the device's thread until it idles again",
+                (await found.thread.snapshot())["Bell.ring"] - rings,
+            )
+        await found.thread.profile(False)

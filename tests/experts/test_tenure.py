@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.tenure_words import Fetch, Question, Response, Send, State
 from tesseract_async.experts.terms import Seal, TermKind, read_seal, sign_seal, sign_term
+from tesseract_async.identity import verify
 from tests.experts.tenure_world import CREATED, RUN, UID, Server, World, appoint, identity
+from tests.watching import calls_of
 
 LEASE = 30.0
 
@@ -742,14 +744,13 @@ def test_a_primary_is_content_once_its_successors_are_named() -> None:
     assert alone.run_until(lambda: alone.servers[0].machine.members == (newcomer.peer,), 4 * LEASE)
 
 
-def test_signatures_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signatures_are_checked_once() -> None:
     world = World(17, 3)
     world.begin()
     world.run(LEASE)
-    checked = []
-    monkeypatch.setattr("tesseract_async.experts.signed.verify", lambda *args: checked.append(args) or True)
     world.sync_every = 1e9
-    world.run(10 * LEASE)
+    with calls_of(verify) as checked:
+        world.run(10 * LEASE)
     assert not checked
 
 

@@ -148,7 +148,6 @@ async def test_idle_connections_of_a_crowd_make_room_for_newcomers() -> None:
 
 async def test_one_range_gets_a_part_of_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dialing, "range_of", lambda origin: "8.8.8.0/24")
-    monkeypatch.setattr(dialing, "CROWD", 0)
     settings = dataclasses.replace(PLAIN, bounds=Bounds(max_connections_per_range=3))
     async with serving(settings) as (server, address), contextlib.AsyncExitStack() as stack:
         for _ in range(3):

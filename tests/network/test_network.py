@@ -46,16 +46,13 @@ class Node(TesseractNetwork):
     async def start(
         self, sock: socket.socket, *, initial_peers: Sequence[PeerAddress] = (), public: bool = False
     ) -> None:
-        self.port = sock.getsockname()[1]
+        self.port, self.sock = sock.getsockname()[1], sock
         await super().start(sock, initial_peers=initial_peers, public=public)
 
     def die(self) -> socket.socket:
         """Ends without a farewell. Returns its socket, which keeps the port."""
-        assert self._driver is not None
-        transport = self._driver._transport
-        assert transport is not None
-        sock: socket.socket = transport.get_extra_info("socket").dup()
-        transport.abort()
+        sock = self.sock.dup()
+        self.abort()
         return sock
 
 

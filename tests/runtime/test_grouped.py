@@ -2,8 +2,8 @@
 
 import asyncio
 import copy
+import time
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -591,7 +591,7 @@ async def test_the_way_is_chosen_by_the_processors_time(monkeypatch: pytest.Monk
     """Other processes keep the thread waiting now and then, which says nothing about either way."""
     spent, clock = {True: 0.002 if faster else 0.02, False: 0.001}, [0.0]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr("tesseract_async.runtime.passes.time", SimpleNamespace(thread_time=lambda: clock[0]))
+    monkeypatch.setattr(time, "thread_time", lambda: clock[0])
     finish = DevicePass.spent
 
     def spends(one: DevicePass, executor: GroupExecutor) -> float | None:

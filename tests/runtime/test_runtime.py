@@ -2,9 +2,9 @@
 
 import asyncio
 import copy
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
@@ -15,9 +15,11 @@ from tesseract_async.errors import ExpertFailed, Overloaded
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.runtime.staging import HostStaging
+from tesseract_async.runtime.wake_ups import Mailbox
 from tesseract_async.runtime.work import Work
 from tesseract_async.wire.tensors import TensorSpec
 from tests.computed import computed
+from tests.watching import Watch
 
 
 class Gate(nn.Module):
@@ -150,22 +152,17 @@ async def test_a_batch_never_exceeds_the_limit(runtime: TesseractRuntime) -> Non
 
 
 @pytest.mark.both_loops
-async def test_a_batch_wakes_the_loop_once(runtime: TesseractRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_batch_posts_to_the_loop_once(runtime: TesseractRuntime) -> None:
     gate, backend = make_gate()
+    posts = Watch(Mailbox.post)
+    await runtime.call(lambda: sys.setprofile(posts))  # on the device's thread
+    posts.calls.clear()
     blocker = runtime.submit(backend, [torch.ones(1, 1)])
     await gate.entered.wait()
-    wakeups = []
-    post = runtime._post
-
-    def counted(function: Callable[..., None], *args: Any) -> None:
-        wakeups.append(function)
-        post(function, *args)
-
-    monkeypatch.setattr(runtime, "_post", counted)
     works = [runtime.submit(backend, [torch.ones(1, 1)]) for _ in range(30)]
     gate.open.set()
     await asyncio.gather(blocker.answer, *(work.answer for work in works))
-    assert gate.sizes == [1, 30] and len(wakeups) == 2
+    assert gate.sizes == [1, 30] and len(posts.calls) == 2
 
 
 @pytest.mark.parametrize("backward", [False, True])

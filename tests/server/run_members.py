@@ -72,11 +72,9 @@ class Member:
 
     async def kill(self) -> None:
         """As by SIGKILL: its sockets are gone, nothing is said, and no task goes on."""
-        self.node.network._driver._transport.abort()
+        self.node.network.abort()
         for connection in self.node.endpoint.pool.connections():
-            for channel in connection._channels:
-                if channel is not None:
-                    channel.abort()
+            connection.abort("killed")
         await self.node.endpoint.aclose()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.1):

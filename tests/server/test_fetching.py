@@ -1,4 +1,7 @@
-"""Sealed files from several sources at once: through scripted sources in virtual time."""
+"""Sealed files from several sources at once: through scripted sources in virtual time.
+
+Copies count that show a state which the primary sealed.
+"""
 
 import asyncio
 import os
@@ -20,15 +23,17 @@ from tesseract_async.errors import (
     PeerUnreachable,
     ProtocolError,
 )
-from tesseract_async.experts.pieces import PIECE_BYTES
+from tesseract_async.experts.pieces import PIECE_BYTES, root_of
+from tesseract_async.experts.terms import Seal, TermKind, sign_seal, sign_term
 from tesseract_async.identity import Identity
 from tesseract_async.server.checkpoint import EncodedState
-from tesseract_async.server.fetching import SealFetcher
+from tesseract_async.server.fetching import SealFetcher, find_shown
 from tesseract_async.server.state_files import SealedFile, SealedFiles, expert_folder
 from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tests.client.virtual_time import in_made_up_time
+from tests.experts.tenure_world import RUN, identity
 
 UID = "ffn.0.0"
 SIZE = 5 * PIECE_BYTES + 77
@@ -271,3 +276,30 @@ def test_an_expert_that_was_given_up_leaves_no_part_of_a_file_behind(tmp_path: P
         assert os.path.exists(part.name), "it is being written"
     files.forget_parts("ffn.0")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+PRIMARY, LIAR = identity(1), identity(2)
+TERM = sign_term(PRIMARY, RUN, uid=UID, epoch=100, boot=bytes(8), kind=TermKind.GENESIS)
+FILES = {PRIMARY.peer_id: b"the state", LIAR.peer_id: b"what is not"}
+
+
+def sealed(who: Any, number: int) -> Seal:
+    data = FILES[who.peer_id]
+    state = {"version": 1, "root": root_of(data), "size": len(data), "time": 100, "successors": []}
+    return sign_seal(who, RUN, term=TERM, number=number, **state)
+
+
+async def test_a_piece_of_what_another_signed_in_the_primarys_term_shows_nothing() -> None:
+    shown = {"10.0.0.1:1": sealed(PRIMARY, 7), "10.0.0.2:1": sealed(LIAR, 9), "10.0.0.3:1": sealed(PRIMARY, 3)}
+
+    async def call_expert(peer: PeerAddress, method: str, *_: Any, **__: Any) -> Message:
+        seal = shown[peer.addresses[0]]
+        if method == messages.TENURE:
+            return Message(messages.encode(messages.TenureReply(False, [], [b"", seal.blob])))
+        data = FILES[seal.primary]
+        return Message(messages.encode(messages.StateReply(1, root_of(data), len(data), 0)), (memoryview(data),))
+
+    peers = {identity(number).peer_id: PeerAddress(None, (where,)) for number, where in enumerate(shown, 10)}
+    node: Any = SimpleNamespace(call_expert=call_expert)
+    found = await find_shown(node, RUN, sealed(PRIMARY, 7), peers, timeout=1.0, random=Random(1))
+    assert found == {identity(10).peer_id}

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.wire import compression
-from tesseract_async.wire.compression import BLOCK, CODECS, SMALL_BLOCK, decode, encode, encoded_bytes
+from tesseract_async.wire.compression import BLOCK, CODECS, SMALL_BLOCK, TILE, decode, encode, encoded_bytes
 from tesseract_async.wire.tensors import DTYPES
 
 LOSSY = [codec for codec in CODECS if codec != "none"]
@@ -186,15 +185,12 @@ def test_decode_raises_only_protocol_errors(data: bytes, dtype: torch.dtype, sha
     assert tuple(tensor.shape) == tuple(shape)
 
 
-def test_the_tile_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = torch.randn(7 * BLOCK + 100)
-    for codec in ("uint8", "uint8_blockwise"):
-        whole = bytes(encode(tensor, codec))
-        with monkeypatch.context() as patch:
-            patch.setattr(compression, "TILE", 2)
-            assert bytes(encode(tensor, codec)) == whole
-            small = decode(memoryview(bytearray(whole)), torch.float32, tuple(tensor.shape), codec)
-        assert torch.equal(small, decode(memoryview(bytearray(whole)), torch.float32, tuple(tensor.shape), codec))
+@pytest.mark.parametrize("codec", ["uint8", "uint8_blockwise"])
+def test_what_takes_several_tiles_is_as_its_parts(codec: str) -> None:
+    tensor = torch.randn(2 * TILE * BLOCK + 7 * BLOCK + 100)
+    tensor[:: 2 * BLOCK], tensor[1 :: 2 * BLOCK] = -9.0, 9.0  # where one scale is for all, that of each part is it, too
+    parts = [through(part, codec) for part in tensor.split(2 * BLOCK)]
+    assert torch.equal(through(tensor, codec), torch.cat(parts))
 
 
 class Labelled(torch.Tensor):
