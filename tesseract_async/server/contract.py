@@ -23,8 +23,8 @@ MAX_MARKS: Final = 4
 _DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _WINDOW: Final = re.compile(r"(?:(?P<days>[a-z,-]+)\s+)?(?P<start>\d{1,2}:\d\d)\s*-\s*(?P<end>\d{1,2}:\d\d)")
 _HORIZON_DAYS: Final = 9
-"""How far to look for a change: windows repeat weekly, so a state that does not change within a week and a day never
-does."""
+"""Days within which a change is looked for: windows repeat weekly, so a state that does not change within a week and a
+day never does."""
 
 
 def is_name(text: str) -> bool:

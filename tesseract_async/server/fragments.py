@@ -187,7 +187,7 @@ class FragmentBackend(ExpertBackend):
         """By version: `steps` then, the journal's keys of the pushes that led there, and the state of the samples, as
         other hosts must know."""
         self.num_followed = 0
-        """How many times it went on from another host's state."""
+        """The number of times that it went on from another host's state."""
         self._take(fragment, steps)
 
     @classmethod

@@ -14,8 +14,8 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.work import WorkResult
 
 KEEP_SECONDS: Final = 300.0
-"""How long inputs and answers are kept: a trainer's step takes seconds, and a caller that asks again does so within its
-timeout."""
+"""Seconds for which inputs and answers are kept: a trainer's step takes seconds, and a caller that asks again does so
+within its timeout."""
 SMALL_BYTES: Final = 16 * 1024
 ENTRY_BYTES: Final = 1024
 TENSOR_BYTES: Final = 512

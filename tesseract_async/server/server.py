@@ -38,7 +38,7 @@ from tesseract_async.wire.apply import APPLY
 logger = logging.getLogger(__name__)
 
 _MOVED_AT_ONCE: Final = 64
-"""How many experts a device's thread moves to its device before it turns to other work."""
+"""The number of experts that a device's thread moves to its device before it turns to other work."""
 FAREWELL_TIMEOUT: Final = 2.0
 """Seconds that withdrawing the experts may take after `drain`, so that a network that does not answer does not hold up
 a server."""
