@@ -12,9 +12,10 @@ import logging
 import math
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median_low
 from typing import Final, NamedTuple, Self, TypeVar
 
@@ -42,7 +43,7 @@ from tesseract_async.experts.terms import Seal
 from tesseract_async.node import TesseractNode
 from tesseract_async.saving.folder import SavedModel
 from tesseract_async.server.checkpoint import check_state, encode_state
-from tesseract_async.server.fetching import ask_piece, ask_records, fetch_sealed, fetch_state
+from tesseract_async.server.fetching import ask_piece, ask_records, fetch_sealed, fetch_state, seconds_for
 from tesseract_async.server.fragments import read_fragment, read_manifest
 from tesseract_async.server.other_replicas import read_replicas
 from tesseract_async.shared_pieces import SharedPieces
@@ -58,11 +59,18 @@ T = TypeVar("T")
 ROLES: Final = {MemberRole.LEADS: "primary", MemberRole.FOLLOWS: "follower", MemberRole.HOLDS: "holder"}
 NUM_MARKED_AT_ONCE: Final = 64
 NUM_FETCHED_AT_ONCE: Final = 4
+<<<<<<< HEAD
 PIECE_TIMEOUT: Final = 60.0
 """Seconds that a server has for each piece of a state: on a slow line, a megabyte takes most of them."""
+=======
+PIECE_TIMEOUT: Final = seconds_for(2 * NUM_FETCHED_AT_ONCE)
+"""Seconds that a server has for each piece of a state: it may be asked for two of each of so many at once."""
+ANSWER_TIMEOUT: Final = 60.0
+"""Seconds that a server has to say which state it has."""
+>>>>>>> main
 MAX_ASKED: Final = 64
 """Members that are asked for an expert's Seal."""
-PATIENCE: Final = 10 * PIECE_TIMEOUT
+PATIENCE: Final = 600.0
 """Seconds for which overloaded servers are asked again."""
 MAX_HELD_BYTES: Final = 64 << 20
 """Bytes of small states that came with the answer; beyond, they are asked for again."""
@@ -178,7 +186,7 @@ async def find_seal(
 
     async def ask(origin: Origin) -> None:
         try:
-            shown = await ask_records(node, uid, origin.peer, timeout=PIECE_TIMEOUT)
+            shown = await ask_records(node, uid, origin.peer, timeout=ANSWER_TIMEOUT)
         except (TesseractError, TimeoutError) as error:
             logger.info("the Seal of %s at %s: %s", uid, origin.peer.short, describe(error))
             return
@@ -276,6 +284,7 @@ class SavePoint:
         """Have every server write down its experts' states now. Training that pauses meanwhile pauses for `within`
         seconds at most: those that have not answered by then are `SaveReport.late`."""
         gate, lineages = asyncio.Semaphore(NUM_MARKED_AT_ONCE), experience_of(self._node).lineages
+        num_asked = Counter(origin.peer for origins in self._origins.values() for origin in origins)
 
         async def mark(uid: str) -> None:
             async with gate:
@@ -284,8 +293,10 @@ class SavePoint:
                 for origin in self._origins[uid]:
                     if authority is not None and origin.role != "primary":
                         continue
+                    # small states come with the answers, and share the server's line
+                    timeout = seconds_for(min(NUM_MARKED_AT_ONCE, num_asked[origin.peer]))
                     try:
-                        head, data = await patiently(lambda origin=origin: self._ask(uid, origin))  # type: ignore[misc]
+                        head, data = await patiently(partial(self._ask, uid, origin, timeout))
                         epoch, version = lineages.newest(uid)
                         if origin.age[0] <= epoch and head.version < version:
                             raise TooStale(f"{uid}: a state of version {head.version}, after {version} was answered")
@@ -313,9 +324,9 @@ class SavePoint:
             await asyncio.wait(self._marking, timeout=None if within == math.inf else within)
         self._late = {uid for uid, task in zip(sorted(self._origins), self._marking, strict=True) if not task.done()}
 
-    async def _ask(self, uid: str, origin: Origin) -> tuple[messages.StateReply, memoryview]:
+    async def _ask(self, uid: str, origin: Origin, timeout: float) -> tuple[messages.StateReply, memoryview]:
         request = messages.StateRequest(uid, not self._is_whole, 0, messages.NO_ROOT, LIST, self._point)
-        head, data = await ask_piece(self._node, origin.peer, request, timeout=PIECE_TIMEOUT)
+        head, data = await ask_piece(self._node, origin.peer, request, timeout=timeout)
         if head.size == 0:
             raise ProtocolError(f"{origin.peer.short} does not have the state of {uid}")
         return head, data

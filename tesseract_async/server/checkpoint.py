@@ -57,8 +57,9 @@ class EncodedState:
         """`pieces.leaves_of` it, which takes a while the first time."""
         return leaves_of(self)
 
-    @property
+    @cached_property
     def root(self) -> bytes:
+        """`pieces.root_of` it. Each piece that is sent names it."""
         return root_from(self.leaves, self.size)
 
     def __iter__(self) -> Iterator[bytes | memoryview]:

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 MIN_RATE: Final = 32 << 10
 """Bytes per second: a source that sends a piece more slowly is dropped, and a state that takes longer is given up."""
+LINE_RATE: Final = 128 << 10
+"""Bytes per second of a server's line that many pieces share: 1 Mbit/s."""
 MAX_STATE_BYTES: Final = 4 << 30
 """A longer file is not fetched, unless it is the state of an expert whose size is known here."""
 MAX_BYTES_HERE: Final = 256 << 20
@@ -175,6 +177,11 @@ class _Transfer:
     def _holds(self, number: int, leaf: bytes) -> bool:
         self._into.seek((number - 1) * PIECE_BYTES)
         return leaf_of(self._into.read(piece_size(number, self.fetch.size))) == leaf
+
+
+def seconds_for(num_pieces: int) -> float:
+    """Return the seconds that a server has for each of so many pieces that share its line."""
+    return 60.0 + num_pieces * PIECE_BYTES / LINE_RATE
 
 
 async def ask_piece(

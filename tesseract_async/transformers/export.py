@@ -16,7 +16,7 @@ from tesseract_async.errors import ExpertNotFound, Overloaded
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.node import TesseractNode
 from tesseract_async.server.checkpoint import check_state
-from tesseract_async.server.fetching import fetch_state
+from tesseract_async.server.fetching import fetch_state, seconds_for
 from tesseract_async.transformers.families import library
 from tesseract_async.transformers.operator import RemoteLayer
 from tesseract_async.transformers.remote import is_stand_in, lockstep_of, remote_layers
@@ -24,8 +24,8 @@ from tesseract_async.transformers.shards import INDEX, SINGLE, files_of
 
 _REST: Final = "model-rest.safetensors"
 _AT_ONCE: Final = 8
-_TIMEOUT: Final = 60.0
-"""Seconds that a server has for each piece of an expert's state."""
+_TIMEOUT: Final = seconds_for(2 * _AT_ONCE)
+"""Seconds that a server has for each piece of an expert's state: it may be asked for two of each of so many at once."""
 
 
 def export_checkpoint(model: nn.Module, folder: str | Path) -> None:

@@ -41,6 +41,7 @@ from tesseract_async.sharing.manifest import SharedManifest
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import RESTORE, STATE, TENURE
+from tests.scripted_node import ScriptedNode
 
 ALICE = ta.Identity.from_seed(bytes(32))
 UIDS = ("ffn.0.0", "ffn.1.1")
@@ -129,6 +130,44 @@ async def test_what_is_saved_loads_without_the_swarm_and_gives_equal_outputs(
     # any reader of the format takes the weights
     plain = safetensors.torch.load_file(tmp_path / experts.index["ffn.1.1"].file)
     assert set(plain) == {f"module/{name}" for name in swarm.backends["ffn.1.1"].module.state_dict()}
+
+
+MBIT_PIECE = 2**20 / 125_000
+"""Seconds that a piece takes on a line of 1 Mbit/s."""
+
+
+class Line:
+    """A server's line of 1 Mbit/s, in made-up time: each call takes as long as those before it and its own piece."""
+
+    def __init__(self) -> None:
+        self.num_under_way = self.most_under_way = 0
+
+    async def call(self, call: Any, peer: Any, method: str, *rest: Any, timeout: float, **options: Any) -> Any:
+        self.num_under_way += 1
+        self.most_under_way = max(self.most_under_way, self.num_under_way)
+        is_late = self.num_under_way * MBIT_PIECE > timeout
+        try:
+            reply = await call(peer, method, *rest, timeout=timeout, **options)
+        finally:
+            self.num_under_way -= 1
+        if is_late:
+            raise TimeoutError
+        return reply
+
+
+async def test_a_server_with_a_slow_line_and_many_small_experts_is_saved(run: SignedRun, tmp_path: Path) -> None:
+    line = Line()
+    async with ta.TesseractNode() as host, ScriptedNode() as guest:
+        swarm = Swarm(host, guest, run)
+        uids = [f"ffn.2.{number}" for number in range(64)]
+        for uid in uids:
+            swarm.backends[uid] = swarm.backends[UIDS[0]]
+            host.host_expert(uid, {STATE: swarm.answer})
+        guest.on_call = line.call
+        report = await save(guest, run, swarm.origins(*uids), tmp_path)
+        swarm.source.close()
+    assert line.most_under_way > 8  # they shared the line
+    assert sorted(report.taken) == sorted(uids) and not report.failed
 
 
 async def test_a_second_time_only_what_is_newer_is_taken(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:

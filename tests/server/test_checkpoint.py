@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tesseract_async import ExpertBackend, TensorSpec
 from tesseract_async.errors import CheckpointError
+from tesseract_async.experts.pieces import root_of
 from tesseract_async.server import checkpoint
 from tesseract_async.server.state_files import CheckpointStore
 
@@ -107,3 +108,9 @@ def test_a_sealed_journal_has_the_calls_of_the_last_minutes_and_else_a_small_par
         rest = len(b"".join(checkpoint.encode_state({**sealed, "applied": {}})))
         assert 0 < 24 * num <= 0.05 * (rest + 24 * num)
     assert checkpoint.with_recent_journal(sealed, since=since)["applied"] is sealed["applied"]
+
+
+def test_a_files_name_is_found_once() -> None:
+    file = checkpoint.encode_state(state())
+    # each piece that is sent names it: hashing all leaves again for each would take the square of a large file's time
+    assert file.root == root_of(b"".join(file)) and file.root is file.root
