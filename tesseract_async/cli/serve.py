@@ -76,7 +76,9 @@ async def command(
         from tesseract_async.cli.hosting import Hosting
 
     torch.set_num_threads(serving.threads)
-    with importing():
+    # a checkpoint's model is Transformers' own code, which has SciPy for a few losses: a tenth of the imports' time;
+    # scikit-learn, which it may look for, does not go without SciPy
+    with importing(without=() if serving.hf_checkpoint is None else ("scipy", "sklearn")):
         builder = make_builder(serving, limits, keeps_learning_rate=is_given("learning_rate"))
     if isinstance(builder, SpreadBuilder) and not builder.leads:
         builder.follow()

@@ -27,9 +27,9 @@ Values = npt.NDArray[np.floating]
 
 _MAX_GAP: Final = 30.0
 """Weights in a message are not smaller than the exponential of minus this: all are well within float32."""
-_MAX_LEAD: Final = 10.0
-"""A row's sum keeps its unit until a message comes whose unit is larger by the exponential of this: float32 can hold
-that, and most sums are never rescaled."""
+_MAX_LEAD: Final = 3.0
+"""A row's sum keeps its unit until a message comes whose unit is larger by the exponential of this: most sums are never
+rescaled, and float32 can hold the sums of answers up to 1e36."""
 
 
 @dataclass(slots=True, eq=False)

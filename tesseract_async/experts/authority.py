@@ -212,7 +212,7 @@ class Authority:
         return max(int(now), self._since.get(peer_id, 0), 0 if known is None else known.serial + 1)
 
     def learn_revocations(self, new: Revocations) -> bool:
-        """Take in revocations that the owner or a delegate has signed. Return whether they are new. Raises: InvalidRecord."""
+        """Take in revocations by the owner or a delegate. Return whether they are new. Raises: InvalidRecord."""
         if new.run_id != self.run_id:
             raise InvalidRecord("revocations of another run")
         of_signer = sum(one.signer == new.signer for one in self._revocations.values())
@@ -223,7 +223,7 @@ class Authority:
         return True
 
     def learn_appointment(self, new: Appointment) -> bool:
-        """Take in an appointment that the owner or a delegate has signed. Return whether it is new. Raises: InvalidRecord."""
+        """Take in an appointment by the owner or a delegate. Return whether it is new. Raises: InvalidRecord."""
         if new.run_id != self.run_id:
             raise InvalidRecord("an appointment of another run")
         at = (new.signer, str(new.pattern))

@@ -14,7 +14,7 @@ class BatchCost:
     """A straight line through (1 / rows, seconds / rows) of the last fifty batches or so, old ones weighing less.
 
     In these coordinates the errors of small and of large batches, which grow with their seconds, weigh the same. A
-    batch that took several times what the line says (something else used the machine) counts as three times that.
+    batch that took several times what the line says (something else used the machine) counts as three times of it.
     """
 
     __slots__ = ("seconds_per_row", "_count", "_x", "_y", "_xx", "_xy", "_each", "_per_row", "_is_known")
@@ -49,8 +49,7 @@ class BatchCost:
         self._is_known = True
 
     def seconds(self, num_rows: float) -> float:
-        """Return the seconds that a batch of this many rows is expected to take: too many, while its fixed cost is
-        unknown."""
+        """Return what a batch of so many rows is expected to take: more, while it is unknown what its rows share."""
         return self._each + self._per_row * num_rows if self._is_known else self.seconds_per_row * num_rows
 
     def rows_until(self, share: float) -> float:
@@ -61,14 +60,14 @@ class BatchCost:
 
 
 PATIENCE: Final = 2.0
-"""The time of this many passes may be lost to trying the slower way before one way is chosen: many if the ways differ
-by little."""
+"""Passes whose time may be lost to trying the slower way before one is chosen: many if the ways differ by little."""
 MARGIN: Final = 0.95
 """The other way is chosen if it takes less than this share of the time."""
-TRIED_SHARE: Final = 0.05
-"""Share of the time of passes of one size that trying the slower way may take until one is chosen."""
-RETRIED_SHARE: Final = 0.01
-"""The most time, as a share of all, that trying the rejected way again may take."""
+TRIED_SHARE: Final = 0.01
+"""Share of the time that trying the slower way may take: of passes of one size until one is chosen, of all afterwards.
+With more, most passes of ways that differ by a tenth would be trials."""
+_FIRST_PAIRS: Final = 2
+"""Trials that are made at once, whatever they take: by chance the first one may have taken ten times as long."""
 _PAIRS: Final = 48
 
 
@@ -76,11 +75,11 @@ class GroupChoice:
     """The choice whether batches of several experts of one kind are computed in one pass, by what that took.
 
     Sizes are told apart by their powers of four. Each begins with the way that is expected to be the faster one. The
-    other is tried in the second pass, and again as soon as trials have cost little: one that seems faster is taken at
-    once, one that seems hardly slower is tried every other time, and one that seems much slower is tried seldom. After
-    enough trials, the other way is only tried from time to time, since other work of the machine may change which way
-    is faster. Pairs of passes that ran one after the other are compared, because the machine is not equally busy at all
-    times; and only the faster half of each way, because a pass may by chance take ten times as long.
+    other is tried in the second pass and the fourth, and again as soon as trials have cost little: the slower it seems,
+    the more rarely. One that seems faster is taken at once. Once trials have told enough, the other way is only looked
+    at from time to time: what else is going on may change what pays.
+    Compared are pairs of passes that ran one after the other, for the machine is not equally busy at all times; and the
+    faster half of each way, for by chance a pass takes ten times as long.
     """
 
     __slots__ = ("_expected", "_sizes", "spent", "_lost")
@@ -90,7 +89,7 @@ class GroupChoice:
         self._expected = expected
         self._sizes: dict[tuple[int, int], _Size] = {}
         self.spent = 0.0
-        """Seconds of all batches. The owner adds those of batches that found no others to share a pass with."""
+        """Seconds of all batches, also of those that shared no pass for want of others: these its owner adds."""
         self._lost = 0.0
 
     def gathers(self) -> bool:
@@ -98,11 +97,11 @@ class GroupChoice:
         return not self._sizes or self._may_retry() or any([one.wants_more for one in self._sizes.values()])
 
     def is_together(self, num_batches: int, num_rows: int) -> bool:
-        """Return whether this many batches, of this many rows in all, should be computed in one pass."""
+        """Return the way for so many batches of so many rows in all."""
         size = self._size(num_batches, num_rows)
         if size.tried is not None:
             return size.pays
-        return size.pays != (self._may_retry() if size.is_known else size.lost < TRIED_SHARE * size.spent)
+        return size.pays != (self._may_retry() if size.is_known else size.may_try())
 
     def loses(self, num_batches: int, num_rows: int) -> bool:
         """Return whether passes of so many batches are known to be slower together."""
@@ -117,7 +116,7 @@ class GroupChoice:
         size.add(together, seconds / num_batches)
 
     def _may_retry(self) -> bool:
-        return self._lost < RETRIED_SHARE * self.spent
+        return self._lost < TRIED_SHARE * self.spent
 
     def _size(self, num_batches: int, num_rows: int) -> "_Size":
         return self._sizes.setdefault(_size_of(num_batches, num_rows), _Size(self._expected))
@@ -135,7 +134,7 @@ class _Size:
 
     def __init__(self, pays: bool) -> None:
         self.pairs: deque[tuple[float, float]] = deque(maxlen=_PAIRS)
-        """Pairs of seconds: of a pass alone, and of one together."""
+        """Seconds alone, and together."""
         self.tried: float | None = None
         """Seconds in the way not chosen, until the next pass in the other one makes a pair with them. The pass before a
         trial is no measure: those that took long by chance make room for one."""
@@ -144,7 +143,13 @@ class _Size:
         self.waste = 0.0
         """Share of the time of a pass in the way not chosen that counts as lost."""
         self.spent = self.lost = 0.0
-        """Seconds of all passes, and what trials have lost of them."""
+        """Seconds of all passes, and what trials have lost of them, by what is known of both ways now."""
+
+    def may_try(self) -> bool:
+        """Return whether the way not chosen is due, while too little is known to choose one for long."""
+        if len(self.pairs) < _FIRST_PAIRS:
+            return self.spent > 0.0  # the first pass goes the way that is expected to be faster
+        return self.lost < TRIED_SHARE * self.spent
 
     @property
     def wants_more(self) -> bool:
@@ -160,10 +165,11 @@ class _Size:
             pairs.append((self.tried, seconds) if together else (seconds, self.tried))
             self.tried = None
             # what else uses the machine makes some slower and none faster
-            alone, with_others = (sum(sorted(one)[: (len(pairs) + 1) // 2]) for one in zip(*pairs, strict=True))
+            half = (len(pairs) + 1) // 2
+            alone, with_others = (sum(sorted(one)[:half]) / half for one in zip(*pairs, strict=True))
             chosen, other = (with_others, alone) if self.pays else (alone, with_others)
             if other < MARGIN * chosen:
                 self.pays, chosen, other = not self.pays, other, chosen
             self.waste = 1.0 - min(MARGIN, chosen / other if other else 0.0)
-            self.lost += self.waste * other / ((len(pairs) + 1) // 2)
+            self.lost = len(pairs) * self.waste * other
             self.is_known = len(pairs) * self.waste >= PATIENCE

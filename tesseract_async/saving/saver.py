@@ -59,15 +59,10 @@ T = TypeVar("T")
 ROLES: Final = {MemberRole.LEADS: "primary", MemberRole.FOLLOWS: "follower", MemberRole.HOLDS: "holder"}
 NUM_MARKED_AT_ONCE: Final = 64
 NUM_FETCHED_AT_ONCE: Final = 4
-<<<<<<< HEAD
-PIECE_TIMEOUT: Final = 60.0
-"""Seconds that a server has for each piece of a state: on a slow line, a megabyte takes most of them."""
-=======
 PIECE_TIMEOUT: Final = seconds_for(2 * NUM_FETCHED_AT_ONCE)
 """Seconds that a server has for each piece of a state: it may be asked for two of each of so many at once."""
 ANSWER_TIMEOUT: Final = 60.0
 """Seconds that a server has to say which state it has."""
->>>>>>> main
 MAX_ASKED: Final = 64
 """Members that are asked for an expert's Seal."""
 PATIENCE: Final = 600.0

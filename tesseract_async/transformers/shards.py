@@ -5,6 +5,7 @@ only the tensors of the experts that are wanted, which are read from the files w
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -207,17 +208,69 @@ class _Rows:
         return str(self._part.get_dtype())
 
 
+class _Renames:
+    """Gives the tensors of experts their parameters' names: a conversion turns those of all of a layer into one."""
+
+    def __init__(self, rename: Callable[..., tuple[str, str | None]]) -> None:
+        self._rename = rename
+        self._known: dict[str, tuple[str, str | None]] = {}
+
+    def __call__(self, key: str, renamings: Any, converters: Any, *args: Any, **kwargs: Any) -> tuple[str, str | None]:
+        alike = _OF_EXPERT.sub(".experts.*.", key) if converters else key
+        found = self._known.get(alike)
+        if found is None:
+            found = self._rename(key, renamings, converters, *args, **kwargs)
+            if alike != key and found[1] is not None and not _OF_EXPERT.search(found[0]):
+                self._known[alike] = found
+        return found
+
+
+class _Copies:
+    """Copies conversions.
+
+    Transformers asks for a copy per name in the files and keeps one per parameter: the latest one of a conversion is
+    given again for as long as nothing was collected in it.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[int, Any] = {}
+
+    def __call__(self, one: Any) -> Any:
+        made = self._latest.get(id(one))
+        if made is None or made.collected_tensors or made.layer_targets:
+            made = self._latest[id(one)] = _copied(one)
+        return made
+
+
+def _copied(one: Any) -> Any:
+    """Return a copy of a conversion with what it collects of its own: all that changes in it."""
+    made = copy.copy(one)
+    for name in (name for kind in type(one).__mro__ for name in getattr(kind, "__slots__", ())):
+        if isinstance(value := getattr(one, name, None), dict):
+            object.__setattr__(made, name, copy.copy(value))
+    return made
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Have Transformers read one tensor after the other, when it is needed, and say nothing meanwhile."""
+    """Have Transformers read one tensor after the other, when it is needed, and say nothing meanwhile.
+
+    It copies a conversion for every name in the files, to the depth, and matches each name with patterns: most of the
+    time for thousands of experts.
+    """
+    from transformers import core_model_loading
     from transformers.utils import logging
 
     before, shown = os.environ.get(_SEQUENTIAL), logging.is_progress_bar_enabled()
+    copies, core_model_loading.deepcopy = core_model_loading.deepcopy, _Copies()
+    rename = core_model_loading.rename_source_key
+    core_model_loading.rename_source_key = _Renames(rename)
     os.environ[_SEQUENTIAL] = "1"
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        core_model_loading.deepcopy, core_model_loading.rename_source_key = copies, rename
         if before is None:
             del os.environ[_SEQUENTIAL]
         else:

@@ -126,15 +126,15 @@ def delay(model: Any, round_trip: float) -> None:
     from tesseract_async.transformers.remote import remote_layers
 
     for module in remote_layers(model).values():
-        layer = vars(module)["tesseract_layer"]
-        answer = type(layer).answer.__get__(layer)
+        pool = vars(module)["tesseract_layer"].pool
+        answer = type(pool).answer.__get__(pool)
 
         def later(*args: Any, answer: Any = answer) -> torch.Tensor:
             time.sleep(round_trip)
             found: torch.Tensor = answer(*args)
             return found
 
-        layer.answer = later
+        pool.answer = later
 
 
 def main() -> None:

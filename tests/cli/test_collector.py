@@ -1,5 +1,6 @@
 """The garbage collector is the program's: commands spare it, the package leaves it alone. And how commands import."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tesseract_async.cli.running import importing
 from tests.cli.processes import ENVIRONMENT, ROOT
 from tests.stem import Stem
 
@@ -53,3 +55,13 @@ async def test_a_server_spares_it_before_it_says_that_it_is_ready(stem: Stem, tm
     out, err = await process.communicate()
     assert out.startswith(b"True (10000, 10, 10)\n"), err.decode()
     assert process.returncode == 0
+
+
+def test_what_is_to_be_imported_without_looks_absent_meanwhile() -> None:
+    assert "this" not in sys.modules
+    with importing(without=["this", "json"]):
+        assert importlib.util.find_spec("this") is None
+        with pytest.raises(ImportError):
+            importlib.import_module("this")
+        assert importlib.import_module("json") is json, "it was here before"
+    assert "this" not in sys.modules and importlib.util.find_spec("this") is not None

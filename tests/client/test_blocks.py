@@ -72,6 +72,18 @@ def test_parts_in_any_order_make_a_softmax_of_those_that_answered(order: list[in
             np.testing.assert_allclose(weights_P[pairs], shares[call.rows, call.expert], rtol=1e-4, atol=1e-12)
 
 
+def test_large_answers_do_not_overflow_a_sum_in_a_small_unit() -> None:
+    """Each message's values are greater than those of the one before, by what most sums are not scaled again for."""
+    for step in (0.5, 2.9, 9.9, 40.0):
+        scores = np.tile(np.arange(EXPERTS, dtype=np.float32)[::-1] * step, (ROWS, 1))
+        total = WeightedSums([torch.zeros(ROWS, 1)], scores.dtype, is_normalized=True)
+        for block in make_blocks(scores, [[expert] for expert in range(EXPERTS)]):
+            pairs, numbers, at_P, (sums,) = answer(block, [0])
+            assert sums is not None
+            total.add(block, pairs, numbers, at_P, [sums * 1e36])
+        assert bool(total.sums[0].isfinite().all())
+
+
 def test_other_sums_have_the_values_as_weights() -> None:
     scores = np.random.default_rng(1).normal(size=(ROWS, EXPERTS)).astype(np.float32)
     (block,) = make_blocks(scores, [[1, 2]], is_normalized=False)

@@ -111,6 +111,31 @@ def test_the_first_passes_lose_little_to_trials(times: float, is_faster: bool, e
     assert num_slow * (times - 1.0) <= TRIED_SHARE * 60 + 3 * (times - 1.0)
 
 
+@pytest.mark.parametrize("expected", [True, False])
+@pytest.mark.parametrize("times", [1.05, 1.12, 1.2, 1.4])
+def test_few_passes_go_the_slower_way_where_it_is_hardly_slower(times: float, expected: bool) -> None:
+    """Half of them did: then the median pass took half as much longer as that way does."""
+    num_slow = 0
+    for seed in range(20):
+        chance, choice = random.Random(seed), GroupChoice(expected=expected)
+        for number in range(55):
+            way = choice.is_together(4, 256)
+            choice.add(4, 256, way, (times if way else 1.0) * chance.gauss(1.0, 0.05))
+            num_slow += way and number >= 25
+    assert num_slow < 0.35 * 20 * 30
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_a_first_trial_that_took_long_by_chance_delays_the_choice_by_a_few_passes(expected: bool) -> None:
+    choice, ways = GroupChoice(expected=expected), []
+    for number in range(5):
+        ways.append(choice.is_together(16, 512))
+        seconds = 1.0 if ways[-1] is expected else 0.5
+        choice.add(16, 512, ways[-1], 10.0 if number == 1 else seconds)
+    assert ways == [expected, not expected, expected, not expected, expected]
+    assert choice.is_together(16, 512) is not expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("expected", [True, False])
 @pytest.mark.parametrize("is_faster", [True, False])

@@ -206,7 +206,7 @@ async def test_a_pass_that_would_take_long_is_made_in_shares(
     node: ServingNode, server: TesseractServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All others would wait for its end."""
-    monkeypatch.setattr("tesseract_async.runtime.batcher.GROUP_SECONDS", 1e-6)
+    monkeypatch.setattr("tesseract_async.runtime.batcher.GROUP_SECONDS", 0.0)
     answer, request, x = asked(node)
     assert not isinstance(answer, Deferred)
     total = sum(sums for _, sums in await taken(answer, request) if sums is not None)

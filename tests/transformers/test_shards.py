@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tesseract_async.server.registry import build_module
+from tesseract_async.transformers import shards
 from tesseract_async.transformers.families import experts_of
 from tesseract_async.transformers.serving import family_of, manifest_fields, shards_of
 from tesseract_async.transformers.shards import Checkpoint
@@ -60,6 +61,23 @@ def test_only_files_of_those_experts_are_opened(checkpoint: Makes) -> None:
     named = json.loads((checkpoint("qwen3_moe") / "model.safetensors.index.json").read_text())["weight_map"]
     expected = {file for key, file in named.items() if ".layers.1.mlp.experts.6." in key or ".1.mlp.experts.7." in key}
     assert source.opened == expected and len(expected) < len(set(named.values()))
+
+
+def test_a_conversion_is_copied_per_parameter_and_not_per_name(
+    checkpoint: Makes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    copied = shards._copied
+
+    def counted(one: Any) -> Any:
+        made.append(one)
+        return copied(one)
+
+    source = Checkpoint(checkpoint("qwen3_moe"))
+    monkeypatch.setattr(shards, "_copied", counted)
+    build(source, [f"m.{layer}.{expert}" for layer in range(2) for expert in range(8)])
+    # two parameters in each of two layers, and a spare copy of each; the files hold 48 names
+    assert 0 < len(made) <= 8
 
 
 def test_weights_are_kept_in_another_type_than_they_are_computed_in(checkpoint: Makes) -> None:
