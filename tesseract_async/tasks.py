@@ -40,7 +40,7 @@ class PromptFuture(asyncio.Future[T]):
                 listener(self)
             except (SystemExit, KeyboardInterrupt):
                 raise
-            except BaseException as error:  # of the others, and of who ends it, it is no business: a cancellation, too
+            except BaseException as error:  # a cancellation, too: it concerns no other listener and not the caller
                 context = {"message": f"a listener of {type(self).__name__} failed", "exception": error}
                 self.get_loop().call_exception_handler(context)
 

@@ -19,7 +19,8 @@ class Bounds:
     max_backlog: int = 32 * 2**20
     """Bytes of unsent replies beyond which further calls of the peer wait before they are handled."""
     max_replies: int = 256 * 2**20
-    """Bytes of large replies that may wait for the peer to take them; what is beyond gets Overloaded (one may)."""
+    """Bytes of large replies that may wait for the peer to take them (one reply always may); calls beyond that get
+    Overloaded."""
     max_unsent: int = 96 * 2**20
     """Bytes of small frames waiting for a peer that does not read, beyond which it is closed."""
     bulk_retry: float = 30.0

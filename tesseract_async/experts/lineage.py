@@ -297,8 +297,8 @@ class Lineage:
     def _weigh(self, terms: Sequence[Term], roots: Mapping[bytes, bytes]) -> Counter[bytes]:
         """Count the hosts that follow each tree, by the epochs that they name, be it of a Term that no longer counts.
 
-        Anybody may begin a tree with an epoch that stands in another. Then the epoch stands for the namer's own Term if
-        the namer signed it, and otherwise for the tree that this server follows.
+        Anybody may begin a tree with an epoch that stands in another. Such an epoch counts for the tree of the Term
+        that the host who names it has signed, and otherwise for the tree that this server goes by.
         """
         home = None if self._home is None else roots.get(self._home)
         weights: Counter[bytes] = Counter()

@@ -253,7 +253,7 @@ def _copied(one: Any) -> Any:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Have Transformers read one tensor after the other, when it is needed, and say nothing meanwhile.
+    """Make Transformers read one tensor after the other, when it is needed, and print nothing meanwhile.
 
     It copies a conversion for every name in the files, to the depth, and matches each name with patterns: most of the
     time for thousands of experts.

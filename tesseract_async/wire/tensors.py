@@ -51,9 +51,9 @@ class TensorSpec:
     optional: bool = False
     """True for an argument that may be None."""
     max_size: int = 4096
-    """A size that varies is at most this."""
+    """The largest value of a size that varies."""
     varies: bool = field(init=False, repr=False, compare=False)
-    """True if there is one."""
+    """True if the shape has a size that varies."""
     least_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """The shape, with sizes of 1 where they vary."""
     sizes: list[int | None] = field(init=False, repr=False, compare=False)
