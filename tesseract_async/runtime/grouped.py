@@ -293,7 +293,7 @@ class ExpertKind:
         self._output_specs = example.output_specs
         self._autocast = example.settings.autocast
         self.num_extra_rows = 0
-        """Extra rows of padding for each expert, which show whether rows influence one another."""
+        """Other rows that are added to each expert's beyond need: to see whether rows influence one another."""
         self.way: Way | None = self._vmapped
         """The function that computes them; None once every way has failed."""
         if example.device.type == "cpu" and self._autocast is None:
@@ -319,9 +319,9 @@ class ExpertKind:
 
         Raises: Unfit, if the module is not one that can be computed so.
         """
-        layout = PaddedRows(counts, counts) if self.is_ragged else PaddedRows.even(counts, extra=self.num_extra_rows)
+        layout = self._layout(counts)
         with torch.no_grad():
-            outputs = self._call(_columns(members), [layout.padded(x) for x in inputs], layout.counts, training)
+            outputs = self._call(_columns(members), self._padded(layout, inputs), layout.counts, training)
         return [layout.own(x) for x in outputs]
 
     def gradients(
@@ -342,11 +342,8 @@ class ExpertKind:
         """
         columns = _columns(members)
         stacks = self._stacks(columns, parameters)
-        if not self.is_ragged:
-            layout = PaddedRows.even(counts, extra=self.num_extra_rows)
-        else:
-            layout = PaddedRows.stepped(counts) if stacks else PaddedRows(counts, counts)
-        leaves = [as_leaf(layout.padded(x)) for x in inputs]
+        layout = self._layout(counts, are_stacked=bool(stacks))
+        leaves = [*map(as_leaf, self._padded(layout, inputs))]
         with torch.enable_grad():
             outputs = self._call({**columns, **stacks}, leaves, layout.counts, training)
         sources = [*leaves, *(stacks.values() if stacks else [x for own in parameters for x in own])]
@@ -362,6 +359,17 @@ class ExpertKind:
             return of_inputs, [*zip(*parts, strict=True)], rest
         size = len(parameters[0])
         return of_inputs, [rest[number * size : (number + 1) * size] for number in range(len(members))], None
+
+    def _layout(self, counts: Sequence[int], *, are_stacked: bool = False) -> PaddedRows:
+        extra = self.num_extra_rows
+        if not self.is_ragged:
+            return PaddedRows.even(counts, extra=extra)
+        if are_stacked:
+            return PaddedRows.stepped(counts, extra=extra)
+        return PaddedRows(counts, [count + extra for count in counts])
+
+    def _padded(self, layout: PaddedRows, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [layout.with_others(x) if self.num_extra_rows else layout.padded(x) for x in inputs]
 
     def _stacks(
         self, columns: Mapping[str, list[torch.Tensor]], parameters: Sequence[Sequence[nn.Parameter]]

@@ -53,8 +53,9 @@ class PaddedRows:
         return cls(counts, [max(counts) + extra] * len(counts))
 
     @classmethod
-    def stepped(cls, counts: Sequence[int]) -> Self:
-        """Pad neighbors to be equally many where that adds few rows. Best if the counts are sorted."""
+    def stepped(cls, counts: Sequence[int], *, extra: int = 0) -> Self:
+        """Pad neighbors to be equally many where that adds few rows, and by `extra` rows. Best if the counts are
+        sorted."""
         padded: list[int] = []
         first, total, most = 0, 0, 0
         for number, count in enumerate(counts):
@@ -62,13 +63,28 @@ class PaddedRows:
                 padded += [most] * (number - first)
                 first, total, most = number, 0, 0
             total, most = total + count, max(most, count)
-        return cls(counts, padded + [most] * (len(counts) - first))
+        padded += [most] * (len(counts) - first)
+        return cls(counts, [count + extra for count in padded])
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
         if self._place is None:
             return x
         self._place = self._place.to(x.device)
         return x.index_select(0, self._place)
+
+    def with_others(self, x: torch.Tensor) -> torch.Tensor:
+        """Return padded rows, where those that were added are other rows, if they may be: whole numbers may be names.
+
+        A module in which rows influence one another takes one row and its copies for one row alone.
+        """
+        rows = self.padded(x)
+        if self._place is None or not (x.is_floating_point() or x.is_complex()):
+            return rows
+        is_added = torch.ones(len(rows), dtype=torch.bool)
+        is_added[self._own.cpu()] = False
+        added = is_added.nonzero()[:, 0].to(x.device)
+        # of the same signs and sizes; scaled ones alone are the same to a module that normalizes first
+        return rows.index_copy(0, added, rows.index_select(0, added).flip(-1) * 0.5)
 
     def with_zeros(self, x: torch.Tensor) -> torch.Tensor:
         """Return gradients of padded rows, where those that were added have none."""

@@ -120,6 +120,7 @@ class GroupExecutor(Executor):
                 self._compute_together(together)
         except BaseException as error:  # the expert at fault is found alone
             together.error = error
+        kind.num_extra_rows = 0
         together.upload = None
         if group.is_checked and together.error is None:
             return

@@ -408,6 +408,32 @@ def test_what_a_pass_would_compute_otherwise_is_found_by_comparing(make: Callabl
     assert groups[0] is None or groups.count(groups[0]) < 3
 
 
+class NormalizedMean(Mean):
+    """The same of rows that are normalized before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.layer_norm(x, (WIDTH,)))
+
+
+@pytest.mark.parametrize("makes_gradients", [True, False])
+@pytest.mark.parametrize("make", [Mean, NormalizedMean])
+def test_equal_rows_do_not_hide_that_rows_influence_one_another(
+    make: Callable[[], nn.Module], makes_gradients: bool
+) -> None:
+    """As when one token is sent to several experts: its row is the mean of all rows."""
+    executor, experts, x = GroupExecutor(clock=lambda: 0.0), backends(3, make), torch.randn(1, WIDTH)
+    group_of(executor, experts)
+    for _ in range(4):
+        groups = [executor.groups.group_of(one, training=False, mode=makes_gradients) for one in experts]
+        if groups[0] is not None and groups.count(groups[0]) == 3:
+            works = [work_of(one, x, torch.randn(1, WIDTH) if makes_gradients else None, 0) for one in experts]
+            for work in works:
+                work.call_id = None
+            _, was_pass = in_one_pass(executor, groups[0], [[work] for work in works])
+            assert not was_pass
+    assert groups[0] is None or groups.count(groups[0]) < 3
+
+
 def test_random_modules_share_a_pass_only_where_they_draw_nothing() -> None:
     executor, experts = GroupExecutor(), backends(2, FeedForward)
     assert group_of(executor, experts) is not None

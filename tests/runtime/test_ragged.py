@@ -25,6 +25,18 @@ def test_rows_that_are_added_are_copies_and_found_by_nobody(counts: list[int]) -
         assert float(gradients.abs().sum()) == pytest.approx(float(x.abs().sum())), "what was added has no gradient"
 
 
+def test_other_rows_are_added_where_a_pass_is_compared() -> None:
+    x = torch.randn(4, 3)
+    for rows in (PaddedRows.even([1, 3], extra=1), PaddedRows.stepped([1, 3], extra=1), PaddedRows([1, 3], [2, 4])):
+        others = rows.with_others(x)
+        assert torch.equal(rows.own(others), x)
+        assert not any(torch.equal(row, last) for row in others[1:2] for last in x)
+        assert not torch.equal(others[-1], x[-1]) and torch.equal(others[-1], x[-1].flip(0) / 2)
+    names = torch.arange(4)[:, None]
+    assert torch.equal(rows.with_others(names), rows.padded(names)), "others may be unknown"
+    assert torch.equal(PaddedRows([1, 3], [1, 3]).with_others(x), x)
+
+
 def test_few_rows_are_added_where_neighbors_have_about_equally_many() -> None:
     counts = [20, 22, 25, 27, 29, 30, 32, 33, 40, 41]
     padded = PaddedRows.stepped(counts).counts
