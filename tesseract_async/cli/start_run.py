@@ -29,9 +29,9 @@ from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import enter_run, publish_run
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring import StatusService
-from tesseract_async.network.address_scope import is_near
+from tesseract_async.network.address_scope import PUBLIC, kind_of
 from tesseract_async.node import TesseractNode
-from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.transport.base import PeerAddress, ip_version, split_host_port
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +182,9 @@ def reach_of(seeds: Sequence[str]) -> str:
     """Return in words from where these addresses can be reached, as far as they tell."""
     if host_towards(seeds) in ("127.0.0.1", "::1"):
         return "on this computer"
-    hosts = [split_host_port(address)[0] for seed in seeds for address in PeerAddress.parse(seed).addresses]
-    return "in this private network" if all(map(is_near, hosts)) else "everywhere"
+    addresses = [address for seed in seeds for address in PeerAddress.parse(seed).addresses]
+    is_far = [ip_version(one) is None or kind_of(split_host_port(one)[0]) == PUBLIC for one in addresses]  # or a name
+    return "everywhere" if any(is_far) else "in this private network"
 
 
 def invite_of(owner: RunOwner, node: TesseractNode) -> str | None:

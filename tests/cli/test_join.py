@@ -81,6 +81,7 @@ def test_a_damaged_invite_is_never_taken_for_another(change: tuple[int, str], cu
     [
         (["127.0.0.1:4"], "on this computer"),
         (["192.168.1.7:4", "[fd00::1]:4"], "in this private network"),
+        (["169.254.7.1:4", "100.64.0.9:4"], "in this private network"),
         (["192.168.1.7:4", "8.8.8.8:4"], "everywhere"),
         (["seed.example.org:4"], "everywhere"),
     ],
