@@ -251,9 +251,12 @@ class Wave:
         return -(-block_bytes // len(self.request.rows)) + sum(spec.row_bytes for spec in answered)
 
     def _begin(self, share: _Share) -> None:
-        calls, hosted = share.door.calls, share.door.hosted
+        calls, hosted, request = share.door.calls, share.door.hosted, self.request
+        codecs = hosted.backend.settings.codecs
         try:
-            if not self.request.backward:
+            if request.reply_codec not in (codecs.gradients if request.backward else codecs.outputs):
+                codecs.check("gradients" if request.backward else "outputs", request.reply_codec, expert=hosted.uid)
+            if not request.backward:
                 share.work = self._begin_forward(share)
                 share.work.answer.add_done_callback(partial(self._forward_ended, share))
             elif calls.leads(hosted):
@@ -268,9 +271,7 @@ class Wave:
         request, backend = self.request, hosted.backend
         kind = backend.signature
         if self._checked is None or self._checked[0] != kind:  # else it fits as it fitted the expert before
-            num_inputs, codec, uid = request.num_inputs, request.reply_codec, hosted.uid
-            what = "gradients" if request.backward else "outputs"
-            backend.settings.codecs.check(what, codec, expert=uid)
+            num_inputs, uid = request.num_inputs, hosted.uid
             check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], self._inputs)
             inputs, specs = check_inputs(uid, backend, self._calls.inputs_of(uid, request.kept, self._inputs))
             gradients: Gradients = ()

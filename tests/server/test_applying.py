@@ -626,6 +626,19 @@ async def test_codecs_are_checked_for_each_expert(node: ServingNode) -> None:
         assert isinstance(replied.failures["ffn.0"], SchemaMismatch)
 
 
+async def test_a_remembered_answer_is_not_given_in_a_codec_that_is_not_known(
+    node: ServingNode, server: TesseractServer
+) -> None:
+    wave, gradient = Wave(), torch.ones(5, 4)
+    await forward(node, wave)
+    assert not (await backward(node, wave, gradient)).failures
+    wave.kept = None
+    replied = await backward(node, wave, gradient, reply_codec="float99")
+    assert len(replied.failures) == 3
+    assert all(isinstance(error, SchemaMismatch) for error in replied.failures.values())
+    assert [one.version for one in server.experts.values()] == [1, 1, 1]
+
+
 async def test_an_id_that_came_with_other_rows_is_refused(node: ServingNode, server: TesseractServer) -> None:
     wave = Wave()
     await backward(node, wave, torch.ones(5, 4))
