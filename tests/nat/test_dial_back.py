@@ -115,7 +115,7 @@ async def test_dead_helpers_have_no_vote() -> None:
 @pytest.mark.parametrize(
     "body", [None, {}, {"port": 0, "token": bytes(16)}, {"port": "80", "token": bytes(16)}, {"port": 80, "token": b""}]
 )
-async def test_malformed_wishes_are_refused(body: object) -> None:
+async def test_malformed_requests_are_refused(body: object) -> None:
     async with nodes(2) as (helper, node):
         with pytest.raises(NotAllowed):
             await node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=30)

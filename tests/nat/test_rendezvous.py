@@ -171,7 +171,7 @@ async def test_a_silent_client_is_a_typed_error() -> None:
 @pytest.mark.parametrize(
     "body", [None, [], {}, {"to": b"short", "offer": b""}, {"to": bytes(32)}, {"to": bytes(32), "offer": "text"}]
 )
-async def test_malformed_wishes(body: object) -> None:
+async def test_malformed_requests(body: object) -> None:
     async with public() as house, client() as asker:
         with pytest.raises(NotAllowed):
             await asker.endpoint.call(house.peer, OFFER, body, timeout=30)

@@ -131,11 +131,11 @@ async def test_codecs_are_settled_with_the_expert_for_each_direction() -> None:
             await ta.backward(y.square().mean())
             return guest.seen["expert.forward"], guest.seen["expert.backward"]
 
-        # without a wish: none where it is accepted, else what the expert names first; cached inputs do not travel
+        # without a preference: none where it is accepted, else what the expert names first; cached inputs do not travel
         assert await travelled("auto") == ([["bf16"], ["none"]], [["uint8_blockwise"], ["uint8_blockwise"]])
         assert await travelled({"gradients": "bf16"}) == ([["bf16"], ["none"]], [["bf16"], ["bf16"]])
-        wish = {"outputs": "uint8", "gradients": "uint8"}  # what is not accepted gives way to what loses no more
-        assert await travelled(wish) == ([["bf16"], ["none"]], [["uint8_blockwise"], ["uint8_blockwise"]])
+        preference = {"outputs": "uint8", "gradients": "uint8"}  # what is not accepted gives way to what loses no more
+        assert await travelled(preference) == ([["bf16"], ["none"]], [["uint8_blockwise"], ["uint8_blockwise"]])
         num_calls = guest.metrics.total("expert_calls")
         with pytest.raises(errors.SchemaMismatch, match="inputs travel in bf16, not in fp16"):
             await travelled("fp16")

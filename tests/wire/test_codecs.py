@@ -1,4 +1,4 @@
-"""What an expert accepts and what a caller wishes: they settle on what loses no more than was wished, or say why."""
+"""What an expert accepts and what a caller prefers: they settle on what loses no more than that, or say why."""
 
 import itertools
 
@@ -14,28 +14,33 @@ POLICIES = [
 ]
 
 
-def test_every_wish_settles_on_what_is_accepted_and_loses_no_more() -> None:
+def test_every_preference_settles_on_what_is_accepted_and_loses_no_more() -> None:
     x = torch.randn(3 * 4096, generator=torch.Generator().manual_seed(1))
     x[0] = 70_000.0  # beyond fp16, and an outlier for the blockless uint8
     loss = {codec: (decode(encode(x, codec), x.dtype, tuple(x.shape), codec) - x).abs() for codec in CODECS}
     for names in POLICIES:
         policy = CodecPolicy(inputs=names)
-        for wish in (AUTO, *CODECS):
-            wished = Codecs(inputs=wish, outputs="bf16")
-            if wish == AUTO:
-                assert settle(policy, wished).inputs == ("none" if "none" in names else names[0])
+        for preference in (AUTO, *CODECS):
+            preferred = Codecs(inputs=preference, outputs="bf16")
+            if preference == AUTO:
+                assert settle(policy, preferred).inputs == ("none" if "none" in names else names[0])
                 continue
             try:
-                got = settle(policy, wished).inputs
+                got = settle(policy, preferred).inputs
             except SchemaMismatch as error:
-                assert wish not in names and "none" not in names and wish in str(error) and "inputs" in str(error)
+                assert (
+                    preference not in names
+                    and "none" not in names
+                    and preference in str(error)
+                    and "inputs" in str(error)
+                )
                 continue
-            assert got in names and settle(policy, wished).outputs == "bf16"
-            assert got == wish if wish in names else True
-            assert loss[got].max() <= loss[wish].max(), f"{wish} became {got}"
+            assert got in names and settle(policy, preferred).outputs == "bf16"
+            assert got == preference if preference in names else True
+            assert loss[got].max() <= loss[preference].max(), f"{preference} became {got}"
 
 
-def test_wishes_are_one_name_or_names_by_what_travels() -> None:
+def test_preferences_are_one_name_or_names_by_what_travels() -> None:
     assert Codecs.of("bf16") == Codecs("bf16", "bf16", "bf16")
     assert Codecs.of({"outputs": "uint8"}) == Codecs(AUTO, "uint8", AUTO)
     for wrong in ("zip", {"output": "none"}, {"inputs": "zip"}):
