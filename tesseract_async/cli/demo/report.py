@@ -1,4 +1,4 @@
-"""The demo as people see it: lines while it runs, a table at the end, and a picture."""
+"""What people see of the demo: lines while it runs, a table at the end, and a picture."""
 
 import asyncio
 import contextlib
