@@ -318,6 +318,7 @@ class Straight:
             if not self._num_open:
                 self._sum()
         finally:  # a thread waits for it
+            self._asked = []  # they know this: a cycle full of tensors
             done()
 
     def replied(self, question: AskedServer) -> None:
