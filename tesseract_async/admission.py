@@ -9,7 +9,7 @@ from tesseract_async.identity import PeerID
 
 Action = Literal["call", "train", "host"]
 """``call``: ask anything of this node; ``train``: change an expert's weights (backward); ``host``: be believed, as
-servers must be. A peer that may not host stores no records here, and hands over no expert; this node hears nothing that
+servers must be. A peer that may not host can neither store records here nor hand over an expert; this node ignores what
 it says in the network, and sends it no rows, gradients or state."""
 
 
@@ -27,8 +27,8 @@ class Quota:
     calls: float | None = None
     """Calls in `period` seconds. A message for many experts counts as one, and each expert in it as one more."""
     num_bytes: float | None = None
-    """Encoded bytes of requests and replies in `period` seconds. A message is taken whole: one that is larger than what
-    is left makes the next one wait.
+    """Encoded bytes of requests and replies in `period` seconds. A message is always taken whole: if it is larger than
+    what is left, the next one waits.
     """
     period: float = 60.0
     """Seconds."""

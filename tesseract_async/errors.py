@@ -217,7 +217,8 @@ class TooStale(RemoteError):
 class NotEnoughExperts(TesseractError):
     """Fewer than `k_min` experts answered for some row (None: all that were asked have to, as in an `ExpertPool`), or
     none returned the schema of the grid's experts (then `num_rows` is 0). `errors` maps each uid that failed to its
-    error; `num_live` experts were known; `what` was missing: ``answers`` in forward, ``gradients`` in backward."""
+    error; `num_live` experts were known; `what` names what was missing: ``answers`` in forward, ``gradients`` in
+    backward."""
 
     retryable = True
 
@@ -263,8 +264,8 @@ def shortened(text: str, limit: int = 200) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a stranger's words as a terminal may be given them: with control characters, and those that turn the
-    direction of writing, escaped. Line breaks and tabs stay."""
+    """Return a stranger's text so that a terminal may show it: control characters, and those that turn the direction of
+    writing, are escaped. Line breaks and tabs stay."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() or one in "\n\t" else _harmless(one) for one in text)
@@ -284,7 +285,7 @@ def describe(error: BaseException) -> str:
 
 
 def sentence_of(error: BaseException, limit: int = 400) -> str:
-    """Return an error as people are told of it, on its own: without its class and number, of a group the first."""
+    """Return an error's message for people, without its class and number; for a group, that of the first error."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, OSError) and type(error.errno) is int:

@@ -1,8 +1,8 @@
 """Identities of nodes: an Ed25519 key, the id that follows from it, and records that its owner signed.
 
-A `PeerID` is the SHA-256 of the raw public key (as in S/Kademlia, Baumgart & Mies 2007, an id can't be chosen without
-finding a key for it). It is the node's name in the DHT and on every channel. A `SignedRecord` is what
-its owner says in the DHT: holders and readers check the signature, so nobody can say it in another's name.
+A `PeerID` is the SHA-256 of the raw public key (as in S/Kademlia, Baumgart & Mies 2007: nobody can choose an id without
+finding a key for it). It is the node's name in the DHT and on every channel. A `SignedRecord` is a statement of its
+owner in the DHT: holders and readers check the signature, so that nobody can make it in another's name.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Identity(Uncopied):
     def load(cls, path: str | Path) -> Identity:
         """Read a PEM file written by `save`; ``~`` is the home folder.
 
-        A file that others on this computer may read is made its owner's alone, with a warning. Raises: OSError,
+        If other users of this computer may read the file, that is taken from them, with a warning. Raises: OSError,
         ValueError if it holds no Ed25519 key.
         """
         path = Path(path).expanduser()
@@ -108,7 +108,8 @@ class Identity(Uncopied):
 
     @classmethod
     def load_or_create(cls, path: str | Path) -> Identity:
-        """`load`, or `generate` and `save` where no file exists yet. Programs that start at once agree on one key."""
+        """`load`, or `generate` and `save` where no file exists yet. Programs that start at the same time agree on one
+        key."""
         try:
             return cls.load(path)
         except FileNotFoundError:
@@ -208,7 +209,7 @@ def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:
 
 
 Verifier = Callable[[bytes, bytes, bytes], bool]
-"""`verify`, or what a simulation has instead: (public key, signature, data) -> whether it holds."""
+"""`verify`, or a simulation's substitute: (public key, signature, data) -> whether the signature holds."""
 
 RECORD_DOMAIN = b"tesseract record 1\0"
 _RECORD_HEAD = struct.Struct(">64s32sQQB")
@@ -311,7 +312,8 @@ class SignedRecord:
         return cls(key, subkey, owner, sequence, milliseconds / 1000, body[start:], tombstone, body)
 
     def supersedes(self, other: SignedRecord) -> bool:
-        """Return whether this one counts rather than `other`, which has the same identity: the same at every node."""
+        """Return whether this record counts instead of `other`, which has the same identity. All nodes agree on
+        that."""
         return (self.sequence, self.body) > (other.sequence, other.body)
 
     @property

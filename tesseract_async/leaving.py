@@ -22,7 +22,7 @@ _SIGNALS: Final = tuple(
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return a new event loop: uvloop's where that is installed, which takes half of the time."""
+    """Return a new event loop: uvloop's where that is installed, which takes half the time."""
     if sys.platform != "win32":
         with contextlib.suppress(ImportError):
             import uvloop

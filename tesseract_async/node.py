@@ -1,6 +1,6 @@
 """A node: one event loop's share of the swarm. It builds the parts (DHT, endpoint, directory) and connects them.
 
-Concrete transports are named in `reach` only.
+Only `reach` names concrete transports.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ class TesseractNode(NodeCalls):
         """Do no I/O, except that an `identity` given as a path is read or created.
 
         `refresh_period`: seconds after which the directory of a grid in use is read again. `reach`: what is done about
-        NATs. `throttle`: what all connections together keep to, a `transport.throttle.Throttle`.
-        `max_receive_bytes`: of large messages that are half received or being answered. Replies that wait to be taken
-        may hold half as many bytes, small calls under way a quarter.
+        NATs. `throttle`: the limits that all connections together keep, a `transport.throttle.Throttle`.
+        `max_receive_bytes`: the limit for large messages that are half received or being answered. Replies that wait to
+        be taken may hold half as many bytes, small calls under way a quarter.
 
         Raises: ValueError for seeds that are malformed or no list, for a malformed port or announced address, and for
         `upnp` without its packages; OSError for an identity file that cannot be read.
@@ -168,7 +168,7 @@ class TesseractNode(NodeCalls):
     async def start(self) -> None:
         """Bind the port, and start the DHT and the endpoint. Cancelled or failed, it leaves nothing behind.
 
-        Raises: OSError with a sentence if the port is in use or the host is not this machine's; RuntimeError if
+        Raises: OSError with a clear message if the port is in use or the host is not this machine's; RuntimeError if
         the node was started before; ValueError if it listens on every interface and its own address can't be told.
         """
         if self._endpoint is not None:
@@ -206,7 +206,7 @@ class TesseractNode(NodeCalls):
         self._at_close.append(aclose)
 
     def distrust(self, peer_id: PeerID, reason: str) -> None:
-        """Believe nothing more that this peer says about experts, and send it nothing, until this node ends.
+        """From now on, until this node ends, believe nothing that this peer says about experts, and send it nothing.
 
         `trust.distrusted` lists such peers with the reason.
         """
@@ -316,7 +316,7 @@ class TesseractNode(NodeCalls):
 
     @property
     def reach(self) -> Reach:
-        """The knowledge of the ways to and from this node. Raises: RuntimeError before `start`."""
+        """Everything known about the ways to and from this node. Raises: RuntimeError before `start`."""
         if self._reach is None:
             raise RuntimeError(NOT_STARTED)
         return self._reach

@@ -39,11 +39,11 @@ from tesseract_async.sharing.manifest import SharedManifest
 logger = logging.getLogger(__name__)
 
 NUM_HOSTS: Final = 3
-"""Trainers that host the fragments where nobody says who does."""
+"""The number of trainers that host the fragments if nobody says which ones do."""
 FIND_TIMEOUT: Final = 60.0
 """Seconds that entering waits for others' fragments, where this trainer may not begin them itself."""
 FOUND_SECONDS: Final = 2.0
-"""Seconds that entering looks for others' fragments before it begins them: so many, up to twice as many."""
+"""The least seconds that entering looks for others' fragments before it begins them; the most are twice as many."""
 
 
 class SharedEntry:
@@ -73,7 +73,7 @@ class SharedEntry:
         return self._run if isinstance(self._run, str) else self._run.full_name
 
     async def enter(self, node: TesseractNode, values: list[torch.Tensor]) -> FoundPieces:
-        """Find the run's fragments, or begin them with these values; host them, if that is for this trainer to do."""
+        """Find the run's fragments, or begin them with these values; host them if this trainer is to do that."""
         node.check_running()
         run: SignedRun | None = None
         if isinstance(self._run, str) and self._is_bare:
@@ -114,7 +114,7 @@ class SharedEntry:
         await self._stack.aclose()
 
     def _check_roles(self, node: TesseractNode, authority: Authority) -> None:
-        """Raises: NotAllowed, naming what this node's grant lacks. Without any that is known, the hosts say it."""
+        """Raises: NotAllowed, naming what this node's grant lacks. If no grant is known, the hosts refuse instead."""
         me, name, grant = node.peer_id, authority.run.full_name, authority.grant_of(node.peer_id)
         if grant is None:
             return

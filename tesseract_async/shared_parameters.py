@@ -1,7 +1,7 @@
-"""SharedParameters: trainers that share one model. A trainer's driver of the machines in `sharing`.
+"""SharedParameters: lets trainers share one model. It drives the machines in `sharing` at one trainer.
 
-What trainers learn travels as differences to the fragments' hosts, which are trainers themselves; what the hosts make
-of all trainers' differences comes back, and is added in `step`. Nobody waits for anybody.
+What a trainer learns travels as differences to the fragments' hosts, which are trainers themselves. The hosts merge all
+trainers' differences; the result comes back, and is added in `step`. No trainer waits for another.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ OUTSIDE: Final = (
 )
 FLUSH_TIMEOUT: Final = 60.0
 EXIT_TIMEOUT: Final = 20.0
-"""Seconds that leaving waits at most for the last steps to count: who hosts the fragments may have left before."""
+"""The most seconds that leaving waits for the last steps to count: the fragments' hosts may have left before."""
 DEFAULT_REPLICAS: Final = ReplicaSettings(sync_every=5.0, check_every=2.0, lease=10.0)
 
 
@@ -61,10 +61,10 @@ class SharingReport:
     num_unsound: int = 0
     """Fragments that hold a NaN or infinity here, and are not sent."""
     error: TesseractError | None = None
-    """The reason for which a push was refused; what it held stays here, and is in the next one."""
+    """The reason why a push was refused; its difference stays here, and is in the next one."""
     without_primary: Mapping[str, float] = field(default_factory=dict)
-    """By uid, the pieces whose primary does not answer, nor a successor, and for how many seconds. What was learned of
-    them stays here, and is pushed as soon as there is one."""
+    """By uid, the pieces whose primary does not answer, nor a successor, and for how many seconds. What was learned for
+    these pieces stays here, and is pushed as soon as there is a primary."""
 
 
 class StepListener(Protocol):
@@ -106,14 +106,14 @@ class SharedParameters(Uncopied, Generic[M]):
         checkpoint_dir: str | Path | None = None,
         replicas: ReplicaSettings = DEFAULT_REPLICAS,
     ) -> None:
-        """`run`: ``NAME@OWNER``, or a bare name on one's own machines, where the first trainer founds it.
+        """`run`: ``NAME@OWNER``, or a bare name on your own machines, where the first trainer founds the run.
 
-        `every`: optimizer steps between two pushes of a piece. `host`: keep the pieces here, too; by default so where
-        the name is bare and fewer than three do. `codec`, `learning_rate`, `momentum`: of the outer optimizer; the
-        founder's hold for all. `checkpoint_dir`: where a host keeps them. `replicas`: how hosts of a bare name follow
-        one another; a run's manifest says that otherwise.
+        `every`: optimizer steps between two pushes of a piece. `host`: keep the pieces here, too; by default, a trainer
+        does so if the name is bare and fewer than three others do. `codec`, `learning_rate`, `momentum`: of the outer
+        optimizer; the founder's choice holds for all. `checkpoint_dir`: where a host keeps them. `replicas`: how hosts
+        of a bare name follow one another; a run's manifest says that otherwise.
 
-        Raises: ValueError for a model that cannot be shared (the sentence says why), or settings that cannot be.
+        Raises: ValueError for a model that cannot be shared (the message says why), or impossible settings.
         """
         if not 1 <= every <= MAX_STEPS:  # a push counts as no more
             raise ValueError(f"every is at least 1 and at most {MAX_STEPS}, not {every}")
@@ -211,7 +211,7 @@ class SharedParameters(Uncopied, Generic[M]):
         return await self._entry.enter(self._node, values)
 
     def _begin(self, found: FoundPieces, *, writes: bool = True) -> None:
-        """Take the swarm's values, and unless told otherwise write them into the model. On the caller's thread."""
+        """Take the swarm's values and, unless told otherwise, write them into the model. On the caller's thread."""
         layout = found.manifest.layout
         num = len(layout.cuts)
         for number, (cut, (fragment, steps)) in enumerate(zip(layout.cuts, found.fragments, strict=True)):
@@ -235,7 +235,7 @@ class SharedParameters(Uncopied, Generic[M]):
         self._samplers.append(sampler)
 
     def spawn(self, work: Coroutine[object, object, None]) -> asyncio.AbstractEventLoop:
-        """Run this on the node's loop, which is returned, until sharing ends. From any thread.
+        """Run this on the node's loop until sharing ends, and return the loop. May be called from any thread.
 
         Raises: RuntimeError before sharing is entered.
         """
@@ -283,8 +283,9 @@ class SharedParameters(Uncopied, Generic[M]):
     def merged(self) -> M:
         """Return a copy of the model with the swarm's values as they are known here: to evaluate, and to export.
 
-        They are what all trainers had on average, from which the next round's differences are not taken: those begin a
-        little ahead, at the outer optimizer's momentum. Raises: RuntimeError before sharing is entered.
+        They are the average of what all trainers had. The next round's differences are not taken from them, but from
+        values a little ahead, where the outer optimizer's momentum leads. Raises: RuntimeError before sharing is
+        entered.
         """
         if not self.parts:
             raise RuntimeError(OUTSIDE)

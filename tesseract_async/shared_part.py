@@ -1,7 +1,7 @@
 """Part: one piece of the shared parameters at a trainer: when it is due, and the call that is under way.
 
-What takes milliseconds for a large piece (packing its difference, others' updates and the hash that proves them) is
-done next to the trainer: its `step` only copies values and adds to them.
+Work that takes milliseconds for a large piece (packing its difference, applying others' updates and checking their
+hash) is done beside the trainer: its `step` only copies values and adds to them.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Arrived:
     """The outcome of a call."""
 
     steps: int = 0
-    """Everybody's, as pushed so far."""
+    """All trainers' steps, as pushed so far."""
     change: torch.Tensor | None = None
     """The change to add to the model."""
     counted: bool = False
@@ -54,10 +54,10 @@ class Asked:
     anchor: torch.Tensor
     """The anchor that the trainer's values build on meanwhile."""
     sent: torch.Tensor | None = None
-    """Its values at a push."""
+    """The piece's values at the time of a push."""
     call_id: bytes = b""
     steps: int = 0
-    """Own steps then."""
+    """This trainer's steps at that time."""
 
 
 @dataclass(slots=True)
@@ -68,13 +68,13 @@ class SharedPart:
     form: FragmentPart
     copy: Copy
     due_at: int
-    """Own steps after which the next push is due."""
+    """This trainer's steps after which the next push is due."""
     steps_then: int = 0
-    """Own steps at the last push that counted."""
+    """This trainer's steps at the last push that counted."""
     steps_sent: int = 0
-    """Own steps at the push under way."""
+    """This trainer's steps at the push under way."""
     steps: int = 0
-    """Everybody's steps, as pushed so far."""
+    """All trainers' steps, as they were pushed so far."""
     lost: torch.Tensor | None = None
     """The rest of the values after rounding to the model's 16 bits: without it, small steps would have no effect."""
     asked: Asked | None = None
@@ -90,7 +90,7 @@ class SharedPart:
         request: messages.PushRequest | messages.PullRequest,
         values: torch.Tensor | None,
     ) -> None:
-        """Ask until there is an answer: always under the same id, so that a push, of these values, counts once."""
+        """Ask until there is an answer, always under the same id, so that a push of these values counts once."""
         own, sends = self.copy, True
         data = b"" if values is None else await self._apart(partial(own.push, values))
         while True:

@@ -39,7 +39,8 @@ PUSH_TIMEOUT: Final = 10.0
 PAUSE: Final = 0.5
 """Seconds after a call that failed, before the next one."""
 NUM_TRIES: Final = 3
-"""States of a piece that are fetched until one is its primary's: the first may be a follower's that lies."""
+"""The most states of a piece that are fetched until one matches its primary's: the first may come from a follower that
+lies."""
 NUM_AT_ONCE: Final = 6
 """Pieces that are fetched at the same time."""
 
@@ -115,8 +116,8 @@ class SharedPieces:
     async def fetch_state(
         self, number: int, *, spreads: bool = False, min_version: int = 0
     ) -> tuple[dict[str, torch.Tensor], int]:
-        """Return a fragment's state at one of its hosts: the primary first, or if it `spreads`, who is asked for the
-        fewest at present."""
+        """Return a fragment's state from one of its hosts: the primary first or, with `spreads`, the host that is asked
+        for the fewest pieces now."""
         uid = self.uid(number)
         replicas = await self.find(uid)
         if spreads:

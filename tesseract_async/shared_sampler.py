@@ -1,4 +1,4 @@
-"""SharedSampler: trainers that share a model go through a dataset together. The driver of `sharing.share`."""
+"""SharedSampler: lets trainers that share a model go through a dataset together. It drives `sharing.share`."""
 
 import asyncio
 import logging
@@ -47,8 +47,8 @@ class SharedSampler(Uncopied, Sampler[int]):
                 shared.step()
 
     Batches end one after the other, with each ``shared.step()``. An `AsyncTrainer` that is given the sampler tells it
-    when each batch has ended, and a batch that failed is handed out again. So are those of trainers that die, or finish
-    nothing for ten minutes: `num_again` counts the ones that came here.
+    when each batch has ended, and a batch that failed is handed out again. So are the batches of trainers that die, or
+    finish nothing for ten minutes: `num_again` counts the ones that came here.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SharedSampler(Uncopied, Sampler[int]):
         Raises: ValueError for an empty dataset, or numbers below 1.
         """
         if min(len(dataset), batch_size, ahead) < 1:
-            raise ValueError("there is at least one sample, in batches of at least one, fetched at least one ahead")
+            raise ValueError("the dataset is not empty, and batch_size and ahead are at least 1")
         self.num_samples, self.batch_size, self.shuffle, self.seed = len(dataset), batch_size, shuffle, seed
         self.epoch = 0
         self.shared, self._trainer = shared, new_name()
@@ -104,7 +104,8 @@ class SharedSampler(Uncopied, Sampler[int]):
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch. What is done of it is known where samples are handed out, with the shared parameters."""
+        """Return the epoch. Which of its samples are done is known where samples are handed out, with the shared
+        parameters."""
         return {"epoch": self.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,7 +184,7 @@ class SharedSampler(Uncopied, Sampler[int]):
     # ------------------------------------------------------------------------------------------------ batches end
 
     def begin_run(self) -> int:
-        """An AsyncTrainer's run begins. Returns the number of its first batch."""
+        """Begin an AsyncTrainer's run. Returns the number of its first batch."""
         self._is_told = True
         with self._news:
             self._share.end()
@@ -199,13 +200,13 @@ class SharedSampler(Uncopied, Sampler[int]):
             self._notify()  # others may wait for what is left
 
     def end_run(self) -> None:
-        """The run has ended: what it did not learn from is handed out again."""
+        """End the run: samples that it did not learn from are handed out again."""
         with self._news:
             self._share.give_back()
         self._notify()
 
     def stepped(self) -> None:
-        """``shared.step()`` was called: the oldest batch has ended."""
+        """Note that ``shared.step()`` was called, and so the oldest batch has ended."""
         if not self._is_told:
             self.batch_ended(None)
 

@@ -1,4 +1,4 @@
-"""Tasks that nobody waits for, their end, and futures that tell at once."""
+"""Tasks that nobody waits for, and how they end; futures that notify their listeners at once."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class PromptFuture(asyncio.Future[T]):
-    """A future whose listeners hear of its end within it, not in the loop's next turn."""
+    """A future that calls its listeners at the moment when it is done, not in the loop's next turn."""
 
     _listeners: tuple[Callable[[asyncio.Future[T]], object], ...] = ()
 
@@ -28,7 +28,7 @@ class PromptFuture(asyncio.Future[T]):
         self._tell()
 
     def cancel(self, msg: object = None) -> bool:
-        """As of any future."""
+        """Cancel it, as any future."""
         is_cancelled = super().cancel(msg)
         self._tell()
         return is_cancelled
@@ -73,7 +73,7 @@ class TaskSet(set[asyncio.Task[None]]):
             await asyncio.wait(self)
 
     async def aclose(self) -> None:
-        """End them."""
+        """Cancel all tasks and wait for their end."""
         self.is_closed = True
         await end(*self)
 

@@ -158,7 +158,7 @@ async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], ow
     if members:
         click.echo(f"{counted(len(members), 'peer')} may no longer take part in {run}", err=True)
     if invites:
-        said = f"{counted(len(invites), 'invite')} of {run} revoked: everybody who came by one may take no more part"
+        said = f"{counted(len(invites), 'invite')} of {run} revoked: everybody who came by one may no longer take part"
         click.echo(said, err=True)
     say("revoked", run=run, peers=list(map(str, members)), invites=list(map(str, invites)))
     return 0

@@ -187,7 +187,7 @@ class ExpertPool(nn.Module):
         return self._node.run(self.ask(x, index, weights, differentiable=False, timeout=timeout)).answer
 
     def _straight(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> straight.Straight | None:
-        """Return the short way (`straight`) for such a call, if it may take it."""
+        """Return the straight way (`client.straight`) for such a call, if it may take that."""
         servers, settings = self._servers, self._settings
         if servers is None or servers.schema is not self._schemas.known or self.training:
             return None

@@ -1,5 +1,5 @@
-"""The short way for a small forward whose experts must all answer, such as one token's: one message to each server, one
-answer from each, and their sum. No tasks, and a timer only where another server could be asked.
+"""The straight way: a fast path for a small forward whose experts must all answer, such as one token's: one message to
+each server, one answer from each, and their sum. No tasks, and a timer only where another server could be asked.
 
 Most passes of a model that generates go this way. Whatever is unusual (an expert that nobody is known to host, a server
 that is not connected, an error, an answer that is late, too old or not what was asked for) ends it, and the pass is
@@ -318,6 +318,7 @@ class Straight:
             if not self._num_open:
                 self._sum()
         finally:  # a thread waits for it
+            self._asked = []  # they know this: a cycle full of tensors
             done()
 
     def replied(self, question: AskedServer) -> None:

@@ -19,7 +19,8 @@ class Bounds:
     max_backlog: int = 32 * 2**20
     """Bytes of unsent replies beyond which further calls of the peer wait before they are handled."""
     max_replies: int = 256 * 2**20
-    """Bytes of large replies that may wait for the peer to take them; what is beyond gets Overloaded (one may)."""
+    """Bytes of large replies that may wait for the peer to take them (one reply always may); calls beyond that get
+    Overloaded."""
     max_unsent: int = 96 * 2**20
     """Bytes of small frames waiting for a peer that does not read, beyond which it is closed."""
     bulk_retry: float = 30.0
@@ -38,9 +39,9 @@ class Bounds:
     max_half_open_per_host: int = 64
     """Such channels of one address range (IPv4 /24, IPv6 /64)."""
     max_connections: int = 4096
-    """Connections in all, fewer where the process may not open so many files; idle ones go for new ones."""
+    """Connections in all, fewer if the process may not open that many files; idle ones make room for new ones."""
     max_connections_per_range: int = 128
-    """Connections that one address range may have opened to this node. (Loopback is none.)"""
+    """Connections that one address range may have opened to this node. (Loopback does not count as a range.)"""
     max_connections_per_peer: int = 16
     """Connections that one peer may have opened to this node."""
     backoff_base: float = 0.1

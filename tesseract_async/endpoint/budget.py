@@ -1,8 +1,8 @@
-"""Bounds on bytes that all connections of a node share, so that no peer's use becomes another one's want. No I/O.
+"""Bounds on bytes that all connections of a node share, so that no peer can use up what others need. No I/O.
 
-What counts is memory that is really in use: a large message counts as it arrives, however much it announced, since
-untouched memory costs nothing. So no peer waits for what a stranger announces and never sends. Where the bound is
-reached, a message of the peer that holds most makes room: the address range that holds most, and its largest peer.
+Only memory that is really in use counts: a large message counts as it arrives, however much it announced, since
+untouched memory costs nothing. So no peer waits because a stranger announces bytes and never sends them. When the bound
+is reached, a message is dropped to make room: one of the largest peer in the address range that holds most.
 
 A grant or a message given up is noted in `NodeBudgets.changed`; the driver whose cycle caused it calls `deliver`.
 """
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, Protocol
 from tesseract_async.endpoint.lanes import Pace
 
 FLOOR: Final = 2 * 2**20
-"""Bytes that a message counts from its begin on, if it has so many: pages of memory may be as large as this."""
+"""Bytes that a message counts from its start on, if it has that many: pages of memory may be as large as this."""
 SHARE: Final = 1 / 8
 """Share of a budget that one peer may announce, or leave waiting, at once. One message may always be larger."""
 
@@ -42,7 +42,7 @@ class Reservation:
     def __init__(self, budget: "Budget", owner: Owner, use: "_Use", size: int, call: object, *, asked: bool) -> None:
         self.size = size
         self.num_bytes = 0
-        """Bytes of it that count."""
+        """The bytes of this message that count."""
         self.granted = not asked
         self.released = False
         """True once `release` was called, or the room was taken back."""
@@ -62,7 +62,7 @@ class Reservation:
         return False
 
     def keep(self) -> None:
-        """All of the message is here and in use: it is not given up any more."""
+        """Note that all of the message is here and in use: it is no longer given up."""
         self.use.taken.pop(self, None)
 
     def give_up(self) -> None:
@@ -96,7 +96,7 @@ class Budget:
         self.share = int(total * share)
         self.used = 0
         self.windows = 0
-        """Bytes of flow-control windows: promises, which count in `used` as they are used."""
+        """Bytes of flow-control windows, which are promises: they count in `used` only as they are used."""
         self.num_given_up = 0
         self.changed: deque[Reservation] = deque() if changed is None else changed
         self._groups: dict[Hashable, dict[Hashable, _Use]] = {}
@@ -156,7 +156,7 @@ class Budget:
             self._forget(owner, use)
 
     def add(self, reservation: Reservation, more: int) -> bool:
-        """Count `more` bytes of it, for which others may have to go. False if there is no room: release it."""
+        """Count `more` bytes of it, for which other messages may have to go. False if there is no room: release it."""
         self.used += more
         use = reservation.use
         use.num_bytes += more

@@ -18,7 +18,7 @@ class Message(NamedTuple):  # two are made for every call: a frozen dataclass ta
     body: Value = None
     """Any value that msgpack can hold."""
     buffers: tuple[memoryview, ...] = ()
-    """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
+    """Raw bytes. When received: 64-byte aligned, writable, owned by the receiver."""
 
 
 class LastPart(Message):
@@ -36,7 +36,7 @@ class IncomingCall:
     body: Value
     buffers: tuple[memoryview, ...]
     deadline: float
-    """On this loop's clock: when the caller stops waiting."""
+    """The time, on this loop's clock, at which the caller stops waiting."""
     priority: int
     origin: str = ""
     """The remote host as this end sees it, without the port; empty for a node's calls to itself."""
@@ -115,8 +115,8 @@ class CallTable:
         return self.find_for(call, uid_of(call.body), method)
 
     def find_for(self, call: IncomingCall, uid: str | None, method: str, *, is_checked: bool = False) -> CallHandler:
-        """The handler that a uid has for `method`, if a call like this one may reach it, which `is_checked` says.
-        Raises: as `find`."""
+        """Return the handler that a uid has for `method`, if a call like this one may reach it; `is_checked` says that
+        it may. Raises: as `find`."""
         handlers = None if uid is None else self._by_uid.get(uid)
         if uid is None or handlers is None:
             raise ExpertNotFound(f"node {self._name} does not host the expert {str(uid)[:80]}")

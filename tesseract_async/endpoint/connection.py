@@ -101,7 +101,7 @@ class Connection:
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._sinks: dict[int, asyncio.Future[Message] | Callable[[ReplyEvent], None]] = {}
-        """The takers of calls' replies: of the parts, if there are some, then of the end or the failure."""
+        """The receivers of calls' replies: first of the parts, if there are any, then of the end or the failure."""
         self._handlers = Handlers(
             self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._send
         )
@@ -146,9 +146,9 @@ class Connection:
         reserve_reply: bool,
         in_parts: bool = False,
     ) -> int:
-        """Start a call, and return its number. It is sent at once where it is alone here, as the one before it was,
-        else together with those that this turn of the loop still brings. Whatever ends a future, its caller then calls
-        `cancel_call`, unless that was the reply.
+        """Start a call, and return its number. It is sent at once if it is alone here, as the one before it was;
+        otherwise together with the other calls of this turn of the loop. If a future ends by anything but the reply,
+        its caller then calls `cancel_call`.
 
         Raises: ConnectionLost, MessageTooLarge; TypeError and ValueError for a bad body.
         """
@@ -167,8 +167,7 @@ class Connection:
         return stream
 
     def _send(self, at_once: bool) -> None:
-        """Send what waits, `at_once` small frames without another turn of the loop; a flush sends what can't be sent
-        so."""
+        """Send what waits; with `at_once`, small frames go without another turn of the loop. A flush sends the rest."""
         protocol = self.protocol
         channel, lane = self._channels[MAIN], protocol.lanes[MAIN]
         if protocol.life.num_on_bulk:  # the other channel is looked after from here

@@ -9,7 +9,8 @@ Guest = TypeVar("Guest", bound=Hashable)
 KEPT: Final = 1 / 4
 """Share of the process's descriptors that connections of others never take."""
 SETTLED: Final = 1.0
-"""Seconds after which a guest may have to go for one of its own group; an honest one is in by then."""
+"""Seconds after which a guest may have to make room for one of its own group; an honest guest has been let in by
+then."""
 
 
 class Room(NamedTuple):
@@ -52,7 +53,7 @@ def raise_descriptor_limit(wanted: int = 65536) -> None:
 
 
 class WaitingRoom(Generic[Guest]):
-    """Guests by the group (an address range) that they come from. What leaves must be told by `leave`."""
+    """Guests by the group (an address range) that they come from. When a guest leaves, call `leave`."""
 
     def __init__(self, *, most: int, most_per_group: int) -> None:
         self._most = most
@@ -67,7 +68,8 @@ class WaitingRoom(Generic[Guest]):
         return list(self._group_of)
 
     def enter(self, guest: Guest, group: Hashable, now: float) -> tuple[bool, Guest | None]:
-        """Return whether the guest may come in, and who goes for it: one of its own group, or of the one with most."""
+        """Return whether the guest may come in, and which guest makes room for it: one of its own group, or of the
+        largest group."""
         num_mine = len(self._groups.get(group, ()))
         crowd: OrderedDict[Guest, float] | None = None
         if num_mine >= self._most_per_group:

@@ -17,18 +17,19 @@ from tesseract_async.wire import frames
 from tesseract_async.wire.heads import Hello
 
 PROGRESS_BYTES: Final = 4096
-"""Bytes that must come of a half-received message for it to count as moving: a byte now and then holds nothing open."""
+"""Bytes that must come of a half-received message for it to count as moving: a byte now and then does not keep it
+open."""
 MAX_OVERTAKING: Final = 64 * 2**20
 """Bytes of other messages that may pass a half-received one."""
 BUFFER_BYTES: Final = 256
 """Cost of each buffer of a message after its first: a thousand empty ones take 270 KB."""
 GRACE: Final = 60.0
 LEAST_RATE: Final = 4096
-"""A message may take `GRACE` seconds, and one more for each `LEAST_RATE` of its bytes."""
+"""A message may take `GRACE` seconds, and one second more for each `LEAST_RATE` of its bytes."""
 MAX_IDLE_FRAMES: Final = 10_000
 """Frames that do nothing (pings, cancels of ended calls) which the peer may send in a burst."""
 IDLE_FRAMES_PER_SECOND: Final = 5_000.0
-"""Such frames that it may send in a second after that."""
+"""The frames of that kind that the peer may send each second after that."""
 
 
 class CallState:
@@ -157,7 +158,7 @@ class ConnectionCore(ABC):
             heapq.heapify(heap)
 
     def choose_lane(self, call: CallState) -> None:
-        """Settle on which lane all of a large message, or of a reply in parts, travels."""
+        """Choose the lane on which all of a large message, or all parts of a reply, travel."""
         if self.lanes[BULK].open:
             call.lane = BULK
             self.note_bulk(call)
@@ -166,7 +167,7 @@ class ConnectionCore(ABC):
             self.want_bulk()
 
     def note_bulk(self, call: CallState) -> None:
-        """Frames of this call travel on the bulk lane: as long as they may, it has to live."""
+        """Note that frames of this call travel on the bulk lane, which must live for as long as they may."""
         if not call.on_bulk:
             call.on_bulk = True
             self.life.bulk_used(self.now)
@@ -201,7 +202,7 @@ class ConnectionCore(ABC):
             lane.large.append(sending)
 
     def granted(self, call: CallState) -> None:
-        """The peer has room for a message that asked. Raises: ProtocolError if none did."""
+        """Send a message for which the peer now has room. Raises: ProtocolError if no message had asked."""
         sending = call.sending
         if sending is None or sending.granted:
             raise ProtocolError("a grant that was not asked for")
@@ -256,7 +257,7 @@ class ConnectionCore(ABC):
 
     @abstractmethod
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
-        """A chunk of so many bytes has come."""
+        """Note that a chunk of this many bytes has come."""
 
     def whole_after(self, kind: int, stream: int, length: int) -> CallState | None:
         """Take note of a chunk that came; return the call whose message it has made whole, if it has."""
@@ -274,7 +275,7 @@ class ConnectionCore(ABC):
             call.window_bytes = 0
 
     def end(self, call: CallState) -> None:
-        """The call has ended: nothing more of it is sent or received, and its room is given back."""
+        """End a call: nothing more of it is sent or received, and its room is given back."""
         if call.on_bulk:
             self.life.num_on_bulk -= 1
         if call.sending is not None:
@@ -289,8 +290,7 @@ class ConnectionCore(ABC):
             self.give_window_back(call)
 
     def find_stalled(self) -> list[CallState]:
-        """Return the calls to whose messages nothing came for long although it was their turn, or which take far too
-        long.
+        """Return the calls whose messages received nothing for long although it was their turn, or take far too long.
 
         On a slow path a GRANT may be under way for long, and time counts from its arrival only: while one may still be,
         the peer is pinged. Messages take turns on a lane, so on a slow one a message may rest for long while others

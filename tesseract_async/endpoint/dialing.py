@@ -1,4 +1,4 @@
-"""Opens and accepts connections: races paths, makes handshakes, and keeps half-open ones few."""
+"""Opens and accepts connections: races paths, makes handshakes, and limits half-open connections."""
 
 import asyncio
 import logging
@@ -40,9 +40,9 @@ from tesseract_async.wire.heads import Hello
 logger = logging.getLogger(__name__)
 
 CROWD: Final = 32
-"""Number of connections up to which their origins do not matter."""
+"""The number of connections up to which their origins do not matter."""
 IDLE_SECONDS: Final = 5.0
-"""Seconds without a call after which a connection may have to go for a new one, where there are too many."""
+"""Seconds without a call after which a connection may have to go for a new one, if there are too many."""
 
 Result = TypeVar("Result")
 Established = Callable[[Channel, FrameReader, PeerID, Hello], None]
@@ -184,7 +184,7 @@ class Dialer(Uncopied, ABC):
         hello: Callable[[], Hello],
         established: Established,
     ) -> None:
-        """Shake hands over the first of these paths on which that works. Raises: PeerUnreachable."""
+        """Make a handshake over the first of these paths on which one works. Raises: PeerUnreachable."""
 
         async def attempt(path: DialPath) -> bool:
             handshake = self._handshake(await path.open(), own=hello(), expected=expected, established=established)

@@ -179,8 +179,8 @@ class Endpoint(Dialer):
     ) -> Message:
         """Call `method` at `peer` and return its answer; connect first where necessary.
 
-        `timeout` bounds all of it, in seconds; what is left of it travels along. `max_reply_bytes` is the largest
-        reply that is accepted: naming it lets a large reply of up to so many bytes come without asking.
+        `timeout` bounds the whole call, in seconds; the time that is left travels along. `max_reply_bytes` is the
+        largest reply that is accepted: naming it lets a large reply of up to that many bytes come without asking.
         `idempotent` allows repeating the call after a lost connection. Large messages of higher `priority` (-128 to
         127) are sent first. `buffers` are not copied where they are large: don't change them before this returns.
         Cancelling cancels the handler at the other end.
@@ -303,7 +303,7 @@ class Endpoint(Dialer):
         return head, views, asyncio.get_running_loop().time() + timeout
 
     def _note_address(self, connection: Connection, peer: PeerAddress) -> None:
-        """A call names a peer otherwise than the calls before it."""
+        """Note that a call names a peer by other addresses than the calls before it."""
         if connection.known is not None:
             if peer != connection.known and peer.peer_id is not None:
                 for transport in self._transports:
@@ -346,8 +346,8 @@ class Endpoint(Dialer):
             connection.retired = True
 
     def say_anew(self) -> None:
-        """Dial anew for later calls, by which peers learn of grants that have changed since. Connections that others
-        opened stay: those behind NATs could not be dialed."""
+        """Open new connections for later calls, so that peers learn of grants that have changed. Connections that
+        others opened stay: those behind NATs could not be dialed."""
         for connection in self.pool.connections():
             connection.retired = connection.retired or connection.dialed is not None
 

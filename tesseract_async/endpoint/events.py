@@ -47,7 +47,8 @@ class CallFailed(NamedTuple):
     stream: int
     error: Exception
     drops_parts: bool = False
-    """True if the memory of parts that the caller has not taken is wanted for others: it does not get them any more."""
+    """True if the memory of parts that the caller has not taken is needed for others: the caller no longer gets these
+    parts."""
 
 
 ReplyEvent = PartReceived | ReplyReceived | CallFailed

@@ -1,4 +1,4 @@
-"""Runs the handlers of the calls that one peer makes, and sends what they answer."""
+"""Runs the handlers of the calls that one peer makes, and sends their answers."""
 
 import asyncio
 import contextlib

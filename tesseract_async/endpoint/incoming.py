@@ -13,15 +13,15 @@ from tesseract_async.identity import PeerID
 from tesseract_async.wire import frames, heads, packed
 
 PATIENCE: Final = 30.0
-"""Seconds within which a caller must say that it has room, or take a part, and over which it is watched whether it
-takes anything."""
+"""Seconds within which a caller must say that it has room, or take a part. Over the same time it is checked that a
+caller takes anything at all."""
 LEAST_TAKEN: Final = 240 * 1024
 """Bytes of its replies that a connection must take in `PATIENCE` seconds: 64 kbit/s."""
 CALL_BYTES: Final = 24 * 1024
-"""Cost of a small call apart from its bytes: the block that its buffers are cut from, its task, and what remembers
-it."""
+"""Cost of a small call apart from its bytes: the block that its buffers are cut from, its task, and the entries that
+remember it."""
 STEP: Final = 256 * 1024
-"""Calls are counted in the node's budget in steps of so many bytes; the first of each connection is not."""
+"""Calls are counted in the node's budget in steps of this many bytes; the first step of each connection is free."""
 
 
 class ReceivedCall(CallState):
@@ -170,7 +170,8 @@ class IncomingCalls:
             core.count_idle()
 
     def _within_quota(self, call: ReceivedCall, size: int) -> bool:
-        """Count a request; one that is too much is answered at once, before anything is done or received for it."""
+        """Count a request. One that exceeds the quota is refused at once, before anything is done or received for
+        it."""
         wait = None if self._quotas is None else self._quotas.begin(self._peer_id, size, self._core.now)
         call.metered = wait == 0.0
         if not wait:

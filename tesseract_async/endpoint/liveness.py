@@ -1,4 +1,4 @@
-"""Liveness of a peer: pings, round-trip times, and when to give a silent connection up. No I/O."""
+"""Liveness of a peer: pings, round-trip times, and the moment to give up a silent connection. No I/O."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -9,7 +9,7 @@ from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire import frames
 
 DATA_BYTES: Final = 128
-"""Bytes that are more than pings and their answers within the times that are judged here."""
+"""More bytes than pings and their answers can amount to within the times that are judged here."""
 
 
 class Liveness:
@@ -47,7 +47,8 @@ class Liveness:
                 self.bulk_moved(now)
 
     def bulk_moved(self, now: float) -> None:
-        """The bulk lane lives: data moved on it, or a ping was answered. Pings alone prove one direction only."""
+        """Note that the bulk lane is alive: data moved on it, or a ping was answered. Pings alone prove only one
+        direction."""
         self._bulk_in = 0
         self._lanes[BULK].moved = now
         self._lanes[BULK].pinged = False
@@ -69,7 +70,7 @@ class Liveness:
         self._lanes[MAIN].put(frames.frame(frames.PONG, flags=flags, stream=count))
 
     def pong_received(self, bulk_bytes: int, now: float, *, answer: bool) -> None:
-        """A PONG came on the main lane: the peer has received so many bytes on the bulk lane."""
+        """Take a PONG on the main lane, which says that the peer has received this many bytes on the bulk lane."""
         if bulk_bytes >= self._bulk_out + DATA_BYTES:
             # on a slow way bytes leave this machine long after they were sent: they count when they arrive
             self._bulk_out = bulk_bytes

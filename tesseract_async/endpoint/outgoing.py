@@ -120,7 +120,8 @@ class OutgoingCalls:
             self.cancel(call.stream)
 
     def lost(self, reason: str, *, peer_saw: int | None) -> None:
-        """The connection is gone: every call fails. `peer_saw`: the highest number that the peer has seen, if known."""
+        """Fail every call, because the connection is gone. `peer_saw`: the highest number that the peer has seen, if
+        known."""
         calls = list(self._calls.values())
         self._waiting.clear()
         for call in calls:
@@ -254,7 +255,8 @@ class OutgoingCalls:
         return call.room.fill(cost)
 
     def _count_part(self, call: OutgoingCall, lane: int, size: int, *, more: bool) -> None:
-        """A part of a reply begins; all keep to one lane, and to the bounds on a reply. Raises: ProtocolError."""
+        """Count a part of a reply that begins. All parts keep to one lane, and to the bounds on a reply. Raises:
+        ProtocolError."""
         if more and not call.in_parts:
             raise ProtocolError("a reply in parts to a caller that takes none")
         if call.num_parts and lane != call.reply_lane:

@@ -1,7 +1,7 @@
 """Many calls over one connection, as a pure machine: bytes and the time go in; bytes and events come out.
 
 A connection has a *main* lane and, from the first large message on, a *bulk* lane: two channels to the same peer, so
-that large messages never stand in a small one's way. Everything about one message travels on one lane, in order.
+that large messages never hold up small ones. Everything about one message travels on one lane, in order.
 
 Cycle of the driver: set `now`, tell `life` what came, let the lane's `reader` receive it, take
 `events`, send `data_to_send` of each lane, arm a timer for `timer_at`, and `deliver` what has changed in the node's
@@ -180,7 +180,8 @@ class ConnectionProtocol(ConnectionCore):
         self.lanes[MAIN].put(close)
 
     def connection_lost(self, reason: str) -> None:
-        """The channels are gone: outgoing calls fail, incoming ones are cancelled, all room is given back."""
+        """End everything, because the channels are gone: outgoing calls fail, incoming ones are cancelled, all room is
+        given back."""
         self.outgoing.lost(reason, peer_saw=self._peer_saw)
         self.incoming.lost()
         for lane in self.lanes:

@@ -25,7 +25,8 @@ class Use:
 
 
 class Quotas:
-    """The use of all peers of a node. `policy` may be another at any time; `refused` hears why a call was."""
+    """The use of all peers of a node. `policy` may be replaced at any time; `refused` is told why a call was
+    refused."""
 
     def __init__(
         self,
@@ -48,8 +49,8 @@ class Quotas:
         return sum(use.under_way for use in self._uses.values())
 
     def begin(self, peer_id: PeerID, num_bytes: int, now: float) -> float | None:
-        """A request of `num_bytes` is to be taken. Seconds until it may come back, or 0.0 if it may go on: it then
-        counts until `end`. None if the peer has no quota: nothing is counted.
+        """Ask to take a request of `num_bytes`. Return the seconds until it may come back, or 0.0 if it may go on, and
+        then counts until `end`; None if the peer has no quota, so that nothing is counted.
         """
         quota = self.policy.quotas.get(peer_id, self.policy.quota)
         if quota is None:
@@ -88,8 +89,8 @@ class Quotas:
         return use is not None and use.calls is not None
 
     def add(self, peer_id: PeerID, now: float) -> float:
-        """A call under way asks for one more thing, which counts as another call. Seconds until that may come back, or
-        0.0 if it may go on."""
+        """Count one more thing that a call under way asks for as another call. Return the seconds until that may come
+        back, or 0.0 if it may go on."""
         use = self._uses.get(peer_id)
         if use is None or use.calls is None or use.calls.spend(1, now):
             return 0.0

@@ -38,13 +38,13 @@ class Windows:
         return True
 
     def credited(self, size: int) -> None:
-        """The peer gives back `size` bytes. Raises: ProtocolError."""
+        """Take back `size` bytes that the peer returns. Raises: ProtocolError."""
         if size > self.out_used:
             raise ProtocolError("more credit than was taken")
         self.out_used -= size
 
     def told(self, size: int) -> None:
-        """The peer's window has `size` bytes from now on. Raises: ProtocolError."""
+        """Note that the peer's window has `size` bytes from now on. Raises: ProtocolError."""
         if size < self.out_bytes or size > 2**48:
             raise ProtocolError("a flow-control window never shrinks")
         self.out_bytes = size
@@ -54,7 +54,7 @@ class Windows:
             self._widen(self._first_bytes)
 
     def take(self, size: int) -> None:
-        """The peer uses `size` bytes of ours. Raises: ProtocolError."""
+        """Note that the peer uses `size` bytes of our window. Raises: ProtocolError."""
         self.in_used += size
         if self.in_used > self.in_bytes:
             raise ProtocolError("a message does not fit the flow-control window")

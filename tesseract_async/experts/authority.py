@@ -1,7 +1,7 @@
 """`Authority`: a node's view of one run, and of what each peer may do in it. No I/O.
 
-All that it learns may come from anybody, in any order, as often as they like: what is older than what is known, or of
-another run, or signed by somebody whose word does not count there, changes nothing.
+Records may come from anybody, in any order, and any number of times: a record that is older than what is known, belongs
+to another run, or is signed by somebody without authority in this one changes nothing.
 """
 
 import contextlib
@@ -26,9 +26,10 @@ from tesseract_async.experts.terms import EPOCH_ZERO, RECORDS_SECONDS
 from tesseract_async.identity import PeerID
 
 MAX_GRANTS: Final = 16384
-"""Grants that are remembered. Those that an invite's key signed are forgotten first: it may have leaked."""
+"""The most grants that are remembered. Those that an invite's key signed are forgotten first: that key may have
+leaked."""
 MAX_RECORDS: Final = 1024
-"""Revocations, and appointments, of one signer that are kept and spread."""
+"""The most revocations, and the most appointments, of one signer that are kept and spread."""
 
 _GRANT, _REVOCATIONS, _APPOINTMENT, _MANIFEST = b"g", b"r", b"a", b"m"
 """The first byte of each kind of record where kinds lie side by side: in the network, on disk."""
@@ -74,16 +75,17 @@ class Authority:
         return self.run.manifest.may_restart
 
     def may_be_forgotten(self, now: float) -> bool:
-        """Return whether the run is older than the network's memory of its experts: that nobody knows of a state then
-        does not mean that there was none. A manifest that does not say when it was signed counts as new."""
+        """Return whether the run is older than the network's memory of its experts. If it is, nobody may know of a
+        state that there was. A manifest that does not say when it was signed counts as new."""
         created = self.run.manifest.created / 1000
         return EPOCH_ZERO < created < now - RECORDS_SECONDS
 
     def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool:
         """Return whether `peer_id` may act as `role`, for `uid` or (None) at all.
 
-        `now` (seconds since 1970) asks for something new: a claim, a Term, a call. With None, what goes on already is
-        asked about, for which a grant that has expired meanwhile is good enough: an absent owner stops nobody.
+        `now` (seconds since 1970) asks for something new: a claim, a Term, a call. With None, the question is about
+        something that is already going on, for which a grant that has expired meanwhile is good enough: an absent owner
+        stops nobody.
 
         A grant's pattern says which experts it is for. The parameters that all trainers share are one model's, so its
         role ``share`` is for all of them.
@@ -146,10 +148,11 @@ class Authority:
         return True
 
     def learn(self, record: object) -> bool:
-        """Take in what `records` gave elsewhere. Return whether it told anything new (of a grant, whether it holds).
+        """Take in a record that another node's `records` gave. Return whether it told anything new (for a grant,
+        whether it holds).
 
-        Untrusted. What this run's owner and delegates have not signed is dropped before its signature is checked.
-        Raises: ProtocolError for what is malformed or does not belong here.
+        Untrusted. Records that this run's owner and delegates have not signed are dropped before their signatures are
+        checked. Raises: ProtocolError for a record that is malformed or does not belong here.
         """
         if type(record) is not bytes or not record:
             raise ProtocolError("a record of a run consists of bytes")
@@ -167,7 +170,7 @@ class Authority:
         raise ProtocolError("a record of a run of an unknown kind")
 
     def learn_run(self, run: SignedRun) -> bool:
-        """Goes on with a newer manifest of the same run. (What experts are made of does not change under way.)"""
+        """Switch to a newer manifest of the same run. (The make-up of experts does not change during a run.)"""
         same = run.signer == self.owner and run.tag == self.tag and run.manifest.prefix == self.prefix
         if not same or (run.manifest.created, run.blob) <= (self.run.manifest.created, self.run.blob):
             return False
@@ -188,7 +191,8 @@ class Authority:
 
     @classmethod
     def from_kept(cls, records: Iterable[object]) -> "Authority":
-        """The inverse of `kept`; what does not hold is left out. Raises: ProtocolError without a manifest first."""
+        """The inverse of `kept`; records that do not hold are left out. Raises: ProtocolError without a manifest
+        first."""
         rest = iter(records)
         first = next(rest, None)
         if type(first) is not bytes or first[:1] != _MANIFEST:
@@ -208,7 +212,7 @@ class Authority:
         return max(int(now), self._since.get(peer_id, 0), 0 if known is None else known.serial + 1)
 
     def learn_revocations(self, new: Revocations) -> bool:
-        """Take in what a peer that rules has signed. Return whether it is new. Raises: InvalidRecord."""
+        """Take in revocations by the owner or a delegate. Return whether they are new. Raises: InvalidRecord."""
         if new.run_id != self.run_id:
             raise InvalidRecord("revocations of another run")
         of_signer = sum(one.signer == new.signer for one in self._revocations.values())
@@ -219,7 +223,7 @@ class Authority:
         return True
 
     def learn_appointment(self, new: Appointment) -> bool:
-        """Take in what a peer that rules has signed. Return whether it is new. Raises: InvalidRecord."""
+        """Take in an appointment by the owner or a delegate. Return whether it is new. Raises: InvalidRecord."""
         if new.run_id != self.run_id:
             raise InvalidRecord("an appointment of another run")
         at = (new.signer, str(new.pattern))
@@ -233,8 +237,8 @@ class Authority:
         return True
 
     def _weigh(self) -> None:
-        """Settles who is revoked and who is a delegate, from all that is known: in whichever order it came, and however
-        often, the same follows."""
+        """Settle who is revoked and who is a delegate, from all that is known. The result does not depend on the order
+        in which records came, or how often."""
         self._since, self._invites, self.delegates = {}, set(), {}
         self._appointed.clear()
         self._count(by_owner=True)

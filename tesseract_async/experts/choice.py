@@ -1,5 +1,5 @@
-"""The choice of the experts that a server hosts: as it was asked, within its run, its grant and its memory, and of free
-ones by chance. No I/O; randomness is given.
+"""The choice of the experts that a server hosts: as its user asked, within its run, its grant and its memory, and at
+random among free ones. No I/O; randomness is passed in.
 
 A pattern may name more uids than fit any memory, so it is never expanded: members are counted and drawn by their rank.
 """
@@ -31,11 +31,11 @@ def choose(
 ) -> list[Coords]:
     """Choose members of `pattern` to host: free ones first, then those with the fewest replicas; never one twice.
 
-    `hosted` says how many servers host each expert; what is outside of the pattern does not count. Members in
-    `without` are never chosen. Equals are drawn uniformly, so newcomers who saw the same state meet on an expert no
-    more often than chance. Fewer than `num_experts` are returned only if there are no more.
+    `hosted` says how many servers host each expert; experts outside of the pattern do not count. Members in `without`
+    are never chosen. Equals are drawn uniformly, so newcomers who saw the same state meet on an expert no more often
+    than chance. Fewer than `num_experts` are returned only if there are no more.
 
-    Takes time and memory by what is hosted and wanted, not by the pattern's size.
+    Time and memory depend on the number of experts that are hosted and wanted, not on the pattern's size.
     """
     excluded = {rank for coords in without if (rank := pattern.rank_of(coords)) is not None}
     counts = {
@@ -93,7 +93,7 @@ class Selection:
     pattern: ExpertPattern | None = None
     """The pattern within which to claim the others."""
     notes: tuple[str, ...] = ()
-    """Sentences for the user: why it is less than was asked for."""
+    """Sentences that tell the user why it is less than was asked for."""
 
 
 def select_experts(
@@ -109,9 +109,9 @@ def select_experts(
 ) -> Selection:
     """Return what the server `peer_id` hosts.
 
-    `patterns` and `num_experts` are what was asked for: all uids of the patterns without a number, else so many of the
-    one pattern; without any pattern, of the run or of the server's grant. `stored`: uids with a checkpoint here.
-    `max_experts`: how many fit into memory, None without a limit. `now`: wall-clock seconds.
+    `patterns` and `num_experts` say what was asked for: without a number, all uids of the patterns; with one, that many
+    of the one pattern or, without any pattern, of the run or of the server's grant. `stored`: uids with a checkpoint
+    here. `max_experts`: how many fit into memory, None without a limit. `now`: wall-clock seconds.
 
     Raises: ValueError with a sentence if this is more than the run has, the grant covers or the memory holds, or if the
     grant has expired and nothing is stored.
@@ -131,7 +131,7 @@ def select_experts(
         if max_experts is not None and max_experts < len(uids):
             raise ValueError(
                 f"{len(uids)} experts were asked for, but only {max_experts} fit --max-memory: with --num-experts, "
-                "so many are chosen"
+                "as many as fit are chosen"
             )
         kept = [uid for uid in uids if uid in set(stored)]
         return Selection(uids) if _may_begin(peer_id, authority, kept, now) else Selection(kept, notes=(EXPIRED,))

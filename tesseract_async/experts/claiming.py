@@ -1,7 +1,7 @@
 """Reservations in the network, by which a newcomer settles which experts it takes before it builds any.
 
-A newcomer says under the grid's *claims* key what it chose (`choice.choose`), and reads after a moment what others
-reserved meanwhile; where two took the same expert, both compute who keeps it. Reservations bind nobody.
+A newcomer publishes its choice (`choice.choose`) under the grid's *claims* key, and after a moment reads what others
+reserved meanwhile. If two took the same expert, both compute which of them keeps it. Reservations bind nobody.
 
 A reservation is bytes: the number of dimensions, then 4 bytes (big-endian) per coordinate, expert by expert.
 """
@@ -30,13 +30,14 @@ logger = logging.getLogger(__name__)
 
 MAX_PART_BYTES: Final = 800
 GRANT_SUBKEY: Final = "grant"
-"""Under which a newcomer to a run shows that it may host there: its manifest does not say so yet."""
+"""The subkey under which a newcomer to a run shows its grant to host there, since it has no manifest yet that says
+so."""
 RESERVATION_TTL: Final = 60.0
 """Seconds for which a reservation holds: enough to build the experts and declare them."""
 SETTLE_SECONDS: Final = 0.5
 """Seconds between a reservation and the look at others'; longer than it takes to choose and to store."""
 MAX_DRAWS: Final = 4
-"""Draws after which a newcomer keeps what it has, even if another one is there, too."""
+"""The number of draws after which a newcomer keeps its choice, even if another one has chosen the same."""
 
 
 class ExpertClaim:

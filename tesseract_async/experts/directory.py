@@ -34,12 +34,12 @@ REFRESH_PERIOD = 10.0
 RETRY_PERIOD = 1.0
 """Seconds until the next attempt, where reading a grid failed, or it was never read completely."""
 _NUM_PARTIAL = 5
-"""Incomplete reads that together count as a complete one: a stranger may claim to hold records that it gives to
-nobody, and would otherwise keep a grid from ever being used."""
+"""The number of incomplete reads that together count as a complete one. Otherwise a stranger that claims to hold
+records, and gives them to nobody, could keep a grid from ever being used."""
 LEAST_AGE = 0.25
 """Seconds for which an answer of `ExpertDirectory.find` is kept at least, though a server says that it is outdated."""
 MAX_CACHED_UIDS = 4096
-"""Answers of `ExpertDirectory.find` that are kept at most."""
+"""The most answers of `ExpertDirectory.find` that are kept."""
 _MAX_PARTS_OF_OWNER = 64
 _DECODED_AT_ONCE = 16
 
@@ -53,9 +53,10 @@ async def read_claims(
     scope: AddressScope | None = None,
     dropped: Callable[[Entry, ProtocolError], None] = lambda entry, error: None,
 ) -> list[Claim]:
-    """Return what the entries of a key claim about this grid, without what is malformed or has expired at `now`.
+    """Return the claims about this grid in the entries of a key, without those that are malformed or have expired at
+    `now`.
 
-    Strangers wrote them: of each owner the 64 that expire last are looked at, and the loop is let run in between.
+    The entries come from strangers: only the 64 of each owner that expire last are read, and the loop runs in between.
     `dropped` is told of those that do not decode, that `trust` does not believe, or that name no address within
     `scope`, where one is given. Owners whom the policy does not list are passed over unread.
     """
@@ -87,11 +88,11 @@ class _Grid:
         self.sizes: list[tuple[int, ...]] = []
         self.warm = asyncio.Event()
         self.num_partial = 0
-        """Reads, while it is not warm, of which something was missing."""
+        """The number of incomplete reads while the grid is not warm."""
         self.read_at = 0.0
         """Wall-clock time at which the latest read began that counts as complete."""
         self.read = asyncio.Event()
-        """Set at the end of the next read, by which another event takes its place."""
+        """Set at the end of the next read, when another event takes its place."""
         self.hurry = asyncio.Event()
         """Set while somebody waits for experts that are not there yet."""
         self.claims: list[Claim] = []
@@ -105,7 +106,7 @@ class _Grid:
         self.views.clear()
 
     def view(self, size: tuple[int, ...], now: float) -> GridView:
-        """Return what lives, without what expired or is hidden; the same object as long as that is the same."""
+        """Return the live experts, without expired and hidden ones; the same object as long as they are the same."""
         view = self.views.get(size)
         if view is None or view.expiration <= now:
             self._version += 1
@@ -220,7 +221,7 @@ class ExpertDirectory(Uncopied):
 
     @property
     def trouble(self) -> str | None:
-        """A sentence on why nothing can be read, where no node of the network answers."""
+        """A sentence that says why nothing can be read, if no node of the network answers."""
         return self._network.trouble
 
     async def wait_read(self, prefix: str) -> None:
@@ -288,12 +289,12 @@ class ExpertDirectory(Uncopied):
 
     @property
     def has_doubts(self) -> bool:
-        """True if something is held against any replica, so that answers are worth reporting."""
+        """True if any replica is in doubt, so that answers are worth reporting."""
         return bool(self._masks)
 
     def report_outdated(self, uid: str) -> None:
-        """Note that the uid's lineage is further than its manifests say: they are read again soon. Not at every call: a
-        server that lies may say so each time."""
+        """Note that the uid's lineage is ahead of what its manifests say, so that they are read again soon. This is not
+        done at every call, since a lying server may say so each time."""
         if (grid := self._grids.get(split_uid(uid)[0])) is not None:
             grid.hurry.set()
         if (known := self._found.get(uid)) is not None:

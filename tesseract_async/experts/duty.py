@@ -1,4 +1,4 @@
-"""`Duty`: the part that one server has in an expert, what that makes it say, and how it gives way. No I/O."""
+"""`Duty`: one server's role in an expert, the records that it signs in that role, and how it gives way. No I/O."""
 
 from random import Random
 
@@ -26,8 +26,8 @@ class Duty:
         has_file: bool = False,
         random: Random,
     ) -> None:
-        """`boot`: 8 bytes drawn by this process. `stored`: what it last persisted. `has_file`: whether a state is here,
-        which counts only together with `stored`."""
+        """`boot`: 8 random bytes of this process. `stored`: the bytes that it last persisted. `has_file`: whether a
+        state is here, which counts only together with `stored`."""
         self.uid = uid
         self.state = State.ABSENT
         self.is_twin = False
@@ -100,7 +100,7 @@ class Duty:
         return self._own is not None and self._own.is_content(self._member.hosts.keys() - {self.me})
 
     def commands(self) -> list[Command]:
-        """Take what is to be done now, in this order."""
+        """Return the commands to carry out now, in this order, and forget them."""
         commands, self._commands = self._commands, []
         return commands
 
@@ -108,7 +108,7 @@ class Duty:
 
     def seal(self, root: bytes, size: int, version: int, now: float, wall: float) -> Seal | None:
         """Sign the state that was just written to a file, for the members; None while this server is not the primary,
-        or its disk does not take what it says.
+        or its disk does not take its promises.
 
         The file stays as it is until the next Seal: others fetch it by its root.
         """
@@ -141,7 +141,7 @@ class Duty:
         return seal
 
     def _seal_again(self, now: float, wall: float) -> bool:
-        """Say in the network that this server is the primary still."""
+        """Show the network that this server is still the primary."""
         own, held = self._own, self.held
         if own is None or held is None or self.seal(held.root, held.size, held.version, now, wall) is None:
             return False
@@ -150,7 +150,7 @@ class Duty:
 
     def _renew_members(self, own: OwnTerm, now: float, wall: float) -> None:
         """Name others in the place of members that fell silent, in a Seal of the last state: that costs no transfer,
-        and the next state may be a while."""
+        and the next state may take a while."""
         held = self.held
         if self.is_primary(now) and held is not None and held.term == own.term.digest:
             if own.choose(now, self._lease, self._member.may_succeed) != own.named:
@@ -175,7 +175,8 @@ class Duty:
     def _begin(
         self, kind: TermKind, seal: Seal | None, epoch: int, now: float, wall: float, evidence: Poll | bytes = b""
     ) -> bool:
-        """Sign a Term, and say so. Whether the evidence, votes or the signature of a handover, carries it."""
+        """Sign a Term, and publish it. Return whether the evidence (votes, or the signature of a handover) is enough
+        for it."""
         self._poll = None
         term = self._member.sign_term(kind, seal, epoch, evidence) if self.may.write else None
         if term is None:
@@ -211,7 +212,7 @@ class Duty:
         return self.state is State.CANDIDATE and own is not None and own.is_by_members and not own.term.is_weak
 
     def _read_back(self, now: float, wall: float) -> None:
-        """The network holds its Term, and nothing above it."""
+        """Act on it that the network holds this server's Term, and none that ranks higher."""
         term = self.term
         if term is None or self.lineage.best is not term or self.is_twin or self._is_elected:
             return
@@ -245,12 +246,12 @@ class Duty:
         return None if appointment is None else appointment.root
 
     def restored(self, root: bytes, now: float, wall: float) -> None:
-        """The state of that root is installed: begin from it, if that is the owner's word still."""
+        """Note that the state of that root is installed, and begin from it, if that is still what the owner wants."""
         if self.wanted_root == root:
             self._appoint(now, wall, restored=True)
 
     def _appoint(self, now: float, wall: float, *, restored: bool = False) -> None:
-        """Take what the run's owner gives to this server."""
+        """Take over as the run's owner has appointed this server."""
         appointment = None if self.is_twin else self._member.appointment()
         if appointment is not None and (appointment.root is None or restored):
             parent = None if restored else self.held  # nobody has a Seal of what was put aside
@@ -275,7 +276,7 @@ class Duty:
             self._say_role()
 
     def _retry_adopting(self, now: float) -> None:
-        """Try again as soon as it may be adopted: nobody else is left to make way for."""
+        """Try again as soon as the expert may be adopted, since no other server is left that could go first."""
         self._member.retry_at = max(now + 1.0, self._member.adopt_at)
 
     def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float) -> None:
@@ -285,7 +286,7 @@ class Duty:
     # -- giving way ----------------------------------------------------------------------------------------------------
 
     def _review(self, now: float, wall: float) -> None:
-        """Compare what holds with what this server does."""
+        """Compare the Term that holds with this server's state, and act on a difference."""
         best = self.lineage.best
         if best is None:
             return
@@ -347,8 +348,8 @@ class Duty:
             self._commands.append(Fetch(term, seal, sources, aside=aside, check=check))
 
     def _withstands(self, best: Term, now: float, wall: float) -> bool:
-        """Return whether that Term, or one that it goes on from, is weak and thinks this primary dead, which is not: it
-        says so with a Seal, and goes on."""
+        """Return whether that Term, or one that it goes on from, is weak and wrongly thinks this primary dead, which
+        then proves the contrary with a Seal and goes on."""
         own = self._own
         if own is None or not self.is_primary(now):
             return False
@@ -400,7 +401,8 @@ class Duty:
             self._commands.append(role)
 
     def _publish(self, own: OwnTerm, now: float) -> None:
-        """Show its Term and newest Seal, with what led there: those who did not see that take it for another tree."""
+        """Publish its Term and newest Seal, with the records that led there: a reader that has not seen these takes the
+        Term for another tree."""
         own.published_at, own.published = now, own.number
         records = (own.term, self.lineage.own_seal_of(own.term))
         line = self.lineage.line(own.term)

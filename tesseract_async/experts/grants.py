@@ -1,6 +1,6 @@
 """Grants, revocations and appointments: the signed records by which a run's owner decides who may do what. No I/O.
 
-Whose word counts in which run is for `experts.authority` to say: here is only checked that a record is whole, and that
+`experts.authority` decides whose records count in which run. This module only checks that a record is whole, and that
 no signer of a grant gives more than it has.
 """
 
@@ -31,7 +31,7 @@ ROLES: Final[dict[Role, int]] = {"host": 1, "train": 2, "share": 4, "admit": 8}
 GRANT_SECONDS: Final = 90 * 86400
 """Seconds that a grant is good for, unless its signer says otherwise."""
 RENEW_SECONDS: Final = 60 * 86400
-"""A grant with less than this ahead is renewed, so that the owner may be away for as long."""
+"""A grant that ends within this many seconds is renewed, so that the owner may be away for as long."""
 MAX_PATTERN_BYTES: Final = 64
 MAX_RECORD_BYTES: Final = 850
 """Most bytes of a revocation or appointment: as much as fits an entry of the network."""
@@ -47,7 +47,7 @@ MAX_SERIAL: Final = 2**40
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Permission for `peer` in a run, by the word of `signer`."""
+    """Permission for `peer` in a run, signed by `signer`."""
 
     run_id: bytes
     peer: PeerID
@@ -58,7 +58,7 @@ class Grant:
     serial: int
     """Seconds since 1970 at which it was signed: of two grants of a peer the later one holds."""
     not_after: int
-    """Seconds since 1970. From then on it is good for no new claim; what goes on by it goes on."""
+    """Seconds since 1970. From then on it allows nothing new, but what it has allowed before goes on."""
     via: "Grant | None"
     """The signer's own grant, where the signer is not the run's owner."""
     signer: PeerID
@@ -78,7 +78,7 @@ class Grant:
 
     @property
     def root(self) -> PeerID:
-        """The peer whose word it is in the end, to be compared with the run's owner."""
+        """The peer on whose authority it rests in the end, to be compared with the run's owner."""
         return self.signer if self.via is None else self.via.signer
 
     @property
@@ -99,7 +99,7 @@ def sign_grant(
 ) -> Grant:
     """A grant; `via` is the signer's own, with the role ``admit``, unless the run is the signer's.
 
-    Raises: ValueError for one that nobody would believe.
+    Raises: ValueError for a grant that nobody would believe.
     """
     bits = sum(ROLES[role] for role in set(roles))
     text, parent = "" if pattern is None else str(pattern), b"" if via is None else via.blob
@@ -198,11 +198,11 @@ def _unlettered(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Revocations:
-    """Peers whose grants of before `since` are void, and invites whose grants all are."""
+    """Peers whose grants from before `since` are void, and invites all of whose grants are void."""
 
     run_id: bytes
     number: int
-    """Its place among its signer's."""
+    """Its number among its signer's revocations."""
     since: int
     """Seconds since 1970: a grant with this serial or a later one lets the peer in again."""
     peers: tuple[PeerID, ...]
@@ -221,7 +221,7 @@ def sign_revocations(
     peers: Collection[PeerID] = (),
     invites: Collection[PeerID] = (),
 ) -> list[Revocations]:
-    """The revocation of these, in as many parts as it takes, with numbers from `number` on."""
+    """Return the revocation of these peers and invites, in as many parts as it takes, with numbers from `number` on."""
     named = [(0, peer) for peer in sorted(peers)] + [(1, peer) for peer in sorted(invites)]
     parts: list[Revocations] = []
     for start in range(0, len(named), PEERS_PER_PART):
@@ -233,14 +233,14 @@ def sign_revocations(
 
 @dataclass(frozen=True, slots=True)
 class Appointment:
-    """The primary of some experts from now on, by the owner's word: for when lineage alone does not settle it."""
+    """The owner's choice of the primary of some experts, for when lineage alone does not settle it."""
 
     run_id: bytes
     pattern: ExpertPattern
     serial: int
     """The appointment for a uid with the highest serial holds."""
     peer: PeerID | None
-    """None: whom the others agree on, as if nobody had been appointed."""
+    """The new primary; None: the servers agree on one by themselves, as if nobody had been appointed."""
     root: bytes | None
     """The root of the state to go on from, which that peer keeps; None: the latest that it has."""
     signer: PeerID

@@ -13,7 +13,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import PeerAddress
 
 MAX_REPLICAS = 16
-"""Replicas of one uid that are looked at; see `in_order_of_trust` for which."""
+"""The most replicas of one uid that are used; `in_order_of_trust` says which."""
 MAX_ROWS = 65_536
 """Rows of manifests that a view holds: sorting them takes about 5 ms."""
 MAX_ROWS_OF_OWNER = 8_192
@@ -80,7 +80,8 @@ def _rank(replica: ExpertReplica) -> tuple[bool, int, int, int]:
 
 
 def in_order_of_trust(claims: Iterable[Claim], known: Collection[PeerID] = ()) -> list[Claim]:
-    """The claims as they get room where it is short: of owners in `known` first, then of those that claim the least."""
+    """Return the claims in the order in which they get room where it is short: owners in `known` first, then those that
+    claim the least."""
     of_owner: dict[PeerID, list[Claim]] = {}
     for claim in claims:
         of_owner.setdefault(claim.owner, []).append(claim)

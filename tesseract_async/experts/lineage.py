@@ -1,7 +1,7 @@
 """`Lineage`: the branches of an expert's Terms, and the one that holds. No I/O.
 
-It keeps what was seen of one expert and says which Term holds; all who have seen the same records say the same. Rank is
-by epoch, never by version, so that nobody gains anything by naming a large one.
+It keeps what was seen of one expert and says which Term holds; all who have seen the same records say the same. Terms
+rank by epoch, never by version, so that nobody gains anything by claiming a large version.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 
 SKEW: Final = 60
-"""Seconds by which clocks may differ: a record from further in the future is refused."""
+"""Seconds by which clocks may differ: a record from farther in the future is refused."""
 MAX_KNOWN: Final = 256
 """Records whose signatures are remembered as checked."""
 MAX_TERMS: Final = 64
 """Terms of one expert that are remembered."""
 MAX_TERMS_OF_ONE: Final = 8
-"""Terms of one signer among them, besides those that lead to the one that holds."""
+"""The most Terms of one signer among them, besides those that lead to the one that holds."""
 
 
 class Lineage:
@@ -33,13 +33,13 @@ class Lineage:
 
     1. the serial of the owner's appointment that it stands on,
     2. the number of hosts that say they follow its tree, where trees of Terms share no known beginning,
-    3. whether that is the tree that this server has gone by for long (`stay`),
+    3. whether that is the tree that this server has followed for long (`stay`),
     4. its epoch, the number of its newest Seal, its hash.
 
-    A Term that no majority stands behind (an adoption, one half of a pair) does not count once a Seal shows that those
-    whom it thought dead went on. Nor do those of a primary whose newest file nobody could show this server for two
-    leases (`missed`), while there are others. A primary that signed two Seals of one number is exposed: its
-    Term still counts as the one that others go on from, but nobody listens to it.
+    A Term without a majority behind it (an adoption, one half of a pair) no longer counts once a Seal shows that the
+    servers that it thought dead went on. Neither do the Terms of a primary whose newest file nobody could show this
+    server for two leases (`missed`), while there are others. A primary that signed two Seals of one number is exposed:
+    its Term still counts as the one that others go on from, but nobody listens to it.
     """
 
     def __init__(self, uid: str, authority: Authority) -> None:
@@ -62,7 +62,8 @@ class Lineage:
         self._is_stale = False
 
     def read(self, blob: object) -> Term | Seal | None:
-        """Read a record, whose signature is checked once. None for what is no Term or Seal of the run. Untrusted."""
+        """Read a record, whose signature is checked once. None for anything but a Term or Seal of the run.
+        Untrusted."""
         if type(blob) is not bytes or not blob:
             return None
         if blob not in self._known:
@@ -75,8 +76,8 @@ class Lineage:
         return self._known[blob]
 
     def add(self, record: Term | Seal, *, now: float, has_term: bool = False) -> bool:
-        """Take a record that was read, or that this server signed. `now`: wall-clock seconds. Whether it was new and
-        may count.
+        """Take a record that was read, or that this server signed. `now`: wall-clock seconds. Return whether it was new
+        and may count.
 
         A weak Term from the future counts once its time has come: until then the primary that it thinks dead, which
         sees it at once (`has_term`: of its own), could not show the contrary. The time of that primary's Seals is then
@@ -114,8 +115,8 @@ class Lineage:
         return record.digest in self._terms
 
     def _is_founded(self, term: Term) -> bool:
-        """Return whether the appointment that it names is its signer's, or the run lets its signer begin. What once was
-        so stays, also when another appointment follows."""
+        """Return whether the appointment that it names is its signer's, or the run lets its signer begin. The answer
+        stays true, even if another appointment follows."""
         if term.kind is TermKind.GENESIS:
             return self._authority.founder in (None, term.primary)
         appointment = self._authority.appointment(self.uid)
@@ -152,7 +153,8 @@ class Lineage:
             self._is_stale = True
 
     def stay(self, term: Term, now: float) -> None:
-        """Note that this server follows the tree of that Term. After ten leases no single host's word moves it."""
+        """Note that this server follows the tree of that Term. After ten leases, no single host's claim changes
+        that."""
         if not self.is_home(term):
             self._home_since = now
         is_old = now - self._home_since > 10 * self._authority.lease
@@ -164,7 +166,7 @@ class Lineage:
         return home is not None and self._root(home) == self._root(term)
 
     def missed(self, term: Term, now: float) -> None:
-        """Note that nobody shows the file of its newest Seal: after two leases its signer's Terms do not count."""
+        """Note that nobody shows the file of its newest Seal: after two leases, its signer's Terms no longer count."""
         if now - self._missed.setdefault(term.primary, now) >= 2 * self._authority.lease:
             self._unshown.add(term.primary)
             self._is_stale = True
@@ -234,7 +236,8 @@ class Lineage:
         return seal.term in self._ancestors(term) and not self.is_forged(seal)
 
     def is_forged(self, seal: Seal) -> bool:
-        """Return whether another signed it than the primary of the Term that it names, as far as that is known."""
+        """Return whether somebody other than the primary of the Term that it names signed it, as far as that is
+        known."""
         term = self._terms.get(seal.term)
         return term is not None and not _is_of(seal, term)
 
@@ -310,7 +313,7 @@ class Lineage:
         return weights
 
     def _is_refuted(self, term: Term, lines: Mapping[bytes, set[bytes]]) -> bool:
-        """Return whether the line that it thought dead went on after it, by the word of its primaries."""
+        """Return whether the line that it thought dead went on after it, as that line's primaries have signed."""
         assert term.seal is not None
         adopts = term.kind is TermKind.ADOPTION
         for digest, line in lines.items():
@@ -327,8 +330,8 @@ class Lineage:
         return False
 
     def goes_on(self, one: Term, term: Term) -> bool:
-        """Return whether `one` goes on from whom a weak Term thought dead, and none on the way thought so as well: only
-        then does a Seal of `one` refute it. Two adopters do not refute each other."""
+        """Return whether `one` goes on from the primary that a weak Term thought dead, and no Term on the way thought
+        so, too: only then does a Seal of `one` refute it. Two adopters do not refute each other."""
         assert term.seal is not None
         for step in self._walk(one):
             if step.digest == term.seal.term:

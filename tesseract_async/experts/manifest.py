@@ -57,7 +57,7 @@ MAGIC = b"tsm\3"
 SEQUENCE_BYTES = 6
 RUN_ID_BYTES = 16
 MODES = ("bare", "granted", "open")
-"""Modes in which everybody may host; those with a grant of the run's owner; all but the revoked."""
+"""Modes: everybody may host; peers with a grant of the run's owner may; all but revoked peers may."""
 MAX_PART_BYTES = 880
 MAX_ADDRESSES = 8
 MAX_PUBLIC_HOSTS = 2
@@ -68,8 +68,8 @@ MAX_COORDINATE = 2**32 - 1
 MAX_UID_LENGTH = 256
 MAX_PREFIX_BYTES = 255
 NUM_SHARDS = 256
-"""Shards per prefix. A server renews at most so many entries however many experts it hosts, and a reader that looks for
-one of 4,096 uids reads the manifests of 16."""
+"""Shards per prefix. A server renews at most this many entries, however many experts it hosts, and a reader that looks
+for one of 4,096 uids reads the manifests of 16."""
 
 _WIDTHS = {1: ">u1", 2: ">u2", 4: ">u4"}
 
@@ -105,7 +105,7 @@ def is_prefix(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RunTag:
-    """The run that a server's experts belong to: all that a holder needs to tell whose word counts there."""
+    """The run that a server's experts belong to: all that a holder needs to tell who has authority there."""
 
     owner: PeerID
     name: str
@@ -140,7 +140,7 @@ def _shard_of(uid: str) -> int:
 @dataclass(frozen=True, slots=True, eq=False)
 class Manifest:
     prefix: str
-    """The grid's."""
+    """The prefix of the grid."""
     sequence: int
     """The manifest of a server with the highest sequence holds."""
     addresses: tuple[str, ...]
@@ -171,7 +171,7 @@ class Manifest:
         return replace(self, addresses=addresses, rendezvous=rendezvous)
 
     def only(self, rows: npt.NDArray[np.bool_]) -> "Manifest":
-        """The same with these experts only. Raises: ProtocolError where nothing is left."""
+        """Return the manifest with these experts only. Raises: ProtocolError where nothing is left."""
         if not rows.any():
             raise ProtocolError("a manifest of experts that its server may not host")
         epochs = None if self.epochs is None else self.epochs[rows]
@@ -346,7 +346,7 @@ def decode_addresses(reader: Reader) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _short(data: bytes) -> bytes:
-    """At most 255 bytes, after their number."""
+    """Return at most 255 bytes, preceded by their number."""
     return bytes([len(data)]) + data
 
 
@@ -410,7 +410,7 @@ def _is_name(host: str) -> bool:
 
 
 def experts_by_grid(uids: Mapping[str, bool]) -> Iterator[tuple[str, dict[tuple[int, ...], bool]]]:
-    """Groups uids (-> primary) by prefix: ``("ffn", {(3, 7): True})``. Raises: ValueError for a malformed uid."""
+    """Group uids (-> primary) by prefix: ``("ffn", {(3, 7): True})``. Raises: ValueError for a malformed uid."""
     grids: dict[str, dict[tuple[int, ...], bool]] = {}
     for uid, primary in uids.items():
         prefix, coords = split_uid(uid)

@@ -24,15 +24,15 @@ class _Mask:
 
 
 class Masks(dict[tuple[PeerID, str], _Mask]):
-    """Masks by server and uid, of which the one that failed longest ago comes first."""
+    """Masks by server and uid, in the order of their last failures."""
 
     def __init__(self) -> None:
         super().__init__()
         self._silent: dict[PeerID, None] = {}
 
     def failed(self, owner: PeerID, uid: str, sequence: int, now: float) -> None:
-        """The replica failed, known by a manifest of this sequence. Failures while it is hidden anyway (of calls that
-        ran at once, or had nobody else to ask) count as one."""
+        """Note that the replica, known by a manifest of this sequence, failed. Failures while it is hidden anyway (of
+        calls that ran at once, or had nobody else to ask) count as one."""
         mask = self.pop((owner, uid), None)
         if mask is None:
             mask = _Mask(sequence, now, 1)
@@ -52,13 +52,13 @@ class Masks(dict[tuple[PeerID, str], _Mask]):
                 del kept[next(iter(kept))]  # type: ignore[arg-type]
 
     def late(self, owner: PeerID, uid: str) -> None:
-        """The replica was given up as late. That hides it from nobody."""
+        """Note that the replica was given up as late. It is not hidden for that."""
         mask = self.get((owner, uid)) or _Mask(-1, 0.0, 0)
         mask.num_late += 1
         self._keep(owner, uid, mask)
 
     def answered(self, owner: PeerID, uid: str) -> bool:
-        """The replica answered a call: nothing is held against it any more. Returns whether anything was."""
+        """Note that the replica answered a call, and so is no longer in doubt. Returns whether it was."""
         self._silent.pop(owner, None)
         return self.pop((owner, uid), None) is not None
 

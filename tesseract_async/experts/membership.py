@@ -1,4 +1,5 @@
-"""`Membership`: what a server knows of an expert's primary, for whom it voted, what it may do, and signs. No I/O."""
+"""`Membership`: one server's knowledge of an expert's primary, its votes, what it may do, and the records that it
+signs. No I/O."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -28,13 +29,13 @@ from tesseract_async.experts.terms import (
 from tesseract_async.identity import Identity, PeerID
 
 MAX_OTHER_SOURCES: Final = 4
-"""Hosts that are asked for a file besides the Seal's members, which may all be gone."""
+"""The most hosts that are asked for a file besides the Seal's members, which may all be gone."""
 POLL_SECONDS: Final = 2.0
-"""Seconds for the answers to questions of one kind."""
+"""Seconds to wait for the answers to questions of one kind."""
 LATE: Final = 0.5
-"""Seconds after the end of a poll at which this server must have stood still: then it says nothing of the others."""
+"""A poll that ends this many seconds late shows that this server stood still: then it says nothing about the others."""
 ASKING: Final = 3.0
-"""Seconds for asking all members, and reading the network before or meanwhile."""
+"""Seconds that asking all members takes, with reading the network before or meanwhile."""
 
 
 @dataclass(slots=True)
@@ -48,13 +49,13 @@ class Poll:
     silent: set[PeerID] = field(default_factory=set)
     votes: dict[PeerID, Vote] = field(default_factory=dict)
     given: dict[PeerID, tuple[float, Age]] = field(default_factory=dict)
-    """By voter, when the vote was asked for, and the age of the file that the voter holds."""
+    """For each voter, the time at which its vote was asked for, and the age of the file that it holds."""
     is_second: bool = False
-    """True if these were asked before, and this server stood still meanwhile."""
+    """True if these members were asked before, and this server stood still meanwhile."""
     is_led: bool = False
     """True if an answer said that there is a primary."""
     newest: Age = (0, 0)
-    """The age of the newest file that an answer named, of those who could lead the expert."""
+    """The age of the newest file named by a server that could lead the expert."""
 
     def is_late(self, now: float) -> bool:
         """Return whether this server stood still while it waited, for the first time."""
@@ -76,9 +77,9 @@ class Permissions:
     begin: bool = True
     """True if it may begin the expert where nobody has a state."""
     anew: bool = False
-    """Even where a state is known that nobody can show any more."""
+    """True if it may begin the expert even though a state is known, which nobody can show any more."""
     write: bool = True
-    """Its disk takes its promises. If not, it sends nothing and does not stand for election."""
+    """True if its disk takes its promises. If not, it sends nothing and does not stand for election."""
     passive: frozenset[PeerID] = frozenset()
     """Peers that could not lead it, and so are no successors."""
 
@@ -97,16 +98,16 @@ class Membership:
         self.hosts: Mapping[PeerID, int] = {}
         """The peers whose manifests name the expert, and the epoch in each."""
         self.heard = now
-        """The time at which the primary that it follows was heard, itself or through others."""
+        """The time at which it last heard of the primary that it follows, from that one or from others."""
         self.beaten = -math.inf
-        """The same, by its beats alone."""
+        """The time at which the last beat of that primary came."""
         self.agreed_at = now
         """The time at which it last agreed with a beat: for a lease, it gives no vote."""
         self.vote_from = now
         self.looked_at = NEVER
         """The time at which all that the network holds of the expert was read."""
         self.first_look = math.inf
-        """The same, for the first time."""
+        """The time at which that was done for the first time."""
         self.retry_at = 0.0
         """The time before which it does not stand again."""
         self.promised = 0
@@ -114,7 +115,7 @@ class Membership:
         self.handed_over = 0
         """The epoch of the newest Term that it signed over to another."""
         self.unsettled = b""
-        """The digest of its own newest Seal, while no majority of the members before holds that."""
+        """The digest of its own newest Seal, while no majority of the members before it holds that Seal."""
         self._voted_for = b""
         self._promised_at = NEVER
         self._agreed_with: Term | None = None
@@ -148,7 +149,7 @@ class Membership:
         return term is not None and term.boot != self._boot and record.time > self._started
 
     def is_beat(self, peer: PeerID, question: Question, now: float) -> bool:
-        """Return whether this question comes from the primary, and no vote for another binds this server."""
+        """Return whether this question comes from the primary, and this server is not bound by a vote for another."""
         best = self.lineage.best
         if best is None or self.lineage.is_exposed(best) or self.is_bound(best, now) or self._is_sworn(best, now):
             return False
@@ -156,12 +157,12 @@ class Membership:
         return (peer, question.epoch, question.boot) == (best.primary, best.epoch, best.boot) and peer != self.me
 
     def agree(self, now: float) -> None:
-        """Agree with the primary that it knows: no vote for another for a lease, nor any agreement."""
+        """Agree with the primary that it knows: for a lease, it neither votes for another nor agrees with one."""
         self.agreed_at, self._agreed_with = now, self.lineage.best
 
     def _is_sworn(self, term: Term, now: float) -> bool:
-        """Return whether another primary may still count on this server's word: then that of this Term is late, with
-        votes that bind nobody any more, and would be a second one."""
+        """Return whether another primary may still rely on this server's promise. Then the primary of this Term is
+        late, with votes that no longer bind anybody, and would be a second primary."""
         before = self._agreed_with
         if before is None or now >= self.agreed_at + self.lease or self.lineage.is_exposed(before):
             return False
@@ -177,7 +178,7 @@ class Membership:
         return exposed or now >= max(self.heard, self.agreed_at) + self.lease
 
     def silence_at(self, state: State) -> float:
-        """Return the time at which the primary has been silent for so long that this server would stand."""
+        """Return the time from which the primary's silence is long enough for this server to stand for election."""
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
         step = self._step
@@ -196,7 +197,7 @@ class Membership:
         return min(silence, max(silence - POLL_SECONDS, self.heard + self.lease / 2))
 
     def is_unsealed(self, now: float) -> bool:
-        """Return whether nobody knows of a Seal, nor has lately said that it is about to make one."""
+        """Return whether nobody knows of a Seal, and nobody has lately said that it is about to make one."""
         best = self.lineage.best
         if best is None or self.leave.anew:
             return True
@@ -248,8 +249,8 @@ class Membership:
         return self.heard + self._adopt_after
 
     def may_adopt(self, now: float, wall: float) -> bool:
-        """Return whether the silence is long enough, and says something: the network answers here, and would believe
-        it."""
+        """Return whether the silence is long enough and means something: the network answers this server, and would
+        believe the adoption."""
         if now < self.adopt_at:
             return False
         best = self.lineage.best
@@ -277,7 +278,8 @@ class Membership:
         return found - {self.me}
 
     def note_silence(self, poll: Poll, now: float) -> None:
-        """An adoption whose signer does not answer shows no state: otherwise it could be repeated forever."""
+        """Treat an adoption whose signer does not answer as one without a state: otherwise it could be repeated
+        forever."""
         best = self.lineage.best
         if best is not None and best.kind is TermKind.ADOPTION and best.primary in poll.silent:
             self.lineage.missed(best, now)
@@ -299,7 +301,8 @@ class Membership:
             self._promised_at = NEVER
 
     def voted_for(self, term: Term) -> bool:
-        """Return whether this server's vote helped its signer: then it waits for it, and does not stand against it."""
+        """Return whether this server voted for its signer: then it waits for the signer, and does not stand against
+        it."""
         return (self.promised, self._voted_for) == (term.epoch, term.primary)
 
     def is_bound(self, term: Term, now: float) -> bool:
@@ -367,7 +370,7 @@ class Membership:
         return may_found and self._authority.may(self.me, "host", self.uid, now=wall)
 
     def appointment(self) -> Appointment | None:
-        """Return the owner's word that gives the expert to this server, which has not taken it yet."""
+        """Return the owner's appointment that gives the expert to this server, which has not taken it yet."""
         appointment, best = self._authority.appointment(self.uid), self.lineage.best
         if appointment is None or appointment.peer != self.me or (best and best.serial >= appointment.serial):
             return None
@@ -380,7 +383,7 @@ class Membership:
         return next_epoch(max(self.promised, own, *known, 0), wall - EPOCH_ZERO)
 
     def sign_term(self, kind: TermKind, seal: Seal | None, epoch: int, evidence: Poll | bytes) -> Term | None:
-        """Sign a Term; None if the evidence, votes or the signature of a handover, does not carry it."""
+        """Sign a Term; None if the evidence (votes, or the signature of a handover) is not enough."""
         serial = 0 if seal is None else seal.serial
         appointment = self._authority.appointment(self.uid)
         if kind is TermKind.APPOINTED and appointment is not None:
@@ -419,7 +422,8 @@ class Membership:
         return packed
 
     def restore(self, stored: bytes, *, has_file: bool, now: float, wall: float) -> None:
-        """Take up what a former process stored: a lease passes first, for it may have answered a beat just before."""
+        """Go on from what a former process stored. A lease passes first, because that process may have answered a beat
+        just before."""
         try:
             data = msgpack.unpackb(stored)
             self.promised, self._voted_for = int(data["promised"]), bytes(data["voted_for"])

@@ -150,11 +150,11 @@ class NodeCalls(Uncopied):
         return lambda: self._apply_handlers.remove(handler)
 
     def find_experts(self, call: IncomingCall, uids: Sequence[str]) -> list[CallHandler | RemoteError]:
-        """Return for each of these experts the handler that `host_expert` was given for ``expert.apply``, or the error
-        that refuses it: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
+        """Return, for each of these experts, the handler for ``expert.apply`` that `host_expert` was given, or the
+        error that refuses it: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
 
-        `call` is from whom, and how, the experts are asked in it: by ``expert.forward`` or ``expert.backward``. Each
-        expert counts as a call in the caller's quota.
+        `call` says who asks the experts, and how: by ``expert.forward`` or ``expert.backward``. Each expert counts as a
+        call in the caller's quota.
         """
         quotas, now = self.endpoint.quotas, asyncio.get_running_loop().time()
         counts_calls, has_runs = quotas.counts_calls(call.peer_id), self.trust.has_runs
@@ -259,7 +259,7 @@ class NodeCalls(Uncopied):
     def _own_call(
         self, method: str, body: object, buffers: Sequence[Buffer], timeout: float, priority: int
     ) -> IncomingCall:
-        """A call of this node to itself, with copies, as the network would make: neither side may see the other's later
+        """Call this node itself, with copies, as the network would make: neither side may see the other's later
         changes."""
         check_priority(priority)  # as the endpoint does
         return IncomingCall(
@@ -291,7 +291,8 @@ class NodeCalls(Uncopied):
 
 
 def _is_for_members(method: str, body: Value) -> bool:
-    """Return whether it asks for what every member may have: weights, what a primary signed, the file of that."""
+    """Return whether it asks for something that every member may have: weights, what a primary signed, or the signed
+    file."""
     if method == STATE:
         is_sealed = body[3:4] != [NO_ROOT] and body[5:6] in ([], [NO_POINT])
         return body[1:2] == [True] or is_sealed
@@ -300,7 +301,7 @@ def _is_for_members(method: str, body: Value) -> bool:
 
 @contextlib.contextmanager
 def _as_by_the_network(method: str) -> Iterator[None]:
-    """Whatever a handler raises leaves as it would arrive from a peer."""
+    """Turn any error of a handler into the one that would arrive from a peer."""
     try:
         yield
     except (RemoteError, TimeoutError):

@@ -1,4 +1,5 @@
-"""`OwnTerm`: the Term of this server, the members that decide with it, and its lease by their word. No I/O."""
+"""`OwnTerm`: this server's Term, the members that decide with it, and the lease that their agreement gives it. No
+I/O."""
 
 import math
 from collections import deque
@@ -11,13 +12,13 @@ from tesseract_async.experts.terms import MAX_SUCCESSORS, Seal, Term, TermKind, 
 from tesseract_async.identity import PeerID
 
 NUM_SUCCESSORS: Final = 2
-"""Wanted for each expert: a primary and two successors outlive the death of any one by vote."""
+"""Successors wanted for each expert: a primary and two successors can vote after the death of any one."""
 MAX_BEATS: Final = 6
-"""Hosts of an expert that hear from its primary at least: members, and those who may become one."""
+"""The least number of an expert's hosts that hear from its primary: members, and hosts that may become one."""
 PUBLISH_EVERY: Final = 600.0
-"""Seconds between Seals in the network, where nothing but the state changed; its members hear of each at once."""
+"""Seconds between two Seals in the network if only the state changed; the members hear of each at once."""
 MAX_BEHIND: Final = 3
-"""Seals that a copy may be behind its primary's."""
+"""The number of Seals that a copy may be behind its primary."""
 NEVER: Final = -1e9
 Age = tuple[int, int]
 
@@ -52,7 +53,8 @@ class OwnTerm:
         self._follow: set[PeerID] = set()  # agreed with a beat: they know of this Term, and of none above it
 
     def time(self, now: float) -> int:
-        """Seconds since `EPOCH_ZERO` for a Seal of now: from its Term's epoch on, by the clock that nobody sets."""
+        """Seconds since `EPOCH_ZERO` for a Seal made now: counted from its Term's epoch, by the clock that nobody
+        sets."""
         return max(self.term.epoch + int(now - self._began), self.seen)
 
     @property
@@ -62,7 +64,7 @@ class OwnTerm:
 
     @property
     def is_followed(self) -> bool:
-        """True if a majority agreed with its beats. Who did votes for no other within a lease."""
+        """True if a majority agreed with its beats. A member that agreed votes for no other within a lease."""
         return 1 + len(self._follow.intersection(self.settled)) >= majority(len(self.settled) + 1)
 
     @property
@@ -77,14 +79,15 @@ class OwnTerm:
         return now >= self.fenced_at + lease and len(self.settled) > 1
 
     def agreed(self, peer: PeerID, sent: float, held: Age) -> None:
-        """`peer` agreed with what was sent to it at that time, and holds the file of the Seal of this age."""
+        """Note that `peer` agreed with the beat that was sent at that time, and holds the file of the Seal of this
+        age."""
         self._agreed[peer] = max(sent, self._agreed.get(peer, sent))
         self._holds[peer] = held
         self._follow.add(peer)
         self._settle()
 
     def disagreed(self, peer: PeerID) -> None:
-        """`peer` did not: it may have started anew, and know nothing."""
+        """Note that `peer` did not agree: it may have started anew, and know nothing."""
         self._holds.pop(peer, None)
         self._follow.discard(peer)
 

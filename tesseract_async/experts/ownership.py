@@ -26,7 +26,8 @@ from tesseract_async.network.network import TesseractNetwork
 
 MEMBER: Final[tuple[Role, ...]] = ("host", "train", "share")
 DELEGATE_SECONDS: Final = 40 * GRANT_SECONDS
-"""A delegate's grant holds as long as the manifest stands, which is signed anew to be rid of it."""
+"""Seconds that a delegate's grant holds: as long as the manifest. To remove a delegate, the owner signs the manifest
+anew."""
 
 
 class RunOwner:
@@ -53,7 +54,7 @@ class RunOwner:
     async def grant(
         self, peers: Sequence[PeerID], roles: Sequence[Role], *, seconds: float, pattern: ExpertPattern | None = None
     ) -> list[Grant]:
-        """Let each peer act in these roles for so long, for the uids of `pattern` or for all; return the grants.
+        """Let each peer act in these roles for this long, for the uids of `pattern` or for all; return the grants.
 
         Raises: ValueError for a grant that nobody would believe; what the network raises.
         """
@@ -68,7 +69,7 @@ class RunOwner:
     ) -> tuple[Grant, str]:
         """Return a grant, and its text with the key by which everybody may use it.
 
-        Raises: ValueError for a delegate's.
+        Raises: ValueError if the signer is a delegate.
         """
         if self._identity.peer_id in self.authority.delegates:
             raise ValueError("only the run's owner makes invites: a delegate grants one by one")
@@ -101,7 +102,7 @@ class RunOwner:
         return renewed
 
     async def revoke(self, peers: Collection[PeerID], invites: Collection[PeerID] = ()) -> None:
-        """Take the grants of `peers` away, and of all who came by `invites`.
+        """Take away the grants of `peers`, and of all peers that came by `invites`.
 
         Raises: ValueError for the owner, and for delegates unless the owner revokes them; what the network raises.
         """

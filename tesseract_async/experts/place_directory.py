@@ -16,9 +16,10 @@ from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport.base import PeerAddress
 
 MAX_PARTS: Final = 64
-"""Parts of one member that are read."""
+"""The most parts of one member's place that are read."""
 MAX_MEMBERS: Final = 16384
-"""Members that are read. An open run can be filled by strangers; a granted one is as large as its owner makes it."""
+"""The most members whose places are read. Strangers can fill an open run; a granted one is as large as its owner makes
+it."""
 
 Places = dict[PeerID, Place]
 

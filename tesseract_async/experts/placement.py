@@ -2,10 +2,10 @@
 
 Every member publishes its `Place` (`experts.places`), and computes from all places the same `assign`: nobody assigns
 work to others, each takes its own part. Places change slowly and are read a little late, so two members may take the
-same thing for a moment; one copy too many harms nobody, and who leads is `Tenure`'s business alone.
+same expert for a moment. One copy too many does no harm, and `Tenure` alone decides who leads.
 
-A member that would compute an expert which it only holds needs nothing but its file; so the same rule, rendezvous
-hashing, places files for survival and successors for the next primary.
+To compute an expert that it only holds, a member needs nothing but the file. So the same rule, rendezvous hashing,
+decides where files are kept for survival and which members succeed a primary.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from tesseract_async.experts.places import MemberRole, Place, Survey
 from tesseract_async.identity import PeerID
 
 MOVE_EVERY: Final = 600.0
-"""Seconds between two moves for load's sake that a server takes part in, at either end."""
+"""Seconds between two moves that balance load in which a server takes part, at either end."""
 STAY: Final = 3600.0
-"""Seconds for which an expert does not go back to where it came from."""
+"""Seconds for which an expert does not move back to the server that it came from."""
 DROP_AFTER: Final = 600.0
 """Seconds for which a copy must be one too many before it is given up."""
 YOUNG: Final = 3600.0
@@ -32,24 +32,25 @@ YOUNG: Final = 3600.0
 NUM_LEASES_MISSED: Final = 10
 """Leases for which an expert's state must be missing before the expert may begin anew."""
 STUCK_AFTER: Final = 60.0
-"""Seconds for a member to fetch a state, before others stop counting on it."""
+"""Seconds that a member has to fetch a state before others stop counting on it."""
 CHECK_EVERY: Final = 300.0
-"""Seconds after which a member has the copies of an expert shown, of which it would take one of the next."""
+"""Seconds between two checks in which a member has others show their copies of an expert that it would be among the
+next to take."""
 MAX_CHECKED: Final = 16
-"""Copies that are to be shown at a time, at most."""
+"""The most copies that are to be shown at a time."""
 MAX_LOOKED_AT: Final = 256
-"""Experts that are looked at to find one whose copies are to be shown."""
+"""The most experts that are looked at to find one whose copies are to be shown."""
 HOT: Final = 0.85
-"""Demand by what a server can compute: above it, the server needs relief."""
+"""Demand as a share of what a server can compute: above this, the server needs relief."""
 CALM: Final = 0.5
 GAIN: Final = 0.8
 """A move must leave its target with less than this share of the pressure that its source had."""
 MAX_STEPS: Final = 8
-"""Experts that a member takes at once."""
+"""The most experts that a member takes at once."""
 MAX_BEGUN: Final = 64
-"""Experts that are left to one member to begin at a time, whatever room it claims."""
+"""The most experts that are left to one member to begin at a time, whatever room it claims."""
 MAX_SCANNED: Final = 1 << 16
-"""Uids of a grid that are looked at for experts that nobody has."""
+"""The most uids of a grid that are searched for experts that nobody has."""
 
 
 class PlacementStep(NamedTuple):
@@ -74,8 +75,8 @@ def assign(
     may: Callable[[PeerID, str], bool],
     idle: Collection[PeerID] = (),
 ) -> dict[PeerID, list[PlacementStep]]:
-    """Return what each member should take, by what all can see. `may`: whether a member may host an expert; `idle`: who
-    takes nothing of what falls to it."""
+    """Return what each member should take, from what all can see. `may`: whether a member may host an expert; `idle`:
+    members that take nothing of what falls to them."""
     steps: defaultdict[PeerID, list[PlacementStep]] = defaultdict(list)
     free = {peer: 0 if peer in idle else place.files - len(place.parts) for peer, place in survey.places.items()}
     room = {peer: place.room - place.num_computed for peer, place in survey.places.items()}
@@ -94,8 +95,8 @@ def assign(
 def _missing(
     survey: Survey, uid: str, num_copies: int, free: Mapping[PeerID, int], may: Callable[[PeerID, str], bool]
 ) -> list[PeerID]:
-    """Choose the members that should get a copy: of different address ranges where there are so many, and so that two
-    at least could lead it."""
+    """Choose the members that should get a copy: of different address ranges if there are enough, and so that at least
+    two of them could lead it."""
     primary, places, copies = survey.primary(uid), survey.places, survey.copies(uid)
     num_able = max(0, min(2, num_copies) - sum(places[peer].can_lead for peer in copies))
     num = max(num_copies - len(copies), num_able)
@@ -164,7 +165,8 @@ def _relieve(
     may: Callable[[PeerID, str], bool],
     steps: dict[PeerID, list[PlacementStep]],
 ) -> None:
-    """Relieve servers of which more is wanted than they can: the hottest first, each server in one move at most."""
+    """Relieve servers that are asked for more than they can compute: the hottest first, each server in one move at
+    most."""
     places = survey.places
     pressure = {peer: place.pressure for peer, place in places.items()}
     hot = sorted((peer for peer in places if pressure[peer] > HOT), key=lambda peer: (-pressure[peer], peer))
@@ -219,7 +221,7 @@ def _can_help(place: Place, uid: str, num_free: int) -> bool:
 
 
 class Placement:
-    """Decides over time what one member holds. Give it all places as often as they are read."""
+    """Decides over time what one member holds. Pass it all places whenever they are read."""
 
     def __init__(
         self,
@@ -232,16 +234,16 @@ class Placement:
         may_restart: bool,
         may: Callable[[PeerID, str], bool] = lambda peer, uid: True,
     ) -> None:
-        """`pattern`: of what members begin by themselves; None: others do. `created`: when the run was, in wall-clock
-        seconds. `may`: whether a member may host an expert."""
+        """`pattern`: the experts that members begin by themselves; None: others begin them. `created`: when the run
+        was, in wall-clock seconds. `may`: whether a member may host an expert."""
         self._me, self._pattern, self._num_copies, self._may = me, pattern, num_copies, may
         self._grace = NUM_LEASES_MISSED * lease
         self._settle = min(1.5, lease / 6)
         self._created, self._may_restart = created, may_restart
         self.announced: dict[str, float] = {}
-        """Experts that it would begin -> since when it says so: its place names them."""
+        """Experts that it would begin -> the time since which its place has named them."""
         self.lost: set[str] = set()
-        """Experts that had a state, and nobody has it."""
+        """Experts that had a state, which nobody has any more."""
         self._known: set[str] = set()  # that had a state some time
         self._missed: dict[str, float] = {}  # of these and of those that nobody names: since when
         self._surplus: dict[str, float] = {}
@@ -258,7 +260,8 @@ class Placement:
         self._came[uid] = source, now
 
     def survey(self, places: Mapping[PeerID, Place], now: float) -> Survey:
-        """Sort the places by expert, without what was promised long ago and never came, and what was not shown."""
+        """Sort the places by expert, without copies that were promised long ago and never came, and copies that were
+        not shown."""
         empty = {
             (peer, uid): self._empty.get((peer, uid), now)
             for peer, place in places.items()
@@ -357,7 +360,8 @@ class Placement:
         self._unshown.update({(peer, uid): now + DROP_AFTER for peer in peers})
 
     def keeps(self, uid: str, now: float) -> None:
-        """Note that others did not show their copies: this one is kept until it was one too many for as long again."""
+        """Note that others did not show their copies: this one is kept until it has again been one too many for long
+        enough."""
         self._surplus[uid] = now
 
     def keepers(self, survey: Survey, uid: str) -> list[PeerID]:

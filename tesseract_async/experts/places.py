@@ -45,7 +45,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import range_of, split_host_port
 
 WAIT_SECONDS: Final = 30.0
-"""Rows that wait are demand as if they had come within this time."""
+"""Rows that wait count as demand as if they had come within this many seconds."""
 NEVER: Final = 1e9
 MAGIC: Final = b"tsp\1"
 _HEAD: Final = struct.Struct(">HIIII")
@@ -63,7 +63,7 @@ class MemberRole(IntEnum):
 
 
 class MemberPart(NamedTuple):
-    """One expert at one member, by its own word."""
+    """One expert at one member, as that member says."""
 
     role: MemberRole
     epoch: int = 0
@@ -93,9 +93,9 @@ class MemberPart(NamedTuple):
 class Place:
     peer: PeerID
     room: int
-    """Experts that it computes at most; 0: it only holds."""
+    """The most experts that it computes; 0: it only holds."""
     files: int
-    """Experts of which it has a state at most, those that it computes included."""
+    """The most experts of which it has a state, those that it computes included."""
     speed: float = 0.0
     """Rows that it can compute each second."""
     ranges: frozenset[str] = frozenset()
@@ -132,7 +132,7 @@ class Standing(NamedTuple):
     version: int
     """Steps in the newest state that more than its primary has; of its primary's, where nobody else has any."""
     losses: int
-    """The number of members that may yet be lost, one after the other, before the expert is; -1: it is lost."""
+    """The number of members that may still be lost, one after the other, without losing the expert; -1: it is lost."""
 
     @property
     def word(self) -> str:
@@ -169,7 +169,7 @@ class Survey:
         """Members that lead as much as they have room for, or compute nothing."""
 
     def shortage(self, num_copies: int) -> str:
-        """Return why these members cannot keep so many copies besides each primary, in words; empty if they can."""
+        """Return in words why these members cannot keep this many copies besides each primary; empty if they can."""
         num_members, num_experts = len(self.places), len(self.alive)
         if num_members <= num_copies:
             return f"members: {num_members}, too few for {num_copies} copies besides each primary"
@@ -229,7 +229,7 @@ class PlacePart:
     prefix: str
     tag: RunTag
     grant: bytes
-    """The member's, unread."""
+    """The member's grant, unread."""
     addresses: tuple[str, ...]
     rendezvous: tuple[str, ...]
     numbers: tuple[int, int, int, int, int]

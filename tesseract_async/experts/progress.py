@@ -1,4 +1,4 @@
-"""What trainers say in the network, as observers see it: how far each one is, and what it received from each server."""
+"""Trainers' reports in the network, for observers: how far each trainer is, and what it received from each server."""
 
 import math
 import time
@@ -20,9 +20,9 @@ PUBLISH_EVERY: Final = 60.0
 SERVERS_PER_PART: Final = 16
 MAX_PARTS: Final = 16
 MAX_THANKS: Final = 4096
-"""Pairs of trainer and server that are read of an hour."""
+"""The most pairs of trainer and server that are read for one hour."""
 GRANT: Final = "grant"
-"""The subkey of the trainer's grant: who looks on has not met it."""
+"""The subkey of the trainer's grant, for observers, which have not met the trainer."""
 _MAX_SERVERS: Final = SERVERS_PER_PART * MAX_PARTS
 
 
@@ -111,7 +111,7 @@ async def read_thanks(
 
 
 def _lines(value: object) -> Iterable[tuple[PeerID, int, int]]:
-    """Yield what an entry says; nothing where it is malformed. Untrusted."""
+    """Yield the lines of an entry; nothing where it is malformed. Untrusted."""
     for line in value if isinstance(value, list | tuple) and len(value) <= SERVERS_PER_PART else ():
         if not isinstance(line, list | tuple) or len(line) != 3:
             continue
@@ -122,7 +122,7 @@ def _lines(value: object) -> Iterable[tuple[PeerID, int, int]]:
 
 
 PROGRESS_TTL: Final = 60.0
-"""Seconds that a trainer is shown after it was last heard of."""
+"""Seconds for which a trainer is shown after its last report."""
 MAX_LOSS: Final = 3.5e38
 """The largest loss that is shown, about float32's maximum: sums of several stay finite, as JSON requires."""
 UNITS: Final = ("samples", "tokens")

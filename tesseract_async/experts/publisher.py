@@ -18,7 +18,8 @@ from tesseract_async.tasks import end
 log = logging.getLogger(__name__)
 
 NUM_HOLDERS: Final = 3
-"""Nodes that must hold each entry, where so many can be reached: it outlives two that leave before it is renewed."""
+"""The number of nodes that must hold each entry, if that many can be reached: it outlives two that leave before it is
+renewed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class PublisherSettings:
     """Time for which a manifest holds; it is renewed three times as often. Shorter: a server that vanished is gone from
     every directory sooner. Longer: less traffic."""
     declare_timeout: float = 10.0
-    """`ExpertPublisher.declare` looks for holders, and reads back what it stored, for at most so long: by this much an
+    """`ExpertPublisher.declare` looks for holders, and reads back what it stored, for at most this long, by which an
     unreachable network delays a server's start."""
 
     def __post_init__(self) -> None:
@@ -38,7 +39,7 @@ class PublisherSettings:
 
     @property
     def refresh_period(self) -> float:
-        """Seconds between renewals: two may fail."""
+        """Seconds between renewals, of which two may fail."""
         return self.ttl / 3
 
     @property
@@ -125,7 +126,7 @@ class ExpertPublisher:
         return holders
 
     async def update_addresses(self, addresses: Sequence[str], rendezvous: Sequence[str] = ()) -> int:
-        """Say from now on that this server is to be found elsewhere; like `declare` with what is declared already.
+        """Publish new addresses of this server; like `declare` with the same experts.
 
         Raises: ValueError for a malformed address; then the former ones stay.
         """

@@ -3,7 +3,7 @@
 A volunteer who joins by the run's name takes everything from it (expert class and sizes, optimizer, schedule, schemas,
 codecs, grid), so nobody can start with wrong flags. The manifest carries its own signature: any node may store a copy,
 and so the run outlives the computer that started it. A run's full name is ``NAME@PEER_ID`` of its signer, its *owner*;
-the bare name will do as long as only one signer uses it. `mode` says who may take part (`experts.authority`).
+the bare name is enough as long as only one signer uses it. `mode` says who may take part (`experts.authority`).
 
 On the wire it is a signed record (`experts.signed`) whose body is a map. In the network it lies in numbered parts, each
 with the first bytes of the whole one's hash.
@@ -33,7 +33,7 @@ MAX_TEXT: Final = 256
 MAX_DELEGATES: Final = 4
 MAX_SHARDS: Final = 384
 MAX_SCHEMA_DEPTH: Final = 10
-"""Most levels of a schema as data: two more than `wire.tensors` builds."""
+"""The most levels of a schema as data: two more than `wire.tensors` builds."""
 MAX_SCHEMA_ITEMS: Final = 2048
 
 _DIGEST: Final = 8
@@ -97,7 +97,7 @@ class RunManifest:
     shards: Sequence[bytes] = ()
     """The SHA-256 of each of these files."""
     first: int = 0
-    """The first coordinate in the grid's first dimension: of a model, its first layer that has experts."""
+    """The first coordinate in the grid's first dimension: in a model, the first layer that has experts."""
     num_replicas: int = 3
     """Servers that should hold each expert's state."""
     lease: float = 30.0
@@ -121,7 +121,7 @@ class RunManifest:
         return ExpertPattern(self.prefix, (range(self.first, self.grid_size[0]), *map(range, self.grid_size[1:])))
 
     def fields(self) -> dict[str, object]:
-        """Every single value by a printable name: ``grid_size``, ``sizes.in_features``, ``args_schema``."""
+        """Return every single value by a printable name: ``grid_size``, ``sizes.in_features``, ``args_schema``."""
         found: dict[str, object] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -164,7 +164,7 @@ class SignedRun:
 
 
 def sign_run(identity: Identity, manifest: RunManifest) -> SignedRun:
-    """Sign. Raises: ValueError if the manifest is too large."""
+    """Sign a manifest. Raises: ValueError if it is too large."""
     return RUNS.sign(identity, _plain(dataclasses.asdict(manifest)))
 
 
@@ -335,7 +335,7 @@ def _check_schema(part: object, budget: list[int], depth: int) -> None:
 
 
 def _plain(value: object) -> object:
-    """Tuples as lists, any mapping as dict: as it comes back from the wire."""
+    """Return tuples as lists and any mapping as a dict, as they come back from the wire."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -34,13 +34,14 @@ COPY_TTL: Final = 3600.0
 COUNT_PERIOD: Final = 900.0
 """Seconds between two counts of the copies, by which own ones are renewed: a quarter of `COPY_TTL`."""
 CHECK_PERIOD: Final = 30.0
-"""Seconds between two looks for revocations, appointments and the node's own grant: so late a revocation comes."""
+"""Seconds between two looks for revocations, appointments and the node's own grant, so that a revocation comes at most
+this late."""
 RETRY_PERIOD: Final = 5.0
 """Seconds until the next attempt, where the network failed."""
 GRANT_TTL: Final = 86400.0
 """Seconds for which a new grant waits in the network for its peer."""
 NUM_COPIES: Final = 5
-"""Owners that keep a copy; members beyond them only look."""
+"""The number of members that keep a copy; further members only look."""
 
 
 class RunNotFound(TesseractError):
@@ -151,7 +152,7 @@ async def enter_run(
     identity_file: Path | None = None,
     clock: Callable[[], float] = time.time,
 ) -> "RunKeeper":
-    """Take part in a run: from now on `trust` goes by it. Return the keeper of its records, which is not started yet.
+    """Take part in a run: from now on `trust` follows it. Return the keeper of its records, which is not started yet.
 
     `run` is its name, or its manifest if that was found already; `grant` the text of a grant or an invite. What is
     learned is kept next to `identity_file`, and used where the network does not know the run.
@@ -216,7 +217,7 @@ class RunKeeper:
         self.run = authority.run
         self.authority = authority
         self.num_copies = 0
-        """Owners that kept a copy when it was counted last, this node included."""
+        """The number of members that kept a copy at the last count, this node included."""
         self.on_own_grant: Callable[[], None] = lambda: None
         """Called when the node has another grant than before."""
         self._network = network

@@ -1,4 +1,4 @@
-"""Signed records: how the owner of a run, or the primary of an expert, says something that everybody can check. No I/O.
+"""Signed records: statements of the owner of a run, or the primary of an expert, that everybody can check. No I/O.
 
 On the wire: the signer's public key (32 bytes), the signature (64) over a domain and the body, and the body, which is
 canonical msgpack: packing what it unpacks to gives the same bytes, so one meaning has one form. The domain says what
@@ -25,7 +25,8 @@ R = TypeVar("R")
 
 
 def read_signer(blob: object) -> PeerID:
-    """Return who claims to have signed, at the cost of one hash: enough to drop what cannot matter unverified.
+    """Return who claims to have signed, at the cost of one hash: enough to drop records that cannot matter, without
+    verifying them.
 
     Untrusted. Raises: ProtocolError unless it has the size of a record.
     """
@@ -84,7 +85,7 @@ class Format(Generic[R]):
         data = blob[HEAD_BYTES:]
         body: object = packed.unpack(data, max_bytes=MAX_SIGNED_BYTES, any_keys=False)
         if msgpack.packb(body) != data:
-            raise ProtocolError("a signed record that is not canonical: a key stands twice, or a number is too wide")
+            raise ProtocolError("a signed record that is not canonical: a key is given twice, or a number is too wide")
         return self._make(body, signer, blob, hashlib.sha256(self.domain + blob[:32] + data).digest())
 
 

@@ -1,8 +1,8 @@
-"""`Tenure`: what one server is to one expert of a run, as a pure machine: its primary, a follower, or aside.
+"""`Tenure`: a pure machine that decides one server's role in one expert of a run: primary, follower, or aside.
 
 Time goes in twice: `now` is a clock that nobody sets and that runs through suspend, for durations; `wall` is seconds
-since 1970, for records. Answers of others and what the network holds go in; commands come out, to be carried out in
-their order, each before the next: what is to be on disk is there before anything that depends on it is said. A primary
+since 1970, for records. Other servers' answers and the network's records go in. Commands come out, to be carried out in
+order, each before the next, so that what must be on disk is there before anything is said that depends on it. A primary
 counts its lease from sending, its successors from receipt, so that its lease has ended before theirs begins.
 """
 
@@ -28,10 +28,11 @@ BEATING: Final = (State.PRIMARY, State.YIELDING, State.FENCED)
 
 
 class Tenure(Duty):
-    """One expert on one server. Untrusted: what comes with `sight`, `ask` and `answered`; it raises nothing."""
+    """One expert on one server. The arguments of `sight`, `ask` and `answered` are untrusted; no method raises."""
 
     def waits_for_state(self, now: float, wall: float) -> bool:
-        """Return whether nobody shows a state of the expert, which it may have: it does not begin anew for now."""
+        """Return whether nobody shows a state of the expert, though there may be one: it does not begin anew for
+        now."""
         return self.state is State.ABSENT and self._member.is_unsealed(now) and not self._member.may_begin(now, wall)
 
     def misses_primary(self, now: float) -> bool:
@@ -56,7 +57,7 @@ class Tenure(Duty):
     # -- what is seen --------------------------------------------------------------------------------------------------
 
     def sight(self, blob: object, now: float, wall: float) -> bool:
-        """Take a Term or Seal that a peer showed, or that lies in the network. Whether it is new, and counts."""
+        """Take a Term or Seal that a peer showed, or that lies in the network. Return whether it is new and counts."""
         record = self.lineage.read(blob)
         if record is not None and self.held is not None:
             age = record.age if isinstance(record, Seal) else (record.epoch, 0)
@@ -84,19 +85,20 @@ class Tenure(Duty):
             self._publish(own, now)
 
     def set_hosts(self, hosts: Mapping[PeerID, int], now: float, wall: float) -> None:
-        """Take whose manifests name the expert now, and the epoch in each."""
+        """Take the peers whose manifests name the expert now, and the epoch in each."""
         self._member.hosts = dict(hosts)
         self.lineage.set_hosts(hosts)
         self._review(now, wall)
 
     def authority_changed(self, now: float, wall: float) -> None:
-        """Look again: grants, revocations or appointments may be others now."""
+        """Review everything: grants, revocations or appointments may have changed."""
         self.lineage.authority_changed()
         self._review(now, wall)
         self._appoint(now, wall)
 
     def looked(self, now: float, wall: float) -> None:
-        """Everything that the network holds of the expert was sighted, and it takes what this server publishes."""
+        """Note that everything that the network holds about the expert was sighted, and that it takes what this server
+        publishes."""
         self._member.looked_at = now
         if self.may.write:  # else what it publishes goes nowhere: a pair's other half may have taken over
             self._renewed = now
@@ -265,7 +267,8 @@ class Tenure(Duty):
             self._fence(now)
 
     def take(self, signature: bytes, now: float, wall: float) -> bool:
-        """Become primary by the last one's signature over the Seal whose file is here. Whether it holds."""
+        """Become primary by the last primary's signature over the Seal whose file is here. Return whether the signature
+        holds."""
         if self.held is None or self.state in (State.PRIMARY, State.YIELDING) or self.is_twin:
             return False
         if now >= self._member.heard + self._lease:  # it comes late: the others may have elected one meanwhile
@@ -275,7 +278,8 @@ class Tenure(Duty):
     # -- the file ------------------------------------------------------------------------------------------------------
 
     def fetched(self, fetch: Fetch, found: bool, now: float, wall: float) -> None:
-        """Take how it went: the file is here, whole, and what the expert goes on from; or it could not be had now."""
+        """Note the outcome of a fetch: the whole file is here, and the expert goes on from it; or it could not be
+        fetched now."""
         self._fetching.discard(fetch.check)
         member, is_waiting = self._member, self.state in (State.ABSENT, State.ASIDE)
         if found and fetch.seal.term == fetch.term.digest:
@@ -344,7 +348,7 @@ class Tenure(Duty):
         return self._member.silence_at(self.state) if self._is_asked else self._member.ask_at(self.state)
 
     def _doubt(self, now: float, wall: float) -> None:
-        """Silence: is the primary gone? Then this server stands, where it may."""
+        """Act on a silence: find out whether the primary is gone, and then stand for election, if that is allowed."""
         best, held = self.lineage.best, self.held
         others = set[PeerID]()
         if best is not None and held is not None and not (self._is_asked or self.is_twin):

@@ -15,7 +15,7 @@ class State(Enum):
     """The part that this server has in the expert."""
 
     ABSENT = "absent"
-    """It has no state of it, or none that it may use."""
+    """It has no state of the expert, or none that it may use."""
     FOLLOWING = "following"
     """A member: it holds a sealed file, and may take over."""
     HOLDING = "holding"
@@ -24,7 +24,7 @@ class State(Enum):
     """It asks for votes, or reads its Term back."""
     PRIMARY = "primary"
     YIELDING = "yielding"
-    """It takes no more steps, and gives the expert to another."""
+    """It takes no more steps, and hands the expert over to another."""
     FENCED = "fenced"
     """Its Term holds, but not its lease: no steps, and no answers to steps."""
     ASIDE = "aside"
@@ -50,7 +50,8 @@ class Response(NamedTuple):
     agrees: bool
     """To a beat: you are my primary. To a probe: I am. To a vote: I have heard the primary just now."""
     held: tuple[int, int]
-    """The age of the Seal whose file it holds; (0, 0) for none, and to a probe from one that could not lead it."""
+    """The age of the Seal whose file it holds; (0, 0) for none, and in answer to a probe by a server that could not
+    lead the expert."""
     term: bytes
     """The Term that holds by what it knows, where that is not the asker's."""
     vote: bytes
@@ -93,9 +94,9 @@ class Fetch(NamedTuple):
     seal: Seal
     sources: tuple[PeerID, ...]
     aside: bool
-    """This server's file is of another line: it is kept, out of the way."""
+    """True if this server's file is of another line: it is kept, out of the way."""
     check: bool
-    """Only look whether the file can be had: nothing is installed."""
+    """True to find out only whether the file can be fetched: nothing is installed."""
 
 
 class RoleChanged(NamedTuple):

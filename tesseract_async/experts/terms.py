@@ -16,9 +16,10 @@ from tesseract_async.experts.signed import HEAD_BYTES, Format, listed, number, o
 from tesseract_async.identity import Identity, PeerID, verify
 
 EPOCH_ZERO: Final = 1_735_689_600
-"""The start of 2025: epochs are seconds since then. A moment of the run's own would move when its owner signs anew."""
+"""The start of 2025: epochs are seconds since then. A run's own beginning would move when its owner signs the manifest
+anew."""
 RECORDS_SECONDS: Final = 24 * 3600.0
-"""The network keeps Terms and Seals for so long after they were stored."""
+"""Seconds for which the network keeps Terms and Seals after they were stored."""
 MAX_BYTES: Final = 900
 """Most bytes of one record: as much as fits an entry of the network."""
 MAX_SUCCESSORS: Final = 3
@@ -30,15 +31,15 @@ class TermKind(IntEnum):
     """The ways in which a Term comes about."""
 
     GENESIS = 0
-    """Nobody knew of any Seal: the state is as the run says."""
+    """Nobody knew of any Seal: the state is the one that the run's manifest describes."""
     HANDOVER = 1
-    """The last primary signed it over."""
+    """The last primary signed the expert over."""
     TAKEOVER = 2
     """A member of the parent Seal, with the votes of a majority of its members (of two, its own)."""
     ADOPTION = 3
     """A server that holds the parent Seal's file, after all its members fell silent."""
     APPOINTED = 4
-    """The run's owner said so."""
+    """The run's owner appointed the server."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,8 +85,8 @@ class Seal:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vote:
-    """A member's word that `candidate` may be the primary in this epoch. `seal`: the age of the newest Seal that the
-    voter holds."""
+    """A member's signed consent that `candidate` may be the primary in this epoch. `seal`: the age of the newest Seal
+    that the voter holds."""
 
     uid: str
     epoch: int
@@ -119,7 +120,7 @@ class Term:
     blob: bytes
     digest: bytes
     is_weak: bool = field(init=False)
-    """No majority stands behind it: it gives way to a line that went on without it (`Lineage`)."""
+    """True if no majority stands behind it: it gives way to a line that went on without it (`Lineage`)."""
 
     def __post_init__(self) -> None:
         lone = self.kind is TermKind.ADOPTION
@@ -189,7 +190,7 @@ def sign_term(
     votes: Sequence[Vote] = (),
     handover: bytes = b"",
 ) -> Term:
-    """Sign a Term of `identity`'s. Raises: ValueError if the evidence does not carry it."""
+    """Sign a Term of `identity`'s. Raises: ValueError if the evidence is not enough."""
     # of a vote, only what does not follow from the Term
     evidence = handover or [[vote.blob[:HEAD_BYTES], *vote.seal] for vote in votes]
     parent = None if seal is None else seal.blob
@@ -199,7 +200,7 @@ def sign_term(
 def read_term(blob: object, run: bytes) -> Term:
     """Read and verify, with the Seal and the votes in it. Untrusted.
 
-    Raises: ProtocolError (InvalidRecord if a signature does not hold or the evidence does not carry it).
+    Raises: ProtocolError (InvalidRecord if a signature does not hold or the evidence is not enough).
     """
     return _terms(run).read(blob)
 

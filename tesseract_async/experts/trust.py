@@ -1,4 +1,5 @@
-"""`Trust`: whom a node believes about experts, and what it lets others do with them. Every reader asks it."""
+"""`Trust`: decides whom a node believes about experts, and what others may do with its experts. Every reader asks
+it."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +22,7 @@ from tesseract_async.network.entries import key_digest
 from tesseract_async.wire.heads import MAX_GRANTS
 
 SHARED: Final = "-shared"
-"""Behind a run's prefix: the prefix of the fragments that its parameters are shared in."""
+"""The ending that turns a run's prefix into the prefix of the fragments of its shared parameters."""
 _BEGINNINGS = {0xC4: 2, 0xC5: 3}
 """Bytes of msgpack before those of a byte string: of up to 255, and of more."""
 _READ: Final[Mapping[bytes, Callable[[object], Manifest | PlacePart]]] = {
@@ -31,7 +32,8 @@ _READ: Final[Mapping[bytes, Callable[[object], Manifest | PlacePart]]] = {
 
 
 def belongs_under_its_key(record: SignedRecord) -> bool:
-    """Return whether a record is a whole manifest of experts that its key is for, or no manifest at all. So for places.
+    """Return whether a record is a whole manifest of experts that its key is for, or no manifest at all; the same for
+    places.
 
     A `RecordCheck` of every node, whatever runs it takes part in. Keys are hashes, but a manifest says by its first
     bytes that it is one, and names its grid and coordinates, from which the keys follow under which it may stand; one
@@ -67,13 +69,13 @@ class Trust:
     def __init__(
         self, peer_id: PeerID | None = None, policy: Policy | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
-        """`peer_id` is the node's own, whose word it takes; `clock` gives wall-clock seconds."""
+        """`peer_id` is the node's own, which it believes; `clock` gives wall-clock seconds."""
         self.policy = Policy() if policy is None else policy
         self.clock = clock
         self._peer_id = peer_id
         self._runs: dict[str, Authority] = {}
         self.distrusted: dict[PeerID, str] = {}
-        """Peers that were caught at this node answering wrongly, and how; nothing of them is believed."""
+        """Peers that this node caught answering wrongly, and how; nothing that they say is believed."""
 
     def add(self, authority: Authority) -> None:
         """Take part in this run from now on. Raises: ValueError if another run has the prefix already."""
@@ -114,7 +116,7 @@ class Trust:
                 authority.learn_grant(blob, peer_id)
 
     def may_be_read(self, owner: PeerID) -> bool:
-        """Return whether the policy lets this peer say anything at all: a check before its words are decoded."""
+        """Return whether the policy lets this peer say anything at all: a check before its messages are decoded."""
         return owner == self._peer_id or (owner not in self.distrusted and self.policy.allows(owner, "host"))
 
     def believed(self, owner: PeerID, manifest: Manifest) -> Manifest:

@@ -1,4 +1,4 @@
-"""History: what was measured over the last 5 minutes, hour and day, at most some hundred points each. No I/O."""
+"""History: the figures of the last 5 minutes, hour and day, at most some hundred points each. No I/O."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ Point = dict[str, float]
 
 
 class History:
-    """Points of three densities: the longer a span, the longer the time of which a point is the mean."""
+    """Points of three densities: in a longer span, each point is the mean of a longer time."""
 
     def __init__(self) -> None:
         self.points: dict[str, deque[Point]] = {name: deque(maxlen=NUM_POINTS) for name in SPANS}

@@ -43,23 +43,23 @@ NUM_ASKED_AT_ONCE = 16
 FIRST_READ_TIMEOUT = 2.0
 """Seconds that `look` waits for a grid that was not read yet."""
 MAX_CELLS = 2**16
-"""Largest size of a discovered grid, which follows from claims of strangers."""
+"""The largest size of a discovered grid, which depends on claims of strangers."""
 MAX_GRIDS = 16
-"""Grids that are discovered and shown, at most."""
+"""The most grids that are discovered and shown."""
 MAX_TRAINERS = 64
 MAX_MET = 1024
-"""Trainers whose samples are counted, those that left included."""
+"""The most trainers whose samples are counted, those that left included."""
 MAX_CURVES = 8
-"""Trainers whose loss is kept over time."""
+"""The most trainers whose loss is kept over time."""
 MAX_SENTENCE = 240
-"""Characters of a line of the log, which may contain strangers' errors."""
+"""The most characters of a line of the log, which may contain strangers' errors."""
 MAX_EXPERTS = 2**14
-"""Experts whose version is kept over time."""
+"""The most experts whose version is kept over time."""
 MAX_VERSIONS = 120
 """Points of an expert's version over time, one a minute."""
 HOURS_PER_LOOK = 4
 THANKS_EVERY = 10.0
-"""Seconds between two reads of what trainers thank for in this hour and the one before."""
+"""Seconds between two reads of the trainers' thanks of this hour and the one before."""
 SHOW_DEAD_FOR = 3600.0
 """Seconds that a server which left without a farewell is shown, greyed, after its manifests have expired."""
 

@@ -1,4 +1,4 @@
-"""SwarmPicture: what is known of a swarm, and how JSON tells it. `SwarmObserver` fills it."""
+"""SwarmPicture: the known state of a swarm, and its form in JSON. `SwarmObserver` fills it."""
 
 import asyncio
 import dataclasses
@@ -32,7 +32,7 @@ class Peer:
 
     address: PeerAddress
     number: int = 0
-    """In the order of meeting, never given twice: it chooses the color."""
+    """A number in the order of meeting, never given twice: it decides the color."""
     uids: set[str] = field(default_factory=set)
     """The experts that it hosts, by its manifests."""
     status: NodeStatus | None = None
@@ -49,7 +49,7 @@ class Peer:
     left_at: float | None = None
     """Loop time at which its manifests were found expired."""
     is_new: bool = False
-    """True until the log has said that it joined: it is asked before, for its name."""
+    """True until the log has said that it joined: before that, it is asked for its name."""
 
 
 class SwarmPicture:
@@ -68,15 +68,15 @@ class SwarmPicture:
         self.losses: dict[str, Progress] = {}
         """Trainers' progress (`publish_progress`)."""
         self.merged: Progress | None = None
-        """The progress of the parameters that trainers share, where one of them tells it."""
+        """The progress of the parameters that trainers share, if one of the trainers publishes it."""
         self.lost: dict[str, set[tuple[int, ...]]] = {}
         """prefix -> coordinates of experts that were seen before and are not hosted now."""
         self.surveys: dict[str, Survey] = {}
-        """prefix -> who leads, follows and holds its experts, by the words of all members; of grids in a run."""
+        """prefix -> who leads, follows and holds its experts, as all members say; for grids in a run."""
         self.thanks: dict[tuple[str, int], list[Thank]] = {}
         """(prefix, hour) -> what trainers received."""
         self.met: dict[str, Progress] = {}
-        """The latest word of every trainer, also of those that left."""
+        """The latest progress of every trainer, also of those that left."""
         self.versions: dict[str, deque[tuple[int, int]]] = {}
         """uid -> (wall-clock time, version), a minute apart."""
 
@@ -110,7 +110,7 @@ class SwarmPicture:
         return dict(seen)
 
     def contributors(self) -> list[Picture]:
-        """Return who gave how much in the last day, by the signed words of trainers: the first of them."""
+        """Return the largest contributors of the last day, and how much each gave, by what trainers have signed."""
         found: dict[PeerID, Picture] = {}
         for lines in self.thanks.values():
             for line in lines:
@@ -132,7 +132,7 @@ class SwarmPicture:
         return sorted(counts, key=lambda one: (-one["rows"], one["peer_id"]))[:MAX_CONTRIBUTORS]
 
     def expert(self, uid: str) -> Picture:
-        """Return what its page shows: who serves it, how well, and its version over time."""
+        """Return what an expert's page shows: who serves it, how well, and its version over time."""
         servers: list[Picture] = []
         for peer_id, peer in self.peers.items():
             status = None if peer.status is None else peer.status.experts.get(uid)
@@ -151,7 +151,7 @@ class SwarmPicture:
         }
 
     def server(self, peer_id: PeerID) -> Picture:
-        """Return what its page shows beyond `state`: its experts. Raises: KeyError if it is not known."""
+        """Return what a server's page shows beyond `state`: its experts. Raises: KeyError if it is not known."""
         peer = self.peers[peer_id]
         status = {} if peer.status is None else peer.status.experts
         uids = sorted({*peer.uids, *status}, key=split_uid)
@@ -186,7 +186,7 @@ class SwarmPicture:
         return None
 
     def _parameters(self) -> int:
-        """Return the parameters of the largest expert, by the words of servers."""
+        """Return the number of parameters of the largest expert, as servers state it."""
         return max((one.status.num_parameters for one in self.peers.values() if one.status is not None), default=0)
 
     def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> Picture:

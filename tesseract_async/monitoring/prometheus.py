@@ -48,7 +48,7 @@ class _Collector:
 
 
 class _Swarm:
-    """The swarm as an observer sees it. Names are what strangers say: they are label values, bounded in number."""
+    """The swarm as an observer sees it. Names come from strangers: they are label values, bounded in number."""
 
     def __init__(self, observer: SwarmObserver) -> None:
         self._observer = observer

@@ -29,13 +29,13 @@ from tesseract_async.wire.packed import Value
 METHOD = "node.status"
 MAX_STATUS_BYTES = 2**20
 MAX_EXPERTS = 2000
-"""Experts in one status."""
+"""The most experts in one status."""
 MAX_FIGURE = 2**63
-"""All figures are below this: neither sums nor rates of them are ever infinite, which JSON does not know."""
+"""All figures are below this, so that no sum or rate of them is ever infinite, which JSON cannot express."""
 PADDING = 60_000
-"""Bytes by which a request or a reply may be longer than it must be, so that the line is measured: still one frame."""
+"""Bytes of padding that a request or a reply may have, so that the line can be measured: it is still one frame."""
 PADDING_PER_MINUTE = 8 * 2**20
-"""Bytes of such replies to all peers together: who measures takes little from the others."""
+"""Bytes of such replies to all peers together each minute, so that measuring takes little from the others."""
 NUM_PADDED = (2, 16)
 """Padded calls at once: first a few, then more where those took less than ..."""
 ENOUGH_SECONDS = 0.3
@@ -86,7 +86,8 @@ class NodeStatus:
     num_parameters: int = 0
     """The parameters of its largest expert."""
     sync_seconds: int = 0
-    """Seconds between two Seals of what it leads in runs, at most: so much is lost if it dies. 0: it leads nothing."""
+    """Seconds between two Seals of what it leads in runs, at most: that much work is lost if it dies. 0: it leads
+    nothing."""
 
 
 class StatusService:

@@ -1,4 +1,4 @@
-"""Dial-back: helpers try whether others can dial this node, and it believes only what arrives.
+"""Dial-back: helpers test whether others can dial this node, which believes only in connections that arrive.
 
 ``nat.dial_back`` {"port": number, "token": bytes} -> {"host": str, "addresses": [...]}: the called node dials the host
 from which the call came (no other one, or strangers could have anybody dialed) at that port, sends the token there
@@ -37,7 +37,7 @@ MAX_ASKED: Final = 6
 DIAL_TIMEOUT: Final = 3.0
 """Seconds that a helper gives to its dial."""
 PROOF_TIMEOUT: Final = 1.0
-"""Seconds by which a helper's reply may overtake the proof, which travels on another connection."""
+"""Seconds by which a helper's reply may arrive before the proof, which travels on another connection."""
 MAX_DIALS: Final = 16
 """Dials for others that may be under way at once."""
 MAX_DIALS_PER_HOST: Final = 2

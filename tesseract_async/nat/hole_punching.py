@@ -49,7 +49,7 @@ class HolePuncher:
 def plausible(
     remote: Description, own: Description, *, origin: str | None, allows: Callable[[str], bool]
 ) -> Description:
-    """Keep of a peer's description the candidates that this node sends to: they name hosts that may be anybody's.
+    """Keep of a peer's description the candidates that this node sends to: they may name anybody's hosts.
 
     With `origin`, the host that the peer speaks from: candidates there, and where this node itself is seen there too
     (both are behind one NAT), those in its private network. Without: one public host of each version of IP, and the

@@ -1,7 +1,7 @@
 """Offers and answers, by which two nodes get a pipe between them through a third one that they need not trust. Pure.
 
 Both are signed, name their recipient and are fresh; an answer holds its offer's hash. So their carrier can lose them,
-and no more. `docs/design/nat.md` has the layout.
+but do nothing else with them. `docs/design/nat.md` has the layout.
 """
 
 import hashlib
@@ -111,7 +111,7 @@ def _token(body: object) -> bytes:
 def _ice_text(body: object, name: str, least: int) -> str:
     text = field(body, name, str)
     if not least <= len(text) <= 256 or not text.isascii() or not all(one.isalnum() or one in "+/" for one in text):
-        raise ProtocolError(f"an offer's {name} is not as RFC 8445 wants it")
+        raise ProtocolError(f"an offer's {name} does not follow RFC 8445")
     return text
 
 

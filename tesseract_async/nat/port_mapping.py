@@ -1,7 +1,7 @@
 """Keeps a port mapping: asks the home router to pass a port on to this computer, and takes that back on leaving.
 
 A `Gateway` speaks with the router (`upnp`, an optional extra). A mapping that the router has promised proves nothing:
-there may be a second NAT behind it. Whether others get through, dial-back finds out as for any address.
+there may be a second NAT behind it. Dial-back finds out whether others get through, as for any address.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ LEASE: Final = 3600.0
 RETRY_AFTER: Final = 300.0
 """Seconds after which a router that was not found, or refused, is asked again."""
 NUM_PORTS: Final = 4
-"""Outside ports that are tried: this node's own, then random ones."""
+"""The number of outside ports that are tried: this node's own, then random ones."""
 FAREWELL_TIMEOUT: Final = 3.0
 """Seconds that taking a mapping back may take."""
 
@@ -31,7 +31,7 @@ class GatewayRefused(Exception):
 
 
 class PortTaken(GatewayRefused):
-    """The error of a port that leads to another computer."""
+    """Raised for a port that leads to another computer."""
 
 
 class Gateway(Protocol):

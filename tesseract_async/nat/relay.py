@@ -23,17 +23,17 @@ from tesseract_async.transport.token_bucket import TokenBucket
 
 SCRATCH_BYTES: Final = 256 * 1024
 WAITING_TIMEOUT: Final = 10.0
-"""Seconds within which both ends must have come."""
+"""Seconds within which both ends must arrive."""
 SILENT_TIMEOUT: Final = 60.0
 """Seconds without a byte after which a pair is parted; endpoints exchange pings every few seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelaySettings:
-    """The traffic that a public node gives to others: as much as its owner wants to pay for."""
+    """The traffic that a public node carries for others: as much as its owner wants to pay for."""
 
     max_splices: int = 256
-    """Joined pairs, waiting ones included; fewer where the process may not open so many files."""
+    """Joined pairs, waiting ones included; fewer if the process may not open that many files."""
     max_bytes: int = 64 * 2**30
     """Bytes that one pair may exchange."""
     max_rate: float | None = 25e6

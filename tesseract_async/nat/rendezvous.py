@@ -1,7 +1,8 @@
-"""Public nodes help the others to find together: they carry offers to nodes that keep a connection with them.
+"""Public nodes help the others to find each other: they carry offers to nodes that keep a connection with them.
 
 - ``nat.register`` {} -> {"relay": bool, "addresses": [...]}: the caller wants offers for it to be brought over this
-  connection; the addresses at which others find this node, who may have another version of IP than the caller
+  connection; the reply has the addresses at which others find this node, since they may use another version of IP than
+  the caller
 - ``nat.offer`` {"to": peer id, "offer": bytes} -> {"answer": bytes}: brings an offer to a registered node
 - ``nat.deliver`` {"offer": bytes, "origin": host} -> {"answer": bytes}: what the rendezvous calls there
 - ``nat.relay`` {} -> {"mine": token, "theirs": token}: room for one relayed connection
@@ -52,7 +53,7 @@ MAX_REPLY_BYTES: Final = 16 * 1024
 MAX_CLIENTS: Final = 1024
 """Nodes that may be registered at one public node."""
 MAX_CLIENTS_PER_RANGE: Final = 64
-"""Nodes of one address range that may be registered there. (Loopback is none.)"""
+"""Nodes of one address range that may be registered there. (Loopback does not count as a range.)"""
 REGISTRATION_TTL: Final = 120.0
 """Seconds after which a registration that was not renewed ends."""
 MAX_OFFERS: Final = 256
@@ -363,7 +364,8 @@ async def _deliver(endpoint: Endpoint, recipient: PeerID, offer: bytes, *, origi
 
 
 def _with_other_version(peer: PeerAddress, told: object, scope: AddressScope) -> PeerAddress:
-    """Return `peer` with one more address, of the version of IP that its known one lacks, as others may. Untrusted."""
+    """Return `peer` with one more address, of the other version of IP than its known one, for nodes that need that.
+    Untrusted."""
     known = ip_version(peer.addresses[0])
     if type(told) is list and known is not None and len(told) <= MAX_ADDRESSES:
         for text in told:

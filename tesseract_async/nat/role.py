@@ -1,7 +1,7 @@
 """The role of a node in the network: *public*, or a *client* of public nodes. Pure.
 
-`RoleMachine` is told what helpers, STUN servers and the DHT saw of this node; it decides what follows from that and
-when to look again. Its driver is `reach`.
+`RoleMachine` is told what helpers, STUN servers and the DHT saw of this node; from that it decides the role, and when
+to look again. Its driver is `reach`.
 """
 
 from collections import deque
@@ -48,7 +48,7 @@ class Reachability:
     """The ways in which others reach a node, as far as it knows."""
 
     tcp: bool | None = None
-    """True if others can dial it; None: nobody was there to try."""
+    """True if others can dial it; None if there was nobody to try."""
     udp: bool | None = None
     """True if the DHT's socket was reached by nodes that it had not contacted."""
     host: str | None = None

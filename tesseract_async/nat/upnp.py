@@ -1,7 +1,7 @@
 """Asks a home router for port mappings by UPnP (Internet Gateway Device), with async-upnp-client: an optional extra.
 
-Whatever answers in the local network is not trusted with much: it is asked at the address it answers from and nowhere
-else, may say so many bytes and take so many seconds, and its XML is read by a parser without entities.
+A device that answers in the local network is hardly trusted: it is asked only at the address from which it answers, its
+bytes and seconds are limited, and its XML is read by a parser without entities.
 """
 
 import asyncio

@@ -1,9 +1,9 @@
 """Limits the addresses that a node may send to on a stranger's word. Pure.
 
-Contacts in replies, addresses in manifests, rendezvous nodes, relays and ICE candidates all name addresses, and to
-name one has others send there. So a node on public addresses sends to public ones only, a node in a private network
-also to those of the same kind of network, and only a node on loopback to loopback. What the user typed is not a
-stranger's word.
+Contacts in replies, addresses in manifests, rendezvous nodes, relays and ICE candidates all name addresses, and naming
+an address makes others send there. So a node on public addresses sends to public ones only, a node in a private network
+also to those of the same kind of network, and only a node on loopback to loopback. Addresses that the user typed do
+not count as a stranger's.
 """
 
 import ipaddress
@@ -106,7 +106,8 @@ class AddressScope:
     def answers(self, host: str) -> bool:
         """Return whether a newcomer that wrote from `host` may be written to unasked.
 
-        Nobody elsewhere can write from loopback; in a private network, who wrote from another one showed the way to it.
+        Nobody elsewhere can write from loopback, and a node that wrote from another private network has shown that
+        there is a way to it.
         """
         kind = kind_of(host)
         return self.allows(host) or kind == LOOPBACK or (kind is not None and _version(host) in self._enclosed)

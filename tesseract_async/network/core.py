@@ -75,7 +75,7 @@ class Core(ABC):
         self.joined = False
         """True while others are known and this node's own neighborhood was looked up."""
         self.expected_at: dict[Address, AnyOf] = {}
-        """The ids that may be contacts at a seed's address."""
+        """By a seed's address, the ids that may be contacts there."""
         self.table = RoutingTable(self.own_id, now=now)
         self.density = Density(self.table)
         self.storage = Storage(MAX_STORAGE_BYTES, own_number=self.table.own_number)
@@ -106,7 +106,7 @@ class Core(ABC):
 
     @abstractmethod
     def first_contact_found(self, now: float) -> None:
-        """A contact can have this node dialed, which comes before anything else is sent."""
+        """A contact can have this node dialed, which is asked for before anything else is sent."""
 
     @abstractmethod
     def found_public(self, now: float) -> None:
@@ -139,7 +139,8 @@ class Core(ABC):
         self._rpcs.start(Call(caller, kind, arguments, address, contact, expected), now)
 
     def ping(self, contact: Contact, now: float) -> None:
-        """See whether a contact is there and itself, unless that, or too many other pings, are in progress."""
+        """Ping a contact, to see whether it is there and proves its id, unless that ping or too many others are in
+        progress."""
         if contact.raw not in self.pings.in_progress and len(self.pings.in_progress) < MAX_PINGS:
             self.pings.in_progress.add(contact.raw)
             self.call(self.pings, wire.PING, (), contact, now)
@@ -278,7 +279,7 @@ class Core(ABC):
         self.contact_left(contact, ask_again=ask_again)
 
     def keep_house(self, now: float) -> None:
-        """Forget what is over, and look at the clock. Due every few seconds."""
+        """Forget what is over, and check the clock. Due every few seconds."""
         self.storage.expire(self.wall(now))
         for raw in [raw for raw, until in self._unreachable.items() if until <= now]:
             del self._unreachable[raw]

@@ -48,7 +48,7 @@ AMPLIFICATION = 3
 
 PING, FIND, GET, PAGE, STORE, LEAVE, DIAL, DIAL_FOR, DIALED = range(1, 10)
 ONE_WAY = (LEAVE, DIAL_FOR)
-"""Requests that nobody replies to, so that a sender without a token would learn nothing: they are dropped."""
+"""Requests without a reply. A sender without a token would not learn one from them, so that they are dropped."""
 REPLY = 0x80
 """Added to a request's kind in its reply."""
 

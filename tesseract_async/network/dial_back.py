@@ -25,7 +25,7 @@ MAX_BACKOFF = 120.0
 CONFIRM_PERIOD = 1800.0
 """Seconds after which a node that was found public asks again."""
 MAX_UNANSWERED = {"unknown": 3, "public": 2}
-"""Questions in vain after which a node of that role takes itself for a client."""
+"""The number of questions in vain after which a node of that role takes itself for a client."""
 MAX_HELPERS = 64
 DIALS_PER_ASKER = 4.0
 """Dials per second for contacts of one address range."""
@@ -133,7 +133,7 @@ class DatagramDialBack(Caller):
         return self.thirds.ask((pack_address(asker), nonce), third, token, now)
 
     def dial(self, arguments: list[object], source: Address, now: float, *, trusted: bool) -> None:
-        """Handle DIAL_FOR: send one short datagram, so many per second for each asker and to each host.
+        """Handle DIAL_FOR: send one short datagram, within limits per second for each asker and each host.
 
         With a third argument, true, the dialed node shall tell `source` of it (`Probation`). `trusted`: the asker is
         listed, or about to be. Raises: ProtocolError.
@@ -194,7 +194,7 @@ class Probation:
         self.nonces: dict[bytes, bytes] = {}
 
     def wrote(self, address: Address, now: float) -> None:
-        """A node that is not listed, and claims to be public, has sent a request."""
+        """Note a request of a node that is not listed, and claims to be public."""
         if address in self.wrote_first or not self._core.outbox.has_written_to(address, now):
             self.wrote_first[address] = now
 

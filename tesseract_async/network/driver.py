@@ -28,7 +28,8 @@ from tesseract_async.wire import stun
 RESOLVE_BACKOFF = 30.0
 """Longest wait in seconds before a seed's host name is looked up again."""
 MAX_PER_TURN = 64
-"""Datagrams that are read in one turn of the loop: others wait for the next, after what else is due."""
+"""The most datagrams that are read in one turn of the loop: others wait for the next turn, after other work that is
+due."""
 MAX_DATAGRAM_BYTES = 65536
 MAPPED = "::ffff:"
 """The prefix of IPv4 addresses at a socket for both kinds of IP."""

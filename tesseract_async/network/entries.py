@@ -34,7 +34,7 @@ class Entry:
 
 class Entries(list[Entry]):
     complete = True
-    """False where holders reported entries that none of them could be made to send."""
+    """False if holders reported entries that none of them sent."""
 
 
 def key_digest(key: str) -> bytes:

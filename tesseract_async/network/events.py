@@ -39,7 +39,7 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Isolated:
-    """Nobody is left in the routing table. Seeds and remembered contacts are asked until somebody answers."""
+    """No contact is left in the routing table. Seeds and remembered contacts are asked until somebody answers."""
 
 
 @dataclass(frozen=True, slots=True)

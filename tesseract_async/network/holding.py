@@ -1,4 +1,4 @@
-"""One node as a holder of others' records: takes what is brought, and serves it. Pure.
+"""One node as a holder of others' records: takes the records that are brought, and serves them. Pure.
 
 Everything that is brought is untrusted. Cheap objections come first: a flood of old records costs no signature checks.
 """

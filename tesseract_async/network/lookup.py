@@ -18,7 +18,8 @@ MAX_ASKED_PER_PATH = 100
 MAX_PER_RANGE = 3
 """Candidates of one address range on one path."""
 MAX_IN_VAIN = 4
-"""Contacts of one teller that do not answer, and two more for each that does: then no other that it named is asked."""
+"""Once this many contacts named by one teller have not answered, and two more for each that has, no other that it named
+is asked."""
 
 
 class CandidateState(enum.Enum):

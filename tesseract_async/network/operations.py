@@ -143,7 +143,8 @@ class Region:
             self._on_end(self._members(), now)
 
     def _members(self) -> list[Contact]:
-        """Return a few of each address range; of too many any, as the nearest may have chosen to be nearest."""
+        """Return a few of each address range; if there are too many, random ones, since the nearest may have chosen to
+        be nearest."""
         nearest_first = sorted(self._found.values(), key=lambda contact: contact.number ^ self._number)
         members = few_per_range(nearest_first, MAX_RANGE_PER_HOLDER_SET)
         if len(members) > MAX_MEMBERS:

@@ -34,7 +34,7 @@ STRANGERS_PER_RANGE = 1.0
 
 
 class Caller:
-    """Base of what makes calls and hears how each ends: `call_answered` or `call_failed`, once."""
+    """Base of objects that make calls and are told how each ends: `call_answered` or `call_failed`, once."""
 
     def call_answered(self, call: "Call", reply: RpcReply, now: float) -> None:
         """The contact replied, and its id is proven. `call.contact` is set, also where only an address was given.

@@ -8,7 +8,8 @@ from tesseract_async.identity import PeerID
 RANGE_SHARE = 32
 """One address range may fill a 32nd of a holder."""
 BLOCK_SHARE = 8
-"""All ranges of a block (/16 of IPv4, /32 of IPv6: what a provider has) an eighth, as one that copies others' may."""
+"""All ranges of a block (/16 of IPv4, /32 of IPv6: what a provider has) an eighth, and so may a source that copies
+others' records."""
 
 EntryName = tuple[bytes, tuple[str | None, PeerID]]
 """An entry: its key, subkey and owner."""
@@ -45,7 +46,8 @@ class Shares:
         return self._source_of.get(name)
 
     def move(self, name: EntryName, size: int, source: Source | None) -> None:
-        """An entry of `size` bytes is `source`'s now; None: it is gone, or came from where sources are not counted."""
+        """Note that an entry of `size` bytes is `source`'s now; None: it is gone, or came from a source that is not
+        counted."""
         before = self._source_of.pop(name, None)
         if before is not None:
             self._count(name, before, -1, -self._sizes[before].pop(name))
@@ -57,7 +59,7 @@ class Shares:
             self._count(name, source, 1, size)
 
     def allow(self, source: Source | None, size: int, total: int) -> bool:
-        """Return True if a source's share of `total` bytes has room for so many more."""
+        """Return True if a source's share of `total` bytes has room for this many more."""
         if source is None:
             return True
         most = total // (BLOCK_SHARE if source.copied else RANGE_SHARE)

@@ -137,7 +137,7 @@ class Storage:
     """The records of one node. Times are wall-clock seconds. Records must have been verified before `add`."""
 
     def __init__(self, max_bytes: int, *, own_number: int = 0, max_entries_per_key: int = MAX_ENTRIES_PER_KEY) -> None:
-        """`own_number`: the node's id; where there must be room, what is far from it goes first."""
+        """`own_number`: the node's id; to make room, records far from it go first."""
         self._max_bytes = max_bytes
         self._max_entries_per_key = max_entries_per_key
         self._own_number = own_number
@@ -153,7 +153,7 @@ class Storage:
         return list(self._keys)
 
     def check(self, record: SignedRecord, wall: float, source: Source | None = None) -> StoreOutcome | None:
-        """Return what `add` would, but None where it would store, and change nothing: spares a verification.
+        """Return what `add` would, but None where it would store, and change nothing. It spares a verification.
 
         `source`: where the record came from, None where ranges are not counted.
         """

@@ -1,4 +1,4 @@
-"""A batch while it is computed, and what is judged of its gradients before a step."""
+"""A batch while it is computed, and the checks of its gradients before a step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class Attempt:
     """The factors by which each row's gradients were weakened because they are stale."""
     error: BaseException | None = None
     downloads: "list[Download]" = field(default_factory=list)
-    """Results of each attempt without an error that this one came to."""
+    """The results of each attempt without an error into which this one was split."""
     outcomes: Outcomes = field(default_factory=dict)
     """The errors of the requests that failed."""
 
@@ -52,7 +52,7 @@ class Download(NamedTuple):
     slices: Sequence[RowSlice]
     works: list[Work]
     wait: Callable[[], Sequence[torch.Tensor | None]]
-    """Returns them when they are there."""
+    """Waits for the results and returns them."""
     version: int
 
 
@@ -65,7 +65,7 @@ def damp(attempt: Attempt, gradients: Gradients) -> Gradients:
 
 
 def undamped(results: Gradients, scales: torch.Tensor | None) -> Gradients:
-    """Return what callers get: damping concerns the step."""
+    """Return the results that callers get, without the damping, which concerns the step only."""
     return results if scales is None else [None if x is None else x / per_row(scales, x) for x in results]
 
 
@@ -85,7 +85,8 @@ def scales(attempt: Attempt) -> torch.Tensor | None:
 
 
 def limit_norm(attempt: Attempt, summed: Gradients, norm: float) -> None:
-    """Scale down parameter gradients that are unusually large. Raises: ExpertFailed for those no optimizer may see."""
+    """Scale down parameter gradients that are unusually large. Raises: ExpertFailed for those that no optimizer may
+    see."""
     backend = attempt.works[0].backend
     attempt.norm = norm
     if not math.isfinite(norm) and not backend.are_finite(summed):

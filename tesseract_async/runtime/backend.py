@@ -3,9 +3,9 @@
 An `ExpertBackend` is made anywhere and then belongs to a runtime, whose thread alone calls the methods below
 *Computing*. Tensors are flat lists here, in the order of the schemas: positional arguments first, then keyword ones.
 
-Gradients never touch ``parameter.grad`` before the step: `gradients` returns them, the runtime sums what belongs into
-one step, and `step` hands the sum to the optimizer. So a batch that fails leaves nothing behind, and a request that is
-split over batches equals one that is not.
+Gradients never touch ``parameter.grad`` before the step: `gradients` returns them, the runtime sums those that belong
+to one step, and `step` hands the sum to the optimizer. So a batch that fails leaves no trace, and a request that is
+split over batches gives the same result as one that is not.
 """
 
 import copy
@@ -51,7 +51,7 @@ MakesScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSettings:
-    """The settings by which an expert is trained and computed."""
+    """The settings that say how an expert is trained and computed."""
 
     clip_gradient_norm: float | None = None
     """Gradients of a step are scaled down to this norm (over all parameters)."""
@@ -63,8 +63,9 @@ class BackendSettings:
     """Backward batches whose gradients are summed for one optimizer step; more make steps larger and rarer."""
     trim_peers: float = 0.0
     """Share of the peers whose gradients are left out at each end, coordinate by coordinate, where one step gathers
-    gradients of several peers: with `step_every` at 4 or more, 0.25 keeps one liar in four from deciding anything. A
-    peer then counts once in a step, however many batches it sent. Each backward is then a batch of its own."""
+    gradients of several peers: with `step_every` at 4 or more, 0.25 keeps one peer in four that sends false gradients
+    from deciding anything. A peer then counts once in a step, however many batches it sent. Each backward is then a
+    batch of its own."""
     lockstep: bool = False
     """True if gradients are only summed until the one trainer has all experts step together (`runtime.lockstep`):
     with the norm that they have (`max_gradient_norm` is None then), and none of an earlier round (`max_staleness`)."""
@@ -73,21 +74,22 @@ class BackendSettings:
     then take fewer, not larger, steps under load: the learning rate depends on load. False steps per request."""
     stochastic: bool | None = None
     """True if the module always draws random numbers, so that its requests are not merged; False if it never does; None
-    if it is to be watched for drawing PyTorch's. Python's and NumPy's are not repeated in the backward pass."""
+    if its calls are to be watched for PyTorch's random numbers. Those of Python and NumPy are not repeated in the
+    backward pass."""
     allow_batch_statistics: bool = False
     """Allows BatchNorm in an expert that trains: its outputs depend on the rows that share the batch."""
     own_options: tuple[str, ...] = ()
     """Options of the optimizer and its schedule, such as ``("lr",)``, whose values given here hold after a checkpoint
     is loaded. The checkpoint's hold for all others."""
     max_staleness: int | None = None
-    """Steps since its forward after which a backward is refused; None: it never is."""
+    """A backward is refused once the expert has taken more steps than this since its forward; None: never."""
     staleness_damping: float = 0.0
     """Gradients count ``(1 + staleness) ** -staleness_damping``; 1 is the rule of Zhang et al., "Staleness-aware
     Async-SGD" (2016), for optimizers that go by the gradient's scale. Adam's steps are as long on weaker gradients."""
     preferred_sizes: tuple[int, ...] = ()
     """Rows at which batches are best cut; with `compile_mode` or `cuda_graphs`, they are padded up to one of them."""
     codecs: CodecPolicy = CodecPolicy()
-    """Codecs that its inputs, outputs and gradients may travel in; callers settle theirs against these."""
+    """Codecs in which its inputs, outputs and gradients may travel; callers choose among these."""
     autocast: torch.dtype | None = None
     """Computes in this dtype where PyTorch's autocast deems it safe; outputs keep their schema's dtype."""
     compile_mode: str | None = None
@@ -117,28 +119,28 @@ class ExpertBackend:
     - `module`: takes tensors with rows first, and returns tensors (nested in tuples, lists, dicts as it likes) with as
       many rows. Rows must not influence one another: they meet other people's rows in a batch.
     - `optimizer`: steps the module's parameters after each backward batch; None freezes the expert, which then still
-      passes gradients on to its inputs. A function is called when the optimizer is first needed: PyTorch's
-      first optimizer takes a second of imports, which need not pass before the expert can be found.
+      passes gradients on to its inputs. A function is called when the optimizer is first needed: PyTorch's first
+      optimizer takes a second of imports, and the expert can be found before that.
     - `scheduler`: of the optimizer's learning rate; stepped once per optimizer step. Where the optimizer is made by a
       function, this is one, too, which takes the optimizer.
     - `args_schema`: the positional arguments, as nested `TensorSpec`s, which leave the rows out. A size may vary from
       call to call, and an argument may be optional (see `TensorSpec`).
     - `kwargs_schema`: the keyword arguments by name.
     - `outputs_schema`: what the module returns; found by running two rows of zeros if not given.
-    - `max_batch_size`: rows that are computed at once, at most.
+    - `max_batch_size`: the most rows that are computed at once.
     - `settings`: see `BackendSettings`.
 
     Raises: ValueError if the module does not return as many rows as it was given, trains with BatchNorm inside
-    (unless ``settings.allow_batch_statistics``), or holds what a checkpoint cannot; if the optimizer is another
-    module's or, like its scheduler, cannot go by gradients and steps alone; if a schema cannot travel, or a size does
-    not fit. What a function makes is checked when it is made.
+    (unless ``settings.allow_batch_statistics``), or holds something that a checkpoint cannot hold; if the optimizer is
+    another module's; if the optimizer or its scheduler needs more than gradients and steps; if a schema cannot travel,
+    or a size does not fit. The result of a function is checked when it is made.
     """
 
     _runner_type = ModuleRunner
     num_processes = 1
-    """Over which it is spread."""
+    """The number of processes over which it is spread."""
     rebuild: Callable[[], nn.Module] | None = None
-    """Makes its module anew, for one that is spread: with other weights, perhaps."""
+    """Makes the module of a spread expert anew, perhaps with other weights."""
 
     def __init__(
         self,
@@ -203,11 +205,11 @@ class ExpertBackend:
         states.check_module(module)  # not before: the dry run makes the weights of lazy layers
         wire.check_schema(self.outputs_schema, what="the module's output")
         self.signature = repr((self.input_specs, self.output_specs, settings.codecs))
-        """The same for experts that take and give the same, in the same codecs."""
+        """Equal for experts that take and return the same tensors, in the same codecs."""
         self.terms = repr((self.inputs_schema, self.outputs_schema, settings))
-        """The same for experts that take and give the same, and are trained and computed in the same way."""
+        """Equal for experts that take and return the same tensors, and are trained and computed in the same way."""
         self.alike: object = object()
-        """The same for experts that differ in numbers only (`another`)."""
+        """Equal for experts that differ in numbers only (`another`)."""
         if len(self.input_specs) + len(self.output_specs) > wire.MAX_TENSORS:
             raise ValueError(
                 f"an expert takes and returns at most {wire.MAX_TENSORS} tensors together; this one takes "
@@ -236,7 +238,7 @@ class ExpertBackend:
         optimizer: torch.optim.Optimizer | MakesOptimizer | None,
         scheduler: LRScheduler | MakesScheduler | None,
     ) -> None:
-        """Begin all that is this expert's own."""
+        """Set up the state that belongs to this expert alone."""
         self.module = module
         self.host: object | None = None
         """The server that hosts it at present."""
@@ -254,7 +256,7 @@ class ExpertBackend:
         self.applied: OrderedDict[bytes, int] = OrderedDict()
         """The journal: the key of each applied backward (`server.answering.journal_key`), and the version after it."""
         self.num_bare = 0
-        """The first keys, so many, are bare call ids of any trainer, from a checkpoint of version 0.1."""
+        """This many of the first keys are bare call ids of any trainer, from a checkpoint of version 0.1."""
         self._bare: set[bytes] = set()
         self.norms = UsualNorms()
         """The usual norms of its gradients."""
@@ -266,7 +268,7 @@ class ExpertBackend:
             self._make_scheduler = None if isinstance(scheduler, LRScheduler) else scheduler
 
     def specs(self, size: int | None) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:
-        """Return the specs of inputs and outputs in a call in which what varies has this size."""
+        """Return the specs of inputs and outputs in a call in which the size that varies is this one."""
         if size is None or not self.varies:
             return self.input_specs, self.output_specs
         return [one.sized(size) for one in self.input_specs], [one.sized(size) for one in self.output_specs]
@@ -291,7 +293,7 @@ class ExpertBackend:
         self._runner.name = name
 
     def is_stochastic(self, training: bool) -> bool:
-        """Return whether a request's random numbers are its own, so that it is computed alone."""
+        """Return whether each request has random numbers of its own, so that it is computed alone."""
         return self._runner.is_stochastic(training)
 
     def may_be_grouped(self, training: bool) -> bool:
@@ -409,7 +411,7 @@ class ExpertBackend:
 
     @property
     def steps_at_once(self) -> bool:
-        """True if the next gradients are a step of their own."""
+        """True if the next gradients are a whole step by themselves."""
         settings = self.settings
         return (
             not settings.lockstep
@@ -459,7 +461,7 @@ class ExpertBackend:
         return are_finite(gradients)
 
     def weights_norm(self) -> float:
-        """Return the norm of all that the optimizer steps."""
+        """Return the norm of all numbers that the optimizer steps."""
         return norm_of([x.detach() for x in self.parameters])
 
     def is_sound(self) -> bool:
@@ -487,14 +489,17 @@ class ExpertBackend:
                     self._schedule_ended = True
                     kind = type(self.scheduler).__name__
                     logger.warning(
-                        "%s: the rate stays as it is from now on: %s raised %s", self.name, kind, describe(error)
+                        "%s: the rate stays as it is from now on: %s raised %s",
+                        self.name,
+                        kind,
+                        describe(error),
                     )
 
     def _apply(self, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
         stepping.take_step(optimizer, self.parameters, gradients, self.settings.clip_gradient_norm)
 
     def to(self, device: torch.device) -> None:
-        """Move the module and the optimizer's state."""
+        """Move the module and the optimizer's state to a device."""
         if any([x.device != device for x in (*self.module.parameters(), *self.module.buffers())]):
             self.module.to(device)
         if self.optimizer is not None:

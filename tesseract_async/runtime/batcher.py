@@ -1,8 +1,8 @@
 """The batcher: a pure machine that decides which rows a device computes next.
 
 One batcher serves all experts of a device. Requests go in with `Batcher.add`, batches come out of `Batcher.pop_ready`.
-The caller calls it when the device has room: work is dispatched at once while the device is idle, and gathers while it
-is busy. Time goes in as `now` (seconds, any monotonic clock) and comes out of `timer_at`.
+The caller calls that when the device has room: work is dispatched at once while the device is idle, and gathers while
+the device is busy. Time goes in as `now` (seconds, any monotonic clock) and comes out of `timer_at`.
 
 A batch holds requests of one `BatchQueue` only (what may be computed together: one expert, one direction, one mode) and
 never more than the queue's `max_batch_size` rows. A request that fits is never split; a larger one is cut into chunks
@@ -21,18 +21,19 @@ Order
 
 Convoys
     Requests that are computed together are answered together, travel together, and come back together, and nothing on
-    their way spreads them again: the device idles between two crowds. Two rules work against that. A batch stops
-    growing where more rows save nothing: while the device keeps up, it takes no more requests once the fixed cost of a
-    batch is a small share of its whole cost. And short batches whose answers lead to long ones (forwards, to backwards)
-    have a head start, so that crowds meet where they are taken apart most slowly.
+    their way spreads them again: the device idles between two crowds. Two rules work against that. First, a batch stops
+    growing when merging no longer saves much: while the device keeps up, it takes no more requests once the fixed cost
+    of a batch is a small share of its whole cost. Second, short batches whose answers lead to long ones (forwards,
+    which lead to backwards) have a head start, so that crowds gather in front of the batches that take longest.
 
 Groups
     Batches of several queues may be computed in one pass, where their owner has put these queues into one group. A pass
-    holds nothing but what would have come next anyway, in the same order, and no more than a moment's work; less where
-    several accounts use the device, so that one whose turn it would be waits no longer than for a batch.
+    holds only batches that would have come next anyway, in the same order, and no more than `GROUP_SECONDS` of work;
+    less where several accounts use the device, so that the account whose turn it would be waits no longer than for a
+    batch.
 
-Queues are heaps; the entry of a request that leaves early stays until it comes to the top or most entries are stale.
-Adding and dispatching a request costs some microseconds, whatever the number of experts.
+Queues are heaps. The entry of a request that leaves early stays until it reaches the top, or until most entries are
+stale. Adding and dispatching a request costs some microseconds, whatever the number of experts.
 """
 
 from __future__ import annotations
@@ -58,22 +59,23 @@ FIXED_SHARE: Final = 0.25
 """While the device keeps up, a batch takes no more requests once its fixed cost is less than this share of its whole
 cost (as learned, see `costs`). See *Convoys*."""
 KEEPING_UP_SECONDS: Final = 0.5
-"""A device that had nothing to do at some moment of these last seconds keeps up."""
+"""A device keeps up if it had nothing to do at some moment of the last seconds, as many as this."""
 URGENT_SECONDS: Final = 0.2
 """A request whose deadline is closer than this overtakes all others of its account."""
 TURN_SECONDS: Final = 0.05
-"""Device time: well above the seconds of most batches, and well below what a caller would notice."""
+"""A difference in device time: well above the seconds of most batches, and well below what a caller would notice."""
 GROUP_SECONDS: Final = 0.02
-"""Expected device time of batches that are computed in one pass: all others wait for its end."""
+"""The most expected device time of batches that are computed in one pass: all others wait for its end."""
 SHARED_GROUP_SECONDS: Final = 0.002
 """The same, while several accounts use the device."""
 SHARED_SECONDS: Final = 1.0
-"""Seconds after requests of two accounts in a row for which several count as using the device."""
+"""Several accounts count as using the device for this many seconds after requests of two different ones came in a
+row."""
 MAX_GROUP_BATCHES: Final = 128
 GROUP_ROWS: Final = 4
 """A batch joins others in one pass if it has no more than this many times their average rows: they may be padded."""
 DEFAULT_RETRY_AFTER: Final = 0.5
-"""Seconds named in a refusal before any batch has run whose speed an estimate could rest on."""
+"""Seconds named in a refusal before any batch has run from which they could be estimated."""
 _SWEEP_ABOVE: Final = 64
 _ACCOUNTS_REMEMBERED: Final = 1024
 _SPEED_WEIGHT: Final = 0.2
@@ -110,7 +112,7 @@ class QueuedRequest:
     priority: int = 0
     """Higher goes first."""
     exclusive: bool = False
-    """Never shares a batch with another request (its random numbers or its optimizer step are its own)."""
+    """True if it never shares a batch with another request: it has random numbers or an optimizer step of its own."""
     account: Account | None = None
     arrival: float = 0.0
     sequence: int = 0
@@ -145,7 +147,7 @@ class Batch:
     num_rows: int
     started: float
     seconds_per_row: float
-    """As expected, and charged in advance."""
+    """The expected seconds per row, which are charged in advance."""
 
 
 @dataclass(slots=True)
@@ -178,7 +180,7 @@ class Account:
     """The waiting requests of one account, and the device time that it used. Made by the batcher."""
 
     used: float = 0.0
-    """Seconds, counted from where the account that used least stood when this one came."""
+    """Seconds of device time, counted from the use of the account that had used least when this one came."""
     num_bytes: int = 0
     num_waiting: int = 0
     classes: dict[tuple[int, float], _Heap] = field(default_factory=dict)
@@ -200,7 +202,7 @@ class Account:
             heapq.heappush(self.deadlines, (request.deadline, sequence, cell))
 
     def end_wait(self, request: QueuedRequest) -> None:
-        """Count a request that waits no more, and drop its entries where they come first."""
+        """Count out a request that no longer waits, and drop its entries where they come first."""
         request.cell.clear()
         self.num_waiting -= 1
         self._age = None
@@ -315,8 +317,8 @@ class Batcher:
         statistics.num_bytes += request.num_bytes
 
     def hold(self, peer: Hashable, num_bytes: int) -> None:
-        """Count `num_bytes` of answers that an account has yet to take, or give them back if negative: until then it
-        has less room."""
+        """Count `num_bytes` of answers that an account has yet to take, for which it has less room; a negative number
+        gives the room back."""
         account = self._accounts.setdefault(peer, Account())
         account.num_bytes += num_bytes
         self._statistics.num_bytes += num_bytes
@@ -417,8 +419,8 @@ class Batcher:
     def finish(self, batches: Sequence[Batch], now: float, spent: float | None = None) -> float:
         """Account for a batch that has run, well or badly, or several in one pass. Returns the seconds that it cost.
 
-        `spent`: its seconds of processor time, from which its cost is learned if they are known: what else the machine
-        did meanwhile says nothing about the next batch. Accounts pay for the time that passed.
+        `spent`: its seconds of processor time. If they are known, its cost is learned from them, since other work of
+        the machine says nothing about the next batch. Accounts pay for the time that passed.
         """
         # next to another batch, its time begins where that one's ended
         took = now - max(batches[0].started, self._finished_at)

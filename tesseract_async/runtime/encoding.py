@@ -1,7 +1,7 @@
 """Packs and unpacks tensors without holding up the loop: a lossy codec takes about 1 ms per megabyte.
 
 Codec ``none`` copies nothing and small tensors take microseconds: these are done at once. Large ones go to threads of
-their own. Only tensors cross, and they do not change meanwhile: no module, no device, no state.
+their own. Only tensors that do not change meanwhile cross to these threads: no module, no device, no state.
 """
 
 import asyncio
@@ -57,8 +57,8 @@ if hasattr(os, "register_at_fork"):  # in a fork's child the old ones do not run
 
 
 async def apart(num_bytes: int, work: Callable[[], T]) -> T:
-    """Do work on so many bytes without holding up the loop: at once if they are few, else in one of these threads,
-    where it ends even if this is cancelled."""
+    """Do work on this many bytes without holding up the loop: at once if they are few, else in one of these threads,
+    where the work ends even if the call is cancelled."""
     return work() if num_bytes <= AT_ONCE_BYTES else await _in_thread(work)
 
 

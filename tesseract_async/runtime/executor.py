@@ -6,7 +6,7 @@ that works in parallel with the CPU, the next batch is staged between `launch` a
 
 Faults stay with their request. A batch that fails before its step (the module raised, a gradient is not finite) is
 computed again in halves, until the requests at fault are alone; only they fail, and the others share the step. One
-request that runs out of memory is halved once, by rows. What becomes of a step that fails, `steps` says.
+request that runs out of memory is halved once, by rows. The module `steps` deals with a step that fails.
 """
 
 import logging
@@ -91,7 +91,8 @@ class Executor:
     def _compute_joint(
         self, work: JointWork, inputs: Sequence[torch.Tensor], weights: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """Return the sums that such work asks for. Raises what the modules raise, and where it can't be done so."""
+        """Return the sums that a `JointWork` asks for. Raises what the modules raise, and if it can't be computed in
+        one pass."""
         raise NotImplementedError
 
     def complete(self, attempt: Attempt) -> None:
@@ -143,7 +144,8 @@ class Executor:
         attempt.downloads, attempt.outcomes = [], dict.fromkeys(attempt.works, failure)
 
     def _settle(self, attempt: Attempt) -> tuple[list[Attempt], Outcomes]:
-        """Return the attempts without errors that this one comes to, in order of rows, and the errors of the rest."""
+        """Return the attempts without errors into which this one is split, in order of rows, and the errors of the
+        rest."""
         error = attempt.error
         if error is None:
             return [attempt], {}
@@ -189,7 +191,7 @@ class Executor:
 
 
 class _DrawsAlone(Exception):
-    """A batch of several requests turned out to draw random numbers, which are each request's own."""
+    """A batch of several requests turned out to draw random numbers, of which each request needs its own."""
 
 
 def _check_alone(work: Work) -> None:

@@ -25,14 +25,15 @@ class ExpertFigures:
 
 
 class Figures(defaultdict[ExpertBackend, ExpertFigures]):
-    """By expert, since it is held here. Work is not counted if its expert was dropped from here before it ended."""
+    """Counts by expert, from when it came here. Work is not counted if its expert was dropped before the work ended."""
 
     def __init__(self, metrics: Metrics) -> None:
         super().__init__(ExpertFigures)
         self._metrics = metrics
 
     def count(self, batches: Sequence[Batch], outcomes: Outcomes, seconds: float, failed: Sequence[Work]) -> None:
-        """Count batches of one direction that took so many seconds together. `failed`: what was told an error."""
+        """Count batches of one direction that took this many seconds together. `failed`: the requests that got an
+        error."""
         now, metrics = time.monotonic(), self._metrics
         direction = "backward" if batches[0].queue.name[1] else "forward"  # type: ignore[index]
         for batch in batches:

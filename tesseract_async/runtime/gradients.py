@@ -1,4 +1,4 @@
-"""Gradients as lists of tensors: their sum, norm and finiteness, and the trimmed mean over peers."""
+"""Gradients as lists of tensors: their sum, their norm, whether they are finite, and the trimmed mean over peers."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -9,14 +9,15 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 
 Gradients = Sequence[torch.Tensor | None]
-"""One per input, or one per trained parameter; None where nothing flows."""
+"""A gradient for each input, or for each trained parameter; None where no gradient flows."""
 
 _HALVES: Final = (torch.float16, torch.bfloat16)
 _PLAIN: Final = (torch.float32, torch.float64)
 _LARGE: Final = 32768
 """Elements."""
 _CHUNK: Final = 1 << 15
-"""Elements at a time: the few copies that sorting needs then stay in a processor's cache, four times as fast."""
+"""Elements sorted at a time: the few copies that sorting needs then stay in a processor's cache, which is four times as
+fast."""
 
 
 def per_row(scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -194,7 +195,8 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _alone(x: torch.Tensor) -> torch.Tensor:
-    """A part of a stack of many experts' gradients would keep all of it in memory until the next step."""
+    """Copy a part of a stack of many experts' gradients, which would keep the whole stack in memory until the next
+    step."""
     return x.clone() if x.layout is torch.strided and x.untyped_storage().nbytes() > 2 * x.nbytes else x
 
 

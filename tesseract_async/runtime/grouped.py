@@ -5,14 +5,14 @@ ways, by the device:
 
 - On a CPU, the module is called once with the rows of all experts, one expert's after the other's, and *ragged*
   parameters: where a layer multiplies by a weight, each expert's rows meet its own (`runtime.ragged`). No weight is
-  copied, unless gradients are computed and all are so small that products with a stack of them are faster. It takes
-  layers that treat each row alone, which an expert's must; operations on parameters that are not listed there raise,
-  and the second way is taken.
+  copied, unless gradients are computed and all are so small that products with a stack of them are faster. This needs
+  layers that treat each row alone, as an expert's must. Operations on parameters that are not listed there raise, and
+  the second way is taken.
 - On other devices, or for other modules: parameters are stacked, each expert's rows padded to equally many with copies
   of its last row, and ``torch.func.vmap`` calls the module. A stack costs little where memory is fast.
 
-Modules that this could compute otherwise than one by one are left out: those that draw random numbers, change buffers
-or attributes, write their inputs, have hooks, or use batch statistics. What escapes this is found by comparing: the
+Modules that might give other results together than alone are left out: those that draw random numbers, change buffers
+or attributes, write their inputs, have hooks, or use batch statistics. Any other difference is found by comparing: the
 first pass of each kind is computed both ways (`Executor`).
 """
 
@@ -42,11 +42,12 @@ from tesseract_async.wire import tensors as wire
 logger = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 8 << 20
-"""Bytes of an expert's parameters and buffers: computing a larger one takes so long that calling it costs nothing."""
+"""The most bytes of an expert's parameters and buffers: a larger one computes for so long that its call hardly
+counts."""
 _STACKED_BYTES: Final = 256 << 10
-"""Up to this size of one weight, a stack of them pays on a CPU where gradients are computed."""
+"""The largest weight, in bytes, for which a stack pays on a CPU where gradients are computed."""
 _MAX_CHANGES: Final = 3
-"""Changes of what makes an expert one of a kind after which it is computed alone: it keeps state there."""
+"""An expert is computed alone once it has changed its kind this many times: it keeps state in its attributes."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 
@@ -72,7 +73,7 @@ class Group:
         return self.checked is not None and self.checked == self.kind.way
 
     def gathers(self) -> bool:
-        """Return whether it is worth while to look for more batches to share a pass."""
+        """Return whether it is worthwhile to look for more batches to share a pass."""
         return self.kind.may_fit and self.choice.gathers()
 
 
@@ -98,7 +99,7 @@ class Groups:
         return group
 
     def member_of(self, backend: ExpertBackend) -> Member | None:
-        """Return the expert's tensors and its kind, unless it is of none."""
+        """Return the expert's tensors and its kind; None if it has no kind."""
         member = backend.member
         if type(member) is Member and member.groups is self:
             if member.is_unchanged():
@@ -206,7 +207,7 @@ def _attributes_of(part: nn.Module) -> tuple[list[str], list[object], int]:
 
 
 class _Value:
-    """An attribute, as a key: plain values by what they are, others by their identity. Raises: Unfit for state."""
+    """An attribute as a key: plain values by their value, other objects by their identity. Raises: Unfit for state."""
 
     __slots__ = ("_value", "_key")
 
@@ -306,7 +307,7 @@ class ExpertKind:
         return self.way is not None
 
     def misfits(self, error: BaseException | None) -> None:
-        """Take the next way: this one raised, or computed something else."""
+        """Switch to the next way: this one raised, or computed something else."""
         if self.way is not None:
             self.way = self._vmapped if self.is_ragged else None
             logger.debug("experts such as %s are not computed together in one way: %s", self.name, error)

@@ -1,7 +1,7 @@
-"""Steps of experts that their one trainer has step together, as if their parameters were its own.
+"""Steps of experts whose one trainer has them step together, as if their parameters were its own.
 
-A backward of such an expert (`BackendSettings.lockstep`) only adds to what was gathered. A step then takes all of a
-server's experts of one grid, those without gradients too, on zeros: with an optimizer that treats each number alone,
+A backward of such an expert (`BackendSettings.lockstep`) only adds to what was gathered. A step is then taken by all of
+a server's experts of one grid; those without gradients step on zeros: with an optimizer that treats each number alone,
 that equals one optimizer over all of them. Their versions count the steps of all, and are the *round*.
 """
 
@@ -40,7 +40,7 @@ def clear(backends: Sequence[ExpertBackend]) -> None:
 
 
 def step(backends: Mapping[str, ExpertBackend], number: int, optimizer: str, options: Mapping[str, float]) -> None:
-    """Have all experts that are in round `number` step; those that are one further have done so before.
+    """Have all experts in round `number` take their step; those that are one round further have taken it before.
 
     `options`: ``lr``, and others by PyTorch's names (``beta1`` and ``beta2`` for ``betas``), replace the experts' own;
     ``scale`` multiplies the gradients, and ``limit`` bounds the size of each number in them. `optimizer`: its name,
@@ -97,7 +97,7 @@ def _set(backend: ExpertBackend, options: Mapping[str, float]) -> None:
 
 
 def _chunks(backends: Sequence[ExpertBackend]) -> list[tuple[tuple[object, int], ExpertBackend]]:
-    """Return each with what those that are stepped at once have in common."""
+    """Return each expert with a key that is equal for those that are stepped at once."""
     ordered = sorted(((str(rule_of(one.optimizer)), one) for one in backends if one.optimizer), key=lambda one: one[0])
     found: list[tuple[tuple[object, int], ExpertBackend]] = []
     total = 0

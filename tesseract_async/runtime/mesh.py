@@ -2,8 +2,8 @@
 
 Process 0 leads: it has the node, the batcher, the journal and the device's thread. All others follow: each thing that
 the leader's thread does with the expert is one command (`runtime.mesh_link`) that every process carries out. Rows,
-weights and gradients travel by torch.distributed, pieces of states by sockets of their own, so that what is being saved
-or sent is never whole anywhere.
+weights and gradients travel by torch.distributed, pieces of states by sockets of their own, so that a state that is
+being saved or sent is never whole anywhere.
 
 Where the processes divide a batch's rows, a stranger's row that makes the module raise in one of them fails its own
 batch, everywhere, and not the mesh (`runtime.mesh_agreement`).
@@ -40,7 +40,7 @@ from tesseract_async.wire.tensors import Schema
 
 
 class SpreadGradients(list[torch.Tensor | None]):
-    """The leader's part of gradients of a spread expert's parameters, and what is known of the whole."""
+    """The leader's part of the gradients of a spread expert's parameters, and facts about the whole."""
 
     def __init__(self, mine: Gradients, number: int, squared_norm: float) -> None:
         super().__init__(mine)
@@ -48,7 +48,8 @@ class SpreadGradients(list[torch.Tensor | None]):
 
 
 class _SteadyRunner(ModuleRunner):
-    """Goes by what was learned when the module was tried out: no call is repeated because of what one process sees."""
+    """A runner that relies on what was learned when the module was tried out, so that no call is repeated because of
+    what one process sees."""
 
     def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> object:
         draws = self.is_stochastic(training)
@@ -80,7 +81,7 @@ class MeshBackend(SpreadStates):
 
     The others as for `ExpertBackend`. The leader's is given to a `TesseractServer`; all others call `follow`.
 
-    Raises: as `ExpertBackend`, and ValueError for what does not go with a mesh.
+    Raises: as `ExpertBackend`, and ValueError for settings that a mesh does not support.
     """
 
     _runner: _SteadyRunner
@@ -145,11 +146,12 @@ class MeshBackend(SpreadStates):
         self.link.follow()
 
     async def wait_lost(self) -> str:
-        """Return why, once the mesh is lost. The leader's process should then end. See `MeshLink.wait_lost`."""
+        """Wait until the mesh is lost, and return why. The leader's process should then end. See
+        `MeshLink.wait_lost`."""
         return await self.link.wait_lost()
 
     def leave(self) -> None:
-        """Let the followers go. On the leader, after the last command; blocking."""
+        """Let the followers end. Called on the leader, after the last command; blocking."""
         self.link.leave()
 
     # -- What the runtime calls, on the leader ----------------------------------------------------------------------
@@ -362,7 +364,7 @@ class MeshBackend(SpreadStates):
     # -- Gradients ----------------------------------------------------------------------------------------------------
 
     def _local_gradient(self, parameter: nn.Parameter) -> torch.Tensor | None:
-        """Return what of a parameter's gradient, over all rows, belongs to this process."""
+        """Return this process's part of a parameter's gradient over all rows."""
         gradient = parameter.grad
         if gradient is None:
             return None
@@ -380,7 +382,8 @@ class MeshBackend(SpreadStates):
         return self._square(gradients)
 
     def _square(self, tensors: Gradients) -> float:
-        """Return this process's share of the squared norm: what several have alike, each has a share of."""
+        """Return this process's share of the squared norm; parts that several processes have alike are divided among
+        these."""
         total = 0.0
         for one, x in zip(self.parameters, tensors, strict=False):
             if x is not None and x.numel():

@@ -1,9 +1,9 @@
 """Agreement of the processes that divide a batch's rows: what fails in one of them fails in all, at the same point.
 
 A row may make the module raise in one process alone, in its forward or its backward pass, while the others wait for
-that process in a collective; or take another way through its layers, so that they would wait for different ones. So
-within an `Agreement.section` all of them say whether they are well, and where they are, before each collective of FSDP,
-and stop together where one is not, or is elsewhere.
+that process in a collective; or take another way through its layers, so that the processes would wait for different
+collectives. So within an `Agreement.section`, before each collective of FSDP, each process says whether it is well and
+where it is; all stop together if one has failed, or is at another point.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Agreement:
 
     @contextlib.contextmanager
     def section(self) -> Iterator[None]:
-        """Enclose what all do alike. Raises: FaultElsewhere as `check`."""
+        """Enclose work that all processes do alike. Raises: FaultElsewhere as `check`."""
         self._is_open = True
         try:
             yield
@@ -60,7 +60,7 @@ class Agreement:
                 raise FaultElsewhere(DIFFERS)
 
     def _vote(self, failed: bool, where: int) -> tuple[bool, int, int]:
-        """Return whether any process failed, and between which numbers they are."""
+        """Return whether any process failed, and the greatest and the least number of the points where they are."""
         said = torch.tensor([int(failed), where, -where])
         dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
         any_failed, highest, lowest = said.tolist()

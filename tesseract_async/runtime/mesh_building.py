@@ -1,9 +1,10 @@
 """Builds a module of which each process keeps its part only.
 
-The module is built on PyTorch's ``meta`` device first, where nothing takes memory, and spread there, which says what of
-each parameter is this process's. Then it is built for real; as soon as the next layer is begun, the one before is cut
-down to that. So no process ever holds more than its part and one layer, with any builder. Where that cannot be
-(the builder does not run on ``meta``, or goes back to weights that it made before), the module is built whole.
+The module is built on PyTorch's ``meta`` device first, where nothing takes memory, and spread there, which tells which
+part of each parameter belongs to this process. Then it is built for real; as soon as the next layer is begun, the one
+before is cut down to that part. So no process ever holds more than its part and one layer, with any builder. Where that
+cannot be (the builder does not run on ``meta``, or goes back to weights that it made before), the module is built
+whole.
 """
 
 import logging

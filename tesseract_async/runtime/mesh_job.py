@@ -17,16 +17,17 @@ from torch.distributed.tensor import DTensor
 from tesseract_async.runtime.mesh_link import Counts, MeshLink
 
 _links: Final[weakref.WeakKeyDictionary[object, MeshLink]] = weakref.WeakKeyDictionary()
-"""By process group."""
+"""The links, by process group."""
 _on_cpu: Final[weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]] = weakref.WeakKeyDictionary()
-"""By the group of the same processes whose tensors are a GPU's."""
+"""Process groups for tensors of the CPU, by the group of the same processes for a GPU's tensors."""
 
 
 def join_job(timeout: float) -> None:
     """Make torch's process group of the processes that torchrun, or whatever sets its variables, has started.
 
-    One that somebody else has made is taken as it is. torchrun keeps its store over restarts, and hands out the
-    addresses of processes that are gone: so the others are met first, and the group's addresses are of this meeting.
+    A group that somebody else has made is taken as it is. torchrun keeps its store over restarts, and hands out the
+    addresses of processes that are gone. So this process meets the others first, and the group uses the addresses of
+    this meeting.
 
     Raises: ValueError where there are no such processes; TimeoutError if they do not meet.
     """

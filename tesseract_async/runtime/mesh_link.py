@@ -1,9 +1,9 @@
 """The commands of a mesh: sockets between the process that leads it and those that follow.
 
-The processes of a mesh compute together by torch.distributed; what they compute is said here. Nobody waits in a
-collective while there is nothing to do, so that an idle mesh costs nothing and outlasts every timeout, and the end of
-a process is the end of a file. Each follower has three sockets to the leader: one for commands, one for pieces of
-states, and one that carries nothing, its lifeline.
+The processes of a mesh compute together by torch.distributed; these sockets tell them what to compute. No process waits
+in a collective while there is nothing to do, so that an idle mesh costs nothing and outlasts every timeout. A socket
+that reaches its end shows that a process has ended. Each follower has three sockets to the leader: one for commands,
+one for pieces of states, and one that carries nothing, its lifeline.
 
 A command is carried out by all. A fault that all had at the same point, counted in collectives, harms nobody; after any
 other, collectives would no longer match, and the mesh is *lost*: its processes end, and what started them starts them
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 LOST_STATUS: Final = 75
 """The exit status of a process whose mesh is lost (EX_TEMPFAIL): it should be started again."""
 _PIECE: Final = struct.Struct("!QIQQ")
-"""A state's number, a tensor's, its first row and the one after the last."""
+"""The number of a state, the number of a tensor, its first row, and the row after the last."""
 
 Counts = Mapping[str, int]
 """Collectives that were begun, by the name of their process group: each group's processes have begun the same."""
@@ -71,7 +71,8 @@ class Follows(Protocol):
 
 
 class FaultElsewhere(Exception):
-    """Raised by all that agree to stop. Where the fault is another process's, that one knows more."""
+    """Raised by all processes that agree to stop. If the fault is another process's, that process knows more about
+    it."""
 
     def __init__(self, text: str = "another process of the mesh raised") -> None:
         super().__init__(text)
@@ -82,14 +83,14 @@ class MeshLink:
 
     def __init__(self, store: Store, rank: int, size: int, *, timeout: float = 60.0, grace: float = 4.0) -> None:
         """Meet the others. `timeout`: seconds for this, and for a command under way; never for waiting for work.
-        `grace`: for the others' word after one had a fault.
+        `grace`: seconds to wait for the others' reports after one had a fault.
 
         Raises: TimeoutError if they do not all come.
         """
         self.rank, self.size = rank, size
         self.timeout, self.grace = timeout, grace
         self.lost: str | None = None
-        """The reason why this mesh computes no more, once that is so."""
+        """The reason why this mesh no longer computes; None while it does."""
         self._followers: list[Callable[[], Follows | None]] = []  # what commands are about, by its number
         self.counts: Callable[[], Counts] = dict
         """The counts of this process."""
@@ -204,7 +205,7 @@ class MeshLink:
             )
 
     async def wait_lost(self) -> str:
-        """Return why, once the mesh is lost, be it while there is nothing to do. On the leader's loop."""
+        """Wait until the mesh is lost, even while there is nothing to do, and return why. On the leader's loop."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[str] = loop.create_future()
 

@@ -1,7 +1,7 @@
 """The meeting of the processes of a mesh, and the format of what they send each other.
 
 The leader listens only while the mesh meets, on the interface by which it reaches torch's store. Each side proves that
-it read the token in that store; a stranger gets so many bytes of attention and so many seconds.
+it read the token in that store; a stranger may send only a few bytes, and stay connected for a few seconds only.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 MAX_FRAME_BYTES: Final = 64 << 20
-"""A command without its tensors: the names and options of an expert's state, at most."""
+"""The most bytes of a command without its tensors, which holds at most the names and options of an expert's state."""
 HELLO_TIMEOUT: Final = 5.0
 MAX_STRANGERS: Final = 64
-"""Connections that have not proved anything yet."""
+"""The most connections that have not proved anything yet."""
 RETRY_SECONDS: Final = 0.1
 CHANNELS: Final = range(3)
 COMMANDS, LIFELINE, STATES = CHANNELS
@@ -49,7 +49,7 @@ class Meeting:
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         """Meet the others, for at most `timeout` seconds. Raises: TimeoutError if they do not all come."""
         self.sockets: dict[tuple[int, int], socket.socket] = {}
-        """By channel and rank; a follower's are of rank 0."""
+        """The sockets to the others, by channel and rank; a follower's all lead to rank 0."""
         self.token = ""
         """Proves that a process belongs to this meeting, and to no other."""
         self.neighbors: dict[int, int] = {}
@@ -227,7 +227,7 @@ def send(one: socket.socket, value: Value) -> None:
 
 
 def receive(one: socket.socket) -> Value:
-    """Return the next frame's value. Raises: OSError, also at the end; ValueError for what is no frame."""
+    """Return the next frame's value. Raises: OSError, also at the end; ValueError for anything but a frame."""
     (length,) = LENGTH.unpack(read(one, LENGTH.size))
     if length > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {length} bytes; at most {MAX_FRAME_BYTES} are taken")
@@ -235,7 +235,7 @@ def receive(one: socket.socket) -> Value:
 
 
 def read(one: socket.socket, length: int) -> bytearray:
-    """Return so many bytes. Raises: OSError, also at the end."""
+    """Return this many bytes. Raises: OSError, also at the end."""
     data = bytearray(length)
     view = memoryview(data)
     while view:

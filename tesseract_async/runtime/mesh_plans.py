@@ -2,7 +2,7 @@
 
 A plan is a function that takes the module and a `DeviceMesh` over all processes, spreads the module in place, and
 returns the one-dimensional mesh over which the rows of a batch are divided, or None where every process computes all
-rows. So one for both, with two processes to each tensor, is::
+rows. A plan that does both, with two processes to each tensor, is::
 
     def plan(module, mesh):
         grid = init_device_mesh(mesh.device_type, (mesh.size() // 2, 2), mesh_dim_names=("rows", "tensors"))
@@ -42,7 +42,7 @@ def check_torch() -> None:
 def fsdp(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
     """FSDP: each process keeps its share of every tensor, and computes its share of the rows.
 
-    What is gathered at once is one part of a ``Sequential`` or ``ModuleList``, and in the end the rest.
+    The parts of a ``Sequential`` or ``ModuleList`` are gathered one at a time, and the rest in the end.
     """
     for part in reversed(list(module.modules())):  # the innermost first
         if isinstance(part, nn.Sequential | nn.ModuleList):

@@ -34,7 +34,7 @@ class SpreadStates(ExpertBackend):
     _index: int
     _place: torch.device
     _given: Any = None
-    """The argument that the leader was given for the command under way."""
+    """The argument of the command under way, which only the leader was given."""
     _states: dict[int, StateDict]
     """The states that are kept, by number, with a `_Leaf` for each tensor that is spread."""
 
@@ -107,7 +107,8 @@ class SpreadStates(ExpertBackend):
         self._install(_filled(stripped) if self._given is None else self._given, self._receive)
 
     def _install(self, state: StateDict, local_of: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
-        """Load a state; `local_of(leaf, like)` returns what of a tensor is this process's, as of the tensor `like`."""
+        """Load a state; `local_of(leaf, like)` returns this process's part of a tensor, spread as the tensor `like`
+        is."""
         here = self.module.state_dict()
         with torch.no_grad():
             for name, mine in here.items():
@@ -174,12 +175,12 @@ def described(tensors: Sequence[torch.Tensor | None]) -> list[Value]:
 
 
 def raw(x: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a contiguous tensor: gloo and NCCL know them, of whatever dtype."""
+    """Return a contiguous tensor as bytes, which gloo and NCCL can send whatever its dtype is."""
     return x.detach().view(-1).view(torch.uint8)
 
 
 def broadcast(x: torch.Tensor) -> None:
-    """Fill a contiguous tensor with what the leader has in its own."""
+    """Fill a contiguous tensor with the values of the leader's."""
     if x.numel():
         dist.broadcast(raw(x), src=0)
 

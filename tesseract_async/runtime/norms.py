@@ -3,8 +3,8 @@
 One gradient of ten thousand times the usual size ruins Adam's second moments for thousands of steps, and SGD's weights
 at once. No fixed limit fits every expert, so the limit is a multiple of what was usual lately: the median over accounts
 (a peer, or an address range of unknown ones) of each one's median, the smaller one of two. So one account cannot raise
-the limit for others however much it sends. An account that is alone can, within some backwards: an honest trainer whose
-gradients have grown is scaled down for no longer than that.
+the limit for others however much it sends. An account that is alone can raise it within a few backwards: an honest
+trainer whose gradients have grown is not scaled down for longer than that.
 """
 
 import math
@@ -16,14 +16,15 @@ from typing import Final
 from tesseract_async.lru import LRU
 
 SCALED_ABOVE: Final = 8.0
-"""Times the usual norm: larger gradients are scaled down to this. AutoClip (Seetharaman et al. 2020) clips at a
+"""A multiple of the usual norm: larger gradients are scaled down to it. AutoClip (Seetharaman et al. 2020) clips at a
 percentile of the history; several times the median leaves ordinary steps alone."""
 FAR_ABOVE: Final = 128.0
-"""Times the usual norm: requests that come to that together are computed alone, lest one's gradients scale all down."""
+"""A multiple of the usual norm: requests whose summed gradients exceed it are computed one by one, so that one's
+gradients do not scale all of them down."""
 UNDONE_ABOVE: Final = 1024.0
-"""Times the usual norm, once that is settled: if the very first gradient was that large, its step is undone."""
+"""A multiple of the usual norm, once that is settled: if the very first gradient was this large, its step is undone."""
 CHECKED_ABOVE: Final = 4.0
-"""Times the usual norm: after a step on such gradients the expert's state is checked."""
+"""A multiple of the usual norm: after a step on gradients this large, the expert's state is checked."""
 NUM_FIRST: Final = 8
 """Norms that must be known before the usual one is settled."""
 GROWTH: Final = 16.0

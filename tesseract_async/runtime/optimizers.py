@@ -17,9 +17,9 @@ from tesseract_async.runtime.states import StateDict, copied
 from tesseract_async.runtime.stepping import fuse
 
 _OWN: Final = ("fused", "foreach", "capturable")
-"""Options that say how a step is computed, not its result: each computer's own business."""
+"""Options that say how a step is computed, not what it results in: each computer chooses its own."""
 _NOT_SAID: Final = (*_OWN, "initial_lr")
-"""Options that are not compared: those, and the rate that a schedule began with."""
+"""Options that are not compared: those of `_OWN`, and the learning rate that a schedule began with."""
 _CYCLED: Final = ("lr", "momentum", "betas")
 """Options that a schedule changes as it goes."""
 _SHAPED: Final = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
@@ -121,8 +121,8 @@ def restore(
 ) -> list[str]:
     """Let both go on from a checkpoint's ``optimizer``, ``scheduler`` and ``kinds``. Returns sentences for the log.
 
-    The classes are those given here; one whose checkpoint had another class begins anew. Of the options, the
-    checkpoint's hold, except for those that are named in `own`.
+    The classes stay those given here; if the checkpoint had another class, that one begins anew. The checkpoint's
+    options hold, except for those that are named in `own`.
 
     Raises: KeyError, TypeError or ValueError if it does not fit.
     """

@@ -17,8 +17,9 @@ from tesseract_async.runtime.work import JointWork
 _NUM_ROWS: Final = attrgetter("num_rows")
 
 QueueKind = tuple[ExpertBackend, bool, bool, bool, bool, Hashable]
-"""The name of a queue, whose requests may share a batch: one expert's backwards or forwards, in training or not, that
-step or not, weighted or not, of one size where sizes vary, with the same tensors where some are optional."""
+"""The name of a queue, whose requests may share a batch: the backwards or forwards of one expert, all in training or
+not, all stepping or not, all weighted or not, of one size where sizes vary, and with the same tensors where some are
+optional."""
 
 
 class Trial:

@@ -10,7 +10,7 @@ from tesseract_async.runtime.grouped import Group
 from tesseract_async.runtime.passes import QueueKind
 
 MAX_SIZES: Final = 256
-"""Queues of experts whose sizes vary that are kept while nothing waits in them."""
+"""The most queues of experts with varying sizes that are kept while nothing waits in them."""
 FORWARD_HEAD_START: Final = 0.2
 """Seconds by which a forward counts as older than it is, compared with backwards of its priority. See `batcher`."""
 _FORWARD: Final = {training: (False, training, False, False, None) for training in (False, True)}
@@ -89,7 +89,7 @@ class ExpertQueues:
             self._expected[(kind[0].alike, *kind[1:])] = queue.group
 
     def num_waiting_rows(self, backend: ExpertBackend) -> int:
-        """Return how many rows of an expert wait."""
+        """Return the number of an expert's rows that wait."""
         return sum([queue.num_waiting_rows for (one, *_), queue in self.known.items() if one is backend])
 
     def forget(self, backend: ExpertBackend) -> None:

@@ -1,8 +1,7 @@
-"""Layers that multiply each expert's rows, which lie one expert's after the other's, by its own weights.
+"""Layers that multiply each expert's rows by its own weights. The rows of all experts lie one expert after the other.
 
-Where the weights are stacked, rows of experts that have equally many are multiplied in one call, so that rows are
-padded to be so (`PaddedRows`). Elsewhere no weight is copied, and each expert's rows meet its own in a call of their
-own.
+Where the weights are stacked, experts that have equally many rows are multiplied in one call, and rows are padded so
+that they do (`PaddedRows`). Elsewhere no weight is copied, and each expert's rows meet its own in a call of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from torch.nn import functional as F
 _LONG_ROWS: Final = range(256, 10_001)
 """Lengths of a weight's row for which a call costs little in comparison, and OpenBLAS wakes no other threads."""
 _PADDED_SHARE: Final = 1.3
-"""Rows of experts that are multiplied in one call, padded ones included, by rows without those: at most."""
+"""The most rows of experts that are multiplied in one call, padding included, as a multiple of the rows without
+padding."""
 
 Column = list[torch.Tensor] | torch.Tensor
 """One parameter of several experts: each one's, or a stack of all."""
@@ -125,7 +125,7 @@ class Ragged(torch.Tensor):
         return self.column if isinstance(self.column, list) else self.column.unbind()
 
     def beside(self, num_dims: int) -> torch.Tensor:
-        """Return it row by row, to be broadcast against a tensor of so many dimensions."""
+        """Return it row by row, to be broadcast against a tensor of this many dimensions."""
         rows = stacked(self.column).repeat_interleave(torch.tensor(self.counts), 0, output_size=sum(self.counts))
         missing = num_dims - rows.dim()
         if missing < 0:

@@ -63,7 +63,7 @@ def _cut(tensors: Sequence[torch.Tensor | None], slices: Sequence[RowSlice]) -> 
 
 
 def divided(tensors: Sequence[torch.Tensor | None], counts: Sequence[int]) -> list[Sequence[torch.Tensor | None]]:
-    """Return each of them in parts of so many rows."""
+    """Return each of the tensors in parts of this many rows."""
     columns = [[None] * len(counts) if x is None else x.split_with_sizes(counts) for x in tensors]
     return [*map(list, zip(*columns, strict=True))] if columns else [[] for _ in counts]
 

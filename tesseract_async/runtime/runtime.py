@@ -49,17 +49,19 @@ class RuntimeSettings:
     """The settings of a device."""
 
     max_queue_bytes: int = MAX_QUEUE_BYTES
-    """Bytes of all requests that wait or run; beyond it new ones are refused. Less on a computer with little memory."""
+    """Bytes of all requests that wait or run; beyond it new ones are refused. Choose less on a computer with little
+    memory."""
     num_threads: int | None = None
     """Intra-op threads of the device's thread; None leaves it to PyTorch. Fewer leave cores to other programs."""
     groups_experts: bool = True
     """True if small experts of one kind may be computed in one pass where that is faster. Their numbers then differ in
     the last digits from those of each one alone; False where they must be the same bit by bit."""
     stall_timeout: float = 60.0
-    """Seconds after which a batch counts as hung: new work is refused until it ends. More than the slowest takes."""
+    """Seconds after which a batch counts as hung: new work is refused until it ends. Choose more than the slowest batch
+    takes."""
     close_timeout: float = 30.0
-    """Seconds that closing waits for the running batch, before its thread is abandoned with an error in the log. Less
-    than what stops the process allows."""
+    """Seconds that closing waits for the running batch, before its thread is abandoned with an error in the log. Choose
+    less than what the program that stops this process allows."""
 
 
 class TesseractRuntime(Uncopied):
@@ -291,8 +293,8 @@ class TesseractRuntime(Uncopied):
                 self._wake_thread()
 
     def gather_turn(self) -> None:
-        """As `gathering`, until the end of this turn of the loop: the calls of those who were answered together come
-        together, too. Not where the request finds the device idle, as the one before it did: such a caller is alone."""
+        """Do as `gathering` until the end of this turn of the loop: callers that were answered together also call
+        together. Not if the request finds the device idle, as the one before it did: such a caller is alone."""
         before, self._was_alone = self._was_alone, self._is_idle and not self._gathers
         if not self._gathers and not (before and self._was_alone) and self._loop is not None:
             self._gathers = True
@@ -378,7 +380,7 @@ class TesseractRuntime(Uncopied):
         return 0 if figures is None else figures.num_rows, self._queues.num_waiting_rows(backend)
 
     def forget(self, backend: ExpertBackend) -> None:
-        """Let go of an expert that is no longer computed here."""
+        """Release an expert that is no longer computed here."""
         self._queues.forget(backend)
         self.figures.pop(backend, None)
 

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 import torch
 
 BLOCK_BYTES: Final = 4 << 20
-"""Bytes of whole rows that are taken at a time, about."""
+"""The approximate bytes of whole rows that are taken at a time."""
 
 
 class TensorPart(NamedTuple):

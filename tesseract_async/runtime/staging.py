@@ -20,7 +20,8 @@ class Transfer(Protocol):
     """Tensors that are being copied."""
 
     def wait(self) -> list[torch.Tensor | None]:
-        """Return the tensors: on the device, for work that it is given from now on; in host memory, once there."""
+        """Return the tensors: those on the device at once, for work that it is given from now on; those in host memory
+        once they have arrived."""
 
 
 class Staging(Protocol):

@@ -53,7 +53,7 @@ def take_step(
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> Hashable:
-    """Return what optimizers have in common that `take_steps` may step at once; None for one that steps alone."""
+    """Return the rule that optimizers share if `take_steps` may step them at once; None for one that steps alone."""
     own_step = vars(optimizer).get("step")
     if (
         type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -188,7 +188,7 @@ def _memory_of(optimizer: torch.optim.Optimizer) -> _Memory | None:
 
 
 def _step_at_once(optimizers: Sequence[torch.optim.Optimizer], gradients: Sequence[Gradients]) -> bool:
-    """Do what `_step_fused` does where every parameter has a gradient and no hooks, with less ado."""
+    """Do what `_step_fused` does, with fewer calls, where every parameter has a gradient and no hooks."""
     memories = []
     for one in optimizers:
         if (memory := _memory_of(one)) is None:

@@ -1,4 +1,5 @@
-"""The steps that experts take, on the runtime's thread, and their way back from one that broke an expert.
+"""The steps that experts take, on the runtime's thread, and the return to a good state after a step that broke an
+expert.
 
 If an optimizer raises, or leaves weights or moments that are not finite, the expert's last good state is loaded,
 journal included, as if the steps since then had not happened.
@@ -68,7 +69,7 @@ class Steps:
         return state
 
     def due(self, good: Sequence[Attempt]) -> Step | None:
-        """Return the step that these attempts come to, if any. Raises: ExpertFailed if none may be taken."""
+        """Return the step that these attempts make due, if any. Raises: ExpertFailed if none may be taken."""
         work, first, last = good[0].works[0], good[0].slices[0], good[-1].slices[-1]
         backend, summed = work.backend, good[0].summed
         for one in good[1:]:
@@ -112,7 +113,8 @@ class Steps:
         return version
 
     def take_together(self, attempts: Sequence[Attempt]) -> None:
-        """Take the step of each expert, at once where their optimizers go by one rule; errors are for its requests."""
+        """Take the step of each expert, together where their optimizers follow one rule. An expert's error goes to its
+        requests."""
         by_rule: dict[Hashable, list[tuple[Attempt, Step]]] = {}
         for one in attempts:
             try:
@@ -199,7 +201,7 @@ class Steps:
 
 
 def _doubtful(steps: Sequence[tuple[ExpertBackend, Sequence[Attempt]]]) -> list[ExpertBackend]:
-    """Return the experts that a step on these gradients may have broken: all of the first ones may."""
+    """Return the experts that a step on these gradients may have broken: any of an expert's first steps may."""
     found = []
     for backend, good in steps:  # no call for each expert
         norms, usual = backend.norms, backend.norms.usual

@@ -1,7 +1,8 @@
 """Descriptions of modules as plain values: enough to rebuild them without their constructors, or code in a file.
 
 A description names classes and functions by import path, and only those of `ALLOWED` modules, and of modules that the
-reader allows, are ever imported. What cannot be described says so where it is built again.
+reader allows, are ever imported. A part that cannot be described raises an error that says so when the module is
+rebuilt.
 """
 
 import importlib

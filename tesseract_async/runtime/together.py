@@ -38,7 +38,7 @@ class Together:
     is_each_alone: bool = False
     """True if each was computed alone."""
     is_measured: bool = False
-    """True if the time that it takes says something about such passes."""
+    """True if the time that this pass takes says something about others like it."""
     counts: Sequence[int] = ()
     """Rows of each."""
     results: Gradients = ()
@@ -47,7 +47,7 @@ class Together:
     incoming: Gradients = ()
     """The output gradients, damped, and the rows' weights."""
     verdicts: torch.Tensor | None = None
-    """See `_verdicts`."""
+    """The norms of the gradients: see `_verdicts`."""
     are_stacked: bool = False
     """True if each one's gradients are parts of stacks."""
     download: Transfer | None = None
@@ -285,8 +285,8 @@ class _NotNow(Exception):
 
 
 def _verdicts(incoming: Gradients, summed: Sequence[Gradients], stacks: Gradients | None) -> torch.Tensor:
-    """Return the norms of each expert's gradients, and the sum of all incoming ones. A norm is that of one parameter's;
-    where gradients are parts of `stacks`, of all of an expert's."""
+    """Return the norms of each expert's gradients, and the sum of all incoming ones. There is a norm for each parameter
+    or, where gradients are parts of `stacks`, one for all of an expert's."""
     present = [for_norm(x) for own in (summed if stacks is None else [stacks]) for x in own if x is not None]
     parts: list[torch.Tensor] = []
     if stacks is None and present:

@@ -1,4 +1,4 @@
-"""Finds out what a module does besides computing its outputs: it draws random numbers, it writes its inputs.
+"""Finds out what a module does besides computing its outputs, such as drawing random numbers or writing its inputs.
 
 A *watched* call runs on copies of its inputs and sees each operation of this thread: it is reliable, and slow. The
 first call in each mode is watched. After later ones two checks are made: where a default generator has moved in
@@ -40,7 +40,7 @@ class Habits:
     """True once it was watched."""
     draws: bool = False
     draws_others: bool = False
-    """True if it draws, it seems, from Python's or NumPy's generators."""
+    """True if it seems to draw from Python's or NumPy's generators."""
     writes: bool = False
 
 

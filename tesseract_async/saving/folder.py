@@ -8,8 +8,8 @@
       experts/ffn.3.7-0f1e2d3c.safetensors       an expert's weights, whose names begin with ``module/``
       trainer.safetensors                        a trainer's own state, if it was saved
 
-Files are listed when all of them are there, and dropped when they are not listed any more: whenever saving stops, the
-folder holds one save point or the other.
+New files are listed once all of them are there, and old ones are dropped once they are no longer listed: whenever
+saving stops, the folder holds either the old save point or the new one.
 """
 
 import base64
@@ -47,7 +47,7 @@ class SavedExpert(NamedTuple):
     """One expert, or a piece of shared parameters, in the index."""
 
     file: str
-    """Relative to the folder."""
+    """The file's path, relative to the folder."""
     version: int
     """Optimizer steps taken."""
     root: str
@@ -64,7 +64,7 @@ class SavedExpert(NamedTuple):
 class SavedModel:
     path: Path
     runs: dict[str, SignedRun] = field(default_factory=dict)
-    """By prefix."""
+    """The runs, by prefix."""
     experts: dict[str, SavedExpert] = field(default_factory=dict)
     structures: list[Described] = field(default_factory=list)
     """Descriptions of the experts' modules (`runtime.structure`)."""
@@ -108,7 +108,7 @@ class SavedModel:
         write_whole(self.path / self.files[TRAINER], [data])
 
     def write_index(self) -> None:
-        """List what is there, and drop what is not listed. Raises: OSError."""
+        """List the files of this save point, and drop those that are not listed. Raises: OSError."""
         index = {
             "format": FORMAT,
             "runs": {prefix: base64.b64encode(run.blob).decode() for prefix, run in self.runs.items()},
@@ -152,7 +152,7 @@ class SavedModel:
         return self.path / self.files[part]
 
     def state(self, uid: str) -> StateDict:
-        """Return an expert's state, as it was saved. Raises: KeyError; CheckpointError for a damaged file."""
+        """Return an expert's state as it was saved. Raises: KeyError; CheckpointError for a damaged file."""
         entry = self.experts[uid]
         path = self.path / entry.file
         try:

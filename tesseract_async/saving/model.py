@@ -32,11 +32,11 @@ from tesseract_async.shared_parameters import SharedParameters
 M = TypeVar("M", bound=nn.Module)
 
 MAX_PAUSE: Final = 10.0
-"""Seconds that a trainer pauses at most for the servers' answers; a step waits longer for an expert."""
+"""The most seconds that a trainer pauses for the servers' answers; a step waits longer than this for an expert."""
 PUSH_PATIENCE: Final = 60.0
 """Seconds that going back waits for a push that is under way."""
 MAX_TOLD: Final = 3
-"""Experts that an error names."""
+"""The most experts that an error names."""
 
 
 def save_model(
@@ -59,8 +59,9 @@ def save_model(
 
     Returns (or gives, when awaited) a `SaveReport`. With a `BackgroundNode` the call is plain.
 
-    Raises: CheckpointError, after all others are written, for experts that nobody gave, and before anything is written
-    for a gate of which nobody has any; ValueError for a model without gates, or on another node; OSError.
+    Raises: CheckpointError, after all others are written, for experts that no server gave, and before anything is
+    written for a gate none of whose experts anybody has; ValueError for a model without gates, or on another node;
+    OSError.
     """
     if isinstance(model, SharedParameters) and isinstance(node, PlainCalls):
         model.flush()
@@ -96,7 +97,7 @@ async def _save(
     for prefix, grid_size in {gate.uid_prefix: gate.grid_size for gate in gates.values()}.items():
         found = await find_origins(node, prefix, grid_size)
         if not found:
-            raise CheckpointError(f"nobody has an expert of {prefix}: without them the model is nothing to save")
+            raise CheckpointError(f"nobody has an expert of {prefix}: without its experts the model cannot be saved")
         origins |= found
         authority = node.trust.authority(prefix)
         if authority is not None:

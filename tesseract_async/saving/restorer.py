@@ -26,8 +26,8 @@ NUM_AT_ONCE: Final = 4
 
 
 async def enter_owned(node: TesseractNode, saved: SavedModel, identity: Identity) -> dict[str, RunOwner]:
-    """Return the owner, or a delegate, of the runs in a folder, by prefix. Raises: as `enter_run`; ValueError for one
-    that has no say."""
+    """Return the owner, or a delegate, of the runs in a folder, by prefix. Raises: as `enter_run`; ValueError for a
+    peer that is neither."""
     owners: dict[str, RunOwner] = {}
     for prefix, run in saved.runs.items():
         keeper = await enter_run(node.network, node.trust, run.full_name, identity=identity)

@@ -1,9 +1,10 @@
 """Collects experts' states from a swarm at one save point: all servers write them down at once, then they are fetched.
 
 A server takes the state between two batches after it is asked (`StateRequest.point`), so it holds every step that was
-answered before. It keeps it on disk until it is fetched, whatever is learned meanwhile.
+answered before. The server keeps that state on disk until it is fetched, whatever is learned meanwhile.
 
-What has no primary comes as its last one sealed it, from all that have that file. No other server's word counts.
+An expert without a primary is taken as its last primary sealed it, from all servers that have that file. No other
+server's claim counts.
 """
 
 import asyncio
@@ -59,7 +60,8 @@ ROLES: Final = {MemberRole.LEADS: "primary", MemberRole.FOLLOWS: "follower", Mem
 NUM_MARKED_AT_ONCE: Final = 64
 NUM_FETCHED_AT_ONCE: Final = 4
 PIECE_TIMEOUT: Final = seconds_for(2 * NUM_FETCHED_AT_ONCE)
-"""Seconds that a server has for each piece of a state: it may be asked for two of each of so many at once."""
+"""Seconds that a server has for each piece of a state: it may be asked for two pieces of each of `NUM_FETCHED_AT_ONCE`
+experts at the same time."""
 ANSWER_TIMEOUT: Final = 60.0
 """Seconds that a server has to say which state it has."""
 MAX_ASKED: Final = 64
@@ -72,15 +74,15 @@ MAX_SIZE_RATIO: Final = 4
 """A state that is this many times larger than most of its grid's is not fetched: Adam's are three times the weights'.
 """
 SLACK_BYTES: Final = 16 << 20
-"""Bytes that a state may be larger besides: journals count, too."""
+"""Bytes by which a state may be larger still, since journals count, too."""
 
 
 class Origin(NamedTuple):
-    """A server that has an expert's state, by its own word."""
+    """A server that says it has an expert's state."""
 
     peer: PeerAddress
     role: str
-    """``primary``, ``follower``, or ``holder``, which has the sealed file alone."""
+    """``primary``, ``follower``, or ``holder``, which has only the sealed file."""
     age: tuple[int, int] = (0, 0)
     """The epoch and number of its Seal, as far as they are known."""
 
@@ -90,13 +92,13 @@ class SaveReport:
     """The outcome of saving experts."""
 
     taken: dict[str, int] = field(default_factory=dict)
-    """uid -> version, of the experts that were written now."""
+    """uid -> version of the experts that were written now."""
     kept: dict[str, int] = field(default_factory=dict)
-    """uid -> version, of the experts that the folder held already in this state."""
+    """uid -> version of the experts that the folder already held in this state."""
     origins: dict[str, str] = field(default_factory=dict)
-    """uid -> the role of the server that gave it, of those that were written now."""
+    """uid -> the role of the server that gave it, for the experts that were written now."""
     failed: dict[str, BaseException] = field(default_factory=dict)
-    """uid -> the last error, of those that no server gave. An older file stays, if there is one."""
+    """uid -> the last error, for the experts that no server gave. An older file stays, if there is one."""
     late: set[str] = field(default_factory=set)
     """Uids of experts whose servers had not answered when the pause ended: their states may hold later steps."""
 

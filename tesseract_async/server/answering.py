@@ -52,7 +52,7 @@ from tesseract_async.wire.tensors import pack_tensors, plain_metas, unpack_plain
 Result = TypeVar("Result")
 
 _LOOK_PERIOD = 0.1
-"""Seconds: connections end without telling us."""
+"""Seconds between looks for callers whose connection has ended, which nothing announces."""
 _LARGE_BYTES = 32 * 1024
 _STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 
@@ -69,8 +69,8 @@ class BackwardUnderWay:
     num_waiting: int = 0
 
     def leave(self) -> None:
-        """Note that one of the waiting callers waits no more. If nobody waits, it is not computed, unless that has
-        begun; then its step stands, and a caller that asks again gets its answer."""
+        """Note that one of the waiting callers no longer waits. If nobody waits, the backward is not computed, unless
+        that has begun; then its step stands, and a caller that asks again gets its answer."""
         self.num_waiting -= 1
         if not self.num_waiting and not self.work.answer.done():
             self.runtime.withdraw(self.work)
@@ -122,8 +122,8 @@ class ExpertCalls:
             return Message(messages.encode(info))
 
     def forward(self, hosted: HostedState, call: IncomingCall) -> Awaitable[Message]:
-        """Answer ``expert.forward``: by a `Deferred` where all tensors come in codec ``none``. Raises only
-        RemoteErrors, for the caller to see, now or when awaited."""
+        """Answer ``expert.forward``, with a `Deferred` if all tensors come in codec ``none``. Raises only RemoteErrors,
+        for the caller to see, now or when awaited."""
         backend = hosted.backend
         try:
             request, call.body = messages.decode(messages.ForwardRequest, call.body), None
@@ -144,7 +144,7 @@ class ExpertCalls:
         return self._submit(hosted, call, request, inputs)
 
     async def _forward(self, hosted: HostedState, call: IncomingCall, request: messages.ForwardRequest) -> Message:
-        """The same with other codecs, or no rows."""
+        """Do the same with other codecs, or no rows."""
         uid, backend = hosted.uid, hosted.backend
         with self.answering(call):
             specs, _ = backend.specs(wire.meta_size(backend.input_specs, request.tensors))
@@ -222,7 +222,8 @@ class ExpertCalls:
         return self._backward(key, hosted, call, request, begun)
 
     async def _backward_once_it_leads(self, hosted: HostedState, call: IncomingCall) -> Message:
-        """Answer a backward of an expert that somebody else trains, should that have changed; else say who does."""
+        """Answer a backward of an expert that another server trained lately, if this one trains it now; otherwise say
+        which one does."""
         with self.answering(call):
             await self.check_leads(hosted)
             return await self.backward(hosted, call)
@@ -235,7 +236,7 @@ class ExpertCalls:
         request: messages.BackwardRequest,
         begun: WorkResult | BackwardUnderWay | None,
     ) -> Message:
-        """The same with other codecs, an answer that is there, or no rows."""
+        """Do the same with other codecs, an answer that is already there, or no rows."""
         uid, backend = hosted.uid, hosted.backend
         with self.answering(call):
             if begun is None:
@@ -273,7 +274,7 @@ class ExpertCalls:
     def _backward_reply(
         self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, answer: WorkResult
     ) -> Message | Deferred[Message]:
-        """Take note of an answer, and tell it. Raises: NotPrimary."""
+        """Take note of an answer, and return the reply with it. Raises: NotPrimary."""
         self.check_led(hosted)
         if request.inputs_cached is not None:
             self.memory.inputs.pop(request.inputs_cached)
@@ -283,7 +284,7 @@ class ExpertCalls:
     def _reply(
         self, reply: messages.ForwardReply | messages.BackwardReply, answer: WorkResult, codec: str
     ) -> Message | Deferred[Message]:
-        """Return a reply with the answer's tensors, or what it will be once they are compressed."""
+        """Return a reply with the answer's tensors, or a promise of one while they are compressed."""
         if codec == "none" and answer.encoded is not None:
             return _message(reply, plain_metas(answer.tensors), answer.encoded)  # type: ignore[arg-type]  # none is absent
         tensors = [*map(_apart, answer.tensors)]
@@ -338,7 +339,7 @@ class ExpertCalls:
 
     @contextlib.contextmanager
     def answering(self, call: IncomingCall) -> Iterator[None]:
-        """A call is under way, which ends in an answer or a RemoteError."""
+        """Enclose a call under way, which ends in an answer or a RemoteError."""
         self._num_active += 1
         try:
             yield
@@ -348,7 +349,7 @@ class ExpertCalls:
             self.left()
 
     def entered(self) -> None:
-        """A call is under way, which `wait_quiet` waits for until it has `left`."""
+        """Note a call under way, for which `wait_quiet` waits until it has `left`."""
         self._num_active += 1
 
     def left(self) -> None:
@@ -387,7 +388,7 @@ class ExpertCalls:
                 raise NotPrimary(f"this server only follows {hosted.uid}", primary=primary, retry_after=retry_after)
 
     def check_led(self, hosted: HostedState) -> None:
-        """Ask once more, before a step is told of. Raises: NotPrimary."""
+        """Check again before a step is confirmed to a caller. Raises: NotPrimary."""
         if not self._succession().may_step(hosted.uid):
             # its lease ended meanwhile: the next primary knows the call's id, if the step is in what it goes on from
             raise NotPrimary(f"this server no longer trains {hosted.uid}", retry_after=1.0)
@@ -404,7 +405,8 @@ class ExpertCalls:
         return inputs  # of another expert, maybe
 
     def begun_backward(self, key: CallKey) -> BackwardUnderWay | WorkResult | None:
-        """Return what has become of a backward that came before: its answer, as long as it is remembered."""
+        """Return the answer of a backward that came before, as long as it is remembered, or the backward while it is
+        under way."""
         return self.memory.answers.get(key) or self._backwards.get(key)
 
     def begin_backward(
@@ -462,8 +464,8 @@ class ExpertCalls:
             self.memory.keep_answer(key, backward.result(), backward.owner)
 
     def owner(self, call: IncomingCall) -> Hashable:
-        """Return whose share of memory and device time this takes: a known peer's, else an address range's, else (where
-        addresses tell nothing) the peer's."""
+        """Return the owner of the share of memory and device time that this call takes: a known peer, else an address
+        range, else (where addresses tell nothing) the peer."""
         return call.peer_id if self._knows(call.peer_id) else range_of(call.origin) or call.peer_id
 
     def expect_backward(self, name: bytes, hosted: HostedState, call: IncomingCall) -> None:
@@ -487,7 +489,7 @@ def _message(
 
 
 def told_of(error: BaseException, method: str) -> RemoteError:
-    """Return what a caller is told of an error."""
+    """Return the error that a caller is told."""
     if isinstance(error, RemoteError):
         return error
     if isinstance(error, ProtocolError):
@@ -498,15 +500,17 @@ def told_of(error: BaseException, method: str) -> RemoteError:
 
 
 def journal_key(trainer: PeerID, call_id: bytes) -> bytes:
-    """Return the journal's key of a backward: no trainer can use up the id of another one's call."""
+    """Return the journal's key of a backward. It depends on the trainer, so that none can use up the id of another's
+    call."""
     return hashlib.sha256(trainer + call_id).digest()[:16]
 
 
 def priority_of(call: IncomingCall) -> int:
-    """Return the call's priority within the few classes that a stranger may make the batcher keep."""
+    """Return the call's priority, limited to the few classes that the batcher keeps for strangers."""
     return max(messages.LOWEST_PRIORITY, min(call.priority, messages.HIGHEST_PRIORITY))
 
 
 def _apart(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a part of an answer that may wait for long: a few rows do not hold the outputs of a large batch."""
+    """Return a part of an answer that may wait for long, copied if it is a few rows that would keep the outputs of a
+    large batch in memory."""
     return x if x is None or x.nbytes < _LARGE_BYTES or x.untyped_storage().nbytes() <= 4 * x.nbytes else x.clone()

@@ -41,9 +41,9 @@ from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import meta_size
 
 SHARE_BYTES: Final = 3584
-"""Memory of the objects around one expert's share: measured at 2,200 bytes in a forward, 3,500 in a backward."""
+"""Bytes of the objects around one expert's share: measured at 2,200 in a forward, 3,500 in a backward."""
 PORTION: Final = 64
-"""Shares begun in one turn of the loop."""
+"""The most shares begun in one turn of the loop."""
 
 FindsExperts = Callable[[IncomingCall, Sequence[str]], Sequence[CallHandler | RemoteError]]
 """Finds experts of this node for a caller, as `TesseractNode.find_experts` does."""
@@ -57,7 +57,8 @@ class Applying:
         self._calls, self._find = calls, find
 
     def answer(self, call: IncomingCall) -> Answer:
-        """Return the reply: what it will be, or its parts, whose closing withdraws what has not been computed.
+        """Return the reply, as a promise or as its parts. Closing the parts withdraws the work that has not been
+        computed.
 
         Raises only RemoteErrors, for the caller to see, now or then: where the message as a whole cannot be understood.
         """
@@ -121,7 +122,7 @@ class ExpertShares:
     hosted: HostedState
 
     def __call__(self, call: IncomingCall) -> Answer:
-        """Refuse a call of its own: `Applying` finds this share, and begins it."""
+        """Refuse to be called directly: `Applying` finds this share, and begins it."""
         raise UnknownMethod(f"{self.hosted.uid} is applied together with others")
 
 
@@ -230,7 +231,7 @@ class Wave:
         return doors
 
     def _sorted(self, found: Sequence[CallHandler | RemoteError], start: int = 0) -> dict[int, ExpertShares]:
-        """Return the handlers by their places; experts without have failed."""
+        """Return the handlers by their places; experts without a handler have failed."""
         doors: dict[int, ExpertShares] = {}
         for expert, door in enumerate(found, start):
             if isinstance(door, RemoteError):
@@ -241,7 +242,7 @@ class Wave:
         return doors
 
     def _bytes_per_row(self, door: ExpertShares) -> int:
-        """Return what a pair counts as: its part of the block, which all share, and a row of the answer."""
+        """Return the bytes that a pair counts as: its part of the block, which all share, and a row of the answer."""
         backend, block = door.hosted.backend, (*self._inputs, *self._gradients)
         block_bytes = sum(x.nbytes for x in block if x is not None)
         size = meta_size([*backend.input_specs[: self.request.num_inputs], *backend.output_specs], self.request.tensors)
@@ -332,7 +333,8 @@ class Wave:
         begun.work.answer.add_done_callback(partial(self._backward_ended, share))
 
     async def _begin_elsewhere(self, share: _Share) -> None:
-        """Begin a backward of an expert that somebody else trains, should that have changed; else say who does."""
+        """Begin a backward of an expert that another server trained lately, if this one trains it now; otherwise say
+        which one does."""
         try:
             await share.door.calls.check_leads(share.door.hosted)
             self._begin_backward(share)
@@ -450,7 +452,7 @@ class Wave:
         self._look()
 
     def withdraw(self) -> None:
-        """Give up what is still under way: nobody waits for it."""
+        """Give up the work that is still under way: nobody waits for it."""
         self._let_go()
         for task in self._tasks:
             task.cancel()

@@ -31,7 +31,7 @@ _NO_WEIGHTS: Final = np.empty(0, dtype=np.float32)
 
 
 def is_small(request: ApplyRequest) -> bool:
-    """Return whether this is a call that may be answered so."""
+    """Return whether this call may be answered in this way."""
     return (
         not request.backward
         and len(request.rows) <= MAX_PAIRS
@@ -49,7 +49,7 @@ def begin(
     calls: ExpertCalls,
     again: Callable[[], Coroutine[object, object, Message]],
 ) -> Deferred[Message] | None:
-    """Begin to answer; None if `again` has to. `hosted`: the experts that are asked, of the server of `calls`."""
+    """Begin to answer; None if `again` has to do it. `hosted`: the experts that are asked, of the server of `calls`."""
     first, backend = hosted[0], hosted[0].backend
     codecs = backend.settings.codecs
     if calls.refuse_forwards is not None or "none" not in codecs.inputs or "none" not in codecs.outputs:

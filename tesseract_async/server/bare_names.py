@@ -1,7 +1,7 @@
 """BareNames: who is the primary of a server's experts that belong to no run (`docs/design/authority.md`, Bare names).
 
-Bare names have no records that say who may train, so one server's word counts for little: versions are compared only
-among servers that the node's own allow-list names.
+Bare names have no records that say who may train, so a server's claim alone counts for little: versions are compared
+only among servers that the node's own allow-list names.
 """
 
 import asyncio
@@ -71,7 +71,7 @@ class BareRole(Enum):
     """Be its primary."""
     FOLLOW = "follow"
     WAIT = "wait"
-    """Follow nobody for the moment: a better follower is about to take over."""
+    """Follow no server for the moment: a better follower is about to take over."""
 
 
 def decide(
@@ -86,10 +86,11 @@ def decide(
 ) -> tuple[BareRole, Contender | None]:
     """Return this server's role, and which server it follows.
 
-    `others`: replicas whose word may count, and of those that call themselves primary only the ones that answered
+    `others`: replicas whose claims may count; of those that claim to be the primary, only the ones that answered
     lately. `listed`: they are on an allow-list, so that their versions are believed. `followed`: the server that this
-    one follows. `taken_from`: that it took over from, unasked. `is_new`: it has been primary for a moment only, without
-    a step, or stood still for a lease. `has_waited`: a better follower had the time to take over, and did not.
+    one follows. `taken_from`: the server from which this one took over, unasked. `is_new`: this server has been primary
+    for a moment only, without a step, or stood still for a lease. `has_waited`: a better follower had the time to take
+    over, and did not.
     """
     assert me.version is not None
     primaries = [other for other in others if other.primary]
@@ -124,7 +125,7 @@ class _BareExpert:
     """The primary that is followed."""
     synced_from: PeerID | None = None
     syncing: Rhythm | None = None
-    """The rhythm of pulls from that one."""
+    """The rhythm of pulls from the primary."""
     giver: PeerID | None = None
     """The server that handed the expert over to this one."""
     giver_sequence: int = 0
@@ -133,13 +134,13 @@ class _BareExpert:
     """The server whose silence made this one take over."""
     waiting_since: float | None = None
     installing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a state is put in, and while this server becomes the primary: no state comes in after that."""
+    """Held while a state is loaded, and while this server becomes the primary, after which no state is loaded."""
     others: list[ExpertReplica] = field(default_factory=list)
-    """The replicas elsewhere that may be followed, as the network said last."""
+    """The replicas elsewhere that may be followed, as last read from the network."""
 
 
 class _Look:
-    """The questions of one look: each server is asked once whether it is there."""
+    """The questions of one round of looking at the roles: each server is asked once whether it is there."""
 
     def __init__(self, node: TesseractNode, timeout: float) -> None:
         self._node, self._timeout = node, timeout
@@ -248,7 +249,7 @@ class BareNames:
 
     @staticmethod
     async def _each(act: Callable[[_BareExpert], Awaitable[None]], experts: Iterable[_BareExpert]) -> None:
-        """Do this with all of them, some at a time. What fails for one is logged."""
+        """Do this with all of them, some at a time. A failure of one is logged."""
         gate = asyncio.Semaphore(NUM_AT_ONCE)
 
         async def carry_out(one: _BareExpert) -> None:
@@ -308,7 +309,8 @@ class BareNames:
                 await self._become_primary(one)
 
     async def _living(self, one: _BareExpert, primaries: list[ExpertReplica], look: _Look) -> list[ExpertReplica]:
-        """Return those that answer, and for a lease the one that is followed and does not: it may be busy."""
+        """Return the servers that answer and, for a lease, the followed one even if it does not answer: it may be
+        busy."""
         speak = await asyncio.gather(*map(look.speaks, primaries))
         now, followed, living = self._elapsed(), self.primary(one.hosted.uid), []
         for other, speaks in zip(primaries, speak, strict=True):

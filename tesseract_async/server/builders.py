@@ -1,4 +1,4 @@
-"""Functions that build experts, by name or by import path, and the checks of what they are given.
+"""Functions that build experts, by name or by import path, and the checks of their arguments.
 
 A builder takes sizes and returns a module and the schema of its arguments. Sizes may come from strangers: they are
 compared with the builder's signature, and the expert is built on PyTorch's ``meta`` device first, where nothing
@@ -62,7 +62,8 @@ def expert_builder(builder: Builder) -> Builder:
 
     The function takes sizes (numbers, text, truth values) as named arguments and returns a module and the schemas of
     its arguments. Volunteers that allow your module (``--allow-module``) run it with sizes that the run's author chose:
-    nothing else of the module can be named. It is called on PyTorch's ``meta`` device first, to see what it takes.
+    nothing else of the module can be named. It is called on PyTorch's ``meta`` device first, to see how much memory it
+    takes.
 
     Raises: TypeError for anything but a function at the top level of a module, ValueError for a private name.
     """
@@ -77,7 +78,7 @@ def expert_builder(builder: Builder) -> Builder:
 def find_builder(name: str, *, marked: bool = False) -> Builder:
     """Return the builder of a registered name, or of ``package.module:function``.
 
-    `marked`: of those by import path, only what `expert_builder` marked there. Raises: ValueError.
+    `marked`: of builders by import path, only those that `expert_builder` marked are found. Raises: ValueError.
     """
     if (builder := EXPERTS.get(name)) is not None:
         return builder
@@ -114,12 +115,12 @@ def build_module(
 ) -> Built:
     """Return a new module and its args_schema, once its sizes are known to fit.
 
-    `name` is registered, or ``package.module:builder``; `marked` as for `find_builder`. `seed` decides the first
+    `name` is registered, or ``package.module:builder``; `marked` as for `find_builder`. `seed` alone decides the first
     weights, whatever was drawn before. `max_bytes`: of the expert, with its gradients and that optimizer's state; by
     default this computer's memory.
 
-    Raises: ValueError for an unknown name, sizes that the builder does not take, too large ones, or a result that is no
-    builder's.
+    Raises: ValueError for an unknown name, sizes that the builder does not take, too large ones, or a result that no
+    builder may return.
     """
     builder = find_builder(name, marked=marked)
     _check_sizes(builder, sizes, name)
@@ -205,7 +206,8 @@ _WORDS: Final = {"int": "a whole number", "float": "a number", "bool": "true or 
 
 
 def _fits(value: object, hint: object) -> bool:
-    """Return whether a plain value may be given where this is annotated; what is no plain type takes anything."""
+    """Return whether a plain value may be given for this annotation; an annotation that is not a plain type takes any
+    value."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(hint))
     if hint is types.NoneType:

@@ -16,12 +16,13 @@ from tesseract_async.server.footprint import measure, probe, size_text, template
 from tesseract_async.server.state_files import NUM_SEALED
 
 MAX_ROOM: Final = 64
-"""Experts that a server takes on by itself."""
+"""The most experts that a server takes on by itself."""
 MEMORY_SHARE: Final = 0.5
 """Share of the free memory that is used where the volunteer set no limit."""
 DISK_SHARE: Final = 0.1
 MAX_HOLD_BYTES: Final = 20 * 10**9
-"""Disk for states of others' experts, where the volunteer said nothing: this much, or that share of what is free."""
+"""Disk for states of other members' experts if the volunteer set no limit: at most this much, or that share of the free
+disk."""
 FRAGMENTS_MEMORY: Final = 1 / 16
 FRAGMENTS_DISK: Final = 1 / 8
 """Shares of the memory, and of the disk for states, for fragments of the parameters that a run's trainers share."""
@@ -36,13 +37,13 @@ class Capacity:
     """The capacity of a member of a run."""
 
     room: int
-    """Experts that it computes at most; 0: it only holds."""
+    """The most experts that it computes; 0: it only holds states."""
     files: int
-    """Experts of which it keeps a state at most, those that it computes included."""
+    """The most experts of which it keeps a state, those that it computes included."""
     speed: float = 0.0
-    """Rows each second."""
+    """The rows that it computes each second."""
     sentence: str = ""
-    """The same for people."""
+    """The capacity in a sentence for people."""
     fragments: tuple[int, int] = (0, 0)
     """The same two numbers for fragments of shared parameters (`server.fragments`)."""
 

@@ -1,4 +1,5 @@
-"""An expert's state as a file: what a checkpoint holds, what is sealed, and what travels to followers and exports.
+"""An expert's state as a file: the format of checkpoints, of sealed files, and of states that are sent to followers and
+exports.
 
 The format is safetensors (https://github.com/huggingface/safetensors): the header's length as 8 bytes, little-endian; a
 JSON header that maps each tensor's name to its dtype, shape and place; the tensors' bytes. Any safetensors reader loads
@@ -25,9 +26,10 @@ from tesseract_async.wire.compression import flat_of
 
 FORMAT_VERSION: Final = 1
 MAX_HEADER_VALUES: Final = 1 << 20
-"""Lists, maps and what they hold, in a stranger's file: a full journal has a fifth. A byte of JSON may cost 60."""
+"""The most lists, maps and values in them in the header of a stranger's file: a full journal has a fifth of that. A
+byte of JSON may cost 60 bytes of memory."""
 MAX_VERSION: Final = 2**53
-"""No expert takes so many steps: a state that says so would leave it no room for its own."""
+"""The greatest version in a stranger's state: no expert takes this many steps, and it would leave no room for more."""
 
 JOURNAL_SHARE: Final = 0.045
 """The part of a sealed file that the journal takes at most, unless more backwards came within minutes."""
@@ -118,7 +120,8 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def decode_state(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> StateDict:
-    """Return what `encode_state` was given. Takes untrusted bytes; `max_values` bounds what a stranger's header makes.
+    """Return what `encode_state` was given. Takes untrusted bytes; `max_values` bounds the values that a stranger's
+    header may hold.
 
     Tensors of a mapped file (`files.mapped`) stay there until they are looked at, or written.
 
@@ -205,7 +208,8 @@ def difference(uid: str, backend: ExpertBackend, state: StateDict) -> str | None
 
 
 def check_state(uid: str, data: bytes | memoryview, *, weights_only: bool = False) -> StateDict:
-    """Return the state in a stranger's file: checked for its form, not for its worth. Raises: ProtocolError."""
+    """Return the state in a stranger's file: checked for its form, not for how good its weights are. Raises:
+    ProtocolError."""
     try:
         state = decode_state(data, max_values=MAX_HEADER_VALUES)
     except (CheckpointError, RecursionError, IndexError, OverflowError) as error:

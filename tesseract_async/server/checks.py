@@ -70,7 +70,7 @@ def check_gradients(
 def _all_fit(
     tensors: Sequence[torch.Tensor | None], specs: Sequence[wire.TensorSpec], num_rows: int, *, may_lack: bool = False
 ) -> bool:
-    """Return whether each has so many rows of its spec. Optional ones may be absent; all, if they `may_lack`."""
+    """Return whether each has this many rows of its spec. Optional ones may be absent; all, if they `may_lack`."""
     if len(tensors) != len(specs):
         return False
     for x, spec in zip(tensors, specs, strict=True):
@@ -100,7 +100,7 @@ def check_codecs(
 
 
 def check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, specs: Sequence[wire.TensorSpec]) -> None:
-    """Refuse what would take more memory, unpacked, than what fits. Raises: SchemaMismatch."""
+    """Refuse tensors that would take more memory, unpacked, than fitting ones. Raises: SchemaMismatch."""
     if not wire.may_unpack(metas, specs):
         got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
         raise SchemaMismatch(f"{what} takes {wire.describe_schema(schema)}; got {got}")

@@ -16,24 +16,25 @@ from typing import Final, Literal, get_args
 Period = Literal["day", "week", "month"]
 PERIODS: Final = get_args(Period)
 MAX_NAME: Final = 64
-"""Characters of a machine's name, and of other words about it."""
+"""The most characters of a machine's name, and of other texts about it."""
 MAX_MARKS: Final = 4
-"""Marks on one letter of it: languages have three."""
+"""The most marks on one letter of a name: no language has more than three."""
 
 _DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _WINDOW: Final = re.compile(r"(?:(?P<days>[a-z,-]+)\s+)?(?P<start>\d{1,2}:\d\d)\s*-\s*(?P<end>\d{1,2}:\d\d)")
 _HORIZON_DAYS: Final = 9
-"""Windows repeat weekly: what does not change within a week and a day never does."""
+"""Days within which a change is looked for: windows repeat weekly, so a state that does not change within a week and a
+day never does."""
 
 
 def is_name(text: str) -> bool:
-    """Return whether a machine may be called so: in one short line, without towers of marks on a letter."""
+    """Return whether a machine may be called so: in one short line, without piles of marks on a letter."""
     runs = (len(list(run)) for is_mark, run in groupby(map(unicodedata.combining, text), bool) if is_mark)
     return len(text) <= MAX_NAME and text.isprintable() and max(runs, default=0) <= MAX_MARKS
 
 
 def check_name(name: str) -> None:
-    """Raises: ValueError for what cannot be a machine's name."""
+    """Raises: ValueError for text that cannot be a machine's name."""
     if not is_name(name):
         raise ValueError(f"a machine's name is one line of at most {MAX_NAME} characters: {name[:80]!r}")
 
@@ -126,7 +127,7 @@ class WorkPermission:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes used in the present quota period. They must outlive a restart."""
+    """The bytes used in the present quota period, which must outlive a restart."""
 
     period_start: float = 0.0
     """Wall-clock seconds at which the period of these bytes began."""

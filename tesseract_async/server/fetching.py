@@ -1,5 +1,5 @@
-"""Fetches experts' states in pieces: a sealed file from all who have it at once, a server's newest from that server; or
-a piece of a copy, to see who has it."""
+"""Fetches experts' states in pieces: a sealed file from all servers that have it at once, or a server's newest state
+from that server. It also fetches single pieces of copies, to see who has them."""
 
 import asyncio
 import io
@@ -44,18 +44,18 @@ from tesseract_async.wire import messages
 logger = logging.getLogger(__name__)
 
 MIN_RATE: Final = 32 << 10
-"""Bytes per second: a source that sends a piece more slowly is left, and so is a state that takes longer."""
+"""Bytes per second: a source that sends a piece more slowly is dropped, and a state that takes longer is given up."""
 LINE_RATE: Final = 128 << 10
 """Bytes per second of a server's line that many pieces share: 1 Mbit/s."""
 MAX_STATE_BYTES: Final = 4 << 30
-"""A longer file is not fetched, unless it is an expert's whose size is known here."""
+"""A longer file is not fetched, unless it is the state of an expert whose size is known here."""
 MAX_BYTES_HERE: Final = 256 << 20
 """A longer file is received on disk."""
 NUM_RETRIES: Final = 3
 """Times that a server is asked again for its newest state, after the connection broke or the state was replaced."""
 
 Aside = Callable[[Callable[[], Any]], Awaitable[Any]]
-"""Runs work on files where it stops nobody."""
+"""Runs work on files where it holds up nothing else."""
 
 
 async def _here(work: Callable[[], Any]) -> Any:
@@ -92,7 +92,7 @@ class _Transfer:
         self._error: Exception = ProtocolError(f"nobody is known to have the state of {request.uid}")
 
     async def run(self) -> None:
-        """Fetch it. Raises: what the last source failed with; TimeoutError; OSError if `into` cannot be written."""
+        """Fetch the file. Raises: the last source's error; TimeoutError; OSError if `into` cannot be written."""
         fetch, loop = self.fetch, asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._timeout):
@@ -180,7 +180,7 @@ class _Transfer:
 
 
 def seconds_for(num_pieces: int) -> float:
-    """Return the seconds that a server has for each of so many pieces that share its line."""
+    """Return the seconds that a server has for each of this many pieces that share its line."""
     return 60.0 + num_pieces * PIECE_BYTES / LINE_RATE
 
 

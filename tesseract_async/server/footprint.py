@@ -25,36 +25,37 @@ from tesseract_async.server.memory import trim_heap
 logger = logging.getLogger(__name__)
 
 JOURNALED_BYTES: Final = 256
-"""Python takes 170 to 250 for a call id and a version, the most when the table has just grown."""
+"""Bytes of a journal's entry: Python takes 170 to 250 for a call id and a version, the most when the table has just
+grown."""
 COPIED_JOURNALED_BYTES: Final = 24
 NUM_PROBE_ROWS: Final = 4
 PROBE_MARGIN: Final = 2.0
-"""A module that does not run on ``meta`` is taken to need this many times the memory of each probed row: with few rows,
-the peak is where the parameters' gradients meet, not where all activations do."""
+"""A module that does not run on ``meta`` is assumed to need this many times the memory of each probed row: with few
+rows, the peak is where the parameters' gradients meet, not where all activations do."""
 
 MAX_OPERATIONS: Final = 20_000
-"""Operations on tensors that building an expert of somebody else's sizes may take."""
+"""The most operations on tensors that building an expert with somebody else's sizes may take."""
 
 KERNEL_MARGIN: Final = 1.1
-"""Factor for memory that kernels take without making a tensor of it."""
+"""The factor that covers memory that kernels take without making a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
     weights: int
-    """Parameters and buffers."""
+    """Bytes of parameters and buffers."""
     gradients: int
-    """One for each parameter that is trained."""
+    """Bytes of a gradient for each parameter that is trained."""
     optimizer: int
-    """Its state after the first step."""
+    """Bytes of the optimizer's state after the first step."""
     batch: int
-    """The most that a forward and backward of `max_batch_size` rows needs at once, gradients and staged rows included;
-    only one expert of a device computes at a time."""
+    """The most bytes that a forward and backward of `max_batch_size` rows needs at once, gradients and staged rows
+    included; only one expert of a device computes at a time."""
     num_sums: int = 0
-    """Sums of gradients that wait for a step, at most: one over all batches, or one for each peer."""
+    """The most sums of gradients that wait for a step: one over all batches, or one for each peer."""
     journal_length: int = JOURNAL_LENGTH
     goes_back: bool = True
-    """A failed step goes back to a state that is kept for that. In lockstep none is."""
+    """True if a failed step goes back to a state that is kept for that. In lockstep, none is kept."""
 
     @property
     def state(self) -> int:
@@ -72,7 +73,7 @@ class Footprint:
 
     @property
     def journal(self) -> int:
-        """Bytes of a full one."""
+        """Bytes of a full journal."""
         return JOURNALED_BYTES * self.journal_length if self.gradients else 0
 
 
@@ -188,7 +189,8 @@ def _on_meta(backend: ExpertBackend, module: nn.Module | None = None) -> ExpertB
 
 
 def probe(backend: ExpertBackend, num_rows: int, device: torch.device) -> tuple[list[torch.Tensor], Gradients]:
-    """Return inputs of zeros for so many rows, and gradients of their outputs. What varies is as large as it may be."""
+    """Return inputs of zeros for this many rows, and gradients of their outputs. Sizes that vary are as large as they
+    may be."""
     size = max((spec.max_size for spec in backend.input_specs if spec.varies), default=None)
     inputs, gradients = (
         [torch.zeros(num_rows, *spec.least_shape, dtype=spec.dtype, device=device) for spec in specs]

@@ -1,4 +1,5 @@
-"""The calls for fragments of shared parameters: trainers' pushes, of which rounds are made, updates, and samples."""
+"""Answers the calls for fragments of shared parameters: trainers' pushes, which are gathered into rounds, updates, and
+samples."""
 
 import asyncio
 import math
@@ -26,12 +27,12 @@ from tesseract_async.wire import messages
 from tesseract_async.wire.names import new_name
 
 MAX_HELD_BYTES: Final = 256 << 20
-"""Differences of rounds that are open, of all fragments of a server together."""
+"""The most bytes of differences in open rounds, of all fragments of a server together."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A push that is to count."""
+    """A push that waits to be counted."""
 
     counts: asyncio.Future[None]
     owner: Owner
@@ -42,9 +43,10 @@ class _Waiting:
 class _Gathering:
     rounds: Rounds
     num_followed: int = 0
-    """The backend's when the round opened: if it goes on from another state since, this round's pushes do not count."""
+    """The backend's `num_followed` when the round opened: if it has gone on from another state since, this round's
+    pushes do not count."""
     waiting: dict[bytes, _Waiting] = field(default_factory=dict)
-    """By journal key."""
+    """The waiting pushes, by journal key."""
     timer: asyncio.TimerHandle | None = None
     closing: asyncio.Task[None] | None = None
 
@@ -55,7 +57,7 @@ class _Samples:
 
     ledger: Ledger
     num_followed: int
-    """The backend's, then: another one goes on from what another host did meanwhile."""
+    """The backend's `num_followed` then: another number means that it went on from what another host did meanwhile."""
     session: bytes
 
 
@@ -214,7 +216,7 @@ class FragmentCalls:
         self._look(hosted, one)
 
     def close(self) -> None:
-        """Count nothing any more: who waits is told, and asks elsewhere."""
+        """Count no more pushes. Trainers that wait are told, and ask elsewhere."""
         for one in self._gathering.values():
             if one.timer is not None:
                 one.timer.cancel()

@@ -34,12 +34,12 @@ from tesseract_async.wire.compression import encoded_bytes
 from tesseract_async.wire.tensors import TensorSpec
 
 MAX_STEPS: Final = 1024
-"""Optimizer steps that a push counts as, at most."""
+"""The most optimizer steps that a push counts as."""
 JOURNALED_VERSIONS: Final = 64
 """Versions whose pushes are remembered. Those whose base is older than 8 versions are not counted anyway."""
 
 MAX_STATE_BYTES: Final = (16 + 8 * KEPT_UPDATES) * MAX_ELEMENTS + 2 * MAX_LAYOUT_BYTES
-"""The longest file that a state of a fragment is."""
+"""The most bytes of a file with a fragment's state."""
 _SAMPLES_BYTES: Final = 4 + STATE_BYTES
 
 NamedTensors = Mapping[str, torch.Tensor]
@@ -74,11 +74,11 @@ class _Tensors(nn.Module):
         self.put_root(update.version, update.root)
 
     def read_samples(self) -> bytes:
-        """Return the state of the samples when the last round closed; nothing in other fragments than the first."""
+        """Return the state of the samples when the last round closed; empty for fragments other than the first."""
         return _read_samples(self.get_buffer("samples")) if "samples" in self._buffers else b""
 
     def put_samples(self, state: bytes) -> None:
-        """Write it down, in the first fragment."""
+        """Store the state of the samples, in the first fragment."""
         if "samples" in self._buffers:
             self.samples = _octets((len(state).to_bytes(4, "big") + state).ljust(_SAMPLES_BYTES, b"\0"))
 
@@ -187,7 +187,7 @@ class FragmentBackend(ExpertBackend):
         """By version: `steps` then, the journal's keys of the pushes that led there, and the state of the samples, as
         other hosts must know."""
         self.num_followed = 0
-        """Times that it went on from another host's state."""
+        """The number of times that it went on from another host's state."""
         self._take(fragment, steps)
 
     @classmethod
@@ -270,8 +270,9 @@ async def fetch_replay(
     up_to: int | None = None,
     timeout: float,
 ) -> Replay | None:
-    """Return what has a fragment follow its primary by its updates, up to this version or the newest, once it is called
-    where the fragment is used; it raises ProtocolError for updates that lie. None if the state must be fetched whole.
+    """Return a function that makes a fragment follow its primary by updates, up to this version or the newest. Call it
+    on the thread that uses the fragment; it raises ProtocolError for false updates. None if the state must be fetched
+    whole.
 
     Raises: ProtocolError; what the call raises.
     """

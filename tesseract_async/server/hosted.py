@@ -16,7 +16,7 @@ from tesseract_async.server.state_files import CheckpointStore
 logger = logging.getLogger(__name__)
 
 UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
-"""Errors of loading a state that does not fit."""
+"""The errors that loading a state that does not fit may raise."""
 
 
 class Succession:
@@ -112,8 +112,8 @@ class HostedState:
     async def take(self, state: StateDict, *, aside: bool = False) -> Path | None:
         """Continue from a state that comes from elsewhere.
 
-        Steps beyond `shared_version`, and with `aside` any, are not in there: the state with them is written down
-        first, under a name that no checkpoint takes, which is returned. Raises: CheckpointError.
+        Steps beyond `shared_version` (with `aside`, all steps) are not in that state. So the present state, which has
+        them, is first written to a file whose name no checkpoint takes; that name is returned. Raises: CheckpointError.
         """
         path = None
         if self._store is not None and (aside or self.backend.version > self.shared_version):
@@ -152,7 +152,8 @@ class HostedState:
 
 
 def check_experts(experts: Mapping[str, ExpertBackend], *, host: object = None) -> None:
-    """Refuse what is no backend, one that a server other than `host` has, and two that train the same weights.
+    """Refuse objects that are no backends, a backend that a server other than `host` has, and two that train the same
+    weights.
 
     Raises: TypeError, ValueError.
     """

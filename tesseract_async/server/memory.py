@@ -14,24 +14,26 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.work import WorkResult
 
 KEEP_SECONDS: Final = 300.0
-"""A trainer's step takes seconds; a caller that asks again for an answer does so within its timeout."""
+"""Seconds for which inputs and answers are kept: a trainer's step takes seconds, and a caller that asks again does so
+within its timeout."""
 SMALL_BYTES: Final = 16 * 1024
 ENTRY_BYTES: Final = 1024
 TENSOR_BYTES: Final = 512
-"""The objects around what is remembered: measured at 550 bytes for an entry and 450 for a tensor, 1,300 in a server."""
+"""Bytes of the objects around a remembered tensor: measured at 550 for an entry and 450 for a tensor, 1,300 in a
+server."""
 
 MAX_EXPECTED: Final = 65536
-"""Entries; the oldest are no longer expected beyond that."""
+"""The most expected backwards; beyond that, the oldest are no longer expected."""
 MAX_PEERS: Final = 1024
 EXPECT_SECONDS: Final = 60.0
-"""Seconds after which no backward is expected any more: a trainer waits no longer for a call by default."""
+"""Seconds after which a backward is no longer expected: by default, no trainer waits longer for a call."""
 MIN_PATIENCE: Final = 0.5
 PATIENCE: Final = 2.0
 """A caller is waited for this many times as long as its slowest recent backward took."""
 GONE_AFTER: Final = 1.0
 """Seconds without a connection after which a caller is gone: one that lost its connection dials again sooner."""
 DECAY: Final = 0.9
-"""The slowest one's weight shrinks to this part with each that came sooner."""
+"""The lag of the slowest backward shrinks to this part with each backward that came sooner."""
 
 CallKey = tuple[str, bytes]
 """A backward: the expert's uid, and what `journal_key` gives."""
@@ -129,7 +131,7 @@ class CallerMemory:
         return self.inputs.clear() + self.answers.clear()
 
     def close(self) -> None:
-        """Drop everything, and leave no timer."""
+        """Drop everything, and cancel the timer."""
         self.forget()
         if self._sweep is not None:
             self._sweep.cancel()

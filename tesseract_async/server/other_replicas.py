@@ -1,4 +1,4 @@
-"""The replicas of a server's experts at other servers: who hosts them, their records, whether their word counts, and
+"""The replicas of a server's experts at other servers: who hosts them, their records, whether their claims count, and
 their states."""
 
 import asyncio
@@ -44,7 +44,7 @@ MAX_SOURCES: Final = 4
 MAX_SHARDS_READ: Final = 16
 """Shards of a grid that are read one by one; for more, the whole grid is read instead."""
 NUM_AT_ONCE: Final = 4
-"""Experts that are looked after at the same time."""
+"""The number of experts that are dealt with at the same time."""
 LONGEST_SUBKEY: Final = 120
 wall_clock: Final = time.time
 """Seconds since 1970, which may jump: for the times in manifests and records, and for nothing else."""
@@ -53,14 +53,15 @@ SAME_KIND: Final = "start this server with the same --expert-class and --size"
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """Settings of the replicas of one expert: they keep each other's pace. Times are seconds."""
+    """Settings that say how the replicas of one expert keep in step. Times are seconds."""
 
     sync_every: float = 30.0
     """Period at which a follower pulls the primary's state: shorter loses fewer steps, and moves more bytes."""
     check_every: float = 5.0
     """Period at which roles are looked at: shorter notices a dead primary sooner, and asks more."""
     lease: float = 30.0
-    """A primary that answers nobody for so long is replaced; one that stood still for so long asks who it is now."""
+    """A primary that answers nobody for this long is replaced; one that stood still for this long asks who is primary
+    now."""
     call_timeout: float = 10.0
     """Limit for a question to another replica, for each piece of a state, and for asking the network who hosts what; a
     fifth of it for the question whether a replica is there. Slow links need more."""
@@ -76,7 +77,7 @@ DEFAULT_SETTINGS: Final = ReplicaSettings()
 
 
 class ReplicaMismatch(ValueError):
-    """An expert that this server would host is trained elsewhere as something else; the sentence names both."""
+    """An expert that this server would host is trained elsewhere as another kind of expert; the message names both."""
 
 
 def owner_of(replica: ExpertReplica) -> PeerID:

@@ -1,8 +1,8 @@
 """`Parts`: the answers of many experts to one message, gathered into the parts of one reply. No I/O, no clock.
 
-Answers come in any order and at any time. A part is the sum of those that are there when it is taken: the more the
-longer the experts take. Parts cost both ends work that answers do not, so the first is due a little after the message
-came, each later one after a longer pause, and the last when nothing is left to wait for.
+Answers come in any order and at any time. A part is the sum of the answers that are there when it is taken, so that it
+covers more of them the longer the experts take. Each part costs both ends extra work. So the first is due a little
+after the message came, each later one after a longer pause, and the last when nothing is left to wait for.
 """
 
 import math
@@ -20,11 +20,11 @@ from tesseract_async.wire.apply import ApplyPart, ApplyRequest, Numbers, numbere
 FIRST_PAUSE: Final = 0.02
 """Seconds from the message to the first part, unless all is answered sooner: many experts in one pass take as long."""
 LENGTHENING: Final = 2.3
-"""Each pause is so many times as long as the one before: seven of them make five seconds, by which the eighth part is
-all that is left."""
+"""Each pause is this many times as long as the one before: seven pauses make five seconds, after which the eighth part
+holds all that is left."""
 MAX_PARTS: Final = 8
 _STACKED_BYTES: Final = 512 * 1024
-"""Answers up to so large together are added at once; larger ones one by one, without a copy."""
+"""Answers of at most this many bytes together are added at once; larger ones one by one, without a copy."""
 
 
 class ExpertAnswer(NamedTuple):
@@ -62,7 +62,7 @@ class Parts:
         self._ready[expert] = tuple.__new__(ExpertAnswer, (result, epoch))  # its own takes a Python call more
 
     def failed(self, expert: int, error: RemoteError) -> None:
-        """An expert does not answer."""
+        """Note that an expert does not answer."""
         self._num_open -= 1
         self._failures.append((expert, error))
 

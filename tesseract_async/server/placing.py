@@ -1,4 +1,5 @@
-"""Placing: has a server do its part in a run: which experts it leads, follows and holds. Drives `Placement`."""
+"""Placing: decides which experts of a run a server leads, follows and holds, and carries that out. Drives
+`Placement`."""
 
 import asyncio
 import contextlib
@@ -48,11 +49,11 @@ HURRIED_PERIOD: Final = 0.8
 NEW_SECONDS: Final = 30.0
 """Seconds after entering the run for which a member is new."""
 MISSED_SECONDS: Final = 60.0
-"""Seconds for which a member whose place cannot be read is no other's successor, if it was not before."""
+"""Seconds for which a member whose place cannot be read does not become a successor."""
 SHOW_SECONDS: Final = 10.0
-"""Seconds for a piece of a copy that is to be shown."""
+"""Seconds that a member has to show a piece of a copy."""
 RATE_SECONDS: Final = 30.0
-"""Rates are averages over about so long."""
+"""Rates are averages over about this many seconds."""
 
 
 class Placing:
@@ -73,7 +74,7 @@ class Placing:
         pattern: ExpertPattern | None = None,
     ) -> None:
         """`build` makes an expert with its first weights; `template` is one, of which shapes and sizes count.
-        `pattern`: of what it takes part in, by default the run's experts; what else there is, others begin.
+        `pattern`: the experts in which it takes part, by default all of the run's; others are begun by other servers.
 
         `chooses`: the server computes what the run lacks. Otherwise it computes what it was told to, and only holds
         others.
@@ -98,7 +99,7 @@ class Placing:
             may=lambda peer, uid: authority.may(peer, "host", uid, now=None),
         )
         self.places: Places = {}
-        """The latest word of each member, this one included."""
+        """The latest place that each member published, this one included."""
         self._addresses: dict[PeerID, PeerAddress] = {}
         self._seen_at: dict[PeerID, float] = {}  # when the place of each member was read last
         self._random = Random()
@@ -414,7 +415,7 @@ class Placing:
                     await self._tenures.drop(uid, even_primary=True)
 
     async def _make_room(self) -> None:
-        """Have one expert that is only followed rest on disk, where all places are taken."""
+        """Move one expert that is only followed to disk, if all places are taken."""
         followed = [uid for uid in self._computed() if not self._server.is_primary(uid)]
         if len(self._computed()) >= max(1, self.capacity.room) and followed:
             await self._tenures.rest(min(followed, key=lambda uid: self._rates.get(uid, (0.0, 0))[0]))
@@ -451,6 +452,6 @@ def _tell(error: BaseException) -> None:
 
 
 def _news(place: Place) -> object:
-    """Return what others must hear at once: not loads, nor how time passes."""
+    """Return the parts of the news that others must hear at once: not loads, nor times."""
     parts = {uid: (part.role, part.epoch, min(part.number, 1)) for uid, part in place.parts.items()}
     return place.room, place.files, parts, place.moved_ago < MAX_PERIOD

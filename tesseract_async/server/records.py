@@ -1,4 +1,4 @@
-"""Records: what the network holds of a server's experts of runs, read when it is wanted, and published."""
+"""Records: reads what the network holds about a server's experts of runs when that is wanted, and publishes it."""
 
 import asyncio
 import logging
@@ -40,7 +40,7 @@ class Records:
         """Set where something is wanted that is not being read."""
 
     def want(self, uid: str) -> None:
-        """Have it read soon (`take_wanted`)."""
+        """Ask for an expert to be read soon (`take_wanted`)."""
         self._wanted.add(uid)
         self.wants.set()
 

@@ -37,7 +37,7 @@ OPTIMIZERS: Final[Mapping[str, Callable[..., torch.optim.Optimizer]]] = {
     "sgd": torch.optim.SGD,
 }
 OWN_BUSINESS: Final = frozenset({"fused", "foreach", "capturable", "differentiable", "params"})
-"""Arguments of optimizers that nobody gives by name: how a computer computes the same numbers."""
+"""Arguments of optimizers that cannot be given by name: they say only how a computer computes the same numbers."""
 BETAS: Final = ("beta1", "beta2")
 """Adam's ``betas``, as plain values."""
 

@@ -23,9 +23,9 @@ from tesseract_async.server.other_replicas import check_fitting, is_near_path
 from tesseract_async.wire import messages
 
 MAX_UNDER_WAY: Final = 16
-"""States that arrive at a time, at one server."""
+"""The most states that arrive at one server at a time."""
 KEEP_SECONDS: Final = 60.0
-"""A state of which nothing came for so long gives way to another."""
+"""Seconds without a new piece after which a state gives way to another."""
 
 
 @dataclass(slots=True)

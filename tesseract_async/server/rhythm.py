@@ -7,8 +7,8 @@ _IDLE = 0.1
 class Rhythm:
     """Rounds of work, each of which ends at most a period after the one before it began.
 
-    A round brings to safety what happened until it began: so nothing older than a period is ever unsafe. A round
-    therefore begins earlier by as long as it is expected to take.
+    A round saves what happened before it began, so that nothing older than a period is ever unsaved. A round therefore
+    begins earlier, by the time that it is expected to take.
     """
 
     def __init__(self, period: float, now: float, *, rest: float = 0.0) -> None:
@@ -25,8 +25,8 @@ class Rhythm:
         return max(self._began + self._period - expected, self._rested_at)
 
     def note(self, began: float, ended: float, *, woken: float | None = None, worked: bool = True) -> None:
-        """Take in a round. `woken`: when somebody set about it, if that was earlier. `worked` is False if there was
-        nothing to do: how long that took says nothing."""
+        """Take in a round. `woken`: the time at which the work on it began, if that was earlier. `worked` is False if
+        there was nothing to do, so that the time it took says nothing."""
         rest = self._rest * (ended - began)
         self._began, self._rested_at = began, ended + (rest if worked else max(rest, _IDLE * self._period))
         if worked:

@@ -1,4 +1,4 @@
-"""From a run's manifest to experts, and from an expert to what a manifest says of it.
+"""Builds experts from a run's manifest, and fills in what a manifest says of an expert.
 
 A manifest comes from the network. It may choose among registered experts and optimizers and give them plain values;
 code by import path runs only where the volunteer allowed that module.

@@ -1,4 +1,4 @@
-"""SealedStates: the sealed files of a server's experts of runs: written, shown, fetched, and gone on from."""
+"""SealedStates: writes, shows, fetches and loads the sealed files of a server's experts of runs."""
 
 import contextlib
 import logging
@@ -29,7 +29,8 @@ from tesseract_async.transport.base import PeerAddress
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = 300.0
-"""A sealed state's journal holds the backwards of these seconds: a server that goes on from it applies none twice."""
+"""A sealed state's journal holds the backwards of the last seconds, this many, so that a server that goes on from it
+applies none twice."""
 
 
 class SealedStates:
@@ -87,7 +88,7 @@ class SealedStates:
         return versions[0][1] if versions[0][0] <= now - RETRY_SECONDS else -1
 
     async def possession(self, uid: str, seal: Seal, nonce: bytes) -> bytes:
-        """Return the proof that this server has the file; empty if it does not."""
+        """Return the proof that this server has the file; empty if it does not have it."""
         file = self.files.find(uid, seal.root)
         return b"" if file is None else await self._server.call_aside(lambda: possession(file.map(), nonce))
 
@@ -133,7 +134,7 @@ class SealedStates:
         return True
 
     async def _replay(self, expert: Tenured, seal: Seal) -> bool:
-        """Come to the sealed state of a fragment by its primary's updates: a thousandth of the bytes."""
+        """Reach the sealed state of a fragment by its primary's updates, which are a thousandth of the bytes."""
         uid, hosted, aside = expert.uid, expert.hosted, self._server.call_aside
         primary = self._addresses.get(seal.primary)
         is_free = expert.tenure.state in (State.FOLLOWING, State.HOLDING)

@@ -38,9 +38,10 @@ from tesseract_async.wire.apply import APPLY
 logger = logging.getLogger(__name__)
 
 _MOVED_AT_ONCE: Final = 64
-"""Experts that a device's thread moves to its device before it looks at anything else."""
+"""The number of experts that a device's thread moves to its device before it turns to other work."""
 FAREWELL_TIMEOUT: Final = 2.0
-"""Seconds that withdrawing the experts may take after `drain`: a network that does not answer keeps no server."""
+"""Seconds that withdrawing the experts may take after `drain`, so that a network that does not answer does not hold up
+a server."""
 
 Result = TypeVar("Result")
 
@@ -72,7 +73,7 @@ class TesseractServer(Uncopied):
     to the server meanwhile: nobody else may touch their modules.
 
     Of several servers that host one uid, one is its primary: it trains. `followers` names the uids of which this server
-    is not; their backwards are refused, with the name of the primary (`NotPrimary`).
+    is not the primary; their backwards are refused, with the name of the primary (`NotPrimary`).
     """
 
     def __init__(
@@ -247,7 +248,7 @@ class TesseractServer(Uncopied):
                 self._lock.release()
 
     async def _make_optimizers(self) -> None:
-        """Make those that are yet to be made: after the experts are found, before a backward needs them."""
+        """Make the optimizers that are still missing: after the experts can be found, before a backward needs them."""
         if not any(backend.trains and backend.optimizer is None for backend in self.experts.values()):
             return
         # the first one of the process imports PyTorch's compiler, for a second: not on the device's thread
@@ -267,7 +268,7 @@ class TesseractServer(Uncopied):
                 logger.warning("the new addresses could not be published yet: %s", describe(error))
 
     async def aclose(self, *, drain_timeout: float | None = None) -> None:
-        """Leave: `drain`, withdraw, save, stop. Closing twice is harmless.
+        """Leave the network: `drain`, withdraw, save, stop. Closing twice is harmless.
 
         `drain_timeout` overrides the settings'. Raises: CheckpointError, once all else is done, if what was learned
         since the last checkpoint could not be saved.

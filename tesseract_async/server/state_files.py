@@ -1,7 +1,7 @@
 """The files of a server's experts: ``directory/UID/``, with checkpoints, sealed states and what a `Tenure` remembers,
 and a lock.
 
-Blocking file work: call it where that is welcome.
+All of this is blocking file work: call it off the event loop.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ SUFFIX: Final = ".safetensors"
 NUM_CHECKPOINTS: Final = 3
 """Checkpoints kept of each expert: the newest may be damaged, or its owner wants an older one back."""
 NUM_SEALED: Final = 2
-"""Sealed files of each expert: somebody may be fetching the one before."""
+"""Sealed files kept of each expert: somebody may be fetching the one before the newest."""
 
 
 LOCK_NAME: Final = ".lock"
@@ -115,7 +115,8 @@ class CheckpointStore:
         return target
 
     def load(self, uid: str) -> StateDict | None:
-        """Return the newest state that is whole; None where there is no checkpoint. Damaged files are renamed, loudly.
+        """Return the newest state that is whole; None where there is no checkpoint. Damaged files are renamed, and an
+        error is logged.
 
         Raises: CheckpointError if files exist but none can be read.
         """
@@ -302,12 +303,12 @@ class SealedFiles:
 
     @property
     def is_durable(self) -> bool:
-        """False where files go with the process: nothing waits for the disk then."""
+        """False if the files vanish with the process: nothing waits for the disk then."""
         return self._directory is not None
 
     @property
     def is_temporary(self) -> bool:
-        """True if there are files in a folder that `close` takes away."""
+        """True if there are files in a folder that `close` removes."""
         return self._temporary is not None
 
     def close(self) -> None:
@@ -323,7 +324,8 @@ def read_sealed(path: Path) -> SealedFile:
 
 
 class FolderLock:
-    """Holds a folder from `acquire` to `release`, or to the end of the process, however that comes: one server each."""
+    """Holds a folder from `acquire` to `release`, or to the end of the process, however that ends: each folder has one
+    server."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

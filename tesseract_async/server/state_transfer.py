@@ -32,11 +32,11 @@ from tesseract_async.wire import messages
 
 MAX_COPIES_BYTES: Final = 1 << 30
 MAX_RATE: Final = 16 << 20
-"""Bytes of states per second that a server sends at most: sending so much takes a twentieth of a core."""
+"""Bytes of states per second that a server sends at most: sending that much takes a twentieth of a core."""
 MAX_WAITING: Final = 64
-"""Pieces that wait to be sent to one peer."""
+"""The most pieces that wait to be sent to one peer."""
 MAX_POINTS: Final = 2
-"""Peers whose save points of one expert are kept at a time: the disk is the server's."""
+"""The most peers whose save points of one expert are kept at a time, since they lie on the server's disk."""
 MAX_POINTS_A_MINUTE: Final = 8
 """Save points of one expert that a peer may have written in a minute: each is a copy, a hash and a file."""
 POINT_SECONDS: Final = 1800.0
@@ -49,7 +49,7 @@ REUSE_SECONDS: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class SealedState:
-    """An expert that is here as a sealed file alone: as those have it who only hold it."""
+    """An expert that is here only as a sealed file, as it is at members that only hold it."""
 
     uid: str
     version: int
@@ -62,7 +62,7 @@ class SealedState:
         return state
 
     def structure(self) -> None:
-        """None: a file does not tell."""
+        """Always None: a file does not tell the structure."""
 
 
 StateOwner = HostedState | SealedState
@@ -77,7 +77,8 @@ class _Copy:
 
 
 _At = tuple[str, bool, PeerID | None, bytes]
-"""A copy's place: the expert, whether it is its weights only, and of a save point whose it is, and its name."""
+"""A copy's key: the expert, whether it is the weights only and, for a save point, the peer that asked for it and its
+name."""
 
 
 class StateSource:
@@ -90,8 +91,9 @@ class StateSource:
         throttle: Throttle | None = None,
         points_dir: Path | None = None,
     ) -> None:
-        """`aside` runs work where it stops nobody. `throttle`: the node's, of whose upload rate states get what other
-        traffic leaves. `points_dir`: where states at save points are written; None: where temporary files are.
+        """`aside` runs work where it holds up nothing else. `throttle`: the node's; states get what other traffic
+        leaves of its upload rate. `points_dir`: where states at save points are written; None: where temporary files
+        are.
         """
         self._leftover = Leftover(MAX_RATE, throttle)
         self._turn = asyncio.Lock()

@@ -44,7 +44,7 @@ from tesseract_async.wire import messages
 logger = logging.getLogger(__name__)
 
 MAX_ASKED: Final = 3
-"""Members of whom a newer state is asked for at a time."""
+"""The most members that are asked for a newer state at a time."""
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
@@ -59,14 +59,15 @@ class TenureDriver:
         self._call_timeout, self._elapsed = call_timeout, elapsed
         self._experts: dict[str, Tenured] = {}
         self.source: StateSource | None = None
-        """Sends what is here as a file alone."""
+        """Sends the states that are here only as files."""
         self.places: dict[str, Mapping[str, Mapping[PeerID, int]]] = {}
-        """Prefix -> uid -> members that have its state by their own word, be it as a file alone, and the epoch of
-        that."""
+        """Prefix -> uid -> members that say they have its state, even if only as a file, and the epoch of that
+        state."""
         self.on_leading: dict[str, Callable[[str], None]] = {}
-        """Prefix -> called when this server stands for an expert that is here as a file alone, and when it leads it."""
+        """Prefix -> called when this server becomes a candidate for an expert that is here only as a file, and when it
+        leads it."""
         self.upload_rate: float | None = None
-        """Bytes per second that the volunteer gives; None without a limit."""
+        """Bytes per second that the volunteer lends for sending; None without a limit."""
         self._boot, self._random = os.urandom(8), Random()
         self._addresses: dict[PeerID, PeerAddress] = {}  # of servers that were found to host one of the experts
         self.states = SealedStates(server, self._experts, self._addresses, call_timeout=call_timeout)
@@ -242,7 +243,7 @@ class TenureDriver:
                 self._wants_announcement.set()
 
     def _prepare(self, expert: Tenured) -> None:
-        """Have an expert that is here as a file alone built while this server stands for it, to be ready in time."""
+        """Build an expert that is here only as a file while this server is a candidate for it, to be ready in time."""
         before, expert.stands = expert.stands, expert.tenure.state is State.CANDIDATE
         if expert.stands and not before and expert.hosted is None and expert.tenure.held is not None:
             self.on_leading[split_uid(expert.uid)[0]](expert.uid)
@@ -259,7 +260,8 @@ class TenureDriver:
         self._let_write(expert)
 
     def _let_write(self, expert: Tenured) -> None:
-        """Say whether the disk takes what must be there before this server says anything of the expert."""
+        """Tell the machine whether the disk takes what must be written before this server says anything about the
+        expert."""
         is_silent = self._elapsed() < expert.silent_until and expert.tenure.state in BEATING
         expert.tenure.may.write = expert.unwritten is None and not is_silent
 
@@ -364,7 +366,7 @@ def _tell(error: BaseException) -> None:
 
 
 def _check_records(records: list[bytes], num: int) -> list[bytes]:
-    """Check that these are so many records of at most 1 KiB. Raises: ProtocolError."""
+    """Check that these are this many records of at most 1 KiB. Raises: ProtocolError."""
     if len(records) != num or any(type(one) is not bytes or len(one) > MAX_RECORD_BYTES for one in records):
         raise ProtocolError("malformed records about who is primary")
     return records

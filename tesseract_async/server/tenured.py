@@ -16,14 +16,14 @@ from tesseract_async.tasks import in_time
 class Tenured:
     uid: str
     hosted: HostedState | None
-    """None: as a file alone."""
+    """None if the expert is here only as a sealed file."""
     authority: Authority
     tenure: Tenure
     carrying: asyncio.Lock = field(default_factory=asyncio.Lock)
     installing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held from where a state is chosen to where the machine knows that it is here. Taken before `carrying`."""
+    """Held from the choice of a state until the machine knows that the state is here. Taken before `carrying`."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set after every command; those who wait for something look again, and clear it."""
+    """Set after every command; tasks that wait for something look again, and clear it."""
     progress: tuple[int, int] | None = None
     """The progress of the sealed file's state."""
     sealed_at: float = -math.inf

@@ -1,4 +1,5 @@
-"""Tenures: who is the primary of a server's experts of runs: when each is read, sealed, computed, given up."""
+"""Tenures: settles who is the primary of a server's experts of runs, and when each is read, sealed, computed and given
+up."""
 
 import asyncio
 import contextlib
@@ -90,7 +91,7 @@ class Tenures(TenureDriver):
         return Tenured(uid, hosted, authority, tenure)
 
     async def add(self, uid: str, authority: Authority, leave: Permissions) -> None:
-        """Have this expert here, too, as a file alone. Raises: OSError."""
+        """Keep this expert here, too, as a file only. Raises: OSError."""
         if uid in self._experts or self._closed:
             return
         expert = await self._load(uid, authority, None)
@@ -112,7 +113,7 @@ class Tenures(TenureDriver):
         return await self.source.answer(SealedState(uid, held.version, file, self._server.call_aside), call)
 
     async def compute(self, uid: str, backend: ExpertBackend) -> None:
-        """Compute an expert that is here as a file alone, as its follower or as its primary.
+        """Compute an expert that is here only as a file, as its follower or as its primary.
 
         Raises: CheckpointError, ProtocolError if the file does not fit it; OSError; ValueError.
         """
@@ -133,7 +134,7 @@ class Tenures(TenureDriver):
         self._wants_announcement.set()
 
     async def rest(self, uid: str) -> None:
-        """Keep an expert, of which this server is not the primary, as a file alone. Raises: CheckpointError."""
+        """Keep an expert of which this server is not the primary as a file only. Raises: CheckpointError."""
         expert = self._experts[uid]
         async with expert.installing:
             if expert.hosted is not None and expert.tenure.state in (State.FOLLOWING, State.HOLDING):
@@ -165,7 +166,7 @@ class Tenures(TenureDriver):
         return list(self._experts)
 
     def knows(self, addresses: Mapping[PeerID, PeerAddress]) -> None:
-        """Take where members can be dialed. Of those that come and go, the last are remembered."""
+        """Take in the addresses of members. Of members that come and go, the latest are remembered."""
         for peer, address in addresses.items():
             self._addresses.pop(peer, None)
             self._addresses[peer] = address

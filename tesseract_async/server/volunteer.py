@@ -27,7 +27,7 @@ BYTE_COUNTERS: Final = (
     "network_bytes_received",
 )
 RETRY_AFTER: Final = 60.0
-"""Seconds that callers are told to wait if it is not known when the pause ends."""
+"""Seconds that callers are told to wait if it is not known when a pause ends."""
 SAVE_PERIOD: Final = 30.0
 
 

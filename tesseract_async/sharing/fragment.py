@@ -7,8 +7,8 @@ Momentum follows from the updates as well, so hosts need nothing else to replay 
 With m the momentum, g the members' mean difference and u the update: Nesterov's rule is m' = mu m + g, u = g + mu m'.
 Solved for what everybody knows, m' = (mu m + u) / (1 + mu): what quantizing u lost is not carried on.
 
-The anchor is ahead of what the members had on average, by mu m': it is where the next differences are taken from. What
-is evaluated is `Fragment.merged`.
+The anchor is ahead of what the members had on average, by mu m': it is where the next differences are taken from. To
+evaluate a model, use `Fragment.merged`.
 
 A `Copy` is a trainer's side: it pushes anchor - local, goes on stepping, and adds new - sent when the answer comes,
 where `sent` are its values at the time of the push: what it learned meanwhile stays.
@@ -30,10 +30,10 @@ KEPT_UPDATES: Final = 8
 """Updates that a fragment keeps: a trainer whose base is older fetches the whole state."""
 ROOT_BYTES: Final = 16
 UNKNOWN: Final = bytes(ROOT_BYTES)
-"""A root that nobody said."""
+"""Stands for a root that is not known."""
 NEWCOMERS: Final = frozenset({"anchor", "counts", "manifest"})
-"""The tensors of a fragment's state that a trainer needs, and of stepped ones the last update (`LAST`). Its hosts have
-more: momentum and all of the last updates."""
+"""The tensors of a fragment's state that a trainer needs; for stepped fragments also the last update (`LAST`). Hosts
+have more: momentum and all of the last updates."""
 LAST: Final = "last"
 
 
@@ -60,7 +60,7 @@ class Outer:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One step of a fragment, as it travels."""
+    """One step of a fragment, in the form in which it travels."""
 
     version: int
     """The version that it leads to."""
@@ -75,7 +75,8 @@ def anchor_root(anchor: torch.Tensor) -> bytes:
 
 
 class Fragment:
-    """The state of one fragment. Its methods take milliseconds for large ones: not on an event loop."""
+    """The state of one fragment. Its methods take milliseconds for large fragments: do not call them on an event
+    loop."""
 
     def __init__(
         self,
@@ -116,8 +117,8 @@ class Fragment:
         self._norms: dict[int, float] = {}
 
     def copied(self, *, keeps_momentum: bool = True) -> "Fragment":
-        """Return one that goes on by itself; without momentum it can replay updates, and take no step. Tensors are
-        replaced, and never changed, so that both may have them."""
+        """Return a copy that goes on by itself; without momentum it can replay updates, but take no step. The two may
+        share tensors, since tensors are replaced and never changed."""
         made = copy.copy(self)
         made._norms = {}
         if not keeps_momentum:
@@ -158,8 +159,8 @@ class Fragment:
         return self._line[-1]
 
     def largest_update(self) -> float:
-        """Return the largest norm of the last `KEPT_UPDATES`; 0 before there are as many. Takes milliseconds for each
-        that it has not measured yet."""
+        """Return the largest norm among the last `KEPT_UPDATES` updates; 0 while there are fewer. Takes milliseconds
+        for each that was not measured yet."""
         kept = {one.version: one for one in self.updates}
         if len(kept) < KEPT_UPDATES:
             return 0.0
@@ -202,7 +203,8 @@ class Fragment:
         return line[at + 1 :] if 0 <= at < len(line) and line[at].root == root else None
 
     def _take(self, data: bytes) -> None:
-        """Apply one encoded step: each operation by itself, so that no machine contracts two into one rounding."""
+        """Apply one encoded step. Each operation is done by itself, so that no machine fuses two and rounds only
+        once."""
         step = self._decoded(data)
         if self.cut.kind is MergeKind.NEWEST:
             self.anchor = step
@@ -214,7 +216,7 @@ class Fragment:
             anchor = self.anchor - (step if rate == 1.0 else step.mul_(rate))
             for one in (anchor, momentum):
                 if one is not None and not is_finite(one):
-                    raise ProtocolError("an update leads to what is not finite")
+                    raise ProtocolError("an update leads to values that are not finite")
             self.anchor, self.momentum = anchor, momentum
         self.version += 1
         self.root = anchor_root(self.anchor)
@@ -257,7 +259,7 @@ class Copy:
         return bytes(compression.encode(values, self._outer.codec_of(self.cut)))
 
     def cancel(self) -> None:
-        """Forget the push under way: the next one holds what it held."""
+        """Forget the push under way: the next one holds its difference, too."""
         self.sent = None
 
     def merge(self, updates: Sequence[Update], *, epoch: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Layout: how a model's parameters and buffers are cut into fragments. Pure.
 
 Trainable parameters lie one after another, in the order of their names, and are cut into at least `MIN_FRAGMENTS`
-fragments of nearly equal size, of at most `MAX_ELEMENTS` elements. What is not trained has fragments of its own, by
-`MergeKind`. Tied tensors are taken once, under their first name.
+fragments of nearly equal size, of at most `MAX_ELEMENTS` elements. Tensors that are not trained have fragments of their
+own, one set for each `MergeKind`. Tied tensors are taken once, under their first name.
 """
 
 import math
@@ -20,7 +20,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.wire.tensors import DTYPE_NAMES, DTYPES
 
 MAX_ELEMENTS: Final = 1 << 20
-"""Elements of a fragment: 4 MiB of float32."""
+"""The most elements of a fragment: 4 MiB of float32."""
 MIN_FRAGMENTS: Final = 4
 MAX_FRAGMENTS: Final = 4096
 MAX_TENSORS: Final = 16384
@@ -71,7 +71,7 @@ class Cut:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that its values are kept in: whatever the model's, sums are taken in float32."""
+        """The dtype in which its values are kept: sums are taken in float32, whatever the model's dtype."""
         return torch.int64 if self.kind is MergeKind.NEWEST else torch.float32
 
 
@@ -194,7 +194,8 @@ class Layout:
     def add(self, model: nn.Module, cut: Cut, change: torch.Tensor) -> torch.Tensor | None:
         """Add `change` to the fragment's values in place.
 
-        Returns what rounding to 16 bits lost, which belongs to the values until the next change; else None.
+        Returns the part that rounding to 16 bits lost, which belongs to the values until the next change; None if
+        nothing was rounded.
         """
         return self._put(model, cut, change, replace=False)
 

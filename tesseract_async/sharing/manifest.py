@@ -1,4 +1,4 @@
-"""SharedManifest: what all who share a model must agree on; its founder decides. Pure."""
+"""SharedManifest: the facts on which all trainers that share a model must agree; the founder decides them. Pure."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class SharedManifest:
     layout: Layout
     outer: Outer
     data: bytes = field(init=False)
-    """The whole in bytes; equal ones for equal manifests."""
+    """The whole manifest in bytes; equal manifests have equal bytes."""
     digest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -33,7 +33,8 @@ class SharedManifest:
         return cls(Layout.decode(layout), _outer(rate, momentum, codec))
 
     def part(self, number: int) -> "FragmentPart":
-        """Return what the state of a fragment says of it: the whole in the first, else its digest."""
+        """Return what the state of a fragment holds of the manifest: the whole in the first fragment, else its
+        digest."""
         cut, data = self.layout.cuts[number], self.data
         if number > 0:
             data = msgpack.packb([*_packed(self.outer), cut.kind.value, cut.start, cut.stop, self.digest])
@@ -48,7 +49,7 @@ class FragmentPart:
     cut: Cut
     outer: Outer
     data: bytes
-    """The same as it stands in the state."""
+    """This part in the form in which it stands in the state."""
 
     @classmethod
     def read(cls, number: int, data: bytes) -> "FragmentPart":

@@ -1,13 +1,13 @@
-"""Rounds: gathers the members' pushes of one fragment, and says when a round closes and what it comes to. Pure.
+"""Rounds: gathers the members' pushes of one fragment, and says when a round closes and what its result is. Pure.
 
 A round opens with the first push. It closes when every peer that pushed or came in the last two rounds has pushed, or
 `timeout` after it opened: the members' median arrival plus four median deviations, at least `MIN_WAIT`, at most one
-interval between rounds. A push that comes later counts in the next round. Each member counts as one of all that are
-known, also where it comes alone: differences of rounds that split would add up otherwise, where their mean is meant.
+interval between rounds. A push that comes later counts in the next round. Each member counts as one of all known
+members, even if it comes alone: otherwise, the differences of rounds that split would add up instead of being averaged.
 
-From three members on none gains by coming often. It does not shorten the others' rounds: those who came within two
-usual periods are known and waited for, an interval is no less than one, and arrivals count alike by member. What a
-member sends is capped as a whole until all others have come once more, by count and not by time.
+With three members or more, none gains by coming often. That does not shorten the others' rounds: members that came
+within two usual periods are known and waited for, an interval is at least one such period, and each member's arrivals
+count alike. The sum of what a member sends is capped until all others have come once more, by count and not by time.
 """
 
 import math
@@ -30,21 +30,21 @@ from tesseract_async.sharing.layout import Cut, MergeKind
 from tesseract_async.wire import compression
 
 MIN_WAIT: Final = 2.0
-"""Seconds that a round waits at least for members who pushed lately."""
+"""The least seconds that a round waits for members that pushed lately."""
 FIRST_INTERVAL: Final = 30.0
 """Seconds that count as one interval before two rounds have opened, and as the usual period before that is known."""
 TRIMMED_FROM: Final = 4
-"""Members from which the trimmed mean decides. Fewer cannot outvote a liar."""
+"""The number of members from which the trimmed mean decides. Fewer cannot outvote a member that lies."""
 TRIMMED_SHARE: Final = 0.25
 JUDGED_FROM: Final = 3
-"""Members from which each is measured by what most do."""
+"""The number of members from which each is measured by what most of them do."""
 MAX_NORM_RATIO: Final = 3.0
-"""Differences count with at most so many times the members' median norm. Where fewer members are known, as after a
+"""A difference counts with at most this many times the members' median norm. Where fewer members are known, as after a
 takeover, the largest of the last updates stands for it."""
 MAX_MEMBERS: Final = 1024
 """Members that one round counts."""
 GONE_AFTER: Final = 4.0
-"""Periods of its own after which a member that stays away no longer says how often members come."""
+"""A member that stays away for this many of its own periods no longer counts in how often members come."""
 MAX_TIMED: Final = 32
 """Members whose last arrivals say how long a round waits."""
 
@@ -90,14 +90,14 @@ class _Member:
     offsets: deque[float] = field(default_factory=partial(deque, maxlen=8))
     """Its last arrivals: seconds after the round opened that leads on from the base."""
     spent: float = 0.0
-    """The part of what may count of it, until all others have pushed once more, that has counted already."""
+    """The part of its allowance, which lasts until all others have pushed once more, that has counted already."""
 
 
 class Rounds:
     """The pushes of one fragment at its primary. Times are seconds of any clock that does not jump."""
 
     def __init__(self, version: int, *, max_steps: int) -> None:
-        """`max_steps`: a push counts as at most so many optimizer steps, whatever it claims."""
+        """`max_steps`: a push counts as at most this many optimizer steps, whatever it claims."""
         self._version, self._max_steps = version, max_steps
         self._pushes: dict[PeerID, Push] = {}
         self._came: LRU[PeerID, int] = LRU(MAX_MEMBERS)
@@ -170,8 +170,8 @@ class Rounds:
 
     @property
     def _period(self) -> float:
-        """Seconds between two pushes of most members that come still; 0 while few are known. Of those that came last,
-        `JUDGED_FROM` count in any case."""
+        """Return the usual seconds between two pushes of the members that still come; 0 while few are known. The
+        `JUDGED_FROM` members that came last count in any case."""
         known = [one for one in reversed(self._members.values()) if one.period]
         if len(known) < JUDGED_FROM:
             return 0.0
@@ -193,7 +193,7 @@ class Rounds:
         return min(max(MIN_WAIT, median + 4 * deviation), max(MIN_WAIT, self._interval, self._period))
 
     def close(self) -> list[Push]:
-        """End the round. Returns its pushes, in the order of their peers: what they come to must not depend on luck."""
+        """End the round. Returns its pushes, in the order of their peers: their result must not depend on chance."""
         pushes = sorted(self._pushes.values(), key=lambda push: push.peer)
         lately = self._lately(max(self._members[peer].at for peer in self._pushes))
         lately |= {peer: self._members[peer] for peer in self._pushes}
@@ -215,12 +215,12 @@ class Rounds:
         return pushes
 
     def merge(self, pushes: Sequence[Push], fragment: Fragment) -> torch.Tensor:
-        """Return what the pushes of the round that closed last come to, decoded: their mean difference, or the newest
+        """Return the result of the pushes of the round that closed last, decoded: their mean difference, or the newest
         values.
 
-        While fewer than `TRIMMED_FROM` members are known, the mean weighted by steps; from there on each counts alike,
-        and with so many in one round the trimmed mean decides. Of integers the upper median, in which members that did
-        not come stand for the present values. Takes milliseconds for each of them.
+        While fewer than `TRIMMED_FROM` members are known, that is the mean weighted by steps. From there on each counts
+        alike, and with that many in one round the trimmed mean decides. For integers it is the upper median, in which
+        members that did not come stand for the present values. Takes milliseconds for each of them.
         """
         cut, outer, is_robust = fragment.cut, fragment.outer, self._num_known >= TRIMMED_FROM
         steps = [1 if is_robust else min(max(1, push.steps), self._max_steps) for push in pushes]

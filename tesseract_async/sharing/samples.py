@@ -1,10 +1,10 @@
 """Samples: which of an epoch's samples are free, on their way, and done. Pure.
 
 Samples are places in the epoch's order, and travel as spans of an epoch. The `Ledger` hands them out. Each message of a
-trainer says all that it holds; so a reply that was lost costs nothing, and after a takeover the next primary, which
-knows what was done when the last round closed, learns the rest from the trainers before it hands out more.
+trainer lists all that it holds, so that a lost reply costs nothing, and after a takeover the next primary, which knows
+what was done when the last round closed, learns the rest from the trainers before it hands out more.
 
-At other times a trainer ends only what it held before: that it has ended others counts for nothing.
+At other times a trainer can end only samples that it held before: its word about others does not count.
 """
 
 import math
@@ -22,18 +22,18 @@ from tesseract_async.sharing.spans import MAX_SPANS, Piece, Spans
 LEASE_SECONDS: Final = 30.0
 """Seconds of silence after which a trainer's samples are handed out again."""
 GRACE_SECONDS: Final = 8.0
-"""A new primary waits so long for what trainers hold; each of them reports every second. For `LEASE_SECONDS` it takes
-their word for what nobody else has."""
+"""Seconds that a new primary waits to hear what trainers hold; each of them reports every second. For `LEASE_SECONDS`
+it believes them about samples that nobody else has."""
 STALL_SECONDS: Final = 600.0
-"""Seconds after which a trainer that reports, but ends nothing, loses what it holds: its loop may hang."""
+"""Seconds after which a trainer that reports, but ends nothing, loses its samples: its loop may hang."""
 REST_SECONDS: Final = 2.0
 """Seconds for which it then gets nothing: others come first."""
 MAX_HELD: Final = 1 << 20
-"""Samples that a trainer holds at a time."""
+"""The most samples that a trainer holds at a time."""
 MAX_TRAINERS: Final = 4096
 MAX_TRAINERS_OF_PEER: Final = 8
 MAX_OPEN: Final = 2
-"""Epochs that are under way at a time."""
+"""The most epochs that are under way at a time."""
 MAX_EPOCH: Final = 2**40
 STATE_BYTES: Final = 32 << 10
 
@@ -42,8 +42,8 @@ TrainerName = tuple[PeerID, bytes]
 
 
 class Report(NamedTuple):
-    """A trainer's message. Pieces that it says it holds, and that are neither done nor held by others, it holds then.
-    To a new primary so are those that it says it has done."""
+    """A trainer's message. After it, the trainer holds the pieces that it says it holds, if they are neither done nor
+    held by others. A new primary also believes it about the pieces that it says it has done."""
 
     epoch: int
     """The epoch that it goes through."""
@@ -63,7 +63,7 @@ class Allotment(NamedTuple):
     again: int
     """The number of these samples that another trainer held before and did not end."""
     gone: Sequence[Piece]
-    """Samples that it says it holds, and that others hold or have done."""
+    """Samples that the trainer says it holds, but that others hold or have done."""
     first: int
     """All epochs before this one are over."""
     waits: bool
@@ -102,7 +102,8 @@ class Ledger:
         self._answered: dict[TrainerName, tuple[int, Allotment]] = {}
         self._heard: dict[TrainerName, float] = {}
         self._moved: dict[TrainerName, float] = {}
-        """The time at which a trainer ended something last, or held nothing. If that is to come, it gets nothing."""
+        """The time at which each trainer last ended something, or held nothing. While that time is in the future, the
+        trainer gets nothing."""
         if state:
             self.first_epoch, self.epochs = _decode(state)
 
@@ -167,7 +168,7 @@ class Ledger:
         self._moved[name] = moved
 
     def _open(self, number: int, num_samples: int) -> None:
-        """Begin an epoch, if it is its time."""
+        """Begin an epoch, if it is the next one."""
         known = self.epochs.get(number)
         if known is not None and known.num_samples != num_samples:
             raise ValueError(f"epoch {number} has {known.num_samples} samples here, not {num_samples}")
@@ -252,7 +253,8 @@ class Ledger:
         return pieces, again
 
     def encode(self) -> bytes:
-        """Return what a next primary needs: what is done. At most `STATE_BYTES`: beyond, some counts as not done."""
+        """Return what the next primary needs: which samples are done, in at most `STATE_BYTES`. If they do not fit,
+        some count as not done."""
         if not self.epochs and not self.first_epoch:
             return b""
         done = {number: [*epoch.done()] for number, epoch in self.epochs.items()}

@@ -16,7 +16,7 @@ class Share:
         self.num_again = 0
         """Samples that came here after somebody held them who did not end them."""
         self.num_begun = 0
-        """Batches, ever."""
+        """The number of batches begun since the start."""
         self._turn, self._session = 0, b""
         self.queue: deque[Piece] = deque()
         """Samples that wait to be taken."""
@@ -41,7 +41,7 @@ class Share:
         self._is_iterating, self._is_over, self._is_dry = True, False, False
 
     def end(self) -> None:
-        """Ask for no more, and give back what no batch has."""
+        """Ask for no more samples, and give back those that are in no batch."""
         self._is_iterating = False
         self._returned += self.queue
         self.queue.clear()
@@ -60,7 +60,7 @@ class Share:
 
     @property
     def is_filling(self) -> bool:
-        """True in the midst of a batch."""
+        """True while a batch is being filled."""
         return bool(self._filling)
 
     def take(self) -> tuple[int, int] | None:
@@ -82,7 +82,7 @@ class Share:
 
     @property
     def is_dry(self) -> bool:
-        """True if all that is left is on its way at others, or here."""
+        """True if all samples that are left are being trained on, by others or here."""
         return not self.queue and self._is_dry
 
     def end_batch(self) -> None:
@@ -93,7 +93,8 @@ class Share:
             self._filling = []
 
     def ended(self, number: int | None = None, *, failed: bool = False) -> None:
-        """A batch has ended, the oldest by default; one that failed taught nothing, and is handed out again."""
+        """Note that a batch has ended, by default the oldest. A batch that failed taught nothing, and is handed out
+        again."""
         if number is None:
             number = next(iter(self.begun), -1)
         pieces = self.begun.pop(number, [])

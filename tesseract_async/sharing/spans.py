@@ -11,7 +11,7 @@ MAX_SPANS: Final = 512
 """Spans of a trainer, of a message, and of an epoch's free samples where trainers name what they hold."""
 
 Span = tuple[int, int]
-"""First and last but one."""
+"""The first number, and the number after the last."""
 Piece = tuple[int, int, int]
 """An epoch's number, and a span of it."""
 
@@ -38,7 +38,7 @@ class Spans:
         return sum(stop - start for start, stop in self._spans)
 
     def add(self, start: int, stop: int) -> None:
-        """Put these in."""
+        """Add these numbers."""
         if start >= stop:
             return
         first = last = bisect_left(self._spans, start, key=itemgetter(1))
@@ -48,7 +48,7 @@ class Spans:
         self._spans[first:last] = [(start, stop)]
 
     def cut(self, start: int, stop: int) -> list[Span]:
-        """Take these out, as far as they are in. Returns those that were."""
+        """Remove these numbers, as far as they are in the set. Returns those that were."""
         if start >= stop:
             return []
         first = last = bisect_right(self._spans, start, key=itemgetter(1))
@@ -62,7 +62,7 @@ class Spans:
         return found
 
     def take(self, num: int, *, most: int) -> list[Span]:
-        """Take the first `num` out, in at most so many spans."""
+        """Remove the first `num` numbers, in at most this many spans, and return them."""
         found = list[Span]()
         while num > 0 and self._spans and len(found) < most:
             start, stop = self._spans[0]

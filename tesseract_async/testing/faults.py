@@ -11,7 +11,7 @@ class Fault(Protocol):
     """Something that happens to a network at one moment."""
 
     def happen(self, network: SimulatedNetwork) -> None:
-        """Let the fault happen."""
+        """Make the fault happen."""
 
 
 @dataclass(frozen=True, slots=True)

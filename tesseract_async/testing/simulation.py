@@ -1,7 +1,7 @@
 """Many nodes of the real protocol over a simulated network: latency, loss, duplication, gateways, partitions, churn.
 
 Only the network between the nodes and the signatures (`SimulatedIdentity`) are simulated. The nodes run
-`network.protocol.NetworkProtocol`, the same code that `TesseractNetwork` drives.
+`network.protocol.NetworkProtocol`, the code that `TesseractNetwork` drives, too.
 """
 
 import copy

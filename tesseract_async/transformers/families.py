@@ -2,7 +2,7 @@
 
 A family takes part if its experts modules are dispatched through Transformers' registry of experts functions, which
 keep the weights of a layer's experts in a few tensors whose first dimension counts the experts. Which families these
-are, Transformers knows: nothing is listed here but those that people will ask for in vain.
+are, Transformers knows: this module lists only those that people will ask for in vain.
 """
 
 import re
@@ -18,7 +18,7 @@ WITHOUT_HOOK: Final = {
     "switch_transformers": "Switch Transformers",
     "nllb-moe": "NLLB-MoE",
 }
-"""Mixtures of experts whose modules compute their experts themselves."""
+"""Mixtures of experts that compute their experts themselves, not through that registry."""
 _PARAMETERS: Final = re.compile(r"(gate_up|up|down)_proj(_bias)?")
 
 

@@ -1,8 +1,8 @@
 """Lockstep, the trainer's side: remote experts take the steps of the local optimizer, with its settings and clipping.
 
 In backward the experts only accumulate. A small parameter, the *anchor*, stands for all of them in the local model:
-after a backward its gradient has the norm of what they have accumulated, so that clipping counts it. What clipping has
-made of it says what the experts are to do to theirs when the optimizer steps: see `Norm`.
+after a backward its gradient has the norm of what they have accumulated, so that clipping counts it. The change that
+clipping made to it tells the experts what to do to their gradients when the optimizer steps: see `Norm`.
 
 Experts that step on every gradient, as those of swarms do, and frozen ones need none of this; the servers say so.
 """
@@ -39,17 +39,17 @@ _BIASES: Final = (
 class Norm(torch.Tensor):
     """The anchor's gradient: two numbers, ``[n / 2**30, n]`` for the norm ``n`` of what the experts have gathered.
 
-    To norms of order 2, it is ``n``; those of another order it cannot stand for. What multiplies all gradients changes
-    both numbers alike; what limits the size of each number changes the second alone, to that limit.
+    Its norm of order 2 is ``n``; it cannot stand for norms of another order. Multiplying all gradients changes both
+    numbers alike; limiting the size of each number changes only the second, to that limit.
     """
 
     @classmethod
     def of(cls, norm: float, like: torch.Tensor) -> Self:
-        """Return it, as a gradient of `like`."""
+        """Return the anchor's gradient for this norm, as a gradient of `like`."""
         return torch.tensor([norm * _TRACE, norm], dtype=like.dtype, device=like.device).as_subclass(cls)
 
     def change(self, norm: float) -> dict[str, float]:
-        """Return what was done to it since it was that of `norm`: ``scale``, or ``limit`` of each number.
+        """Return how it was changed since it stood for `norm`: ``scale``, or ``limit`` of each number.
 
         Raises: ValueError for both, and for gradients that are not finite.
         """
@@ -79,7 +79,7 @@ class Norm(torch.Tensor):
 
 
 class StandIn(nn.Module):
-    """A local model's share in its remote experts' steps: a part of its first experts module."""
+    """Stands in a local model for its remote experts' steps: a part of its first experts module."""
 
     round: torch.Tensor
 
@@ -95,7 +95,8 @@ class StandIn(nn.Module):
 
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value: bool) -> None:
-        """Transformers leaves memory as it finds it where a file lacks a tensor, and says here that it is done."""
+        """Set by Transformers, which leaves memory uninitialized where a file lacks a tensor, and notes here that it is
+        done."""
         with torch.no_grad():
             for tensor in (self.anchor, self.round):
                 if not getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta:
@@ -130,7 +131,7 @@ class LockstepTrainer(Uncopied):
         self._has_biases |= has_biases
 
     def belongs_to(self, stand_in: StandIn) -> None:
-        """Take this stand-in as that of the model that is computed now: a copy may belong to another one."""
+        """Note that this stand-in belongs to the model that is computed now: a copy may belong to another model."""
         if (
             getattr(stand_in.anchor, "tesseract_lockstep", None) is not self
             or self._stand_in is None
@@ -176,7 +177,8 @@ class LockstepTrainer(Uncopied):
         anchor.grad = Norm.of(self._norm * self._scale, anchor)
 
     def step(self, anchor: nn.Parameter, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
-        """The local optimizer is about to step. Raises: ValueError for an optimizer that the experts do not have."""
+        """Have the experts step, as the local optimizer is about to. Raises: ValueError for an optimizer that the
+        experts do not have."""
         gradient, anchor.grad = anchor.grad, None  # the optimizer leaves it alone
         if gradient is None or self.round is None:
             return
@@ -208,7 +210,8 @@ class LockstepTrainer(Uncopied):
         return self.round
 
     def agree(self) -> int | None:
-        """The round of experts and model; None if they are not in lockstep. Raises: ValueError if they differ."""
+        """Return the round of experts and model; None if they are not in lockstep. Raises: ValueError if the two
+        differ."""
         if not self._was_asked:
             replies = self._ask("status")
             num_experts, wanted = sum(reply.num_experts for reply in replies), sum(p.num_experts for p in self._pools)

@@ -1,11 +1,11 @@
 """The experts of one layer as one operator of torch, ``tesseract::experts``: a call, and in backward a second one.
 
-An operator is what ``torch.compile`` leaves whole, and what carries its own way back through checkpoints. What it
-answers with is the sum of the experts' answers, and a *token*: a number that names the call, in memory of its own. As
-long as any graph holds that memory, the way back is kept, and no longer.
+``torch.compile`` leaves an operator whole, and an operator carries its own backward through checkpoints. This one
+returns the sum of the experts' answers, and a *token*: a number that names the call, in memory of its own. What
+backward needs is kept exactly as long as some graph holds that memory.
 
-Checkpoints run a layer's forward again in backward. The same layer with the same rows in a backward pass is such a
-second time: the first one's answer is given, and no server is asked.
+Checkpoints run a layer's forward again in backward. If the same layer runs with the same rows in a backward pass, it is
+such a repetition: it gets the first answer, and no server is asked.
 """
 
 import itertools
@@ -45,7 +45,7 @@ class RemoteLayer(Uncopied):
         self.calls: weakref.WeakSet[_LayerCall] = weakref.WeakSet()
         """Calls that a backward may still go through."""
         self.of_compiled: _LayerCall | None = None
-        """The latest of a compiled graph, which drops the token if it means to run the forward again."""
+        """The latest call of a compiled graph, which drops the token if it is going to run the forward again."""
         _layers[self.number] = self
 
     def set_training(self, training: bool) -> None:

@@ -148,8 +148,8 @@ def _strip(experts: nn.Module) -> None:
 def _place(
     experts: nn.Module, layers: nn.ModuleList, node: BackgroundNode, pool: ExpertPool, lockstep: LockstepTrainer
 ) -> None:
-    """Say where they are, and which of the experts' modules in `layers` has the model's stand-in; `lockstep` is for
-    the first of them."""
+    """Mark the modules in `layers` as remote, and note which of them has the model's stand-in; `lockstep` is for the
+    first of them."""
     first = next((one for one in layers.modules() if isinstance(getattr(one, "remote", None), StandIn)), None)
     if first is None:
         first = experts

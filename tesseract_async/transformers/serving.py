@@ -1,7 +1,7 @@
 """Makes experts of a Transformers checkpoint that a `TesseractServer` can host, and describes them for a run.
 
-A run's manifest says what an expert is by the name of its class in Transformers and by what that class reads of a
-model's configuration; where the first weights come from, by the SHA-256 of each file that holds some.
+A run's manifest describes an expert by the name of its class in Transformers and by the values that the class reads
+from a model's configuration. It names the source of the first weights by the SHA-256 of each file that holds some.
 """
 
 import importlib
@@ -32,7 +32,7 @@ _FAMILY: Final = re.compile(r"([a-z0-9_]+)\.([A-Za-z0-9_]+)")
 class CheckpointExpert(nn.Module):
     """One expert: ``[rows, hidden]`` -> ``[rows, hidden]``, as its family computes it.
 
-    Its parameters bear the names of the family's own, without the dimension that counts the experts.
+    Its parameters have the names of the family's own, without the dimension that counts the experts.
     """
 
     def __init__(
@@ -216,7 +216,8 @@ def _copied(module: Module) -> Module:
 
 
 def _kind_of(experts: nn.Module) -> Hashable:
-    """Return what an expert of such a module has besides its tensors: equal where experts differ in numbers only."""
+    """Return everything that an expert of such a module has besides its tensors: equal for experts that differ in
+    numbers only."""
     act = getattr(experts, "act_fn", None)
     parts = [experts, *(act.modules() if isinstance(act, nn.Module) else ())]
     usual = vars(nn.Module())

@@ -40,7 +40,7 @@ class Layer:
 class Checkpoint:
     """A folder with a model that Transformers has saved. Nothing of its weights is read before `read`.
 
-    Raises: ValueError for a folder that is none, a family that cannot take part, or quantized weights.
+    Raises: ValueError for a folder that is not one, a family that cannot take part, or quantized weights.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -253,7 +253,7 @@ def _copied(one: Any) -> Any:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Have Transformers read one tensor after the other, when it is needed, and say nothing meanwhile.
+    """Make Transformers read one tensor after the other, when it is needed, and print nothing meanwhile.
 
     It copies a conversion for every name in the files, to the depth, and matches each name with patterns: most of the
     time for thousands of experts.

@@ -14,7 +14,7 @@ from typing import Protocol
 from tesseract_async.identity import PeerID
 
 MAX_HOST = 253
-"""Characters of a host's name: what DNS has, and what strangers may have others print."""
+"""The most characters of a host's name, which is the limit of DNS; so strangers can have others print no more."""
 
 
 def split_host_port(text: str) -> tuple[str, int]:
@@ -56,7 +56,8 @@ def ip_version(address: str) -> int | None:
 def range_of(host: str) -> str | None:
     """Return the neighbors with whom a host shares its limits: the /24 of public IPv4, the /64 of IPv6.
 
-    In a private network, the host itself. None where the address tells nothing: on loopback, and for what is none.
+    In a private network, the host itself. None where the address tells nothing: on loopback, and for text that is no
+    address.
     """
     try:
         ip = ipaddress.ip_address(host)
@@ -125,14 +126,15 @@ class PipeReceiver(Protocol):
         """After `Pipe.paused` was true: all that was written has left, no memory is on loan."""
 
     def pipe_lost(self, error: Exception | None) -> None:
-        """The end, once: after `close` or `abort`, at the peer's end of stream (None) or because of `error`."""
+        """Called once, at the end: after `close` or `abort`, at the peer's end of stream (None) or because of
+        `error`."""
 
 
 class Pipe(Protocol):
     """An ordered, reliable pipe of bytes to some computer. All calls are made on the pipe's event loop."""
 
     def __hash__(self) -> int:
-        """By identity."""
+        """Return the hash of the object's identity."""
 
     def start(self, receiver: PipeReceiver) -> None:
         """Begin to read. A second call changes the receiver."""
@@ -171,11 +173,11 @@ class DialPath:
     """One way to a peer. Paths race: the first on which the peer has proven itself wins."""
 
     name: str
-    """In errors and logs: ``tcp 10.0.0.1:4000``."""
+    """The path's name in errors and logs: ``tcp 10.0.0.1:4000``."""
     delay: float
     """Seconds of head start for the paths before; it starts at once when all of those have failed."""
     open: Callable[[], Awaitable[Pipe]]
-    """Cancelled, it leaves nothing open. May raise OSError, TimeoutError or any TesseractError."""
+    """Open the pipe. If cancelled, it leaves nothing open. May raise OSError, TimeoutError or any TesseractError."""
 
 
 class Transport(Protocol):
@@ -191,7 +193,7 @@ class Transport(Protocol):
         """Learn how an attempt on one of `paths` ended; `error` is None for the one that won."""
 
     def peer_known(self, peer: PeerAddress) -> None:
-        """Learn that a call names this peer at other addresses than those at which it was dialed."""
+        """Note that a call names this peer at other addresses than those at which it was dialed."""
 
     async def aclose(self) -> None:
         """Stop listening. Pipes live on; their receivers close them."""

@@ -27,7 +27,7 @@ class ChannelReceiver(Protocol):
     """The receiver of a channel's bytes. `channel_opened` and `buffer_updated` may raise ProtocolError to end it."""
 
     def channel_opened(self, peer_id: PeerID | None) -> None:
-        """The handshake is done; who the peer is (None on a plain channel, which proves nothing)."""
+        """The handshake is done, and the peer is this one (None on a plain channel, which proves nothing)."""
 
     def get_buffer(self) -> memoryview:
         """Writable memory for the next bytes: a memoryview, never empty."""
@@ -51,7 +51,7 @@ class Channel:
         self.pipe = pipe
         self.receiver = receiver
         self.bytes_received = self.bytes_sent = 0
-        """Raw bytes so far: what a data quota counts."""
+        """Raw bytes so far, as a data quota counts them."""
         self.bytes_counted = (0, 0)
         """The bytes that the metrics know of."""
         self._tls = tls

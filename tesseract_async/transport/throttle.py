@@ -1,4 +1,4 @@
-"""Keeps all pipes of a node, together, to an upload and a download rate; any transport's pipes alike.
+"""Keeps all pipes of a node together, whatever their transport, to an upload and a download rate.
 
 A throttled pipe stops reading, or says that it has not drained, until the bytes that passed are paid for. So nothing
 is buffered here, and the ordinary backpressure does the rest at both ends.
@@ -17,7 +17,7 @@ LEAST_SHARE: Final = 0.05
 """Share of the upload rate that messages which may wait always have."""
 AVERAGE_SECONDS: Final = 2.0
 MIN_WAIT: Final = 0.002
-"""Shorter waits are not worth a timer; their debt stays and adds up."""
+"""Seconds below which a wait is not worth a timer; its debt stays and adds up."""
 
 
 class Throttle:
@@ -43,7 +43,8 @@ class Throttle:
 
 
 class Leftover:
-    """Paces what may wait, such as the states of experts: it gets what else goes out leaves of the upload rate."""
+    """Paces bytes that may wait, such as the states of experts: they get the part of the upload rate that other traffic
+    leaves."""
 
     def __init__(self, rate: float, throttle: Throttle | None) -> None:
         """`rate`: bytes per second at most; `throttle`: the node's, with its limit and count."""
@@ -59,7 +60,7 @@ class Leftover:
         return max(0.0, self._free_at - now)
 
     def take(self, num_bytes: int, now: float) -> float:
-        """`num_bytes` go out next, at the earliest after the seconds that this returns."""
+        """Reserve `num_bytes`, which go out next. Return the seconds to wait before that."""
         wait, rate = self.wait(now), self._rate
         if self._throttle is not None and self._throttle.upload_rate is not None:
             self._measure(self._throttle.num_bytes_sent - self._own, now)

@@ -11,9 +11,9 @@ MAX_SOURCES: Final = 4096
 class TokenBucket:
     """Lets `rate` bytes per second pass on average, and up to `burst` at once after a rest.
 
-    It works by debt: bytes that have passed already (they were received, or cannot be split) are taken in full, and
-    what is too much is the wait before the next ones. So over any time t at most ``burst + rate * t`` bytes pass, and
-    one piece.
+    It works by debt: bytes that have passed already (because they were received, or cannot be split) are taken in full,
+    and the excess becomes the wait before the next ones. So over any time t at most ``burst + rate * t`` bytes pass,
+    and one piece.
     """
 
     __slots__ = ("rate", "burst", "_level", "_at")
@@ -32,7 +32,8 @@ class TokenBucket:
         self._at = now
 
     def take(self, num_bytes: int, now: float) -> float:
-        """`num_bytes` pass at `now` (any clock that does not go back). Returns the seconds to wait before more may."""
+        """Take `num_bytes`, which pass at `now` (any clock that does not go back). Returns the seconds to wait before
+        more may pass."""
         self._refill(now)
         self._level -= num_bytes
         return max(0.0, -self._level / self.rate)

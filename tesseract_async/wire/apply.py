@@ -2,8 +2,8 @@
 
 Every row travels once, whatever the number of experts that are to see it: the request holds a block of rows, and for
 each expert the numbers of its rows in the block and a weight for each. The server answers with the weighted *sum* of
-the experts' outputs, or of the gradients of their inputs, in parts: each says which experts it is the sum of. What
-became of an expert is said once, in one of the parts. See `docs/design/wire.md`, section 10.
+the experts' outputs, or of the gradients of their inputs, in parts, each of which names the experts that it is the sum
+of. The outcome of each expert is told once, in one of the parts. See `docs/design/wire.md`, section 10.
 
 Everything that decodes takes untrusted input and raises only `ProtocolError`. No torch: tensors are metas and buffers.
 """
@@ -54,8 +54,8 @@ class ApplyRequest(NamedTuple):
     """16 random bytes per expert. They name what is asked of this expert with these rows, in forward and backward,
     wherever and however often it is sent: a backward repeated under the same id never steps the expert twice."""
     versions: Numbers
-    """Per expert. Backward: the version that its forward saw, from which staleness is measured. Forward: the least that
-    will do; a replica that lacks steps answers `TooStale`."""
+    """Per expert. Backward: the version that its forward saw, from which staleness is measured. Forward: the least
+    version that is accepted; a replica that lacks steps answers `TooStale`."""
     offsets: Numbers
     """``[E + 1]``."""
     rows: Rows
@@ -110,7 +110,7 @@ class ApplyRequest(NamedTuple):
 
 
 class ApplyPart(NamedTuple):
-    """The sum over some experts, and what became of others. All of a reply's parts name each expert once.
+    """The sum over some experts, and the failures of others. The parts of a reply together name each expert once.
 
     A part's sums have the rows of `ApplyRequest.rows_of`: a row's sum is over those of `experts` that see it.
     Divided by `ApplyRequest.scales_of`, they travel in the codec that was asked for, from float32 (float64 and complex
@@ -132,7 +132,7 @@ class ApplyPart(NamedTuple):
     """Backward: of each pair of `experts`, in their order, the gradient of its weight; from the recomputed answer, so
     as stale as the expert. Empty in a forward."""
     kept: bytes | None = None
-    """Forward, first part: names the block if the server keeps it."""
+    """Forward, first part: the name of the block, if the server keeps it."""
 
 
 def numbered(rows: Rows) -> tuple[Integers, Integers]:

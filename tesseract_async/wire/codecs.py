@@ -1,4 +1,5 @@
-"""The codecs that tensors travel in: what an expert accepts, what a caller prefers, and how they are matched. No torch.
+"""The codecs in which tensors travel: those that an expert accepts, those that a caller prefers, and how the two are
+matched. No torch.
 
 Three things travel between a caller and an expert, each with codecs of its own: ``inputs`` towards the expert,
 ``outputs`` back, and ``gradients``, of the outputs towards it and of the inputs back. `wire.compression` encodes.
@@ -34,7 +35,8 @@ class Codecs(NamedTuple):
 
     @classmethod
     def of(cls, preference: str | Mapping[str, str]) -> "Codecs":
-        """A preference as callers write it: one name for all, or names by what travels; what is left out is `AUTO`.
+        """Read a preference as callers write it: one name for all three, or a name for some of them; the others are
+        `AUTO`.
 
         Raises: ValueError for a name that is not known.
         """

@@ -1,4 +1,4 @@
-"""Codecs: how one tensor becomes one buffer, and back. What each loses is in `docs/design/wire.md`, section 9.
+"""Codecs: how one tensor becomes one buffer, and back. `docs/design/wire.md`, section 9, says what each loses.
 
 Only floating tensors are encoded; `wire.tensors` sends all others as ``none``. All numbers are little-endian.
 """
@@ -19,7 +19,7 @@ BLOCK: Final = 4096
 SMALL_BLOCK: Final = 128
 """Elements of one block of ``int4_blockwise``."""
 TILE: Final = 32
-"""Blocks worked on at a time: so many stay in a core's cache between the passes."""
+"""Blocks worked on at a time: this many stay in a core's cache between the passes."""
 FP16_MAX: Final = 65504.0
 _LARGE: Final = 65_536
 _TINY: Final = torch.finfo(torch.float32).tiny
@@ -207,7 +207,7 @@ def _dequantize_blocks(codes_bk: torch.Tensor, scales_2b: torch.Tensor, out_bk: 
 
 _BYTES: Final = torch.arange(256, device="cpu", dtype=torch.int64)
 _PAIRS: Final = torch.stack((_BYTES & 15, _BYTES >> 4), 1).sub(8).float().view(torch.int64).view(-1)
-"""By byte, what its two codes stand for in steps: two numbers of float32, taken as one of 8 bytes."""
+"""For each byte, the steps that its two codes stand for: two float32 numbers, taken as one of 8 bytes."""
 
 
 def _quantize_nibbles(flat_n: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Frames: what the bytes of a channel between two endpoints mean. `docs/design/wire.md` is the specification.
+"""Frames: the meaning of the bytes on a channel between two endpoints. `docs/design/wire.md` is the specification.
 
 A frame is 16 bytes of header and a payload. A message (a request or a reply) is a *head* (msgpack) and raw buffers;
 it travels in one frame where it fits, else as a ``BEGIN`` frame that tells all sizes, and chunks. `FrameReader` cuts
@@ -67,7 +67,7 @@ MIN_CHUNK: Final = 4096
 """Payload bytes of every chunk but a message's last."""
 MAX_BUFFERS: Final = 1024
 MAX_HEAD: Final = 1024 * 1024
-"""Bytes of one message's head, hence of its body: data belongs into buffers."""
+"""The most bytes of one message's head, and hence of its body: data belongs in buffers."""
 ALIGNMENT: Final = 64
 DIRECT_BYTES: Final = 8 * 1024
 """Room from which on a chunk is received straight into its message rather than through the scratch memory."""
@@ -195,7 +195,7 @@ class Arena:
 
 
 _packers: list[msgpack.Packer] = []
-"""Packers that nobody uses now: making one takes longer than packing the head of a small message."""
+"""Packers that are not in use: making one takes longer than packing the head of a small message."""
 
 
 def pack(value: Value) -> bytes:

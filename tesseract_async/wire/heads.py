@@ -38,7 +38,7 @@ REPLY_PARTS: Final = "reply_parts"
 FEATURES: Final = frozenset({REPLY_PARTS})
 """The features of this version."""
 MAX_TIMEOUT: Final = 7 * 24 * 3600.0
-"""Seconds that a call may take at most: what the header can carry is bounded so that a deadline is always a time."""
+"""The most seconds that a call may take: the header's value is bounded so that a deadline is always a valid time."""
 
 _ERRORS: dict[str, type[RemoteError]] = {
     kind.code: kind
@@ -152,7 +152,7 @@ class Hello:
     grants: tuple[bytes, ...] = ()
     """Grants that say what the speaker may do in runs: records signed by the runs' owners, at most `MAX_GRANTS`."""
     features: frozenset[str] = frozenset()
-    """Names of what the speaker understands beyond version 2. What is not named here must not be sent to it."""
+    """Names of the features that the speaker understands beyond version 2. Others must not be sent to it."""
 
 
 def encode_hello(hello: Hello) -> bytes:

@@ -51,7 +51,7 @@ MAX_UID_LENGTH = 256
 
 
 class InfoRequest(NamedTuple):
-    """Asks what the expert `uid` takes and gives."""
+    """Asks for the inputs and outputs of the expert `uid`."""
 
     uid: str
 
@@ -216,8 +216,8 @@ class RestoreReply(NamedTuple):
 
 class PushRequest(NamedTuple):
     """A trainer's difference from a base, the state of a fragment that it began at. The answer comes when the round
-    that counts it has closed. Repeated without the difference, it asks what became of it: if it is not here, the answer
-    is that it is not counted although its base is known, and the difference is sent again."""
+    that counts it has closed. Repeated without the difference, it asks for the outcome. If the push is not here, the
+    answer says that it is not counted although its base is known, and the difference is sent again."""
 
     uid: str
     call_id: bytes
@@ -234,20 +234,20 @@ class PullRequest(NamedTuple):
     version: int
     root: bytes
     journal: bool = False
-    """True for all that another host of the fragment needs to have the same state."""
+    """True to get everything that another host of the fragment needs to have the same state."""
 
 
 class UpdatesReply(NamedTuple):
     """The way from the base to the present state. With it travel the updates, encoded, the oldest first."""
 
     counted: bool
-    """The push is in the present state."""
+    """True if the push is in the present state."""
     known: bool
-    """False: the base is unknown here or too old, and no updates come: the state must be fetched whole."""
+    """False if the base is unknown here or too old: no updates come, and the state must be fetched whole."""
     epoch: int
     version: int
     steps: int
-    """Optimizer steps of all members, that were pushed ever."""
+    """Optimizer steps of all members that were ever pushed."""
     roots: list[Value]
     """The root after each update."""
     journal: list[Value] = []  # noqa: RUF012  (a named tuple's default)
@@ -262,7 +262,7 @@ class SamplesRequest(NamedTuple):
     trainer: bytes
     """16 random bytes: one start of its program."""
     turn: int
-    """Its messages have ascending numbers."""
+    """The number of the trainer's message; the numbers ascend."""
     epoch: int
     num_samples: int
     wanted: int
@@ -294,7 +294,7 @@ class LockstepRequest(NamedTuple):
     round: int = 0
     """The steps that all have taken before this one. One that has taken it already takes no other."""
     optimizer: str = ""
-    """The name of the trainer's: experts with another refuse. Empty: whatever they have."""
+    """The name of the trainer's optimizer: experts with another one refuse. Empty: any will do."""
     options: dict[str, Value] = {}  # noqa: RUF012  (a named tuple's default)
     """Numbers: ``lr`` and others of the optimizer; ``scale`` that multiplies gradients; ``limit`` of their numbers."""
     num_experts: int = 0

@@ -17,9 +17,9 @@ MAX_ITEMS: Final = 8192
 MAX_DEPTH: Final = 32
 """Containers within one another."""
 UNCOUNTED_BYTES: Final = 1024
-"""Up to so many bytes nothing is counted: they cannot hold much. The heads of nearly all calls are shorter."""
+"""Up to this many bytes, nothing is counted: they cannot hold much. The heads of nearly all calls are shorter."""
 BYTES_PER_ITEM: Final = 64
-"""Memory of an item, at most about so much; hence of each byte of a piece of msgpack, too."""
+"""The most memory that an item takes, approximately; hence also that of each byte of a piece of msgpack."""
 
 _SCALAR, _ARRAY, _MAP, _TEXT, _LONG = range(5)
 

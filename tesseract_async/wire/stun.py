@@ -1,4 +1,4 @@
-"""STUN binding (RFC 8489): who asks learns the address from which the question seemed to come. No I/O.
+"""STUN binding (RFC 8489): tells a node that asks from which address its question seemed to come. No I/O.
 
 A public node answers such questions on the UDP port of its DHT, so that hole punching needs no outside service. STUN
 messages and the DHT's share the socket; `is_stun` tells them apart. aioice, which reads and writes the messages, is
@@ -39,7 +39,7 @@ def decode_response(data: bytes) -> tuple[bytes, str, int]:
 
 
 def answer(data: bytes, source: tuple[str, int]) -> bytes | None:
-    """Return the answer to `source` for this datagram; None if it deserves none (count it as dropped).
+    """Return the answer to `source` for this datagram; None if it deserves no answer (count it as dropped).
 
     The answer is at most 2.2 times as long as the question (1.6 times over IPv4), as RFC 8489 wants it.
     """

@@ -51,9 +51,9 @@ class TensorSpec:
     optional: bool = False
     """True for an argument that may be None."""
     max_size: int = 4096
-    """A size that varies is at most this."""
+    """The largest value of a size that varies."""
     varies: bool = field(init=False, repr=False, compare=False)
-    """True if there is one."""
+    """True if the shape has a size that varies."""
     least_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """The shape, with sizes of 1 where they vary."""
     sizes: list[int | None] = field(init=False, repr=False, compare=False)
@@ -101,8 +101,8 @@ def _sized(spec: TensorSpec, size: int) -> TensorSpec:
 
 
 def size_of(specs: Iterable[TensorSpec], shapes: Iterable[Sequence[object] | None]) -> int | None:
-    """Return the size of what varies in a call with tensors of these shapes (untrusted; None: no tensor); None if
-    nothing does, or the size is none that it may have."""
+    """Return the size of what varies in a call with tensors of these shapes (untrusted; None: no tensor); None if no
+    size varies, or if the size is not an allowed one."""
     for spec, shape in zip(specs, shapes, strict=False):
         if spec.varies and shape is not None:
             at = 1 + spec.shape.index(None)

@@ -50,7 +50,7 @@ def make_backend(seed: int, settings: BackendSettings) -> ta.ExpertBackend:
 async def loss_of(seed: int, settings: BackendSettings, *, honest: int, flipping: int) -> float:
     """The honest trainers' mean validation loss after `STEPS` steps of each."""
     x_train, y_train, x_val, y_val = load_digits()
-    backends = {uid: make_backend(seed * 100 + n, settings) for n, uid in enumerate(plan.UIDS)}
+    backends = {uid: make_backend(seed * 100 + n, settings) for n, uid in enumerate(plan.all_uids())}
     async with contextlib.AsyncExitStack() as stack:
         host = await stack.enter_async_context(ta.TesseractNode())
         await stack.enter_async_context(ta.TesseractServer(host, backends))

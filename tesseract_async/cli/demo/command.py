@@ -45,6 +45,7 @@ async def command(*, options: plan.DemoOptions, plot_path: Path, no_plot: bool, 
     from tesseract_async.cli.demo import report
     from tesseract_async.cli.demo.children import ChildFailed
     from tesseract_async.cli.demo.script import Script
+    from tesseract_async.cli.demo.view import show
 
     if logs is not None:
         check_folder(logs, "--logs")
@@ -56,7 +57,7 @@ async def command(*, options: plan.DemoOptions, plot_path: Path, no_plot: bool, 
     with contextlib.ExitStack() as stack:
         folder = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tesseract-demo-")))
         script = Script(options, folder)
-        drawing = asyncio.create_task(report.show(script.progress, script.now, console))
+        drawing = asyncio.create_task(show(script.progress, script.now, console))
         try:
             await script.run()
         except ChildFailed as error:

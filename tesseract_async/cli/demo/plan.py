@@ -18,8 +18,6 @@ NUM_PIXELS = 64
 NUM_CLASSES = 10
 HIDDEN_FEATURES = 128
 NUM_TRAINERS = 2
-VICTIM = "server 2"
-"""The server that is killed, where there is more than one."""
 REQUIRED_ACCURACY = 0.97
 
 KILL_AT = 1 / 3

@@ -1,81 +1,19 @@
-"""The demo as people see it: lines while it runs, a table at the end, and a picture."""
+"""The results of the demo: a table for the terminal, and a picture."""
 
-import asyncio
-import contextlib
-import os
-import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from tesseract_async.cli.demo import plan
 from tesseract_async.cli.demo.progress import DemoProgress
 from tesseract_async.cli.types import counted
 
-LOOK_SECONDS = 0.25
-LINE_SECONDS = 5.0
-"""Seconds between two lines about the training, where there is no terminal for a bar."""
-
-
-async def show(progress: DemoProgress, now: Callable[[], float], console: Console) -> None:
-    """Print what happens, and how far the training is, until cancelled. `tesseract top` draws the rest."""
-    shown, last, told = 0, 0.0, False
-
-    def tell() -> None:
-        nonlocal shown
-        for at, sentence in progress.log[shown:]:
-            console.print(f"{at:6.1f} s  {sentence}", highlight=False)
-        shown = len(progress.log)
-
-    with Live(console=console, auto_refresh=False, transient=True) as live, contextlib.ExitStack() as stack:
-        stack.callback(tell)
-        while True:
-            tell()
-            if progress.address is not None and not told:
-                told = True
-                console.print("Meanwhile, in a second terminal: watch, or lend a hand", highlight=False)
-                for line in plan.commands_to_join(progress.options, progress.address, program_name()):
-                    console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
-            if console.is_terminal:
-                live.update(Group(ProgressBar(1.0, progress.share, width=40), describe(progress)), refresh=True)
-            elif now() - last >= LINE_SECONDS:
-                last = now()
-                console.print(f"{last:6.1f} s  {describe(progress)}", highlight=False)
-            await asyncio.sleep(LOOK_SECONDS)
-
-
-def program_name() -> str:
-    """Return how this command is called from the working directory, such as ``.venv/bin/tesseract``."""
-    path = Path(sys.argv[0])
-    if not path.name.startswith("tesseract"):
-        return "python -m tesseract_async"
-    found = shutil.which(path.name)
-    if found is not None and Path(found).resolve() == path.resolve():
-        return path.name
-    return os.path.relpath(path)
-
-
-def describe(progress: DemoProgress) -> str:
-    def figure(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    parts = [
-        f"{name}: step {one.step}, loss {figure(one.loss)}, accuracy {figure(one.accuracy)}"
-        for name, one in progress.trainers.items()
-    ]
-    return "; ".join([*parts, f"{len(progress.live)} of {len(plan.UIDS)} experts alive"])
-
 
 def summary(progress: DemoProgress) -> Table:
     table = Table(title="What happened", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    duration = max(trainer.seconds for trainer in progress.trainers.values())
+    duration = max((trainer.losses[-1][0] for trainer in progress.trainers.values() if trainer.losses), default=0.0)
     calls = sum(trainer.num_calls for trainer in progress.trainers.values())
     table.add_row("processes", f"{progress.num_processes} started")
     table.add_row("training", f"{duration:.1f} s, {progress.options.steps} steps per trainer")
@@ -86,15 +24,19 @@ def summary(progress: DemoProgress) -> Table:
     if progress.is_done:
         num = len(progress.models)
         table.add_row("models at the end", "one, of all trainers" if num == 1 else f"{num}: not all steps were shared")
-    steps = "none: they are frozen" if progress.options.freeze_experts else str(sum(progress.steps.values()))
-    table.add_row("experts' optimizer steps", steps)
-    table.add_row("steps that trainers lost", str(sum(trainer.num_lost for trainer in progress.trainers.values())))
-    if progress.killed_at is not None:
-        back = f"back at {progress.returned_at:.1f} s" if progress.returned_at is not None else "was not back"
-        table.add_row(plan.VICTIM, f"killed at {progress.killed_at:.1f} s, {back}")
-    if progress.returned_at is not None:
-        since = progress.steps[plan.VICTIM] - progress.steps_kept
-        table.add_row(f"{plan.VICTIM}, its experts' steps", f"{progress.steps_kept} kept, {since} since its return")
+    steps = sum(server.num_steps for server in progress.servers.values())
+    table.add_row(
+        "experts' optimizer steps", "none: they are frozen" if progress.options.freeze_experts else str(steps)
+    )
+    table.add_row("steps that trainers lost", str(sum(len(trainer.errors) for trainer in progress.trainers.values())))
+    for name, server in progress.servers.items():
+        if progress.killed_at is not None and not server.alive:
+            table.add_row(f"{name}", f"killed at {progress.killed_at:.1f} s, was not back before the end")
+        if server.versions_at_return is not None:
+            assert progress.killed_at is not None and progress.returned_at is not None
+            before = sum(server.versions_at_return.values())
+            table.add_row(name, f"killed at {progress.killed_at:.1f} s, back at {progress.returned_at:.1f} s")
+            table.add_row(f"{name}, its experts' steps", f"{before} kept, {server.num_steps - before} since its return")
     return table
 
 

@@ -11,6 +11,8 @@ from tesseract_async.cli.demo.progress import DemoProgress
 from tesseract_async.cli.types import counted
 
 START_TIMEOUT = 180.0
+VICTIM = 1
+"""Number of the server that is killed, where there is more than one."""
 
 
 class Script:
@@ -20,7 +22,6 @@ class Script:
         """Use `folder` for logs, identities and checkpoints."""
         self.options = options
         self.progress = DemoProgress(options)
-        self._dealt = plan.assign(options.num_servers)
         self._folder = folder
         self._go_on = folder.absolute() / "go-on"
         self._changed = asyncio.Event()
@@ -69,21 +70,23 @@ class Script:
             raise failures.exceptions[0] from None
 
     async def _kill_and_return(self, family: list[Child], servers: list[Child]) -> None:
-        victim = next((server for server in servers if server.name == plan.VICTIM), None)
-        if victim is None:
+        if len(servers) <= VICTIM:
             self._go_on.touch()
             return
-        progress, number = self.progress, servers.index(victim)
-        await self._until(lambda: progress.share >= plan.KILL_AT)
-        await victim.kill()
-        progress.killed_at = self.now()
-        self._note(f"{victim.name} was killed with SIGKILL: {len(self._dealt[number])} experts are gone")
-        await self._until(lambda: progress.share >= plan.RETURN_AT)
-        self._note(f"{victim.name} is started again")
-        again = await self._bring_up(family, number)
-        progress.returned_at, progress.steps_kept = self.now(), progress.steps[victim.name]
+        name = f"server {VICTIM + 1}"
+        state = self.progress.servers[name]
+        await self._until(lambda: self.progress.share >= plan.KILL_AT)
+        await servers[VICTIM].kill()
+        state.alive = False
+        self.progress.killed_at = self.now()
+        self._note(f"{name} was killed with SIGKILL: {len(state.uids)} experts are gone")
+        await self._until(lambda: self.progress.share >= plan.RETURN_AT)
+        self._note(f"{name} is started again")
+        again = await self._bring_up(family, VICTIM)
+        self.progress.returned_at = self.now()
         self._go_on.touch()
-        self._note(f"{victim.name} is back with its weights ({progress.steps_kept} steps of its experts)")
+        state.versions_at_return = dict(state.versions)
+        self._note(f"{name} is back with its weights ({state.num_steps} steps of its experts)")
         await again.wait()
 
     async def _bring_up(self, family: list[Child], number: int) -> Child:
@@ -100,9 +103,10 @@ class Script:
             "--name": f"server {number + 1}",
         }
         words += [str(word) for pair in flags.items() for word in pair]
-        words += [word for uid in self._dealt[number] for word in ("--experts", uid)]
+        words += [word for uid in plan.assign(self.options.num_servers)[number] for word in ("--experts", uid)]
         server = await self._start(family, f"server {number + 1}", words)
         await server.ready(timeout=START_TIMEOUT)
+        self.progress.servers[server.name].alive = True
         return server
 
     async def _trainer(self, family: list[Child], number: int) -> Child:
@@ -128,7 +132,7 @@ class Script:
         self._changed.set()
 
     def _note(self, sentence: str) -> None:
-        self.progress.log.append((self.now(), sentence))
+        self.progress.note(self.now(), sentence)
 
     async def _until(self, predicate: Callable[[], bool]) -> None:
         while not predicate():

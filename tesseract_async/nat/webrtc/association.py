@@ -1,11 +1,11 @@
-"""aiortc's SCTP association with bounds on what a peer can have it keep, and other answers to loss.
+"""aiortc's SCTP association, with bounds on what a peer can make it keep, and another reaction to loss.
 
 Imports aiortc: only `webrtc` imports this, when a data channel is made. aiortc has no seam for it: what is overridden
 here are methods between its own, as they are in `AIORTC`; with any other version this module raises ImportError.
 
 aiortc's congestion control is TCP Reno's: each loss halves the window, and one packet per round trip comes back, which
-leaves little of a long path that loses a few packets by chance. Here a loss without a queue changes nothing; the queue
-is what a round trip takes beyond the shortest one.
+leaves little of a long path that loses a few packets by chance. Here, a loss without a queue changes nothing; the queue
+is the time by which a round trip exceeds the shortest one.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ MAX_GAPS: Final = 256
 MAX_DUPLICATES: Final = 32
 """Gaps and duplicates in one acknowledgement, so that it fits into a packet (RFC 9260, 3.3.4)."""
 LEAST_MARGIN: Final = 0.2
-"""Seconds beyond the usual round trip before the silence counts as loss, at least. TCP's, in most systems."""
+"""The least seconds beyond the usual round trip after which silence counts as loss: TCP's value in most systems."""
 LONGEST_TIMEOUT: Final = 3.0
 """Seconds: the connection's heartbeat ends it after 9."""
 LEAST_QUEUE: Final = 0.02
@@ -84,7 +84,7 @@ class Association(RTCSctpTransport):
             raise ProtocolError("the peer begins anew again and again")  # which moves what is too far ahead
 
     async def _receive_forward_tsn_chunk(self, chunk: Any) -> None:
-        raise ProtocolError("the peer skips what it was to deliver")
+        raise ProtocolError("the peer skips data that it should deliver")
 
     async def _receive_sack_chunk(self, chunk: Any) -> None:
         num_sent = len(self._sent_queue)
