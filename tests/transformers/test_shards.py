@@ -1,5 +1,6 @@
 """Experts of checkpoints compute what Transformers does, and nothing else of the files is read."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,12 @@ import torch
 from torch import nn
 
 from tesseract_async.server.registry import build_module
-from tesseract_async.transformers import shards
 from tesseract_async.transformers.families import experts_of
 from tesseract_async.transformers.serving import family_of, manifest_fields, shards_of
 from tesseract_async.transformers.shards import Checkpoint
 from tests.transformers.swarm import build
 from tests.transformers.tiny import FAMILIES, make_checkpoint
+from tests.watching import calls_of
 
 Makes = Callable[[str], Path]
 
@@ -63,19 +64,11 @@ def test_only_files_of_those_experts_are_opened(checkpoint: Makes) -> None:
     assert source.opened == expected and len(expected) < len(set(named.values()))
 
 
-def test_a_conversion_is_copied_per_parameter_and_not_per_name(
-    checkpoint: Makes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[object] = []
-    copied = shards._copied
-
-    def counted(one: Any) -> Any:
-        made.append(one)
-        return copied(one)
-
+def test_a_conversion_is_copied_per_parameter_and_not_per_name(checkpoint: Makes) -> None:
     source = Checkpoint(checkpoint("qwen3_moe"))
-    monkeypatch.setattr(shards, "_copied", counted)
-    build(source, [f"m.{layer}.{expert}" for layer in range(2) for expert in range(8)])
+    with calls_of(copy.copy) as copies:
+        build(source, [f"m.{layer}.{expert}" for layer in range(2) for expert in range(8)])
+    made = [one for one in copies if type(one.arguments["x"]).__module__ == "transformers.core_model_loading"]
     # two parameters in each of two layers, and a spare copy of each; the files hold 48 names
     assert 0 < len(made) <= 8
 
