@@ -60,7 +60,9 @@ class Norm(torch.Tensor):
         if math.isclose(total, scale * norm, rel_tol=1e-5):
             return {"scale": scale}
         if not math.isclose(scale, 1.0, rel_tol=1e-5):
-            raise ValueError("gradients of remote experts are clipped by norm or by value, not both: do one of them")
+            raise ValueError(
+                "gradients of remote experts can be clipped by norm or by value, but not by both: choose one"
+            )
         return {"limit": total}
 
     @classmethod
@@ -126,7 +128,7 @@ class LockstepTrainer(Uncopied):
         """The servers may hold gradients that no step has used."""
 
     def add(self, pool: ExpertPool, *, has_biases: bool) -> None:
-        """One more of the model's layers, and whether its experts have biases."""
+        """Add one of the model's layers. `has_biases`: whether its experts have biases."""
         self._pools.append(pool)
         self._has_biases |= has_biases
 
