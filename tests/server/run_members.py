@@ -80,6 +80,7 @@ class Member:
             async with asyncio.timeout(0.1):
                 await self.placing.__aexit__()
         await self.keeper.tenures.aclose()
+        await self.node.aclose()  # else its server would wait for answers to its farewell
 
 
 def identity_of(number: int) -> ta.Identity:

@@ -211,6 +211,7 @@ async def test_a_pass_that_would_take_long_is_made_in_shares(
     seconds = itertools.count(0.0, 10.0)
     monkeypatch.setattr(time, "thread_time", lambda: next(seconds))  # the processor's, as long as it computes
     await taken(*asked(node)[:2])
+    await server.runtimes[0].call(int)  # by now it has learned from it
     answer, request, x = asked(node)
     assert not isinstance(answer, Deferred)
     total = sum(sums for _, sums in await taken(answer, request) if sums is not None)
