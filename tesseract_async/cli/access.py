@@ -1,4 +1,4 @@
-"""Options about who may ask what of a node, and how much."""
+"""Options that say who may use a node, for what, and how much."""
 
 import os
 from dataclasses import dataclass

@@ -136,7 +136,7 @@ def lends(params: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _config(invite: Invite, folder: Path, rates: tuple[float, float] | None) -> str:
-    """Return the options of `serve` for a newcomer, whose line sends and receives so many bytes per second."""
+    """Return the options of `serve` for a newcomer, whose line sends and receives this many bytes per second."""
     limits = [
         most if rates is None else min(most, LINE_SHARE * rate)
         for most, rate in zip((MAX_UPLOAD, MAX_DOWNLOAD), rates or (0.0, 0.0), strict=True)

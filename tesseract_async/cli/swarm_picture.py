@@ -96,7 +96,7 @@ def draw(
     signs: dict[str, str] = SIGNS,
     is_once: bool = False,
 ) -> RenderableType:
-    """Return one frame of `SwarmObserver.state` for so many columns and lines (None: as many lines as it takes).
+    """Return one frame of `SwarmObserver.state` for this many columns and lines (None: as many lines as it takes).
 
     `first`: the server, trainer and event that the lists begin with, scrolled down so far. `is_once`: it is the only
     look, before which servers may have died.
@@ -196,7 +196,7 @@ def _figure(value: float, digits: int = 0) -> str:
 
 
 def _latest(log: list[Any], number: int, back: int) -> list[Any]:
-    """Return the latest lines; `back`: those so many lines before them."""
+    """Return the latest lines; with `back`, lines that are that far before them."""
     end = max(min(number, len(log)), len(log) - back)
     return log[max(0, end - number) : end]
 
@@ -219,7 +219,7 @@ def _describe_run(run: SwarmState) -> str:
 
 
 def safety(losses: int | None) -> str:
-    """Return what a run survives, in words: so many more members may be lost."""
+    """Return in words how many more members a run may lose and still survive."""
     if losses is None:
         return "how safe it is, is not known yet"
     if losses < 0:
@@ -267,7 +267,7 @@ def _describe_standings(standings: list[list[Any]]) -> list[str]:
 
 
 def _draw_standings(grids: list[SwarmState], number: int, first: int, *, is_cut: bool) -> list[RenderableType]:
-    """Return a table of so many of a run's experts, those in danger first: who has each, and how safe it is."""
+    """Return a table of this many of a run's experts, those in danger first: who has each, and how safe it is."""
     experts = [(grid["prefix"], *one) for grid in grids for one in grid.get("standings", [])]
     experts.sort(key=lambda one: (one[6], one[2] is not None))
     if not number:

@@ -159,7 +159,7 @@ class RemoteExpert(nn.Module):
         return deliver(self._node, self._info())
 
     async def _info(self) -> ExpertSchema:
-        """The primary's word; that of the others if none answers in half the time."""
+        """Return the primary's answer; that of the others if no primary answers in half the time."""
         if self._known.schema is not None:
             return self._known.schema
         exchange = SchemaExchange(self._experience, self.uid)

@@ -1,7 +1,7 @@
 """Loss scaling (`torch.amp.GradScaler`): what travels to experts is unscaled, for their optimizers know of no scale.
 
-Gradients are divided on the way to experts, which step in the midst of backward; those that come back are multiplied
-again. The caller of a backward says its scale, or a hook on what `GradScaler.scale` gives notes it.
+Gradients are divided on the way to experts, which take their steps during the backward; those that come back are
+multiplied again. The caller of a backward says its scale, or a hook on what `GradScaler.scale` gives notes it.
 """
 
 import contextlib

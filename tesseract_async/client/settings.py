@@ -25,7 +25,7 @@ class CallOptions:
     """Options of a call to an expert. Raises ValueError for options that make no sense."""
 
     max_staleness: int | None = None
-    """A forward's answer lacks at most so many of the steps that the primary has taken; 0: the primary answers. None:
+    """A forward's answer lacks at most this many of the steps that the primary has taken; 0: the primary answers. None:
     any replica answers, from weights that followers pulled up to `sync_every` seconds ago."""
     audit_share: float = 0.0
     """Share of forwards that another replica answers, too, so that wrong answers are noticed (see `client.audits`)."""

@@ -257,9 +257,9 @@ class AsyncTrainer(Generic[M]):
         """A step for each batch, `in_flight` at once; reports come as steps end. Batches are taken as they are needed.
 
         `max_failures`: this many steps in a row may fail with a TesseractError or TimeoutError, the swarm's faults
-        (SchemaMismatch is none); each is reported with its `error`, and its batch is given up. Any other error, and one
-        failure more, ends the run: the steps under way are cancelled, and it is raised with a note that names the
-        batch. So does closing the iterator (`contextlib.aclosing`) or cancelling.
+        (SchemaMismatch is not one of them); each is reported with its `error`, and its batch is given up. Any other
+        error, and one failure more, ends the run: the steps under way are cancelled, and it is raised with a note that
+        names the batch. So does closing the iterator (`contextlib.aclosing`) or cancelling.
         """
         num_failures = 0
         num_taken = 0

@@ -39,9 +39,9 @@ class Bounds:
     max_half_open_per_host: int = 64
     """Such channels of one address range (IPv4 /24, IPv6 /64)."""
     max_connections: int = 4096
-    """Connections in all, fewer where the process may not open so many files; idle ones go for new ones."""
+    """Connections in all, fewer if the process may not open that many files; idle ones make room for new ones."""
     max_connections_per_range: int = 128
-    """Connections that one address range may have opened to this node. (Loopback is none.)"""
+    """Connections that one address range may have opened to this node. (Loopback does not count as a range.)"""
     max_connections_per_peer: int = 16
     """Connections that one peer may have opened to this node."""
     backoff_base: float = 0.1

@@ -180,7 +180,7 @@ class Endpoint(Dialer):
         """Call `method` at `peer` and return its answer; connect first where necessary.
 
         `timeout` bounds the whole call, in seconds; the time that is left travels along. `max_reply_bytes` is the
-        largest reply that is accepted: naming it lets a large reply of up to so many bytes come without asking.
+        largest reply that is accepted: naming it lets a large reply of up to that many bytes come without asking.
         `idempotent` allows repeating the call after a lost connection. Large messages of higher `priority` (-128 to
         127) are sent first. `buffers` are not copied where they are large: don't change them before this returns.
         Cancelling cancels the handler at the other end.

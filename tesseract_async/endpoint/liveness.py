@@ -70,7 +70,7 @@ class Liveness:
         self._lanes[MAIN].put(frames.frame(frames.PONG, flags=flags, stream=count))
 
     def pong_received(self, bulk_bytes: int, now: float, *, answer: bool) -> None:
-        """A PONG came on the main lane: the peer has received so many bytes on the bulk lane."""
+        """Take a PONG on the main lane, which says that the peer has received this many bytes on the bulk lane."""
         if bulk_bytes >= self._bulk_out + DATA_BYTES:
             # on a slow way bytes leave this machine long after they were sent: they count when they arrive
             self._bulk_out = bulk_bytes

@@ -246,7 +246,7 @@ class Duty:
         return None if appointment is None else appointment.root
 
     def restored(self, root: bytes, now: float, wall: float) -> None:
-        """The state of that root is installed: begin from it, if that is the owner's word still."""
+        """Note that the state of that root is installed, and begin from it, if that is still what the owner wants."""
         if self.wanted_root == root:
             self._appoint(now, wall, restored=True)
 

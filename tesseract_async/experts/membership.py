@@ -179,7 +179,7 @@ class Membership:
         return exposed or now >= max(self.heard, self.agreed_at) + self.lease
 
     def silence_at(self, state: State) -> float:
-        """Return the time at which the primary has been silent for so long that this server would stand."""
+        """Return the time from which the primary's silence is long enough for this server to stand for election."""
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
         step = self._step

@@ -60,7 +60,7 @@ class ExpertPattern:
     def coords_at(self, rank: int) -> tuple[int, ...]:
         """The coordinates of this rank, in the order of iteration. Raises: IndexError."""
         if not 0 <= rank < self.num_uids:
-            raise IndexError(f"{self} has {self.num_uids} members; there is none of rank {rank}")
+            raise IndexError(f"{self} has {self.num_uids} members; none has the rank {rank}")
         found = []
         for one in reversed(self.ranges):
             rank, offset = divmod(rank, len(one))

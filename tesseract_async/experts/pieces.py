@@ -143,7 +143,7 @@ class _Work:
         return now >= self.not_before and now < self.late_at() and len(self.asked) < min(ahead, MAX_AHEAD)
 
     def rank(self, now: float) -> tuple[bool, float, int]:
-        """Sort by when the next piece would come, those of whom nothing is known last."""
+        """Return a key that sorts sources by when their next piece would come, unknown ones last."""
         return not self.sent, self.due_at(len(self.asked), now), len(self.asked)
 
     def due_at(self, place: int, now: float) -> float:
@@ -259,7 +259,7 @@ class PieceFetch(Generic[Source]):
         return others
 
     def failed(self, source: Source, piece: int, reason: str, now: float, *, retry_after: float = 0.0) -> None:
-        """A question did not come to an answer; the source may be asked again in so many seconds."""
+        """Note that a question got no answer, and that the source may be asked again in this many seconds."""
         work = self._sources.get(source)
         if work is None or piece not in work.asked:
             return

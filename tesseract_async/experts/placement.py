@@ -95,8 +95,8 @@ def assign(
 def _missing(
     survey: Survey, uid: str, num_copies: int, free: Mapping[PeerID, int], may: Callable[[PeerID, str], bool]
 ) -> list[PeerID]:
-    """Choose the members that should get a copy: of different address ranges where there are so many, and so that two
-    at least could lead it."""
+    """Choose the members that should get a copy: of different address ranges if there are enough, and so that at least
+    two of them could lead it."""
     primary, places, copies = survey.primary(uid), survey.places, survey.copies(uid)
     num_able = max(0, min(2, num_copies) - sum(places[peer].can_be_primary for peer in copies))
     num = max(num_copies - len(copies), num_able)

@@ -169,7 +169,7 @@ class Survey:
         """Members that lead as much as they have room for, or compute nothing."""
 
     def shortage(self, num_copies: int) -> str:
-        """Return why these members cannot keep so many copies besides each primary, in words; empty if they can."""
+        """Return in words why these members cannot keep this many copies besides each primary; empty if they can."""
         num_members, num_experts = len(self.places), len(self.alive)
         if num_members <= num_copies:
             return f"members: {num_members}, too few for {num_copies} copies besides each primary"

@@ -119,7 +119,7 @@ class OfferAnswerer:
                 if relay.peer_id == meeting_point:
                     self.tasks.spawn(self._meet(relay, token))
                     return {}
-            raise NotAllowed("that relay is none of my rendezvous nodes")
+            raise NotAllowed("that relay is not one of this node's rendezvous nodes")
         return await self._negotiate(Description.unpack(offer.body), origin)
 
     async def _negotiate(self, remote: Description, origin: str) -> Mapping[str, object]:

@@ -33,7 +33,7 @@ class RelaySettings:
     """The traffic that a public node carries for others: as much as its owner wants to pay for."""
 
     max_splices: int = 256
-    """Joined pairs, waiting ones included; fewer where the process may not open so many files."""
+    """Joined pairs, waiting ones included; fewer if the process may not open that many files."""
     max_bytes: int = 64 * 2**30
     """Bytes that one pair may exchange."""
     max_rate: float | None = 25e6

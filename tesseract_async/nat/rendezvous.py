@@ -53,7 +53,7 @@ MAX_REPLY_BYTES: Final = 16 * 1024
 MAX_CLIENTS: Final = 1024
 """Nodes that may be registered at one public node."""
 MAX_CLIENTS_PER_RANGE: Final = 64
-"""Nodes of one address range that may be registered there. (Loopback is none.)"""
+"""Nodes of one address range that may be registered there. (Loopback does not count as a range.)"""
 REGISTRATION_TTL: Final = 120.0
 """Seconds after which a registration that was not renewed ends."""
 MAX_OFFERS: Final = 256

@@ -133,7 +133,7 @@ class DatagramDialBack(Caller):
         return self.thirds.ask((pack_address(asker), nonce), third, token, now)
 
     def dial(self, arguments: list[object], source: Address, now: float, *, trusted: bool) -> None:
-        """Handle DIAL_FOR: send one short datagram, so many per second for each asker and to each host.
+        """Handle DIAL_FOR: send one short datagram, within limits per second for each asker and each host.
 
         With a third argument, true, the dialed node shall tell `source` of it (`Probation`). `trusted`: the asker is
         listed, or about to be. Raises: ProtocolError.

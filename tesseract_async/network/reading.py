@@ -18,7 +18,7 @@ from tesseract_async.network.storage import MAX_ENTRIES_PER_KEY, NUM_RANGES, RAN
 from tesseract_async.network.timers import Timer
 
 NUM_EQUAL_HOLDERS = 3
-"""A read ends when so many holders report the same digests."""
+"""A read ends when this many holders report the same digests."""
 NARROW_FOR = 0.02
 """Seconds for which a read has only as many requests in progress as it needs equal answers, and one to spare; then
 `ALPHA`. Where round trips are short, a question costs more than the wait for its answer."""

@@ -217,7 +217,7 @@ class Density:
         return samples[len(samples) // 2]
 
     def is_captured(self, target: int, contacts: Sequence[Contact]) -> bool:
-        """Return True if so many of these are nearer to `target` than k nodes would be by chance."""
+        """Return True if at least k of these are nearer to `target` than k nodes would be by chance."""
         limit = int(CAPTURED * self.radius())
         return sum(contact.number ^ target < limit for contact in contacts) >= self._table.k
 

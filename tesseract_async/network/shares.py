@@ -59,7 +59,7 @@ class Shares:
             self._count(name, source, 1, size)
 
     def allow(self, source: Source | None, size: int, total: int) -> bool:
-        """Return True if a source's share of `total` bytes has room for so many more."""
+        """Return True if a source's share of `total` bytes has room for this many more."""
         if source is None:
             return True
         most = total // (BLOCK_SHARE if source.copied else RANGE_SHARE)

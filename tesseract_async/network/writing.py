@@ -16,7 +16,7 @@ from tesseract_async.network.rpcs import STALL, Call, Caller
 from tesseract_async.network.storage import StoreOutcome
 
 PATIENCE = 4.0
-"""Late holders are waited for so many times as long as the others needed."""
+"""Late holders are waited for this many times as long as the others needed."""
 SHORTEST_WAIT = 0.15
 """Seconds for which all are waited for in any case: event loops pause."""
 

@@ -49,7 +49,8 @@ class BatchCost:
         self._is_known = True
 
     def seconds(self, num_rows: float) -> float:
-        """Return what a batch of so many rows is expected to take: more, while it is unknown what its rows share."""
+        """Return the seconds that a batch of this many rows is expected to take: too many, while its fixed cost is
+        unknown."""
         return self._each + self._per_row * num_rows if self._is_known else self.seconds_per_row * num_rows
 
     def rows_until(self, share: float) -> float:
@@ -93,18 +94,18 @@ class GroupChoice:
         self._lost = 0.0
 
     def gathers(self) -> bool:
-        """Return whether it is worth while to look for more batches."""
+        """Return whether it is worthwhile to look for more batches."""
         return not self._sizes or self._may_retry() or any([one.wants_more for one in self._sizes.values()])
 
     def is_together(self, num_batches: int, num_rows: int) -> bool:
-        """Return the way for so many batches of so many rows in all."""
+        """Return whether this many batches, of this many rows in all, should be computed in one pass."""
         size = self._size(num_batches, num_rows)
         if size.tried is not None:
             return size.pays
         return size.pays != (self._may_retry() if size.is_known else size.may_try())
 
     def loses(self, num_batches: int, num_rows: int) -> bool:
-        """Return whether passes of so many batches are known to be slower together."""
+        """Return whether passes of this many batches are known to be slower together."""
         size = self._sizes.get(_size_of(num_batches, num_rows))
         return size is not None and size.is_known and not size.pays
 

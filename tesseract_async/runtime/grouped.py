@@ -73,7 +73,7 @@ class Group:
         return self.checked is not None and self.checked == self.kind.way
 
     def gathers(self) -> bool:
-        """Return whether it is worth while to look for more batches to share a pass."""
+        """Return whether it is worthwhile to look for more batches to share a pass."""
         return self.kind.may_fit and self.choice.gathers()
 
 

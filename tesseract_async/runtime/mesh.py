@@ -364,7 +364,7 @@ class MeshBackend(SpreadStates):
     # -- Gradients ----------------------------------------------------------------------------------------------------
 
     def _local_gradient(self, parameter: nn.Parameter) -> torch.Tensor | None:
-        """Return what of a parameter's gradient, over all rows, belongs to this process."""
+        """Return this process's part of a parameter's gradient over all rows."""
         gradient = parameter.grad
         if gradient is None:
             return None

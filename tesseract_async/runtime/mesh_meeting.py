@@ -235,7 +235,7 @@ def receive(one: socket.socket) -> Value:
 
 
 def read(one: socket.socket, length: int) -> bytearray:
-    """Return so many bytes. Raises: OSError, also at the end."""
+    """Return this many bytes. Raises: OSError, also at the end."""
     data = bytearray(length)
     view = memoryview(data)
     while view:

@@ -107,7 +107,8 @@ class SpreadStates(ExpertBackend):
         self._install(_filled(stripped) if self._given is None else self._given, self._receive)
 
     def _install(self, state: StateDict, local_of: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
-        """Load a state; `local_of(leaf, like)` returns what of a tensor is this process's, as of the tensor `like`."""
+        """Load a state; `local_of(leaf, like)` returns this process's part of a tensor, spread as the tensor `like`
+        is."""
         here = self.module.state_dict()
         with torch.no_grad():
             for name, mine in here.items():

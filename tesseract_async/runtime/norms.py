@@ -19,8 +19,8 @@ SCALED_ABOVE: Final = 8.0
 """A multiple of the usual norm: larger gradients are scaled down to it. AutoClip (Seetharaman et al. 2020) clips at a
 percentile of the history; several times the median leaves ordinary steps alone."""
 FAR_ABOVE: Final = 128.0
-"""A multiple of the usual norm: requests whose summed gradients exceed it are computed one by one, lest one's gradients
-scale all of them down."""
+"""A multiple of the usual norm: requests whose summed gradients exceed it are computed one by one, so that one's
+gradients do not scale all of them down."""
 UNDONE_ABOVE: Final = 1024.0
 """A multiple of the usual norm, once that is settled: if the very first gradient was this large, its step is undone."""
 CHECKED_ABOVE: Final = 4.0

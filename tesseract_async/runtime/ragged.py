@@ -125,7 +125,7 @@ class Ragged(torch.Tensor):
         return self.column if isinstance(self.column, list) else self.column.unbind()
 
     def beside(self, num_dims: int) -> torch.Tensor:
-        """Return it row by row, to be broadcast against a tensor of so many dimensions."""
+        """Return it row by row, to be broadcast against a tensor of this many dimensions."""
         rows = stacked(self.column).repeat_interleave(torch.tensor(self.counts), 0, output_size=sum(self.counts))
         missing = num_dims - rows.dim()
         if missing < 0:

@@ -23,7 +23,7 @@ class Bell:
             self._lock.release()
 
     def wait(self, seconds: float | None) -> None:
-        """Sleep until the next ring, at most so long (None: as long as it takes)."""
+        """Sleep until the next ring, at most this long (None: as long as it takes)."""
         self._lock.acquire(timeout=-1 if seconds is None else min(max(seconds, 0), threading.TIMEOUT_MAX))
 
 

@@ -60,7 +60,8 @@ ROLES: Final = {MemberRole.PRIMARY: "primary", MemberRole.FOLLOWER: "follower", 
 NUM_MARKED_AT_ONCE: Final = 64
 NUM_FETCHED_AT_ONCE: Final = 4
 PIECE_TIMEOUT: Final = seconds_for(2 * NUM_FETCHED_AT_ONCE)
-"""Seconds that a server has for each piece of a state: it may be asked for two of each of so many at once."""
+"""Seconds that a server has for each piece of a state: it may be asked for two pieces of each of `NUM_FETCHED_AT_ONCE`
+experts at the same time."""
 ANSWER_TIMEOUT: Final = 60.0
 """Seconds that a server has to say which state it has."""
 MAX_ASKED: Final = 64

@@ -70,7 +70,7 @@ def check_gradients(
 def _all_fit(
     tensors: Sequence[torch.Tensor | None], specs: Sequence[wire.TensorSpec], num_rows: int, *, may_lack: bool = False
 ) -> bool:
-    """Return whether each has so many rows of its spec. Optional ones may be absent; all, if they `may_lack`."""
+    """Return whether each has this many rows of its spec. Optional ones may be absent; all, if they `may_lack`."""
     if len(tensors) != len(specs):
         return False
     for x, spec in zip(tensors, specs, strict=True):

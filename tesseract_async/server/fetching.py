@@ -180,7 +180,7 @@ class _Transfer:
 
 
 def seconds_for(num_pieces: int) -> float:
-    """Return the seconds that a server has for each of so many pieces that share its line."""
+    """Return the seconds that a server has for each of this many pieces that share its line."""
     return 60.0 + num_pieces * PIECE_BYTES / LINE_RATE
 
 

@@ -189,7 +189,8 @@ def _on_meta(backend: ExpertBackend, module: nn.Module | None = None) -> ExpertB
 
 
 def probe(backend: ExpertBackend, num_rows: int, device: torch.device) -> tuple[list[torch.Tensor], Gradients]:
-    """Return inputs of zeros for so many rows, and gradients of their outputs. What varies is as large as it may be."""
+    """Return inputs of zeros for this many rows, and gradients of their outputs. Sizes that vary are as large as they
+    may be."""
     size = max((spec.max_size for spec in backend.input_specs if spec.varies), default=None)
     inputs, gradients = (
         [torch.zeros(num_rows, *spec.least_shape, dtype=spec.dtype, device=device) for spec in specs]

@@ -32,7 +32,7 @@ from tesseract_async.wire import messages
 
 MAX_COPIES_BYTES: Final = 1 << 30
 MAX_RATE: Final = 16 << 20
-"""Bytes of states per second that a server sends at most: sending so much takes a twentieth of a core."""
+"""Bytes of states per second that a server sends at most: sending that much takes a twentieth of a core."""
 MAX_WAITING: Final = 64
 """The most pieces that wait to be sent to one peer."""
 MAX_POINTS: Final = 2

@@ -44,7 +44,7 @@ from tesseract_async.wire import messages
 logger = logging.getLogger(__name__)
 
 MAX_ASKED: Final = 3
-"""Members of whom a newer state is asked for at a time."""
+"""The most members that are asked for a newer state at a time."""
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
@@ -366,7 +366,7 @@ def _tell(error: BaseException) -> None:
 
 
 def _check_records(records: list[bytes], num: int) -> list[bytes]:
-    """Check that these are so many records of at most 1 KiB. Raises: ProtocolError."""
+    """Check that these are this many records of at most 1 KiB. Raises: ProtocolError."""
     if len(records) != num or any(type(one) is not bytes or len(one) > MAX_RECORD_BYTES for one in records):
         raise ProtocolError("malformed records about who is primary")
     return records

@@ -60,7 +60,7 @@ class Share:
 
     @property
     def is_filling(self) -> bool:
-        """True in the midst of a batch."""
+        """True while a batch is being filled."""
         return bool(self._filling)
 
     def take(self) -> tuple[int, int] | None:

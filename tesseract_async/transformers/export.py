@@ -25,7 +25,8 @@ from tesseract_async.transformers.shards import INDEX, SINGLE, files_of
 _REST: Final = "model-rest.safetensors"
 _AT_ONCE: Final = 8
 _TIMEOUT: Final = seconds_for(2 * _AT_ONCE)
-"""Seconds that a server has for each piece of an expert's state: it may be asked for two of each of so many at once."""
+"""Seconds that a server has for each piece of an expert's state: it may be asked for two pieces of each of `_AT_ONCE`
+experts at the same time."""
 
 
 def export_checkpoint(model: nn.Module, folder: str | Path) -> None:

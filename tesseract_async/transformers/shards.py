@@ -40,7 +40,7 @@ class Layer:
 class Checkpoint:
     """A folder with a model that Transformers has saved. Nothing of its weights is read before `read`.
 
-    Raises: ValueError for a folder that is none, a family that cannot take part, or quantized weights.
+    Raises: ValueError for a folder that is not one, a family that cannot take part, or quantized weights.
     """
 
     def __init__(self, folder: Path) -> None:

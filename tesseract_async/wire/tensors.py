@@ -101,8 +101,8 @@ def _sized(spec: TensorSpec, size: int) -> TensorSpec:
 
 
 def size_of(specs: Iterable[TensorSpec], shapes: Iterable[Sequence[object] | None]) -> int | None:
-    """Return the size of what varies in a call with tensors of these shapes (untrusted; None: no tensor); None if
-    nothing does, or the size is none that it may have."""
+    """Return the size of what varies in a call with tensors of these shapes (untrusted; None: no tensor); None if no
+    size varies, or if the size is not an allowed one."""
     for spec, shape in zip(specs, shapes, strict=False):
         if spec.varies and shape is not None:
             at = 1 + spec.shape.index(None)

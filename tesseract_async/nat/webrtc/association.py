@@ -84,7 +84,7 @@ class Association(RTCSctpTransport):
             raise ProtocolError("the peer begins anew again and again")  # which moves what is too far ahead
 
     async def _receive_forward_tsn_chunk(self, chunk: Any) -> None:
-        raise ProtocolError("the peer skips what it was to deliver")
+        raise ProtocolError("the peer skips data that it should deliver")
 
     async def _receive_sack_chunk(self, chunk: Any) -> None:
         num_sent = len(self._sent_queue)

@@ -16,7 +16,7 @@ INITIAL_CREDIT: Final = 256 * 1024
 MAX_CONTROL: Final = 16
 """Characters of the longest text message."""
 WINDOW_BYTES: Final = 2 * 2**20
-"""Bytes that the peer may send before they are consumed here; at most so many are held."""
+"""Bytes that the peer may send before they are consumed here; at most this many are held."""
 HIGH_WATER: Final = 256 * 1024
 """Bytes written but not sent beyond which the stream is paused."""
 
