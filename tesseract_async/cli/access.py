@@ -72,7 +72,7 @@ class ServerAccessOptions(AccessOptions):
 access_options = grouped("policy", AccessOptions, made=AccessOptions.policy, sections={"allow": "Limits"})
 """Options of commands that answer strangers: a policy, or None, as the argument `policy`."""
 server_access_options = grouped("policy", ServerAccessOptions, made=AccessOptions.policy, sections={"allow": "Limits"})
-"""The same, for commands that host experts."""
+"""Options of commands that host experts: a policy, or None, as the argument `policy`."""
 
 
 def describe_policy(policy: Policy) -> list[str]:

@@ -47,7 +47,8 @@ class BeamSearch:
         """True if the `k` best live experts of every row are known, or all that live if these are fewer."""
 
     def wanted(self, limit: int = 64) -> list[tuple[int, ...]]:
-        """At most `limit` cells to ask about next, those that most rows need first; empty once the search is over."""
+        """Return at most `limit` cells to ask about next, those that most rows need first; none once the search is
+        over."""
         limit = min(limit, self._max_asked - len(self._alive))
         if len(self._alive) >= _SPARSE_AFTER and sum(self._alive.values()) < _SPARSE_SHARE * len(self._alive):
             limit = 0

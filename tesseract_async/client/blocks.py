@@ -47,7 +47,7 @@ class RowBlock:
     """The row of the block for each pair."""
     weights_P: Weights
     versions: Sequence[int] = ()
-    """One for each call: see `ApplyRequest.versions`."""
+    """The versions, one for each call: see `ApplyRequest.versions`."""
     units_R: Values | None = None
     """The logarithm of the unit of each row's weights, if the sum is normalized."""
     kept: bytes | None = None

@@ -38,7 +38,7 @@ _SENT: Final = {"forward": "answer", "backward": "gradient"}
 @dataclass(slots=True, eq=False)
 class ExpertCall:
     expert: int
-    """Its number among the candidates."""
+    """The expert's number among the candidates."""
     uid: str
     rows: Indices
     sent: float
@@ -76,9 +76,9 @@ class CallsUnderWay:
         """The calls that had not ended when the pass was over."""
         self.num_answers_R: Indices = np.zeros(num_rows, dtype=np.int64)
         self.errors: dict[str, BaseException] = {}
-        """By uid, the experts that failed or were given up, without those that answered after all."""
+        """The errors, by uid, of the experts that failed or were given up, without those that answered after all."""
         self.left_out: dict[str, BaseException] = {}
-        """By uid, the experts that failed or were too slow, with those that answered after all."""
+        """The errors, by uid, of the experts that failed or were too slow, with those that answered after all."""
         self._timeout = timeout
         self._patience = patience
         self._fresh: list[ExpertCall] = []
@@ -488,7 +488,7 @@ class BackwardDispatch(CallsUnderWay):
         needed = forward.num_answers_R if self.is_strict else np.minimum(forward.num_answers_R, self._k_min)
         self._needed_R: Indices = needed
         self.forward_calls: dict[ExpertCall, ExpertCall] = {}
-        """By gradient call, the call whose answer it differentiates."""
+        """The call whose answer is differentiated, by gradient call."""
 
     @property
     def _num_short(self) -> int:

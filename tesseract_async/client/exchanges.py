@@ -53,7 +53,7 @@ class Exchange(Generic[T]):
         return replicas
 
     def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, T]:
-        """One call to one server. Raises: what the call raises; ProtocolError if the answer does not fit."""
+        """Make one call to one server. Raises: what the call raises; ProtocolError if the answer does not fit."""
         raise NotImplementedError
 
     def answered(self, replica: ExpertReplica, answer: T, timeout: float) -> None:

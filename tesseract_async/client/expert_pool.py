@@ -134,7 +134,8 @@ class ExpertPool(nn.Module):
 
     @uncompiled
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Structure:
-        """For each row the sum of ``weights[row, j]`` times the answer of the expert ``index[row, j]``; await it.
+        """Return, for each row, the sum of ``weights[row, j]`` times the answer of the expert ``index[row, j]``; await
+        it.
 
         `index` holds whole numbers below `num_experts`; weights are finite numbers of any sign, and travel in float32.
         The result has the experts' dtypes. Reads grad mode, autocast and `training` now, not when awaited; under

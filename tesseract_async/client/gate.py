@@ -26,9 +26,9 @@ class Mixed:
     num_answers: torch.Tensor
     """``int64[rows]``: experts that answered each row."""
     errors: Mapping[str, BaseException]
-    """By uid, the experts that did not answer, and why."""
+    """The errors, by uid, of the experts that did not answer."""
     versions: Mapping[str, int]
-    """By uid, the optimizer steps that each expert had taken when it computed its answer."""
+    """The optimizer steps, by uid, that each expert had taken when it computed its answer."""
     load_balancing_loss: torch.Tensor | None
     """Scalar, differentiable with respect to the gate, 1 for a perfectly even load; None unless asked for."""
 

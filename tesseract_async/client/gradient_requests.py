@@ -56,7 +56,7 @@ class RemoteCall:
         self.context = contextvars.copy_context()
         self.outputs: list[torch.Tensor] | None = None
         self.requests: dict[int, GradientRequest] = {}
-        """By graph task: the same graph may be gone through several times, at once even."""
+        """The requests by graph task: several backwards may go through one graph, even at the same time."""
 
     def is_loop_running(self) -> bool:
         """Return whether the loop runs in this process; its copy in a fork's child claims to run, too."""
@@ -231,7 +231,7 @@ class BackwardStep:
 engine_thread = threading.local()
 """Per thread: its `step` is the `backward` for which the thread runs the engine, if it runs one."""
 steps: dict[int, BackwardStep] = {}
-"""By graph task: how a node learns which `backward` it runs in."""
+"""The steps by graph task, from which a node learns in which `backward` it runs."""
 
 
 def num_steps() -> int:

@@ -33,7 +33,7 @@ class FoundView:
     is_exact: bool
     """True if these are the best live ones of every row: the search came to its end."""
     trouble: dict[str, BaseException]
-    """By uid, the experts that could not be looked up, and why."""
+    """The errors, by uid, of the experts that could not be looked up."""
 
 
 class GridSearch(Uncopied):

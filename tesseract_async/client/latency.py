@@ -75,9 +75,10 @@ class LatencyBook:
 
     def __init__(self) -> None:
         self.lateness = {"forward": Lateness(), "backward": Lateness()}
-        """By direction, for the calls of all mixtures, compared with others of the same pass that have answered."""
+        """How late the calls of all mixtures are, by direction, compared with others of the same pass that have
+        answered."""
         self.lateness_alone = {way: Lateness(MAX_PATIENCE_ALONE) for way in self.lateness}
-        """The same, compared with what was expected of each call before any had answered."""
+        """The lateness compared with what was expected of each call before any had answered."""
         self._records: LRU[Hashable, _Record] = LRU(_MAX_KEYS)
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 

@@ -72,7 +72,7 @@ class MixtureCall:
 
     @property
     def versions(self) -> dict[str, int]:
-        """By uid, the optimizer steps that the experts had taken that answered."""
+        """The optimizer steps, by uid, of the experts that answered."""
         return {call.uid: answer.version for call, answer in self.answers.items()}
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -98,7 +98,7 @@ class RemoteExpert(nn.Module):
         max_staleness: int | None = None,
         audit_share: float | None = None,
     ) -> "RemoteExpert":
-        """The same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
+        """Return the same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
 
         `timeout`: seconds for one call, forward or backward. `priority`: -1, 0 or 1; higher goes first at the server.
         `codec`: how floating-point tensors travel, such as ``"bf16"`` or ``{"outputs": "uint8_blockwise"}`` (see

@@ -48,7 +48,8 @@ class Scaled:
 
 
 _noted: dict[int, torch.Tensor] = {}
-"""By graph task, the scale of what it started from: the latest ones, for nothing tells when a task has ended."""
+"""The scale of each graph task's starting point. Only the latest tasks are kept, since nothing tells when a task has
+ended."""
 
 
 def noted_scale(graph_task: int) -> float | None:

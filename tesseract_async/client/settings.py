@@ -35,7 +35,7 @@ class CallOptions:
     """The codec of floating-point tensors: a name, or names by ``inputs``, ``outputs``, ``gradients``. One that is
     not accepted gives way to one that loses no more, see `wire.codecs`."""
     codecs: Codecs = field(init=False)
-    """The same, checked."""
+    """The codecs of `codec`, checked."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codecs", Codecs.of(self.codec))

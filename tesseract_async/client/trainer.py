@@ -35,11 +35,11 @@ class StepReport:
     loss: torch.Tensor
     """Detached; not a number if the step failed."""
     staleness: int
-    """Steps that others took between this one's look at the parameters and its own optimizer step."""
+    """Steps that others took between this one's copy of the parameters and its own optimizer step."""
     version: int
     """Steps taken by the trainer, this one included."""
     seconds: float
-    """From the look at the parameters to the optimizer's step, waiting for the staleness bound included."""
+    """Seconds from the copy of the parameters to the optimizer's step, including the wait for the staleness bound."""
     error: BaseException | None = None
     """The reason why the step failed: nothing changed here, and its batch taught nothing."""
     batch: int | None = None
@@ -204,7 +204,7 @@ class AsyncTrainer(Generic[M]):
             self._changed.set()
 
     async def step(self, loss_of: LossOf[M, B], batch: B) -> StepReport:
-        """One step: a copy of the module, ``await loss_of(copy, batch)``, backward, the optimizer.
+        """Take one step: a copy of the module, ``await loss_of(copy, batch)``, backward, the optimizer.
 
         Waits while `in_flight` steps are under way. After an error or a cancellation the master is as it was.
         Raises: what `loss_of` and `backward` raise.

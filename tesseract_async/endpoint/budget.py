@@ -89,7 +89,8 @@ class _Use:
 
 
 class Budget:
-    """At most `total` bytes, not counting messages that came in one piece. `changed` takes what holders are to hear."""
+    """At most `total` bytes, not counting messages that came in one piece. `changed` collects the changes of which
+    holders are to be told."""
 
     def __init__(self, total: int, *, share: float = SHARE, changed: deque[Reservation] | None = None) -> None:
         self.total = total

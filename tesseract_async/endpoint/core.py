@@ -119,7 +119,7 @@ class ConnectionCore(ABC):
         self.owner = owner
         self.now = now
         self.handlers: dict[int, frames.FrameHandler] = {frames.BULK: self._bulk_asked}
-        """By the kind of a frame that is no chunk; those that use the core add theirs."""
+        """Handlers by the kind of a frame that is no chunk; the parts that use the core add theirs."""
         main, bulk = (
             Lane(
                 index,

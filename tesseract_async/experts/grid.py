@@ -111,7 +111,7 @@ class GridTable:
         """Coordinates left out because there was no room."""
         self.claims: list[Claim] = []
         self.owner_of: list[int] = []
-        """For each claim its owner's number in `owners`."""
+        """The number in `owners` of each claim's owner."""
         self.owners: dict[PeerID, int] = {}
         self.coords: Coordinates = np.empty((0, len(grid_size)), dtype=np.int64)
         """Ascending; once for each replica."""

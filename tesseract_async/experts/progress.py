@@ -150,7 +150,7 @@ class OnNetwork(Protocol):
 
     @property
     def metrics(self) -> Metrics:
-        """Its counters."""
+        """The node's counters."""
 
     @property
     def thanks(self) -> Thanks:

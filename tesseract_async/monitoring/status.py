@@ -53,7 +53,7 @@ class ExpertStatus:
     median_seconds: float = 0.0
     """Seconds from a request's arrival to its answer; 0 before the first."""
     slow_seconds: float = 0.0
-    """The same, which 99 of 100 requests do not exceed."""
+    """The seconds that 99 of 100 requests do not exceed."""
     num_rows: int = 0
     """Rows that it has computed."""
 
@@ -65,7 +65,7 @@ class NodeStatus:
     software: str
     """Version of this package there."""
     time: float
-    """Its wall clock (`time.time`): what records expire by."""
+    """The node's wall clock (`time.time`), by which records expire."""
     uptime: float
     """Seconds since it started."""
     num_calls: int

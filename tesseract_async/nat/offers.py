@@ -242,11 +242,11 @@ def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, int, tuple
 MAX_SKEW: Final = 120.0
 """Seconds by which the sender's clock and travel time may differ from ours."""
 MAX_PER_SENDER: Final = 20
-"""Offers of one peer per minute."""
+"""The most offers of one peer per minute."""
 MAX_PER_TARGET: Final = 12
-"""Offers per minute that have this node send to one host, all senders together."""
+"""The most offers per minute that make this node send to one host, all senders together."""
 MAX_PER_MINUTE: Final = 300
-"""Offers of all peers per minute."""
+"""The most offers of all peers per minute."""
 
 
 class OfferGuard:

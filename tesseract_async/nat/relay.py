@@ -157,7 +157,7 @@ class Relay:
         return tokens
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
-        """One end has come: join it with the other one, if that has come before."""
+        """Take one end that has come, and join it with the other one, if that came before."""
         splice = self.ledger.arrive(token, now=asyncio.get_running_loop().time())
         if splice is None or self._closed:
             self.metrics.count("relay_refused", reason="unknown_token")

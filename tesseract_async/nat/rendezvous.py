@@ -57,13 +57,13 @@ MAX_CLIENTS_PER_RANGE: Final = 64
 REGISTRATION_TTL: Final = 120.0
 """Seconds after which a registration that was not renewed ends."""
 MAX_OFFERS: Final = 256
-"""Offers that a public node carries at once."""
+"""The most offers that a public node carries at once."""
 MAX_OFFERS_PER_CLIENT: Final = 32
-"""Offers to one registered node that it carries at once."""
+"""The most offers to one registered node that it carries at once."""
 CARRY_TIMEOUT: Final = 10.0
 """Seconds that a public node waits for an answer."""
 MAX_OWN_OFFERS: Final = 16
-"""Offers that this node sends through one public node at once; more wait for their turn."""
+"""The most offers that this node sends through one public node at once; more wait for their turn."""
 NUM_RENDEZVOUS: Final = 3
 """Public nodes with which a client node keeps a connection."""
 RENEW_PERIOD: Final = 30.0

@@ -52,12 +52,12 @@ class Reachability:
     udp: bool | None = None
     """True if the DHT's socket was reached by nodes that it had not contacted."""
     host: str | None = None
-    """Its address as others see it."""
+    """The node's address, as others see it."""
     nat: NatKind = "unknown"
     open_hosts: tuple[str, ...] = ()
-    """Its addresses at which others have dialed it: at most one of IPv4 and one of IPv6."""
+    """The node's addresses at which others have dialed it: at most one of IPv4 and one of IPv6."""
     closed_hosts: tuple[str, ...] = ()
-    """Its addresses, as others see them, at which they could not."""
+    """The node's addresses, as others see them, at which they could not dial it."""
 
     @property
     def role(self) -> NodeRole:

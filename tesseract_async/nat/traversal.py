@@ -36,7 +36,7 @@ DIRECT_HEAD_START: Final = 0.5
 HEAD_START: Final = 1.5
 """Seconds that a way gets before the next one is tried: a hole before a relay."""
 HEAD_START_SYMMETRIC: Final = 0.25
-"""The same where this node's own NAT makes punching unlikely."""
+"""The head start if this node's own NAT makes punching unlikely."""
 OFFER_TIMEOUT: Final = 5.0
 """Seconds for an offer's way to the peer and the answer's way back; also for a reverse dial, offer included."""
 MAX_REMEMBERED: Final = 4096

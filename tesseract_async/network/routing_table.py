@@ -38,7 +38,7 @@ class Bucket:
 
     last_lookup: float
     contacts: dict[bytes, Contact] = field(default_factory=dict)
-    """By peer id, least recently seen first."""
+    """The contacts by peer id, least recently seen first."""
     replacements: dict[bytes, Contact] = field(default_factory=dict)
     """Proven contacts that found the bucket full; the most recently seen last."""
 

@@ -243,9 +243,9 @@ class ExpertBackend:
         self.host: object | None = None
         """The server that hosts it at present."""
         self.member: object | None = None
-        """Its tensors, as `grouped.Groups` knows them."""
+        """The expert's tensors, as `grouped.Groups` knows them."""
         self.optimizer: torch.optim.Optimizer | None = None
-        """None for a frozen expert, and before it is made (`prepare`)."""
+        """The optimizer; None for a frozen expert, and before it is made (`prepare`)."""
         self.scheduler: LRScheduler | None = None
         self._make_optimizer: MakesOptimizer | None = None
         self._make_scheduler: MakesScheduler | None = None

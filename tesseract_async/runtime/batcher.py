@@ -67,7 +67,7 @@ TURN_SECONDS: Final = 0.05
 GROUP_SECONDS: Final = 0.02
 """The most expected device time of batches that are computed in one pass: all others wait for its end."""
 SHARED_GROUP_SECONDS: Final = 0.002
-"""The same, while several accounts use the device."""
+"""The limit `GROUP_SECONDS` while several accounts use the device."""
 SHARED_SECONDS: Final = 1.0
 """Several accounts count as using the device for this many seconds after requests of two different ones came in a
 row."""

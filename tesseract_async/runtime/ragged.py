@@ -257,7 +257,7 @@ def _each_linear(x: torch.Tensor, counts: list[int], num: int, *tensors: torch.T
 
 
 class _EachLinear(torch.autograd.Function):
-    """The same in a graph."""
+    """Do as `_each_linear` in a graph."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, counts: list[int], num: int, *tensors: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ StateDict = dict[str, Any]
 JOURNAL_LENGTH: Final = 65536
 """Backward calls that an expert remembers, so that none is applied twice: those of the last minutes under any load."""
 LOCKSTEP_JOURNAL_LENGTH: Final = 256
-"""The same in lockstep, where they are forgotten with each step."""
+"""Backward calls that an expert remembers in lockstep, where they are forgotten with each step."""
 
 SAFETENSORS: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,

@@ -21,7 +21,7 @@ class TrainerMoment:
         self.model = copy.deepcopy(shared.model)
         self.state: StateDict = shared.state_dict()
         self._calls = [part.asked or Asked(part.copy.anchor) for part in shared.parts]
-        """For each piece, the call that was under way, or one that would have begun then."""
+        """The calls of each piece: the one that was under way, or one that would have begun then."""
 
     def go_on(self, states: Sequence[StateDict], peer: PeerID) -> None:
         """Take the pieces of these whole states for the answers to the calls: `model` gets what others added since,

@@ -131,7 +131,7 @@ class _Share:
     """One expert's part of a wave, and the work that it has become."""
 
     expert: int
-    """Its place in the request."""
+    """The expert's place in the request."""
     door: ExpertShares
     rows: torch.Tensor
     num_rows: int

@@ -58,7 +58,7 @@ MAX_DISPUTES: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One server's replica of an expert, as its live manifest and its answer say."""
+    """One server's replica of an expert, as described by its live manifest and its answer."""
 
     owner: PeerID
     primary: bool

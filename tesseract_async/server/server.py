@@ -114,7 +114,7 @@ class TesseractServer(Uncopied):
         self.runtimes = tuple(
             TesseractRuntime(device=one, settings=settings.runtime, metrics=node.metrics) for one in devices
         )
-        """One for each device."""
+        """The runtimes, one for each device."""
         self.checkpoint_dir = directory = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._store = None if directory is None else CheckpointStore(directory)
         self.hosted = {

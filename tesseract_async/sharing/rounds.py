@@ -88,7 +88,7 @@ class _Member:
     """Seconds between its last two differences (0: there was one at most); at least half of what they were before,
     since a flush comes early, and with little."""
     offsets: deque[float] = field(default_factory=partial(deque, maxlen=8))
-    """Its last arrivals: seconds after the round opened that leads on from the base."""
+    """The member's last arrivals, in seconds after the opening of the round that continues from the base."""
     spent: float = 0.0
     """The part of its allowance, which lasts until all others have pushed once more, that has counted already."""
 

@@ -126,7 +126,7 @@ class LockstepTrainer(Uncopied):
         """The servers may hold gradients that no step has used."""
 
     def add(self, pool: ExpertPool, *, has_biases: bool) -> None:
-        """One more of the model's layers, and whether its experts have biases."""
+        """Add one of the model's layers. `has_biases`: whether its experts have biases."""
         self._pools.append(pool)
         self._has_biases |= has_biases
 

@@ -108,7 +108,7 @@ class PeerAddress:
 
     @property
     def short(self) -> str:
-        """For sentences: the address and the first digits of the id."""
+        """Return a short text for sentences: the address and the first digits of the id."""
         where = ",".join(self.addresses) or "no address"
         return f"{where} ({self.peer_id.short})" if self.peer_id is not None else where
 
@@ -146,7 +146,7 @@ class Pipe(Protocol):
     """True if enough is waiting to be sent; `PipeReceiver.pipe_drained` follows."""
 
     description: str
-    """For logs and people: ``tcp 10.0.0.1:4000``. The first word names the kind of path."""
+    """The pipe in words, for logs and people: ``tcp 10.0.0.1:4000``. The first word names the kind of path."""
 
     origin: str
     """The remote host, without the port: limits count by it."""

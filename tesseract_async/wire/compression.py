@@ -79,7 +79,8 @@ def small_bytes(tensor: torch.Tensor) -> memoryview | None:
 
 
 def flat_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Its elements in one dimension, on the CPU, side by side: the same memory where they lie so already."""
+    """Return the tensor's elements in one dimension, on the CPU, side by side: the same memory if they already lie
+    so."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     # a view keeps the stride of a single element, over which its bytes could not be read
     return plain.as_strided((plain.numel(),), (1,))

@@ -268,7 +268,7 @@ class FrameSink(Protocol):
 
     index: int
     handlers: Mapping[int, FrameHandler]
-    """By a frame's kind."""
+    """The handlers, by a frame's kind."""
 
     def chunk_started(self, kind: int, stream: int, length: int) -> Assembly | None:
         """Return the message to which the chunk's `length` bytes belong (it has that much left); None skips them."""

@@ -120,8 +120,8 @@ class BackwardRequest(NamedTuple):
     reply_codec: str
     """Codec for the inputs' gradients."""
     inputs_cached: bytes | None = None
-    """From the forward's reply: stands for the inputs, of which then none travel (``num_inputs`` is 0). A server that
-    has dropped them answers `InputsForgotten`, and the request is repeated with them."""
+    """The name from the forward's reply: it stands for the inputs, of which then none travel (``num_inputs`` is 0). A
+    server that has dropped them answers `InputsForgotten`, and the request is repeated with them."""
 
 
 class BackwardReply(NamedTuple):
@@ -288,7 +288,7 @@ class LockstepRequest(NamedTuple):
     """A request to all experts of one grid at a server, which gather gradients until their trainer has them step."""
 
     uid: str
-    """One of them."""
+    """The uid of one of these experts."""
     action: str
     """``status``; ``step``; ``clear``: forget what was gathered; ``save``: write checkpoints."""
     round: int = 0

@@ -231,12 +231,12 @@ def _flatten_fitting(leaves: list[Structure], part: Schema, value: Structure, si
 
 
 def describe_schema(schema: Schema) -> str:
-    """A schema as people write it: ``(float32[rows, 1024], {mask: bool[rows, 16]})``."""
+    """Return a schema as people write it: ``(float32[rows, 1024], {mask: bool[rows, 16]})``."""
     return _describe(schema, str)
 
 
 def describe_structure(structure: Structure) -> str:
-    """The same for tensors: ``(float32[4, 1024])``. Anything else is named by its type."""
+    """Return a structure of tensors as people write it: ``(float32[4, 1024])``. Anything else is named by its type."""
 
     def leaf(value: object) -> str:
         if not isinstance(value, torch.Tensor):
