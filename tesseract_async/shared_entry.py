@@ -90,7 +90,9 @@ class SharedEntry:
             found = await self._look(node, pieces, founds)
             if found is None:
                 if unsound := self._own.layout.unsound(values):
-                    raise ValueError(f"{', '.join(unsound[:3])}: a run begins with finite values, and here are others")
+                    raise ValueError(
+                        f"{', '.join(unsound[:3])}: a run begins with finite values, and these hold others"
+                    )
                 fragments = [
                     (Fragment(cut, self._own.outer, mine), 0)
                     for cut, mine in zip(self._own.layout.cuts, values, strict=True)

@@ -20,6 +20,6 @@ class Uncopied:
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Raises: TypeError."""
         raise TypeError(
-            f"{self._called or 'a ' + type(self).__name__} is not pickled, for it holds sockets, threads or a private "
-            "key: save the module's state_dict(), and load it into one made with the node of the other program"
+            f"{self._called or 'a ' + type(self).__name__} cannot be pickled, because it holds sockets, threads or a "
+            "private key: save the module's state_dict(), and load it into one made with the node of the other program"
         )

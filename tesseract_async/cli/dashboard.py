@@ -23,7 +23,7 @@ from tesseract_async.monitoring import SwarmObserver
 @click.option("--bind", default="127.0.0.1", help="Serve the page on this address.")
 @click.option("--bind-port", default=8787, type=PORT, help="Serve the page on this port.")
 @click.option(
-    "--token", help="Show the page only to visitors who know this; off loopback, one is made up if none is given."
+    "--token", help="Show the page only to visitors who know this token; off loopback, one is made up if none is given."
 )
 @click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look at the swarm this often.")
 @leave_with_parent_option

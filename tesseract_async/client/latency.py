@@ -75,7 +75,7 @@ class LatencyBook:
 
     def __init__(self) -> None:
         self.lateness = {"forward": Lateness(), "backward": Lateness()}
-        """The lateness of the calls of all mixtures, by direction, compared with others of the same pass that have
+        """The lateness of all mixtures' calls, by direction, compared with others of the same pass that have
         answered."""
         self.lateness_alone = {way: Lateness(MAX_PATIENCE_ALONE) for way in self.lateness}
         """The lateness compared with what was expected of each call before any had answered."""

@@ -100,7 +100,7 @@ class Restoring:
         if one is not None and (one.root, one.size) == (request.root, request.size) and request.offset:
             return one
         if request.offset or not 0 < request.size <= largest_state(hosted.backend) + (1 << 20):
-            raise ProtocolError(f"{hosted.uid}: a state that begins in its midst, or is too large")
+            raise ProtocolError(f"{hosted.uid}: a state that does not begin at its start, or is too large")
         for old, arriving in list(self._arriving.items()):
             if old == at or now - arriving.used > KEEP_SECONDS:
                 self._arriving.pop(old).file.close()
@@ -117,7 +117,7 @@ class Restoring:
 
         def check() -> StateDict:
             if root_of(data) != one.root:
-                raise CheckpointError("it is another one than was named")
+                raise CheckpointError("it is not the state that was named")
             return check_fitting(uid, hosted.backend, data)
 
         try:

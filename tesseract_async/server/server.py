@@ -105,7 +105,7 @@ class TesseractServer(Uncopied):
             raise ValueError(f"checkpoint_period is a number of seconds above 0, not {checkpoint_period}")
         check_experts(experts)
         if unknown := set(followers) - experts.keys():
-            raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
+            raise ValueError(f"followers must be among the experts; these are not: {', '.join(sorted(unknown))}")
         self.node, self.experts = node, dict(experts)
         self.settings, self.checkpoint_period = settings, checkpoint_period
         devices = [device] if isinstance(device, str | torch.device) else list(device)

@@ -103,7 +103,7 @@ class VolunteerKeeper:
         self._metrics.set("volunteer_serving", float(verdict.serve))
         self._metrics.set("volunteer_period_bytes", self.contract.usage(now).num_bytes)
         if verdict.serve and not before.serve:
-            logger.info("going on: nothing in the volunteer's contract speaks against it any more")
+            logger.info("resuming: the volunteer's contract allows it again")
             if self._before_resume is not None:
                 await self._before_resume()
             await self._server.resume()

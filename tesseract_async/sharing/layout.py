@@ -121,7 +121,9 @@ class Layout:
                 raise ValueError(f"{name} is expanded, so it cannot be written: give the model its `contiguous()`")
             place = tensor.data_ptr() if tensor.numel() else 0
             if place and (other := places.setdefault(place, name)) != name:
-                raise ValueError(f"{other} and {name} share memory, but are two tensors: tie them by one that is both")
+                raise ValueError(
+                    f"{other} and {name} share memory, but are two tensors: tie them by using one tensor for both"
+                )
             if len(name) > MAX_NAME:
                 raise ValueError(f"{name[:MAX_NAME]}...: names of shared tensors have at most {MAX_NAME} characters")
             if isinstance(tensor, nn.Parameter):

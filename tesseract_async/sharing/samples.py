@@ -121,12 +121,12 @@ class Ledger:
         if name not in self._heard:
             of_peer = Counter(peer for peer, _ in self._heard)[name[0]]
             if len(self._heard) >= MAX_TRAINERS or of_peer >= MAX_TRAINERS_OF_PEER:
-                raise Overloaded("more trainers than samples can be handed out to", retry_after=LEASE_SECONDS)
+                raise Overloaded("too many trainers to hand out samples to", retry_after=LEASE_SECONDS)
         last, answer = self._answered.get(name, (-1, None))
         if turn == last and answer is not None:
             return answer
         if turn < last:
-            raise Overloaded("a later message of this trainer came before", retry_after=0.0)
+            raise Overloaded("a later message of this trainer has come already", retry_after=0.0)
         self._heard[name] = now
         if claimed and not self.epochs and not self.first_epoch:  # there was a primary before, which left no state
             self._free_at = now + GRACE_SECONDS

@@ -60,7 +60,9 @@ class Norm(torch.Tensor):
         if math.isclose(total, scale * norm, rel_tol=1e-5):
             return {"scale": scale}
         if not math.isclose(scale, 1.0, rel_tol=1e-5):
-            raise ValueError("gradients of remote experts are clipped by norm or by value, not both: do one of them")
+            raise ValueError(
+                "gradients of remote experts can be clipped by norm or by value, but not by both: choose one"
+            )
         return {"limit": total}
 
     @classmethod

@@ -79,7 +79,9 @@ def remote_experts(
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if not isinstance(node, BackgroundNode):
-        raise TypeError(f"remote_experts takes a BackgroundNode, for models do not await; not a {type(node).__name__}")
+        raise TypeError(
+            f"remote_experts takes a BackgroundNode, because models do not await; not a {type(node).__name__}"
+        )
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     unplaced: list[nn.Module] = []
     num_layers = 0

@@ -315,7 +315,7 @@ def _coordinates(packed: bytes, num_experts: int) -> PackedCoordinates:
         raise ProtocolError(f"ApplyRequest: an expert has from 1 to {MAX_DIMS} coordinates")
     experts = np.frombuffer(packed, dtype=_U4).reshape(num_experts, num_dims)
     if not _ascend(experts.tolist()):
-        raise ProtocolError("ApplyRequest: the experts are not in ascending order, or one is there twice")
+        raise ProtocolError("ApplyRequest: the experts are not in ascending order, or one is given twice")
     return experts
 
 

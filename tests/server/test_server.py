@@ -597,7 +597,7 @@ async def test_a_bare_module_is_no_expert(node: ServingNode) -> None:
 
 
 async def test_a_follower_answers_forwards_and_names_the_primary(node: ServingNode) -> None:
-    with pytest.raises(ValueError, match="not so ffn.9"):
+    with pytest.raises(ValueError, match="these are not: ffn.9"):
         TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.9"])  # type: ignore[arg-type]
     async with TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.0"]) as server:  # type: ignore[arg-type]
         assert node.declared == {"ffn.0": False} and not server.is_primary("ffn.0")
