@@ -52,7 +52,7 @@ class Poll:
     """For each voter, the time at which its vote was asked for, and the age of the file that it holds."""
     is_second: bool = False
     """True if these members were asked before, and this server stood still meanwhile."""
-    is_led: bool = False
+    has_primary: bool = False
     """True if an answer said that there is a primary."""
     newest: Age = (0, 0)
     """The age of the newest file named by a server that could lead the expert."""
@@ -72,8 +72,9 @@ class Poll:
 class Permissions:
     """The things that this server's own placement lets it do with the expert (`experts.placement`)."""
 
-    lead: bool = True
-    """True if it has room to compute it. Otherwise it votes, and holds the file, but does not stand."""
+    primary: bool = True
+    """True if it may become the primary: it has room to compute the expert. Otherwise it votes and holds the file, but
+    does not stand for election."""
     begin: bool = True
     """True if it may begin the expert where nobody has a state."""
     anew: bool = False
@@ -81,7 +82,7 @@ class Permissions:
     write: bool = True
     """True if its disk takes its promises. If not, it sends nothing and does not stand for election."""
     passive: frozenset[PeerID] = frozenset()
-    """Peers that could not lead it, and so are no successors."""
+    """Peers that could not become its primary, and so are no successors."""
 
 
 class Membership:
@@ -360,7 +361,7 @@ class Membership:
 
     def may_stand(self, kind: TermKind, seal: Seal | None, wall: float) -> bool:
         """Return whether this server may begin a Term from this Seal, and nobody was appointed instead."""
-        if not (self.leave.lead and self.leave.write) or (kind is TermKind.GENESIS and not self.leave.begin):
+        if not (self.leave.primary and self.leave.write) or (kind is TermKind.GENESIS and not self.leave.begin):
             return False
         appointment = self._authority.appointment(self.uid)
         serial = 0 if seal is None else seal.serial

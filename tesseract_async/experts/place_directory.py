@@ -67,7 +67,7 @@ async def fetch_places(
         known = places[owner].parts if owner in places else {}
         # from the future: of a liar, or by a clock that was wrong; that ranks last, but nobody begins the expert anew
         mine = {
-            uid: one if one.epoch <= latest else MemberPart(MemberRole.HOLDS, 0, min(1, one.number))
+            uid: one if one.epoch <= latest else MemberPart(MemberRole.HOLDER, 0, min(1, one.number))
             for uid, one in part.parts.items()
             if uid in pattern and authority.may(owner, "host", uid, now=None)
         }

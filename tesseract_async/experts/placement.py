@@ -98,7 +98,7 @@ def _missing(
     """Choose the members that should get a copy: of different address ranges if there are enough, and so that at least
     two of them could lead it."""
     primary, places, copies = survey.primary(uid), survey.places, survey.copies(uid)
-    num_able = max(0, min(2, num_copies) - sum(places[peer].can_lead for peer in copies))
+    num_able = max(0, min(2, num_copies) - sum(places[peer].can_be_primary for peer in copies))
     num = max(num_copies - len(copies), num_able)
     if num <= 0:
         return []
@@ -113,7 +113,11 @@ def _missing(
             place = places[peer]
             if len(chosen) >= wanted:
                 break
-            if peer not in chosen and (place.can_lead or not able_only) and not (apart_only and taken & place.ranges):
+            if (
+                peer not in chosen
+                and (place.can_be_primary or not able_only)
+                and not (apart_only and taken & place.ranges)
+            ):
                 chosen.append(peer)
                 taken |= place.ranges
     return chosen + [peer for peer in order if peer not in chosen][: num - len(chosen)]
@@ -132,7 +136,7 @@ def _begin(
         wanted.update(list(parts))
         steps[min(parts, key=lambda peer: score(peer, uid))].append(PlacementStep("begin", uid))
     rest = {
-        peer: min(place.room - place.num_led - wanted[peer], free[peer], MAX_BEGUN)
+        peer: min(place.room - place.num_primaries - wanted[peer], free[peer], MAX_BEGUN)
         for peer, place in survey.places.items()
     }
     # what is only followed gives way where there is no other room
@@ -176,14 +180,14 @@ def _relieve(
     # each row comes forward, to any that computes the expert, and backward, to its primary
     backward = {uid: sum(one.demand for one in parts.values()) / 2 for uid, parts in survey.parts.items()}
     duty = {
-        peer: sum(backward[uid] for uid, part in place.parts.items() if part.role is MemberRole.LEADS)
+        peer: sum(backward[uid] for uid, part in place.parts.items() if part.role is MemberRole.PRIMARY)
         for peer, place in places.items()
     }
     for source in hot:
         parts = places[source].parts
-        mine = [uid for uid, part in parts.items() if part.role is MemberRole.LEADS and uid in backward]
+        mine = [uid for uid, part in parts.items() if part.role is MemberRole.PRIMARY and uid in backward]
         for uid in sorted(mine, key=lambda uid: (-parts[uid].demand, uid)):
-            computing = [one for one in survey.parts[uid].values() if one.role is not MemberRole.HOLDS]
+            computing = [one for one in survey.parts[uid].values() if one.role is not MemberRole.HOLDER]
             more = backward[uid] / (1 + len(computing))
             others = [place for place in places.values() if place.peer != source and place.speed > 0]
             heirs = [
@@ -202,7 +206,7 @@ def _relieve(
                 for place in others
                 if _can_help(place, uid, free[place.peer]) and may(place.peer, uid)
             ]
-            is_new = any(one.role is MemberRole.FOLLOWS and one.rate == 0 for one in computing)  # of use in a moment
+            is_new = any(one.role is MemberRole.FOLLOWER and one.rate == 0 for one in computing)  # of use in a moment
             if helpers and not is_new and min(helpers)[0] < HOT:
                 pressure[min(helpers)[1]], target = min(helpers)
                 steps[target].append(PlacementStep("help", uid))
@@ -211,12 +215,12 @@ def _relieve(
 
 def _is_heir(place: Place, uid: str) -> bool:
     part = place.parts.get(uid)
-    return part is not None and part.has_file and place.can_lead
+    return part is not None and part.has_file and place.can_be_primary
 
 
 def _can_help(place: Place, uid: str, num_free: int) -> bool:
     part = place.parts.get(uid)
-    has_room = num_free > 0 if part is None else part.role is MemberRole.HOLDS
+    has_room = num_free > 0 if part is None else part.role is MemberRole.HOLDER
     return has_room and place.num_computed < place.room
 
 
@@ -330,7 +334,7 @@ class Placement:
             if 0 <= wall - self._created < YOUNG:
                 return True
             others = (place for peer, place in survey.places.items() if peer != self._me)
-            if any(place.uptime > self._grace and place.num_led for place in others):
+            if any(place.uptime > self._grace and place.num_primaries for place in others):
                 return self._may_restart
         return self._may_restart and now - self._missed.setdefault(uid, now) >= self._grace
 
@@ -372,7 +376,7 @@ class Placement:
 
     def _drops(self, survey: Survey, now: float) -> list[PlacementStep]:
         mine = survey.places[self._me]
-        copies = [uid for uid, part in mine.parts.items() if part.role is not MemberRole.LEADS]
+        copies = [uid for uid, part in mine.parts.items() if part.role is not MemberRole.PRIMARY]
         self._surplus = {uid: self._surplus.get(uid, now) for uid in copies if self._is_surplus(survey, uid)}
         drops = [uid for uid, since in self._surplus.items() if now - since >= DROP_AFTER]
         if (num_over := len(mine.parts) - len(drops) - mine.files) > 0:  # it has room for fewer than it had

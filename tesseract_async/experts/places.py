@@ -55,11 +55,11 @@ _PART: Final = struct.Struct(">BIIIfI")
 class MemberRole(IntEnum):
     """The part of a member in an expert."""
 
-    HOLDS = 0
+    HOLDER = 0
     """The member has the file on disk."""
-    FOLLOWS = 1
+    FOLLOWER = 1
     """The member computes forwards, too."""
-    LEADS = 2
+    PRIMARY = 2
 
 
 class MemberPart(NamedTuple):
@@ -106,16 +106,16 @@ class Place:
     parts: Mapping[str, MemberPart] = field(default_factory=dict)
 
     @property
-    def num_led(self) -> int:
-        return sum(part.role is MemberRole.LEADS for part in self.parts.values())
+    def num_primaries(self) -> int:
+        return sum(part.role is MemberRole.PRIMARY for part in self.parts.values())
 
     @property
     def num_computed(self) -> int:
-        return sum(part.role is not MemberRole.HOLDS for part in self.parts.values())
+        return sum(part.role is not MemberRole.HOLDER for part in self.parts.values())
 
     @property
-    def can_lead(self) -> bool:
-        return self.num_led < self.room
+    def can_be_primary(self) -> bool:
+        return self.num_primaries < self.room
 
     @property
     def pressure(self) -> float:
@@ -158,14 +158,14 @@ class Survey:
         self.alive = {
             uid
             for uid, parts in self.parts.items()
-            if any(one.has_file or one.role is MemberRole.LEADS for one in parts.values())
+            if any(one.has_file or one.role is MemberRole.PRIMARY for one in parts.values())
         }
         """Experts of which any member has a state."""
         self.named = set(self.parts)
         """Experts that any member names."""
         self.holders = {peer for peer, place in places.items() if place.room == 0}
         """Members that compute nothing."""
-        self.full = {peer for peer, place in places.items() if not place.can_lead}
+        self.full = {peer for peer, place in places.items() if not place.can_be_primary}
         """Members that lead as much as they have room for, or compute nothing."""
 
     def shortage(self, num_copies: int) -> str:
@@ -180,7 +180,7 @@ class Survey:
 
     def primary(self, uid: str) -> PeerID | None:
         """Return the member that leads it, by the highest epoch."""
-        primaries = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is MemberRole.LEADS]
+        primaries = [(part.age, peer) for peer, part in self.parts[uid].items() if part.role is MemberRole.PRIMARY]
         return max(primaries)[1] if primaries else None
 
     def copies(self, uid: str) -> dict[PeerID, MemberPart]:
@@ -203,9 +203,9 @@ class Survey:
         """Return the members that could not lead it, and so are no good successors: those that only hold; where enough
         others have it, also those that have no room left to compute it."""
         parts = self.parts.get(uid, {})
-        computing = {peer for peer, part in parts.items() if part.role is not MemberRole.HOLDS}
+        computing = {peer for peer, part in parts.items() if part.role is not MemberRole.HOLDER}
         able = [peer for peer in parts if peer in computing or peer not in self.full]
-        num_able = sum(parts[peer].has_file and parts[peer].role is not MemberRole.LEADS for peer in able)
+        num_able = sum(parts[peer].has_file and parts[peer].role is not MemberRole.PRIMARY for peer in able)
         return frozenset(self.full - computing if num_able >= NUM_SUCCESSORS else self.holders)
 
     def standing(self, uid: str) -> Standing:
@@ -217,8 +217,8 @@ class Survey:
             newest = parts[primary]
         return Standing(
             primary,
-            tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.FOLLOWS)),
-            tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.HOLDS and part.has_file)),
+            tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.FOLLOWER)),
+            tuple(sorted(peer for peer, part in parts.items() if part.role is MemberRole.HOLDER and part.has_file)),
             0 if newest is None else newest.version,
             len(have) + (primary is not None) - 1,
         )

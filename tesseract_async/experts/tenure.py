@@ -152,8 +152,8 @@ class Tenure(Duty):
             vote = self._vote(peer, question, now, wall)
         known = b"" if best is None or agrees or best.blob == question.term else best.blob
         # one that is no member would be waited for in vain, and wait itself, unless it has more
-        may_lead = self.may.lead and self.may.write and (self.state is not State.HOLDING or bool(vote))
-        is_of_use = question.kind != "probe" or agrees or may_lead
+        may_be_primary = self.may.primary and self.may.write and (self.state is not State.HOLDING or bool(vote))
+        is_of_use = question.kind != "probe" or agrees or may_be_primary
         return Response(agrees, self.held.age if self.held is not None and is_of_use else (0, 0), known, vote)
 
     def answered(
@@ -185,7 +185,7 @@ class Tenure(Duty):
                 poll.votes[peer] = vote
                 poll.given[peer] = sent, answer.held
             else:
-                poll.is_led |= answer.agrees
+                poll.has_primary |= answer.agrees
                 poll.newest = max(poll.newest, answer.held)
             self._count(now, wall)
 
@@ -384,7 +384,7 @@ class Tenure(Duty):
             # once its Term is out, a primary stops it, or a newer file than its own: two that make way for each other
             # would do so forever
             enough = held.age if self.state is State.CANDIDATE else (0, 0)
-            if poll.is_led or (self.state is not State.FOLLOWING and poll.newest > enough):
+            if poll.has_primary or (self.state is not State.FOLLOWING and poll.newest > enough):
                 self._member.heard = now
                 self._give_up(now)
             elif not poll.waiting:
@@ -402,7 +402,7 @@ class Tenure(Duty):
             if all_gone and self._member.may_adopt(now, wall):
                 self._begin(TermKind.ADOPTION, held, poll.epoch, now, wall, poll)
                 return
-            if poll.is_led:  # only this server was cut off: by the next time, its own vote binds it no more
+            if poll.has_primary:  # only this server was cut off: by the next time, its own vote binds it no more
                 self._member.heard = now
             if not all_gone and (best := self.lineage.best) is not None:  # they may go by a Term that this Seal refutes
                 seal = self.lineage.own_seal_of(best) or held

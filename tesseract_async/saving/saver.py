@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ROLES: Final = {MemberRole.LEADS: "primary", MemberRole.FOLLOWS: "follower", MemberRole.HOLDS: "holder"}
+ROLES: Final = {MemberRole.PRIMARY: "primary", MemberRole.FOLLOWER: "follower", MemberRole.HOLDER: "holder"}
 NUM_MARKED_AT_ONCE: Final = 64
 NUM_FETCHED_AT_ONCE: Final = 4
 PIECE_TIMEOUT: Final = seconds_for(2 * NUM_FETCHED_AT_ONCE)

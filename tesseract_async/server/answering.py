@@ -201,8 +201,8 @@ class ExpertCalls:
     def backward(self, hosted: HostedState, call: IncomingCall) -> Awaitable[Message]:
         """Answer ``expert.backward``: by a `Deferred` as `forward` does. Raises only RemoteErrors, for the caller to
         see, now or when awaited."""
-        if not self.leads(hosted):
-            return self._backward_once_it_leads(hosted, call)
+        if not self.is_primary(hosted):
+            return self._backward_once_primary(hosted, call)
         try:
             request, call.body = messages.decode(messages.BackwardRequest, call.body), None
         except ProtocolError as error:
@@ -221,11 +221,11 @@ class ExpertCalls:
             return self._share(hosted, call, request, begun)
         return self._backward(key, hosted, call, request, begun)
 
-    async def _backward_once_it_leads(self, hosted: HostedState, call: IncomingCall) -> Message:
+    async def _backward_once_primary(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer a backward of an expert that another server trained lately, if this one trains it now; otherwise say
         which one does."""
         with self.answering(call):
-            await self.check_leads(hosted)
+            await self.check_primary(hosted)
             return await self.backward(hosted, call)
 
     async def _backward(
@@ -275,7 +275,7 @@ class ExpertCalls:
         self, hosted: HostedState, call: IncomingCall, request: messages.BackwardRequest, answer: WorkResult
     ) -> Message | Deferred[Message]:
         """Take note of an answer, and return the reply with it. Raises: NotPrimary."""
-        self.check_led(hosted)
+        self.check_may_step(hosted)
         if request.inputs_cached is not None:
             self.memory.inputs.pop(request.inputs_cached)
         self.backward_ended(hosted, call, request.inputs_cached, answer, request.version)
@@ -376,18 +376,18 @@ class ExpertCalls:
             self._quiet.clear()
             await in_time(self._quiet.wait(), None if due is None else min(due - now, _LOOK_PERIOD))
 
-    def leads(self, hosted: HostedState) -> bool:
+    def is_primary(self, hosted: HostedState) -> bool:
         """Return whether this server may step the expert at this moment."""
         return hosted.is_primary and self._succession().may_step(hosted.uid)
 
-    async def check_leads(self, hosted: HostedState) -> None:
+    async def check_primary(self, hosted: HostedState) -> None:
         """Raises: NotPrimary, which says who is, if this server does not train the expert."""
-        if not self.leads(hosted):
+        if not self.is_primary(hosted):
             primary, retry_after = await self._succession().find_primary(hosted.uid)
-            if not self.leads(hosted):
+            if not self.is_primary(hosted):
                 raise NotPrimary(f"this server only follows {hosted.uid}", primary=primary, retry_after=retry_after)
 
-    def check_led(self, hosted: HostedState) -> None:
+    def check_may_step(self, hosted: HostedState) -> None:
         """Check again before a step is confirmed to a caller. Raises: NotPrimary."""
         if not self._succession().may_step(hosted.uid):
             # its lease ended meanwhile: the next primary knows the call's id, if the step is in what it goes on from

@@ -259,7 +259,7 @@ class Wave:
             if not request.backward:
                 share.work = self._begin_forward(share)
                 share.work.answer.add_done_callback(partial(self._forward_ended, share))
-            elif calls.leads(hosted):
+            elif calls.is_primary(hosted):
                 self._begin_backward(share)
             else:
                 self._tasks.spawn(self._begin_elsewhere(share))
@@ -336,7 +336,7 @@ class Wave:
         """Begin a backward of an expert that another server trained lately, if this one trains it now; otherwise say
         which one does."""
         try:
-            await share.door.calls.check_leads(share.door.hosted)
+            await share.door.calls.check_primary(share.door.hosted)
             self._begin_backward(share)
         except Exception as error:  # nobody else would hear of it
             self._end(share, told_of(error, APPLY))
@@ -371,7 +371,7 @@ class Wave:
             or any([x is not None and x.shape[0] != share.num_rows for x in answer.tensors])
         ):
             raise RemoteError(f"another backward of {hosted.uid} came under this id")
-        calls.check_led(hosted)
+        calls.check_may_step(hosted)
         calls.backward_ended(hosted, self._call, self.request.ids[expert], answer, int(self.request.versions[expert]))
         self._end(share, answer)
 

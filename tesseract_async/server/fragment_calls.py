@@ -75,7 +75,7 @@ class FragmentCalls:
     async def samples(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Hand out samples of the dataset, and take note of those that are done. Raises only RemoteErrors."""
         with self._calls.answering(call):
-            await self._calls.check_leads(hosted)
+            await self._calls.check_primary(hosted)
             if _backend(hosted).part.number:
                 raise RemoteError("samples are handed out with the first fragment")
             request, now = messages.decode(messages.SamplesRequest, call.body), asyncio.get_running_loop().time()
@@ -104,7 +104,7 @@ class FragmentCalls:
         with self._calls.answering(call):
             request = messages.decode(messages.PullRequest, call.body)
             if not request.journal:  # hosts ask one that hands the fragment over, too, and check where updates lead
-                await self._calls.check_leads(hosted)
+                await self._calls.check_primary(hosted)
                 if self._may_share(call.peer_id, hosted.uid):
                     self._gathering_of(hosted).rounds.expect(call.peer_id)
             return _updates(hosted, request, counted=False, journal=request.journal)
@@ -112,7 +112,7 @@ class FragmentCalls:
     async def push(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Count a push, once, and answer when its round has closed. Raises only RemoteErrors."""
         with self._calls.answering(call):
-            await self._calls.check_leads(hosted)
+            await self._calls.check_primary(hosted)
             request = messages.decode(messages.PushRequest, call.body)
             backend, key = _backend(hosted), journal_key(call.peer_id, request.call_id)
             one = self._gathering_of(hosted)
@@ -135,7 +135,7 @@ class FragmentCalls:
                     raise
             if waiting is not None:
                 await asyncio.shield(waiting.counts)
-            self._calls.check_led(hosted)
+            self._calls.check_may_step(hosted)
             return _updates(hosted, request, counted=True)
 
     def _gathering_of(self, hosted: HostedState) -> _Gathering:
@@ -193,7 +193,7 @@ class FragmentCalls:
         waiting = [self._end(one, journal_key(push.peer, push.call_id)) for push in pushes]
         backend = _backend(hosted)
         try:
-            await self._calls.check_leads(hosted)
+            await self._calls.check_primary(hosted)
             found = self._samples.get(hosted.uid)
             is_mine = found is not None and found.num_followed == backend.num_followed
             samples = found.ledger.encode() if found is not None and is_mine else backend.samples

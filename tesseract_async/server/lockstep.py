@@ -59,7 +59,7 @@ class LockstepCalls:
         for uid, one in alike.items():
             if not self._trust.may_ask(call.peer_id, "train", uid):
                 raise NotAllowed(f"{call.peer_id.short} may not train {uid}, which steps together with {hosted.uid}")
-            self._calls.check_led(one)
+            self._calls.check_may_step(one)
         by_runtime: dict[TesseractRuntime, dict[str, ExpertBackend]] = {}
         for uid, one in alike.items():
             by_runtime.setdefault(one.runtime, {})[uid] = one.backend

@@ -107,7 +107,7 @@ class Placing:
         self._began, self._moved_at = self._now(), -NEVER
         self._wanted: set[str] = set()  # to be computed, once their file is here
         self._unable: dict[str, float] = {}  # computing them here failed; left to others until then
-        self._led: dict[str, PeerID | None] = {}  # uid -> its primary at the last look
+        self._primaries: dict[str, PeerID | None] = {}  # uid -> its primary at the last look
         self._rates: dict[str, tuple[float, int]] = {}  # rows each second, and rows ever
         self._rated_at = self._now()
         self._published: list[bytes] = []
@@ -129,7 +129,7 @@ class Placing:
         return cls(server, keeper, authority, Capacity(room, files), build=build, template=None, pattern=pattern)
 
     async def __aenter__(self) -> "Placing":
-        self._tenures.on_leading[self._prefix] = lambda uid: self._tasks.spawn(self._compute(uid))
+        self._tenures.on_primary[self._prefix] = lambda uid: self._tasks.spawn(self._compute(uid))
         for uid in self._tenures.stored(self._pattern):
             await self._hold(uid)  # what was held before, also where others hold it now
         self._tasks.spawn(self._run())
@@ -184,7 +184,7 @@ class Placing:
         by_uid: dict[str, dict[PeerID, int]] = {}
         for peer, place in places.items():
             for uid, part in place.parts.items():
-                if part.has_file or part.role is MemberRole.LEADS:
+                if part.has_file or part.role is MemberRole.PRIMARY:
                     by_uid.setdefault(uid, {})[peer] = part.epoch
         self._tenures.places[self._prefix] = by_uid
         self._tenures.look_for_newer(places)
@@ -197,7 +197,7 @@ class Placing:
             may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
             if held is not None:
                 may.begin = may.anew = False
-            may.lead = uid in self._server.experts or (me.can_lead and uid not in self._unable)
+            may.primary = uid in self._server.experts or (me.can_be_primary and uid not in self._unable)
             # one that this look missed still answers: it is what it was
             may.passive = survey.unfit(uid) | (may.passive & missed)
         steps = self.placement.decide(self.places, self._now(), wall_clock())
@@ -217,14 +217,14 @@ class Placing:
 
     def place(self) -> Place:
         now, capacity = self._now(), self.capacity
-        parts = {uid: MemberPart(MemberRole.HOLDS) for uid in self.placement.announced}
+        parts = {uid: MemberPart(MemberRole.HOLDER) for uid in self.placement.announced}
         for uid in self._uids():
             tenure, hosted = self._tenures.tenure(uid), self._server.hosted.get(uid)
             held = tenure.held
             age = (tenure.epoch, 0) if held is None else held.age
-            role = MemberRole.HOLDS if hosted is None else MemberRole.FOLLOWS
+            role = MemberRole.HOLDER if hosted is None else MemberRole.FOLLOWER
             if tenure.state in (State.PRIMARY, State.FENCED, State.YIELDING):
-                role = MemberRole.LEADS
+                role = MemberRole.PRIMARY
                 age = (tenure.epoch, age[1] if age[0] == tenure.epoch else 0)
             waiting = 0 if hosted is None else hosted.runtime.rows_of(hosted.backend)[1]
             rate = self._rates.get(uid, (0.0, 0))[0]
@@ -250,7 +250,7 @@ class Placing:
         def is_possible(uid: str, part: MemberPart) -> bool:
             if (tenure := mine.get(uid)) is None:
                 return True
-            return part.epoch <= tenure.epoch and (part.role is not MemberRole.LEADS or place.peer == tenure.primary)
+            return part.epoch <= tenure.epoch and (part.role is not MemberRole.PRIMARY or place.peer == tenure.primary)
 
         return replace(place, parts={uid: part for uid, part in place.parts.items() if is_possible(uid, part)})
 
@@ -269,11 +269,11 @@ class Placing:
     def _note_moves(self) -> None:
         """Notice experts that another primary handed over since the last look."""
         now, me = self._now(), self._node.peer_id
-        led: dict[str, PeerID | None] = {}
+        primaries: dict[str, PeerID | None] = {}
         for uid in self._uids():
             tenure = self._tenures.tenure(uid)
-            led[uid] = tenure.primary
-            before, term = self._led.get(uid), tenure.term
+            primaries[uid] = tenure.primary
+            before, term = self._primaries.get(uid), tenure.term
             if (
                 tenure.primary == me
                 and before not in (None, me)
@@ -283,7 +283,7 @@ class Placing:
                 assert before is not None
                 self._moved_at = now
                 self.placement.came(uid, before, now)
-        self._led = led
+        self._primaries = primaries
 
     def _uids(self) -> list[str]:
         return [uid for uid in self._tenures.uids() if uid in self._pattern]
@@ -295,7 +295,7 @@ class Placing:
         if not self._begins:
             return
         metrics = self._node.metrics
-        metrics.set("run_experts_led", me.num_led)
+        metrics.set("run_experts_primary", me.num_primaries)
         metrics.set("run_experts_held", sum(part.has_file for part in me.parts.values()))
         metrics.set("run_experts_lost", len(self.placement.lost))
 
@@ -377,7 +377,7 @@ class Placing:
 
     async def _hold(self, uid: str, *, begin: bool = False, anew: bool = False) -> None:
         lead = self.capacity.room > 0 and uid not in self._unable
-        await self._tenures.add(uid, self._authority, Permissions(lead=lead, begin=begin, anew=anew))
+        await self._tenures.add(uid, self._authority, Permissions(primary=lead, begin=begin, anew=anew))
         may = self._tenures.tenure(uid).may
         may.begin |= begin
         may.anew |= anew

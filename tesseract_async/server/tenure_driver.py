@@ -63,7 +63,7 @@ class TenureDriver:
         self.places: dict[str, Mapping[str, Mapping[PeerID, int]]] = {}
         """Prefix -> uid -> members that say they have its state, even if only as a file, and the epoch of that
         state."""
-        self.on_leading: dict[str, Callable[[str], None]] = {}
+        self.on_primary: dict[str, Callable[[str], None]] = {}
         """Prefix -> called when this server becomes a candidate for an expert that is here only as a file, and when it
         leads it."""
         self.upload_rate: float | None = None
@@ -113,8 +113,8 @@ class TenureDriver:
             held = tenure.held
             if held is None or held.blob != blob:
                 return False, b""
-            can_lead = tenure.may.lead and tenure.may.write
-            return can_lead, await self.states.possession(expert.uid, held, nonce_or_signature)
+            can_be_primary = tenure.may.primary and tenure.may.write
+            return can_be_primary, await self.states.possession(expert.uid, held, nonce_or_signature)
         took = tenure.take(nonce_or_signature, *self._now())
         await self._carry_out(expert)
         if took:
@@ -231,7 +231,7 @@ class TenureDriver:
             case RoleChanged(is_primary, _) if expert.hosted is None:
                 if is_primary:
                     self._node.metrics.count("experts_taken_over")
-                    self.on_leading[split_uid(expert.uid)[0]](expert.uid)
+                    self.on_primary[split_uid(expert.uid)[0]](expert.uid)
             case RoleChanged(is_primary, _):
                 term = expert.tenure.term
                 if is_primary and term is not None and term.kind is TermKind.GENESIS and expert.waited_for:
@@ -246,7 +246,7 @@ class TenureDriver:
         """Build an expert that is here only as a file while this server is a candidate for it, to be ready in time."""
         before, expert.stands = expert.stands, expert.tenure.state is State.CANDIDATE
         if expert.stands and not before and expert.hosted is None and expert.tenure.held is not None:
-            self.on_leading[split_uid(expert.uid)[0]](expert.uid)
+            self.on_primary[split_uid(expert.uid)[0]](expert.uid)
 
     async def _remember(self, expert: Tenured, stored: bytes) -> None:
         """Write down what must be on the disk before anything else is said of the expert."""

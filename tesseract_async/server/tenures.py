@@ -95,7 +95,7 @@ class Tenures(TenureDriver):
         if uid in self._experts or self._closed:
             return
         expert = await self._load(uid, authority, None)
-        for name in ("lead", "begin", "anew", "passive"):
+        for name in ("primary", "begin", "anew", "passive"):
             setattr(expert.tenure.may, name, getattr(leave, name))
         self._experts[uid] = expert
         self._answer_as_file(uid)

@@ -411,7 +411,7 @@ class World:
     def leaders(self) -> list[Server]:
         return [server for server in self.up if server.leads]
 
-    def is_led(self) -> bool:
+    def has_primary(self) -> bool:
         return bool(self.leaders)
 
     def views(self) -> set[bytes | None]:

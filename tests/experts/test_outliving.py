@@ -74,7 +74,7 @@ class Run:
                 world.servers.remove(part)
 
     def place(self, volunteer: Volunteer) -> Place:
-        parts = dict.fromkeys(volunteer.machine.announced, MemberPart(MemberRole.HOLDS))
+        parts = dict.fromkeys(volunteer.machine.announced, MemberPart(MemberRole.HOLDER))
         for uid in self.pattern:
             if (part := self.parts.get((volunteer.number, uid))) is None or part.tenure is None:
                 continue
@@ -83,7 +83,7 @@ class Run:
             age = (tenure.epoch, 0) if held is None else held.age
             if leads:
                 age = tenure.epoch, age[1] if age[0] == tenure.epoch else 0
-            parts[uid] = MemberPart(MemberRole.LEADS if leads else MemberRole.HOLDS, *age)
+            parts[uid] = MemberPart(MemberRole.PRIMARY if leads else MemberRole.HOLDER, *age)
         return Place(volunteer.peer, ROOM, FILES, uptime=self.now, parts=parts)
 
     def take(self, volunteer: Volunteer, kind: str, uid: str) -> None:

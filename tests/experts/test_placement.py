@@ -78,7 +78,7 @@ class World:
         seen = {
             peer: replace(
                 one,
-                parts={**dict.fromkeys(self.machines[peer].announced, MemberPart(MemberRole.HOLDS)), **one.parts},
+                parts={**dict.fromkeys(self.machines[peer].announced, MemberPart(MemberRole.HOLDER)), **one.parts},
                 moved_ago=one.moved_ago + seconds,
                 uptime=one.uptime + seconds,
             )
@@ -98,19 +98,19 @@ class World:
     def carry_out(self, peer: PeerID, step: PlacementStep) -> None:
         epoch = int(self.now) + 1
         if step.kind in ("begin", "restart"):
-            self.set_part(peer, step.uid, MemberPart(MemberRole.LEADS, epoch, 1))
+            self.set_part(peer, step.uid, MemberPart(MemberRole.PRIMARY, epoch, 1))
         elif step.kind == "drop":
             self.set_part(peer, step.uid, None)
         elif step.kind == "move":
             assert step.peer is not None
             mine, theirs = self.places[peer].parts[step.uid], self.places[step.peer].parts[step.uid]
-            self.set_part(peer, step.uid, mine._replace(role=MemberRole.FOLLOWS, epoch=epoch))
-            self.set_part(step.peer, step.uid, theirs._replace(role=MemberRole.LEADS, epoch=epoch))
+            self.set_part(peer, step.uid, mine._replace(role=MemberRole.FOLLOWER, epoch=epoch))
+            self.set_part(step.peer, step.uid, theirs._replace(role=MemberRole.PRIMARY, epoch=epoch))
             self.machines[step.peer].came(step.uid, peer, self.now)
             for one in (peer, step.peer):
                 self.places[one] = replace(self.places[one], moved_ago=0.0)
         else:
-            role = MemberRole.HOLDS if step.kind == "hold" else MemberRole.FOLLOWS
+            role = MemberRole.HOLDER if step.kind == "hold" else MemberRole.FOLLOWER
             leader = Survey(self.places).primary(step.uid)
             age = (epoch, 1) if leader is None else self.places[leader].parts[step.uid].age
             self.set_part(peer, step.uid, MemberPart(role, *age))
@@ -128,12 +128,12 @@ def test_a_run_is_shared_out_led_once_each_and_held_at_three_other_places() -> N
     for _ in range(40):
         world.tick()
     led = Counter(
-        uid for one in world.places.values() for uid, part in one.parts.items() if part.role is MemberRole.LEADS
+        uid for one in world.places.values() for uid, part in one.parts.items() if part.role is MemberRole.PRIMARY
     )
     assert led == dict.fromkeys(GRID, 1), "each once, and no two have the same"
     assert all(len(world.survey.copies(uid)) == 3 for uid in GRID)
     assert {world.survey.standing(uid).losses for uid in GRID} == {3}
-    assert max(one.num_led for one in world.places.values()) <= 8
+    assert max(one.num_primaries for one in world.places.values()) <= 8
     before = len(world.did)
     for _ in range(150):
         world.tick()
@@ -147,13 +147,13 @@ def test_what_is_lost_is_replaced_at_the_next_look_whichever_server_is_primary()
     random = Random(1)
     for number in range(100, 130):
         gone = random.choice(sorted(world.places))
-        led = [uid for uid, part in world.places[gone].parts.items() if part.role is MemberRole.LEADS]
+        led = [uid for uid, part in world.places[gone].parts.items() if part.role is MemberRole.PRIMARY]
         world.leave(gone)
         for uid in led:  # a member takes over, as tenures do
-            able = [p for p in world.survey.copies(uid) if world.places[p].num_led < world.places[p].room]
+            able = [p for p in world.survey.copies(uid) if world.places[p].num_primaries < world.places[p].room]
             heir = able[0]
             part = world.places[heir].parts[uid]
-            world.set_part(heir, uid, part._replace(role=MemberRole.LEADS, epoch=part.epoch + 1))
+            world.set_part(heir, uid, part._replace(role=MemberRole.PRIMARY, epoch=part.epoch + 1))
         world.tick()
         world.join(place(number, room=12))
         world.tick()
@@ -161,7 +161,7 @@ def test_what_is_lost_is_replaced_at_the_next_look_whichever_server_is_primary()
 
 
 def test_members_that_are_too_few_or_have_too_little_room_are_said_to() -> None:
-    led = {uid: MemberPart(MemberRole.LEADS, 1, 1) for uid in ("ffn.0.0", "ffn.0.1")}
+    led = {uid: MemberPart(MemberRole.PRIMARY, 1, 1) for uid in ("ffn.0.0", "ffn.0.1")}
     some = [place(n, files=2, parts=led if n == 0 else {}) for n in range(5)]
     assert Survey({one.peer: one for one in some[:3]}).shortage(3).startswith("members: 3, too few for 3 copies")
     assert not Survey({one.peer: one for one in some}).shortage(3)
@@ -192,22 +192,22 @@ def test_two_of_the_copies_at_least_can_lead() -> None:
     for _ in range(20):
         world.tick()
     for uid in world.pattern:
-        assert sum(world.places[one].can_lead for one in world.survey.copies(uid)) >= 2
+        assert sum(world.places[one].can_be_primary for one in world.survey.copies(uid)) >= 2
 
 
 def test_a_member_without_room_is_no_successor_where_enough_others_are() -> None:
-    parts = {"ffn.7": MemberPart(MemberRole.HOLDS, 1, 1)}
-    full = {**parts, "ffn.1": MemberPart(MemberRole.LEADS, 1, 1)}
+    parts = {"ffn.7": MemberPart(MemberRole.HOLDER, 1, 1)}
+    full = {**parts, "ffn.1": MemberPart(MemberRole.PRIMARY, 1, 1)}
     places = [
-        place(0, parts={"ffn.7": MemberPart(MemberRole.LEADS, 1, 1)}),
+        place(0, parts={"ffn.7": MemberPart(MemberRole.PRIMARY, 1, 1)}),
         place(1, room=0, parts=parts),
         place(2, room=1, parts=full),
-        place(3, room=1, parts={**full, "ffn.7": MemberPart(MemberRole.FOLLOWS, 1, 1)}),
+        place(3, room=1, parts={**full, "ffn.7": MemberPart(MemberRole.FOLLOWER, 1, 1)}),
         place(4, parts=parts),
     ]
     assert Survey({one.peer: one for one in places}).unfit("ffn.7") == {peer(1), peer(2)}
     assert Survey({one.peer: one for one in places[:4]}).unfit("ffn.7") == {peer(1)}, "the full one votes, at least"
-    coming = place(4, parts={"ffn.7": MemberPart(MemberRole.HOLDS)})
+    coming = place(4, parts={"ffn.7": MemberPart(MemberRole.HOLDER)})
     some = {one.peer: one for one in (*places[:4], coming)}
     assert Survey(some).unfit("ffn.7") == {peer(1)}, "one without a state is no successor yet"
 
@@ -219,7 +219,7 @@ def test_a_copy_too_many_is_given_up_after_a_while_and_its_loss_is_not_noticed()
     leader = world.survey.primary("ffn.7")
     assert leader is not None
     spare = next(one for one in world.places if one != leader and "ffn.7" not in world.places[one].parts)
-    world.set_part(spare, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=MemberRole.HOLDS))
+    world.set_part(spare, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=MemberRole.HOLDER))
     start = world.now
     while len(world.survey.copies("ffn.7")) > 3:
         world.tick()
@@ -235,15 +235,15 @@ def test_a_member_with_less_room_than_before_gives_up_what_others_lead() -> None
     for _ in range(20):
         world.tick()
     held = world.places[peer(3)].parts
-    only = next(uid for uid, part in held.items() if part.role is not MemberRole.LEADS)
+    only = next(uid for uid, part in held.items() if part.role is not MemberRole.PRIMARY)
     for one in [one for one in world.places if one != peer(3) and only in world.places[one].parts]:
         world.set_part(one, only, None)
-    num_led = world.places[peer(3)].num_led
-    world.places[peer(3)] = replace(world.places[peer(3)], files=num_led + 1, room=num_led)
+    num_primaries = world.places[peer(3)].num_primaries
+    world.places[peer(3)] = replace(world.places[peer(3)], files=num_primaries + 1, room=num_primaries)
     for _ in range(3):
         world.tick()
     left = world.places[peer(3)].parts
-    assert only in left and len(left) == num_led + 1 < len(held)
+    assert only in left and len(left) == num_primaries + 1 < len(held)
     for _ in range(20):
         world.tick()
     assert all(len(world.survey.copies(uid)) >= 2 for uid in world.pattern), "others have them"
@@ -272,7 +272,7 @@ def test_one_that_promises_and_never_has_the_file_is_not_counted_on() -> None:
     for _ in range(10):
         world.tick()
     liar = [one for one in world.survey.copies("ffn.7") if one != peer(0)][0]
-    world.set_part(liar, "ffn.7", MemberPart(MemberRole.HOLDS))
+    world.set_part(liar, "ffn.7", MemberPart(MemberRole.HOLDER))
     world.tick()
     assert world.survey.standing("ffn.7").losses == 2, "it may be on its way"
     for _ in range(int(STUCK_AFTER / 5) + 2):
@@ -311,8 +311,8 @@ def test_of_two_copies_too_many_neither_counts_on_the_other() -> None:
     leader = world.survey.primary("ffn.7")
     assert leader is not None
     for one in world.places:
-        world.set_part(one, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=MemberRole.HOLDS))
-    world.set_part(leader, "ffn.7", MemberPart(MemberRole.LEADS, *world.places[leader].parts["ffn.7"].age))
+        world.set_part(one, "ffn.7", world.places[leader].parts["ffn.7"]._replace(role=MemberRole.HOLDER))
+    world.set_part(leader, "ffn.7", MemberPart(MemberRole.PRIMARY, *world.places[leader].parts["ffn.7"].age))
     keepers = {one: world.machines[one].keepers(world.survey, "ffn.7") for one in world.places if one != leader}
     assert sorted(map(len, keepers.values())) == list(range(7))
     assert all(one not in keepers[other] or other not in keepers[one] for one in keepers for other in keepers)
@@ -397,7 +397,7 @@ def test_who_comes_back_to_a_stopped_run_first_waits_for_those_that_have_the_sta
     for _ in range(40):
         world.tick()
     assert not world.did, "three minutes, and nothing is begun"
-    world.join(place(2, room=2, parts={"ffn.0": MemberPart(MemberRole.HOLDS, 7, 7, version=300)}))
+    world.join(place(2, room=2, parts={"ffn.0": MemberPart(MemberRole.HOLDER, 7, 7, version=300)}))
     world.tick()
     assert [(step.kind, step.uid) for _, one, step in world.did if one == peer(1)] == [("follow", "ffn.0")]
     while not has("ffn.1")(world):
@@ -412,7 +412,7 @@ def test_a_newcomer_to_a_run_that_goes_on_begins_a_free_expert_at_once() -> None
         world.tick()
     world.join(place(9, room=2))
     start = world.now
-    while sum(part.role is MemberRole.LEADS for part in world.places[peer(9)].parts.values()) < 2:
+    while sum(part.role is MemberRole.PRIMARY for part in world.places[peer(9)].parts.values()) < 2:
         world.tick()
         assert world.now - start < 30
 
@@ -424,7 +424,7 @@ def test_who_claims_room_for_everything_and_takes_nothing_holds_the_others_up_fo
     while world.now < 4 * STUCK_AFTER:
         world.now += 5.0
         named = {
-            one: dict.fromkeys(machine.announced, MemberPart(MemberRole.HOLDS))
+            one: dict.fromkeys(machine.announced, MemberPart(MemberRole.HOLDER))
             for one, machine in world.machines.items()
         }
         seen = {one: replace(at, parts={**named.get(one, {}), **at.parts}) for one, at in world.places.items()}
@@ -453,7 +453,7 @@ class Load:
         places, survey = self.world.places, self.world.survey
         load: dict[PeerID, float] = dict.fromkeys(places, 0.0)
         computing = {
-            uid: [one for one, part in survey.parts[uid].items() if part.role is not MemberRole.HOLDS]
+            uid: [one for one, part in survey.parts[uid].items() if part.role is not MemberRole.HOLDER]
             for uid in self.demand
         }
         leaders = {uid: survey.primary(uid) for uid in self.demand}
@@ -487,7 +487,7 @@ class Load:
             self.waiting[uid] = min(wanted * 10, max(0.0, self.waiting[uid] + 5 * wanted * (1 - served[uid] - 0.05)))
         for one, place_ in self.world.places.items():
             for uid, part in place_.parts.items():
-                waits = self.waiting[uid] if part.role is MemberRole.LEADS else 0.0
+                waits = self.waiting[uid] if part.role is MemberRole.PRIMARY else 0.0
                 rate = self.rates[one, uid] if (one, uid) in shares else 0.0
                 self.world.set_part(one, uid, part._replace(rate=rate, waiting=int(waits)))
         self.world.tick()
@@ -512,7 +512,7 @@ def loaded(
     uids = list(pattern)
     random.shuffle(uids)
     for number, uid in enumerate(uids):
-        world.set_part(peer(number % num_servers), uid, MemberPart(MemberRole.LEADS, 1, 1))
+        world.set_part(peer(number % num_servers), uid, MemberPart(MemberRole.PRIMARY, 1, 1))
     for _ in range(30):
         world.tick()
     return Load(world, dict.fromkeys(uids, demand))

@@ -88,14 +88,14 @@ def test_what_is_said_is_read(some: dict[tuple[int, int], MemberPart]) -> None:
 
 
 def test_a_primary_that_signs_for_any_number_silences_nobody_who_holds_its_state() -> None:
-    liar = MemberPart(MemberRole.HOLDS, 5, 2**63 - 1, 2**63 - 1, 1e30, 2**40)
+    liar = MemberPart(MemberRole.HOLDER, 5, 2**63 - 1, 2**63 - 1, 1e30, 2**40)
     (blob,) = encode(Place(MEMBER.peer_id, 1, 1, parts={"ffn.0.1": liar}))
-    assert decode_place(blob).parts["ffn.0.1"][:4] == (MemberRole.HOLDS, 5, 2**32 - 1, 2**32 - 1)
+    assert decode_place(blob).parts["ffn.0.1"][:4] == (MemberRole.HOLDER, 5, 2**32 - 1, 2**32 - 1)
 
 
 @given(st.binary(max_size=900), st.integers(0, 900), st.integers(0, 255))
 def test_garbage_is_refused(junk: bytes, at: int, byte: int) -> None:
-    (good,) = encode(Place(MEMBER.peer_id, 1, 1, parts={"ffn.0.1": MemberPart(MemberRole.HOLDS, 1, 2, 3)}))
+    (good,) = encode(Place(MEMBER.peer_id, 1, 1, parts={"ffn.0.1": MemberPart(MemberRole.HOLDER, 1, 2, 3)}))
     spoiled = bytearray(good)
     spoiled[at % len(good)] = byte
     for blob in (junk, good[:4] + junk, bytes(spoiled), good[: at % len(good)], good + junk[:1], None, 7):
@@ -108,8 +108,8 @@ def test_garbage_is_refused(junk: bytes, at: int, byte: int) -> None:
 async def test_only_members_are_read_and_only_what_they_may_say() -> None:
     latest = int(NOW) - EPOCH_ZERO
     mine = {
-        "ffn.0.1": MemberPart(MemberRole.LEADS, latest, 2, 3),
-        "ffn.0.2": MemberPart(MemberRole.LEADS, latest + 1000, 2, 3),
+        "ffn.0.1": MemberPart(MemberRole.PRIMARY, latest, 2, 3),
+        "ffn.0.2": MemberPart(MemberRole.PRIMARY, latest + 1000, 2, 3),
     }
     place = Place(MEMBER.peer_id, parts=mine, **NUMBERS)  # type: ignore[arg-type]
     (blob,) = encode(place)
@@ -117,9 +117,9 @@ async def test_only_members_are_read_and_only_what_they_may_say() -> None:
     found = await read([entry(blob), entry(foreign, STRANGER), entry(blob, STRANGER), entry(b"tsp\1", MEMBER, "1")])
     assert list(found) == [MEMBER.peer_id]
     # an epoch from the future ranks last; but whose clock was wrong has the expert, which nobody begins anew
-    assert found[MEMBER.peer_id].parts == mine | {"ffn.0.2": MemberPart(MemberRole.HOLDS, 0, 1)}
+    assert found[MEMBER.peer_id].parts == mine | {"ffn.0.2": MemberPart(MemberRole.HOLDER, 0, 1)}
     assert "ffn.0.2" in Survey(found).alive
-    outside = {"ffn.9.1": MemberPart(MemberRole.LEADS, 1, 2, 3), "ffn.0.64": MemberPart(MemberRole.HOLDS, 1, 2, 3)}
+    outside = {"ffn.9.1": MemberPart(MemberRole.PRIMARY, 1, 2, 3), "ffn.0.64": MemberPart(MemberRole.HOLDER, 1, 2, 3)}
     (blob,) = encode(Place(MEMBER.peer_id, parts=outside, **NUMBERS))  # type: ignore[arg-type]
     assert not (await read([entry(blob)]))[MEMBER.peer_id].parts, "no expert that the run does not have"
     many = [entry(encode(Place(MEMBER.peer_id, n, 1))[0], subkey=str(n)) for n in range(200)]

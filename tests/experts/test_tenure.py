@@ -166,7 +166,7 @@ def test_who_agreed_with_one_primary_agrees_with_no_late_one_for_a_lease() -> No
     assert seal is not None and signature is not None
     leader.kill()
     late.kill()
-    assert world.run_until(world.is_led, 2 * LEASE)
+    assert world.run_until(world.has_primary, 2 * LEASE)
     world.run(LEASE)
     (elected,) = world.leaders
     member = next(one for one in world.up if one is not elected)
@@ -231,7 +231,7 @@ def test_deaths_cost_what_was_not_sealed_and_no_more(num_kills: int) -> None:
         others = [one for one in world.servers if one.peer in leader.machine.members]
         for one in [leader, *others][:num_kills]:
             one.kill()
-        assert world.run_until(world.is_led, 5 * LEASE if num_kills > 1 else LEASE + 10), world.describe()
+        assert world.run_until(world.has_primary, 5 * LEASE if num_kills > 1 else LEASE + 10), world.describe()
         (heir,) = world.leaders
         lost = [at for at, server, step in world.acknowledged if server is leader and step not in heir.steps]
         assert not lost or died - min(lost) <= world.sync_every + LEASE / 3
@@ -308,7 +308,7 @@ def test_while_the_heir_fetches_the_state_nobody_else_takes_over() -> None:
     assert machine.hand_over(machine.heirs(world.now)[0], world.now) is None, "others may have elected one"
     machine.keep(world.now)
     leader.settle()
-    assert world.run_until(world.is_led, 2 * LEASE) and leader not in world.leaders
+    assert world.run_until(world.has_primary, 2 * LEASE) and leader not in world.leaders
     world.heal()
     assert world.run_until(world.agree, 2 * LEASE) and not overlaps(world)
 
@@ -390,7 +390,7 @@ def test_silent_hosts_delay_a_takeover_by_no_more_than_one_time_out() -> None:
         world.run(LEASE)
         leader.kill()
         died = world.now
-        assert world.run_until(world.is_led, 2 * LEASE)
+        assert world.run_until(world.has_primary, 2 * LEASE)
         took.append(world.now - died)
     assert max(took) <= LEASE + 6.0 and took[1] - took[0] <= 3.0
 
@@ -552,7 +552,7 @@ def adoption(seed: int, lease: float, *, left: int) -> float:
     world.run(world.random.uniform(0, lease / 2))
     leader.kill()
     died = world.now
-    assert world.run_until(world.is_led, 10 * lease), world.describe()
+    assert world.run_until(world.has_primary, 10 * lease), world.describe()
     return world.now - died
 
 
@@ -567,7 +567,7 @@ def test_an_orphan_is_led_again_two_leases_after_its_primary_died(lease: float, 
 
 def seconds_until_led(world: World) -> float:
     since = world.now
-    while not world.is_led():
+    while not world.has_primary():
         assert world.now < since + 10 * world.authority.lease, world.describe()
         world.run(0.05)
     return world.now - since
@@ -634,7 +634,7 @@ def test_a_second_death_soon_after_a_takeover_does_not_end_the_lease(seed: int) 
     world.run(4 * lease)
     first.kill()
     world.servers.remove(first)
-    assert world.run_until(world.is_led, 2 * lease)
+    assert world.run_until(world.has_primary, 2 * lease)
     (second,) = world.leaders
     world.run(2.0)
     other = next(one for one in world.up if one.peer in second.machine.members)
@@ -645,7 +645,7 @@ def test_a_second_death_soon_after_a_takeover_does_not_end_the_lease(seed: int) 
         assert world.leaders == [second], "the members that it named since go on with it"
     second.kill()
     world.servers.remove(second)
-    assert world.run_until(world.is_led, 2 * lease)
+    assert world.run_until(world.has_primary, 2 * lease)
     term = world.leaders[0].machine.term
     assert term is not None and term.kind is TermKind.TAKEOVER, "by vote: nobody had to wait for two leases"
 
@@ -657,8 +657,8 @@ def test_a_primary_whose_members_all_died_leads_again_two_leases_after_they_fell
     for one in world.of(leader.machine.members[0]) + world.of(leader.machine.members[1]):
         one.kill()
     died = world.now
-    assert world.run_until(lambda: not world.is_led(), LEASE), "without them it is fenced"
-    assert world.run_until(world.is_led, 3 * LEASE), world.describe()
+    assert world.run_until(lambda: not world.has_primary(), LEASE), "without them it is fenced"
+    assert world.run_until(world.has_primary, 3 * LEASE), world.describe()
     assert world.now - died <= 2 * LEASE + 1.0 and world.leaders == [leader]
 
 
@@ -669,7 +669,7 @@ def test_members_whose_expert_was_adopted_by_somebody_who_is_gone_do_not_wait_fo
     adopter = next(one for one in world.up if one is not leader and one not in members)
     for one in (leader, *members):
         one.kill()
-    assert world.run_until(world.is_led, 3 * LEASE)
+    assert world.run_until(world.has_primary, 3 * LEASE)
     world.run(700.0)  # until its own state is sealed in the network; nobody else has that
     for one in (leader, adopter):
         one.kill()
@@ -679,7 +679,7 @@ def test_members_whose_expert_was_adopted_by_somebody_who_is_gone_do_not_wait_fo
     assert world.run_until(world.agree, 6 * LEASE), world.describe()
 
 
-@pytest.mark.parametrize("lacks", ["lead", "write"])
+@pytest.mark.parametrize("lacks", ["primary", "write"])
 def test_a_member_that_could_not_lead_keeps_nobody_from_adopting_the_expert(lacks: str) -> None:
     world = World(3, 6)
     leader = world.begin()
@@ -688,7 +688,7 @@ def test_a_member_that_could_not_lead_keeps_nobody_from_adopting_the_expert(lack
     setattr(second.machine.may, lacks, False)
     first.kill()
     leader.kill()
-    assert world.run_until(world.is_led, 3 * LEASE), world.describe()
+    assert world.run_until(world.has_primary, 3 * LEASE), world.describe()
     assert second not in world.leaders and world.run_until(world.agree, 3 * LEASE)
 
 
@@ -847,7 +847,7 @@ def test_a_successor_replaces_the_dead_primary_among_its_members_at_once() -> No
     for _ in range(3):  # each one's death follows that of the one before by little more than a lease
         (leader,) = world.leaders
         leader.kill()
-        assert world.run_until(world.is_led, 1.3 * LEASE)
+        assert world.run_until(world.has_primary, 1.3 * LEASE)
         world.run(LEASE / 3)
 
 
@@ -880,7 +880,7 @@ def left_behind(*ages: float) -> tuple[World, list[Server], Server]:
     world.run(60.0)
     for holder in holders:
         holder.start()
-        holder.machine.may.lead = False
+        holder.machine.may.primary = False
     newcomer = Server(world, 9)
     world.authority.granted.add(newcomer.peer)
     world.servers.append(newcomer)
@@ -952,7 +952,7 @@ def test_a_copy_that_has_more_than_the_line_is_kept_by_whom_it_comes_back_with()
     assert world.run_until(lambda: ask_for_states(world, newcomer, [older]), 60.0), world.describe()
     assert not set(more) <= set(newcomer.steps)
     newer.start()
-    newer.machine.may.lead = False
+    newer.machine.may.primary = False
     assert world.run_until(lambda: set(newer.steps) <= set(newcomer.steps), 10.0), world.describe()
     assert newer.aside == [more] and not older.aside, "nobody else has those steps: the first primary may never return"
     world.run(20.0)
@@ -989,7 +989,7 @@ def test_a_clock_that_jumps_by_a_day_stops_nothing(whose: str, seconds: float) -
     right = [one for one in world.up if one.skew == leader.skew or abs(one.skew) < 60]
     died = world.now
     leader.kill()
-    assert world.run_until(world.is_led, 2 * LEASE), world.describe()
+    assert world.run_until(world.has_primary, 2 * LEASE), world.describe()
     (heir,) = world.leaders
     newest = max(at for at, _, step in world.acknowledged if step in heir.steps and at < died)
     assert heir in right and died - newest <= world.sync_every + LEASE, "its state was followed all the time"
@@ -1029,4 +1029,4 @@ def test_a_member_that_was_killed_while_its_clock_was_years_ahead_votes_again() 
     one.skew -= 3e8
     one.start()
     world.stall(other, 0.0)
-    assert world.run_until(world.is_led, 4 * LEASE), world.describe()
+    assert world.run_until(world.has_primary, 4 * LEASE), world.describe()

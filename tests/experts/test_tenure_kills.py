@@ -76,7 +76,7 @@ class Deaths:
                 for one in followers:
                     self.kill(one)
                 self.kill(leader)
-                world.run_until(lambda: bool(self.adopters()) or world.is_led(), 4 * LEASE)
+                world.run_until(lambda: bool(self.adopters()) or world.has_primary(), 4 * LEASE)
                 found = self.adopters()
                 return self.random.choice(found) if found else None
         some = {"primary": [leader], "follower": followers, "holder": others(world, leader, State.HOLDING)}[what]

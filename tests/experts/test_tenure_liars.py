@@ -90,7 +90,7 @@ def settled(num_servers: int, *, skew: float) -> tuple[World, Server, Server]:
     world = World(5, num_servers, skew=skew)
     if num_servers == 1:
         world.servers[0].start()
-        assert world.run_until(world.is_led, 10 * LEASE)
+        assert world.run_until(world.has_primary, 10 * LEASE)
     else:
         world.begin()
     world.run(11 * LEASE)
@@ -284,7 +284,7 @@ def outvoted(seed: int) -> tuple[World, Server, list[Server]]:
     world = World(seed, 1)
     leader = world.servers[0]
     leader.start()
-    assert world.run_until(world.is_led, LEASE)
+    assert world.run_until(world.has_primary, LEASE)
     world.run(12 * LEASE)
     liars = [Server(world, number) for number in (50, 51)]
     world.authority.granted |= {liar.peer for liar in liars}

@@ -248,7 +248,7 @@ async def test_an_event_says_what_a_server_took_and_gave_up() -> None:
 async def placed(run: SignedRun, seed: ta.TesseractNode) -> PeerID:
     """A member that led an expert and died: its place is there still."""
     async with joined(run, 60, [seed.address]) as member:
-        await say(member, Place(member.peer_id, 1, 1, parts={"ffn.0": MemberPart(MemberRole.LEADS, number=1)}))
+        await say(member, Place(member.peer_id, 1, 1, parts={"ffn.0": MemberPart(MemberRole.PRIMARY, number=1)}))
         return member.peer_id
 
 

@@ -383,8 +383,10 @@ async def test_without_a_server_that_leads_followers_and_holders_give_what_they_
         files.keep("ffn.0.1", held.state())
         publisher = ExpertPublisher(host.network, addresses=[host.address], trust=host.trust)
         await publisher.declare({"ffn.0.0": False, "ffn.1.1": True})
-        parts = {"ffn.0.0": MemberPart(MemberRole.FOLLOWS, 7, 2, 0), "ffn.0.1": MemberPart(MemberRole.HOLDS, 7, 3, 1)}
-        place = Place(host.peer_id, 4, 4, 1.0, frozenset(), 0.0, 0.0, parts | {"ffn.1.0": MemberPart(MemberRole.HOLDS)})
+        parts = {"ffn.0.0": MemberPart(MemberRole.FOLLOWER, 7, 2, 0), "ffn.0.1": MemberPart(MemberRole.HOLDER, 7, 3, 1)}
+        place = Place(
+            host.peer_id, 4, 4, 1.0, frozenset(), 0.0, 0.0, parts | {"ffn.1.0": MemberPart(MemberRole.HOLDER)}
+        )
         assert run.tag is not None
         key, grant = places_key("ffn", run.tag), host.trust.own_grant("ffn")
         encoded = encode_place(place, prefix="ffn", tag=run.tag, grant=grant, addresses=[host.address])
@@ -426,7 +428,7 @@ async def test_what_trainers_share_comes_from_holders_where_no_server_is_left(ru
         for number, cut in enumerate(manifest.layout.cuts):
             fragment = Fragment(cut, manifest.outer, manifest.layout.read(model, cut))
             files.keep(pieces.uid(number), FragmentBackend(manifest.part(number), fragment).state())
-            parts[pieces.uid(number)] = MemberPart(MemberRole.HOLDS, 7, 1)
+            parts[pieces.uid(number)] = MemberPart(MemberRole.HOLDER, 7, 1)
         place = Place(host.peer_id, 4, 4, 1.0, frozenset(), 0.0, 0.0, parts)
         assert run.tag is not None
         grant = host.trust.own_grant("ffn")

@@ -153,7 +153,7 @@ async def test_who_only_says_that_it_leads_in_the_newest_epoch_makes_no_copy_loo
         leader, follower = (first, second) if first.leads("ffn.0") else (second, first)
         liar = await stack.enter_async_context(joined(run, 66, [first.node.address]))
         epoch = leader.keeper.tenures.tenure("ffn.0").epoch
-        await say(liar, Place(liar.peer_id, 4, 16, parts={"ffn.0": MemberPart(MemberRole.LEADS, epoch + 50, 2**31)}))
+        await say(liar, Place(liar.peer_id, 4, 16, parts={"ffn.0": MemberPart(MemberRole.PRIMARY, epoch + 50, 2**31)}))
 
         def is_right(one: Member) -> bool:
             standing = Survey(one.placing.places).standing("ffn.0")
@@ -187,7 +187,7 @@ async def test_nobody_gives_a_copy_up_for_those_who_only_say_that_they_have_one(
         epoch = leader.keeper.tenures.tenure(uid).epoch
         for liar in liars:
             place = Place(
-                liar.peer_id, 4, 16, parts={uid: MemberPart(MemberRole.FOLLOWS, epoch, 2**20)}
+                liar.peer_id, 4, 16, parts={uid: MemberPart(MemberRole.FOLLOWER, epoch, 2**20)}
             )  # never far behind
             await say(liar, place)
         await until(lambda: f"does not show the state of {uid}" in caplog.text)
@@ -213,7 +213,7 @@ async def test_a_copy_that_is_said_but_not_shown_is_made_up_for(monkeypatch: pyt
         await until(lambda: first.leads(uid) and first.keeper.tenures.tenure(uid).held is not None)
         liar = await stack.enter_async_context(joined(run, 60, [first.node.address]))
         age = first.keeper.tenures.tenure(uid).held.age
-        await say(liar, Place(liar.peer_id, 4, 16, parts={uid: MemberPart(MemberRole.FOLLOWS, *age)}))
+        await say(liar, Place(liar.peer_id, 4, 16, parts={uid: MemberPart(MemberRole.FOLLOWER, *age)}))
         await until(lambda: liar.peer_id in first.placing.places)
         second = await stack.enter_async_context(member(run, 2, [first.node.address], room=1))
         await until(lambda: liar.peer_id in second.placing.places and uid not in second.keeper.tenures.uids())
