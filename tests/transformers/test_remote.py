@@ -187,7 +187,7 @@ def test_a_scaled_loss_and_gradients_that_were_changed_before_the_step(checkpoin
         with pytest.raises(ValueError, match="clip them once, before the step"):
             remote(input_ids=IDS, labels=IDS).loss.backward()
         torch.nn.utils.clip_grad_value_(remote.parameters(), 1e-4)
-        with pytest.raises(ValueError, match="not both"):
+        with pytest.raises(ValueError, match="not by both"):
             torch.optim.SGD(remote.parameters(), lr=0.1).step()
         remote.zero_grad()
         remote(input_ids=IDS, labels=IDS).loss.backward()
