@@ -42,7 +42,7 @@ LIMITS: Final[dict[str, float]] = {
     # a pass of 32 experts on one server, 8 rows each, forward and backward, without TLS on asyncio's loop
     "caller: Python calls per expert of a pass, both ways": 81.6,
     "server: Python calls per expert of a pass, both ways": 97.25,
-    "device: Python calls per expert of a pass, both ways": 33.5,
+    "device: Python calls per expert of a pass, both ways": 36.5,
     # one row through eight of 32 experts, four on each of two servers; of the servers and their devices: both together
     "caller: Python calls per layer and token": 48,
     "caller's loop: Python calls per layer and token": 193,
