@@ -22,18 +22,27 @@ class Watch:
     def __init__(self, *functions: Callable[..., Any]) -> None:
         self._codes = {one.__code__ for one in functions}  # type: ignore[attr-defined]
         self.calls: list[Call] = []
+        self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_code in self._codes:
             self.calls.append(Call(frame.f_code.co_qualname, dict(frame.f_locals), threading.get_ident()))
+            if self._waiting is not None:
+                loop, news = self._waiting
+                loop.call_soon_threadsafe(news.set)
 
     def num(self, function: Callable[..., Any]) -> int:
         return sum(one.name == function.__qualname__ for one in self.calls)
 
     async def wait(self, function: Callable[..., Any], num: int) -> None:
-        """Return when this function was called so many times, by this loop's thread."""
-        while self.num(function) < num:  # noqa: ASYNC110 (it tells nobody)
-            await asyncio.sleep(0.001)
+        """Return when this function was called this often. Only one may wait at a time."""
+        _, news = self._waiting = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            while self.num(function) < num:
+                await news.wait()
+                news.clear()
+        finally:
+            self._waiting = None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ calls, turns to other things, and runs the engine on from their answers (see `ha
 import asyncio
 import contextlib
 from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -69,7 +69,7 @@ async def _backward(
     if gradient is None and loss.numel() != 1:
         raise RuntimeError(f"backward of a tensor of shape {tuple(loss.shape)} takes its `gradient` too")
     step = BackwardStep(scaler, could_be_noted=gradient is None)
-    stream: Any = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    stream: torch.cuda.Stream | None = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     if stream is None and (halves := find_halves(loss)) is not None:
         await run_halves(step, loss, gradient, retain_graph, halves)
         return
@@ -92,7 +92,11 @@ async def _backward(
 
 
 def _run(
-    step: BackwardStep, loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool, stream: Any
+    step: BackwardStep,
+    loss: torch.Tensor,
+    gradient: torch.Tensor | None,
+    retain_graph: bool,
+    stream: torch.cuda.Stream | None,
 ) -> tuple[Leaves, list[torch.Tensor | None]]:
     """Return the leaves under `loss` and what is left to add to each, in separate memory. Runs in an engine's thread,
     which continues the CUDA stream of the awaiting thread."""

@@ -17,7 +17,7 @@ END: Final = object()
 class Sampler(Protocol):
     """Anything that says where it stands among the samples, and can go on from there."""
 
-    def state_dict(self) -> Mapping[str, Any]:
+    def state_dict(self) -> Mapping[str, object]:
         """Return its position among the samples."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> object:

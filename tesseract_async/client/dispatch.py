@@ -11,6 +11,7 @@ tried, L lines (pairs of a row and an expert).
 
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
@@ -57,7 +58,7 @@ class ExpertCall:
     """The first error that a replica answered, or that kept a replica from being asked; set by the sender."""
 
 
-class CallsUnderWay:
+class CallsUnderWay(ABC):
     """The calls of one pass: which have ended, and which take longer than is usual."""
 
     direction: ClassVar[Direction]
@@ -136,9 +137,9 @@ class CallsUnderWay:
             self._late = None  # their senders set what is expected of them
         return fresh
 
+    @abstractmethod
     def timer_at(self) -> float:
         """Return when to ask `calls_to_send` next if nothing happens before. Each event may change it."""
-        raise NotImplementedError
 
     def usual_seconds(self, calls: Iterable[ExpertCall]) -> list[float | None]:
         """Return the seconds that each of `calls` may reasonably take, by what it usually takes and what others of its
@@ -153,8 +154,9 @@ class CallsUnderWay:
             found.append(usual if expected is None or expected < usual else expected)
         return found
 
+    @abstractmethod
     def shortage(self) -> NotEnoughExperts | None:
-        raise NotImplementedError
+        """Return why the pass failed; None if it did not, or has not yet."""
 
     def _strict_shortage(self, calls: Iterable[tuple[int, Indices]], what: str) -> NotEnoughExperts | None:
         if not self.errors:
@@ -169,8 +171,9 @@ class CallsUnderWay:
         """The calls given up that took longer than is usual."""
         return [call for call in self.given_up if call.is_slow]
 
+    @abstractmethod
     def _decide(self, now: float) -> None:
-        raise NotImplementedError
+        """Ask further experts, or end the pass, after something happened."""
 
     def _send(self, call: ExpertCall) -> None:
         self._late = None

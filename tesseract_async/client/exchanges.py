@@ -1,6 +1,7 @@
 """The exchanges with an expert's servers that `failover` may try with one replica after another."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
 from typing import Generic, TypeVar
 
@@ -37,7 +38,7 @@ def eligible(uid: str, replicas: Sequence[ExpertReplica], max_staleness: int | N
     return replicas if max_staleness else primaries
 
 
-class Exchange(Generic[T]):
+class Exchange(ABC, Generic[T]):
     """A question to one expert, which any of some replicas may answer."""
 
     is_timed = False
@@ -52,9 +53,9 @@ class Exchange(Generic[T]):
         """Return those of `replicas` that may answer. Raises: ExpertNotFound."""
         return replicas
 
+    @abstractmethod
     def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, T]:
         """Make one call to one server. Raises: what the call raises; ProtocolError if the answer does not fit."""
-        raise NotImplementedError
 
     def answered(self, replica: ExpertReplica, answer: T, timeout: float) -> None:
         """Look at what `send` gave. Raises: TooStale."""

@@ -299,7 +299,7 @@ class Grouping:
         self.calls.failed(call, now, call.error or ExpertNotFound(f"no live server hosts the expert {call.uid}"))
 
     def _give_up(self, call: ExpertCall, search: _Search) -> None:
-        """End this call, wherever else it is open."""
+        """End this call, and take it out of the other messages that still carry it."""
         del self._searches[call]
         for request in search.requests:
             del request.open[call]

@@ -6,6 +6,7 @@ replies say. What travels, and what becomes of the sums, is the business of its 
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class PartSums(NamedTuple):
     sums: OptionalTensors
 
 
-class Pass:
+class Pass(ABC):
     """One direction of a call to many experts. `run` it once."""
 
     reply_specs: Sequence[TensorSpec | None]
@@ -72,26 +73,27 @@ class Pass:
         self._news = asyncio.Event()
         self._failure: BaseException | None = None
 
+    @abstractmethod
     def rank(self, call: ExpertCall, found: Sequence[ExpertReplica] | None, now: float) -> Sequence[ExpertReplica]:
         """See `Grouping`. Of a call that is new (`found` is None), sets `expected` and `grace`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key(self, call: ExpertCall, replica: ExpertReplica) -> Hashable:
-        raise NotImplementedError
+        """Return a key: calls with equal keys may travel in one message. See `Grouping`."""
 
+    @abstractmethod
     async def pack(self, request: Request) -> tuple[RowBlock, OptionalTensors, OptionalTensors]:
         """Return the message for the calls that are open in `request`: its block, inputs, and in a backward gradients.
         Without inputs, those of the block that its server keeps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, request: Request, block: RowBlock, part: ApplyPart, own: PartSums) -> None:
         """Take in the answers of a part."""
-        raise NotImplementedError
 
     def failed(self, call: ExpertCall, replica: ExpertReplica, error: BaseException) -> None:
         report(self.experience, replica, error)
 
-    def cancelled(self, request: Request, now: float) -> None:
+    def cancelled(self, request: Request, now: float) -> None:  # noqa: B027 (most have nothing to learn)
         """Learn from a message that was given up before it was answered in full."""
 
     async def run(self, find_more: Callable[[torch.Tensor], Coroutine[object, object, None]] | None = None) -> None:

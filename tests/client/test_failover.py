@@ -292,8 +292,10 @@ async def test_a_primary_that_is_given_up_is_late(node: FakeNode) -> None:
 async def test_a_message_whose_experts_have_answered_elsewhere_is_not_made() -> None:
     """A rival's answer may come between the decision to ask and the first turn of the task that asks."""
 
+    def refuse(*_: object) -> Any:
+        raise AssertionError("nothing is left to ask")
+
     class Unpacked(Pass):
-        async def pack(self, request: Request) -> Any:
-            raise AssertionError("of what?")
+        rank = key = pack = add = refuse
 
     await object.__new__(Unpacked)._exchange(Request({}, 0.0), 1.0)

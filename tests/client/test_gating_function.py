@@ -409,6 +409,7 @@ async def test_under_autocast_inputs_take_the_experts_dtype(node: FakeNode) -> N
 
 @pytest.mark.parametrize("kind", [GatingFunction, SwitchGatingFunction])
 async def test_chosen_experts_are_in_the_gates_mode_and_have_its_options(node: FakeNode, kind: Any) -> None:
+    torch.manual_seed(0)  # a Switch layer shakes its scores in training: two near ones could change places
     make_grid(node)
     gate = gate_with(
         node,
