@@ -25,6 +25,10 @@ from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.tensors import Structure, describe_schema
 
 
+def _nothing_chosen() -> dict[bool, dict[tuple[int, ...], RemoteExpert]]:
+    return {True: {}, False: {}}
+
+
 class GatingFunction(Gate):
     """Sends every row of its input to its `k_best` experts and averages their answers by their scores.
 
@@ -82,12 +86,13 @@ class GatingFunction(Gate):
         self._experience = experience_of(node)
         self._search = GridSearch(self._experience, uid_prefix, self.grid_size, k_best=k_best, settings=self.settings)
         self._schemas = SchemaVote(self._experience, timeout=self.settings.forward_timeout)
-        self._chosen: dict[tuple[tuple[int, ...], bool], RemoteExpert] = {}
-        """By coordinates and mode, the experts that `choose` has given."""
+        self._chosen = _nothing_chosen()
+        """By mode and coordinates, the experts that `choose` has given: the same object until it is given another mode
+        or other options."""
 
     def __getstate__(self) -> dict[str, object]:
         # torch copies no tensor that has a graph
-        return self.__dict__ | {"load_balancing_loss": None, "_chosen": {}}
+        return self.__dict__ | {"load_balancing_loss": None, "_chosen": _nothing_chosen()}
 
     @property
     def node(self) -> Node | PlainCalls:
@@ -156,25 +161,25 @@ class GatingFunction(Gate):
             raise NotEnoughExperts(1, len(scores_RS), {})
         best_RK = candidates.grid.top_k(scores_RS, self.k_best, bias_N=candidates.bias_N).numpy()
         experts = np.empty(len(candidates), dtype=object)  # indexed by arrays, unlike a list
-        for expert in np.unique(best_RK).tolist():
-            experts[expert] = self._expert(candidates.coords(expert), training, settings)
+        known, coords = self._chosen[training], candidates.grid.coords
+        wanted = training, settings.calls, settings.forward_timeout, settings.backward_timeout
+        for number in np.unique(best_RK).tolist():  # thousands in large grids
+            expert = known.get(place := coords[number])
+            if expert is None or wanted != (expert.training, expert.options, expert.timeout, expert.backward_timeout):
+                expert = known[place] = self._new_expert(place, training, settings)
+            experts[number] = expert
         chosen: list[list[RemoteExpert]] = experts[best_RK].tolist()
         return chosen
 
-    def _expert(self, coords: tuple[int, ...], training: bool, settings: MixtureSettings) -> RemoteExpert:
-        """The expert there: in one mode always the same object, until it is given another mode or other options."""
-        known = self._chosen.get((coords, training))
-        wanted = training, settings.calls, settings.forward_timeout, settings.backward_timeout
-        if known is None or wanted != (known.training, known.options, known.timeout, known.backward_timeout):
-            known = self._chosen[(coords, training)] = RemoteExpert(
-                self._node,
-                uid_at(self.uid_prefix, coords),
-                schema=self._schemas.known,
-                options=settings.calls,
-                timeout=settings.forward_timeout,
-                backward_timeout=settings.backward_timeout,
-            ).train(training)
-        return known
+    def _new_expert(self, coords: tuple[int, ...], training: bool, settings: MixtureSettings) -> RemoteExpert:
+        return RemoteExpert(
+            self._node,
+            uid_at(self.uid_prefix, coords),
+            schema=self._schemas.known,
+            options=settings.calls,
+            timeout=settings.forward_timeout,
+            backward_timeout=settings.backward_timeout,
+        ).train(training)
 
     def _start(
         self, x: torch.Tensor, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]
