@@ -62,7 +62,7 @@ class BatchSource(Generic[B]):
             return taking
         try:
             taking.set_result(next(self._iterator, END))
-        except Exception as error:  # the caller's own
+        except Exception as error:  # the caller's iterator may raise anything: the taker gets it
             taking.set_exception(error)
         return taking
 
@@ -72,7 +72,7 @@ class BatchSource(Generic[B]):
             taking = await self._wanted.get()
             try:
                 taking.set_result(await anext(iterator, END))
-            except Exception as error:  # the caller's own
+            except Exception as error:  # the caller's iterator may raise anything: the taker gets it
                 taking.set_exception(error)
                 return
 

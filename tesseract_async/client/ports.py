@@ -1,5 +1,6 @@
 """The part of a node that the client uses, and calls for code without a loop."""
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Protocol, TypeVar
 
@@ -69,33 +70,34 @@ class Node(Protocol):
         """The endpoint for a call about these experts to `peer`; None for this node itself. Raises: PeerUnreachable."""
 
 
-class PlainCalls(Uncopied):
+class PlainCalls(Uncopied, ABC):
     """A node for code without a loop: modules that are given one deliver results instead of awaitables."""
 
     @property
+    @abstractmethod
     def node(self) -> Node:
-        raise NotImplementedError
+        """The node that makes the calls."""
 
+    @abstractmethod
     def check(self) -> object:
         """Raises: RuntimeError where `run` would."""
-        raise NotImplementedError
 
     def check_running(self) -> None:
         """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
         self.check()
         self.node.check_running()
 
+    @abstractmethod
     def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """The coroutine's result; blocks meanwhile."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait(self, begin: Callable[[Callable[[], object]], None], cancel: Callable[[], None]) -> None:
         """Call ``begin(done)`` on the node's loop, and block until it has called ``done``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, coroutine: Coroutine[object, object, None]) -> None:
         """Run the coroutine on the node's loop, without waiting for it."""
-        raise NotImplementedError
 
 
 def deliver(given: Node | PlainCalls, coroutine: Coroutine[object, object, T]) -> Coroutine[object, object, T] | T:

@@ -93,7 +93,7 @@ class Executor:
     ) -> list[torch.Tensor]:
         """Return the sums that a `JointWork` asks for. Raises what the modules raise, and if it can't be computed in
         one pass."""
-        raise NotImplementedError
+        raise TypeError("only a GroupExecutor computes several experts in one pass")
 
     def complete(self, attempt: Attempt) -> None:
         """Retry what failed, take the step, and start the results' way back."""

@@ -16,7 +16,7 @@ from tests.benchmarks.swarm import run_on
 ROWS, WIDTH, K_BEST = 2048, 256, 4
 GRID = (64, 64)
 NUM_STEPS = 150
-"""In 30 steps, the one second for which the first hanging expert is waited for would be a fifth of the mean."""
+"""In 30 steps, the one second for which the first hanging expert is waited for would be a sixth of the mean."""
 LATENCY = 0.05
 
 
